@@ -1,0 +1,33 @@
+"""What can go wrong for a user: each message says what was expected, what was found, what to do."""
+
+
+class LminfError(Exception):
+    """Base of every error a user can cause; the command line prints it in one line and exits 2."""
+
+
+class ConfigError(LminfError, ValueError):
+    """A setting is outside its rule; the message names the field, the value and the rule."""
+
+
+class ModelError(LminfError):
+    """The source model is missing, damaged or of a kind Λ-attention cannot serve."""
+
+
+class ExportError(LminfError):
+    """The export could not be written, or the traced graph is not what the contract asks for."""
+
+
+class BundleError(LminfError):
+    """A bundle is missing, incomplete, altered or of another schema version."""
+
+
+class EngineError(LminfError):
+    """An engine cannot be built, or cannot run on this machine."""
+
+
+class SessionError(LminfError):
+    """A runtime session cannot be created or a step has failed."""
+
+
+class InputError(LminfError, ValueError):
+    """Token ids, lengths or a prompt that the model cannot take."""

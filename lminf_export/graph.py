@@ -1,0 +1,149 @@
+"""The graph of a bundle: traced, optimised, weights attached, the operator's body beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from torch import Tensor
+
+from lminf_export import bindings, onnx_function, op, weights
+from lminf_export.errors import ExportError
+from lminf_export.models.base import AttentionPlan
+from lminf_export.passes import optimize
+from lminf_export.tracing import Trace
+
+IR_VERSION = 11
+ELEMENT_TYPES = {
+    "int64": ir.DataType.INT64,
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+PRODUCER = "lminf-export"
+
+
+def write_graph(
+    trace: Trace,
+    plan: AttentionPlan,
+    dtype: str,
+    checkpoint: Mapping[str, weights.StoredTensor],
+    folder: Path,
+    name: str,
+    *,
+    metadata: Mapping[str, str],
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write `name` and its weights into a folder.
+
+    Args:
+        trace: the traced model; it is changed and used up.
+        plan: how its layers attend.
+        dtype: element type of weights and caches.
+        checkpoint: the source's tensors.
+        folder: existing folder to write into.
+        name: file name of the graph.
+        metadata: ONNX metadata_props.
+        progress: told the bytes of weights written.
+
+    Raises:
+        ModelError: the checkpoint does not fit the configuration.
+        ExportError: the graph is not what the contract asks for.
+    """
+    model = trace.model
+    optimize(model)
+    _attach_weights(trace, checkpoint, dtype, folder, progress)
+    _attach_constants(model, trace.constants)
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = PRODUCER, metadata.get("lminf_export", "")
+    model.graph.name = "lambda_decoder"
+    model.metadata_props.update(metadata)
+    function = ir.serde.deserialize_function(onnx_function.function_body(_features(plan)))
+    model.functions[function.identifier()] = function
+    _declare_shapes(model, plan, dtype)
+    path = folder / name
+    ir.save(model, path)
+    _check(path)
+
+
+def _features(plan: AttentionPlan) -> onnx_function.BodyFeatures:
+    return onnx_function.BodyFeatures(
+        rotary=bool(plan.rotations),
+        alibi=plan.alibi_slopes is not None,
+        softcap=bool(plan.softcap),
+    )
+
+
+def _attach_weights(
+    trace: Trace,
+    checkpoint: Mapping[str, weights.StoredTensor],
+    dtype: str,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> None:
+    initializers = trace.model.graph.initializers
+    names = {n: c for n, c in trace.weight_names.items() if n in initializers}
+    shapes = {n: tuple(initializers[n].shape.numpy()) for n in names}  # type: ignore[union-attr]
+    found = weights.find_weights(checkpoint, names, shapes)
+    # In the bundle a tensor has the checkpoint's name; a tied one the first of its names.
+    stored_name = {n: _stored_name(candidates, checkpoint) for n, candidates in names.items()}
+    for old, new in stored_name.items():
+        _rename_initializer(trace.model, old, new)
+    stored = weights.write_weights(
+        folder / weights.FILE_NAME,
+        {stored_name[n]: tensor for n, tensor in found.items()},
+        dtype,
+        progress,
+    )
+    weights.attach(trace.model, stored)
+
+
+def _stored_name(
+    candidates: tuple[str, ...], checkpoint: Mapping[str, weights.StoredTensor]
+) -> str:
+    return next(name for name in candidates if name in checkpoint)
+
+
+def _rename_initializer(model: ir.Model, old: str, new: str) -> None:
+    value = model.graph.initializers.pop(old)
+    value.name = new
+    model.graph.initializers[new] = value
+
+
+def _attach_constants(model: ir.Model, constants: Mapping[str, Tensor]) -> None:
+    for name, tensor in constants.items():
+        value = model.graph.initializers.get(name)
+        if value is not None:
+            value.const_value = ir.tensor(tensor.numpy(), name=name)
+    empty = [n for n, value in model.graph.initializers.items() if value.const_value is None]
+    if empty:
+        raise ExportError(f"the graph has constants without a value: {', '.join(empty[:3])}")
+
+
+def _declare_shapes(model: ir.Model, plan: AttentionPlan, dtype: str) -> None:
+    """Give inputs and outputs exactly the shapes and types of the contract."""
+    inputs = bindings.input_specs(plan.layers, dtype)
+    vocab_size = model.graph.outputs[0].shape[2]  # type: ignore[index]
+    outputs = bindings.output_specs(plan.layers, dtype, int(vocab_size))  # type: ignore[arg-type]
+    pairs = [*zip(model.graph.inputs, inputs, strict=True)]
+    pairs += zip(model.graph.outputs, outputs, strict=True)
+    for value, spec in pairs:
+        if value.name != spec.name or value.dtype != ELEMENT_TYPES[spec.dtype]:
+            raise ExportError(
+                f"the graph has {value.name!r} of {value.dtype} where the contract has "
+                f"{spec.name!r} of {spec.dtype}"
+            )
+        value.shape = ir.Shape(spec.shape)
+
+
+def _check(path: Path) -> None:
+    """Check the graph by onnx's own checker; the operator itself it knows from its schema."""
+    op.register_schema()
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"onnx rejects the exported graph: {str(error).splitlines()[0]}"
+        ) from error

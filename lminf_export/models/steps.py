@@ -1,0 +1,270 @@
+"""Two ways to answer a model's attention: by the operator, and by the specification.
+
+`OperatorStep` is what is exported: bounded caches, one operator per layer.
+`HistoryStep` is what it is checked against: explicit keys, rotations by distance, no cache
+slots. Both run the model's own code around them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lminf_export import op, positions, reference
+from lminf_export.bindings import LayerSpec
+from lminf_export.models.base import AttentionPlan, Rotation, Step, use_step
+from lminf_export.rope import rotary_tables
+
+
+class PlanTables(nn.Module):
+    """The constants of a plan as buffers: digit tables, limit rows, slopes.
+
+    Layers that share a rotation and a limit share the rows.
+
+    Args:
+        plan: how the layers attend.
+        dtype: the model's type, for the sinks of layers that have none.
+    """
+
+    def __init__(self, plan: AttentionPlan, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.plan = plan
+        for index, rotation in enumerate(plan.rotations):
+            limits = sorted(
+                {
+                    layer.distance_limit
+                    for layer, kind in zip(plan.layers, plan.layer_rotation, strict=True)
+                    if kind == index
+                }
+            )
+            for limit in limits:
+                tables = rotary_tables(rotation.inv_freq, limit, rotation.attention_factor)
+                self.register_buffer(f"limit_cos_{index}_{limit}", tables.limit_cos)
+                self.register_buffer(f"limit_sin_{index}_{limit}", tables.limit_sin)
+            self.register_buffer(f"cos_{index}", tables.cos)
+            self.register_buffer(f"sin_{index}", tables.sin)
+        heads = plan.num_attention_heads
+        slopes = torch.zeros(heads) if plan.alibi_slopes is None else plan.alibi_slopes.float()
+        self.register_buffer("alibi_slopes", slopes)
+        self.register_buffer("no_sink_logits", torch.full((heads,), float("-inf")))
+        self.register_buffer("no_rotation", torch.zeros(1, 1, 1))
+        self.register_buffer("no_limit", torch.zeros(1))
+        for layer in plan.layers:
+            if not layer.num_sink_tokens:
+                shape = (1, layer.num_kv_heads, 1, layer.head_dim)
+                self.register_buffer(_no_sinks_name(layer), torch.zeros(shape, dtype=dtype))
+
+    def rows(self, position: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin (B, S, R/2) of each rotation at given positions (B, S)."""
+        return [
+            positions.rotary_rows(position, getattr(self, f"cos_{k}"), getattr(self, f"sin_{k}"))
+            for k in range(len(self.plan.rotations))
+        ]
+
+    def limit_row(self, rotation: int, limit: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (R/2,) at the distance limit."""
+        name = f"{rotation}_{limit}"
+        return getattr(self, f"limit_cos_{name}"), getattr(self, f"limit_sin_{name}")
+
+    def no_sinks(self, layer: LayerSpec) -> Tensor:
+        """(1, G, 1, D) zeros: what a layer without sink tokens passes to the operator."""
+        return getattr(self, _no_sinks_name(layer))
+
+
+def _no_sinks_name(layer: LayerSpec) -> str:
+    return f"no_sinks_{layer.num_kv_heads}_{layer.head_dim}"
+
+
+class OperatorStep:
+    """Answers attention by `lminf::lambda_attention` over bounded caches.
+
+    Attributes:
+        present: for each layer its new ring key, ring value and, with sinks, both sinks.
+    """
+
+    def __init__(
+        self,
+        tables: PlanTables,
+        input_ids: Tensor,
+        past_length: Tensor,
+        new_length: Tensor,
+        caches: list[list[Tensor]],
+    ) -> None:
+        self.tables, self.plan, self.caches = tables, tables.plan, caches
+        self.past_length, self.new_length = past_length, new_length
+        self.query_position = positions.token_positions(past_length, input_ids)
+        self.rows = tables.rows(self.query_position)
+        rings = {
+            layer.ring_capacity: cache[0]
+            for layer, cache in zip(self.plan.layers, caches, strict=True)
+        }
+        self.slots = {
+            capacity: positions.slot_positions(past_length, new_length, ring)
+            for capacity, ring in rings.items()
+        }
+        self.present: dict[int, list[Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Write the layer's cache and attend over it."""
+        assert layer not in self.present, f"layer {layer} attends twice"
+        spec, caches = self.plan.layers[layer], self.caches[layer]
+        if not spec.num_sink_tokens:
+            caches = [*caches, *(self.tables.no_sinks(spec),) * 2]
+        output, *present = op.lambda_attention(
+            query,
+            key,
+            value,
+            *caches,
+            self.past_length,
+            self.new_length,
+            self.query_position,
+            self.slots[spec.ring_capacity],
+            *self._rotation(layer),
+            self.tables.alibi_slopes,
+            self.tables.no_sink_logits,
+            num_sink_tokens=spec.num_sink_tokens,
+            window_size=spec.window_size,
+            distance_limit=spec.distance_limit,
+            scale=scale,
+            softcap=self.plan.softcap,
+            rotary_dim=self._rotary_dim(layer),
+            rotary_interleaved=self._interleaved(layer),
+        )
+        self.present[layer] = present[: 4 if spec.num_sink_tokens else 2]
+        return output
+
+    def _kind(self, layer: int) -> Rotation | None:
+        index = self.plan.layer_rotation[layer]
+        return None if index is None else self.plan.rotations[index]
+
+    def _rotary_dim(self, layer: int) -> int:
+        kind = self._kind(layer)
+        return kind.rotary_dim if kind else 0
+
+    def _interleaved(self, layer: int) -> bool:
+        kind = self._kind(layer)
+        return bool(kind and kind.interleaved)
+
+    def _rotation(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index = self.plan.layer_rotation[layer]
+        if index is None:
+            t = self.tables
+            return t.no_rotation, t.no_rotation, t.no_limit, t.no_limit
+        limit = self.plan.layers[layer].distance_limit
+        return *self.rows[index], *self.tables.limit_row(index, limit)
+
+
+class HistoryStep:
+    """Answers attention by `reference.attend_by_distance` over an explicit history.
+
+    Keeps unrotated keys with their positions; drops what no later query can see.
+    """
+
+    def __init__(self, plan: AttentionPlan, batch_size: int = 1) -> None:
+        self.plan = plan
+        self.past_length = torch.zeros(batch_size, dtype=torch.int64)
+        self.new_length = self.past_length
+        self.history: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def begin(self, new_length: Tensor) -> None:
+        """Advance past the last chunk and announce the next: (B,) int64 real tokens."""
+        self.past_length = self.past_length + self.new_length
+        self.new_length = new_length
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Append to the layer's history and attend over all of it that is visible."""
+        spec, plan = self.plan.layers[layer], self.plan
+        steps = torch.arange(query.shape[2])
+        query_position = self.past_length[:, None] + steps
+        is_real = steps < self.new_length[:, None]
+        position = query_position.masked_fill(~is_real, reference.EMPTY)
+        if layer in self.history:
+            old = self.history[layer]
+            key, value = torch.cat((old[0], key), 2), torch.cat((old[1], value), 2)
+            position = torch.cat((old[2], position), 1)
+        index = plan.layer_rotation[layer]
+        rotation = None if index is None else plan.rotations[index]
+        output = reference.attend_by_distance(
+            query,
+            key,
+            value,
+            query_position,
+            position,
+            window_size=spec.window_size,
+            num_sink_tokens=spec.num_sink_tokens,
+            distance_limit=spec.distance_limit,
+            scale=scale,
+            inv_freq=rotation.inv_freq if rotation else None,
+            attention_factor=rotation.attention_factor if rotation else 1.0,
+            interleaved=bool(rotation and rotation.interleaved),
+            softcap=plan.softcap,
+            alibi_slopes=plan.alibi_slopes,
+        )
+        after = (self.past_length + self.new_length)[:, None]
+        alive = (position > after - spec.window_size) | (position < spec.num_sink_tokens)
+        keep = (alive & (position >= 0)).any(0)
+        self.history[layer] = key[:, :, keep], value[:, :, keep], position[:, keep]
+        return output
+
+
+def run(model: nn.Module, input_ids: Tensor, step: Step, logits_index: Tensor) -> Tensor:
+    """Run a patched model of transformers; logits only of the rows asked for.
+
+    Args:
+        model: the causal language model.
+        input_ids: (B, S) int64.
+        step: answers its attention.
+        logits_index: (B, K) int64, rows of S.
+
+    Returns:
+        (B, K, V) logits in the model's type.
+    """
+
+    def keep_rows(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = arguments[0]
+        index = logits_index[:, :, None].expand(-1, -1, hidden.shape[-1])
+        return (hidden.gather(1, index),)
+
+    # A hook before the vocabulary projection leaves what a family does around it untouched.
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_rows)
+    try:
+        with use_step(step):
+            return model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        hook.remove()
+
+
+class LambdaModel(nn.Module):
+    """The module that is traced: tokens and caches in, logits and caches out.
+
+    Args:
+        model: a patched causal language model of transformers.
+        plan: how its layers attend.
+        tables: the plan's constants; made from the plan where not given.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: AttentionPlan, tables: PlanTables | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.plan = model, plan
+        self.tables = tables or PlanTables(plan)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        past_length: Tensor,
+        new_length: Tensor,
+        logits_index: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """One step: see `bindings.input_specs` and `bindings.output_specs`."""
+        step = OperatorStep(self.tables, input_ids, past_length, new_length, self._by_layer(caches))
+        logits = run(self.model, input_ids, step, logits_index).to(torch.float32)
+        present = [x for layer in range(len(self.plan.layers)) for x in step.present[layer]]
+        return (logits, *present)
+
+    def _by_layer(self, caches: list[Tensor]) -> list[list[Tensor]]:
+        flat = iter(caches)
+        kinds = (4 if layer.num_sink_tokens else 2 for layer in self.plan.layers)
+        return [[next(flat) for _ in range(count)] for count in kinds]

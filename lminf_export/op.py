@@ -1,0 +1,189 @@
+"""`torch.ops.lminf.lambda_attention`: the operator as torch and torch.export see it.
+
+Eager mode runs `reference.lambda_attention`; under fake tensors only shapes flow; under
+`torch.onnx.export` a call becomes one node `lminf::LambdaAttention` (see `translation_table`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx.defs
+import torch
+from onnx.defs import OpSchema
+from onnxscript.values import Opset
+from torch import Tensor
+
+from lminf_export import reference
+
+DOMAIN = "lminf"
+OP_TYPE = "LambdaAttention"
+OP_VERSION = 1
+
+INPUT_NAMES = (
+    "query",
+    "key",
+    "value",
+    "past_key",
+    "past_value",
+    "past_sink_key",
+    "past_sink_value",
+    "past_length",
+    "new_length",
+    "query_position",
+    "slot_position",
+    "cos",
+    "sin",
+    "limit_cos",
+    "limit_sin",
+    "alibi_slopes",
+    "sink_logits",
+)
+OUTPUT_NAMES = ("output", "present_key", "present_value", "present_sink_key", "present_sink_value")
+INTEGER_INPUTS = ("past_length", "new_length", "query_position", "slot_position")
+FLOAT32_INPUTS = ("cos", "sin", "limit_cos", "limit_sin", "alibi_slopes", "sink_logits")
+# NVIDIA's parser looks a node up among the plugins of this namespace.
+PLUGIN_NAMESPACE_ATTRIBUTE = "plugin_namespace"
+INTEGER_ATTRIBUTES = (
+    "num_sink_tokens",
+    "window_size",
+    "distance_limit",
+    "rotary_dim",
+    "rotary_interleaved",
+)
+FLOAT_ATTRIBUTES = ("scale", "softcap")
+
+
+@torch.library.custom_op("lminf::lambda_attention", mutates_args=())
+def lambda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_key: Tensor,
+    past_sink_value: Tensor,
+    past_length: Tensor,
+    new_length: Tensor,
+    query_position: Tensor,
+    slot_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    limit_cos: Tensor,
+    limit_sin: Tensor,
+    alibi_slopes: Tensor,
+    sink_logits: Tensor,
+    num_sink_tokens: int,
+    window_size: int,
+    distance_limit: int,
+    scale: float,
+    softcap: float,
+    rotary_dim: int,
+    rotary_interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Write new keys into the ring, then attend: see `reference.lambda_attention`."""
+    return reference.lambda_attention(
+        query,
+        key,
+        value,
+        past_key,
+        past_value,
+        past_sink_key,
+        past_sink_value,
+        past_length,
+        new_length,
+        query_position,
+        slot_position,
+        cos,
+        sin,
+        limit_cos,
+        limit_sin,
+        alibi_slopes,
+        sink_logits,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        distance_limit=distance_limit,
+        scale=scale,
+        softcap=softcap,
+        rotary_dim=rotary_dim,
+        rotary_interleaved=rotary_interleaved,
+    )
+
+
+@lambda_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_key: Tensor,
+    past_sink_value: Tensor,
+    past_length: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sinks = (query.shape[0], *past_sink_key.shape[1:])
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        torch.empty_like(past_key, memory_format=torch.contiguous_format),
+        torch.empty_like(past_value, memory_format=torch.contiguous_format),
+        past_sink_key.new_empty(sinks),
+        past_sink_value.new_empty(sinks),
+    )
+
+
+def operator_schema() -> OpSchema:
+    """Return the ONNX schema of `lminf::LambdaAttention` version 1."""
+
+    def parameter(name: str) -> OpSchema.FormalParameter:
+        if name in INTEGER_INPUTS:
+            return OpSchema.FormalParameter(name, "tensor(int64)")
+        if name in FLOAT32_INPUTS:
+            return OpSchema.FormalParameter(name, "tensor(float)")
+        return OpSchema.FormalParameter(name, "T")
+
+    attributes = [
+        *(OpSchema.Attribute(name, OpSchema.AttrType.INT) for name in INTEGER_ATTRIBUTES),
+        *(OpSchema.Attribute(name, OpSchema.AttrType.FLOAT) for name in FLOAT_ATTRIBUTES),
+        OpSchema.Attribute(PLUGIN_NAMESPACE_ATTRIBUTE, OpSchema.AttrType.STRING),
+    ]
+    return OpSchema(
+        OP_TYPE,
+        DOMAIN,
+        OP_VERSION,
+        doc="Λ-shaped attention over a bounded cache; arXiv 2308.16137.",
+        inputs=[parameter(name) for name in INPUT_NAMES],
+        outputs=[parameter(name) for name in OUTPUT_NAMES],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "model type")
+        ],
+        attributes=attributes,
+    )
+
+
+def register_schema() -> None:
+    """Tell the onnx package about the operator, once; the exporter's recorder asks for it."""
+    if not onnx.defs.has(OP_TYPE, DOMAIN):
+        onnx.defs.register_schema(operator_schema())
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what `torch.onnx.export(custom_translation_table=…)` needs for the operator."""
+    register_schema()
+    opset = Opset(DOMAIN, OP_VERSION)
+    num_inputs = len(INPUT_NAMES)
+    names = ("num_sink_tokens", "window_size", "distance_limit", "scale", "softcap")
+
+    def to_onnx(*arguments: Any) -> Any:
+        tensors, settings = arguments[:num_inputs], arguments[num_inputs:]
+        *numbers, rotary_dim, interleaved = settings
+        return opset.LambdaAttention(
+            *tensors,
+            **dict(zip(names, numbers, strict=True)),
+            rotary_dim=rotary_dim,
+            rotary_interleaved=int(interleaved),
+            plugin_namespace=DOMAIN,
+        )
+
+    return {torch.ops.lminf.lambda_attention.default: to_onnx}

@@ -1,0 +1,140 @@
+"""Where a model comes from: a local folder or a hub id, its configuration and its tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lminf_export.errors import ModelError
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+# Copied into the bundle where they exist.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine's disk.
+
+    Attributes:
+        folder: where its files are.
+        name: hub id, or the folder's own name; never a path of this machine.
+        revision: commit of the hub, or None for a folder.
+        config: the model's configuration as transformers reads it.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: Any
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the family."""
+        return self.config.model_type
+
+
+def open_source(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Source:
+    """Find a model; an id that is no folder here is fetched from the Hugging Face hub.
+
+    Args:
+        model: folder, or hub id such as "meta-llama/Llama-2-7b-hf".
+        revision: branch, tag or commit of the hub.
+        cache_dir: where the hub's files are kept.
+        trust_remote_code: run Python that a model repository brings; off by default.
+
+    Raises:
+        ModelError: the model is not there, not readable, or not a language model.
+    """
+    folder = Path(model).expanduser()
+    commit = None
+    if folder.is_dir():
+        name = folder.resolve().name
+        if revision is not None:
+            raise ModelError(
+                f"--revision {revision} is for hub models; {str(model)!r} is a local folder"
+            )
+    elif folder.is_file():
+        raise ModelError(f"model {str(model)!r} is a file; give the folder that holds config.json")
+    else:
+        folder = _download(str(model), revision, cache_dir)
+        name, commit = str(model), folder.name
+    _read_json(folder / "config.json", str(model))
+    return Source(folder, name, commit, _load_config(folder, str(model), trust_remote_code))
+
+
+def _download(name: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
+
+    patterns = [*WEIGHT_PATTERNS, *TOKENIZER_FILES, *CONFIG_FILES]
+    try:
+        folder = snapshot_download(
+            name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
+        )
+    except hub_errors.HFValidationError as error:
+        raise ModelError(f"model {name!r}: no such folder, and not a valid hub id") from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise ModelError(f"model {name!r}: the hub has no revision {revision!r}") from error
+    except hub_errors.GatedRepoError as error:
+        raise ModelError(
+            f"model {name!r} is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise ModelError(f"model {name!r}: no such folder, and the hub does not know it") from error
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model {name!r}: no such folder, and the hub could not be reached "
+            f"({type(error).__name__}); check the spelling or the network"
+        ) from error
+    return Path(folder)
+
+
+def _read_json(path: Path, model: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"model {model!r} has no {path.name}; is it a Hugging Face model folder?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path.name} of model {model!r} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ModelError(f"{path.name} of model {model!r} names no model_type")
+    if "quantization_config" in content:
+        kind = content["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"model {model!r} is quantised ({kind}); export the unquantised checkpoint instead"
+        )
+    return content
+
+
+def _load_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    from lminf_export.models import find_family
+
+    content = _read_json(folder / "config.json", model)
+    find_family(content["model_type"])
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"config.json of model {model!r} cannot be used: {reason}") from error

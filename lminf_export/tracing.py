@@ -1,0 +1,169 @@
+"""From a model's configuration to an ONNX graph, without its weights.
+
+The model is built on the meta device, so tracing costs the same for 1 million parameters as
+for 70 billion. Weights are named placeholders in the graph until `weights.attach`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from lminf_export import bindings, onnx_function, op, positions
+from lminf_export.errors import ExportError
+from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, register_attention
+from lminf_export.models.steps import LambdaModel, PlanTables
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph whose weights are still names.
+
+    Attributes:
+        model: the ONNX model, not yet optimised.
+        weight_names: initializer name → every name the checkpoint may use for it.
+        constants: initializer name → its value (rotary tables and the like).
+    """
+
+    model: ir.Model
+    weight_names: dict[str, tuple[str, ...]]
+    constants: dict[str, Tensor]
+
+
+def build_model(
+    config: Any, dtype: torch.dtype, *, device: str, trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """Build a causal language model of transformers with our attention and no weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    register_attention(ALL_ATTENTION_FUNCTIONS)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=trust_remote_code,
+        )
+    return model.eval()
+
+
+def trace(
+    config: Any,
+    family: Family,
+    plan: AttentionPlan,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+) -> Trace:
+    """Trace one step of the model into ONNX.
+
+    Raises:
+        ExportError: torch could not trace or translate the model.
+    """
+    model = build_model(
+        config, TORCH_DTYPES[dtype], device="meta", trust_remote_code=trust_remote_code
+    )
+    tables = PlanTables(plan, TORCH_DTYPES[dtype])
+    constants = {f"tables.{name}": value for name, value in tables.named_buffers()}
+    wrapped = LambdaModel(model, plan, copy.deepcopy(tables).to("meta")).eval()
+    inputs = bindings.input_specs(plan.layers, dtype)
+    outputs = bindings.output_specs(plan.layers, dtype, config.vocab_size)
+    arguments = _example(inputs)
+    with family.patched(model), _quiet_exporter(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                wrapped,
+                (*arguments[:4], arguments[4:]),
+                dynamo=True,
+                opset_version=onnx_function.OPSET,
+                dynamic_shapes=_dynamic_shapes(inputs),
+                input_names=[spec.name for spec in inputs],
+                output_names=[spec.name for spec in outputs],
+                custom_translation_table={
+                    **op.translation_table(),
+                    **positions.translation_table(),
+                },
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ExportError(f"torch could not translate this model to ONNX: {reason}") from error
+    onnx_model = program.model
+    weight_names = _weight_names(model, onnx_model, constants)
+    for value in onnx_model.graph.initializers.values():
+        value.const_value = None  # a tensor without data must not look like a constant to passes
+    return Trace(onnx_model, weight_names, constants)
+
+
+def _example(specs: Sequence[bindings.TensorSpec]) -> list[Tensor]:
+    """Make meta inputs; sizes that differ for every symbol and are never 0 or 1."""
+    symbols = sorted({d for spec in specs for d in spec.shape if isinstance(d, str)})
+    sizes = {symbol: 2 + index for index, symbol in enumerate(symbols)}
+    types = {**TORCH_DTYPES, "int64": torch.int64}
+    return [
+        torch.empty(
+            [sizes[d] if isinstance(d, str) else d for d in spec.shape],
+            dtype=types[spec.dtype],
+            device="meta",
+        )
+        for spec in specs
+    ]
+
+
+def _dynamic_shapes(specs: Sequence[bindings.TensorSpec]) -> tuple[Any, ...]:
+    names = {d for spec in specs for d in spec.shape if isinstance(d, str)}
+    dims = {name: torch.export.Dim(name) for name in names}
+    shapes = [
+        {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs
+    ]
+    return (*shapes[:4], shapes[4:])
+
+
+def _weight_names(
+    model: torch.nn.Module, onnx_model: ir.Model, constants: dict[str, Tensor]
+) -> dict[str, tuple[str, ...]]:
+    """Find, for each initializer, the checkpoint's names of it; tied weights have several."""
+    by_identity: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_identity.setdefault(id(tensor), []).append(name)
+    names = {name: tuple(group) for group in by_identity.values() for name in group}
+    found = {}
+    for initializer in onnx_model.graph.initializers:
+        name = initializer.removeprefix("model.")
+        if initializer in constants:
+            continue
+        if name not in names:
+            raise ExportError(f"the traced graph holds a constant {initializer!r} nobody can fill")
+        found[initializer] = names[name]
+    return found
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep torch's exporter from telling users about torchvision and its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
