@@ -30,21 +30,19 @@ def write_graph(
     plan: AttentionPlan,
     dtype: str,
     checkpoint: Mapping[str, weights.StoredTensor],
-    folder: Path,
-    name: str,
+    path: Path,
     *,
     metadata: Mapping[str, str],
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write `name` and its weights into a folder.
+    """Write a graph, and its weights beside it.
 
     Args:
         trace: the traced model; it is changed and used up.
         plan: how its layers attend.
         dtype: element type of weights and caches.
         checkpoint: the source's tensors.
-        folder: existing folder to write into.
-        name: file name of the graph.
+        path: the graph's file, in an existing folder.
         metadata: ONNX metadata_props.
         progress: told the bytes of weights written.
 
@@ -54,7 +52,7 @@ def write_graph(
     """
     model = trace.model
     optimize(model)
-    _attach_weights(trace, checkpoint, dtype, folder, progress)
+    _attach_weights(trace, checkpoint, dtype, path.parent, progress)
     _attach_constants(model, trace.constants)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = PRODUCER, metadata.get("lminf_export", "")
@@ -63,7 +61,6 @@ def write_graph(
     function = ir.serde.deserialize_function(onnx_function.function_body(_features(plan)))
     model.functions[function.identifier()] = function
     _declare_shapes(model, plan, dtype)
-    path = folder / name
     ir.save(model, path)
     _check(path)
 

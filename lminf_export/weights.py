@@ -33,6 +33,11 @@ TORCH_TYPES = {
 TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
+def item_size(dtype: str) -> int:
+    """Bytes of one element of "float32", "float16" or "bfloat16"."""
+    return TORCH_TYPES[TYPE_NAMES[dtype]].itemsize
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor inside a safetensors file.

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from lminf_export.passes.fuse_rms_norm import fuse_rms_norm
 from lminf_export.passes.linear_to_gemm import linear_to_gemm
 from lminf_export.passes.reshape_targets import constant_reshape_targets
 
@@ -21,6 +22,7 @@ def optimize(model: ir.Model) -> None:
     optimizer.fold_constants_ir(
         model, should_fold=lambda node: False if node.op_type == "Transpose" else None
     )
+    fuse_rms_norm(model)
     linear_to_gemm(model)
     for step in (
         common.IdentityEliminationPass(),

@@ -1,0 +1,46 @@
+# Two targets matter: `make demo` shows it, `make test` checks it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Wheels of TensorRT for RTX exist for x86-64 Linux only; elsewhere the demo stops at ONNX.
+ifeq ($(shell uname -sm),Linux x86_64)
+EXTRAS ?= rtx,dev
+else
+EXTRAS ?= dev
+endif
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make demo     install, export the demo model, validate it, let it write"
+	@echo "make test     lint, types, import rules and all tests"
+	@echo "make lint     only the static checks"
+	@echo "make format   format the code"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/demo.py
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,118 @@
+"""What both commands share: one-line errors, exit codes, logging, the lazy group."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import click
+
+from lminf_export.errors import LminfError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn what a user can cause into one line on stderr and an exit code.
+
+    A LminfError, or an OSError from the system, ends with "error: …" and 2; Ctrl-C with 130; a
+    reader that has gone away with 141 and silence. Everything else is a bug and shows itself.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except LminfError as error:
+            fail(str(error))
+        except BrokenPipeError:
+            _close_stdout()
+            raise SystemExit(EXIT_BROKEN_PIPE) from None
+        except OSError as error:
+            if error.errno is None:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            fail(f"{place}{error.strerror}")
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+
+    return wrapped
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on stderr and exit with 2."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    raise SystemExit(EXIT_ERROR)
+
+
+def verbosity_options(function: Callable[P, R]) -> Callable[..., R]:
+    """Add -v and -q to a command and set logging up from them."""
+
+    @click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
+    @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        set_up_logging(int(kwargs.pop("verbose")), bool(kwargs.pop("quiet")))  # type: ignore[call-overload]
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def set_up_logging(verbose: int, quiet: bool) -> None:
+    """Send the package's messages to stderr: warnings, with -v progress, with -vv everything."""
+    logger = logging.getLogger("lminf_export")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    levels = {0: logging.WARNING, 1: logging.INFO}
+    logger.setLevel(logging.ERROR if quiet else levels.get(verbose, logging.DEBUG))
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used.
+
+    Args:
+        lazy: command name → ("module:attribute", one line of help).
+    """
+
+    def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = dict(lazy)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands' names, as declared."""
+        return list(self.lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in self.lazy:
+            return None
+        module, _, attribute = self.lazy[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
+
+
+def _close_stdout() -> None:
+    """Let the interpreter's last flush go nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # stdout is no file, as in tests
+        return

@@ -1,0 +1,166 @@
+"""`lminf-export`: a model of Hugging Face in, a bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.cli.progress_bar import progress_bar
+from lminf_export.config import DEFAULT_CHUNK_SIZE, DEFAULT_NUM_SINK_TOKENS
+
+if TYPE_CHECKING:
+    from lminf_export.bundle import Bundle
+    from lminf_export.exporter import ExportJob
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        import lminf_export
+
+        click.echo(f"lminf-export {lminf_export.__version__}")
+        ctx.exit()
+
+
+@click.command(
+    "lminf-export",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option("--model", required=True, metavar="ID|DIR", help="Hub id, or folder of a model.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="OUT",
+    help="DIR writes the bundle DIR; DIR/engine.plan or DIR/model.onnx the bundle DIR with "
+    "that as its last product; a bare engine.plan the bundle ./engine.",
+)
+@click.option(
+    "--num-sink-tokens",
+    type=int,
+    default=DEFAULT_NUM_SINK_TOKENS,
+    show_default=True,
+    metavar="N",
+    help="Starting tokens that stay visible for ever.",
+)
+@click.option(
+    "--window-size",
+    type=int,
+    metavar="W",
+    help="Keys a query sees, its own included.  [default: the original training length, "
+    "at most 4096]",
+)
+@click.option(
+    "--distance-limit",
+    type=int,
+    metavar="L",
+    help="Distance at which starting tokens appear once they have left the window.  "
+    "[default: the window]",
+)
+@click.option(
+    "--chunk-size",
+    type=int,
+    default=DEFAULT_CHUNK_SIZE,
+    show_default=True,
+    metavar="S",
+    help="Most new tokens in one step.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Element type of weights and caches; bfloat16 is for engines and GPUs.  "
+    "[default: float16 with an engine, else float32]",
+)
+@click.option(
+    "--builder",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    help="What builds the engine; needed only where both are installed.",
+)
+@click.option(
+    "--max-batch-size",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="B",
+    help="Largest batch of the engine; the ONNX graph takes any.",
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+@click.option("--cache-dir", type=click.Path(file_okay=False), help="Where hub files are kept.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code a model repository brings. Off."
+)
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be written.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+@verbosity_options
+@handle_errors
+def export_command(dry_run: bool, **options: Any) -> None:
+    """Export a language model so that it decodes for ever.
+
+    Writes a bundle: the model as ONNX with Λ-shaped attention over a bounded cache, its weights
+    and tokenizer, an engine if OUT asks for one, and a manifest. Run it with `lminf generate`.
+    """
+    from lminf_export.exporter import ExportOptions, prepare, run_job
+
+    with progress_bar(quiet=dry_run) as progress:
+        job = prepare(ExportOptions(**options), progress)
+        bundle = None if dry_run else run_job(job, progress)
+    if bundle is None:
+        _print_plan(job)
+    else:
+        _print_result(bundle)
+
+
+def _print_plan(job: ExportJob) -> None:
+    from lminf_export.manifest import human_bytes
+
+    draft, settings = job.manifest(), job.settings
+    cache = human_bytes(draft.cache_bytes_per_sequence)
+    rows = [
+        ("model", f"{draft.model_type} from {draft.source.name}, {len(draft.layers)} layers"),
+        ("bundle", str(job.target.directory)),
+        ("graph", job.target.graph_name),
+        ("engine", f"{job.target.engine_name} by {job.builder}" if job.builder else "none"),
+        ("element type", draft.dtype),
+        ("weights", human_bytes(job.weight_bytes)),
+        ("window", f"{settings.window_size} tokens, chunks of {settings.chunk_size}"),
+        ("sink tokens", f"{settings.num_sink_tokens}, at distance {settings.distance_limit}"),
+        ("cache", f"{cache} per sequence, for ever"),
+    ]
+    for name, value in rows:
+        click.echo(f"{name:13} {value}")
+    for notice in draft.notices:
+        click.echo(f"{'note':13} {notice}")
+    click.echo("dry run: nothing was written")
+
+
+def _print_result(bundle: Bundle) -> None:
+    from lminf_export.manifest import human_bytes
+
+    manifest = bundle.manifest
+    settings = manifest.settings
+    click.echo(
+        f"{_shown(bundle.path)}: {manifest.model_type}, {manifest.dtype}, window "
+        f"{settings.window_size} + {settings.num_sink_tokens} sink tokens, cache "
+        f"{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, for ever"
+    )
+    for name, entry in manifest.files.items():
+        if entry.role in ("graph", "weights", "plan"):
+            click.echo(f"  {name:20} {human_bytes(entry.bytes):>10}")
+    if manifest.engine is not None:
+        engine = manifest.engine
+        click.echo(f"engine: {engine.builder} {engine.version} for {engine.target}, {engine.note}")
+
+
+def _shown(path: Path) -> Path:
+    """Return a path relative to where the user is, if it is below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,0 +1,118 @@
+"""`lminf inspect`: what a bundle holds and what its cache costs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import click
+
+from lminf_export.bundle import Bundle
+from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.manifest import Layer, Manifest, human_bytes
+
+# What the unmodified model's cache is compared at.
+_LENGTHS = {"32k": 32 * 1024, "1M": 1_000_000}
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: the manifest and the costs.")
+@click.option("--verify", is_flag=True, help="Hash every file, weights too.")
+@verbosity_options
+@handle_errors
+def inspect_command(bundle: str, as_json: bool, verify: bool) -> None:
+    """Show what is inside BUNDLE and what its cache costs."""
+    opened = Bundle.open(bundle, "full" if verify else "fast")
+    if as_json:
+        content = {"path": str(opened.path), "cache": cache_costs(opened.manifest)}
+        content["manifest"] = opened.manifest.model_dump(mode="json")
+        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        return
+    _print_tables(opened)
+
+
+def cache_costs(manifest: Manifest) -> dict[str, Any]:
+    """Return bytes of one sequence's cache: bounded, and what a full one would take."""
+    return {
+        "bytes_per_sequence": manifest.cache_bytes_per_sequence,
+        "full_cache_bytes": {name: manifest.full_cache_bytes(n) for name, n in _LENGTHS.items()},
+    }
+
+
+def _print_tables(bundle: Bundle) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest = bundle.manifest
+    facts = Table(title=f"bundle {bundle.path.resolve().name}", title_justify="left")
+    facts.add_column("what")
+    facts.add_column("value", overflow="fold")
+    for name, value in [*_model_facts(manifest), *_cache_facts(manifest), *_engine_facts(manifest)]:
+        facts.add_row(name, value)
+    files = Table(title="files", title_justify="left")
+    files.add_column("name", overflow="fold")
+    files.add_column("role")
+    files.add_column("size", justify="right")
+    files.add_column("SHA-256")
+    for name, entry in manifest.files.items():
+        files.add_row(name, entry.role, human_bytes(entry.bytes), entry.sha256[:16] + "…")
+    console = Console(highlight=False)
+    console.print(facts)
+    console.print(files)
+    for notice in manifest.notices:
+        console.print(f"note: {notice}")
+
+
+def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    settings, source = manifest.settings, manifest.source
+    revision = f" at {source.revision}" if source.revision else ""
+    trained = f"{manifest.training_length} tokens" if manifest.training_length else "unknown"
+    return [
+        ("model", f"{manifest.model_type} from {source.name}{revision}"),
+        ("element type", manifest.dtype),
+        ("vocabulary", str(manifest.vocab_size)),
+        ("training length", trained),
+        ("sink tokens", str(settings.num_sink_tokens)),
+        ("window", f"{settings.window_size} tokens"),
+        ("distance limit", f"{settings.distance_limit} tokens"),
+        ("chunk", f"{settings.chunk_size} tokens"),
+        ("layers", _layers(manifest.layers)),
+        ("query heads", str(manifest.num_attention_heads)),
+        ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+    ]
+
+
+def _layers(layers: tuple[Layer, ...]) -> str:
+    """Return the layers, equal ones counted together."""
+    words = {"lambda": "Λ", "sliding": "sliding window"}
+    texts = (
+        f"{words[layer.kind]}, {layer.num_kv_heads} key/value heads of {layer.head_dim}, "
+        f"ring of {layer.ring_capacity}"
+        for layer in layers
+    )
+    return "; ".join(f"{count} × {text}" for text, count in Counter(texts).items())
+
+
+def _cache_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    rows = [("cache per sequence", f"{human_bytes(manifest.cache_bytes_per_sequence)}, for ever")]
+    for name, length in _LENGTHS.items():
+        cost = human_bytes(manifest.full_cache_bytes(length))
+        rows.append((f"a full cache at {name} tokens", cost))
+    return rows
+
+
+def _engine_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    engine = manifest.engine
+    if engine is None:
+        return [("engine", "none")]
+    profiles = "; ".join(
+        ", ".join(f"{name} {low}…{high}" for name, (low, _, high) in profile.items())
+        for profile in engine.profiles
+    )
+    return [
+        ("engine", f"{engine.file}, {engine.dtype}, {engine.note}"),
+        ("engine builder", f"{engine.builder} {engine.version}, for {engine.target}"),
+        ("engine profiles", profiles),
+    ]

@@ -1,0 +1,55 @@
+"""`lminf`: what can be done with a bundle."""
+
+from __future__ import annotations
+
+import click
+
+import lminf_export
+from lminf_export.cli.common import LazyGroup, handle_errors
+
+_COMMANDS = {
+    "generate": (
+        "lminf_export.cli.generate:generate_command",
+        "Continue a text, for as long as you like.",
+    ),
+    "validate": (
+        "lminf_export.cli.validate:validate_command",
+        "Compare a bundle with the reference, logit by logit.",
+    ),
+    "inspect": (
+        "lminf_export.cli.inspect:inspect_command",
+        "Show what is inside a bundle and what its cache costs.",
+    ),
+}
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"lminf {lminf_export.__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Show the version and exit.",
+)  # fmt: skip
+def cli() -> None:
+    """Run and look into bundles written by lminf-export.
+
+    A BUNDLE is the folder lminf-export wrote, or a file in it.
+    """
+
+
+@handle_errors
+def main() -> None:
+    """Entry point of `lminf`."""
+    cli(prog_name="lminf")
+
+
+if __name__ == "__main__":
+    main()

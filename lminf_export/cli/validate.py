@@ -1,0 +1,106 @@
+"""`lminf validate`: does a bundle compute what the specification says?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.cli.progress_bar import progress_bar
+
+if TYPE_CHECKING:
+    from lminf_export.validate import ValidationReport
+
+EXIT_BEYOND_TOLERANCE = 1
+
+
+@click.command("validate")
+@click.argument("bundle", type=click.Path())
+@click.option(
+    "--model",
+    metavar="ID|DIR",
+    help="Take the reference's weights from this model, not from the bundle.",
+)
+@click.option(
+    "--tokens",
+    "num_tokens",
+    type=int,
+    metavar="T",
+    help="Length of the stream.  [default: a little over 4 windows]",
+)
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Take the stream from this text, through the bundle's tokenizer; random otherwise.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@verbosity_options
+@handle_errors
+def validate_command(
+    bundle: str,
+    model: str | None,
+    num_tokens: int | None,
+    text: Path | None,
+    seed: int,
+    provider: str,
+    as_json: bool,
+) -> None:
+    """Run BUNDLE token by token and in uneven chunks, and compare every logit.
+
+    The reference is the model's own code with the written-out mathematics of Λ-attention, in
+    float64. Exits 1 if an error is beyond its tolerance.
+    """
+    from lminf_export.bundle import Bundle
+    from lminf_export.runtime.text import TextCodec
+    from lminf_export.validate import validate
+
+    with progress_bar() as progress:
+        token_ids = None
+        if text is not None:
+            codec = TextCodec.of(Bundle.open(bundle))
+            token_ids = codec.encode(text.read_text(encoding="utf-8"))
+        report = validate(
+            bundle,
+            model=model,
+            num_tokens=num_tokens,
+            token_ids=token_ids,
+            seed=seed,
+            provider=provider,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        _print_table(report)
+    if not report.passed:
+        raise SystemExit(EXIT_BEYOND_TOLERANCE)
+
+
+def _print_table(report: ValidationReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report.bundle}: {report.dtype} against a {report.reference_dtype} reference, "
+        f"window {report.window_size}; errors relative to the logits' range",
+        title_justify="left",
+    )
+    table.add_column("run")
+    for name in ("tokens", "max error", "mean error", "tolerance", "same argmax", ""):
+        table.add_column(name, justify="right")
+    for row in report.comparisons:
+        table.add_row(
+            row.name,
+            str(row.tokens),
+            f"{row.max_error:.1e}",
+            f"{row.mean_error:.1e}",
+            f"{row.tolerance:.1e}",
+            f"{row.argmax_agreement:.2%}",
+            "ok" if row.passed else "FAILED",
+        )
+    Console(highlight=False, width=max(100, Console().width)).print(table)

@@ -1,0 +1,394 @@
+"""`lminf.json`: what a bundle holds, checked field by field when it is read.
+
+The manifest names every file with its size and SHA-256, and carries its own hash over the
+canonical JSON of all other fields, so that an altered manifest is noticed too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from lminf_export.bindings import LayerSpec, TensorSpec, input_specs, output_specs
+from lminf_export.config import MAX_POSITION, LambdaConfig, ring_capacity
+from lminf_export.errors import BundleError, ConfigError
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST_NAME = "lminf.json"
+NOT_EXECUTED = "built, not executed here"
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Role = Literal["graph", "weights", "plan", "plugin", "tokenizer", "config", "other"]
+LayerKind = Literal["lambda", "sliding"]
+# Called with a file's name and the bytes just read of it.
+Progress = Callable[[str, int], None]
+HASH_BLOCK = 2**20
+ITEM_SIZES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def check_file_name(name: str) -> str:
+    """Return a bundle's file name, or raise ValueError if it could point outside the bundle."""
+    path = PurePosixPath(name)
+    plain = (
+        name == str(path)
+        and not path.is_absolute()
+        and not any(part == ".." for part in path.parts)
+    )
+    if not plain or name in ("", ".", MANIFEST_NAME) or any(c in name for c in "\\\0\n"):
+        raise ValueError(f"{name!r} is not a plain relative file name")
+    return name
+
+
+def check_source_name(name: str) -> str:
+    """Return a model's name, or raise ValueError for a path of some machine."""
+    if not name or name.startswith(("/", "~")) or "\\" in name or ".." in name.split("/"):
+        raise ValueError(f"{name!r} is neither a model id nor a folder's name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(check_file_name)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Record(BaseModel):
+    """A frozen part of the manifest: no conversions, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Source(Record):
+    """Where the weights came from: a model id or a folder's name, and the revision asked for."""
+
+    name: Annotated[str, AfterValidator(check_source_name)]
+    revision: str | None = None
+
+
+class LambdaSettings(Record):
+    """The fields of `LambdaConfig`."""
+
+    window_size: int
+    num_sink_tokens: int
+    distance_limit: int
+    chunk_size: int
+
+    @model_validator(mode="after")
+    def _follows_the_rules(self) -> LambdaSettings:
+        self.to_config()
+        return self
+
+    def to_config(self) -> LambdaConfig:
+        """Return the validated configuration."""
+        return LambdaConfig(**self.model_dump())
+
+
+class Layer(Record):
+    """One layer's cache, as `bindings.LayerSpec`, and whether Λ or its own window rules it."""
+
+    kind: LayerKind
+    num_kv_heads: Positive
+    head_dim: Positive
+    window_size: Positive
+    num_sink_tokens: Count
+    distance_limit: Positive
+    ring_capacity: Positive
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The layer as the graph's contract describes it."""
+        return LayerSpec(**self.model_dump(exclude={"kind"}))
+
+
+class Tensor(Record):
+    """One row of the I/O table."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class FileEntry(Record):
+    """Size in bytes, SHA-256 in hexadecimal and purpose of one file."""
+
+    bytes: Count
+    sha256: Sha256
+    role: Role
+
+
+class Engine(Record):
+    """A compiled engine.
+
+    Attributes:
+        builder: "tensorrt" or "tensorrt-rtx".
+        version: of the builder, as it says itself.
+        target: what it was built for, such as "sm_89" or "any".
+        file: the plan's name in the bundle.
+        dtype: element type of weights and caches.
+        profiles: for each optimisation profile, symbol → (minimum, optimum, maximum).
+        executed: whether the plan ran on the machine that built it.
+        note: the same in words.
+    """
+
+    builder: str
+    version: str
+    target: str
+    file: FileName
+    dtype: Dtype
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    executed: bool = False
+    note: str = NOT_EXECUTED
+
+
+class Manifest(Record):
+    """Everything `lminf.json` says; `new_manifest` starts one, `BundleWriter.commit` seals it."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model_type: str
+    source: Source
+    lambda_config: LambdaSettings
+    dtype: Dtype
+    vocab_size: Positive
+    max_position: Annotated[int, Field(ge=1, le=MAX_POSITION)] = MAX_POSITION
+    num_attention_heads: Positive
+    training_length: Positive | None = None
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    bos_token_id: Count | None = None
+    eos_token_ids: tuple[Count, ...] = ()
+    graph: FileName
+    files: dict[FileName, FileEntry] = {}
+    tools: dict[str, str] = {}
+    notices: tuple[str, ...] = ()
+    engine: Engine | None = None
+    manifest_sha256: Sha256 | Literal[""] = ""
+
+    @model_validator(mode="after")
+    def _tables_follow_from_the_layers(self) -> Manifest:
+        inputs, outputs = io_tables(self.layer_specs, self.dtype, self.vocab_size)
+        for what, found, expected in (
+            ("inputs", self.inputs, inputs),
+            ("outputs", self.outputs, outputs),
+        ):
+            if found != expected:
+                raise ValueError(f"{what}: {_first_difference(found, expected)}")
+        return self
+
+    @model_validator(mode="after")
+    def _rings_hold_window_and_chunk(self) -> Manifest:
+        chunk_size = self.lambda_config.chunk_size
+        for index, layer in enumerate(self.layers):
+            wanted = ring_capacity(layer.window_size, chunk_size)
+            if layer.ring_capacity != wanted:
+                raise ValueError(
+                    f"layers[{index}].ring_capacity={layer.ring_capacity}: window "
+                    f"{layer.window_size} and chunk {chunk_size} need {wanted}"
+                )
+        return self
+
+    @property
+    def settings(self) -> LambdaConfig:
+        """The Λ configuration."""
+        return self.lambda_config.to_config()
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """The layers' caches, in order."""
+        return tuple(layer.spec for layer in self.layers)
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of one cache element."""
+        return ITEM_SIZES[self.dtype]
+
+    @property
+    def cache_bytes_per_sequence(self) -> int:
+        """Bytes of one sequence's caches when every ring is full: the most they ever take."""
+        return sum(layer.cache_elements for layer in self.layer_specs) * self.item_size
+
+    def full_cache_bytes(self, num_tokens: int) -> int:
+        """Bytes the unmodified model's cache takes for one sequence of num_tokens tokens."""
+        total = 0
+        for layer in self.layers:
+            tokens = num_tokens if layer.kind == "lambda" else min(num_tokens, layer.window_size)
+            total += 2 * layer.num_kv_heads * layer.head_dim * tokens
+        return total * self.item_size
+
+    def files_of(self, *roles: Role) -> list[str]:
+        """Names of the files with one of these roles."""
+        return [name for name, entry in self.files.items() if entry.role in roles]
+
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of every field but the hash itself."""
+        return content_sha256(self.model_dump(mode="json"))
+
+    def sealed(self, files: dict[str, FileEntry]) -> Manifest:
+        """Return the manifest with its file table and its own hash filled in."""
+        draft = self.model_copy(update={"files": dict(sorted(files.items()))})
+        return draft.model_copy(update={"manifest_sha256": draft.digest()})
+
+    def to_json(self) -> str:
+        """Return the text of `lminf.json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def new_manifest(
+    *,
+    model_type: str,
+    source: Source,
+    settings: LambdaConfig,
+    dtype: Dtype,
+    vocab_size: int,
+    num_attention_heads: int,
+    layers: Sequence[LayerSpec],
+    layer_kinds: Sequence[LayerKind] | None = None,
+    graph: str = "model.onnx",
+    training_length: int | None = None,
+    bos_token_id: int | None = None,
+    eos_token_ids: Iterable[int] = (),
+    tools: dict[str, str] | None = None,
+    notices: Iterable[str] = (),
+    engine: Engine | None = None,
+) -> Manifest:
+    """Start a manifest; the I/O tables follow from the layers, files come at commit.
+
+    Args:
+        layer_kinds: for each layer "lambda" or "sliding"; all "lambda" by default.
+        graph: file name of the ONNX graph.
+
+    The other arguments are the manifest's fields.
+    """
+    kinds: Sequence[LayerKind] = layer_kinds or ["lambda"] * len(layers)
+    inputs, outputs = io_tables(layers, dtype, vocab_size)
+    return Manifest(
+        model_type=model_type,
+        source=source,
+        lambda_config=LambdaSettings(
+            window_size=settings.window_size,
+            num_sink_tokens=settings.num_sink_tokens,
+            distance_limit=settings.distance_limit,
+            chunk_size=settings.chunk_size,
+        ),
+        dtype=dtype,
+        vocab_size=vocab_size,
+        num_attention_heads=num_attention_heads,
+        training_length=training_length,
+        layers=tuple(
+            Layer(kind=kind, **vars(layer)) for kind, layer in zip(kinds, layers, strict=True)
+        ),
+        inputs=inputs,
+        outputs=outputs,
+        bos_token_id=bos_token_id,
+        eos_token_ids=tuple(eos_token_ids),
+        graph=graph,
+        tools=tools or {},
+        notices=tuple(notices),
+        engine=engine,
+    )
+
+
+def io_tables(
+    layers: Sequence[LayerSpec], dtype: str, vocab_size: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the inputs and outputs `bindings` derives from the layers."""
+    return (
+        tuple(_row(spec) for spec in input_specs(layers, dtype)),
+        tuple(_row(spec) for spec in output_specs(layers, dtype, vocab_size)),
+    )
+
+
+def read_manifest(text: bytes, where: str) -> Manifest:
+    """Parse and check `lminf.json`.
+
+    Args:
+        text: the file's bytes.
+        where: its path, for messages.
+
+    Raises:
+        BundleError: damaged JSON, another schema version, a wrong field or a wrong hash.
+    """
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{where} is damaged: {error}; export the model again") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise BundleError(
+            f"{where}: schema version {version!r}, this lminf-export reads {SCHEMA_VERSION}; "
+            "export the model again or use the version that wrote it"
+        )
+    if raw.get("manifest_sha256") != content_sha256(raw):
+        raise BundleError(
+            f"{where} was altered: it does not match its own manifest_sha256; "
+            "export the model again"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except (ValidationError, ConfigError) as error:
+        raise BundleError(f"{where}: {_first_problem(error)}; export the model again") from None
+
+
+def content_sha256(fields: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's canonical JSON: sorted keys, no spaces, without its own hash."""
+    rest = {key: value for key, value in fields.items() if key != "manifest_sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_sha256(path: Path, progress: Progress | None = None) -> str:
+    """Return a file's SHA-256 in hexadecimal, reading it block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+            if progress:
+                progress(path.name, len(block))
+    return digest.hexdigest()
+
+
+def human_bytes(count: float) -> str:
+    """Return a size as people write it, such as "1.5 GiB"."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    power = min(int(math.log(count, 1024)), 5)
+    return f"{count / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
+
+
+def _row(spec: TensorSpec) -> Tensor:
+    return Tensor(name=spec.name, dtype=spec.dtype, shape=spec.shape)
+
+
+def _first_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    for index, (left, right) in enumerate(zip(found, expected, strict=False)):
+        if left != right:
+            return f"entry {index} is {describe(left)}, the layers ask for {describe(right)}"
+    return f"{len(found)} entries, the layers ask for {len(expected)}"
+
+
+def describe(tensor: Tensor) -> str:
+    """Return a tensor as one word group: name dtype[shape]."""
+    return f"{tensor.name} {tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _first_problem(error: ValidationError | ConfigError) -> str:
+    if isinstance(error, ConfigError):
+        return str(error)
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message

@@ -1,0 +1,1 @@
+"""Running a bundle: sessions, states, generation. Needs numpy, tokenizers and an engine only."""

@@ -1,0 +1,312 @@
+"""A loaded bundle as people use it: logits of any chunk of tokens, and generation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from lminf_export.bundle import Bundle
+from lminf_export.errors import InputError, SessionError
+from lminf_export.runtime.cache import State
+from lminf_export.runtime.memory import require_memory
+from lminf_export.runtime.sampling import Sampler, SamplingConfig
+from lminf_export.runtime.session import Session
+from lminf_export.runtime.text import TextCodec
+
+Logits = Literal["all", "last", "none"]
+
+DEFAULT_MAX_NEW_TOKENS = 256
+_FEW = 16
+
+
+class LanguageModel:
+    """A bundle and a session that runs it; `lminf_export.load` makes one.
+
+    Attributes:
+        bundle: what was loaded.
+        session: what runs it.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:
+        self.bundle = bundle
+        self.session = session
+        self._vocab_size = bundle.manifest.vocab_size
+        self._max_position = bundle.manifest.max_position
+        self._codec: TextCodec | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, number of token ids."""
+        return self._vocab_size
+
+    @property
+    def codec(self) -> TextCodec:
+        """The bundle's tokenizer, read when first asked for."""
+        if self._codec is None:
+            self._codec = TextCodec.of(self.bundle)
+        return self._codec
+
+    def new_state(self, batch_size: int = 1) -> State:
+        """Return the state of `batch_size` streams that have seen nothing.
+
+        Raises:
+            InputError: for a batch below 1.
+            SessionError: if the caches would exceed this machine's memory.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r}: must be an integer of at least 1")
+        require_memory(self.bundle.manifest, self.session, batch_size)
+        return self.session.new_state(batch_size)
+
+    def forward(
+        self,
+        token_ids: Any,
+        state: State,
+        *,
+        lengths: Any = None,
+        logits: Logits = "all",
+    ) -> np.ndarray | None:
+        """Read the next tokens of every stream and advance the state.
+
+        Chunks longer than the model's chunk size are split inside. If an error is raised, the
+        state stands behind the last piece that succeeded; before the first piece it is as it was.
+
+        Args:
+            token_ids: (B, S) integers, S ≥ 1; what stands behind a row's length is ignored.
+            state: from `new_state`, B streams.
+            lengths: (B,) integers 0 … S, real tokens of each row; all S by default.
+            logits: which to return.
+
+        Returns:
+            A fresh float32 array: (B, S, V) for "all", zeros behind a row's length; (B, 1, V)
+            of each row's last real token for "last", zeros for a row of length 0; None for
+            "none".
+
+        Raises:
+            InputError: token ids, lengths or a state that do not fit.
+            SessionError: a step failed or yielded logits that are not finite.
+        """
+        self._check_state(state)
+        ids, counts = self._checked(token_ids, lengths, state)
+        if logits not in ("all", "last", "none"):
+            raise InputError(f"logits={logits!r}: must be 'all', 'last' or 'none'")
+        rows, width = ids.shape
+        if width == 1 and lengths is None:
+            found = self._one_token(ids, state, wanted=logits != "none")
+            return found.copy() if logits != "none" else None
+        result = None
+        if logits != "none":
+            shape = (rows, width if logits == "all" else 1, self._vocab_size)
+            ragged = bool((counts != width).any())
+            result = (np.zeros if ragged else np.empty)(shape, np.float32)
+        start, end = 0, int(counts.max())
+        while start < end:
+            stop = min(end, start + self.session.step_limit(state))
+            self._piece(ids[:, start:stop], counts - start, state, result, start, logits)
+            start = stop
+        return result
+
+    def _one_token(self, ids: np.ndarray, state: State, *, wanted: bool = True) -> np.ndarray:
+        """Run a token of every stream, as decoding does; return logits the next step overwrites."""
+        if state.furthest >= self._max_position:
+            self._refuse_end(state.furthest + 1)
+        rows = len(ids)
+        new_length = np.ones(rows, np.int64)
+        found = self.session.step(state, ids, new_length, np.zeros((rows, int(wanted)), np.int64))
+        if not math.isfinite(found.sum()):
+            self._refuse_infinite(found, state)
+        state.advance(new_length)
+        return found
+
+    def _piece(
+        self,
+        ids: np.ndarray,
+        remaining: np.ndarray,
+        state: State,
+        result: np.ndarray | None,
+        start: int,
+        logits: Logits,
+    ) -> None:
+        """Run one step and put its logits where they belong in the result."""
+        rows, width = ids.shape
+        new_length = remaining.clip(0, width)
+        if logits == "all":
+            index = np.broadcast_to(np.arange(width), (rows, width))
+            real = index < new_length[:, None]
+        else:
+            # Rows whose last token is in this piece, if anybody wants it.
+            ends = (remaining > 0) & (remaining <= width) & (logits == "last")
+            real = ends[:, None][:, : int(ends.any())]
+            index = np.where(ends, remaining - 1, 0)[:, None][:, : real.shape[1]]
+        found = self.session.step(state, ids, new_length, index)
+        # A sum is finite only if its terms are: one pass, looked at closely only if it is not.
+        if not math.isfinite(found.sum()):
+            self._refuse_infinite(found[real], state)
+        state.advance(new_length)
+        if result is None or not real.size:
+            return
+        place = result[:, start : start + width] if logits == "all" else result
+        if real.all():
+            place[...] = found
+        else:
+            place[real] = found[real]
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int] | np.ndarray,
+        *,
+        max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop_token_ids: Iterable[int] | None = None,
+        state: State | None = None,
+    ) -> Iterator[int]:
+        """Continue a prompt; yield token ids one by one, for ever if nothing ends it.
+
+        The last id yielded has not been read into the state: pass it on with what follows to
+        continue the stream. A stop token is not yielded.
+
+        Args:
+            prompt_ids: (P,) integers, P ≥ 1.
+            max_new_tokens: how many at most; None for no end.
+            temperature: see `SamplingConfig`, as for the settings that follow it.
+            top_k: see `SamplingConfig`.
+            top_p: see `SamplingConfig`.
+            min_p: see `SamplingConfig`.
+            repetition_penalty: see `SamplingConfig`.
+            seed: see `SamplingConfig`.
+            stop_token_ids: ids that end the text; the bundle's end-of-text ids by default.
+            state: a state of one stream to continue; a new one by default.
+
+        Raises:
+            ConfigError: a sampling setting outside its rule.
+            InputError: an empty prompt, an id outside the vocabulary, a wrong state.
+            SessionError: see `forward`.
+        """
+        sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        ids = self._checked_prompt(prompt_ids)
+        if max_new_tokens is not None and (
+            isinstance(max_new_tokens, bool)
+            or not isinstance(max_new_tokens, int)
+            or max_new_tokens < 0
+        ):
+            raise InputError(f"max_new_tokens={max_new_tokens!r}: must be at least 0, or None")
+        stops = self.bundle.manifest.eos_token_ids if stop_token_ids is None else stop_token_ids
+        if state is None:
+            state = self.new_state()
+        self._check_state(state)
+        if state.batch_size != 1:
+            raise InputError(f"generate continues one stream, this state has {state.batch_size}")
+        return self._generate(ids, max_new_tokens, sampling, frozenset(stops), state)
+
+    def _generate(
+        self,
+        ids: np.ndarray,
+        max_new_tokens: int | None,
+        sampling: SamplingConfig,
+        stops: frozenset[int],
+        state: State,
+    ) -> Iterator[int]:
+        window = self.bundle.manifest.lambda_config.window_size
+        sampler = Sampler(sampling, self._vocab_size, window)
+        sampler.observe(ids[0, -window:].tolist())
+        if max_new_tokens == 0:
+            return
+        logits = self.forward(ids, state, logits="last")
+        assert logits is not None
+        for count in itertools.count(1):
+            token = sampler.choose(logits[0, 0])
+            if token in stops:
+                return
+            yield token
+            if count == max_new_tokens:
+                return
+            sampler.observe((token,))
+            logits = self._one_token(np.array([[token]], np.int64), state)
+
+    def _check_state(self, state: State) -> None:
+        if not isinstance(state, State) or not self.session.owns(state):
+            raise InputError("this state is not from this model's new_state()")
+
+    def _checked_prompt(self, prompt_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = _integers(prompt_ids, "prompt_ids")
+        if ids.size == 0:
+            raise InputError("the prompt is empty; give at least one token id")
+        if ids.ndim != 1:
+            raise InputError(f"prompt_ids has shape {ids.shape}; expected (P,), one stream's ids")
+        self._check_range(ids)
+        return ids[None].astype(np.int64)
+
+    def _checked(self, token_ids: Any, lengths: Any, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids (B, S) int64, zeros where padding stands, and lengths (B,) int64."""
+        ids = _integers(token_ids, "token_ids")
+        if ids.ndim != 2 or ids.shape[1] < 1 or ids.shape[0] != state.batch_size:
+            raise InputError(
+                f"token_ids has shape {ids.shape}; expected ({state.batch_size}, S) with S ≥ 1, "
+                f"a row for each of the state's {state.batch_size} streams"
+            )
+        rows, width = ids.shape
+        counts = np.full(rows, width, np.int64)
+        if lengths is not None:
+            counts = _checked_lengths(lengths, rows, width)
+            ids = np.where(np.arange(width) < counts[:, None], ids, 0)
+        self._check_range(ids)
+        if state.furthest + width > self._max_position:
+            furthest = int((state.past_length + counts).max())
+            if furthest > self._max_position:
+                self._refuse_end(furthest)
+        return ids.astype(np.int64, copy=False), counts
+
+    def _refuse_end(self, furthest: int) -> NoReturn:
+        raise InputError(
+            f"the stream would reach token {furthest}; positions are exact up to "
+            f"{self._max_position} only: start a new state"
+        )
+
+    def _check_range(self, ids: np.ndarray) -> None:
+        # Python is faster than numpy on the few ids of a decoding step.
+        values = ids.ravel().tolist() if ids.size <= _FEW else (int(ids.min()), int(ids.max()))
+        low, high = min(values), max(values)
+        if low < 0 or high >= self._vocab_size:
+            wrong = low if low < 0 else high
+            raise InputError(
+                f"token id {wrong} is outside the vocabulary of {self._vocab_size} "
+                f"(0 … {self._vocab_size - 1}); was it made by another tokenizer?"
+            )
+
+    def _refuse_infinite(self, logits: np.ndarray, state: State) -> None:
+        """Raise SessionError if any of these logits is not finite."""
+        if np.isfinite(logits).all():
+            return
+        raise SessionError(
+            f"the step at token {state.furthest} yielded logits that are not finite; the weights "
+            f"are damaged or overflow {self.bundle.manifest.dtype}: try --dtype float32, and "
+            "check the model with lminf validate"
+        )
+
+
+def _checked_lengths(lengths: Any, rows: int, width: int) -> np.ndarray:
+    counts = _integers(lengths, "lengths")
+    if counts.shape != (rows,) or counts.min() < 0 or counts.max() > width:
+        raise InputError(
+            f"lengths={counts.tolist()}: must be {rows} numbers of real tokens, 0 … {width}"
+        )
+    return counts.astype(np.int64)
+
+
+def _integers(values: Any, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InputError(f"{name}: rows of different lengths; pad them and pass lengths=") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"{name} has type {array.dtype}; expected integers")
+    return array

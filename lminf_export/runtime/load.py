@@ -1,0 +1,53 @@
+"""From a bundle on disk to a language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lminf_export.bundle import Bundle, Verify
+from lminf_export.errors import SessionError
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.memory import require_memory
+from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, Provider
+from lminf_export.runtime.session import Session
+
+
+def load(
+    path: str | Path,
+    *,
+    provider: Provider = "cpu",
+    threads: int | None = None,
+    verify: Verify = "fast",
+) -> LanguageModel:
+    """Load a bundle.
+
+    Args:
+        path: the bundle's folder or a file in it. Its plan is run by TensorRT, on a GPU;
+            anything else means its graph, run by onnxruntime.
+        provider: "cpu" or "cuda", for onnxruntime.
+        threads: threads of one operator in onnxruntime; its own choice by default.
+        verify: "fast" hashes what decides what runs and checks the sizes of the weights;
+            "full" hashes every file.
+
+    Raises:
+        BundleError: the bundle is missing, incomplete or altered.
+        SessionError: it cannot run here, or its caches exceed this machine's memory.
+        EngineError: the plan cannot run here.
+    """
+    bundle = Bundle.open(path, verify)
+    session: Session
+    if bundle.plan_path is not None and _is_same_file(path, bundle.plan_path):
+        from lminf_export.runtime.tensorrt import TensorRTSession
+
+        session = TensorRTSession(bundle)
+        return LanguageModel(bundle, session)
+    if Path(path).suffix == ".plan":
+        raise SessionError(f"{path} is not the plan of this bundle; it has {bundle.plan_path}")
+    if provider == "cpu":
+        require_memory(bundle.manifest, None, batch_size=1)
+    session = OnnxRuntimeSession(bundle, provider=provider, threads=threads)
+    return LanguageModel(bundle, session)
+
+
+def _is_same_file(left: str | Path, right: Path) -> bool:
+    return Path(left).resolve() == right.resolve()

@@ -1,0 +1,156 @@
+"""Text in, text out: prompts to token ids, token ids to a stream of text, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from lminf_export.bundle import Bundle
+from lminf_export.errors import BundleError, InputError
+
+# Tokens of the prompt a stream is started with, so that its first word is spaced as it should.
+_CONTEXT_TOKENS = 8
+# No character is longer; bytes that still make none will never do.
+_MAX_PENDING_TOKENS = 16
+
+
+class TextCodec:
+    """A bundle's tokenizer.
+
+    Args:
+        path: `tokenizer.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise BundleError(f"{path} cannot be read as a tokenizer: {error}") from None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> TextCodec:
+        """Return a bundle's tokenizer.
+
+        Raises:
+            BundleError: if it has none.
+        """
+        if bundle.tokenizer_path is None:
+            raise BundleError(
+                f"{bundle.path} has no tokenizer.json; use the Python interface with token ids"
+            )
+        return cls(bundle.tokenizer_path)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return a prompt's token ids.
+
+        Raises:
+            InputError: for an empty prompt.
+        """
+        if not text:
+            raise InputError("the prompt is empty; give at least one character")
+        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if not token_ids:
+            raise InputError(f"the prompt {text!r} holds nothing the tokenizer knows")
+        return list(token_ids)
+
+    def stream(
+        self, token_ids: Iterable[int], *, after: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """Turn ids into pieces of text as they arrive; end at a stop string.
+
+        Args:
+            token_ids: what a model yields.
+            after: ids of the text before, such as the prompt's.
+            stop: strings that end the text; nothing of them is yielded, and no token is asked
+                for once one is complete.
+        """
+        decoder = StreamDecoder(self.tokenizer, after)
+        stops = StopStrings(stop)
+        for token in token_ids:
+            piece = stops.push(decoder.step(token))
+            if piece:
+                yield piece
+            if stops.found:
+                return
+        piece = stops.push(decoder.flush()) + stops.flush()
+        if piece:
+            yield piece
+
+
+class StreamDecoder:
+    """Decodes one token at a time; a character split over tokens comes out whole."""
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []
+        for token in after[-_CONTEXT_TOKENS:]:
+            self.step(token)
+        self._pending.clear()
+
+    def step(self, token: int) -> str:
+        """Return the text that has become certain, often "" or one word."""
+        self._pending.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception as error:
+            # Bytes that are no text can change what was decoded before (tokenizers#1705).
+            if "prefix" not in str(error).lower():
+                raise
+            return self.flush()
+        if text is not None:
+            self._pending.clear()
+            return text
+        return self.flush() if len(self._pending) >= _MAX_PENDING_TOKENS else ""
+
+    def flush(self) -> str:
+        """Return what is held back, with a replacement mark for bytes that are no text."""
+        text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        self._pending.clear()
+        self._stream = DecodeStream(skip_special_tokens=True)
+        return text
+
+
+class StopStrings:
+    """Passes text on until a stop string is complete; holds back what could begin one.
+
+    Attributes:
+        found: the stop string that ended the text, or None.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        if any(not text for text in stop):
+            raise InputError("a stop string is empty; give at least one character")
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """Take more text; return what can be passed on."""
+        if self.found is not None:
+            return ""
+        text = self._held + text
+        places = [(place, s) for s in self._stop if (place := text.find(s)) >= 0]
+        if places:
+            place, self.found = min(places)
+            self._held = ""
+            return text[:place]
+        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """Return what was held back when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that begins stop."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
