@@ -1,0 +1,156 @@
+"""How much memory an export takes: a 1.1-billion-parameter Llama at every element type.
+
+Writes a checkpoint of random weights shard by shard, exports it in a child process and samples
+that process's anonymous memory (RssAnon). What counts is the peak over the interpreter with
+its imports. One JSON, with versions; needs about 12 GB of disk.
+
+    python benchmarks/export_memory.py --out benchmarks/results/export_memory.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import environment, write_result
+from safetensors.torch import save_file
+
+# TinyLlama's shape, 1.1 billion parameters.
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
+IMPORTS = "import lminf_export.exporter, torch.onnx, transformers.models.llama.modeling_llama"
+
+
+def write_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Write config.json and one shard a layer; return the number of parameters."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SHAPE, tie_word_embeddings=False, dtype=dtype)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    h, f = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * h // config.num_attention_heads
+    weight_map: dict[str, str] = {}
+    count = 0
+
+    def save(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        nonlocal count
+        tensors = {k: (torch.randn(s) * 0.02).to(dtype) for k, s in shapes.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        count += sum(t.numel() for t in tensors.values())
+
+    for i in range(config.num_hidden_layers):
+        p = f"model.layers.{i}."
+        save(
+            f"model-{i:05}.safetensors",
+            {
+                p + "self_attn.q_proj.weight": (h, h),
+                p + "self_attn.k_proj.weight": (kv, h),
+                p + "self_attn.v_proj.weight": (kv, h),
+                p + "self_attn.o_proj.weight": (h, h),
+                p + "mlp.gate_proj.weight": (f, h),
+                p + "mlp.up_proj.weight": (f, h),
+                p + "mlp.down_proj.weight": (h, f),
+                p + "input_layernorm.weight": (h,),
+                p + "post_attention_layernorm.weight": (h,),
+            },
+        )
+    save(
+        "model-ends.safetensors",
+        {
+            "model.embed_tokens.weight": (config.vocab_size, h),
+            "model.norm.weight": (h,),
+            "lm_head.weight": (config.vocab_size, h),
+        },
+    )
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return count
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon of a process, bytes; 0 once it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon")), 0)
+
+
+def peak_of(code: str) -> tuple[int, float]:
+    """Run Python code in a child; return its peak anonymous memory and its seconds."""
+    start, peak = time.perf_counter(), 0
+    child = subprocess.Popen([sys.executable, "-c", code])
+    while child.poll() is None:
+        peak = max(peak, anonymous_bytes(child.pid))
+        time.sleep(0.005)
+    if child.returncode:
+        raise SystemExit(f"child failed with {child.returncode}: {code}")
+    return peak, time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, help="folder on a disk with 12 GB free")
+    arguments = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="lminf-", dir=arguments.work))
+    try:
+        result = measure(work)
+    finally:
+        shutil.rmtree(work)
+    write_result(arguments.out, result)
+
+
+def measure(work: Path) -> dict[str, object]:
+    checkpoint = work / "model"
+    checkpoint.mkdir()
+    parameters = write_checkpoint(checkpoint)
+    # The interpreter with its imports holds still for a moment, so that it is sampled.
+    imports, _ = peak_of(f"{IMPORTS}; import time; time.sleep(0.3)")
+    rows = []
+    for dtype in ("float32", "float16", "bfloat16"):
+        out = work / dtype
+        code = (
+            f"{IMPORTS}; import lminf_export; "
+            f"lminf_export.export({str(checkpoint)!r}, {str(out)!r}, dtype={dtype!r})"
+        )
+        peak, seconds = peak_of(code)
+        size = sum(p.stat().st_size for p in out.iterdir())
+        shutil.rmtree(out)
+        rows.append(
+            {
+                "dtype": dtype,
+                "peak_anonymous_over_imports_bytes": peak - imports,
+                "seconds": round(seconds, 1),
+                "bundle_bytes": size,
+            }
+        )
+        print(rows[-1], file=sys.stderr)
+    return {
+        "benchmark": "export_memory",
+        "parameters": parameters,
+        "source_dtype": "bfloat16",
+        "imports_anonymous_bytes": imports,
+        "exports": rows,
+        **environment(),
+    }
+
+
+if __name__ == "__main__":
+    main()
