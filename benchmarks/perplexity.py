@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument(
-        "--factors", type=float, nargs="+", default=[0.5, 1, 2, 4, 8, 16, 32, 64],
+        "--factors",
+        type=float,
+        nargs="+",
+        default=[0.5, 1, 2, 4, 8, 16, 32, 64],
         help="context lengths as multiples of the training length",
     )
     parser.add_argument("--stock-limit", type=float, default=32, help="longest for the stock model")

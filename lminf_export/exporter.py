@@ -18,8 +18,12 @@ from lminf_export import weights
 from lminf_export.bindings import LayerSpec
 from lminf_export.bundle import Bundle
 from lminf_export.bundle_writer import BundleWriter, OutTarget, check_destination, parse_out
-from lminf_export.config import DEFAULT_CHUNK_SIZE, DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_CAP
-from lminf_export.config import LambdaConfig
+from lminf_export.config import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_NUM_SINK_TOKENS,
+    DEFAULT_WINDOW_CAP,
+    LambdaConfig,
+)
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.graph import write_graph
 from lminf_export.manifest import Dtype, Engine, Manifest, human_bytes, new_manifest

@@ -105,6 +105,7 @@ def trace(
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ExportError(f"torch could not translate this model to ONNX: {reason}") from error
+    assert program is not None  # None is for exports straight to a file
     onnx_model = program.model
     weight_names = _weight_names(model, onnx_model, constants)
     for value in onnx_model.graph.initializers.values():

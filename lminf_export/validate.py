@@ -27,6 +27,7 @@ from lminf_export.models.steps import HistoryStep, run
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
+from lminf_export.runtime.onnxruntime import Provider
 from lminf_export.source import Source, open_source
 
 # The contract in float32: rounding of a few thousand terms, relative to the logits' range.
@@ -102,7 +103,7 @@ def validate(
     num_tokens: int | None = None,
     token_ids: Sequence[int] | None = None,
     seed: int = 0,
-    provider: str = "cpu",
+    provider: Provider = "cpu",
     progress: Progress = silent,
 ) -> ValidationReport:
     """Run a bundle token by token and in uneven chunks, and compare every logit.
@@ -161,12 +162,14 @@ def run_in_pieces(
 ) -> Logits:
     """Feed a stream (T,) in pieces of repeating sizes; return logits (T, V)."""
     state = model.new_state(1)
-    logits, start = [], 0
+    found: list[Logits] = []
+    start = 0
     for size in cycle(sizes):
         if start >= len(tokens):
-            return np.concatenate(logits)
-        piece = tokens[None, start : start + size]
-        logits.append(model.forward(piece, state)[0])
+            return np.concatenate(found)
+        logits = model.forward(tokens[None, start : start + size], state)
+        assert logits is not None
+        found.append(logits[0])
         start += size
         told(min(start / len(tokens), 1.0))
     raise AssertionError("sizes must not be empty")
@@ -234,10 +237,8 @@ def _reference_dtype(source: Source) -> torch.dtype:
 def _load_model(source: Source, dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.utils import logging as transformers_logging
 
     register_attention(ALL_ATTENTION_FUNCTIONS)
-    transformers_logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(
         source.folder, dtype=dtype, attn_implementation=attention, use_safetensors=True
     ).eval()

@@ -234,6 +234,7 @@ def attach(model: ir.Model, stored: Mapping[str, StoredTensor]) -> None:
     """
     for name, tensor in stored.items():
         value = model.graph.initializers[name]
+        assert value.dtype is not None
         value.const_value = ir.ExternalTensor(
             tensor.path.name,
             tensor.offset,

@@ -223,3 +223,17 @@ def test_past_caches_are_read_by_nothing_but_the_write(tmp_path):
     shapes = [name for name, ops in readers.items() if "Shape" in ops]
     assert len(shapes) <= 1, "the ring's size is read once, from one ring"
     assert all(set(ops) <= {"TensorScatter", "Shape"} for ops in readers.values())
+
+
+def test_no_logits_are_computed_where_nobody_reads_them(tmp_path):
+    folder = save_llama(tmp_path / "m")
+    export(folder, tmp_path / "b", window_size=WINDOW, num_sink_tokens=SINKS, chunk_size=CHUNK)
+    model = load(tmp_path / "b")
+    tokens = random_tokens(4 * WINDOW)
+    wanted = oracle(folder, tokens)
+    state = model.new_state()
+    assert model.forward(tokens[None, :-1], state, logits="none") is None
+    last = model.forward(tokens[None, -1:], state, logits="last")
+    assert last.shape == (1, 1, 131)
+    assert last.dtype == np.float32
+    assert np.abs(last[0, 0] - wanted[-1]).max() < TOLERANCE * np.ptp(wanted)

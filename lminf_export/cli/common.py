@@ -80,6 +80,14 @@ def set_up_logging(verbose: int, quiet: bool) -> None:
     logger.setLevel(logging.ERROR if quiet else levels.get(verbose, logging.DEBUG))
 
 
+def quiet_transformers() -> None:
+    """Keep transformers' own warnings and bars out of a command's output; -v shows ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are used.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.cli.common import handle_errors, quiet_transformers, verbosity_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.config import DEFAULT_CHUNK_SIZE, DEFAULT_NUM_SINK_TOKENS
 
@@ -110,6 +110,7 @@ def export_command(dry_run: bool, **options: Any) -> None:
     """
     from lminf_export.exporter import ExportOptions, prepare, run_job
 
+    quiet_transformers()
     with progress_bar(quiet=dry_run) as progress:
         job = prepare(ExportOptions(**options), progress)
         bundle = None if dry_run else run_job(job, progress)

@@ -92,7 +92,7 @@ def _layers(layers: tuple[Layer, ...]) -> str:
         f"ring of {layer.ring_capacity}"
         for layer in layers
     )
-    return "; ".join(f"{count} × {text}" for text, count in Counter(texts).items())
+    return "\n".join(f"{count} × {text}" for text, count in Counter(texts).items())
 
 
 def _cache_facts(manifest: Manifest) -> list[tuple[str, str]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.cli.common import handle_errors, quiet_transformers, verbosity_options
 from lminf_export.cli.progress_bar import progress_bar
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def validate_command(
     num_tokens: int | None,
     text: Path | None,
     seed: int,
-    provider: str,
+    provider: Literal["cpu", "cuda"],
     as_json: bool,
 ) -> None:
     """Run BUNDLE token by token and in uneven chunks, and compare every logit.
@@ -59,6 +59,7 @@ def validate_command(
     from lminf_export.runtime.text import TextCodec
     from lminf_export.validate import validate
 
+    quiet_transformers()
     with progress_bar() as progress:
         token_ids = None
         if text is not None:

@@ -26,7 +26,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class Llama:
     """Adapter of `LlamaForCausalLM`."""
 
-    model_types = ("llama",)
+    model_types: tuple[str, ...] = ("llama",)
 
     def training_length(self, config: Any) -> int | None:
         """Return the length before any rotary extension."""

@@ -57,18 +57,25 @@ class PlanTables(nn.Module):
     def rows(self, position: Tensor) -> list[tuple[Tensor, Tensor]]:
         """cos and sin (B, S, R/2) of each rotation at given positions (B, S)."""
         return [
-            positions.rotary_rows(position, getattr(self, f"cos_{k}"), getattr(self, f"sin_{k}"))
+            positions.rotary_rows(
+                position, self.get_buffer(f"cos_{k}"), self.get_buffer(f"sin_{k}")
+            )
             for k in range(len(self.plan.rotations))
         ]
 
     def limit_row(self, rotation: int, limit: int) -> tuple[Tensor, Tensor]:
         """cos and sin (R/2,) at the distance limit."""
         name = f"{rotation}_{limit}"
-        return getattr(self, f"limit_cos_{name}"), getattr(self, f"limit_sin_{name}")
+        return self.get_buffer(f"limit_cos_{name}"), self.get_buffer(f"limit_sin_{name}")
+
+    def no_rotation_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a layer without rotation passes for cos, sin and their limit rows."""
+        row, limit = self.get_buffer("no_rotation"), self.get_buffer("no_limit")
+        return row, row, limit, limit
 
     def no_sinks(self, layer: LayerSpec) -> Tensor:
         """(1, G, 1, D) zeros: what a layer without sink tokens passes to the operator."""
-        return getattr(self, _no_sinks_name(layer))
+        return self.get_buffer(_no_sinks_name(layer))
 
 
 def _no_sinks_name(layer: LayerSpec) -> str:
@@ -148,10 +155,10 @@ class OperatorStep:
     def _rotation(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index = self.plan.layer_rotation[layer]
         if index is None:
-            t = self.tables
-            return t.no_rotation, t.no_rotation, t.no_limit, t.no_limit
+            return self.tables.no_rotation_rows()
         limit = self.plan.layers[layer].distance_limit
-        return *self.rows[index], *self.tables.limit_row(index, limit)
+        cos, sin = self.rows[index]
+        return (cos, sin, *self.tables.limit_row(index, limit))
 
 
 class HistoryStep:
@@ -226,7 +233,8 @@ def run(model: nn.Module, input_ids: Tensor, step: Step, logits_index: Tensor) -
         return (hidden.gather(1, index),)
 
     # A hook before the vocabulary projection leaves what a family does around it untouched.
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_rows)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]  # of PreTrainedModel
+    hook = head.register_forward_pre_hook(keep_rows)
     try:
         with use_step(step):
             return model(input_ids=input_ids, use_cache=False).logits

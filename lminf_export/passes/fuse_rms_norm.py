@@ -26,7 +26,7 @@ def fuse_rms_norm(model: ir.Model) -> None:
             attributes={"axis": -1, "epsilon": epsilon, "stash_type": 1},
         )
         old, new = node.outputs[0], fused.outputs[0]
-        new.shape, new.dtype = old.shape, old.dtype
+        new.shape, new.type = old.shape, old.type
         model.graph.insert_before(node, fused)
         ir.convenience.replace_all_uses_with(old, new)
 

@@ -37,11 +37,14 @@ def linear_to_gemm(model: ir.Model) -> None:
         shape = ir.node("Shape", [_rows_of(graph, x)], attributes={"start": 0, "end": 2})
         width = _constant([out_features], new_nodes)
         target = ir.node("Concat", [shape.outputs[0], width], attributes={"axis": 0})
-        unflatten = ir.node("Reshape", [gemm.outputs[0], target.outputs[0]])
+        # allowzero: a step may ask for no logits at all, and then 0 means 0.
+        unflatten = ir.node(
+            "Reshape", [gemm.outputs[0], target.outputs[0]], attributes={"allowzero": 1}
+        )
         new_nodes += [gemm, shape, target, unflatten]
         replaced = add or node
         final, old = unflatten.outputs[0], replaced.outputs[0]
-        final.shape, final.dtype, final.name = old.shape, old.dtype, old.name
+        final.shape, final.type, final.name = old.shape, old.type, old.name
         graph.insert_before(replaced, new_nodes)
         ir.convenience.replace_all_uses_with(old, final, replace_graph_outputs=True)
         if add is not None:

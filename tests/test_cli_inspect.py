@@ -1,0 +1,78 @@
+"""`lminf inspect`: what a bundle holds, what its cache costs, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from lminf_export.bundle import BundleWriter
+from lminf_export.cli.main import cli
+from lminf_export.manifest import Engine
+from tests.tiny_bundle import TinyModel
+
+TINY = TinyModel(sliding_window=5)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    engine = Engine(
+        builder="tensorrt-rtx",
+        version="1.7.1",
+        target="any",
+        file="x.plan",
+        dtype="float32",
+        profiles=({"batch": (1, 1, 4), "sequence": (1, 1, 1)},),
+    )
+    path = tmp_path_factory.mktemp("b") / "tiny"
+    with BundleWriter(path) as writer:
+        writer.add("model.onnx", "graph").write_bytes(b"graph")
+        writer.add("x.plan", "plan").write_bytes(b"plan")
+        writer.commit(TINY.manifest(engine))
+    return path
+
+
+def inspect(*arguments):
+    return CliRunner().invoke(cli, ["inspect", *map(str, arguments)], env={"COLUMNS": "100"})
+
+
+def test_people_see_model_cache_engine_and_files(bundle):
+    result = inspect(bundle)
+    assert result.exit_code == 0, result.output
+    for text in (
+        "llama from somebody/tiny at main",
+        "1 × Λ, 2 key/value heads of 6, ring of 21",
+        "1 × sliding window, 2 key/value heads of 6, ring of 14",
+        "3.6 KiB, for ever",
+        "a full cache at 32k tokens",
+        "3.0 MiB",
+        "a full cache at 1M tokens",
+        "91.6 MiB",
+        "x.plan, float32, built, not executed here",
+        "tensorrt-rtx 1.7.1, for any",
+        "batch 1…4, sequence 1…1",
+        "model.onnx",
+        "a model made by hand",
+    ):
+        assert text in result.output, text
+
+
+def test_programs_get_the_manifest_and_the_costs(bundle):
+    content = json.loads(inspect(bundle, "--json").output)
+    assert content["manifest"]["lambda_config"]["window_size"] == TINY.window_size
+    manifest = TINY.manifest()
+    assert content["cache"]["bytes_per_sequence"] == manifest.cache_bytes_per_sequence
+    assert content["cache"]["full_cache_bytes"] == {
+        "32k": manifest.full_cache_bytes(32768),
+        "1M": manifest.full_cache_bytes(1_000_000),
+    }
+
+
+def test_a_damaged_bundle_is_one_line(tmp_path):
+    path = TINY.write(tmp_path / "b").path
+    (path / "model.onnx").write_bytes(b"")
+    result = inspect(path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
