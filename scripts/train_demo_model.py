@@ -158,8 +158,9 @@ def with_bos(crops: torch.Tensor) -> torch.Tensor:
 def random_batch(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return (BATCH_SIZE, CONTEXT) ids: the start token, then a random crop of the text.
 
-    The start token stands first in every sequence because heads that want to attend to
-    nothing then learn to rest on it: the attention sink that Λ-attention keeps.
+    The start token stands first in every sequence: an attention sink, the place where a head
+    rests that wants to attend to nothing, needs one token that is always there.
+    ``attention_on_start_token_by_layer`` in training.json says how far one has formed.
     """
     starts = torch.randint(len(ids) - CONTEXT + 2, (BATCH_SIZE, 1), generator=generator)
     return with_bos(ids[starts + torch.arange(CONTEXT - 1)])
@@ -332,6 +333,7 @@ def parse_args() -> argparse.Namespace:
     default_out = Path(__file__).resolve().parents[1] / "examples" / "demo-llama"
     parser.add_argument("--out", type=Path, default=default_out, help="model folder to write")
     parser.add_argument("--text", type=Path, help="output of `bible -f gen1:1-rev22:21`")
+    # Four passes over the text; with twice as many or more, the held-out loss rises.
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--report-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)

@@ -403,7 +403,7 @@ def test_a_batch_larger_than_this_machine_is_refused_with_both_numbers(lm, monke
         lm.new_state(3)
 
 
-def test_a_plan_is_run_by_tensorrt_and_nothing_else(tmp_path):
+def test_a_plan_that_is_not_the_bundles_is_refused(tmp_path):
     path = TINY.write(tmp_path / "b").path
     (path / "other.plan").write_bytes(b"")
     with pytest.raises(SessionError, match="is not the plan of this bundle"):

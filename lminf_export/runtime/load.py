@@ -31,8 +31,7 @@ def load(
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered.
-        SessionError: it cannot run here, or its caches exceed this machine's memory.
-        EngineError: the plan cannot run here.
+        SessionError: graph or plan cannot run here, or the caches exceed this machine's memory.
     """
     bundle = Bundle.open(path, verify)
     session: Session
