@@ -107,6 +107,7 @@ class ExportJob:
             vocab_size=config.vocab_size,
             num_attention_heads=self.plan.num_attention_heads,
             layers=self.plan.layers,
+            layer_kinds=["sliding" if own else "lambda" for own in self.plan.sliding],
             graph=self.target.graph_name,
             training_length=self.family.training_length(config),
             bos_token_id=getattr(config, "bos_token_id", None),

@@ -70,6 +70,7 @@ def _features(plan: AttentionPlan) -> onnx_function.BodyFeatures:
         rotary=bool(plan.rotations),
         alibi=plan.alibi_slopes is not None,
         softcap=bool(plan.softcap),
+        sink_logits=plan.sink_logits,
     )
 
 

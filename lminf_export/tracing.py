@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lminf_export import bindings, onnx_function, op, positions
 from lminf_export.errors import ExportError
-from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, register_attention
+from lminf_export.models.base import AttentionPlan, Family, build_model
 from lminf_export.models.steps import LambdaModel, PlanTables
 
 TORCH_DTYPES = {
@@ -43,24 +43,6 @@ class Trace:
     model: ir.Model
     weight_names: dict[str, tuple[str, ...]]
     constants: dict[str, Tensor]
-
-
-def build_model(
-    config: Any, dtype: torch.dtype, *, device: str, trust_remote_code: bool = False
-) -> torch.nn.Module:
-    """Build a causal language model of transformers with our attention and no weights."""
-    from transformers import AutoModelForCausalLM
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    register_attention(ALL_ATTENTION_FUNCTIONS)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config),
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=trust_remote_code,
-        )
-    return model.eval()
 
 
 def trace(

@@ -236,9 +236,8 @@ def _reference_dtype(source: Source) -> torch.dtype:
 
 def _load_model(source: Source, dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    register_attention(ALL_ATTENTION_FUNCTIONS)
+    register_attention()
     return AutoModelForCausalLM.from_pretrained(
         source.folder, dtype=dtype, attn_implementation=attention, use_safetensors=True
     ).eval()

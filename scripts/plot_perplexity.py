@@ -1,6 +1,6 @@
 """Draw perplexity against context length from the JSON of benchmarks/perplexity.py.
 
-    python scripts/plot_perplexity.py benchmarks/results/perplexity.json docs/perplexity.png
+python scripts/plot_perplexity.py benchmarks/results/perplexity.json docs/perplexity.png
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def test_rows_of_different_lengths_equal_rows_alone(tmp_path):
 
 def test_float16_errs_at_most_twice_as_much_as_torch_in_float16(tmp_path):
     from lminf_export.models.steps import HistoryStep, run
-    from lminf_export.tracing import build_model
+    from lminf_export.models.base import build_model
 
     folder = save_llama(tmp_path / "m")
     export(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from lminf_export.errors import ModelError
 from lminf_export.models.base import Family
-from lminf_export.models.llama import Llama
+from lminf_export.models.rotary import RotaryFamily
 
+_FAMILIES: tuple[Family, ...] = (RotaryFamily("llama"),)
 FAMILIES: dict[str, Family] = {
-    model_type: family for family in (Llama(),) for model_type in family.model_types
+    model_type: family for family in _FAMILIES for model_type in family.model_types
 }
 
 # Why these can never be served, for a better message than "unknown".

@@ -7,12 +7,14 @@ keys that carry no position. Who answers is decided by the step in force (`use_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lminf_export.bindings import LayerSpec
@@ -52,6 +54,8 @@ class AttentionPlan:
         layer_rotation: for each layer an index into rotations, or None for no rotation.
         softcap: soft cap of the logits, 0 for none.
         alibi_slopes: (H,) float32, or None.
+        sink_logits: the layers have learned sink logits.
+        sliding: for each layer whether its window is its own, from training.
         notices: what the user should be told about this model.
     """
 
@@ -61,6 +65,8 @@ class AttentionPlan:
     layer_rotation: tuple[int | None, ...]
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None
+    sink_logits: bool = False
+    sliding: tuple[bool, ...] = ()
     notices: tuple[str, ...] = ()
 
 
@@ -82,25 +88,74 @@ class Family(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A rotation a model asks for: its rotary module's path, and a layer type if it has many."""
+
+    module: str
+    layer_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What a layer's mask shows: everything before (None), or a window of so many keys."""
+
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention of one layer, as the model asks for it.
+
+    Attributes:
+        layer: its index.
+        query: (B, H, S, D), not rotated.
+        key: (B, G, S, D), not rotated.
+        value: (B, G, S, D).
+        scale: factor of the logits.
+        turn: how queries and keys would have been rotated; None for not at all.
+        visible: what the layer's own mask shows.
+        softcap: soft cap of the logits, 0 for none.
+        sink_logits: (H,) learned logits, or None.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    turn: Turn | None
+    visible: Visible
+    softcap: float
+    sink_logits: Tensor | None
+
+
 class Step(Protocol):
     """Answers the attention of one forward pass."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Return (B, H, S, D) for query (B, H, S, D), key and value (B, G, S, D), unrotated."""
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Return (B, H, S, D)."""
         ...
 
 
 _step: ContextVar[Step] = ContextVar("lminf_step")
+_turn: ContextVar[Turn | None] = ContextVar("lminf_turn", default=None)
 
 
 @contextmanager
 def use_step(step: Step) -> Iterator[None]:
     """Answer every attention call within by this step."""
-    token = _step.set(step)
+    token, turn = _step.set(step), _turn.set(None)
     try:
         yield
     finally:
         _step.reset(token)
+        _turn.reset(turn)
+
+
+def announce_turn(turn: Turn) -> None:
+    """Say how the queries and keys of the next attention call are rotated."""
+    _turn.set(turn)
 
 
 def attend(
@@ -108,16 +163,30 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: object,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Stand in for an attention function of transformers: (B, H, S, D) in, (B, S, H, D) out.
 
-    transformers passes settings that the step in force has from its plan already.
+    transformers passes settings, such as dropout, that mean nothing here.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = _step.get().attend(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
+    turn = _turn.get()
+    _turn.set(None)
+    call = AttentionCall(
+        layer=module.layer_idx,  # type: ignore[arg-type]
+        query=query,
+        key=key,
+        value=value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        turn=turn,
+        visible=attention_mask if isinstance(attention_mask, Visible) else Visible(),
+        softcap=softcap or 0.0,
+        sink_logits=s_aux,
+    )
+    output = _step.get().attend(call)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -132,20 +201,25 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-class NoRotaryEmbedding(nn.Module):
-    """Takes the place of a model's rotary module; nobody reads what it returns."""
-
-    def forward(self, *_: Any, **__: Any) -> tuple[None, None]:
-        """Return nothing twice, where cos and sin were."""
-        return None, None
-
-
-def unrotated(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """Take the place of `apply_rotary_pos_emb`: queries and keys stay as they are."""
-    return query, key
-
-
-def register_attention(registry: Any) -> None:
+def register_attention() -> None:
     """Make `attend` known to transformers under ATTENTION_NAME."""
-    attention: Callable[..., Any] = attend
-    registry.register(ATTENTION_NAME, attention)
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
+
+
+def build_model(
+    config: Any, dtype: torch.dtype, *, device: str, trust_remote_code: bool = False
+) -> nn.Module:
+    """Build a causal language model of transformers with our attention and random weights."""
+    from transformers import AutoModelForCausalLM
+
+    register_attention()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=trust_remote_code,
+        )
+    return model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lminf_export import op, positions, reference
 from lminf_export.bindings import LayerSpec
-from lminf_export.models.base import AttentionPlan, Rotation, Step, use_step
+from lminf_export.models.base import AttentionCall, AttentionPlan, Rotation, Step, use_step
 from lminf_export.rope import rotary_tables
 
 
@@ -111,34 +111,40 @@ class OperatorStep:
         }
         self.present: dict[int, list[Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Write the layer's cache and attend over it."""
+        layer = call.layer
         assert layer not in self.present, f"layer {layer} attends twice"
         spec, caches = self.plan.layers[layer], self.caches[layer]
         if not spec.num_sink_tokens:
             caches = [*caches, *(self.tables.no_sinks(spec),) * 2]
         output, *present = op.lambda_attention(
-            query,
-            key,
-            value,
+            call.query,
+            call.key,
+            call.value,
             *caches,
             self.past_length,
             self.new_length,
             self.query_position,
             self.slots[spec.ring_capacity],
             *self._rotation(layer),
-            self.tables.alibi_slopes,
-            self.tables.no_sink_logits,
+            self.tables.get_buffer("alibi_slopes"),
+            self._sink_logits(call),
             num_sink_tokens=spec.num_sink_tokens,
             window_size=spec.window_size,
             distance_limit=spec.distance_limit,
-            scale=scale,
+            scale=call.scale,
             softcap=self.plan.softcap,
             rotary_dim=self._rotary_dim(layer),
             rotary_interleaved=self._interleaved(layer),
         )
         self.present[layer] = present[: 4 if spec.num_sink_tokens else 2]
         return output
+
+    def _sink_logits(self, call: AttentionCall) -> Tensor:
+        if call.sink_logits is None:
+            return self.tables.get_buffer("no_sink_logits")
+        return call.sink_logits.to(torch.float32)
 
     def _kind(self, layer: int) -> Rotation | None:
         index = self.plan.layer_rotation[layer]
@@ -178,10 +184,11 @@ class HistoryStep:
         self.past_length = self.past_length + self.new_length
         self.new_length = new_length
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Append to the layer's history and attend over all of it that is visible."""
-        spec, plan = self.plan.layers[layer], self.plan
-        steps = torch.arange(query.shape[2])
+        layer, plan, key, value = call.layer, self.plan, call.key, call.value
+        spec = plan.layers[layer]
+        steps = torch.arange(key.shape[2])
         query_position = self.past_length[:, None] + steps
         is_real = steps < self.new_length[:, None]
         position = query_position.masked_fill(~is_real, reference.EMPTY)
@@ -192,7 +199,7 @@ class HistoryStep:
         index = plan.layer_rotation[layer]
         rotation = None if index is None else plan.rotations[index]
         output = reference.attend_by_distance(
-            query,
+            call.query,
             key,
             value,
             query_position,
@@ -200,12 +207,13 @@ class HistoryStep:
             window_size=spec.window_size,
             num_sink_tokens=spec.num_sink_tokens,
             distance_limit=spec.distance_limit,
-            scale=scale,
+            scale=call.scale,
             inv_freq=rotation.inv_freq if rotation else None,
             attention_factor=rotation.attention_factor if rotation else 1.0,
             interleaved=bool(rotation and rotation.interleaved),
             softcap=plan.softcap,
             alibi_slopes=plan.alibi_slopes,
+            sink_logits=call.sink_logits,
         )
         after = (self.past_length + self.new_length)[:, None]
         alive = (position > after - spec.window_size) | (position < spec.num_sink_tokens)
