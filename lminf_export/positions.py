@@ -86,7 +86,9 @@ def _slot_positions_to_onnx(past_length: Any, new_length: Any, ring: Any) -> Any
     capacity = _ONNX.Squeeze(_ONNX.Shape(ring, start=2, end=3))
     total = _ONNX.Add(past_length, new_length)
     last = _ONNX.Unsqueeze(_ONNX.Sub(total, _scalar(1)), _integers(1))
-    age = _ONNX.Sub(last, _ONNX.Range(_scalar(0), capacity, _scalar(1)))
+    # One lap is added so that Mod never sees a negative number: engines differ on those.
+    a_lap_on = _ONNX.Add(last, capacity)
+    age = _ONNX.Sub(a_lap_on, _ONNX.Range(_scalar(0), capacity, _scalar(1)))
     return _ONNX.Sub(last, _ONNX.Mod(age, capacity))
 
 

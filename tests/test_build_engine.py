@@ -207,6 +207,22 @@ def test_an_unprepared_graph_is_refused_with_the_names_around_the_node(tmp_path,
     del keep
 
 
+def test_the_reason_is_given_where_the_parsers_first_line_says_nothing(tmp_path, parse):
+    folder, request = written(TINY, tmp_path)
+    prepare_for_engine(folder / "model.onnx", folder / "ready.onnx", request)
+    model = ir.load(folder / "ready.onnx")
+    ring = next(x for x in model.graph.inputs if x.name == "past_key_values.1.value")
+    ring.shape = ir.Shape(["batch", 2, "ring", 16])
+    ir.save(model, folder / "ready.onnx")
+    parsed, _, parser, *keep = parse(folder / "ready.onnx")
+    assert not parsed
+    message = compiler.parser_message(parser)
+    assert message.startswith("the parser refuses node present.1.value (TensorScatter): ")
+    assert "static sequence length" in message
+    assert "\n" not in message
+    del keep
+
+
 CRASHES = {
     "abort": ("import os; os.abort()", "crashed: SIGABRT"),
     "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "too little memory"),
@@ -345,7 +361,7 @@ def test_both_builder_modules_have_one_shape():
 
 def test_tensorrt_proper_asks_for_a_gpu_before_anything_else(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "find_gpu", lambda: "no NVIDIA driver is installed")
-    with pytest.raises(EngineError, match="no NVIDIA driver is installed.*tensorrt-rtx"):
+    with pytest.raises(EngineError, match=r"no NVIDIA driver is installed.*tensorrt-rtx"):
         tensorrt.build(request_of(TINY, tmp_path))
 
 

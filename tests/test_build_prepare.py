@@ -119,7 +119,7 @@ def test_a_node_is_named_after_what_it_makes(graphs):
 def test_a_graph_of_other_layers_is_refused(graphs, tmp_path):
     request = request_of(TINY, graphs[0].parent, layers=TINY.layers[:1])
     out = graphs[0].parent / "other.onnx"
-    with pytest.raises(EngineError, match="writes 4 rings .* have 2"):
+    with pytest.raises(EngineError, match=r"writes 4 rings .* have 2"):
         prepare_for_engine(graphs[0], out, request)
     assert not out.exists()
 

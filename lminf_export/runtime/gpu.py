@@ -1,10 +1,19 @@
-"""Is there an NVIDIA GPU? Asked of the driver itself, before any library that would crash."""
+"""The NVIDIA GPU: whether there is one, asked of the driver itself, and its memory.
+
+Not yet executed on a machine with a GPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lminf_export.errors import SessionError
 
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 # CUdevice_attribute values of the driver's stable ABI.
@@ -31,10 +40,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | str:
-    """Return the first GPU, or why there is none.
-
-    Not yet executed on a machine with a GPU.
-    """
+    """Return the first GPU, or why there is none; asked before any library that would crash."""
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
@@ -68,3 +74,89 @@ def _error_name(driver: ctypes.CDLL, status: int) -> str:
     text = ctypes.c_char_p()
     driver.cuGetErrorName(status, ctypes.byref(text))
     return text.value.decode() if text.value else f"CUDA error {status}"
+
+
+class Cuda:
+    """The few calls of the CUDA runtime a session needs, and its stream.
+
+    Args:
+        cudart: `cuda.bindings.runtime`.
+    """
+
+    def __init__(self, cudart: Any) -> None:
+        self._cudart = cudart
+        (self._stream,) = self._call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
+        self._kinds = cudart.cudaMemcpyKind
+        weakref.finalize(self, cudart.cudaStreamDestroy, self._stream)
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle as a number."""
+        return int(self._stream)
+
+    def memory(self) -> tuple[int, int]:
+        """Return free and total bytes of the GPU."""
+        free, total = self._call("cudaMemGetInfo")
+        return int(free), int(total)
+
+    def allocate(self, nbytes: int) -> int:
+        """Return the address of new memory."""
+        (address,) = self._call("cudaMalloc", nbytes)
+        return int(address)
+
+    def free(self, address: int) -> None:
+        """Give memory back; the interpreter may be ending, so errors are nobody's business."""
+        self._cudart.cudaFree(address)
+
+    def zero(self, address: int, nbytes: int) -> None:
+        """Fill memory with zeros."""
+        self._call("cudaMemsetAsync", address, 0, nbytes, self._stream)
+
+    def send(self, address: int, array: np.ndarray) -> None:
+        """Copy a contiguous array to the GPU."""
+        kind = self._kinds.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self._stream)
+
+    def receive(self, array: np.ndarray, address: int) -> None:
+        """Copy from the GPU into a contiguous array, done after `synchronize`."""
+        kind = self._kinds.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until the stream is empty."""
+        self._call("cudaStreamSynchronize", self._stream)
+
+    def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        status, *values = getattr(self._cudart, name)(*arguments)
+        if status != self._cudart.cudaError_t.cudaSuccess:
+            raise SessionError(f"{name} failed: {getattr(status, 'name', status)}")
+        return tuple(values)
+
+
+class Buffers:
+    """Named memory of one state on the GPU; `free` gives all of it back."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._held: dict[str, tuple[int, int]] = {}
+
+    def __getitem__(self, name: str) -> int:
+        return self._held[name][0]
+
+    def reserve(self, name: str, nbytes: int, *, zeroed: bool = False) -> int:
+        """Return the address of at least this many bytes; old content may be lost."""
+        address, size = self._held.get(name, (0, -1))
+        if nbytes > size:
+            if size >= 0:
+                del self._held[name]
+                self._cuda.free(address)
+            address = self._cuda.allocate(nbytes)
+            self._held[name] = address, nbytes
+        if zeroed:
+            self._cuda.zero(address, nbytes)
+        return address
+
+    def free(self) -> None:
+        """Give everything back."""
+        while self._held:
+            self._cuda.free(self._held.popitem()[1][0])
