@@ -20,8 +20,9 @@ PROMPT = "In the beginning"
 
 def show(*command: str) -> None:
     """Print a command and run it; stop with its exit code if it fails."""
-    print(f"\n$ {' '.join(f'{c!r}' if ' ' in c else c for c in command)}", flush=True)
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    print(f"\n$ {' '.join(command)}", flush=True)
+    program = sys.executable if command[0] == "python" else command[0]
+    code = subprocess.run((program, *command[1:]), cwd=ROOT, check=False).returncode
     if code:
         sys.exit(code)
 
@@ -63,7 +64,7 @@ def main() -> None:
     show("lminf", "validate", str(BUNDLE))
     write_text()
     show(
-        sys.executable, "benchmarks/perplexity.py", "--bundle", str(BUNDLE), "--model", str(MODEL),
+        "python", "benchmarks/perplexity.py", "--bundle", str(BUNDLE), "--model", str(MODEL),
         "--text", str(MODEL / "heldout.txt"), "--factors", "1", "16", "--blocks", "12", "--table",
     )  # fmt: skip
     if has_builder:

@@ -212,7 +212,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases, base=st.sampled_from(BASES), in_place=st.booleans(), seed=st.integers(0, 999))
 def test_every_form_equals_distances(case, base, in_place, seed):
     chunks = random_chunks(case, rows=2, steps=12, seed=seed)
