@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import lminf_export
 
-TARGETS = 128  # tokens scored at the end of each context
+TARGETS = 64  # tokens scored at the end of each context
 Score = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 
 

@@ -9,6 +9,7 @@ from onnxscript import optimizer
 from lminf_export.passes.fuse_rms_norm import fuse_rms_norm
 from lminf_export.passes.linear_to_gemm import linear_to_gemm
 from lminf_export.passes.reshape_targets import constant_reshape_targets
+from lminf_export.passes.stay_flat import stay_flat
 
 
 def optimize(model: ir.Model) -> None:
@@ -24,6 +25,7 @@ def optimize(model: ir.Model) -> None:
     )
     fuse_rms_norm(model)
     linear_to_gemm(model)
+    stay_flat(model)
     for step in (
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),

@@ -1,0 +1,136 @@
+"""Graph passes on small graphs in ONNX's text form, and on a whole exported model."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from lminf_export import export
+from lminf_export.passes.fuse_rms_norm import fuse_rms_norm
+from lminf_export.passes.linear_to_gemm import linear_to_gemm
+from lminf_export.passes.reshape_targets import constant_reshape_targets
+from lminf_export.passes.stay_flat import stay_flat
+from tests.tiny_models import save_llama
+
+HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
+LINEAR = HEADER + """
+g (float[B, S, 6] x) => (float[B, S, 5] y)
+<float[5, 6] w, float[5] b>
+{
+    t = Transpose <perm = [1, 0]> (w)
+    m = MatMul (x, t)
+    y = Add (m, b)
+}"""
+NORM = HEADER + """
+g (float[B, S, 6] x) => (float[B, S, 6] y)
+<float[6] w, float two = {2.0}, float eps = {0.000001}, int64[1] axes = {-1}>
+{
+    p = Pow (x, two)
+    m = ReduceMean (p, axes)
+    a = Add (m, eps)
+    s = Sqrt (a)
+    r = Reciprocal (s)
+    n = Mul (x, r)
+    o = Mul (w, n)
+    y = Identity (o)
+}"""
+VIEW = HEADER + """
+g (float[B, S, 6] x) => (float[B, S, 2, 3] y)
+<int64[2] tail = {2, 3}>
+{
+    head = Shape <start = 0, end = 2> (x)
+    target = Concat <axis = 0> (head, tail)
+    y = Reshape (x, target)
+}"""
+
+
+def parsed(text: str) -> ir.Model:
+    """Parse a graph, give its weights random values, infer shapes."""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    # In the text form a weight is declared like any value; here it becomes an initializer.
+    for value in proto.graph.value_info:
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        weight = rng.normal(size=shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, value.name))
+    del proto.graph.value_info[:]
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def outputs(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    text = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(text, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def counts(model: ir.Model) -> Counter:
+    return Counter(node.op_type for node in model.graph)
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "gone", "there"),
+    [
+        (LINEAR, linear_to_gemm, "MatMul", "Gemm"),
+        (NORM, fuse_rms_norm, None, "RMSNormalization"),
+        (VIEW, constant_reshape_targets, None, "Constant"),
+    ],
+    ids=["linear_to_gemm", "fuse_rms_norm", "constant_reshape_targets"],
+)
+@pytest.mark.parametrize("shape", [(1, 1, 6), (3, 7, 6), (2, 0, 6)])
+def test_a_pass_keeps_the_values(text, change, gone, there, shape):
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    wanted = outputs(parsed(text), x)
+    model = parsed(text)
+    change(model)
+    assert there in counts(model)
+    assert gone not in counts(model)
+    if change is fuse_rms_norm:
+        np.testing.assert_allclose(outputs(model, x), wanted, rtol=1e-5, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(outputs(model, x).shape, wanted.shape)
+        np.testing.assert_allclose(outputs(model, x), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_norm_over_another_axis_is_left_alone():
+    model = parsed(NORM.replace("axes = {-1}", "axes = {1}"))
+    fuse_rms_norm(model)
+    assert "RMSNormalization" not in counts(model)
+
+
+def test_tokens_stay_rows_from_projection_to_projection():
+    text = LINEAR.replace("y = Add (m, b)", "z = Add (m, b)\n    g = Sigmoid (z)\n    y = Mul (z, g)")
+    model = parsed(text)
+    linear_to_gemm(model)
+    stay_flat(model)
+    ranks = {len(n.inputs[0].shape) for n in model.graph if n.op_type == "Mul" and n.inputs[0].shape}
+    assert ranks <= {2}
+    x = np.random.default_rng(2).normal(size=(3, 5, 6)).astype(np.float32)
+    np.testing.assert_allclose(outputs(model, x), outputs(parsed(text), x), rtol=1e-6, atol=1e-6)
+
+
+def test_an_exported_layer_holds_what_it_must_and_no_more(tmp_path):
+    graphs = []
+    for layers in (3, 4):
+        folder = save_llama(tmp_path / f"m{layers}", num_hidden_layers=layers)
+        bundle = export(folder, tmp_path / f"b{layers}", window_size=16, chunk_size=8)
+        graph = onnx.load(str(bundle.graph_path), load_external_data=False).graph
+        graphs.append(Counter(node.op_type for node in graph.node))
+    a_layer = graphs[1] - graphs[0]
+    assert a_layer == Counter(
+        {
+            "Gemm": 7,  # q, k, v, o, gate, up, down
+            "RMSNormalization": 2,
+            "LambdaAttention": 1,
+            "Transpose": 4,
+            "Reshape": 4,  # q, k, v into heads, and back into rows
+            "Add": 2,
+            "Sigmoid": 1,
+            "Mul": 2,
+        }
+    )
