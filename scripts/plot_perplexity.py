@@ -13,6 +13,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 STYLES = {
     "stock": ("stock model, full attention", "#b2182b", "s"),
@@ -37,6 +38,11 @@ def main() -> None:
     axes.axvline(result["training_length"], color="grey", linestyle=":", label="training length")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_yticks([25, 30, 40, 50, 60, 80, 100, 120])
+    axes.set_xticks([row["context_tokens"] for row in result["series"]["lambda"]])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("perplexity of the same held-out tokens")
     axes.set_title(f"{result['model']}, window {result['lambda_config']['window_size']}")
