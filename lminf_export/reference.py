@@ -180,7 +180,7 @@ def write_sinks(past: Tensor, new: Tensor, past_length: Tensor, new_length: Tens
     """Put a new token at position p < N into sink slot p; all other slots keep their token.
 
     Args:
-        past: (B, G, N, D).
+        past: (B, G, N, D), or (1, G, 1, D) for a layer without sink tokens.
         new: (B, G, S, D), not rotated.
         past_length: (B,) int64.
         new_length: (B,) int64; rows from new_length on are padding and are not written.
@@ -188,6 +188,7 @@ def write_sinks(past: Tensor, new: Tensor, past_length: Tensor, new_length: Tens
     Returns:
         (B, G, N, D), a new tensor.
     """
+    past = past.expand(new.shape[0], -1, -1, -1)  # without sink tokens it is a constant of one row
     step = torch.arange(past.shape[2], device=new.device) - past_length[:, None]
     arrives = (step >= 0) & (step < new_length[:, None])
     source = step.clamp(0, new.shape[2] - 1)[:, None, :, None].expand_as(past)

@@ -55,14 +55,22 @@ def rotary_tables(
     # math.cos reduces huge arguments exactly; vectorised cosines may not.
     cos = [[m * math.cos(a) for a in row] for m, row in zip(factors, angles, strict=True)]
     sin = [[m * math.sin(a) for a in row] for m, row in zip(factors, angles, strict=True)]
-    limit = [distance_limit * f for f in freq]
-    squared = attention_factor**2
+    limit = [attention_factor**2 * _rotation(distance_limit, f) for f in freq]
     return RotaryTables(
         cos=torch.tensor(cos, dtype=torch.float64).to(torch.float32),
         sin=torch.tensor(sin, dtype=torch.float64).to(torch.float32),
-        limit_cos=torch.tensor([squared * math.cos(a) for a in limit], dtype=torch.float32),
-        limit_sin=torch.tensor([squared * math.sin(a) for a in limit], dtype=torch.float32),
+        limit_cos=torch.tensor([z.real for z in limit], dtype=torch.float32),
+        limit_sin=torch.tensor([z.imag for z in limit], dtype=torch.float32),
     )
+
+
+def _rotation(position: int, f: float) -> complex:
+    """Return cos + i·sin of position·f in float64, digit by digit: each angle is exact."""
+    turn = 1 + 0j
+    for k in range(NUM_DIGITS):
+        angle = (position // BASE**k % BASE) * BASE**k * f
+        turn *= complex(math.cos(angle), math.sin(angle))
+    return turn
 
 
 def rotary_rows(position: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,10 @@ class History:
         case = self.case
         rows, dtype = len(self.bases), self.key.dtype
         ring = torch.zeros(rows, case.num_kv_heads, capacity, case.head_dim, dtype=dtype)
-        sink = torch.zeros(rows, case.num_kv_heads, max(case.num_sink_tokens, 1), case.head_dim)
+        # Without sink tokens the sinks are a constant of one row, as the graph passes them.
+        sink_rows = rows if case.num_sink_tokens else 1
+        sink_slots = max(case.num_sink_tokens, 1)
+        sink = torch.zeros(sink_rows, case.num_kv_heads, sink_slots, case.head_dim)
         out = [ring, ring.clone(), sink.to(dtype), sink.to(dtype).clone()]
         tables = case.tables()
         for row, base in enumerate(self.bases):

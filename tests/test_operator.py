@@ -50,7 +50,8 @@ class OnnxNode:
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(op.OUTPUT_NAMES[0])
         for offset, name in enumerate(op.OUTPUT_NAMES[1:]):
-            if self.in_place:
+            is_constant = offset >= 2 and not case.num_sink_tokens
+            if self.in_place and not is_constant:
                 binding.bind_ortvalue_output(name, values[3 + offset])
             else:
                 binding.bind_output(name)
@@ -109,7 +110,10 @@ def stream(form, case: Case, history: History, chunks, small_ring: bool = False)
             *caches,
             *shared_inputs(case, past, new, width, capacity),
         ]
+        before = caches
         output, *caches = form(case, inputs)
+        if not case.num_sink_tokens:
+            caches[2:] = before[2:]
         for row, base in enumerate(history.bases):
             count, start = int(new[row]), int(past[row]) - base
             got = output[row, :, :count].double()
