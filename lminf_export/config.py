@@ -1,11 +1,13 @@
-"""The three numbers of Λ-attention and the chunk a step may bring."""
+"""The settings of Λ-attention and the chunk a step may bring."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lminf_export.errors import ConfigError
+from lminf_export.errors import ConfigError, LminfError
 
 DEFAULT_NUM_SINK_TOKENS = 16
 DEFAULT_CHUNK_SIZE = 256
@@ -13,17 +15,24 @@ DEFAULT_CHUNK_SIZE = 256
 DEFAULT_WINDOW_CAP = 4096
 # Four base-1024 digits: positions from here on have no exact rotation (docs/operator.md).
 MAX_POSITION = 2**40
+LAMBDA_LAYERS = ("full", "all")
+ROPE_REGIMES = ("short", "long")
+_MINIMUM = {"window_size": 1, "num_sink_tokens": 0, "distance_limit": 1, "chunk_size": 1}
 
 
 @dataclass(frozen=True)
 class LambdaConfig:
-    """Which keys a query sees, and how many tokens one step may bring.
+    """Which keys a query sees, in which layers, and how many tokens one step may bring.
 
     Attributes:
         window_size: W ≥ 1, keys a query sees around itself, its own key included.
         num_sink_tokens: N ≥ 0, tokens at the very start that stay visible for ever.
         distance_limit: L ≥ W, the distance at which evicted starting tokens appear; default W.
         chunk_size: largest number S ≥ 1 of new tokens in one step; may exceed the window.
+        lambda_layers: "full" gives sinks to layers that see everything by training; "all" also
+            to sliding layers, within their own window.
+        rope_regime: "short" or "long", what a rotary scaling that depends on the length of the
+            text is frozen to; None lets the window decide.
 
     Raises:
         ConfigError: naming the field, its value and the rule it breaks.
@@ -35,23 +44,24 @@ class LambdaConfig:
     num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
     distance_limit: int = field(default=None)  # type: ignore[assignment]  # filled in below
     chunk_size: int = DEFAULT_CHUNK_SIZE
+    lambda_layers: str = "full"
+    rope_regime: str | None = None
 
     def __post_init__(self) -> None:
         if self.distance_limit is None:
             object.__setattr__(self, "distance_limit", self.window_size)
-        for item in fields(self):
-            _require_integer(item.name, getattr(self, item.name))
-        _require_at_least("window_size", self.window_size, 1)
-        _require_at_least("num_sink_tokens", self.num_sink_tokens, 0)
-        _require_at_least("chunk_size", self.chunk_size, 1)
+        for name, minimum in _MINIMUM.items():
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), minimum))
         if self.distance_limit < self.window_size:
             raise ConfigError(
                 f"distance_limit={self.distance_limit}: must be at least window_size="
                 f"{self.window_size}, or a starting token would look nearer than the window's edge"
             )
-        for item in fields(self):
-            if getattr(self, item.name) > MAX_POSITION:
-                raise ConfigError(f"{item.name}={getattr(self, item.name)}: must be at most 2**40")
+        for name in _MINIMUM:
+            if getattr(self, name) > MAX_POSITION:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at most 2**40")
+        _require_one_of("lambda_layers", self.lambda_layers, LAMBDA_LAYERS)
+        _require_one_of("rope_regime", self.rope_regime, (None, *ROPE_REGIMES))
 
     @property
     def ring_capacity(self) -> int:
@@ -73,11 +83,25 @@ def ring_capacity(window_size: int, chunk_size: int) -> int:
     return chunk_size * -(-(window_size + chunk_size - 1) // chunk_size)
 
 
-def _require_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r}: must be an integer")
+def as_integer(
+    name: str, value: object, minimum: int, error: type[LminfError] = ConfigError
+) -> int:
+    """Return a value as an int if it is an integer of at least a minimum; numpy's count, bools not.
+
+    Raises:
+        ConfigError: or another error asked for, naming the value and the rule.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # it says what it takes
+    except TypeError:
+        raise error(f"{name}={value!r}: must be an integer of at least {minimum}") from None
+    if number < minimum:
+        raise error(f"{name}={number}: must be at least {minimum}")
+    return number
 
 
-def _require_at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{name}={value}: must be at least {minimum}")
+def _require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(str, allowed))}")

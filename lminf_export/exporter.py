@@ -23,6 +23,7 @@ from lminf_export.config import (
     DEFAULT_NUM_SINK_TOKENS,
     DEFAULT_WINDOW_CAP,
     LambdaConfig,
+    as_integer,
 )
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.graph import write_graph
@@ -53,12 +54,15 @@ class ExportOptions:
     window_size: int | None = None
     distance_limit: int | None = None
     chunk_size: int = DEFAULT_CHUNK_SIZE
+    lambda_layers: str = "full"
+    rope_regime: str | None = None
     dtype: str | None = None
     builder: str | None = None
     max_batch_size: int = 1
     revision: str | None = None
     cache_dir: str | Path | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     force: bool = False
 
 
@@ -87,7 +91,7 @@ class ExportJob:
     dtype: Dtype
     target: OutTarget
     builder: str | None
-    checkpoint: dict[str, weights.StoredTensor]
+    checkpoint: dict[str, weights.SourceTensor]
     notices: tuple[str, ...]
 
     @property
@@ -126,12 +130,15 @@ def export(
     window_size: int | None = None,
     distance_limit: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    lambda_layers: str = "full",
+    rope_regime: str | None = None,
     dtype: str | None = None,
     builder: str | None = None,
     max_batch_size: int = 1,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     force: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
@@ -146,6 +153,10 @@ def export(
             training length, at most 4096.
         distance_limit: L ≥ W, distance at which the starting tokens appear; default W.
         chunk_size: most new tokens in one step.
+        lambda_layers: "full" gives sinks to layers that see everything by training; "all" also
+            to layers trained with a sliding window, within that window.
+        rope_regime: "short" or "long", what a rotary scaling that depends on the length of the
+            text (dynamic NTK, longrope) is frozen to; by default what the window fits.
         dtype: "float32", "float16" or "bfloat16"; by default float16 with an engine and
             float32 without.
         builder: "tensorrt" or "tensorrt-rtx"; needed only where both are installed.
@@ -153,6 +164,7 @@ def export(
         revision: branch, tag or commit of a hub model.
         cache_dir: where files of the hub are kept.
         trust_remote_code: run Python a model repository brings; off by default.
+        allow_pickle: read `.bin` weights where there are no safetensors; off by default.
         force: replace an existing bundle.
         progress: told which phase runs.
 
@@ -170,12 +182,15 @@ def export(
         window_size=window_size,
         distance_limit=distance_limit,
         chunk_size=chunk_size,
+        lambda_layers=lambda_layers,
+        rope_regime=rope_regime,
         dtype=dtype,
         builder=builder,
         max_batch_size=max_batch_size,
         revision=revision,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
         force=force,
     )
     return run_job(prepare(options, progress), progress)
@@ -191,27 +206,34 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     check_destination(target.directory, force=options.force)
     builder = _builder(options.builder) if target.engine_name else None
     dtype = _dtype(options.dtype, target)
-    if isinstance(options.max_batch_size, bool) or options.max_batch_size < 1:
-        raise ConfigError(f"max_batch_size={options.max_batch_size}: must be at least 1")
+    as_integer("max_batch_size", options.max_batch_size, 1)
+    if options.builder is not None and target.engine_name is None:
+        raise ConfigError(
+            f"builder={options.builder!r}: no engine is asked for; name one, such as "
+            f"--out {target.directory / 'engine.plan'}"
+        )
     progress("reading the model", None)
     source = open_source(
         options.model,
         revision=options.revision,
         cache_dir=options.cache_dir,
         trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
     )
     family = find_family(source.model_type)
-    window, notices = _window(options.window_size, family.training_length(source.config))
+    window, notices = default_window(options.window_size, family.training_length(source.config))
     settings = LambdaConfig(
         window_size=window,
         num_sink_tokens=options.num_sink_tokens,
         distance_limit=options.distance_limit,  # type: ignore[arg-type]  # None means the window
         chunk_size=options.chunk_size,
+        lambda_layers=options.lambda_layers,
+        rope_regime=options.rope_regime,
     )
     plan = family.plan(source.config, settings)
     notices += [*plan.notices, *_dtype_notices(options.dtype, dtype)]
     notices += _memory_notices(plan.layers, dtype)
-    return ExportJob(
+    job = ExportJob(
         options=options,
         source=source,
         family=family,
@@ -220,9 +242,11 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         dtype=dtype,
         target=target,
         builder=builder,
-        checkpoint=weights.read_checkpoint(source.folder),
+        checkpoint=weights.read_checkpoint(source.folder, allow_pickle=options.allow_pickle),
         notices=tuple(notices),
     )
+    job.manifest()  # what the configuration gets wrong shows here, not after the work
+    return job
 
 
 def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
@@ -231,8 +255,6 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
     Raises:
         LminfError: as `export`.
     """
-    for notice in job.notices:
-        logger.warning(notice)
     with BundleWriter(job.target.directory, force=job.options.force) as writer:
         writer.require_space(job.weight_bytes)
         progress("tracing", None)
@@ -258,6 +280,8 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
         engine = _build(job, writer, graph, progress)
         progress("hashing", None)
         writer.commit(job.manifest(engine))
+    for notice in job.notices:
+        logger.warning(notice)
     return Bundle.open(job.target.directory)
 
 
@@ -267,7 +291,8 @@ def _builder(asked: str | None) -> str:
     return select_builder(asked)
 
 
-def _window(asked: int | None, training_length: int | None) -> tuple[int, list[str]]:
+def default_window(asked: int | None, training_length: int | None) -> tuple[int, list[str]]:
+    """Return the window to use, and what to tell the user about it."""
     if asked is not None:
         return asked, []
     if training_length is None:
@@ -302,11 +327,11 @@ def _dtype_notices(asked: str | None, chosen: str) -> Iterable[str]:
 def _memory_notices(layers: Iterable[LayerSpec], dtype: str) -> Iterable[str]:
     width = weights.item_size(dtype)
     needed = sum(layer.cache_elements for layer in layers) * width
-    total = psutil.virtual_memory().total
-    if needed > total:
+    available = psutil.virtual_memory().available
+    if needed > available:
         yield (
-            f"one sequence's cache takes {human_bytes(needed)}, this machine has "
-            f"{human_bytes(total)} of memory: it cannot run here; a smaller --window-size helps"
+            f"one sequence's cache takes {human_bytes(needed)}, the machine that exported it had "
+            f"{human_bytes(available)} of memory available; a smaller --window-size helps"
         )
 
 
@@ -363,7 +388,8 @@ def _eos_ids(source: Source) -> list[int]:
             raise ModelError(f"generation_config.json of {source.name!r} is damaged") from error
     if configured is None:
         return []
-    return [configured] if isinstance(configured, int) else list(configured)
+    ids = configured if isinstance(configured, list) else [configured]
+    return [as_integer("eos_token_id", token, 0, ModelError) for token in ids]
 
 
 def _version(package: str) -> str:

@@ -29,7 +29,7 @@ def write_graph(
     trace: Trace,
     plan: AttentionPlan,
     dtype: str,
-    checkpoint: Mapping[str, weights.StoredTensor],
+    checkpoint: Mapping[str, weights.SourceTensor],
     path: Path,
     *,
     metadata: Mapping[str, str],
@@ -76,16 +76,17 @@ def _features(plan: AttentionPlan) -> onnx_function.BodyFeatures:
 
 def _attach_weights(
     trace: Trace,
-    checkpoint: Mapping[str, weights.StoredTensor],
+    checkpoint: Mapping[str, weights.SourceTensor],
     dtype: str,
     folder: Path,
     progress: Callable[[int], None],
 ) -> None:
+    checkpoint = trace.conversion.apply(checkpoint)
     initializers = trace.model.graph.initializers
     names = {n: c for n, c in trace.weight_names.items() if n in initializers}
     shapes = {n: tuple(initializers[n].shape.numpy()) for n in names}  # type: ignore[union-attr]
     found = weights.find_weights(checkpoint, names, shapes)
-    # In the bundle a tensor has the checkpoint's name; a tied one the first of its names.
+    # In the bundle a tensor has the model's name; a tied one the first the checkpoint has.
     stored_name = {n: _stored_name(candidates, checkpoint) for n, candidates in names.items()}
     for old, new in stored_name.items():
         _rename_initializer(trace.model, old, new)
@@ -99,7 +100,7 @@ def _attach_weights(
 
 
 def _stored_name(
-    candidates: tuple[str, ...], checkpoint: Mapping[str, weights.StoredTensor]
+    candidates: tuple[str, ...], checkpoint: Mapping[str, weights.SourceTensor]
 ) -> str:
     return next(name for name in candidates if name in checkpoint)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -86,6 +87,8 @@ class LambdaSettings(Record):
     num_sink_tokens: int
     distance_limit: int
     chunk_size: int
+    lambda_layers: Literal["full", "all"] = "full"
+    rope_regime: Literal["short", "long"] | None = None
 
     @model_validator(mode="after")
     def _follows_the_rules(self) -> LambdaSettings:
@@ -190,6 +193,24 @@ class Manifest(Record):
         return self
 
     @model_validator(mode="after")
+    def _layers_follow_the_settings(self) -> Manifest:
+        settings = self.lambda_config
+        for index, layer in enumerate(self.layers):
+            if layer.kind == "lambda" and layer.window_size != settings.window_size:
+                raise ValueError(
+                    f"layers[{index}].window_size={layer.window_size}: lambda_config has "
+                    f"{settings.window_size}"
+                )
+            if layer.kind == "lambda" and layer.num_sink_tokens != settings.num_sink_tokens:
+                raise ValueError(
+                    f"layers[{index}].num_sink_tokens={layer.num_sink_tokens}: lambda_config has "
+                    f"{settings.num_sink_tokens}"
+                )
+        if any(token >= self.vocab_size for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids: outside the vocabulary of {self.vocab_size}")
+        return self
+
+    @model_validator(mode="after")
     def _rings_hold_window_and_chunk(self) -> Manifest:
         chunk_size = self.lambda_config.chunk_size
         for index, layer in enumerate(self.layers):
@@ -278,12 +299,7 @@ def new_manifest(
     return Manifest(
         model_type=model_type,
         source=source,
-        lambda_config=LambdaSettings(
-            window_size=settings.window_size,
-            num_sink_tokens=settings.num_sink_tokens,
-            distance_limit=settings.distance_limit,
-            chunk_size=settings.chunk_size,
-        ),
+        lambda_config=LambdaSettings(**asdict(settings)),
         dtype=dtype,
         vocab_size=vocab_size,
         num_attention_heads=num_attention_heads,
@@ -324,10 +340,10 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     """
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where} is damaged: {error}; export the model again") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if version != SCHEMA_VERSION or type(version) is not int:
         raise BundleError(
             f"{where}: schema version {version!r}, this lminf-export reads {SCHEMA_VERSION}; "
             "export the model again or use the version that wrote it"

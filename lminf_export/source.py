@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lminf_export.errors import ModelError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 # Copied into the bundle where they exist.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,6 +55,7 @@ def open_source(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Source:
     """Find a model; an id that is no folder here is fetched from the Hugging Face hub.
 
@@ -61,6 +64,7 @@ def open_source(
         revision: branch, tag or commit of the hub.
         cache_dir: where the hub's files are kept.
         trust_remote_code: run Python that a model repository brings; off by default.
+        allow_pickle: fetch `.bin` weights too.
 
     Raises:
         ModelError: the model is not there, not readable, or not a language model.
@@ -76,17 +80,20 @@ def open_source(
     elif folder.is_file():
         raise ModelError(f"model {str(model)!r} is a file; give the folder that holds config.json")
     else:
-        folder = _download(str(model), revision, cache_dir)
+        weights = (*WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ()))
+        folder = _download(str(model), revision, cache_dir, weights)
         name, commit = str(model), folder.name
     _read_json(folder / "config.json", str(model))
     return Source(folder, name, commit, _load_config(folder, str(model), trust_remote_code))
 
 
-def _download(name: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+def _download(
+    name: str, revision: str | None, cache_dir: str | Path | None, weights: Iterable[str]
+) -> Path:
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
-    patterns = [*WEIGHT_PATTERNS, *TOKENIZER_FILES, *CONFIG_FILES]
+    patterns = [*weights, *TOKENIZER_FILES, *CONFIG_FILES]
     try:
         folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
@@ -103,8 +110,8 @@ def _download(name: str, revision: str | None, cache_dir: str | Path | None) -> 
         raise ModelError(f"model {name!r}: no such folder, and the hub does not know it") from error
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model {name!r}: no such folder, and the hub could not be reached "
-            f"({type(error).__name__}); check the spelling or the network"
+            f"model {name!r}: no such folder, and the hub could not be reached; "
+            f"check the spelling, the network or HF_HUB_OFFLINE"
         ) from error
     return Path(folder)
 
@@ -114,12 +121,14 @@ def _read_json(path: Path, model: str) -> dict[str, Any]:
         raise ModelError(f"model {model!r} has no {path.name}; is it a Hugging Face model folder?")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} of model {model!r} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or "model_type" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise ModelError(f"{path.name} of model {model!r} names no model_type")
-    if "quantization_config" in content:
-        kind = content["quantization_config"].get("quant_method", "unknown")
+    quantisation = content.get("quantization_config")
+    if quantisation is not None:
+        known = isinstance(quantisation, dict)
+        kind = quantisation.get("quant_method", "unknown") if known else "unknown"
         raise ModelError(
             f"model {model!r} is quantised ({kind}); export the unquantised checkpoint instead"
         )
@@ -127,14 +136,22 @@ def _read_json(path: Path, model: str) -> dict[str, Any]:
 
 
 def _load_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    from lminf_export.models import find_family
+    from lminf_export.models import FAMILIES
 
-    content = _read_json(folder / "config.json", model)
-    find_family(content["model_type"])
+    kind = _read_json(folder / "config.json", model)["model_type"]
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        raise ModelError(
+            f"model type {kind!r} is unknown to this version of transformers; tested are: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (
+        *(ValueError, KeyError, TypeError, OSError, AttributeError, ArithmeticError),
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"config.json of model {model!r} cannot be used: {reason}") from error

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from lminf_export import bindings, onnx_function, op, positions
+from lminf_export.conversion import Conversion
 from lminf_export.errors import ExportError
+from lminf_export.models import experts
 from lminf_export.models.base import AttentionPlan, Family, build_model
 from lminf_export.models.steps import LambdaModel, PlanTables
 
@@ -36,12 +38,14 @@ class Trace:
 
     Attributes:
         model: the ONNX model, not yet optimised.
-        weight_names: initializer name → every name the checkpoint may use for it.
+        weight_names: initializer name → every name the model has for it.
+        conversion: how a checkpoint's tensors become the model's.
         constants: initializer name → its value (rotary tables and the like).
     """
 
     model: ir.Model
     weight_names: dict[str, tuple[str, ...]]
+    conversion: Conversion
     constants: dict[str, Tensor]
 
 
@@ -80,6 +84,7 @@ def trace(
                 custom_translation_table={
                     **op.translation_table(),
                     **positions.translation_table(),
+                    **experts.translation_table(),
                 },
                 optimize=False,
                 verbose=False,
@@ -92,7 +97,7 @@ def trace(
     weight_names = _weight_names(model, onnx_model, constants)
     for value in onnx_model.graph.initializers.values():
         value.const_value = None  # a tensor without data must not look like a constant to passes
-    return Trace(onnx_model, weight_names, constants)
+    return Trace(onnx_model, weight_names, Conversion.of(model), constants)
 
 
 def _example(specs: Sequence[bindings.TensorSpec]) -> list[Tensor]:
@@ -122,7 +127,7 @@ def _dynamic_shapes(specs: Sequence[bindings.TensorSpec]) -> tuple[Any, ...]:
 def _weight_names(
     model: torch.nn.Module, onnx_model: ir.Model, constants: dict[str, Tensor]
 ) -> dict[str, tuple[str, ...]]:
-    """Find, for each initializer, the checkpoint's names of it; tied weights have several."""
+    """Find, for each initializer, the model's names of it; tied weights have several."""
     by_identity: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         by_identity.setdefault(id(tensor), []).append(name)

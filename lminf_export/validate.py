@@ -18,11 +18,19 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from lminf_export import weights
 from lminf_export.bundle import Bundle
+from lminf_export.conversion import Conversion
 from lminf_export.errors import BundleError, InputError, ModelError
 from lminf_export.manifest import human_bytes
 from lminf_export.models import find_family
-from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, register_attention
+from lminf_export.models.base import (
+    ATTENTION_NAME,
+    AttentionPlan,
+    Family,
+    build_model,
+    register_attention,
+)
 from lminf_export.models.steps import HistoryStep, run
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.language_model import LanguageModel
@@ -78,6 +86,8 @@ class ValidationReport:
         window_size: W.
         reference_dtype: element type of the reference.
         comparisons: one for each way of running.
+        differing_weights: tensors that are not the original model's, converted; None where no
+            model was given to compare with.
     """
 
     bundle: str
@@ -85,11 +95,12 @@ class ValidationReport:
     window_size: int
     reference_dtype: str
     comparisons: tuple[Comparison, ...]
+    differing_weights: tuple[str, ...] | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison passed."""
-        return all(comparison.passed for comparison in self.comparisons)
+        """Whether every comparison passed and no weight differs."""
+        return all(row.passed for row in self.comparisons) and not self.differing_weights
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
@@ -110,8 +121,8 @@ def validate(
 
     Args:
         bundle: the bundle's folder; every file in it is hashed first.
-        model: original model (folder or hub id) to take the weights from, instead of reading
-            them back from the bundle.
+        model: original model (folder or hub id) to take the reference's weights from, instead
+            of reading them back from the bundle; every weight is compared with it too.
         num_tokens: length of the stream; at least, and by default just over, 4 windows.
         token_ids: the stream itself; random tokens by default.
         seed: of the random tokens.
@@ -125,11 +136,15 @@ def validate(
     """
     progress("checking files", None)
     opened = Bundle.open(bundle, verify="full")
+    language_model = load(opened.path, provider=provider)
     tokens = _stream(opened, num_tokens, token_ids, seed)
     family = find_family(opened.manifest.model_type)
     source = open_source(model if model is not None else opened.path)
     plan = _plan(opened, family, source)
-    language_model = load(opened.path, provider=provider)
+    differing = None
+    if model is not None:
+        progress("comparing weights", None)
+        differing = differing_weights(opened, source)
     reference_dtype = _reference_dtype(source)
     progress("reference", None)
     wanted = _reference_logits(source, family, plan, tokens, reference_dtype, progress)
@@ -151,7 +166,40 @@ def validate(
         window_size=opened.manifest.settings.window_size,
         reference_dtype=str(reference_dtype).removeprefix("torch."),
         comparisons=tuple(comparisons),
+        differing_weights=differing,
     )
+
+
+def differing_weights(bundle: Bundle, source: Source) -> tuple[str, ...]:
+    """Return the bundle's tensors that are not, bit for bit, the source's in the bundle's type.
+
+    Raises:
+        ModelError: the source's checkpoint is damaged or incomplete.
+    """
+    dtype = getattr(torch, bundle.manifest.dtype)
+    skeleton = build_model(source.config, dtype, device="meta")
+    wanted = Conversion.of(skeleton).apply(weights.read_checkpoint(source.folder))
+    stored = weights.read_header(bundle.path / weights.FILE_NAME)
+    return tuple(
+        name
+        for name, tensor in stored.items()
+        if name not in wanted or not _is_converted(tensor, wanted[name], dtype)
+    )
+
+
+def _is_converted(
+    stored: weights.StoredTensor, source: weights.SourceTensor, dtype: torch.dtype
+) -> bool:
+    if stored.shape != source.shape:
+        return False
+    found = np.memmap(stored.path, np.uint8, "r", stored.offset, (stored.length,))
+    start = 0
+    for block in source.blocks():
+        wanted = block.to(dtype).view(torch.uint8).numpy()
+        if not np.array_equal(found[start : start + wanted.size], wanted):
+            return False
+        start += wanted.size
+    return start == stored.length
 
 
 def run_in_pieces(
@@ -195,26 +243,34 @@ def _stream(
 ) -> NDArray[np.int64]:
     manifest = bundle.manifest
     least = MIN_WINDOWS * manifest.settings.window_size + 1
+    count = least + 16 if num_tokens is None else num_tokens
     if token_ids is not None:
-        tokens = np.asarray(token_ids[:num_tokens], dtype=np.int64)
-    else:
-        count = least + 16 if num_tokens is None else num_tokens
-        tokens = np.random.default_rng(seed).integers(0, manifest.vocab_size, count)
-    if len(tokens) < least:
+        count = len(token_ids) if num_tokens is None else min(num_tokens, len(token_ids))
+    if count < least:
         raise InputError(
             f"validation needs more than {MIN_WINDOWS} windows of "
-            f"{manifest.settings.window_size} tokens, at least {least}; found {len(tokens)}"
+            f"{manifest.settings.window_size} tokens, at least {least}; found {count}"
         )
-    return tokens
+    if token_ids is not None:
+        return np.asarray(token_ids[:count], dtype=np.int64)
+    return np.random.default_rng(seed).integers(0, manifest.vocab_size, count)
 
 
 def _plan(bundle: Bundle, family: Family, source: Source) -> AttentionPlan:
-    plan = family.plan(source.config, bundle.manifest.settings)
-    if plan.layers != bundle.manifest.layer_specs:
-        raise BundleError(
-            f"the layers of {source.name!r} are not those of the bundle {bundle.path.name!r}; "
-            f"validate against the model it was exported from"
-        )
+    manifest = bundle.manifest
+    plan = family.plan(source.config, manifest.settings)
+    for what, found, expected in (
+        ("model type", source.model_type, manifest.model_type),
+        ("vocabulary", source.config.vocab_size, manifest.vocab_size),
+        ("query heads", plan.num_attention_heads, manifest.num_attention_heads),
+        ("layers", plan.layers, manifest.layer_specs),
+    ):
+        if found != expected:
+            detail = "" if what == "layers" else f" ({found}, not {expected})"
+            raise BundleError(
+                f"{source.name!r} has other {what} than bundle {bundle.path.name!r}{detail}; "
+                f"validate against the model it was exported from"
+            )
     return plan
 
 
@@ -234,12 +290,17 @@ def _reference_dtype(source: Source) -> torch.dtype:
     )
 
 
-def _load_model(source: Source, dtype: torch.dtype, attention: str) -> Any:
+def _load_model(source: Source, dtype: torch.dtype, attention: str | None) -> Any:
+    """Load a model; without an attention of ours, with what transformers takes by itself."""
     from transformers import AutoModelForCausalLM
 
     register_attention()
     return AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        source.folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        experts_implementation="eager",  # the only one that takes float64, and the plainest
+        use_safetensors=True,
     ).eval()
 
 
@@ -274,7 +335,7 @@ def _compare_with_stock(
     """Compare the reference with the unmodified model where both must agree: inside the window."""
     progress("stock model", None)
     count = min(bundle.manifest.settings.window_size, STOCK_LIMIT)
-    model = _load_model(source, torch.float32, "sdpa")
+    model = _load_model(source, torch.float32, None)
     logits = model(torch.from_numpy(tokens[None, :count]), use_cache=False).logits[0]
     return compare(
         f"reference and stock model, first {count}",

@@ -1,28 +1,33 @@
 """Weights, tensor by tensor, from memory-mapped safetensors to one safetensors file.
 
 Nothing is held but a block of a few megabytes: pages of the source belong to the file, and
-the destination is written as it is converted. The bundle keeps the checkpoint's own names and
-layouts, so any safetensors reader can open it, and the ONNX initializers point into it.
+the destination is written as it is converted. The bundle keeps the layouts of transformers and
+its names (the checkpoint's own, but for what `conversion` renames and merges), so any safetensors
+reader can open it, and the ONNX initializers point into it.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lminf_export.errors import ModelError
 
 FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 BLOCK_BYTES = 32 * 2**20
-MAX_HEADER_BYTES = 100 * 2**20
 
 TORCH_TYPES = {
     "F64": torch.float64,
@@ -36,6 +41,28 @@ TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64":
 def item_size(dtype: str) -> int:
     """Bytes of one element of "float32", "float16" or "bfloat16"."""
     return TORCH_TYPES[TYPE_NAMES[dtype]].itemsize
+
+
+class SourceTensor(Protocol):
+    """A tensor of a checkpoint, read when it is written."""
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of its element type."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
+        ...
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Yield the elements in order as flat tensors."""
+        ...
+
+    def at(self, index: int) -> SourceTensor:
+        """Return the sub-tensor at an index of the first dimension."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,12 @@ class StoredTensor:
             # One block is copied: torch wants memory it may write to.
             yield torch.from_numpy(np.array(piece)).view(TORCH_TYPES[self.dtype])
 
+    def at(self, index: int) -> StoredTensor:
+        """Return the sub-tensor at an index of the first dimension."""
+        length = self.length // self.shape[0]
+        offset = self.offset + index * length
+        return StoredTensor(self.path, self.dtype, self.shape[1:], offset, length)
+
     def load(self) -> torch.Tensor:
         """Return a copy of the whole tensor."""
         blocks = list(self.blocks())
@@ -74,81 +107,148 @@ class StoredTensor:
         return torch.cat(blocks).reshape(self.shape)
 
 
-def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+@dataclass(frozen=True)
+class PickledTensor:
+    """One tensor inside a file of `torch.save`, on pages of that file."""
+
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of its element type, or torch's where it has none here."""
+        names = {kind: name for name, kind in TORCH_TYPES.items()}
+        return names.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch."))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
+        return tuple(self.tensor.shape)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Yield the elements in order as flat tensors."""
+        flat = self.tensor.flatten()  # a copy only where the tensor was stored transposed
+        return iter(flat.split(max(1, BLOCK_BYTES // flat.element_size())))
+
+    def at(self, index: int) -> PickledTensor:
+        """Return the sub-tensor at an index of the first dimension."""
+        return PickledTensor(self.tensor[index])
+
+
+def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, SourceTensor]:
     """List the tensors of a checkpoint, sharded or not, checking every file's extent.
+
+    Args:
+        folder: the model's folder.
+        allow_pickle: where there are no safetensors, read `.bin` files. Only tensors are
+            unpickled (torch's `weights_only`); nothing a file asks for is run.
 
     Raises:
         ModelError: files are missing, truncated or not safetensors.
     """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{INDEX_NAME} is damaged: {error!r}; fetch it again") from error
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    read: Callable[[Path], Mapping[str, SourceTensor]] = read_header
+    names = _shard_names(folder, FILE_NAME, INDEX_NAME)
     if not names:
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        hint = (
-            f"it holds {pickles[0]}, a pickle, which is never loaded: convert it to safetensors"
-            if pickles
-            else "expected model.safetensors or its shards"
+        names, read = _shard_names(folder, PICKLE_NAME, PICKLE_INDEX_NAME), _read_pickle
+        if names and not allow_pickle:
+            raise ModelError(
+                f"no weights in model folder {folder.name!r}: it holds {names[0]}, a pickle, "
+                f"which is not loaded unasked: convert it to safetensors, or give --allow-pickle"
+            )
+    if not names:
+        raise ModelError(
+            f"no weights in model folder {folder.name!r}: expected {FILE_NAME} or its shards"
         )
-        raise ModelError(f"no weights in model folder {folder.name!r}: {hint}")
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, SourceTensor] = {}
     for name in names:
-        if Path(name).name != name:
-            raise ModelError(f"{INDEX_NAME} names {name!r}, which is outside the model's folder")
-        tensors.update(read_header(folder / name))
+        found = read(folder / name)
+        if twice := tensors.keys() & found.keys():
+            raise ModelError(
+                f"tensor {min(twice)} is in {name} and in another weights file of model folder "
+                f"{folder.name!r}; keep one checkpoint in it"
+            )
+        tensors.update(found)
     return tensors
 
 
+def _shard_names(folder: Path, file_name: str, index_name: str) -> list[str]:
+    """Return the one file, those of the index, or all of the same type."""
+    suffix = Path(file_name).suffix
+    index = folder / index_name
+    if (folder / file_name).is_file():
+        return [file_name]  # as transformers does, before any index
+    if not index.is_file():
+        return sorted(path.name for path in folder.glob(f"*{suffix}"))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not all(isinstance(name, str) and name.endswith(suffix) for name in names):
+            raise ValueError(f"it must map tensors to {suffix} files")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index_name} is damaged: {error}; fetch it again") from error
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index_name} names {name!r}, which is outside the model's folder")
+    return names
+
+
+def _read_pickle(path: Path) -> dict[str, PickledTensor]:
+    """Map a file of `torch.save` into memory; nothing but tensors is unpickled."""
+    if not path.is_file():
+        raise ModelError(f"weights file {path.name} is missing; the checkpoint is incomplete")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"weights file {path.name} cannot be read as plain tensors ({reason}); convert it to "
+            f"safetensors"
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"weights file {path.name} holds no table of tensors")
+    return {
+        str(name): PickledTensor(tensor)
+        for name, tensor in content.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Read the header of one safetensors file and check it against the file's size.
+    """Read the header of one safetensors file, checked against the file by its own library.
 
     Raises:
         ModelError: the file is missing, truncated or damaged.
     """
     if not path.is_file():
         raise ModelError(f"weights file {path.name} is missing; the checkpoint is incomplete")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        count = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= count <= min(size - 8, MAX_HEADER_BYTES):
-            raise ModelError(f"weights file {path.name} is damaged: no safetensors header")
-        try:
-            header = json.loads(file.read(count))
-            header.pop("__metadata__", None)
-            tensors = {
-                name: StoredTensor(
-                    path,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    8 + count + entry["data_offsets"][0],
-                    entry["data_offsets"][1] - entry["data_offsets"][0],
-                )
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(
-                f"weights file {path.name} is damaged: unreadable header ({error!r})"
-            ) from error
-    end = max((t.offset + t.length for t in tensors.values()), default=8 + count)
-    if end != size:
+    try:
+        # The library checks types, sizes and that the tensors tile the file without a gap.
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"weights file {path.name} is truncated or damaged: its header asks for {end} bytes, "
-            f"the file has {size}; fetch it again"
+            f"weights file {path.name} ({path.stat().st_size} bytes) is truncated or damaged: "
+            f"{error}; fetch it again"
+        ) from error
+    with path.open("rb") as file:
+        (count,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(count))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            8 + count + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
         )
-    return tensors
+        for name, entry in header.items()
+    }
 
 
 def find_weights(
-    checkpoint: Mapping[str, StoredTensor],
+    checkpoint: Mapping[str, SourceTensor],
     names: Mapping[str, Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, StoredTensor]:
+) -> dict[str, SourceTensor]:
     """Match the graph's weights to the checkpoint's tensors.
 
     Args:
@@ -184,7 +284,7 @@ def find_weights(
 
 def write_weights(
     path: Path,
-    weights: Mapping[str, StoredTensor],
+    weights: Mapping[str, SourceTensor],
     dtype: str,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, StoredTensor]:

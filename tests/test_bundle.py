@@ -328,7 +328,7 @@ def set_at(*keys):
         (set_at("surprise", 1), "surprise: Extra inputs"),
         (set_at("inputs", 0, "dtype", "int32"), "inputs: entry 0 is input_ids int32"),
         (set_at("inputs", 4, "shape", ["batch", 2, "ring", 6]), "inputs: entry 4"),
-        (set_at("layers", 0, "window_size", 99), "ring_capacity=21: window 99"),
+        (set_at("layers", 0, "window_size", 99), "window_size=99: lambda_config has"),
         (set_at("lambda_config", "num_sink_tokens", -1), "num_sink_tokens=-1"),
         (set_at("dtype", "float64"), "dtype: Input should be"),
         (set_at("source", "name", "/home/x"), "neither a model id"),

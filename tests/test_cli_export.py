@@ -89,7 +89,7 @@ def test_unsupported_families_say_which_are(model_type, words, copied, tmp_path)
     fails(tmp_path, "--model", copied, words=words)
 
 
-@pytest.mark.parametrize("kind", ["no-such-scaling", "dynamic"])
+@pytest.mark.parametrize("kind", ["no-such-scaling"])
 def test_unsupported_rotary_scaling_is_refused(kind, copied, tmp_path):
     config = json.loads((copied / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
@@ -106,6 +106,98 @@ def test_truncated_weights_are_found_before_anything_is_written(copied, tmp_path
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     fails(tmp_path, "--model", copied, words=["model.safetensors", "truncated"])
+
+
+def edit_header(path, change):
+    raw = path.read_bytes()
+    count = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + count])
+    change(header)
+    text = json.dumps(header).encode().ljust(count)[:count]
+    path.write_bytes(raw[:8] + text + raw[8 + count :])
+
+
+def _shift_boundary(header):
+    tensors = sorted((v["data_offsets"][0], k) for k, v in header.items() if k != "__metadata__")
+    first, second = (header[name] for _, name in tensors[1:3])
+    first["data_offsets"][1] += 40
+    second["data_offsets"][0] += 40
+
+
+def _overlap(header):
+    header["model.norm.weight"]["data_offsets"] = [0, 240]
+
+
+def _negative(header):
+    header["model.norm.weight"]["data_offsets"] = [-240, 0]
+
+
+def _wrong_type(header):
+    header["model.norm.weight"]["dtype"] = ["F32"]
+
+
+@pytest.mark.parametrize("change", [_shift_boundary, _overlap, _negative, _wrong_type])
+def test_headers_that_do_not_tile_the_file_are_found(change, copied, tmp_path):
+    edit_header(copied / "model.safetensors", change)
+    fails(tmp_path, "--model", copied, words=["model.safetensors", "damaged"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 47, "head_dim": None},
+        {"num_attention_heads": 0},
+        {"rms_norm_eps": "x"},
+        {"vocab_size": None},
+        {"hidden_act": "nope"},
+        {"model_type": ["llama"]},
+        {"rope_parameters": "x"},
+        {"eos_token_id": -1},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model_is_refused_at_once(change, copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, **change}))
+    (copied / "generation_config.json").unlink()
+    fails(tmp_path, "--model", copied, "--dry-run")
+
+
+def test_a_null_quantisation_is_none(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    assert run("--model", copied, "--out", tmp_path / "b", "--dry-run").exit_code == 0
+
+
+def test_a_builder_without_an_engine_is_a_mistake(llama, tmp_path):
+    words = ["builder", "engine.plan"]
+    fails(tmp_path, "--model", llama, "--builder", "tensorrt-rtx", words=words)
+
+
+def test_two_checkpoints_in_a_folder_are_not_mixed(copied, tmp_path):
+    shutil.copy(copied / "model.safetensors", copied / "a.safetensors")
+    (copied / "model.safetensors").rename(copied / "b.safetensors")
+    fails(tmp_path, "--model", copied, words=["b.safetensors", "keep one"])
+
+
+@pytest.mark.parametrize("index", [{"a": 5}, {"a": ""}, {"a": ".."}, {"a": "../x.safetensors"}])
+def test_a_damaged_index_is_found(index, copied, tmp_path):
+    (copied / "model.safetensors").unlink()
+    text = json.dumps({"weight_map": index})
+    (copied / "model.safetensors.index.json").write_text(text)
+    fails(tmp_path, "--model", copied, words=["model.safetensors.index.json"])
+
+
+@pytest.mark.parametrize("arguments", [["--window-size", "abc"], ["--dtype", "int8"], ["--nope"]])
+def test_a_wrong_option_costs_one_line(arguments):
+    program = [sys.executable, "-c", "from lminf_export.cli.export import main; main()"]
+    result = subprocess.run(
+        [*program, "--model", "m", "--out", "o", *arguments], check=False, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "--help" in result.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, b"\x05" + b"\0" * 7 + b"hello"])

@@ -100,7 +100,7 @@ def test_statistics_go_to_stderr(bundle):
         ([], "give the text once"),
         (["--prompt", "a", "-"], "give the text once"),
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt-file", "nowhere"], "cannot read the prompt from nowhere: No such file"),
+        (["--prompt-file", "nowhere"], "cannot read nowhere: No such file"),
         (["--prompt", "a", "--top-p", "0"], "top_p=0.0: must be above 0"),
         (["--prompt", "a", "--temperature", "nan"], "temperature=nan"),
         (["--prompt", "a", "--stop", ""], "a stop string is empty"),
@@ -152,7 +152,7 @@ def test_errors_reach_the_shell_without_a_traceback(tmp_path):
 
 
 def endless(bundle):
-    command = [*LMINF, "generate", str(bundle), "--prompt", "a", "--max-new-tokens", "0"]
+    command = [*LMINF, "generate", str(bundle), "--prompt", "a", "--endless"]
     return subprocess.Popen(
         [*command, "--temperature", "9"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -19,7 +19,9 @@ from lminf_export.passes.stay_flat import stay_flat
 from tests.tiny_models import save_llama
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
-LINEAR = HEADER + """
+LINEAR = (
+    HEADER
+    + """
 g (float[B, S, 6] x) => (float[B, S, 5] y)
 <float[5, 6] w, float[5] b>
 {
@@ -27,7 +29,10 @@ g (float[B, S, 6] x) => (float[B, S, 5] y)
     m = MatMul (x, t)
     y = Add (m, b)
 }"""
-NORM = HEADER + """
+)
+NORM = (
+    HEADER
+    + """
 g (float[B, S, 6] x) => (float[B, S, 6] y)
 <float[6] w, float two = {2.0}, float eps = {0.000001}, int64[1] axes = {-1}>
 {
@@ -40,7 +45,10 @@ g (float[B, S, 6] x) => (float[B, S, 6] y)
     o = Mul (w, n)
     y = Identity (o)
 }"""
-VIEW = HEADER + """
+)
+VIEW = (
+    HEADER
+    + """
 g (float[B, S, 6] x) => (float[B, S, 2, 3] y)
 <int64[2] tail = {2, 3}>
 {
@@ -48,6 +56,7 @@ g (float[B, S, 6] x) => (float[B, S, 2, 3] y)
     target = Concat <axis = 0> (head, tail)
     y = Reshape (x, target)
 }"""
+)
 
 
 def parsed(text: str) -> ir.Model:
@@ -104,11 +113,15 @@ def test_a_norm_over_another_axis_is_left_alone():
 
 
 def test_tokens_stay_rows_from_projection_to_projection():
-    text = LINEAR.replace("y = Add (m, b)", "z = Add (m, b)\n    g = Sigmoid (z)\n    y = Mul (z, g)")
+    text = LINEAR.replace(
+        "y = Add (m, b)", "z = Add (m, b)\n    g = Sigmoid (z)\n    y = Mul (z, g)"
+    )
     model = parsed(text)
     linear_to_gemm(model)
     stay_flat(model)
-    ranks = {len(n.inputs[0].shape) for n in model.graph if n.op_type == "Mul" and n.inputs[0].shape}
+    ranks = {
+        len(n.inputs[0].shape) for n in model.graph if n.op_type == "Mul" and n.inputs[0].shape
+    }
     assert ranks <= {2}
     x = np.random.default_rng(2).normal(size=(3, 5, 6)).astype(np.float32)
     np.testing.assert_allclose(outputs(model, x), outputs(parsed(text), x), rtol=1e-6, atol=1e-6)

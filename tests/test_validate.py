@@ -79,6 +79,29 @@ def test_other_weights_than_the_model_s_are_found(model, bundle, tmp_path):
     result = run(changed.path, "--model", model)
     assert result.exit_code == 1
     assert "FAILED" in result.output
+    assert "model.layers.2.mlp.down_proj.weight" in result.output
+
+
+def test_a_weight_no_token_shows_is_found_too(model, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.embed_tokens.weight"][77, 0] += 0.01  # one element of one token's row
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    bundle = bundle_of(other, tmp_path / "b", dtype="float16")
+    assert run(bundle.path, "--model", other).exit_code == 0
+    result = run(bundle.path, "--model", model)
+    assert result.exit_code == 1
+    assert "model.embed_tokens.weight" in result.output
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged"])
+def test_a_damaged_model_to_compare_with_is_refused(content, model, bundle, tmp_path):
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(content)
+    result = run(bundle.path, "--model", tmp_path / "m")
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def _header(path):
@@ -104,10 +127,11 @@ def test_too_short_a_stream_is_refused(bundle):
 
 
 def test_another_model_is_refused(bundle, tmp_path):
-    other = save_llama(tmp_path / "other", num_hidden_layers=2)
-    result = run(bundle.path, "--model", other)
-    assert result.exit_code == 2
-    assert "layers" in result.stderr
+    for change, word in (({"num_hidden_layers": 2}, "layers"), ({"vocab_size": 140}, "vocabulary")):
+        other = save_llama(tmp_path / word, **change)
+        result = run(bundle.path, "--model", other)
+        assert result.exit_code == 2
+        assert word in result.stderr
 
 
 def test_every_file_is_hashed_first(bundle, tmp_path):

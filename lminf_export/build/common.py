@@ -11,6 +11,7 @@ from onnx_ir.passes import common as ir_passes
 
 from lminf_export import bindings
 from lminf_export.bindings import LayerSpec
+from lminf_export.config import as_integer
 from lminf_export.errors import EngineError
 
 LOGGER_NAME = "lminf_export.build"
@@ -43,9 +44,8 @@ class EngineRequest:
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "max_batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise EngineError(f"{name}={value!r}: must be an integer of at least 1")
+            number = as_integer(name, getattr(self, name), 1, EngineError)
+            object.__setattr__(self, name, number)
 
     @property
     def ring_updates(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
 
-from lminf_export.errors import LminfError
+from lminf_export.errors import InputError, LminfError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +50,17 @@ def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def run_command(command: click.Command, name: str) -> NoReturn:
+    """Run a command as a program; a wrong option costs one line, as every other mistake."""
+    try:
+        code = command.main(prog_name=name, standalone_mode=False)
+    except click.ClickException as error:
+        fail(f"{error.format_message()} (see {name} --help)")
+    except click.Abort:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
 def fail(message: str) -> NoReturn:
     """Print one line on stderr and exit with 2."""
     click.echo(f"error: {' '.join(message.split())}", err=True)
@@ -78,6 +89,21 @@ def set_up_logging(verbose: int, quiet: bool) -> None:
     logger.propagate = False
     levels = {0: logging.WARNING, 1: logging.INFO}
     logger.setLevel(logging.ERROR if quiet else levels.get(verbose, logging.DEBUG))
+
+
+def read_text(path: str) -> str:
+    """Return a UTF-8 file's text.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error.reason}") from None
 
 
 def quiet_transformers() -> None:

@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lminf_export.cli.common import handle_errors, quiet_transformers, verbosity_options
+from lminf_export.cli.common import (
+    handle_errors,
+    quiet_transformers,
+    run_command,
+    verbosity_options,
+)
 from lminf_export.cli.progress_bar import progress_bar
-from lminf_export.config import DEFAULT_CHUNK_SIZE, DEFAULT_NUM_SINK_TOKENS
+from lminf_export.config import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_NUM_SINK_TOKENS,
+    LAMBDA_LAYERS,
+    ROPE_REGIMES,
+)
 
 if TYPE_CHECKING:
     from lminf_export.bundle import Bundle
@@ -67,6 +77,20 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     help="Most new tokens in one step.",
 )
 @click.option(
+    "--lambda-layers",
+    type=click.Choice(LAMBDA_LAYERS),
+    default="full",
+    show_default=True,
+    help="Layers that keep the starting tokens: those that see everything by training, or also "
+    "those with a sliding window of their own.",
+)
+@click.option(
+    "--rope-regime",
+    type=click.Choice(ROPE_REGIMES),
+    help="What a rotary scaling that depends on the length of the text (dynamic, longrope) is "
+    "frozen to.  [default: what the window fits]",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Element type of weights and caches; bfloat16 is for engines and GPUs.  "
@@ -89,6 +113,11 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Where hub files are kept.")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run Python code a model repository brings. Off."
+)
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read .bin weights where there are no safetensors; only tensors are unpickled. Off.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be written.")
@@ -118,6 +147,12 @@ def export_command(dry_run: bool, **options: Any) -> None:
         _print_plan(job)
     else:
         _print_result(bundle)
+
+
+@handle_errors
+def main() -> None:
+    """Entry point of `lminf-export`."""
+    run_command(export_command, "lminf-export")
 
 
 def _print_plan(job: ExportJob) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import click
 
-from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.cli.common import handle_errors, read_text, verbosity_options
 from lminf_export.errors import InputError
 from lminf_export.manifest import human_bytes
 
@@ -55,8 +55,9 @@ class Clock:
     type=click.IntRange(min=0),
     default=256,
     show_default=True,
-    help="Tokens to write at most; 0 for no end.",
+    help="Tokens to write at most.",
 )
+@click.option("--endless", is_flag=True, help="Write until you stop it.")
 @click.option(
     "--temperature",
     type=float,
@@ -109,6 +110,7 @@ def generate_command(
     prompt: str | None,
     prompt_file: str | None,
     max_new_tokens: int,
+    endless: bool,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -136,7 +138,7 @@ def generate_command(
     state = model.new_state()
     token_ids = model.generate(
         prompt_ids,
-        max_new_tokens=max_new_tokens or None,
+        max_new_tokens=None if endless else max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -164,10 +166,7 @@ def _prompt_text(prompt: str | None, prompt_file: str | None, stdin: str | None)
     try:
         if given == ["-"]:
             return sys.stdin.buffer.read().decode("utf-8")
-        assert prompt_file is not None
-        with open(prompt_file, encoding="utf-8") as file:
-            return file.read()
-    except OSError as error:
-        raise InputError(f"cannot read the prompt from {given[0]}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"the prompt in {given[0]} is not UTF-8: {error.reason}") from None
+        raise InputError(f"the prompt on stdin is not UTF-8: {error.reason}") from None
+    assert prompt_file is not None
+    return read_text(prompt_file)

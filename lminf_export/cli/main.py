@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import lminf_export
-from lminf_export.cli.common import LazyGroup, handle_errors
+from lminf_export.cli.common import LazyGroup, handle_errors, run_command
 
 _COMMANDS = {
     "generate": (
@@ -48,7 +48,7 @@ def cli() -> None:
 @handle_errors
 def main() -> None:
     """Entry point of `lminf`."""
-    cli(prog_name="lminf")
+    run_command(cli, "lminf")
 
 
 if __name__ == "__main__":

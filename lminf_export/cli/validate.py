@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lminf_export.cli.common import handle_errors, quiet_transformers, verbosity_options
+from lminf_export.cli.common import (
+    handle_errors,
+    quiet_transformers,
+    read_text,
+    verbosity_options,
+)
 from lminf_export.cli.progress_bar import progress_bar
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ EXIT_BEYOND_TOLERANCE = 1
 )
 @click.option(
     "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(),
     help="Take the stream from this text, through the bundle's tokenizer; random otherwise.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
@@ -45,7 +49,7 @@ def validate_command(
     bundle: str,
     model: str | None,
     num_tokens: int | None,
-    text: Path | None,
+    text: str | None,
     seed: int,
     provider: Literal["cpu", "cuda"],
     as_json: bool,
@@ -64,7 +68,7 @@ def validate_command(
         token_ids = None
         if text is not None:
             codec = TextCodec.of(Bundle.open(bundle))
-            token_ids = codec.encode(text.read_text(encoding="utf-8"))
+            token_ids = codec.encode(read_text(text))
         report = validate(
             bundle,
             model=model,
@@ -105,3 +109,10 @@ def _print_table(report: ValidationReport) -> None:
             "ok" if row.passed else "FAILED",
         )
     Console(highlight=False, width=max(100, Console().width)).print(table)
+    if report.differing_weights:
+        click.echo(
+            f"FAILED: {len(report.differing_weights)} tensors are not the model's: "
+            f"{', '.join(report.differing_weights[:3])}"
+        )
+    elif report.differing_weights is not None:
+        click.echo("weights: every tensor is the model's")

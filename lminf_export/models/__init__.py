@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
-from lminf_export.errors import ModelError
+from lminf_export.models.alibi import BloomFamily, MptFamily
 from lminf_export.models.base import Family
+from lminf_export.models.falcon import FalconFamily
+from lminf_export.models.gptj import GptjFamily
+from lminf_export.models.probe import ProbedFamily
 from lminf_export.models.rotary import RotaryFamily
 
-_FAMILIES: tuple[Family, ...] = (RotaryFamily("llama"),)
+# Dense models; each is proved by a case of the same name in tests/families.py.
+_DENSE = RotaryFamily(
+    "apertus",
+    "arcee",
+    "bitnet",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt_neox",
+    "granite",
+    "helium",
+    "llama",
+    "ministral",
+    "mistral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "persimmon",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+# Mixtures of experts; each is proved by a case in tests/test_experts.py.
+_EXPERTS = RotaryFamily(
+    "gpt_oss", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"
+)
+# Families without the attention interface; proved in tests/test_families_own.py.
+_OWN = (GptjFamily(), MptFamily(), BloomFamily(), FalconFamily())
+_FAMILIES: tuple[Family, ...] = (_DENSE, _EXPERTS, *_OWN)
 FAMILIES: dict[str, Family] = {
     model_type: family for family in _FAMILIES for model_type in family.model_types
 }
 
-# Why these can never be served, for a better message than "unknown".
-LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "opt", "xglm", "biogpt", "ctrl"})
-
 
 def find_family(model_type: str) -> Family:
-    """Return the family of a `model_type`.
-
-    Raises:
-        ModelError: the type is not supported; the message says which are.
-    """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    known = ", ".join(sorted(FAMILIES))
-    if model_type in LEARNED_POSITIONS:
-        raise ModelError(
-            f"model type {model_type!r} has learned absolute positions: beyond its training "
-            f"length there is no position to give a token; Λ-attention needs relative "
-            f"positions (supported: {known})"
-        )
-    raise ModelError(f"model type {model_type!r} is not supported; supported are: {known}")
+    """Return the family of a `model_type`; of an unknown one, a family that probes it first."""
+    return FAMILIES.get(model_type) or ProbedFamily(model_type, tuple(sorted(FAMILIES)))

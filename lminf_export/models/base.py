@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.bindings import LayerSpec
-from lminf_export.config import LambdaConfig
+from lminf_export.config import LambdaConfig, ring_capacity
+from lminf_export.errors import ConfigError, ModelError
+from lminf_export.models.experts import EXPERTS_NAME, register_experts
 
 ATTENTION_NAME = "lambda_attention"
 
@@ -86,6 +88,28 @@ class Family(Protocol):
     def patched(self, model: nn.Module) -> AbstractContextManager[None]:
         """Open the model: within, attention arrives unrotated at `attend`."""
         ...
+
+
+def lambda_layers(config: Any, num_kv_heads: int, settings: LambdaConfig) -> tuple[LayerSpec, ...]:
+    """Describe the layers of a model that all see everything, at any length of text, by training.
+
+    Raises:
+        ConfigError: a setting for models whose rotation depends on the length of the text.
+    """
+    if settings.rope_regime is not None:
+        raise ConfigError(
+            f"rope_regime={settings.rope_regime}: no position of this {config.model_type} model "
+            f"depends on the length of the text; leave it out"
+        )
+    layer = LayerSpec(
+        num_kv_heads=num_kv_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        window_size=settings.window_size,
+        num_sink_tokens=settings.num_sink_tokens,
+        distance_limit=settings.distance_limit,
+        ring_capacity=ring_capacity(settings.window_size, settings.chunk_size),
+    )
+    return (layer,) * config.num_hidden_layers
 
 
 @dataclass(frozen=True)
@@ -204,8 +228,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def register_attention() -> None:
     """Make `attend` known to transformers under ATTENTION_NAME."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.falcon.modeling_falcon import FALCON_ATTENTION_CLASSES
+    from transformers.models.gptj.modeling_gptj import GPTJ_ATTENTION_CLASSES
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
+    # Older code picks a class by the name; its forward is replaced while the model is patched.
+    for classes in (FALCON_ATTENTION_CLASSES, GPTJ_ATTENTION_CLASSES):
+        classes.setdefault(ATTENTION_NAME, classes["eager"])
 
 
 def build_model(
@@ -215,11 +244,32 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     register_attention()
-    with torch.device(device):
+    register_experts()
+    with torch.device(device), _as_model_error(config):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
+            experts_implementation=EXPERTS_NAME,
             trust_remote_code=trust_remote_code,
         )
     return model.eval()
+
+
+@contextmanager
+def _as_model_error(config: Any) -> Iterator[None]:
+    """Say of which configuration transformers could not make a model."""
+    try:
+        yield
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"transformers cannot build a {config.model_type} model of this config.json: {reason}"
+        ) from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from lminf_export import reference
 from lminf_export.bindings import LayerSpec
 from lminf_export.config import LambdaConfig, ring_capacity
-from lminf_export.errors import ModelError
+from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.base import (
     AttentionCall,
     AttentionPlan,
@@ -33,7 +34,9 @@ from lminf_export.models.base import (
     use_step,
 )
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+# Scalings that change with the length of the text; one regime is frozen at export.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class RotaryFamily:
@@ -56,18 +59,20 @@ class RotaryFamily:
     def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
         """Let the model show how each layer attends, and apply the Λ settings to it."""
         _check_rope_types(config)
+        regime, regime_notices = _regime(config, settings)
         model = build_model(config, torch.float32, device="meta")
-        calls = self._observe(model, config)
+        calls = [_without_idle_window(call, config) for call in self.observe(model, config)]
         if any(call.key.shape[-1] != call.value.shape[-1] for call in calls):
             raise ModelError("keys and values of different sizes are not supported")
         turns = sorted({call.turn for call in calls if call.turn is not None}, key=str)
-        rotations = [_rotation(model, config, turn) for turn in turns]
+        rotations = [_rotation(model, config, turn, regime) for turn in turns]
         if rotations and any(call.turn is None for call in calls):
             # A layer without rotation turns by angle zero: one operator body for all layers.
             rotations.append(Rotation(torch.zeros_like(rotations[0].inv_freq)))
         unrotated = len(rotations) - 1 if rotations else None
         softcaps = {call.softcap for call in calls}
-        assert len(softcaps) == 1, f"layers with different soft caps: {softcaps}"
+        if len(softcaps) > 1:
+            raise ModelError(f"its layers cap their logits differently: {sorted(softcaps)}")
         return AttentionPlan(
             layers=tuple(_layer(call, settings) for call in calls),
             num_attention_heads=calls[0].query.shape[1],
@@ -78,38 +83,76 @@ class RotaryFamily:
             softcap=softcaps.pop(),
             sink_logits=calls[0].sink_logits is not None,
             sliding=tuple(call.visible.window is not None for call in calls),
-            notices=_notices(calls),
+            notices=(*regime_notices, *_notices(calls, settings)),
         )
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
         """Take rotation and masks out of the model's own code."""
         code = sys.modules[type(model).__module__]
+        rotary = _rotary_modules(model)
         with ExitStack() as stack:
-            stack.enter_context(replaced(code, "apply_rotary_pos_emb", _remember_turn))
+            if hasattr(code, "apply_rotary_pos_emb"):
+                stack.enter_context(replaced(code, "apply_rotary_pos_emb", _remember_turn))
+            elif rotary:
+                raise ModelError(
+                    f"{type(model).__name__} rotates by code of its own, not by "
+                    f"apply_rotary_pos_emb; the rotation cannot be taken out of it"
+                )
             for name, mask in _MASKS.items():
                 if hasattr(code, name):
                     stack.enter_context(replaced(code, name, mask))
-            for path in _rotary_modules(model):
+            for module in model.modules():
+                stack.enter_context(_known_embed_scale(module))
+            for path in rotary:
                 parent, _, name = path.rpartition(".")
                 owner = model.get_submodule(parent)
-                stack.enter_context(replaced(owner, name, _TurnSource(path)))
+                stack.enter_context(
+                    replaced(owner, name, _TurnSource(path, model.get_submodule(path)))
+                )
             yield
 
-    def _observe(self, model: nn.Module, config: Any) -> list[AttentionCall]:
+    def observe(self, model: nn.Module, config: Any) -> list[AttentionCall]:
         """Run one step on the meta device and return every layer's attention call, in order."""
         step = _Observer()
         tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
         with self.patched(model), use_step(step), torch.no_grad():
             model(input_ids=tokens, use_cache=False)
-        calls = [step.calls[layer] for layer in sorted(step.calls)]
-        if len(calls) != config.num_hidden_layers:
-            raise ModelError(
-                f"{len(calls)} of {config.num_hidden_layers} layers of this {config.model_type} "
-                f"model attend to keys; the others keep a state of another kind, which Λ-attention "
-                f"cannot bound"
-            )
-        return calls
+        return in_layer_order(step.calls, config)
+
+
+def in_layer_order(calls: dict[int, AttentionCall], config: Any) -> list[AttentionCall]:
+    """Return one step's attention calls, one for each layer.
+
+    Raises:
+        ModelError: a layer has none.
+    """
+    if not calls:
+        raise ModelError(
+            "no layer attends through transformers' attention interface; there is nothing "
+            "Λ-attention could take the place of"
+        )
+    if len(calls) != config.num_hidden_layers:
+        raise ModelError(
+            f"only {len(calls)} of its {config.num_hidden_layers} layers attend to keys; the "
+            f"others keep a state of another kind, as recurrent or convolutional layers do, "
+            f"which the exported caches do not carry"
+        )
+    return [calls[layer] for layer in sorted(calls)]
+
+
+def keep_call(calls: dict[int, AttentionCall], call: AttentionCall) -> None:
+    """Add a layer's attention call to those of a step.
+
+    Raises:
+        ModelError: the layer has called before.
+    """
+    if call.layer in calls:
+        raise ModelError(
+            f"layer {call.layer} attends twice in one step; with one cache a layer the second "
+            f"attention would read the keys of the first"
+        )
+    calls[call.layer] = call
 
 
 class _Observer:
@@ -119,21 +162,21 @@ class _Observer:
         self.calls: dict[int, AttentionCall] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
-        if call.layer in self.calls:
-            raise ModelError(
-                f"layer {call.layer} attends twice in one step; with one cache a layer the second "
-                f"attention would read the keys of the first"
-            )
-        self.calls[call.layer] = call
+        keep_call(self.calls, call)
         return torch.empty_like(call.query)
 
 
 class _TurnSource(nn.Module):
     """Takes the place of a rotary module: returns which rotation it would have been, twice."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__()
         self.path = path
+        self._replaced = (module,)  # in a tuple: not a submodule, or its buffers would be ours
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models ask their rotary module what it was configured with."""
+        return getattr(self.__dict__["_replaced"][0], name)
 
     def forward(
         self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None
@@ -180,29 +223,113 @@ def _rotary_modules(model: nn.Module) -> list[str]:
     ]
 
 
+class _Factor(float):
+    """A number where the model expects a tensor without dimensions."""
+
+    def to(self, dtype: torch.dtype) -> float:
+        return torch.tensor(float(self), dtype=dtype, device="cpu").item()
+
+
+@contextmanager
+def _known_embed_scale(module: nn.Module) -> Iterator[None]:
+    """Give scaled embeddings their factor: the buffer that holds it is empty on the meta device."""
+    scale = module._buffers.get("embed_scale")
+    if scale is None or not scale.is_meta:
+        yield
+        return
+    del module._buffers["embed_scale"]
+    module.__dict__["embed_scale"] = _Factor(module.scalar_embed_scale)  # type: ignore[arg-type]  # a float
+    try:
+        yield
+    finally:
+        del module.__dict__["embed_scale"]
+        module._buffers["embed_scale"] = scale
+
+
+def _without_idle_window(call: AttentionCall, config: Any) -> AttentionCall:
+    """Take a window that no text of the trained lengths ever fills for what it is: none."""
+    window = call.visible.window
+    longest = getattr(config, "max_position_embeddings", None)
+    if window is None or longest is None or window < longest:
+        return call
+    return replace(call, visible=Visible())
+
+
 def _layer(call: AttentionCall, settings: LambdaConfig) -> LayerSpec:
     """Apply Λ to a layer that sees everything; leave a sliding layer its own window."""
     window = call.visible.window
     own = window is not None
     size = window if window is not None else settings.window_size
+    has_sinks = not own or settings.lambda_layers == "all"
     return LayerSpec(
         num_kv_heads=call.key.shape[1],
         head_dim=call.query.shape[-1],
         window_size=size,
-        num_sink_tokens=0 if own else settings.num_sink_tokens,
+        num_sink_tokens=settings.num_sink_tokens if has_sinks else 0,
         distance_limit=size if own else settings.distance_limit,
         ring_capacity=ring_capacity(size, settings.chunk_size),
     )
 
 
-def _rotation(model: nn.Module, config: Any, turn: Turn) -> Rotation:
+def _rotation(model: nn.Module, config: Any, turn: Turn, regime: str | None) -> Rotation:
     """Compute a rotation's frequencies on the CPU by the model's own class, and its pairing."""
     module: Any = type(model.get_submodule(turn.module))(config)
     prefix = f"{turn.layer_type}_" if turn.layer_type else ""
     inv_freq = getattr(module, f"{prefix}inv_freq").float()
     factor = float(getattr(module, f"{prefix}attention_scaling"))
     apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
-    return Rotation(inv_freq, factor, _is_interleaved(module, apply, turn, inv_freq, factor))
+    interleaved = _is_interleaved(module, apply, turn, inv_freq, factor)
+    rope = _rope_parameters(config, turn.layer_type)[0]
+    if regime == "long" and rope.get("rope_type") in LENGTH_DEPENDENT:
+        inv_freq, factor = _long_regime(config, rope, turn.layer_type)
+    return Rotation(inv_freq, factor, interleaved)
+
+
+def _long_regime(config: Any, rope: Any, layer_type: str | None) -> tuple[Tensor, float]:
+    """Return frequencies and attention factor as transformers has them for long texts."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = rope["rope_type"]
+    length = (
+        int(config.max_position_embeddings * rope["factor"])
+        if kind == "dynamic"
+        else int(rope["original_max_position_embeddings"]) + 1
+    )
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](
+        config, torch.device("cpu"), seq_len=length, layer_type=layer_type
+    )
+    return inv_freq.float(), float(factor)
+
+
+def _regime(config: Any, settings: LambdaConfig) -> tuple[str | None, tuple[str, ...]]:
+    """Choose what a length-dependent rotary scaling is frozen to, and say so.
+
+    Short distances are all a query ever sees while the window is within the short regime's
+    length, so that is the default there.
+    """
+    scalings = [r for r in _rope_parameters(config) if r.get("rope_type") in LENGTH_DEPENDENT]
+    if not scalings:
+        if settings.rope_regime is None:
+            return None, ()
+        raise ConfigError(
+            f"rope_regime={settings.rope_regime}: the rotary embedding of this "
+            f"{config.model_type} model does not depend on the length of the text; leave it out"
+        )
+    kind = scalings[0]["rope_type"]
+    longest = config.max_position_embeddings
+    border = scalings[0]["original_max_position_embeddings"] if kind == "longrope" else longest
+    regime = settings.rope_regime or ("short" if settings.window_size <= border else "long")
+    equal = (
+        f"equal to the unmodified model for texts of up to {min(border, settings.window_size)} "
+        f"tokens"
+        if regime == "short"
+        else f"which the unmodified model uses for texts longer than {border} tokens only"
+    )
+    notice = (
+        f"rotary scaling {kind!r} changes with the length of a text, a stream has none: it is "
+        f"frozen in its {regime} regime, {equal}; --rope-regime sets it"
+    )
+    return regime, (notice,)
 
 
 def _is_interleaved(
@@ -227,11 +354,13 @@ def _is_interleaved(
     )
 
 
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """Return the rotary parameters: one set, or one for each layer type."""
+def _rope_parameters(config: Any, layer_type: str | None = None) -> list[dict[str, Any]]:
+    """Return the rotary parameters: one set, or one for each layer type (or one type's)."""
     rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    return nested or [rope]
+    nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
+    if layer_type in nested:
+        return [nested[layer_type]]
+    return list(nested.values()) or [rope]
 
 
 def _check_rope_types(config: Any) -> None:
@@ -244,10 +373,10 @@ def _check_rope_types(config: Any) -> None:
             )
 
 
-def _notices(calls: list[AttentionCall]) -> tuple[str, ...]:
-    if all(call.visible.window is not None for call in calls):
+def _notices(calls: list[AttentionCall], settings: LambdaConfig) -> tuple[str, ...]:
+    if settings.lambda_layers == "full" and all(call.visible.window is not None for call in calls):
         return (
             "every layer of this model was trained with a sliding window and keeps it; "
-            "no layer is left for sink tokens",
+            "no layer is left for sink tokens; --lambda-layers all gives them sinks too",
         )
     return ()

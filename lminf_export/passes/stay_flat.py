@@ -123,6 +123,7 @@ class _Rows:
         target = self.flat[tokens[0]].target
         back = ir.node("Reshape", [moved.outputs[0], target], attributes={"allowzero": 1})
         back.outputs[0].type, back.outputs[0].shape = value.type, value.shape
+        back.outputs[0].name = value.name  # it may be an output of the graph
         self.graph.insert_before(node, [moved, back])
         ir.convenience.replace_all_uses_with(value, back.outputs[0], replace_graph_outputs=True)
         self.graph.remove(node, safe=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from lminf_export.bundle import Bundle
+from lminf_export.config import as_integer
 from lminf_export.errors import InputError, SessionError
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.memory import require_memory
@@ -57,8 +58,7 @@ class LanguageModel:
             InputError: for a batch below 1.
             SessionError: if the caches would exceed this machine's memory.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size={batch_size!r}: must be an integer of at least 1")
+        batch_size = as_integer("batch_size", batch_size, 1, InputError)
         require_memory(self.bundle.manifest, self.session, batch_size)
         return self.session.new_state(batch_size)
 
@@ -193,13 +193,11 @@ class LanguageModel:
         """
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         ids = self._checked_prompt(prompt_ids)
-        if max_new_tokens is not None and (
-            isinstance(max_new_tokens, bool)
-            or not isinstance(max_new_tokens, int)
-            or max_new_tokens < 0
-        ):
-            raise InputError(f"max_new_tokens={max_new_tokens!r}: must be at least 0, or None")
-        stops = self.bundle.manifest.eos_token_ids if stop_token_ids is None else stop_token_ids
+        if max_new_tokens is not None:
+            max_new_tokens = as_integer("max_new_tokens", max_new_tokens, 0, InputError)
+        if stop_token_ids is None:
+            stop_token_ids = self.bundle.manifest.eos_token_ids
+        stops = _integers(list(stop_token_ids), "stop_token_ids").tolist()
         if state is None:
             state = self.new_state()
         self._check_state(state)

@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from lminf_export import bindings
 from lminf_export.bindings import LayerSpec
 from lminf_export.bundle import Bundle
+from lminf_export.config import as_integer
 from lminf_export.errors import SessionError
 from lminf_export.manifest import Manifest, Tensor, describe
 from lminf_export.runtime.cache import State, grown_capacity, ring_capacities
@@ -269,12 +270,10 @@ def _check_provider(provider: str, manifest: Manifest) -> None:
 
 
 def _open_session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
-    if threads is not None and (isinstance(threads, bool) or threads < 1):
-        raise SessionError(f"threads={threads!r}: must be at least 1")
     options = ort.SessionOptions()
     options.inter_op_num_threads = 1
     if threads is not None:
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = as_integer("threads", threads, 1, SessionError)
     # What goes wrong arrives as an exception; the log would only repeat it on stderr.
     options.log_severity_level = _LOG_FATAL
     with _as_session_error(f"onnxruntime cannot load {path}"):

@@ -6,12 +6,14 @@ Repetition penalty → temperature → top-k → top-p → min-p → draw. Tempe
 from __future__ import annotations
 
 import math
+import numbers
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from lminf_export.config import as_integer
 from lminf_export.errors import ConfigError
 
 
@@ -40,21 +42,23 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        numbers = (
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise ConfigError(f"{name}={value!r}: must be a number")
+        rules = (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         )
-        for name, valid, rule in numbers:
+        for name, valid, rule in rules:
             if not valid or not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be {rule}")
         for name in ("top_k", "seed"):
             value = getattr(self, name)
-            if value is None and name == "seed":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(f"{name}={value!r}: must be an integer of at least 0")
+            if value is not None or name != "seed":
+                object.__setattr__(self, name, as_integer(name, value, 0))
 
 
 class Sampler:

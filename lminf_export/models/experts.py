@@ -1,0 +1,224 @@
+"""Mixtures of experts that can be exported: every token meets only the experts it chose.
+
+transformers computes experts by a grouped product that has no translation to ONNX, or by a loop
+over the experts that were hit, whose shapes depend on data. Here the pairs (token, chosen
+expert) are sorted into blocks of equal size, each of one expert, padded with zeros where an
+expert has too few. How many blocks there are, M, and how many rows each has, b, follow from the
+number of tokens alone, so that an engine can plan for them. One Loop then takes a block and its
+expert's matrix at a time.
+
+What that costs. A step of few tokens (b = 1) reads the chosen experts and no others, but each is
+copied out of the stack before it is used, which is two more passes over it; standard operators
+have no product with one matrix of a stack. A long chunk computes at most 3 rows for each pair,
+and at most 1.5 times the number of experts in blocks. Computing every expert for every token
+would read each weight once, but all of them: 16 times as many in Qwen3-30B. Copying the chosen
+matrices of all pairs at once would need (tokens · k) experts of memory.
+
+Routing (softmax, top-k, normalisation, scaling) and the activation between the two products are
+each model's own code, traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import evaluator
+from onnxscript.values import Opset
+from torch import Tensor
+
+EXPERTS_NAME = "lambda_experts"
+_ONNX = Opset("", 24)
+
+
+def block_shape(num_pairs: Any, num_experts: int) -> tuple[Any, Any]:
+    """Return (M, b): blocks enough for any routing of so many pairs, and rows of each.
+
+    Twice the rows of a balanced routing: most experts then fit one block. Every expert that is
+    hit has at most one block that is not full, so (P − m) / b + m blocks suffice for m experts.
+    """
+    rows = 2 * num_pairs // num_experts + 1
+    hit = torch.sym_min(num_pairs, num_experts)
+    return (num_pairs - hit) // rows + hit, rows
+
+
+@torch.library.custom_op("lminf::dispatch_to_experts", mutates_args=())
+def dispatch_to_experts(
+    hidden: Tensor, top_k_index: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort tokens into blocks of one expert each.
+
+    Args:
+        hidden: (T, F) tokens.
+        top_k_index: (T, k) int64, the experts of each.
+        num_experts: E.
+
+    Returns:
+        blocks (M, b, F) with zeros where a block is not full; expert (M,) int64 of each block;
+        slot (T·k,) int64, the row of blocks.flatten(0, 1) that holds each pair.
+    """
+    expert = top_k_index.reshape(-1)
+    num_blocks, rows = block_shape(expert.numel(), num_experts)
+    chosen = expert[:, None] == torch.arange(num_experts)
+    running = chosen.to(torch.int64).cumsum(0)
+    rank = running.gather(1, expert[:, None])[:, 0] - 1
+    used = (chosen.sum(0) + rows - 1) // rows
+    ends = used.cumsum(0)
+    slot = (ends - used)[expert] * rows + rank
+    of_block = (ends[None, :] <= torch.arange(num_blocks)[:, None]).sum(1)
+    blocks = hidden.new_zeros(num_blocks * rows, hidden.shape[1])
+    blocks[slot] = hidden.repeat_interleave(top_k_index.shape[1], 0)
+    blocks = blocks.reshape(num_blocks, rows, hidden.shape[1])
+    return blocks, of_block.clamp(max=num_experts - 1), slot
+
+
+@dispatch_to_experts.register_fake
+def _(hidden: Tensor, top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_pairs = top_k_index.shape[0] * top_k_index.shape[1]
+    num_blocks, rows = block_shape(num_pairs, num_experts)
+    return (
+        hidden.new_empty((num_blocks, rows, hidden.shape[1])),
+        top_k_index.new_empty((num_blocks,)),
+        top_k_index.new_empty((num_pairs,)),
+    )
+
+
+@torch.library.custom_op("lminf::expert_linear", mutates_args=())
+def expert_linear(blocks: Tensor, weight: Tensor, expert: Tensor, is_transposed: bool) -> Tensor:
+    """Multiply each block by its expert's matrix, one at a time.
+
+    Args:
+        blocks: (M, b, in).
+        weight: (E, out, in), or (E, in, out) where transposed.
+        expert: (M,) int64.
+        is_transposed: how the matrices are stored.
+
+    Returns:
+        (M, b, out).
+    """
+    pairs = zip(blocks, expert.tolist(), strict=True)
+    matrices = weight if is_transposed else weight.transpose(1, 2)
+    return torch.stack([block @ matrices[index] for block, index in pairs])
+
+
+@expert_linear.register_fake
+def _(blocks: Tensor, weight: Tensor, expert: Tensor, is_transposed: bool) -> Tensor:
+    return blocks.new_empty((*blocks.shape[:2], weight.shape[2 if is_transposed else 1]))
+
+
+def experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Stand in for an experts implementation of transformers.
+
+    Args:
+        module: a model's experts, with stacked `gate_up_proj` (or `up_proj`) and `down_proj`.
+        hidden_states: (T, F).
+        top_k_index: (T, k) int64.
+        top_k_weights: (T, k).
+
+    Returns:
+        (T, F): for each token the weighted sum over its experts.
+    """
+    blocks, expert, slot = dispatch_to_experts(hidden_states, top_k_index, module.num_experts)
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _project(module, name, blocks, expert)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    output = _project(module, "down_proj", inner, expert).flatten(0, 1).index_select(0, slot)
+    if module.has_post_expert_norm:
+        output = module.post_expert_norm(output)
+    weighted = output.unflatten(0, top_k_index.shape) * top_k_weights[:, :, None]
+    return weighted.sum(1).to(hidden_states.dtype)
+
+
+def _project(module: Any, name: str, blocks: Tensor, expert: Tensor) -> Tensor:
+    output = expert_linear(blocks, getattr(module, name), expert, module.is_transposed)
+    if module.has_bias:
+        output = output + getattr(module, f"{name}_bias").index_select(0, expert)[:, None, :]
+    return output
+
+
+def register_experts() -> None:
+    """Make `experts_forward` known to transformers under EXPERTS_NAME."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_forward)
+
+
+def _ints(*values: int) -> Any:
+    return _ONNX.Constant(value_ints=values)
+
+
+def _int(value: int) -> Any:
+    return _ONNX.Constant(value_int=value)
+
+
+def _dispatch_to_onnx(hidden: Any, top_k_index: Any, num_experts: int) -> Any:
+    expert = _ONNX.Reshape(top_k_index, _ints(-1))
+    num_pairs = _ONNX.Shape(expert)
+    rows = _ONNX.Add(_ONNX.Div(_ONNX.Mul(num_pairs, _int(2)), _int(num_experts)), _int(1))
+    hit = _ONNX.Min(num_pairs, _ints(num_experts))
+    num_blocks = _ONNX.Add(_ONNX.Div(_ONNX.Sub(num_pairs, hit), rows), hit)
+    column = _ONNX.Unsqueeze(expert, _ints(1))
+    chosen = _ONNX.Cast(_ONNX.Equal(column, _ints(*range(num_experts))), to=ir.DataType.INT64)
+    running = _ONNX.CumSum(chosen, _int(0))
+    rank = _ONNX.Sub(_ONNX.Squeeze(_ONNX.GatherElements(running, column, axis=1), _ints(1)), 1)
+    count = _ONNX.ReduceSum(chosen, _ints(0), keepdims=0)
+    used = _ONNX.Div(_ONNX.Sub(_ONNX.Add(count, rows), _int(1)), rows)
+    ends = _ONNX.CumSum(used, _int(0))
+    start = _ONNX.Gather(_ONNX.Sub(ends, used), expert)
+    slot = _ONNX.Add(_ONNX.Mul(start, rows), rank)
+    number = _ONNX.Range(_int(0), _ONNX.Squeeze(num_blocks), _int(1))
+    passed = _ONNX.LessOrEqual(ends, _ONNX.Unsqueeze(number, _ints(1)))
+    before = _ONNX.ReduceSum(_ONNX.Cast(passed, to=ir.DataType.INT64), _ints(1), keepdims=0)
+    of_block = _ONNX.Min(before, _ints(num_experts - 1))  # blocks nobody needed
+    width = _ONNX.Shape(hidden, start=1, end=2)
+    k = top_k_index.shape[1]
+    pairs = _ONNX.Expand(_ONNX.Unsqueeze(hidden, _ints(1)), _ints(1, k, 1))
+    pairs = _ONNX.Reshape(pairs, _ONNX.Concat(_ints(-1), width, axis=0))
+    zero = _ONNX.CastLike(_ONNX.Constant(value_float=0.0), hidden)
+    total = _ONNX.Concat(_ONNX.Mul(num_blocks, rows), width, axis=0)
+    empty = _ONNX.Expand(zero, total)
+    filled = _ONNX.ScatterND(empty, _ONNX.Unsqueeze(slot, _ints(1)), pairs)
+    blocks = _ONNX.Reshape(filled, _ONNX.Concat(num_blocks, rows, width, axis=0))
+    return blocks, of_block, slot
+
+
+def _expert_linear_to_onnx(blocks: Any, weight: Any, expert: Any, is_transposed: bool) -> Any:
+    """Loop over the blocks; a Scan would say the same, but NVIDIA's parser refuses it."""
+    number = _scalar_value("block", ir.DataType.INT64)
+    going = _scalar_value("going", ir.DataType.BOOL)
+    on = ir.node("Identity", [going])
+    block, index = (
+        ir.node("Gather", [x, number], attributes={"axis": 0}) for x in (blocks, expert)
+    )
+    matrix = ir.node("Gather", [weight, index.outputs[0]], attributes={"axis": 0})
+    factors = [block.outputs[0], matrix.outputs[0]]
+    product = ir.node("Gemm", factors, attributes={"transB": int(not is_transposed)})
+    on.outputs[0].type, product.outputs[0].type = going.type, ir.TensorType(blocks.dtype)
+    body = ir.Graph(
+        [number, going],
+        [on.outputs[0], product.outputs[0]],
+        nodes=[on, block, index, matrix, product],
+        name="one_expert",
+    )
+    count = _ONNX.Squeeze(_ONNX.Shape(expert))
+    loop = ir.node("Loop", [count, _ONNX.Constant(value=ir.tensor(True))], {"body": body})
+    # onnxscript's own call knows no loop that carries nothing from turn to turn.
+    evaluator.default().nodes.append(loop)  # of torch's recorder
+    return loop.outputs[0]
+
+
+def _scalar_value(name: str, dtype: ir.DataType) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([]))
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what `torch.onnx.export(custom_translation_table=…)` needs for these operators."""
+    ops = torch.ops.lminf
+    return {
+        ops.dispatch_to_experts.default: _dispatch_to_onnx,
+        ops.expert_linear.default: _expert_linear_to_onnx,
+    }

@@ -1,0 +1,111 @@
+"""Falcon: rotary or ALiBi, one, some or all key/value heads, and no attention interface.
+
+transformers repeats the grouped keys of the newer architecture for every query head; here they
+stay grouped, so a cache of Falcon-40B is 16 times smaller.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lminf_export.config import LambdaConfig
+from lminf_export.errors import ModelError
+from lminf_export.models.alibi import alibi_plan, bloom_slopes, nothing
+from lminf_export.models.base import (
+    AttentionPlan,
+    Rotation,
+    Turn,
+    announce_turn,
+    attend,
+    lambda_layers,
+    replaced,
+)
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that do not depend on the length
+_TURN = Turn("transformer.rotary_emb")
+
+
+class FalconFamily:
+    """Adapter of Falcon, old and new architecture, rotary and ALiBi."""
+
+    model_types: tuple[str, ...] = ("falcon",)
+
+    def training_length(self, config: Any) -> int | None:
+        """Return the length before any rotary extension."""
+        rope = config.rope_parameters or {}
+        length = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        return int(length)
+
+    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+        """Apply Λ to every layer.
+
+        Raises:
+            ModelError: a rotary scaling that is not supported.
+        """
+        heads, count = config.num_attention_heads, config.num_hidden_layers
+        groups = _num_kv_heads(config)
+        if config.alibi:
+            # Falcon scales the bias like the products. transformers rounds slopes and bias to
+            # bfloat16 on the way, which at 2,000 tokens moves a key by up to four; we do not.
+            slopes = bloom_slopes(heads) * config.head_dim**-0.5
+            return alibi_plan(config, settings, slopes, num_kv_heads=groups)
+        return AttentionPlan(
+            layers=lambda_layers(config, groups, settings),
+            num_attention_heads=heads,
+            rotations=(_rotation(config),),
+            layer_rotation=(0,) * count,
+            sliding=(False,) * count,
+        )
+
+    @contextmanager
+    def patched(self, model: nn.Module) -> Iterator[None]:
+        """Take rotation, bias, mask and attention out of the model's own code."""
+        code = sys.modules[type(model).__module__]
+        with (
+            replaced(code, "build_alibi_tensor", nothing),
+            replaced(code, "create_causal_mask", nothing),
+            replaced(code.FalconRotaryEmbedding, "forward", nothing),
+            replaced(code.FalconAttention, "forward", _attention),
+        ):
+            yield
+
+
+def _num_kv_heads(config: Any) -> int:
+    if config.new_decoder_architecture:
+        return int(config.num_kv_heads)
+    return 1 if config.multi_query else int(config.num_attention_heads)
+
+
+def _rotation(config: Any) -> Rotation:
+    """Compute the frequencies by the model's own class."""
+    from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
+
+    kind = config.rope_parameters["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise ModelError(
+            f"rotary scaling {kind!r} of this falcon model is not supported; supported are "
+            f"{', '.join(ROPE_TYPES)}"
+        )
+    module = FalconRotaryEmbedding(config)
+    return Rotation(module.inv_freq.float(), float(module.attention_scaling))
+
+
+def _attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """Take the place of `FalconAttention.forward`: groups of queries, each with a key and a value.
+
+    Multi-query attention is one group, plain attention a group for each head.
+    """
+    groups = _num_kv_heads(self.config)
+    width = self.num_heads // groups + 2
+    fused = self.query_key_value(hidden_states).unflatten(-1, (groups, width, self.head_dim))
+    query = fused[..., :-2, :].flatten(2, 3)
+    query, key, value = (x.transpose(1, 2) for x in (query, fused[..., -2, :], fused[..., -1, :]))
+    if not self.config.alibi:
+        announce_turn(_TURN)
+    output, _weights = attend(self, query, key, value, None, scaling=self.inv_norm_factor)
+    return self.dense(output.flatten(2)), None

@@ -1,0 +1,112 @@
+"""GPT-J and CodeGen: interleaved rotation of a part of each head, and no attention interface.
+
+transformers rotates by a table of as many positions as the model was trained on, kept in every
+layer. Here the rotation is the operator's, exact at any position, and the table is never read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lminf_export.config import LambdaConfig
+from lminf_export.errors import ModelError
+from lminf_export.models.base import (
+    AttentionPlan,
+    Rotation,
+    Turn,
+    announce_turn,
+    attend,
+    lambda_layers,
+    replaced,
+)
+
+_THETA = 10000  # written into transformers' code, not into the configuration
+_CODEGEN_PARTS = 4  # CodeGen's fused projection keeps the split over four devices of its training
+_TURN = Turn("embed_positions")
+
+
+class GptjFamily:
+    """Adapter of GPT-J and CodeGen, which differ in their projections only."""
+
+    model_types: tuple[str, ...] = ("gptj", "codegen")
+
+    def training_length(self, config: Any) -> int | None:
+        """Return `n_positions`."""
+        return int(config.max_position_embeddings)
+
+    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+        """Apply Λ to every layer.
+
+        Raises:
+            ModelError: `rotary_dim` does not fit the heads.
+        """
+        heads, count = config.num_attention_heads, config.num_hidden_layers
+        head_dim = config.hidden_size // heads
+        rotary_dim = config.rotary_dim
+        if not rotary_dim or rotary_dim % 2 or rotary_dim > head_dim:
+            raise ModelError(
+                f"rotary_dim={rotary_dim} of this {config.model_type} model: expected an even "
+                f"number from 2 to the head size, {head_dim}"
+            )
+        return AttentionPlan(
+            layers=lambda_layers(config, heads, settings),
+            num_attention_heads=heads,
+            rotations=(Rotation(_inv_freq(rotary_dim), interleaved=True),),
+            layer_rotation=(0,) * count,
+            sliding=(False,) * count,
+        )
+
+    @contextmanager
+    def patched(self, model: nn.Module) -> Iterator[None]:
+        """Take rotation, mask and attention out of the model's own code."""
+        code = sys.modules[type(model).__module__]
+        owner, forward = (
+            (code.GPTJAttention, _gptj_attention)
+            if hasattr(code, "GPTJAttention")
+            else (code.CodeGenAttention, _codegen_attention)
+        )
+        with replaced(code, "create_causal_mask", _no_mask), replaced(owner, "forward", forward):
+            yield
+
+
+def _inv_freq(rotary_dim: int) -> Tensor:
+    """Return (R/2,) float32 frequencies, rounded as transformers' table rounds them."""
+    exponent = torch.arange(0, rotary_dim, 2).to(torch.float32) / rotary_dim
+    return 1.0 / _THETA**exponent
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _gptj_attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """Take the place of `GPTJAttention.forward`."""
+    shape = (self.num_attention_heads, self.head_dim)
+    query, key, value = (
+        project(hidden_states).unflatten(-1, shape)
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    return _attention(self, query, key, value)
+
+
+def _codegen_attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """Take the place of `CodeGenAttention.forward`: each part has its queries, values, keys."""
+    heads = self.num_attention_heads // _CODEGEN_PARTS
+    fused = self.qkv_proj(hidden_states)
+    fused = fused.unflatten(-1, (_CODEGEN_PARTS, 3, heads, self.head_dim))
+    query, value, key = (x.flatten(2, 3) for x in fused.unbind(3))
+    return _attention(self, query, key, value)
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+    """Attend with heads of shape (B, S, H, D) and project back."""
+    announce_turn(_TURN)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    output, _weights = attend(module, query, key, value, None, scaling=module.head_dim**-0.5)
+    return module.out_proj(output.flatten(2)), None

@@ -1,0 +1,300 @@
+"""May a model nobody has tested be exported? Tests on a small random instance of it decide.
+
+A model that fails one could agree with its original inside the window and write wrong text after
+it, which no short comparison shows. So an unknown `model_type` is neither trusted nor refused by
+name: its own code runs, small and with random weights, and what reaches its attention is looked
+at. While it does, every token attends to itself alone, so that positions and other tokens can
+reach a query only by ways that are not attention.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lminf_export import reference
+from lminf_export.config import LambdaConfig
+from lminf_export.errors import LminfError, ModelError
+from lminf_export.models.base import AttentionCall, AttentionPlan, build_model, use_step
+from lminf_export.models.rotary import RotaryFamily, in_layer_order, keep_call
+from lminf_export.models.steps import HistoryStep, run
+
+# Sizes that mean cost and nothing else, under the names configurations have for them.
+_SMALL = {
+    "vocab_size": 67,
+    "intermediate_size": 32,
+    "ffn_dim": 32,
+    "n_inner": 32,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "sliding_window": 7,
+}
+_MOST_LAYERS = 8
+_LENGTH, _OFFSET = 19, 37
+# Beyond every trained length: some models scale their queries by how many of those have passed.
+_FAR_OFFSET = 2**24 + _OFFSET
+# float32 through a few layers; a wrong rotation is wrong by orders of magnitude more.
+_TOLERANCE = 1e-3
+# What foreign code raises when it is called in a way it did not foresee.
+_FOREIGN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+class ProbedFamily(RotaryFamily):
+    """Adapter of a model type that has no test of its own: probed before it is planned.
+
+    Args:
+        model_type: transformers' name.
+        tested: names that have tests, for messages.
+    """
+
+    def __init__(self, model_type: str, tested: tuple[str, ...]) -> None:
+        super().__init__(model_type)
+        self.tested = tested
+
+    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+        """Probe the model, then plan it as any rotary model, with a notice.
+
+        Raises:
+            ModelError: naming the test it fails, and what that means.
+        """
+        kind = config.model_type
+        with self._explained(kind):
+            self._probe(_shrunk(config))
+            plan = super().plan(config, settings)
+        notice = (
+            f"model type {kind!r} has no test of its own; it passed the probe (one attention a "
+            f"layer, rotation recognised, no other trace of positions, equal to the original "
+            f"inside the window): check the bundle with `lminf validate`"
+        )
+        return replace(plan, notices=(*plan.notices, notice))
+
+    @contextmanager
+    def _explained(self, kind: str) -> Iterator[None]:
+        try:
+            with _foreign_errors():
+                yield
+        except ModelError as error:
+            raise ModelError(
+                f"model type {kind!r} cannot be exported: {error} "
+                f"(tested: {', '.join(self.tested)})"
+            ) from error
+
+    def _probe(self, config: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = _random_model(config)
+            tokens = torch.randint(3, config.vocab_size, (1, _LENGTH))
+        with torch.no_grad():
+            self._test_positions(model, tokens)
+            self._test_tokens_meet_in_attention(model, tokens)
+            settings = LambdaConfig(2 * _LENGTH, 0, chunk_size=_LENGTH)
+            plan = RotaryFamily.plan(self, config, settings)
+            self._test_rotation(model, plan, tokens)
+            self._test_inside_the_window(model, plan, config, tokens)
+
+    def _test_positions(self, model: nn.Module, tokens: Tensor) -> None:
+        start = self._seen(model, tokens, None)
+        in_layer_order(start.calls, model.config)
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise ModelError(
+                "it takes no position_ids, so whether its queries and keys depend on absolute "
+                "positions cannot be tested"
+            )
+        try:
+            moved = self._seen(model, tokens, _OFFSET)
+        except IndexError:
+            moved = None  # a table of positions has ended
+        if moved is None or not start.equals(moved):
+            raise ModelError(
+                "queries and keys change with the absolute position even without rotation, as by "
+                "learned absolute positions; beyond the trained length there is no position to "
+                "give a token, so the text after the window would be wrong"
+            )
+        if not start.equals(self._seen(model, tokens, _FAR_OFFSET)):
+            raise ModelError(
+                "queries and keys change with the absolute position far from the start, as by a "
+                "temperature that grows with the length; a graph that knows only distances cannot "
+                "follow it, so the text after the window would be wrong"
+            )
+
+    def _test_tokens_meet_in_attention(self, model: nn.Module, tokens: Tensor) -> None:
+        other = tokens.clone()
+        other[0, 0] = tokens[0, 0] - 1
+        # Not bit by bit: another token may change the order in which experts are computed.
+        if not self._seen(model, tokens).equals(self._seen(model, other), _TOLERANCE):
+            raise ModelError(
+                "tokens reach one another past the attention, by a convolution or a recurrent "
+                "state, which the exported caches do not carry: the text would be wrong from the "
+                "second step on"
+            )
+
+    def _seen(self, model: nn.Module, tokens: Tensor, offset: int | None = None) -> _Record:
+        """What the patched model's attention is asked for by all tokens but the first."""
+        with self.patched(model):
+            return _record(model, tokens, offset).without_first()
+
+    def _test_rotation(self, model: nn.Module, plan: AttentionPlan, tokens: Tensor) -> None:
+        position = _OFFSET + torch.arange(_LENGTH)
+        with self.patched(model):
+            plain = _record(model, tokens, _OFFSET)
+        turned = _record(model, tokens, _OFFSET)
+        for layer, index in enumerate(plan.layer_rotation):
+            for before, after in zip(plain.pair(layer), turned.pair(layer), strict=True):
+                wanted = before
+                if index is not None:
+                    rotation = plan.rotations[index]
+                    angle = position[:, None] * rotation.inv_freq
+                    m = rotation.attention_factor
+                    rows = angle.cos() * m, angle.sin() * m
+                    wanted = reference.rotate(before, *rows, interleaved=rotation.interleaved)
+                if not torch.allclose(after, wanted, rtol=0, atol=_TOLERANCE * _size(wanted)):
+                    raise ModelError(
+                        f"in layer {layer} rotation is not the last thing that happens to queries "
+                        f"and keys (a norm after it, for example, weighs each dimension by "
+                        f"itself): its logits depend on absolute positions, so the text after "
+                        f"the window would be wrong"
+                    )
+
+    def _test_inside_the_window(
+        self, model: nn.Module, plan: AttentionPlan, config: Any, tokens: Tensor
+    ) -> None:
+        step = HistoryStep(plan)
+        step.begin(torch.tensor([_LENGTH]))
+        with self.patched(model):
+            got = run(model, tokens, step, torch.arange(_LENGTH)[None])
+        stock = _build(config, "eager")
+        stock.load_state_dict(model.state_dict())
+        wanted = stock(input_ids=tokens, use_cache=False).logits
+        if not torch.allclose(got, wanted, rtol=0, atol=_TOLERANCE * _size(wanted)):
+            raise ModelError(
+                "already inside the window its logits are not those of the original; its "
+                "attention does something that is not understood"
+            )
+
+
+@dataclass
+class _Record:
+    """Answers attention with each token's own value, and keeps what asked for it."""
+
+    calls: dict[int, AttentionCall] = field(default_factory=dict)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        keep_call(self.calls, call)
+        return call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
+
+    def pair(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.calls[layer].query, self.calls[layer].key
+
+    def without_first(self) -> _Record:
+        """Leave out the first token."""
+        calls = {}
+        for layer, call in self.calls.items():
+            query, key, value = (x[:, :, 1:] for x in (call.query, call.key, call.value))
+            calls[layer] = replace(call, query=query, key=key, value=value)
+        return _Record(calls, self.logits[:, 1:])
+
+    def equals(self, other: _Record, tolerance: float = 0.0) -> bool:
+        """Whether all queries, keys, values and logits agree; by default bit by bit."""
+        pairs = [(self.logits, other.logits)]
+        for layer, call in self.calls.items():
+            twin = other.calls[layer]
+            pairs += [(call.query, twin.query), (call.key, twin.key), (call.value, twin.value)]
+        return all(torch.allclose(x, y, rtol=0, atol=tolerance * _size(x)) for x, y in pairs)
+
+
+def _record(model: nn.Module, tokens: Tensor, offset: int | None) -> _Record:
+    record = _Record()
+    position = {}
+    if offset is not None:
+        position["position_ids"] = offset + torch.arange(tokens.shape[1])[None]
+    with use_step(record):
+        record.logits = model(input_ids=tokens, use_cache=False, **position).logits
+    return record
+
+
+@contextmanager
+def _foreign_errors() -> Iterator[None]:
+    """Turn what a model's own code raises into one line."""
+    try:
+        yield
+    except LminfError:
+        raise
+    except _FOREIGN as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise ModelError(
+            f"its code does not run with its attention replaced ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _size(x: Tensor) -> float:
+    return max(float(x.max() - x.min()), 1e-6)
+
+
+def _shrunk(config: Any) -> Any:
+    """Return a copy of a configuration that differs in cost, not in kind."""
+    small = copy.deepcopy(config)
+    for name, value in _SMALL.items():
+        if isinstance(getattr(small, name, None), int):
+            setattr(small, name, min(value, getattr(small, name)))
+    if isinstance(getattr(small, "pad_token_id", None), int):
+        small.pad_token_id = 0  # an index into the embeddings, of which few are left
+    _narrow(small)
+    count = config.num_hidden_layers
+    lists = {
+        name: value
+        for name, value in vars(small).items()
+        if isinstance(value, (list, tuple)) and len(value) == count
+    }
+    kept = _layers_of_every_kind(list(zip(*lists.values(), strict=True)), count)
+    small.num_hidden_layers = kept
+    for name, entries in lists.items():
+        setattr(small, name, entries[:kept])
+    return small
+
+
+def _narrow(config: Any) -> None:
+    """Keep two key/value heads and the head's size; the model's width follows."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if groups > 2 and heads % groups == 0:
+        config.hidden_size = 2 * (heads // groups) * head_dim
+        config.num_attention_heads = 2 * (heads // groups)
+        if getattr(config, "num_key_value_heads", None):
+            config.num_key_value_heads = 2
+
+
+def _layers_of_every_kind(rows: list[Any], count: int) -> int:
+    """Return how many layers from the first on show every kind there is; rows describe layers."""
+    first: dict[str, int] = {}
+    for layer, row in enumerate(map(repr, rows)):
+        first.setdefault(row, layer)
+    return min(count, max(2, 1 + max(first.values(), default=0)), _MOST_LAYERS)
+
+
+def _random_model(config: Any) -> nn.Module:
+    """Build the model with every parameter random: a norm of ones would hide what it does."""
+    model = build_model(config, torch.float32, device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def _build(config: Any, attention: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
+    ).eval()

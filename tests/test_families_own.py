@@ -1,0 +1,237 @@
+"""Families without the attention interface: inside the window as stock, and many windows on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from lminf_export import LambdaConfig, export, load
+from lminf_export.errors import ConfigError, ModelError
+from lminf_export.models import find_family
+from lminf_export.models.alibi import bloom_slopes, mpt_slopes
+from tests.own_oracle import Rule, own_logits, paper_slopes
+
+WINDOW, SINKS, LIMIT, CHUNK, TRAINED, VOCAB = 23, 5, 37, 7, 29, 131
+LENGTHS = (5 * WINDOW + 2, 6 * WINDOW + 1)  # of the two texts of a batch
+TOLERANCE = 2e-5  # of the logits' range: the contract for float32
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+FALCON = {
+    "hidden_size": 60,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "ffn_hidden_size": 92,
+    "max_position_embeddings": TRAINED,
+}
+
+# Name → model type and the settings that make it a tiny one of its kind.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": (
+        "gptj",
+        {"n_embd": 70, "n_head": 5, "n_layer": 3, "rotary_dim": 6, "n_positions": TRAINED},
+    ),
+    # Its code splits heads into four parts, so twelve is as odd as it gets.
+    "codegen": (
+        "codegen",
+        {"n_embd": 120, "n_head": 12, "n_layer": 2, "rotary_dim": 6, "n_positions": TRAINED},
+    ),
+    "mpt": (
+        "mpt",
+        {
+            "d_model": 60,
+            "n_heads": 12,
+            "n_layers": 3,
+            "max_seq_len": TRAINED,
+            "attn_config": {"clip_qkv": 1.7, "softmax_scale": 0.31},
+        },
+    ),
+    "bloom": ("bloom", {"hidden_size": 60, "n_head": 12, "n_layer": 3}),
+    "falcon-7b": ("falcon", {**FALCON, "multi_query": True, "parallel_attn": True}),
+    "falcon-40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-rw": (
+        "falcon",
+        {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+}
+
+
+def make_config(name: str, **changes: Any) -> Any:
+    model_type, settings = CASES[name]
+    return CONFIG_MAPPING[model_type](**{**TOKENS, **settings, "initializer_range": 0.2, **changes})
+
+
+def save(name: str, folder: Path, **changes: Any) -> Path:
+    """Write a random model: no parameter is a constant, so that none can be forgotten."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config(name, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if float(parameter.std()) == 0:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    graph: Path
+    model: Any
+    texts: list[np.ndarray]
+    wanted: list[np.ndarray]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def exported(request, tmp_path_factory) -> Exported:
+    """One export of each family, two texts and what Λ-attention makes of them."""
+    path = tmp_path_factory.mktemp(request.param)
+    folder = save(request.param, path / "m")
+    bundle = export(
+        folder,
+        path / "b",
+        window_size=WINDOW,
+        num_sink_tokens=SINKS,
+        distance_limit=LIMIT,
+        chunk_size=CHUNK,
+    )
+    rng = np.random.default_rng(7)
+    texts = [rng.integers(0, VOCAB, length) for length in LENGTHS]
+    rule = Rule(WINDOW, SINKS, LIMIT)
+    wanted = [own_logits(folder, rule, torch.from_numpy(text)).numpy() for text in texts]
+    return Exported(folder, bundle.graph_path, load(path / "b", threads=1), texts, wanted)
+
+
+def error(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(got - wanted).max() / np.ptp(wanted))
+
+
+def decode(exported: Exported, sizes) -> list[np.ndarray]:
+    """Feed both texts together, `sizes(remaining)` tokens of each in a step."""
+    state, rows = exported.model.new_state(2), ([], [])
+    total = np.array([len(text) for text in exported.texts])
+    while (remaining := total - state.past_length).any():
+        past, lengths = state.past_length.copy(), np.minimum(sizes(remaining), remaining)
+        ids = np.zeros((2, max(1, int(lengths.max()))), np.int64)
+        for row, text in enumerate(exported.texts):
+            ids[row, : lengths[row]] = text[past[row] : past[row] + lengths[row]]
+        logits = exported.model.forward(ids, state, lengths=lengths)
+        for row in range(2):
+            rows[row].append(logits[row, : lengths[row]])
+    return [np.concatenate(row) for row in rows]
+
+
+def test_two_texts_token_by_token_equal_the_oracle_after_five_windows(exported):
+    # The first step gives the second text a lead, so the rows never stand at one position.
+    steps = iter([np.array([1, 4])])
+    got = decode(exported, lambda remaining: next(steps, np.array([1, 1])))
+    for logits, wanted in zip(got, exported.wanted, strict=True):
+        assert error(logits, wanted) < TOLERANCE
+
+
+def test_two_texts_in_irregular_chunks_equal_the_oracle_after_five_windows(exported):
+    rng = np.random.default_rng(3)
+    got = decode(exported, lambda remaining: rng.integers(0, 3 * CHUNK, 2))
+    for logits, wanted in zip(got, exported.wanted, strict=True):
+        assert error(logits, wanted) < TOLERANCE
+
+
+def test_logits_equal_stock_transformers_inside_the_window(exported):
+    stock = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float32)
+    text = exported.texts[0][None, :WINDOW]
+    with torch.no_grad():
+        wanted = stock(torch.from_numpy(text)).logits[0].numpy()
+    got = exported.model.forward(text, exported.model.new_state())[0]
+    assert error(got, wanted) < TOLERANCE
+
+
+def test_the_graph_has_one_attention_a_layer_and_neither_mask_nor_bias_of_the_model(exported):
+    graph = onnx.load(str(exported.graph), load_external_data=False).graph
+    config = AutoConfig.from_pretrained(exported.folder)
+    nodes = [node.op_type for node in graph.node]
+    assert nodes.count("LambdaAttention") == config.num_hidden_layers
+    assert not {"Softmax", "CumSum", "Trilu", "Sin", "Cos", "ScatterND"} & set(nodes)
+    # Every table a model would look its positions or biases up in has their number as a size.
+    sizes = {size for tensor in graph.initializer for size in tensor.dims}
+    assert TRAINED not in sizes
+
+
+def plan_of(name: str, **changes: Any) -> Any:
+    config = make_config(name, **changes)
+    return find_family(config.model_type).plan(config, LambdaConfig(WINDOW, SINKS, LIMIT, CHUNK))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 7, 8, 12, 16, 31, 32, 71, 112])
+def test_slopes_are_those_of_the_paper_for_any_number_of_heads(heads):
+    wanted = paper_slopes(heads)
+    torch.testing.assert_close(bloom_slopes(heads).double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mpt_slopes(heads).double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_falcon_scales_its_slopes_and_does_not_round_them():
+    slopes = plan_of("falcon-rw", hidden_size=72, num_attention_heads=12).alibi_slopes
+    torch.testing.assert_close(slopes.double(), paper_slopes(12) / 6**0.5, rtol=1e-6, atol=0)
+
+
+def test_falcon_with_alibi_equals_stock_up_to_256_tokens(tmp_path):
+    """Six heads have slopes that bfloat16 holds, and it holds products with positions to 256."""
+    folder = save("falcon-rw", tmp_path / "m")
+    export(folder, tmp_path / "b", window_size=256, chunk_size=64)
+    text = np.random.default_rng(1).integers(0, VOCAB, (1, 256))
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = stock(torch.from_numpy(text)).logits[0].numpy()
+    model = load(tmp_path / "b", threads=1)
+    assert error(model.forward(text, model.new_state())[0], wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"), [("falcon-7b", 1), ("falcon-40b", 2), ("falcon-rw", 6), ("bloom", 12)]
+)
+def test_caches_hold_a_key_for_each_group_of_heads_only(name, groups):
+    assert {layer.num_kv_heads for layer in plan_of(name).layers} == {groups}
+
+
+def test_settings_of_mpt_that_transformers_ignores_are_told_to_the_user():
+    assert plan_of("mpt").notices == ()
+    (notice,) = plan_of("mpt", attn_config={"alibi": False, "alibi_bias_max": 16}).notices
+    assert "alibi: false, alibi_bias_max: 16" in notice
+
+
+def test_bloom_asks_for_a_window(tmp_path):
+    folder = save("bloom", tmp_path / "m", n_layer=1)
+    with pytest.raises(ConfigError, match="--window-size"):
+        export(folder, tmp_path / "b")
+
+
+def test_other_families_know_their_training_length():
+    for name in CASES.keys() - {"bloom"}:
+        config = make_config(name)
+        assert find_family(config.model_type).training_length(config) == TRAINED
+
+
+def test_bloom_is_refused_where_transformers_leaves_biases_out():
+    with pytest.raises(ModelError, match="slow_but_exact"):
+        plan_of("bloom", slow_but_exact=True, pretraining_tp=2)
+
+
+def test_a_rotation_that_does_not_fit_is_refused():
+    with pytest.raises(ModelError, match="rotary_dim=64"):
+        plan_of("gptj", rotary_dim=64)
+    with pytest.raises(ModelError, match="rotary_dim=5"):
+        plan_of("codegen", rotary_dim=5)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ModelError, match="'dynamic'"):
+        plan_of("falcon-7b", rope_parameters=rope)
+
+
+@pytest.mark.parametrize("name", ["gptj", "mpt", "bloom", "falcon-7b"])
+def test_a_rope_regime_is_refused_where_there_is_none(name):
+    config = make_config(name)
+    with pytest.raises(ConfigError, match="rope_regime=short"):
+        find_family(config.model_type).plan(config, LambdaConfig(WINDOW, rope_regime="short"))
