@@ -74,6 +74,7 @@ class LanguageModel:
 
         Chunks longer than the model's chunk size are split inside. If an error is raised, the
         state stands behind the last piece that succeeded; before the first piece it is as it was.
+        Only logits that are computed can be found not finite: logits="none" checks nothing.
 
         Args:
             token_ids: (B, S) integers, S ≥ 1; what stands behind a row's length is ignored.

@@ -40,6 +40,7 @@ class Session(Protocol):
 
         The caller validates and calls `State.advance` when it accepts the logits. A step that
         failed may be repeated: it has only written where no query looks before it succeeds.
+        Weights that yield NaN are the exception: what they wrote stays, take a new state.
 
         Args:
             state: one of this session's.
