@@ -19,6 +19,7 @@ from lminf_export import manifest as manifest_module
 from lminf_export.bundle import Bundle, BundleWriter, OutTarget, parse_out
 from lminf_export.errors import BundleError, ExportError
 from lminf_export.manifest import MANIFEST_NAME, Engine, Source, content_sha256
+from tests.signals import default_signals
 from tests.tiny_bundle import TinyModel
 
 TINY = TinyModel()
@@ -133,7 +134,10 @@ with BundleWriter(sys.argv[1]) as writer:
 
 def interrupted_export(out, number):
     process = subprocess.Popen(
-        [sys.executable, "-c", _EXPORT_AND_WAIT, str(out)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _EXPORT_AND_WAIT, str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)

@@ -17,6 +17,7 @@ from lminf_export.cli.common import handle_errors
 from lminf_export.cli.main import cli
 from lminf_export.errors import BundleError
 from lminf_export.runtime.load import load
+from tests.signals import default_signals
 from tests.tiny_bundle import TinyModel
 
 LMINF = [sys.executable, "-m", "lminf_export.cli.main"]
@@ -154,7 +155,10 @@ def test_errors_reach_the_shell_without_a_traceback(tmp_path):
 def endless(bundle):
     command = [*LMINF, "generate", str(bundle), "--prompt", "a", "--endless"]
     return subprocess.Popen(
-        [*command, "--temperature", "9"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--temperature", "9"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=default_signals,
     )
 
 
