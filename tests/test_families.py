@@ -1,0 +1,265 @@
+"""Every family: equal to stock transformers inside the window, to an oracle far beyond it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lminf_export import ConfigError, LambdaConfig, ModelError, export, load
+from lminf_export.cli.export import export_command
+from lminf_export.models import FAMILIES, find_family
+from lminf_export.models.probe import ProbedFamily
+from tests.families import CASES, CHUNK, SINKS, SIZES, SLIDING, WINDOW, FamilyCase
+from tests.family_oracle import Rule, oracle_logits
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = 2e-5  # of the logits' range: the contract for float32
+LENGTHS = (6 * WINDOW + 3, 5 * WINDOW + 1)  # of the batch's two texts
+CHUNKS = ((3, 1), (1, 7), (7, 2), (0, 5), (19, 3), (2, 0), (5, 31), (1, 1), (41, 2))
+
+
+@dataclass(frozen=True)
+class FamilyErrors:
+    """Largest differences of a logit, each relative to the range of what it is compared with."""
+
+    stock: float
+    token_by_token: float
+    in_chunks: float
+
+
+def check_family(case: FamilyCase, folder: Path, lambda_layers: str = "full") -> FamilyErrors:
+    """Export a family's model once and measure everything on it."""
+    source = case.save(folder / "m")
+    export(
+        source,
+        folder / "b",
+        window_size=WINDOW,
+        num_sink_tokens=SINKS,
+        chunk_size=CHUNK,
+        lambda_layers=lambda_layers,
+    )
+    own_sinks = SINKS if lambda_layers == "all" else 0
+    rules = [
+        Rule(WINDOW, SINKS, WINDOW) if own is None else Rule(own, own_sinks, own)
+        for own in case.windows
+    ]
+    layers = json.loads((folder / "b" / "lminf.json").read_text())["layers"]
+    names = ("window_size", "num_sink_tokens", "distance_limit")
+    assert [Rule(*(layer[name] for name in names)) for layer in layers] == rules
+    model = load(folder / "b")
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(3, model.vocab_size, length) for length in LENGTHS]
+    wanted = [oracle_logits(source, rules, torch.from_numpy(text)).numpy() for text in texts]
+    return FamilyErrors(
+        stock=stock_error(model, source, case.stock, texts[0][: _common_length(rules)]),
+        token_by_token=stream_error(model, texts, wanted, [(1, 1)]),
+        in_chunks=stream_error(model, texts, wanted, CHUNKS),
+    )
+
+
+def _common_length(rules):
+    """Up to here nothing is a sink, so the model must equal the unmodified one."""
+    return min([WINDOW, *(rule.window for rule in rules if rule.sinks)])
+
+
+@torch.no_grad()
+def stock_error(model, source, attention, tokens):
+    stock = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        experts_implementation="eager",
+    )
+    wanted = stock.eval()(torch.from_numpy(tokens[None]), use_cache=False).logits[0].numpy()
+    got = model.forward(tokens[None], model.new_state())[0]
+    return float(np.abs(got - wanted).max() / np.ptp(wanted))
+
+
+def stream_error(model, texts, wanted, pattern):
+    """Feed a batch of two texts in pieces of different lengths; both end where they end."""
+    state, error, step = model.new_state(2), 0.0, 0
+    while True:
+        before = state.past_length.copy()
+        left = [len(text) - int(done) for text, done in zip(texts, before, strict=True)]
+        if not any(left):
+            return error
+        lengths = np.minimum(left, pattern[step % len(pattern)])
+        step += 1
+        ids = np.full((2, max(1, int(lengths.max()))), 3)
+        for row, text in enumerate(texts):
+            ids[row, : lengths[row]] = text[before[row] : before[row] + lengths[row]]
+        logits = model.forward(ids, state, lengths=lengths)
+        for row in range(2):
+            right = wanted[row][before[row] : before[row] + lengths[row]]
+            if lengths[row]:
+                difference = np.abs(logits[row, : lengths[row]] - right).max()
+                error = max(error, float(difference / np.ptp(wanted[row])))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)
+def test_family_equals_stock_inside_the_window_and_the_oracle_beyond(case, tmp_path):
+    errors = check_family(case, tmp_path)
+    assert errors.stock < TOLERANCE
+    assert errors.token_by_token < TOLERANCE
+    assert errors.in_chunks < TOLERANCE
+
+
+UNKNOWN = FamilyCase(
+    "vaultgemma",
+    "",
+    changes={"sliding_window": SLIDING},
+    windows=(SLIDING, None, SLIDING),
+)
+
+
+def case(model_type, **changes):
+    """Return a family's case with some settings changed."""
+    [found] = [case for case in CASES if case.model_type == model_type]
+    return replace(found, changes={**found.changes, **changes})
+
+
+def plan(config, **settings):
+    settings = {"window_size": WINDOW, "num_sink_tokens": SINKS, "chunk_size": CHUNK, **settings}
+    return find_family(config.model_type).plan(config, LambdaConfig(**settings))
+
+
+def test_every_case_is_a_registered_family():
+    assert {case.model_type for case in CASES} <= set(FAMILIES)
+
+
+def test_the_table_of_models_has_a_row_for_every_family():
+    page = (ROOT / "docs" / "models.md").read_text()
+    names = {name.partition("-")[0] for name in re.findall(r"^\| `([^`]+)` \|", page, re.M)}
+    assert names == set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
+def test_sliding_layers_may_have_sinks_within_their_own_window(model_type, tmp_path):
+    errors = check_family(case(model_type), tmp_path, lambda_layers="all")
+    assert max(errors.stock, errors.token_by_token, errors.in_chunks) < TOLERANCE
+
+
+def test_a_model_that_slides_everywhere_says_that_no_layer_is_left():
+    config = case("mistral").config()
+    assert "no layer is left" in " ".join(plan(config).notices)
+    assert not plan(config, lambda_layers="all").notices
+
+
+def test_a_window_as_long_as_the_model_was_trained_on_is_none():
+    config = case("mistral", sliding_window=64).config()
+    assert [layer.num_sink_tokens for layer in plan(config).layers] == [SINKS] * 3
+
+
+def test_the_command_line_takes_layers_and_regime(tmp_path):
+    source = case("mistral", rope_parameters=DYNAMIC).save(tmp_path / "m")
+    options = ["--window-size", "23", "--lambda-layers", "all", "--rope-regime", "long"]
+    target = ["--model", str(source), "--out", str(tmp_path / "b"), "--dry-run"]
+    result = CliRunner().invoke(export_command, [*target, *options])
+    assert result.exit_code == 0, result.output
+    assert "no layer is left" not in result.output
+    assert "frozen in its long regime" in result.output
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.1],
+    "long_factor": [1.0, 3.0, 5.0, 9.0, 17.0],
+    "original_max_position_embeddings": 31,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
+FROZEN = {
+    "longrope": case(
+        "phi3",
+        rope_parameters=LONGROPE,
+        max_position_embeddings=124,
+        original_max_position_embeddings=31,
+    ),
+    "dynamic": case("llama", rope_parameters=DYNAMIC, max_position_embeddings=31),
+}
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_the_short_regime_equals_stock_inside_the_window(kind, tmp_path):
+    source = FROZEN[kind].save(tmp_path / "m")
+    bundle = export(source, tmp_path / "b", window_size=WINDOW, chunk_size=CHUNK)
+    assert "frozen in its short regime" in " ".join(bundle.manifest.notices)
+    tokens = np.random.default_rng(1).integers(3, 131, WINDOW)
+    assert stock_error(load(tmp_path / "b"), source, "eager", tokens) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_the_long_regime_has_the_frequencies_of_stock_in_a_long_text(kind):
+    config = FROZEN[kind].config()
+    rotation = plan(config, rope_regime="long").rotations[0]
+    model = AutoModelForCausalLM.from_config(config)
+    length = 124  # four times what the model was trained on: the factor of both scalings
+    with torch.no_grad():
+        model(torch.full((1, length), 3), use_cache=False)
+    assert torch.equal(rotation.inv_freq, model.model.rotary_emb.inv_freq)
+    assert rotation.attention_factor == pytest.approx(model.model.rotary_emb.attention_scaling)
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_the_window_decides_on_the_regime_where_nobody_does(kind):
+    config = FROZEN[kind].config()
+    for window, regime in ((31, "short"), (32, "long")):
+        found = plan(config, window_size=window)
+        chosen = plan(config, window_size=window, rope_regime=regime)
+        assert f"frozen in its {regime} regime" in found.notices[0]
+        assert torch.equal(found.rotations[0].inv_freq, chosen.rotations[0].inv_freq)
+
+
+def test_a_regime_is_refused_where_the_rotation_has_none():
+    for config in (case("llama").config(), UNKNOWN.config()):
+        with pytest.raises(ConfigError, match="rope_regime=long: the rotary embedding of this"):
+            plan(config, rope_regime="long")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)
+def test_what_is_tested_passes_the_probe(case):
+    found = ProbedFamily(case.model_type, ()).plan(case.config(), LambdaConfig(WINDOW))
+    assert "passed the probe" in found.notices[-1]
+
+
+WITHOUT_ROPE = {name: value for name, value in SIZES.items() if name != "rope_parameters"}
+REFUSED = {
+    "gpt2": ({}, "learned absolute positions"),
+    "opt": ({}, "learned absolute positions"),
+    "biogpt": ({}, "learned absolute positions"),
+    "llama4_text": ({}, "rotates by code of its own"),
+    "ministral3": ({}, "far from the start"),
+    "hunyuan_v1_dense": ({}, "rotation is not the last thing"),
+    "diffllama": ({}, "attends twice"),
+    "qwen3_next": ({"num_hidden_layers": 4}, "only 1 of its 4 layers attend"),
+    "lfm2": ({"layer_types": ["full_attention", "conv", "conv"]}, "only 1 of its 2 layers attend"),
+    "falcon_h1": ({}, "past the attention"),
+    "mamba": ({}, "no layer attends"),
+    "nanochat": ({}, "pairs its dimensions"),
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_the_probe_says_why_a_model_is_refused(model_type):
+    changes, reason = REFUSED[model_type]
+    config = CONFIG_MAPPING[model_type](**{**WITHOUT_ROPE, **changes})
+    with pytest.raises(ModelError, match=reason) as caught:
+        plan(config)
+    assert model_type in str(caught.value)
+    assert "llama" in str(caught.value)
+
+
+def test_an_unknown_model_that_passes_the_probe_exports_with_a_notice(tmp_path):
+    assert UNKNOWN.model_type not in FAMILIES
+    errors = check_family(UNKNOWN, tmp_path)
+    assert max(errors.stock, errors.token_by_token, errors.in_chunks) < TOLERANCE
+    notices = json.loads((tmp_path / "b" / "lminf.json").read_text())["notices"]
+    assert any("has no test of its own" in notice for notice in notices)
