@@ -111,6 +111,7 @@ class BundleWriter:
         self._token = secrets.token_hex(4)
         self._temporary = self.directory.parent / f".{self.directory.name}.partial-{self._token}"
         self._roles: dict[str, Role] = {}
+        self._digests: dict[str, str] = {}
         self._cleanup = ExitStack()
 
     def __enter__(self) -> BundleWriter:
@@ -156,6 +157,10 @@ class BundleWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def set_digest(self, name: str, sha256: str) -> None:
+        """Tell a file's SHA-256, computed while it was written: `commit` will not read it again."""
+        self._digests[name] = sha256
+
     def require_space(self, num_bytes: int) -> None:
         """Raise ExportError now if the disk cannot take num_bytes more bytes."""
         free = _free_bytes(self._temporary)
@@ -193,7 +198,9 @@ class BundleWriter:
         if path.is_symlink() or not path.is_file():
             raise ExportError(f"{name} was not written into the bundle as a plain file")
         _sync(path)
-        size, digest = path.stat().st_size, file_sha256(path, progress)
+        size, digest = path.stat().st_size, self._digests.get(name)
+        if digest is None:
+            digest = file_sha256(path, progress)
         return FileEntry(bytes=size, sha256=digest, role=self._roles[name])
 
     def _assert_nothing_else(self) -> None:

@@ -7,11 +7,10 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import psutil
 
 from lminf_export import weights
@@ -26,12 +25,21 @@ from lminf_export.config import (
     as_integer,
 )
 from lminf_export.errors import ConfigError, ModelError
-from lminf_export.graph import write_graph
-from lminf_export.manifest import Dtype, Engine, Manifest, human_bytes, new_manifest
+from lminf_export.graph import WrittenWeights, weights_name, write_graph
+from lminf_export.manifest import (
+    Dtype,
+    Engine,
+    Manifest,
+    Quantization,
+    human_bytes,
+    new_manifest,
+)
 from lminf_export.manifest import Source as ManifestSource
 from lminf_export.models import find_family
 from lminf_export.models.base import AttentionPlan, Family
 from lminf_export.progress import Progress, silent
+from lminf_export.quantize.config import QuantizeConfig, decide_form
+from lminf_export.quantize.estimate import weight_bytes
 from lminf_export.source import CONFIG_FILES, TOKENIZER_FILES, Source, open_source
 from lminf_export.tracing import trace
 
@@ -57,6 +65,7 @@ class ExportOptions:
     lambda_layers: str = "full"
     rope_regime: str | None = None
     dtype: str | None = None
+    quantize: str | QuantizeConfig | None = None
     builder: str | None = None
     max_batch_size: int = 1
     revision: str | None = None
@@ -77,6 +86,7 @@ class ExportJob:
         settings: Λ settings, defaults filled in.
         plan: how every layer attends.
         dtype: element type of weights and caches.
+        quantize: how weights are quantised, None for not at all.
         target: where the bundle goes.
         builder: the engine's builder, or None for no engine.
         checkpoint: the source's tensors.
@@ -89,6 +99,7 @@ class ExportJob:
     settings: LambdaConfig
     plan: AttentionPlan
     dtype: Dtype
+    quantize: QuantizeConfig | None
     target: OutTarget
     builder: str | None
     checkpoint: dict[str, weights.SourceTensor]
@@ -96,11 +107,12 @@ class ExportJob:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights in the bundle."""
+        """Bytes of the weights in the bundle; an estimate where they are quantised."""
+        shapes = [tensor.shape for tensor in self.checkpoint.values()]
         width = weights.item_size(self.dtype)
-        return sum(int(np.prod(t.shape, dtype=np.int64)) for t in self.checkpoint.values()) * width
+        return weight_bytes(shapes, width, self.source.config.vocab_size, self.quantize)
 
-    def manifest(self, engine: Engine | None = None) -> Manifest:
+    def manifest(self, engine: Engine | None = None, notices: Iterable[str] = ()) -> Manifest:
         """Return the bundle's manifest, before its files are known."""
         config = self.source.config
         return new_manifest(
@@ -108,6 +120,7 @@ class ExportJob:
             source=ManifestSource(name=self.source.name, revision=self.source.revision),
             settings=self.settings,
             dtype=self.dtype,
+            quantization=Quantization(**asdict(self.quantize)) if self.quantize else None,
             vocab_size=config.vocab_size,
             num_attention_heads=self.plan.num_attention_heads,
             layers=self.plan.layers,
@@ -117,7 +130,7 @@ class ExportJob:
             bos_token_id=getattr(config, "bos_token_id", None),
             eos_token_ids=_eos_ids(self.source),
             tools={name: _version(name) for name in TOOLS},
-            notices=self.notices,
+            notices=(*self.notices, *notices),
             engine=engine,
         )
 
@@ -133,6 +146,7 @@ def export(
     lambda_layers: str = "full",
     rope_regime: str | None = None,
     dtype: str | None = None,
+    quantize: str | QuantizeConfig | None = None,
     builder: str | None = None,
     max_batch_size: int = 1,
     revision: str | None = None,
@@ -159,6 +173,8 @@ def export(
             text (dynamic NTK, longrope) is frozen to; by default what the window fits.
         dtype: "float32", "float16" or "bfloat16"; by default float16 with an engine and
             float32 without.
+        quantize: "int4" or "int8" stores the weights of projections in blocks of so many bits;
+            a `QuantizeConfig` says it in detail. By default they are not quantised.
         builder: "tensorrt" or "tensorrt-rtx"; needed only where both are installed.
         max_batch_size: largest batch of the engine (the ONNX graph takes any).
         revision: branch, tag or commit of a hub model.
@@ -185,6 +201,7 @@ def export(
         lambda_layers=lambda_layers,
         rope_regime=rope_regime,
         dtype=dtype,
+        quantize=quantize,
         builder=builder,
         max_batch_size=max_batch_size,
         revision=revision,
@@ -206,6 +223,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     check_destination(target.directory, force=options.force)
     builder = _builder(options.builder) if target.engine_name else None
     dtype = _dtype(options.dtype, target)
+    quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
     as_integer("max_batch_size", options.max_batch_size, 1)
     if options.builder is not None and target.engine_name is None:
         raise ConfigError(
@@ -240,6 +258,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         settings=settings,
         plan=plan,
         dtype=dtype,
+        quantize=quantize,
         target=target,
         builder=builder,
         checkpoint=weights.read_checkpoint(source.folder, allow_pickle=options.allow_pickle),
@@ -266,21 +285,24 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             trust_remote_code=job.options.trust_remote_code,
         )
         graph = writer.add(job.target.graph_name, "graph")
-        writer.add(weights.FILE_NAME, "weights")
-        write_graph(
+        weights_file = weights_name(job.quantize)
+        writer.add(weights_file, "weights")
+        written = write_graph(
             traced,
             job.plan,
             job.dtype,
             job.checkpoint,
             graph,
             metadata=_metadata(job),
+            quantize=job.quantize,
             progress=_byte_counter(progress, "writing weights", job.weight_bytes),
         )
+        writer.set_digest(weights_file, written.sha256)
         _copy_companions(job.source, writer)
         engine = _build(job, writer, graph, progress)
         progress("hashing", None)
-        writer.commit(job.manifest(engine))
-    for notice in job.notices:
+        manifest = writer.commit(job.manifest(engine, _weight_notices(written)))
+    for notice in manifest.notices:
         logger.warning(notice)
     return Bundle.open(job.target.directory)
 
@@ -324,6 +346,14 @@ def _dtype_notices(asked: str | None, chosen: str) -> Iterable[str]:
         yield "an engine is asked for, so weights and caches are float16; --dtype sets it"
 
 
+def _weight_notices(written: WrittenWeights) -> Iterable[str]:
+    if written.full_stacks:
+        yield (
+            f"the experts' weights are not quantised: {human_bytes(written.full_bytes)} of the "
+            f"{human_bytes(written.num_bytes)} of weights stay as they are"
+        )
+
+
 def _memory_notices(layers: Iterable[LayerSpec], dtype: str) -> Iterable[str]:
     width = weights.item_size(dtype)
     needed = sum(layer.cache_elements for layer in layers) * width
@@ -343,6 +373,7 @@ def _metadata(job: ExportJob) -> dict[str, str]:
         "lminf.model_type": job.source.model_type,
         "lminf.source": job.source.name,
         "lminf.dtype": job.dtype,
+        "lminf.quantize": job.quantize.weights if job.quantize else "none",
         "lminf.window_size": str(settings.window_size),
         "lminf.num_sink_tokens": str(settings.num_sink_tokens),
         "lminf.distance_limit": str(settings.distance_limit),

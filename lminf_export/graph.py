@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -13,6 +14,9 @@ from lminf_export import bindings, onnx_function, op, weights
 from lminf_export.errors import ExportError
 from lminf_export.models.base import AttentionPlan
 from lminf_export.passes import optimize
+from lminf_export.quantize import stored as quantized_weights
+from lminf_export.quantize.config import QuantizeConfig
+from lminf_export.quantize.rewrite import attach_quantized, choose_weights, quantize_graph
 from lminf_export.tracing import Trace
 
 IR_VERSION = 11
@@ -25,6 +29,28 @@ ELEMENT_TYPES = {
 PRODUCER = "lminf-export"
 
 
+@dataclass(frozen=True)
+class WrittenWeights:
+    """What went into the weights file.
+
+    Attributes:
+        sha256: of the file.
+        num_bytes: of the file.
+        full_stacks: names of stacks of matrices that a quantisation left in full.
+        full_bytes: what they take.
+    """
+
+    sha256: str
+    num_bytes: int
+    full_stacks: tuple[str, ...] = ()
+    full_bytes: int = 0
+
+
+def weights_name(quantize: QuantizeConfig | None) -> str:
+    """Return the weights file's name; quantised weights are no checkpoint of transformers."""
+    return weights.FILE_NAME if quantize is None else quantized_weights.FILE_NAME
+
+
 def write_graph(
     trace: Trace,
     plan: AttentionPlan,
@@ -33,8 +59,9 @@ def write_graph(
     path: Path,
     *,
     metadata: Mapping[str, str],
+    quantize: QuantizeConfig | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> None:
+) -> WrittenWeights:
     """Write a graph, and its weights beside it.
 
     Args:
@@ -44,6 +71,7 @@ def write_graph(
         checkpoint: the source's tensors.
         path: the graph's file, in an existing folder.
         metadata: ONNX metadata_props.
+        quantize: how weights are quantised, its form decided; None for not at all.
         progress: told the bytes of weights written.
 
     Raises:
@@ -52,7 +80,7 @@ def write_graph(
     """
     model = trace.model
     optimize(model)
-    _attach_weights(trace, checkpoint, dtype, path.parent, progress)
+    written = _attach_weights(trace, checkpoint, dtype, path.parent, quantize, progress)
     _attach_constants(model, trace.constants)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = PRODUCER, metadata.get("lminf_export", "")
@@ -63,6 +91,7 @@ def write_graph(
     _declare_shapes(model, plan, dtype)
     ir.save(model, path)
     _check(path)
+    return written
 
 
 def _features(plan: AttentionPlan) -> onnx_function.BodyFeatures:
@@ -79,24 +108,36 @@ def _attach_weights(
     checkpoint: Mapping[str, weights.SourceTensor],
     dtype: str,
     folder: Path,
+    quantize: QuantizeConfig | None,
     progress: Callable[[int], None],
-) -> None:
+) -> WrittenWeights:
     checkpoint = trace.conversion.apply(checkpoint)
-    initializers = trace.model.graph.initializers
+    model, initializers = trace.model, trace.model.graph.initializers
     names = {n: c for n, c in trace.weight_names.items() if n in initializers}
     shapes = {n: tuple(initializers[n].shape.numpy()) for n in names}  # type: ignore[union-attr]
     found = weights.find_weights(checkpoint, names, shapes)
     # In the bundle a tensor has the model's name; a tied one the first the checkpoint has.
     stored_name = {n: _stored_name(candidates, checkpoint) for n, candidates in names.items()}
     for old, new in stored_name.items():
-        _rename_initializer(trace.model, old, new)
-    stored = weights.write_weights(
-        folder / weights.FILE_NAME,
-        {stored_name[n]: tensor for n, tensor in found.items()},
-        dtype,
-        progress,
+        _rename_initializer(model, old, new)
+    sources = {stored_name[n]: tensor for n, tensor in found.items()}
+    quantized = []
+    if quantize is not None:
+        aliases = {stored_name[n]: candidates for n, candidates in names.items()}
+        choices = choose_weights(model, aliases, quantize)
+        quantized = quantize_graph(model, choices, sources, quantize, dtype)
+    full = [weights.Converted(n, t, dtype) for n, t in sources.items() if n in initializers]
+    path = folder / weights_name(quantize)
+    stored, digest = weights.write_pieces(path, [*full, *quantized], progress)
+    weights.attach(model, {piece.name: stored[piece.name] for piece in full})
+    attach_quantized(model, quantized, stored)
+    stacks = [p for p in full if quantize is not None and len(p.tensor.shape) > 2]
+    return WrittenWeights(
+        sha256=digest,
+        num_bytes=path.stat().st_size,
+        full_stacks=tuple(piece.name for piece in stacks),
+        full_bytes=sum(stored[piece.name].length for piece in stacks),
     )
-    weights.attach(trace.model, stored)
 
 
 def _stored_name(

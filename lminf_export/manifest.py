@@ -157,6 +157,32 @@ class Engine(Record):
     note: str = NOT_EXECUTED
 
 
+class Quantization(Record):
+    """The fields of `QuantizeConfig`, its form decided."""
+
+    weights: Literal["int4", "int8"]
+    block_size: Literal[16, 32, 64, 128, 256]
+    symmetric: bool
+    accuracy_level: Literal[1, 4]
+    lm_head: Literal["same", "int8", "full"]
+    embeddings: Literal["auto", "quantized", "full"]
+    form: Literal["matmul_nbits", "qdq"]
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether onnxruntime rounds what quantised weights are multiplied by to int8."""
+        return self.form == "matmul_nbits" and self.accuracy_level == 4
+
+    @property
+    def in_words(self) -> str:
+        """The settings in one line."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        head = "" if self.lm_head == "same" else f", lm_head {self.lm_head}"
+        rounding = ", activations rounded to int8" if self.rounds_activations else ""
+        form = ", Q/DQ form" if self.form == "qdq" else ""
+        return f"{self.weights} in {kind} blocks of {self.block_size}{head}{rounding}{form}"
+
+
 class Manifest(Record):
     """Everything `lminf.json` says; `new_manifest` starts one, `BundleWriter.commit` seals it."""
 
@@ -165,6 +191,7 @@ class Manifest(Record):
     source: Source
     lambda_config: LambdaSettings
     dtype: Dtype
+    quantization: Quantization | None = None
     vocab_size: Positive
     max_position: Annotated[int, Field(ge=1, le=MAX_POSITION)] = MAX_POSITION
     num_attention_heads: Positive
@@ -285,6 +312,7 @@ def new_manifest(
     tools: dict[str, str] | None = None,
     notices: Iterable[str] = (),
     engine: Engine | None = None,
+    quantization: Quantization | None = None,
 ) -> Manifest:
     """Start a manifest; the I/O tables follow from the layers, files come at commit.
 
@@ -301,6 +329,7 @@ def new_manifest(
         source=source,
         lambda_config=LambdaSettings(**asdict(settings)),
         dtype=dtype,
+        quantization=quantization,
         vocab_size=vocab_size,
         num_attention_heads=num_attention_heads,
         training_length=training_length,

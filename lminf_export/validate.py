@@ -7,7 +7,8 @@ ring, no digits and no ONNX: an agreement is an agreement of two different compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +23,7 @@ from lminf_export import weights
 from lminf_export.bundle import Bundle
 from lminf_export.conversion import Conversion
 from lminf_export.errors import BundleError, InputError, ModelError
-from lminf_export.manifest import human_bytes
+from lminf_export.manifest import Manifest, human_bytes
 from lminf_export.models import find_family
 from lminf_export.models.base import (
     ATTENTION_NAME,
@@ -33,6 +34,15 @@ from lminf_export.models.base import (
 )
 from lminf_export.models.steps import HistoryStep, run
 from lminf_export.progress import Progress, silent
+from lminf_export.quantize.cost import PerplexityCost, perplexity_cost
+from lminf_export.quantize.dequantize import (
+    bundle_weights,
+    dequantized_folder,
+    is_made_of,
+    quantized_names,
+    rounded_activations,
+    with_tied_names,
+)
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider
@@ -88,6 +98,9 @@ class ValidationReport:
         comparisons: one for each way of running.
         differing_weights: tensors that are not the original model's, converted; None where no
             model was given to compare with.
+        quantization: how weights are stored, in words; None where they are not quantised.
+        perplexity_cost: what quantisation costs; None where there is no text or no original
+            model to measure it with.
     """
 
     bundle: str
@@ -96,6 +109,8 @@ class ValidationReport:
     reference_dtype: str
     comparisons: tuple[Comparison, ...]
     differing_weights: tuple[str, ...] | None = None
+    quantization: str | None = None
+    perplexity_cost: PerplexityCost | None = None
 
     @property
     def passed(self) -> bool:
@@ -122,9 +137,11 @@ def validate(
     Args:
         bundle: the bundle's folder; every file in it is hashed first.
         model: original model (folder or hub id) to take the reference's weights from, instead
-            of reading them back from the bundle; every weight is compared with it too.
+            of reading them back from the bundle; every weight is compared with it too. The
+            reference of a quantised bundle has its own weights, dequantised, in any case: that
+            is what the graph must compute; the original model tells what quantisation costs.
         num_tokens: length of the stream; at least, and by default just over, 4 windows.
-        token_ids: the stream itself; random tokens by default.
+        token_ids: the stream itself, a text's tokens; random tokens by default.
         seed: of the random tokens.
         provider: onnxruntime's provider, "cpu" or "cuda".
         progress: told what is going on.
@@ -139,27 +156,29 @@ def validate(
     language_model = load(opened.path, provider=provider)
     tokens = _stream(opened, num_tokens, token_ids, seed)
     family = find_family(opened.manifest.model_type)
-    source = open_source(model if model is not None else opened.path)
-    plan = _plan(opened, family, source)
+    original = open_source(model if model is not None else opened.path)
+    plan = _plan(opened, family, original)
     differing = None
     if model is not None:
         progress("comparing weights", None)
-        differing = differing_weights(opened, source)
-    reference_dtype = _reference_dtype(source)
+        differing = differing_weights(opened, original)
     progress("reference", None)
-    wanted = _reference_logits(source, family, plan, tokens, reference_dtype, progress)
-    tolerance = FLOAT32_TOLERANCE
-    if opened.manifest.dtype != "float32":
-        low = getattr(torch, opened.manifest.dtype)
-        progress(f"torch in {opened.manifest.dtype}", None)
-        yardstick = _reference_logits(source, family, plan, tokens, low, progress)
-        tolerance = LOW_PRECISION_FACTOR * compare("", yardstick, wanted, 0).max_error
-    comparisons = []
-    for name, sizes in (("token by token", (1,)), ("in uneven chunks", CHUNK_PATTERN)):
-        progress(name, 0.0)
-        logits = run_in_pieces(language_model, tokens, sizes, _told(progress, name))
-        comparisons.append(compare(name, logits, wanted, tolerance))
-    comparisons.append(_compare_with_stock(source, tokens, wanted, opened, progress))
+    with _reference_source(opened, original) as source:
+        reference_dtype = _reference_dtype(source)
+        wanted = _reference_logits(source, family, plan, tokens, reference_dtype, progress)
+        tolerance = _tolerance(opened, source, family, plan, tokens, wanted, progress)
+        comparisons = []
+        for name, sizes in (("token by token", (1,)), ("in uneven chunks", CHUNK_PATTERN)):
+            progress(name, 0.0)
+            logits = run_in_pieces(language_model, tokens, sizes, _told(progress, name))
+            comparisons.append(compare(name, logits, wanted, tolerance))
+        comparisons.append(_compare_with_stock(source, tokens, wanted, opened, progress))
+    cost, quantization = None, opened.manifest.quantization
+    if quantization is not None and model is not None and token_ids is not None:
+        del wanted
+        progress("unquantised model", None)
+        full = _reference_logits(original, family, plan, tokens, torch.float32, progress)
+        cost = perplexity_cost(full, logits, tokens)
     return ValidationReport(
         bundle=opened.path.resolve().name,
         dtype=opened.manifest.dtype,
@@ -167,39 +186,58 @@ def validate(
         reference_dtype=str(reference_dtype).removeprefix("torch."),
         comparisons=tuple(comparisons),
         differing_weights=differing,
+        quantization=quantization.in_words if quantization is not None else None,
+        perplexity_cost=cost,
     )
 
 
+@contextmanager
+def _reference_source(bundle: Bundle, original: Source) -> Iterator[Source]:
+    """Yield the model whose logits are right: for a quantised bundle, of dequantised weights."""
+    if bundle.manifest.quantization is None:
+        yield original
+        return
+    skeleton = build_model(original.config, torch.float32, device="meta")
+    with dequantized_folder(bundle, skeleton) as folder:
+        yield open_source(folder)
+
+
+def _tolerance(
+    bundle: Bundle,
+    source: Source,
+    family: Family,
+    plan: AttentionPlan,
+    tokens: NDArray[np.int64],
+    wanted: Any,
+    progress: Progress,
+) -> float:
+    """Return the error allowed: twice torch's own where a bundle computes in less than float32."""
+    manifest = bundle.manifest
+    exact = manifest.quantization is None or not manifest.quantization.rounds_activations
+    if manifest.dtype == "float32" and exact:
+        return FLOAT32_TOLERANCE
+    low = getattr(torch, manifest.dtype)
+    progress(f"torch in {manifest.dtype}", None)
+    rounding = None if exact else bundle
+    yardstick = _reference_logits(source, family, plan, tokens, low, progress, rounding)
+    return LOW_PRECISION_FACTOR * compare("", yardstick, wanted, 0).max_error
+
+
 def differing_weights(bundle: Bundle, source: Source) -> tuple[str, ...]:
-    """Return the bundle's tensors that are not, bit for bit, the source's in the bundle's type.
+    """Return the bundle's tensors that are not, bit for bit, what an export makes of the source's.
 
     Raises:
         ModelError: the source's checkpoint is damaged or incomplete.
     """
-    dtype = getattr(torch, bundle.manifest.dtype)
-    skeleton = build_model(source.config, dtype, device="meta")
-    wanted = Conversion.of(skeleton).apply(weights.read_checkpoint(source.folder))
-    stored = weights.read_header(bundle.path / weights.FILE_NAME)
+    dtype = bundle.manifest.dtype
+    skeleton = build_model(source.config, getattr(torch, dtype), device="meta")
+    converted = Conversion.of(skeleton).apply(weights.read_checkpoint(source.folder))
+    wanted = with_tied_names(converted, skeleton)
     return tuple(
         name
-        for name, tensor in stored.items()
-        if name not in wanted or not _is_converted(tensor, wanted[name], dtype)
+        for name, tensor in bundle_weights(bundle, skeleton).items()
+        if name not in wanted or not is_made_of(name, tensor, wanted[name], dtype)
     )
-
-
-def _is_converted(
-    stored: weights.StoredTensor, source: weights.SourceTensor, dtype: torch.dtype
-) -> bool:
-    if stored.shape != source.shape:
-        return False
-    found = np.memmap(stored.path, np.uint8, "r", stored.offset, (stored.length,))
-    start = 0
-    for block in source.blocks():
-        wanted = block.to(dtype).view(torch.uint8).numpy()
-        if not np.array_equal(found[start : start + wanted.size], wanted):
-            return False
-        start += wanted.size
-    return start == stored.length
 
 
 def run_in_pieces(
@@ -238,12 +276,17 @@ def compare(name: str, logits: Logits, wanted: Logits, tolerance: float) -> Comp
     )
 
 
+def default_length(manifest: Manifest) -> int:
+    """Return the tokens of a stream that nobody gave a length: a little over 4 windows."""
+    return MIN_WINDOWS * manifest.settings.window_size + 17
+
+
 def _stream(
     bundle: Bundle, num_tokens: int | None, token_ids: Sequence[int] | None, seed: int
 ) -> NDArray[np.int64]:
     manifest = bundle.manifest
     least = MIN_WINDOWS * manifest.settings.window_size + 1
-    count = least + 16 if num_tokens is None else num_tokens
+    count = default_length(manifest) if num_tokens is None else num_tokens
     if token_ids is not None:
         count = len(token_ids) if num_tokens is None else min(num_tokens, len(token_ids))
     if count < least:
@@ -312,13 +355,21 @@ def _reference_logits(
     tokens: NDArray[np.int64],
     dtype: torch.dtype,
     progress: Progress,
+    rounding: Bundle | None = None,
 ) -> Any:
-    """Logits (T, V) in float64 of the reference at a given precision."""
+    """Logits (T, V) in float64 of the reference at a given precision.
+
+    With a bundle given that lets onnxruntime round activations, so are they here.
+    """
     model = _load_model(source, dtype, ATTENTION_NAME)
+    rounded: AbstractContextManager[None] = nullcontext()
+    if rounding is not None and rounding.manifest.quantization is not None:
+        block_size = rounding.manifest.quantization.block_size
+        rounded = rounded_activations(model, quantized_names(rounding), block_size)
     step = HistoryStep(plan)
     width = min(256, len(tokens))
     logits = []
-    with family.patched(model):
+    with family.patched(model), rounded:
         for start in range(0, len(tokens), width):
             piece = torch.from_numpy(tokens[None, start : start + width])
             step.begin(torch.tensor([piece.shape[1]]))

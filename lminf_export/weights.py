@@ -8,17 +8,20 @@ reader can open it, and the ONNX initializers point into it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lminf_export.errors import ModelError
@@ -35,6 +38,7 @@ TORCH_TYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+STORED_TYPES = {**TORCH_TYPES, "U8": torch.uint8}  # quantised weights are bytes to safetensors
 TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -85,13 +89,14 @@ class StoredTensor:
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """Yield the elements in order as flat tensors on pages of the file."""
-        if not self.length:
-            return
-        raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.length,))
-        for start in range(0, self.length, BLOCK_BYTES):
-            piece = raw[start : start + BLOCK_BYTES]
-            # One block is copied: torch wants memory it may write to.
-            yield torch.from_numpy(np.array(piece)).view(TORCH_TYPES[self.dtype])
+        with self.path.open("rb", buffering=0) as file:
+            for start in range(0, self.length, BLOCK_BYTES):
+                count = min(BLOCK_BYTES, self.length - start)
+                file.seek(self.offset + start)
+                piece = np.fromfile(file, np.uint8, count)
+                if len(piece) != count:
+                    raise ModelError(f"weights file {self.path.name} was cut while it was read")
+                yield torch.from_numpy(piece).view(STORED_TYPES[self.dtype])
 
     def at(self, index: int) -> StoredTensor:
         """Return the sub-tensor at an index of the first dimension."""
@@ -103,7 +108,7 @@ class StoredTensor:
         """Return a copy of the whole tensor."""
         blocks = list(self.blocks())
         if not blocks:
-            return torch.empty(self.shape, dtype=TORCH_TYPES[self.dtype])
+            return torch.empty(self.shape, dtype=STORED_TYPES[self.dtype])
         return torch.cat(blocks).reshape(self.shape)
 
 
@@ -282,47 +287,118 @@ def find_weights(
     return found
 
 
-def write_weights(
-    path: Path,
-    weights: Mapping[str, SourceTensor],
-    dtype: str,
-    progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, StoredTensor]:
-    """Write tensors to one safetensors file, converted block by block.
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a safetensors file is to hold it: name, safetensors' type, dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * STORED_TYPES[self.dtype].itemsize
+
+
+class Piece(Protocol):
+    """What is written in one go: the bytes of one or a few tensors, made while they are read."""
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """The tensors, in the order of their bytes."""
+        ...
+
+    def chunks(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield the bytes of all entries, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A source tensor in another element type.
+
+    Attributes:
+        name: in the file.
+        tensor: the source.
+        dtype: "float32", "float16" or "bfloat16".
+    """
+
+    name: str
+    tensor: SourceTensor
+    dtype: str
+
+    @property
+    def entries(self) -> tuple[Entry]:
+        """The one tensor."""
+        return (Entry(self.name, TYPE_NAMES[self.dtype], self.tensor.shape),)
+
+    def chunks(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield the converted bytes, block by block.
+
+        Raises:
+            ModelError: a value does not fit into float16.
+        """
+        for block in self.tensor.blocks():
+            converted = block.to(TORCH_TYPES[TYPE_NAMES[self.dtype]])
+            _check_range(self.name, block, converted)
+            yield converted.view(torch.uint8).numpy()
+
+
+def write_pieces(
+    path: Path, pieces: Sequence[Piece], progress: Callable[[int], None] = lambda _: None
+) -> tuple[dict[str, StoredTensor], str]:
+    """Write tensors to one safetensors file, each read, converted and written block by block.
 
     Args:
         path: the file to write.
-        weights: name in the file → source tensor.
-        dtype: "float32", "float16" or "bfloat16".
+        pieces: what it is to hold.
         progress: told the bytes written by each block.
 
     Returns:
-        Where each tensor now is.
+        Where each tensor now is, and the file's SHA-256, so that nobody must read it again.
 
     Raises:
-        ModelError: a value does not fit into float16.
+        ModelError: a value does not fit into the element type.
     """
-    kind = TYPE_NAMES[dtype]
-    width = TORCH_TYPES[kind].itemsize
-    header, offset = {}, 0
-    for name, tensor in weights.items():
-        length = int(np.prod(tensor.shape, dtype=np.int64)) * width
-        header[name] = {
-            "dtype": kind,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + length],
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in (entry for piece in pieces for entry in piece.entries):
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.length],
         }
-        offset += length
-    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        offset += entry.length
+    encoded = json.dumps(header).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)  # tensors start aligned
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, tensor in weights.items():
-            for block in tensor.blocks():
-                converted = block.to(TORCH_TYPES[kind])
-                _check_range(name, block, converted)
-                progress(file.write(converted.view(torch.uint8).numpy().data))
-    return read_header(path)
+    start = np.frombuffer(struct.pack("<Q", len(encoded)) + encoded, np.uint8)
+    chunks = (chunk for piece in pieces for chunk in piece.chunks())
+    digest = _write_hashed(path, start, chunks, progress)
+    return read_header(path), digest
+
+
+def _write_hashed(
+    path: Path,
+    start: NDArray[np.uint8],
+    chunks: Iterable[NDArray[np.uint8]],
+    progress: Callable[[int], None],
+) -> str:
+    """Write a file and return its SHA-256; hashing runs beside reading and converting."""
+    digest = hashlib.sha256(start.data)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        file.write(start.data)
+        hashing = pool.submit(lambda: None)
+        for chunk in chunks:
+            hashing.result()  # one block at a time waits to be hashed
+            hashing = pool.submit(digest.update, chunk.data)
+            left = chunk.data.cast("B")
+            while left:
+                written = file.write(left)
+                left = left[written:]
+            progress(chunk.nbytes)
+        hashing.result()
+    return digest.hexdigest()
 
 
 def attach(model: ir.Model, stored: Mapping[str, StoredTensor]) -> None:

@@ -278,14 +278,14 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
     def no_space(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, "write_weights", no_space)
+    monkeypatch.setattr(weights, "write_pieces", no_space)
     fails(tmp_path, "--model", llama, words=["space"])
 
 
 def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path):
     code = (
         "import os, signal; from lminf_export import weights, export;"
-        "weights.write_weights = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        "weights.write_pieces = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"export({str(llama)!r}, {str(tmp_path / 'b')!r})"
     )
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)

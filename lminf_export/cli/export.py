@@ -14,6 +14,7 @@ from lminf_export.cli.common import (
     verbosity_options,
 )
 from lminf_export.cli.progress_bar import progress_bar
+from lminf_export.cli.quantize_options import quantize_options
 from lminf_export.config import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
@@ -96,6 +97,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     help="Element type of weights and caches; bfloat16 is for engines and GPUs.  "
     "[default: float16 with an engine, else float32]",
 )
+@quantize_options
 @click.option(
     "--builder",
     type=click.Choice(["tensorrt", "tensorrt-rtx"]),
@@ -166,7 +168,8 @@ def _print_plan(job: ExportJob) -> None:
         ("graph", job.target.graph_name),
         ("engine", f"{job.target.engine_name} by {job.builder}" if job.builder else "none"),
         ("element type", draft.dtype),
-        ("weights", human_bytes(job.weight_bytes)),
+        ("quantised", draft.quantization.in_words if draft.quantization else "no"),
+        ("weights", ("about " if job.quantize else "") + human_bytes(job.weight_bytes)),
         ("window", f"{settings.window_size} tokens, chunks of {settings.chunk_size}"),
         ("sink tokens", f"{settings.num_sink_tokens}, at distance {settings.distance_limit}"),
         ("cache", f"{cache} per sequence, for ever"),
@@ -183,8 +186,9 @@ def _print_result(bundle: Bundle) -> None:
 
     manifest = bundle.manifest
     settings = manifest.settings
+    quantized = f" and {manifest.quantization.weights}" if manifest.quantization else ""
     click.echo(
-        f"{_shown(bundle.path)}: {manifest.model_type}, {manifest.dtype}, window "
+        f"{_shown(bundle.path)}: {manifest.model_type}, {manifest.dtype}{quantized}, window "
         f"{settings.window_size} + {settings.num_sink_tokens} sink tokens, cache "
         f"{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, for ever"
     )

@@ -72,6 +72,7 @@ def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         ("model", f"{manifest.model_type} from {source.name}{revision}"),
         ("element type", manifest.dtype),
+        ("quantised", manifest.quantization.in_words if manifest.quantization else "no"),
         ("vocabulary", str(manifest.vocab_size)),
         ("training length", trained),
         ("sink tokens", str(settings.num_sink_tokens)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lminf_export.validate import ValidationReport
 
 EXIT_BEYOND_TOLERANCE = 1
+HELDOUT_NAME = "heldout.txt"
 
 
 @click.command("validate")
@@ -26,7 +28,8 @@ EXIT_BEYOND_TOLERANCE = 1
 @click.option(
     "--model",
     metavar="ID|DIR",
-    help="Take the reference's weights from this model, not from the bundle.",
+    help="Take the reference's weights from this model, not from the bundle; for a quantised "
+    "bundle, measure what quantisation costs against it.",
 )
 @click.option(
     "--tokens",
@@ -38,7 +41,8 @@ EXIT_BEYOND_TOLERANCE = 1
 @click.option(
     "--text",
     type=click.Path(),
-    help="Take the stream from this text, through the bundle's tokenizer; random otherwise.",
+    help="Take the stream from this text, through the bundle's tokenizer; random otherwise.  "
+    f"[default for a quantised bundle: {HELDOUT_NAME} in the model's folder, if there is one]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -61,14 +65,18 @@ def validate_command(
     """
     from lminf_export.bundle import Bundle
     from lminf_export.runtime.text import TextCodec
-    from lminf_export.validate import validate
+    from lminf_export.validate import default_length, validate
 
     quiet_transformers()
     with progress_bar() as progress:
-        token_ids = None
+        opened, token_ids = Bundle.open(bundle), None
+        if text is None and model is not None and opened.manifest.quantization is not None:
+            heldout = Path(model) / HELDOUT_NAME
+            text = str(heldout) if heldout.is_file() else None
         if text is not None:
-            codec = TextCodec.of(Bundle.open(bundle))
-            token_ids = codec.encode(read_text(text))
+            token_ids = TextCodec.of(opened).encode(read_text(text))
+            # A whole book is no stream to hold against float64.
+            num_tokens = num_tokens or default_length(opened.manifest)
         report = validate(
             bundle,
             model=model,
@@ -115,4 +123,19 @@ def _print_table(report: ValidationReport) -> None:
             f"{', '.join(report.differing_weights[:3])}"
         )
     elif report.differing_weights is not None:
-        click.echo("weights: every tensor is the model's")
+        made = "" if report.quantization is None else ", quantised"
+        click.echo(f"weights: every tensor is the model's{made}")
+    if report.quantization is not None:
+        _print_cost(report)
+
+
+def _print_cost(report: ValidationReport) -> None:
+    click.echo(f"quantised: {report.quantization}")
+    cost = report.perplexity_cost
+    if cost is None:
+        click.echo("perplexity cost of quantisation: not measured; --model and --text measure it")
+        return
+    click.echo(
+        f"perplexity cost of quantisation: {cost.cost:+.2%} ± {cost.standard_error:.2%}, from "
+        f"{cost.unquantized:.3f} to {cost.quantized:.3f} over {cost.tokens} tokens"
+    )

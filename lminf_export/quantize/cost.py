@@ -1,0 +1,54 @@
+"""What quantisation costs on a text: the perplexity with and without it, on the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PerplexityCost:
+    """Two perplexities over the same predictions.
+
+    Attributes:
+        tokens: predictions scored.
+        unquantized: perplexity of the original model, with Λ-attention.
+        quantized: perplexity of the bundle.
+        cost: quantized / unquantized − 1.
+        standard_error: of the cost, over tokens.
+    """
+
+    tokens: int
+    unquantized: float
+    quantized: float
+    cost: float
+    standard_error: float
+
+
+def perplexity_cost(unquantized: Any, quantized: Any, tokens: NDArray[np.int64]) -> PerplexityCost:
+    """Compare the logits (T, V) of two models on one text's tokens (T,)."""
+    before = negative_log_likelihood(unquantized[:-1], tokens[1:])
+    after = negative_log_likelihood(quantized[:-1], tokens[1:])
+    difference = after - before
+    ratio = float(np.exp(difference.mean()))
+    return PerplexityCost(
+        tokens=len(before),
+        unquantized=float(np.exp(before.mean())),
+        quantized=float(np.exp(after.mean())),
+        cost=ratio - 1,
+        standard_error=ratio * float(difference.std() / len(before) ** 0.5),
+    )
+
+
+def negative_log_likelihood(logits: Any, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the nats (T,) of tokens (T,) under logits (T, V), a few rows at a time."""
+    found = np.empty(len(tokens))
+    for start in range(0, len(tokens), 256):
+        rows = np.asarray(logits[start : start + 256], np.float64)
+        top = rows.max(-1, keepdims=True)
+        total = top[:, 0] + np.log(np.exp(rows - top).sum(-1))
+        found[start : start + 256] = total - rows[np.arange(len(rows)), tokens[start : start + 256]]
+    return found

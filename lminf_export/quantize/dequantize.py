@@ -1,0 +1,165 @@
+"""A quantised bundle as the model its weights stand for: what `validate` takes as reference."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lminf_export.bundle import Bundle
+from lminf_export.quantize.stored import (
+    FILE_NAME,
+    QUANTIZED,
+    DequantizedWeight,
+    QuantizedWeight,
+    dequantized,
+)
+from lminf_export.weights import FILE_NAME as CHECKPOINT_NAME
+from lminf_export.weights import (
+    Converted,
+    Piece,
+    SourceTensor,
+    StoredTensor,
+    read_header,
+    write_pieces,
+)
+
+
+def weights_path(bundle: Bundle) -> Path:
+    """Return a bundle's weights file."""
+    name = CHECKPOINT_NAME if bundle.manifest.quantization is None else FILE_NAME
+    return bundle.path / name
+
+
+def quantized_names(bundle: Bundle) -> frozenset[str]:
+    """Return the names of the weights that a bundle stores quantised."""
+    stored = read_header(weights_path(bundle))
+    return frozenset(n.removesuffix(QUANTIZED) for n in stored if n.endswith(QUANTIZED))
+
+
+def bundle_weights(bundle: Bundle, skeleton: nn.Module) -> dict[str, SourceTensor]:
+    """Return a bundle's weights by the model's names, quantised ones as what they stand for.
+
+    Args:
+        bundle: quantised or not.
+        skeleton: its model, on the meta device.
+
+    Raises:
+        ModelError: the weights file does not fit the model.
+    """
+    stored, quantization = read_header(weights_path(bundle)), bundle.manifest.quantization
+    if quantization is None:
+        return dict(stored)
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    signed = quantization.form == "qdq"
+    return dequantized(stored, shapes, quantization.block_size, signed)
+
+
+def with_tied_names(
+    tensors: Mapping[str, SourceTensor], skeleton: nn.Module
+) -> dict[str, SourceTensor]:
+    """Return a checkpoint's tensors under every name the model has for them."""
+    named = dict(tensors)
+    for group in _tied_groups(skeleton):
+        known = [name for name in group if name in tensors]
+        named.update(dict.fromkeys(group, tensors[known[0]]) if len(known) == 1 else {})
+    return named
+
+
+def _are_stored_apart(tensors: Mapping[str, SourceTensor], skeleton: nn.Module) -> bool:
+    """Say whether weights that the model ties are two: one quantised and one in full."""
+    return any(sum(name in tensors for name in group) > 1 for group in _tied_groups(skeleton))
+
+
+def _tied_groups(skeleton: nn.Module) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str) -> bool:
+    """Say whether a bundle's weight is, bit for bit, what an export makes of a source tensor.
+
+    Args:
+        name: of the weight.
+        stored: of `bundle_weights`.
+        source: the original.
+        dtype: the bundle's.
+    """
+    if stored.shape != source.shape:
+        return False
+    piece: Piece = Converted(name, source, dtype)
+    first = stored
+    if isinstance(stored, DequantizedWeight):
+        piece = QuantizedWeight(name, source, stored.form, dtype, stored.signed)
+        first = stored.packed
+    assert isinstance(first, StoredTensor)
+    found = np.memmap(first.path, np.uint8, "r", first.offset)
+    start = 0
+    for chunk in piece.chunks():
+        wanted = chunk.reshape(-1)
+        if not np.array_equal(found[start : start + wanted.size], wanted):
+            return False
+        start += wanted.size
+    return True
+
+
+@contextmanager
+def dequantized_folder(bundle: Bundle, skeleton: nn.Module) -> Iterator[Path]:
+    """Write a model folder of float32 weights for a while: each the value the bundle stands for.
+
+    Raises:
+        ModelError: the weights file does not fit the model.
+    """
+    tensors = bundle_weights(bundle, skeleton)
+    with tempfile.TemporaryDirectory(prefix="lminf-") as name:
+        folder = Path(name)
+        config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = "float32"
+        if _are_stored_apart(tensors, skeleton):
+            config["tie_word_embeddings"] = False
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        pieces = [Converted(n, tensor, "float32") for n, tensor in tensors.items()]
+        write_pieces(folder / CHECKPOINT_NAME, pieces)
+        yield folder
+
+
+@contextmanager
+def rounded_activations(model: Any, names: frozenset[str], block_size: int) -> Iterator[None]:
+    """Let a model's projections round what they multiply as accuracy level 4 does.
+
+    Args:
+        model: of transformers, its weights dequantised.
+        names: the weights that are quantised.
+        block_size: of the weights; activations are cut alike.
+    """
+    quantized = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args: (round_blocks(args[0], block_size), *args[1:])
+        )
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and id(module.weight) in quantized
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def round_blocks(x: Tensor, block_size: int) -> Tensor:
+    """Round activations (…, K) to int8, each block of K by its largest element."""
+    columns = x.shape[-1]
+    padded = nn.functional.pad(x, (0, -columns % block_size)).unflatten(-1, (-1, block_size))
+    scale = padded.abs().amax(-1, keepdim=True) / 127
+    integers = torch.where(scale > 0, padded / scale, torch.zeros_like(padded)).round()
+    return (integers * scale).flatten(-2)[..., :columns].to(x.dtype)

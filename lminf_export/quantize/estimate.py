@@ -1,0 +1,39 @@
+"""How large a weights file will be, from the shapes of a checkpoint alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+
+from lminf_export.quantize.blocks import BlockFormat
+from lminf_export.quantize.config import QuantizeConfig
+
+
+def weight_bytes(
+    shapes: Iterable[Sequence[int]], width: int, vocab_size: int, config: QuantizeConfig | None
+) -> int:
+    """Return the bytes of tensors of these shapes; an estimate where they are quantised.
+
+    Args:
+        shapes: of the checkpoint's tensors.
+        width: bytes of an unquantised element.
+        vocab_size: V; of two matrices of V rows one is the embedding, one alone is both.
+        config: how matrices are quantised, None for not at all.
+    """
+    shapes = list(shapes)
+    if config is None:
+        return sum(prod(shape) for shape in shapes) * width
+    tables = [shape for shape in shapes if len(shape) == 2 and shape[0] == vocab_size]
+    rest = [shape for shape in shapes if shape not in tables]
+    total = sum(_bytes(shape, config.bits, width, config) for shape in rest)
+    kept, heads = (tables[1:], tables[:1]) if config.embeddings != "quantized" else ([], tables)
+    total += sum(prod(shape) * width for shape in kept)
+    return total + sum(_bytes(shape, config.lm_head_bits, width, config) for shape in heads)
+
+
+def _bytes(shape: Sequence[int], bits: int | None, width: int, config: QuantizeConfig) -> int:
+    if bits is None or len(shape) != 2:
+        return prod(shape) * width
+    form = BlockFormat(shape[0], shape[1], bits, config.block_size, config.symmetric)
+    zero_points = 0 if form.symmetric else prod(form.zero_points_shape)
+    return prod(form.packed_shape) + prod(form.scales_shape) * width + zero_points
