@@ -16,6 +16,10 @@ _COMMANDS = {
         "lminf_export.cli.validate:validate_command",
         "Compare a bundle with the reference, logit by logit.",
     ),
+    "bench": (
+        "lminf_export.cli.bench:bench_command",
+        "Measure speed and memory, and how far from the floor they are.",
+    ),
     "inspect": (
         "lminf_export.cli.inspect:inspect_command",
         "Show what is inside a bundle and what its cache costs.",

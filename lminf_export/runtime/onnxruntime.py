@@ -47,6 +47,7 @@ class OnnxRuntimeSession:
         bundle: opened and checked.
         provider: "cpu" or "cuda".
         threads: threads of one operator; None leaves the choice to onnxruntime.
+        profile: beginning of the name of a file for onnxruntime's profile; None for no profile.
 
     Raises:
         SessionError: the provider is missing or cannot run the type, the graph does not load,
@@ -54,12 +55,17 @@ class OnnxRuntimeSession:
     """
 
     def __init__(
-        self, bundle: Bundle, *, provider: Provider = "cpu", threads: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        profile: Path | None = None,
     ) -> None:
         self.manifest = bundle.manifest
         self.provider = provider
         _check_provider(provider, self.manifest)
-        self._session = _open_session(bundle.graph_path, provider, threads)
+        self._session = _open_session(bundle.graph_path, provider, threads, profile)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
                 f"onnxruntime could not start its {provider} provider (its libraries or the "
@@ -75,6 +81,10 @@ class OnnxRuntimeSession:
     def caches_in_main_memory(self) -> bool:
         """Whether states take this machine's main memory."""
         return self.provider == "cpu"
+
+    def end_profiling(self) -> Path:
+        """Return the profile's file, of everything run so far."""
+        return Path(self._session.end_profiling())
 
     def new_state(self, batch_size: int) -> OnnxRuntimeState:
         """Return the state of B streams that have seen nothing."""
@@ -144,6 +154,22 @@ class OnnxRuntimeState(State):
             call.bind_inputs()
         self.session.run_with_iobinding(call.binding)
         return call.logits
+
+    def stand_at(self, position: int) -> None:
+        """Go to a position, in every stream, without reading what comes before it.
+
+        For measurements: caches keep what they hold, and a step costs what it would.
+        """
+        self._reserve(position + 1)
+        self._past_length[...] = position
+        self._furthest = position
+
+    def fill(self, rng: np.random.Generator, position: int) -> None:
+        """Go to a position with rings and sinks full of random numbers (main memory only)."""
+        self.stand_at(position)
+        for cache in (cache for caches in self._caches for cache in caches):
+            if not self._on_device:
+                cache.array[...] = rng.integers(-8, 9, cache.array.shape) / 8
 
     def _remember(self, width: int, count: int) -> _Call:
         """Prepare a call of this shape; single tokens and the latest other shape are kept."""
@@ -269,8 +295,12 @@ def _check_provider(provider: str, manifest: Manifest) -> None:
         )
 
 
-def _open_session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+def _open_session(
+    path: Path, provider: str, threads: int | None, profile: Path | None
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.inter_op_num_threads = 1
     if threads is not None:
         options.intra_op_num_threads = as_integer("threads", threads, 1, SessionError)

@@ -1,0 +1,239 @@
+"""The measurements themselves: one loaded model, contestants in turns."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from lminf_export.bench.child import fresh_process
+from lminf_export.bench.floor import (
+    cache_bytes_per_step,
+    streaming_bandwidth,
+    weight_bytes_per_step,
+)
+from lminf_export.bench.profile import profile_decoding
+from lminf_export.bench.report import BenchReport, Decode, Prefill
+from lminf_export.bundle import Bundle
+from lminf_export.config import MAX_POSITION, as_integer
+from lminf_export.errors import InputError
+from lminf_export.progress import Progress, silent
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.load import load
+from lminf_export.runtime.onnxruntime import OnnxRuntimeState, Provider
+
+WINDOWS = (1, 8, 64)
+FAR = 1_000_000
+_ROUNDS = 5
+_WARM_UP = 2
+_PACKAGES = ("lminf-export", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        batch_sizes: each is measured by itself.
+        prefill_tokens: length of the prompt.
+        decode_tokens: steps timed at each position.
+        provider: onnxruntime's, "cpu" or "cuda".
+        threads: of one operator; None leaves the choice to onnxruntime.
+        profile: whether to profile decoding, too.
+
+    Raises:
+        InputError: a number below 1.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 4)
+    prefill_tokens: int = 2048
+    decode_tokens: int = 60
+    provider: Provider = "cpu"
+    threads: int | None = None
+    profile: bool = False
+    positions: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_tokens", "decode_tokens"):
+            as_integer(name, getattr(self, name), 1, InputError)
+        if not self.batch_sizes:
+            raise InputError("batch_sizes: give at least one")
+        for size in self.batch_sizes:
+            as_integer("batch_size", size, 1, InputError)
+        for position in self.positions:
+            if as_integer("position", position, 1, InputError) > MAX_POSITION - 10**6:
+                raise InputError(f"position {position}: must be well below 2**40")
+
+
+def bench(
+    bundle: str | Path, options: BenchOptions | None = None, progress: Progress = silent
+) -> BenchReport:
+    """Measure a bundle on this machine.
+
+    Decoding positions are set, not read: rings are filled with random numbers and past_length
+    is put where it is wanted, since what a step costs depends on neither values nor history.
+    Positions take turns, a few steps at a time, so that all feel the same machine.
+
+    Args:
+        bundle: the bundle's folder, or its graph.
+        options: what to measure.
+        progress: told which measurement runs.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        InputError: a plan was given, or an option makes no sense.
+        SessionError: it does not run here, or its caches exceed this machine's memory.
+    """
+    options = options or BenchOptions()
+    if Path(bundle).suffix == ".plan":
+        raise InputError(
+            f"{bundle}: bench measures graphs in onnxruntime; give the bundle's folder"
+        )
+    opened = Bundle.open(bundle)
+    progress("a fresh process", None)
+    first_token, memory = fresh_process(opened.path, options.provider, options.threads)
+    progress("streaming memory", None)
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    bandwidth = streaming_bandwidth(options.threads or cores)
+    model = load(opened.path, provider=options.provider, threads=options.threads)
+    prefill, decode = [], []
+    for batch_size in options.batch_sizes:
+        progress(f"prefill, batch {batch_size}", None)
+        prefill.append(_prefill(model, batch_size, options.prefill_tokens))
+        progress(f"decoding, batch {batch_size}", None)
+        decode += _decode(model, batch_size, options, bandwidth)
+    profile = None
+    if options.profile:
+        progress("profiling", None)
+        position = _positions(opened, options)[-1][1]
+        steps = min(options.decode_tokens, 30)
+        profile = profile_decoding(opened, position, steps, options.provider, options.threads)
+    manifest = opened.manifest
+    return BenchReport(
+        bundle=opened.path.resolve().name,
+        model_type=manifest.model_type,
+        dtype=manifest.dtype,
+        quantization=manifest.quantization.in_words if manifest.quantization else None,
+        window_size=manifest.settings.window_size,
+        provider=options.provider,
+        threads=options.threads,
+        bandwidth=bandwidth,
+        positions_are_set=True,
+        first_token=first_token,
+        memory=memory,
+        prefill=tuple(prefill),
+        decode=tuple(decode),
+        profile=profile,
+        environment=_environment(),
+    )
+
+
+def _prefill(model: LanguageModel, batch_size: int, count: int) -> Prefill:
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch_size, count))
+    warm = model.new_state(batch_size)
+    model.forward(tokens[:, : min(count, 64)], warm, logits="last")
+    del warm
+    state = model.new_state(batch_size)
+    start = time.perf_counter()
+    model.forward(tokens, state, logits="last")
+    seconds = time.perf_counter() - start
+    return Prefill(batch_size, count, seconds, batch_size * count / seconds)
+
+
+def _positions(bundle: Bundle, options: BenchOptions) -> list[tuple[int | None, int]]:
+    """Return (windows, position): multiples of the window, then a far one; or those asked for."""
+    if options.positions:
+        return [(None, position) for position in options.positions]
+    window = bundle.manifest.settings.window_size
+    return [*((count, count * window) for count in WINDOWS), (None, FAR)]
+
+
+def _decode(
+    model: LanguageModel, batch_size: int, options: BenchOptions, bandwidth: float
+) -> list[Decode]:
+    bundle = model.bundle
+    places = _positions(bundle, options)
+    streams = [_Stream(model, batch_size, position) for _, position in places]
+    steps = max(1, options.decode_tokens // _ROUNDS)
+    for stream in streams:
+        stream.steps(_WARM_UP)
+    times: list[list[float]] = [[] for _ in streams]
+    for _ in range(_ROUNDS):
+        for stream, found in zip(streams, times, strict=True):
+            found += stream.steps(steps)
+    weights = weight_bytes_per_step(bundle, batch_size)
+    rows = []
+    for (windows, position), found in zip(places, times, strict=True):
+        needed = weights + cache_bytes_per_step(bundle, position) * batch_size
+        low, median, high = np.quantile(found, (0.25, 0.5, 0.75)).tolist()
+        floor = needed / bandwidth
+        rows.append(
+            Decode(
+                batch_size=batch_size,
+                position=position,
+                windows=windows,
+                ms_per_step=median * 1e3,
+                spread=(high - low) / 2 / median,
+                bytes_per_step=needed,
+                floor_ms=floor * 1e3,
+                ratio_to_floor=median / floor,
+            )
+        )
+    return rows
+
+
+class _Stream:
+    """A state that stands at one position, whatever it decodes."""
+
+    def __init__(self, model: LanguageModel, batch_size: int, position: int) -> None:
+        state = model.new_state(batch_size)
+        assert isinstance(state, OnnxRuntimeState)  # plans are refused before
+        self.model, self.state, self.position = model, state, position
+        self.token: NDArray[np.int64] = np.zeros((batch_size, 1), np.int64)
+        state.fill(np.random.default_rng(1), position)
+
+    def steps(self, count: int) -> list[float]:
+        """Decode from the position; return the seconds of each step."""
+        self.state.stand_at(self.position)
+        found = []
+        for _ in range(count):
+            start = time.perf_counter()
+            self.model.forward(self.token, self.state, logits="last")
+            found.append(time.perf_counter() - start)
+        return found
+
+
+def _environment() -> dict[str, Any]:
+    """Device and versions."""
+    return {
+        "device": _cpu_name(),
+        "cores": psutil.cpu_count(logical=True),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
