@@ -1,0 +1,209 @@
+// How an operator call is cut into pieces that can run at once.
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace lminf::cpu {
+namespace {
+
+// A prefill block has about this many rows: enough for a tile of keys to be worth transposing,
+// few enough for its arrays to stay in the second-level cache.
+constexpr int64_t kBlockRows = 128;
+// With fewer items than this their keys are split too, in pieces of at least kSplitKeys.
+constexpr int64_t kEnoughItems = 16;
+constexpr int64_t kSplitKeys = 256;
+// Appending this many elements is worth other threads.
+constexpr int64_t kLargeAppend = 1 << 15;
+
+// Memory of one thread that only grows.
+class Arena {
+ public:
+  float* take(size_t floats) {
+    if (floats > size_) {
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
+      size_ = memory_ == nullptr ? 0 : floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  size_t size_ = 0;
+};
+
+thread_local Arena scratchArena;
+thread_local Arena partialArena;
+
+template <typename Body>
+void forEach(const Parallel& parallel, size_t count, Body body) {
+  if (count == 1) return body(0);
+  parallel.run(
+      parallel.context, count,
+      [](void* data, size_t index) { (*static_cast<Body*>(data))(index); }, &body);
+}
+
+size_t elementSize(const Params& p) { return p.element == Element::kFloat ? 4 : 2; }
+
+// The old cache, where it is not the new one already. (1, G, 1, D) sinks serve every row.
+void carryOver(const Params& p, const Parallel& parallel) {
+  const size_t ring = static_cast<size_t>(p.capacity * p.headDim) * elementSize(p);
+  const auto copy = [&](const void* past, void* present) {
+    if (past == present) return;
+    forEach(parallel, p.batch * p.kvHeads, [&](size_t pair) {
+      std::memcpy(static_cast<char*>(present) + pair * ring,
+                  static_cast<const char*>(past) + pair * ring, ring);
+    });
+  };
+  copy(p.pastKey, p.presentKey);
+  copy(p.pastValue, p.presentValue);
+  const size_t sinks = static_cast<size_t>(p.kvHeads * p.sinkSlots * p.headDim) * elementSize(p);
+  const auto copySinks = [&](const void* past, void* present) {
+    if (present == nullptr || past == present) return;
+    for (int64_t row = 0; row < p.batch; ++row) {
+      const int64_t source = p.pastSinkBatch == 1 ? 0 : row;
+      std::memcpy(static_cast<char*>(present) + row * sinks,
+                  static_cast<const char*>(past) + source * sinks, sinks);
+    }
+  };
+  copySinks(p.pastSinkKey, p.presentSinkKey);
+  copySinks(p.pastSinkValue, p.presentSinkValue);
+}
+
+void append(const Params& p, const Kernels& kernels, const Parallel& parallel) {
+  const int64_t pairs = p.batch * p.kvHeads;
+  const auto one = [&](size_t pair) { kernels.append(p, pair / p.kvHeads, pair % p.kvHeads); };
+  if (pairs * p.steps * p.headDim >= kLargeAppend) return forEach(parallel, pairs, one);
+  for (int64_t pair = 0; pair < pairs; ++pair) one(pair);
+}
+
+void clearPadding(const Params& p) {
+  const size_t row = static_cast<size_t>(p.headDim) * elementSize(p);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t padding = p.steps - p.newLength[b];
+    for (int64_t h = 0; padding > 0 && h < p.heads; ++h) {
+      const size_t start = (b * p.heads + h) * p.steps + p.newLength[b];
+      std::memset(static_cast<char*>(p.output) + start * row, 0, padding * row);
+    }
+  }
+}
+
+// Items in order; those of equal queries stand together, the first of them takes the sinks.
+std::vector<Item> plan(const Params& p) {
+  std::vector<Item> items;
+  const int64_t blockSteps = std::max<int64_t>(1, kBlockRows / (p.heads / p.kvHeads));
+  const int64_t blocks = (p.steps + blockSteps - 1) / blockSteps;
+  const int64_t unsplit = std::max<int64_t>(1, p.batch * p.kvHeads * blocks);
+  const int64_t mostSplits = std::clamp<int64_t>(kEnoughItems / unsplit, 1, kMaxSplits);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t past = p.pastLength[b];
+    for (int64_t step = 0; step < p.newLength[b]; step += blockSteps) {
+      const int64_t steps = std::min(blockSteps, p.newLength[b] - step);
+      const int64_t begin = std::max<int64_t>(0, past + step - p.windowSize + 1);
+      const int64_t end = past + step + steps;
+      const int64_t splits = std::clamp((end - begin) / kSplitKeys, int64_t{1}, mostSplits);
+      const int64_t length = (end - begin + splits - 1) / splits;
+      for (int64_t g = 0; g < p.kvHeads; ++g) {
+        for (int64_t first = begin; first < end; first += length) {
+          items.push_back({b, g, step, steps, first, std::min(end, first + length),
+                           first == begin, nullptr});
+        }
+      }
+    }
+  }
+  return items;
+}
+
+bool sameQueries(const Item& a, const Item& b) {
+  return a.batch == b.batch && a.kvHead == b.kvHead && a.firstStep == b.firstStep;
+}
+
+// Calls body(first, count) for each run of items with the same queries.
+template <typename Body>
+void forEachQueries(const std::vector<Item>& items, Body body) {
+  for (size_t first = 0; first < items.size();) {
+    size_t end = first + 1;
+    while (end < items.size() && sameQueries(items[first], items[end])) ++end;
+    body(first, end - first);
+    first = end;
+  }
+}
+
+bool attend(const Params& p, const Kernels& kernels, const Parallel& parallel) {
+  std::vector<Item> items = plan(p);
+  if (items.empty()) return true;
+  size_t partial = 0;
+  int64_t mostSteps = 0;
+  forEachQueries(items, [&](size_t first, size_t count) {
+    mostSteps = std::max(mostSteps, items[first].numSteps);
+    if (count > 1) partial += count * kernels.partialFloats(p, items[first].numSteps);
+  });
+  float* memory = partial == 0 ? nullptr : partialArena.take(partial);
+  if (partial != 0 && memory == nullptr) return false;
+  forEachQueries(items, [&](size_t first, size_t count) {
+    for (size_t i = first; count > 1 && i < first + count; ++i) {
+      items[i].partial = memory;
+      memory += kernels.partialFloats(p, items[i].numSteps);
+    }
+  });
+  const size_t scratch = kernels.scratchFloats(p, mostSteps);
+  std::vector<char> done(items.size(), 0);
+  forEach(parallel, items.size(), [&](size_t i) {
+    float* own = scratchArena.take(scratch);
+    if (own == nullptr) return;
+    kernels.attend(p, items[i], own);
+    done[i] = 1;
+  });
+  if (std::find(done.begin(), done.end(), 0) != done.end()) return false;
+  forEachQueries(items, [&](size_t first, size_t count) {
+    if (count > 1) kernels.combine(p, &items[first], count);
+  });
+  return true;
+}
+
+const char* problem(const Params& p) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t past = p.pastLength[b], count = p.newLength[b];
+    if (past < 0) return "past_length is negative";
+    if (count < 0 || count > p.steps) return "new_length is outside 0 … S";
+    if (past > (int64_t{1} << 40) - count) return "positions go beyond 2^40";
+    // A ring that has not wrapped holds every position; one that has must hold every window.
+    if (past + count > p.capacity && count > 0 && p.capacity < p.windowSize + count - 1) {
+      return "the ring is too small for its window and this step: it needs window_size + S - 1 "
+             "slots";
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const Kernels& bestKernels() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    return kAvx512;
+  }
+  // Every processor with AVX2 has F16C, which gcc cannot ask for before version 11.
+  if (avx2) return kAvx2;
+#endif
+  return kPortable;
+}
+
+const char* lambdaAttention(const Params& p, const Kernels& kernels, const Parallel& parallel) {
+  if (const char* wrong = problem(p)) return wrong;
+  carryOver(p, parallel);
+  append(p, kernels, parallel);
+  clearPadding(p);
+  return attend(p, kernels, parallel) ? nullptr : "no memory for attention's scratch space";
+}
+
+}  // namespace lminf::cpu

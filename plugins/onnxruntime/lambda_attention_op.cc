@@ -1,0 +1,169 @@
+#include "lambda_attention_op.h"
+
+#include <utility>
+
+namespace lminf {
+namespace {
+
+constexpr std::array<const char*, kNumInputs> kInputNames = {
+    "query", "key", "value", "past_key", "past_value", "past_sink_key", "past_sink_value",
+    "past_length", "new_length", "query_position", "slot_position", "cos", "sin", "limit_cos",
+    "limit_sin", "alibi_slopes", "sink_logits"};
+
+std::string text(const Shape& shape) {
+  std::string out = "(";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    out += (i ? ", " : "") + std::to_string(shape[i]);
+  }
+  return out + ")";
+}
+
+abi::Status* shapeOf(const abi::Api* api, const abi::Value* value, Shape* shape) {
+  abi::TensorInfo* info = nullptr;
+  if (abi::Status* wrong = abi::call<abi::kGetTensorTypeAndShape>(api, value, &info)) return wrong;
+  size_t rank = 0;
+  abi::Status* wrong = abi::call<abi::kGetDimensionsCount>(
+      api, static_cast<const abi::TensorInfo*>(info), &rank);
+  if (wrong == nullptr) {
+    shape->resize(rank);
+    wrong = abi::call<abi::kGetDimensions>(api, static_cast<const abi::TensorInfo*>(info),
+                                           shape->data(), rank);
+  }
+  abi::call<abi::kReleaseTensorTypeAndShapeInfo>(api, info);
+  return wrong;
+}
+
+abi::Status* readInput(const abi::Api* api, const abi::KernelContext* context, size_t index,
+                       Call* call) {
+  const abi::Value* value = nullptr;
+  abi::Status* wrong = abi::call<abi::kKernelContextGetInput>(api, context, index, &value);
+  if (wrong == nullptr) wrong = shapeOf(api, value, &call->shapes[index]);
+  void* data = nullptr;
+  if (wrong == nullptr) {
+    wrong = abi::call<abi::kGetTensorMutableData>(api, const_cast<abi::Value*>(value), &data);
+  }
+  call->inputs[index] = data;
+  return wrong;
+}
+
+abi::Status* findOutput(const abi::Api* api, abi::KernelContext* context, size_t index,
+                        const Shape& shape, Call* call) {
+  abi::Value* value = nullptr;
+  const int64_t* dims = shape.data();
+  abi::Status* wrong = abi::call<abi::kKernelContextGetOutput>(api, context, index, dims,
+                                                               shape.size(), &value);
+  void* data = nullptr;  // stays null where nobody reads the output
+  if (wrong == nullptr && value != nullptr) {
+    wrong = abi::call<abi::kGetTensorMutableData>(api, value, &data);
+  }
+  call->outputs[index] = data;
+  return wrong;
+}
+
+// The shapes the contract asks for; the first difference ends the step.
+abi::Status* checkShapes(const abi::Api* api, const Attributes& a, const Call& call) {
+  const auto& shapes = call.shapes;
+  const Shape &query = shapes[kQuery], &key = shapes[kKey], &ring = shapes[kPastKey];
+  for (const Input input : {kQuery, kKey, kPastKey}) {
+    if (shapes[input].size() != 4) {
+      return invalid(api, std::string(kInputNames[input]) + " has shape " + text(shapes[input]) +
+                              ", expected four dimensions");
+    }
+  }
+  const int64_t b = query[0], h = query[1], s = query[2], d = query[3], g = key[1];
+  if (g < 1 || h % g != 0) {
+    return invalid(api, "query has " + std::to_string(h) + " heads, which key's " +
+                            std::to_string(g) + " do not divide");
+  }
+  if (a.rotaryDim > d) {
+    return invalid(api, "rotary_dim " + std::to_string(a.rotaryDim) + " exceeds head_dim " +
+                            std::to_string(d));
+  }
+  const Shape& sinks = shapes[kPastSinkKey];
+  const int64_t slots = a.numSinkTokens > 0 ? a.numSinkTokens : 1;
+  const bool constant = a.numSinkTokens == 0 && !sinks.empty() && sinks[0] == 1;
+  const Shape sinkShape = {constant ? 1 : b, g, slots, d};
+  const Shape newShape = {b, g, s, d}, ringShape = {b, g, ring[2], d};
+  std::vector<std::pair<Input, Shape>> wanted = {
+      {kKey, newShape},           {kValue, newShape},          {kPastKey, ringShape},
+      {kPastValue, ringShape},    {kPastSinkKey, sinkShape},   {kPastSinkValue, sinkShape},
+      {kPastLength, {b}},         {kNewLength, {b}},           {kAlibiSlopes, {h}},
+      {kSinkLogits, {h}},
+  };
+  if (a.rotaryDim > 0) {
+    const int64_t half = a.rotaryDim / 2;
+    wanted.insert(wanted.end(), {{kCos, {b, s, half}}, {kSin, {b, s, half}},
+                                 {kLimitCos, {half}}, {kLimitSin, {half}}});
+  }
+  for (const auto& [input, shape] : wanted) {
+    if (shapes[input] != shape) {
+      return invalid(api, std::string(kInputNames[input]) + " has shape " + text(shapes[input]) +
+                              ", expected " + text(shape));
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+abi::Status* invalid(const abi::Api* api, const std::string& message) {
+  const std::string whole = "lminf::LambdaAttention: " + message;
+  return abi::call<abi::kCreateStatus>(api, abi::kInvalidArgument, whole.c_str());
+}
+
+abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, Attributes* out) {
+  const std::pair<const char*, int64_t*> integers[] = {
+      {"num_sink_tokens", &out->numSinkTokens}, {"window_size", &out->windowSize},
+      {"distance_limit", &out->distanceLimit},  {"rotary_dim", &out->rotaryDim},
+      {"rotary_interleaved", &out->rotaryInterleaved}};
+  for (const auto& [name, value] : integers) {
+    if (abi::Status* wrong =
+            abi::call<abi::kKernelInfoGetAttributeInt64>(api, info, name, value)) {
+      return wrong;
+    }
+  }
+  const std::pair<const char*, float*> floats[] = {{"scale", &out->scale},
+                                                   {"softcap", &out->softcap}};
+  for (const auto& [name, value] : floats) {
+    if (abi::Status* wrong =
+            abi::call<abi::kKernelInfoGetAttributeFloat>(api, info, name, value)) {
+      return wrong;
+    }
+  }
+  if (out->windowSize < 1) return invalid(api, "window_size must be at least 1");
+  if (out->numSinkTokens < 0) return invalid(api, "num_sink_tokens must not be negative");
+  if (out->distanceLimit < out->windowSize) {
+    return invalid(api, "distance_limit must be at least window_size");
+  }
+  if (out->rotaryDim < 0 || out->rotaryDim % 2 != 0) {
+    return invalid(api, "rotary_dim must be even and not negative");
+  }
+  return nullptr;
+}
+
+abi::Status* readCall(const abi::Api* api, abi::KernelContext* context, const Attributes& a,
+                      Call* call) {
+  for (size_t i = 0; i < kNumInputs; ++i) {
+    if (abi::Status* wrong = readInput(api, context, i, call)) return wrong;
+  }
+  if (abi::Status* wrong = checkShapes(api, a, *call)) return wrong;
+  Shape sinks = call->shapes[kPastSinkKey];
+  sinks[0] = call->shapes[kQuery][0];
+  const Shape* shapes[kNumOutputs] = {&call->shapes[kQuery], &call->shapes[kPastKey],
+                                      &call->shapes[kPastValue], &sinks, &sinks};
+  for (size_t i = 0; i < kNumOutputs; ++i) {
+    if (abi::Status* wrong = findOutput(api, context, i, *shapes[i], call)) return wrong;
+    const bool needed = i <= kPresentValue || a.numSinkTokens > 0;
+    if (needed && call->outputs[i] == nullptr && call->shapes[kQuery][0] > 0) {
+      return invalid(api, "output " + std::to_string(i) + " must be used or empty, found missing");
+    }
+  }
+  return nullptr;
+}
+
+abi::ElementType inputType(size_t index, abi::ElementType element) {
+  if (index <= kPastSinkValue) return element;
+  return index <= kSlotPosition ? abi::kInt64 : abi::kFloat;
+}
+
+}  // namespace lminf

@@ -1,0 +1,89 @@
+// lminf::LambdaAttention version 1 as onnxruntime sees it: inputs, outputs, attributes, shapes.
+//
+// What is here is the same for every execution provider; a provider adds a kernel by deriving
+// from `OpBase` and one line in register.cc.
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "ort_abi.h"
+
+namespace lminf {
+
+constexpr const char* kDomain = "lminf";
+constexpr const char* kName = "LambdaAttention";
+
+enum Input : size_t {
+  kQuery, kKey, kValue, kPastKey, kPastValue, kPastSinkKey, kPastSinkValue, kPastLength,
+  kNewLength, kQueryPosition, kSlotPosition, kCos, kSin, kLimitCos, kLimitSin, kAlibiSlopes,
+  kSinkLogits, kNumInputs,
+};
+enum Output : size_t {
+  kOutput, kPresentKey, kPresentValue, kPresentSinkKey, kPresentSinkValue, kNumOutputs,
+};
+
+// One element type of one provider: a static description that onnxruntime keeps a pointer to.
+// Its kernel is a class K with K(const Attributes&) and Status* compute(const Api*, Context*).
+struct Attributes {
+  int64_t numSinkTokens, windowSize, distanceLimit, rotaryDim, rotaryInterleaved;
+  float scale, softcap;
+};
+
+// A message for onnxruntime; null is success, as everywhere in its API.
+abi::Status* invalid(const abi::Api* api, const std::string& message);
+
+// Reads and checks the attributes; null or what is wrong.
+abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, Attributes* out);
+
+using Shape = std::vector<int64_t>;
+
+// One call: shapes and pointers of every input and output.
+struct Call {
+  std::array<Shape, kNumInputs> shapes;
+  std::array<const void*, kNumInputs> inputs;
+  std::array<void*, kNumOutputs> outputs;
+};
+
+// Reads inputs, checks every shape against the others, allocates or finds the outputs.
+abi::Status* readCall(const abi::Api* api, abi::KernelContext* context, const Attributes&, Call*);
+
+abi::ElementType inputType(size_t index, abi::ElementType element);
+
+template <abi::ElementType element, typename Kernel>
+struct Op : abi::CustomOp {
+  explicit Op(const char* provider) : abi::CustomOp{}, provider(provider) {
+    version = abi::kApiVersion;
+    getName = [](const abi::CustomOp*) { return kName; };
+    getExecutionProviderType = [](const abi::CustomOp* op) {
+      return static_cast<const Op*>(op)->provider;
+    };
+    getInputTypeCount = [](const abi::CustomOp*) -> size_t { return kNumInputs; };
+    getInputType = [](const abi::CustomOp*, size_t i) { return inputType(i, element); };
+    getOutputTypeCount = [](const abi::CustomOp*) -> size_t { return kNumOutputs; };
+    getOutputType = [](const abi::CustomOp*, size_t) { return element; };
+    getInputCharacteristic = [](const abi::CustomOp*, size_t) { return abi::kRequired; };
+    getOutputCharacteristic = [](const abi::CustomOp*, size_t) { return abi::kRequired; };
+    getInputMemoryType = [](const abi::CustomOp*, size_t i) { return Kernel::memoryType(i); };
+    getStartVersion = [](const abi::CustomOp*) { return 1; };
+    getEndVersion = [](const abi::CustomOp*) { return 1; };
+    createKernelV2 = create;
+    kernelComputeV2 = [](void* kernel, abi::KernelContext* context) {
+      return static_cast<Kernel*>(kernel)->compute(context);
+    };
+    kernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  }
+
+  static abi::Status* LMINF_ORT_CALL create(const abi::CustomOp*, const abi::Api* api,
+                                            const abi::KernelInfo* info, void** kernel) {
+    Attributes attributes;
+    if (abi::Status* wrong = readAttributes(api, info, &attributes)) return wrong;
+    *kernel = new Kernel(api, attributes, element);
+    return nullptr;
+  }
+
+  const char* provider;
+};
+
+}  // namespace lminf

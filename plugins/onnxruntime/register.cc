@@ -1,0 +1,48 @@
+// What onnxruntime calls on SessionOptions.register_custom_ops_library.
+#include <mutex>
+
+#include "cpu/attention.h"
+#include "cpu_kernel.h"
+#include "lambda_attention_op.h"
+
+namespace {
+
+using namespace lminf;
+
+// One line per execution provider and element type.
+const Op<abi::kFloat, CpuKernel> cpuFloat("CPUExecutionProvider");
+const Op<abi::kFloat16, CpuKernel> cpuHalf("CPUExecutionProvider");
+const abi::CustomOp* const kKernels[] = {&cpuFloat, &cpuHalf};
+
+// The domain outlives every session that uses it, so it is made once and never released.
+abi::Status* makeDomain(const abi::Api* api, abi::CustomOpDomain** domain) {
+  abi::CustomOpDomain* made = nullptr;
+  abi::Status* wrong = abi::call<abi::kCreateCustomOpDomain>(api, kDomain, &made);
+  for (const abi::CustomOp* op : kKernels) {
+    if (wrong == nullptr) wrong = abi::call<abi::kCustomOpDomainAdd>(api, made, op);
+  }
+  if (wrong == nullptr) *domain = made;
+  return wrong;
+}
+
+}  // namespace
+
+extern "C" {
+
+LMINF_ORT_EXPORT abi::Status* LMINF_ORT_CALL RegisterCustomOps(abi::SessionOptions* options,
+                                                               const abi::ApiBase* base) {
+  const abi::Api* api = base->getApi(abi::kApiVersion);
+  if (api == nullptr) return nullptr;  // older than 1.17: the graph's own body runs instead
+  static std::mutex mutex;
+  static abi::CustomOpDomain* domain = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (domain == nullptr) {
+    if (abi::Status* wrong = makeDomain(api, &domain)) return wrong;
+  }
+  return abi::call<abi::kAddCustomOpDomain>(api, options, domain);
+}
+
+// The operator's version this library implements, and the instructions it runs on here.
+LMINF_ORT_EXPORT int lminfOperatorVersion() { return 1; }
+LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::bestKernels().name; }
+}
