@@ -13,10 +13,8 @@ import argparse
 import copy
 import json
 import math
-import os
 import platform
 import re
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from corpora import HELDOUT_BOOKS, fetch_bible, split_bible
 from ngram_baseline import kneser_ney_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,69 +36,6 @@ PEAK_LEARNING_RATE = 2.5e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
 STRETCHED_LENGTHS = (256, 512, 1024, 2048, 4096)
-
-# The program's abbreviations, and the names the chapter headings show.
-BOOKS = dict(
-    re.findall(
-        r"(\w+)=([\w ]+)",
-        "Ge=Genesis,Exo=Exodus,Lev=Leviticus,Num=Numbers,Deu=Deuteronomy,Josh=Joshua,Jdgs=Judges,"
-        "Ruth=Ruth,1Sm=1 Samuel,2Sm=2 Samuel,1Ki=1 Kings,2Ki=2 Kings,1Chr=1 Chronicles,"
-        "2Chr=2 Chronicles,Ezra=Ezra,Neh=Nehemiah,Est=Esther,Job=Job,Psa=Psalm,Prv=Proverbs,"
-        "Eccl=Ecclesiastes,SSol=Song of Solomon,Isa=Isaiah,Jer=Jeremiah,Lam=Lamentations,"
-        "Eze=Ezekiel,Dan=Daniel,Hos=Hosea,Joel=Joel,Amos=Amos,Obad=Obadiah,Jonah=Jonah,Mic=Micah,"
-        "Nahum=Nahum,Hab=Habakkuk,Zep=Zephaniah,Hag=Haggai,Zec=Zechariah,Mal=Malachi,Mat=Matthew,"
-        "Mark=Mark,Luke=Luke,John=John,Acts=Acts,Rom=Romans,1Cor=1 Corinthians,2Cor=2 Corinthians,"
-        "Gal=Galatians,Eph=Ephesians,Phi=Philippians,Col=Colossians,1Th=1 Thessalonians,"
-        "2Th=2 Thessalonians,1Tim=1 Timothy,2Tim=2 Timothy,Titus=Titus,Phmn=Philemon,Heb=Hebrews,"
-        "Jas=James,1Pet=1 Peter,2Pet=2 Peter,1Jn=1 John,2Jn=2 John,3Jn=3 John,Jude=Jude,"
-        "Rev=Revelation",
-    )
-)
-
-# Neighbouring books without a near-verbatim parallel elsewhere: of all contiguous ranges of
-# 240 to 400 KB this one shares the fewest 12-word runs with the other books (0.1 % of its
-# words). Kings and Chronicles, the gospels, Isaiah or the Psalms would leak whole chapters.
-HELDOUT_BOOKS = ("Lamentations", "Ezekiel", "Daniel")
-
-
-def fetch_bible() -> str:
-    """Return the whole text, one verse per line with its reference, from Debian's packages."""
-    with tempfile.TemporaryDirectory() as folder:
-        # apt drops its privileges to download, so the folder has to be open to others.
-        os.chmod(folder, 0o755)
-        subprocess.run(
-            ["apt-get", "download", "bible-kjv", "bible-kjv-text"], cwd=folder, check=True
-        )
-        for package in sorted(Path(folder).glob("*.deb")):
-            subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
-        # The program looks for bible.data in the current folder first; -f means one verse a line.
-        printed = subprocess.run(
-            [f"{folder}/usr/bin/bible", "-f", "gen1:1-rev22:21"],
-            cwd=f"{folder}/usr/lib",
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return printed.stdout
-
-
-def split_text(verses: str) -> tuple[str, str]:
-    """Return (training text, held-out text) from lines such as ``Ge1:1 In the beginning``.
-
-    A chapter is its heading and one line per verse. Verse numbers go: they are a counter,
-    which costs tokens and reads badly.
-    """
-    chapters: dict[tuple[str, str], list[str]] = {}
-    for line in verses.splitlines():
-        match = re.fullmatch(r"(\d?[A-Za-z]+)(\d+):\d+ (.+)", line)
-        if match is None or match[1] not in BOOKS:
-            raise SystemExit(f"expected a verse such as 'Ge1:1 In the beginning', found {line!r}")
-        chapters.setdefault((BOOKS[match[1]], match[2]), []).append(match[3].strip())
-    parts: dict[bool, list[str]] = {True: [], False: []}
-    for (book, number), lines in chapters.items():
-        parts[book in HELDOUT_BOOKS].append("\n".join([f"{book} {number}\n", *lines, "\n"]))
-    return "".join(parts[False]), "".join(parts[True])
 
 
 def train_tokenizer(text: str) -> Tokenizer:
@@ -349,7 +285,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
     verses = args.text.read_text() if args.text else fetch_bible()
-    train_text, heldout_text = split_text(verses)
+    train_text, heldout_text = split_bible(verses)
     (args.out / "heldout.txt").write_text(heldout_text)
     tokenizer = train_tokenizer(train_text)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS).save_pretrained(args.out)

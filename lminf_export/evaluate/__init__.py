@@ -1,0 +1,1 @@
+"""Measures what an exported model does with long texts: perplexity, passkeys, fluency."""
