@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lminf_export import weights
 from lminf_export.bundle import Bundle
 from lminf_export.conversion import Conversion
-from lminf_export.errors import BundleError, InputError, ModelError
+from lminf_export.errors import InputError, ModelError
 from lminf_export.manifest import Manifest, human_bytes
 from lminf_export.models import find_family
 from lminf_export.models.base import (
@@ -30,19 +30,18 @@ from lminf_export.models.base import (
     AttentionPlan,
     Family,
     build_model,
-    register_attention,
 )
 from lminf_export.models.steps import HistoryStep, run
 from lminf_export.progress import Progress, silent
 from lminf_export.quantize.cost import PerplexityCost, perplexity_cost
 from lminf_export.quantize.dequantize import (
     bundle_weights,
-    dequantized_folder,
     is_made_of,
     quantized_names,
     rounded_activations,
     with_tied_names,
 )
+from lminf_export.reference_model import bundle_plan, load_torch_model, reference_source
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider
@@ -157,13 +156,13 @@ def validate(
     tokens = _stream(opened, num_tokens, token_ids, seed)
     family = find_family(opened.manifest.model_type)
     original = open_source(model if model is not None else opened.path)
-    plan = _plan(opened, family, original)
+    plan = bundle_plan(opened, family, original)
     differing = None
     if model is not None:
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
     progress("reference", None)
-    with _reference_source(opened, original) as source:
+    with reference_source(opened, original) as source:
         reference_dtype = _reference_dtype(source)
         wanted = _reference_logits(source, family, plan, tokens, reference_dtype, progress)
         tolerance = _tolerance(opened, source, family, plan, tokens, wanted, progress)
@@ -189,17 +188,6 @@ def validate(
         quantization=quantization.in_words if quantization is not None else None,
         perplexity_cost=cost,
     )
-
-
-@contextmanager
-def _reference_source(bundle: Bundle, original: Source) -> Iterator[Source]:
-    """Yield the model whose logits are right: for a quantised bundle, of dequantised weights."""
-    if bundle.manifest.quantization is None:
-        yield original
-        return
-    skeleton = build_model(original.config, torch.float32, device="meta")
-    with dequantized_folder(bundle, skeleton) as folder:
-        yield open_source(folder)
 
 
 def _tolerance(
@@ -299,24 +287,6 @@ def _stream(
     return np.random.default_rng(seed).integers(0, manifest.vocab_size, count)
 
 
-def _plan(bundle: Bundle, family: Family, source: Source) -> AttentionPlan:
-    manifest = bundle.manifest
-    plan = family.plan(source.config, manifest.settings)
-    for what, found, expected in (
-        ("model type", source.model_type, manifest.model_type),
-        ("vocabulary", source.config.vocab_size, manifest.vocab_size),
-        ("query heads", plan.num_attention_heads, manifest.num_attention_heads),
-        ("layers", plan.layers, manifest.layer_specs),
-    ):
-        if found != expected:
-            detail = "" if what == "layers" else f" ({found}, not {expected})"
-            raise BundleError(
-                f"{source.name!r} has other {what} than bundle {bundle.path.name!r}{detail}; "
-                f"validate against the model it was exported from"
-            )
-    return plan
-
-
 def _reference_dtype(source: Source) -> torch.dtype:
     """float64 where it fits into memory, else float32."""
     stored = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
@@ -333,20 +303,6 @@ def _reference_dtype(source: Source) -> torch.dtype:
     )
 
 
-def _load_model(source: Source, dtype: torch.dtype, attention: str | None) -> Any:
-    """Load a model; without an attention of ours, with what transformers takes by itself."""
-    from transformers import AutoModelForCausalLM
-
-    register_attention()
-    return AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        experts_implementation="eager",  # the only one that takes float64, and the plainest
-        use_safetensors=True,
-    ).eval()
-
-
 @torch.no_grad()
 def _reference_logits(
     source: Source,
@@ -361,7 +317,7 @@ def _reference_logits(
 
     With a bundle given that lets onnxruntime round activations, so are they here.
     """
-    model = _load_model(source, dtype, ATTENTION_NAME)
+    model = load_torch_model(source, dtype, ATTENTION_NAME)
     rounded: AbstractContextManager[None] = nullcontext()
     if rounding is not None and rounding.manifest.quantization is not None:
         block_size = rounding.manifest.quantization.block_size
@@ -386,7 +342,7 @@ def _compare_with_stock(
     """Compare the reference with the unmodified model where both must agree: inside the window."""
     progress("stock model", None)
     count = min(bundle.manifest.settings.window_size, STOCK_LIMIT)
-    model = _load_model(source, torch.float32, None)
+    model = load_torch_model(source, torch.float32, None)
     logits = model(torch.from_numpy(tokens[None, :count]), use_cache=False).logits[0]
     return compare(
         f"reference and stock model, first {count}",

@@ -32,16 +32,21 @@ def kneser_ney_loss(
     with none of the window boundaries a neural model is scored with. Method: Chen and
     Goodman 1999, section 2.7, one discount per order.
     """
-    levels = _build_levels(list(train_ids), order)
+    return loss_under(build_levels(train_ids, order), heldout_ids, vocab_size)
+
+
+def loss_under(levels: list[Level], heldout_ids: Sequence[int], vocab_size: int) -> float:
+    """Return the mean loss, in nats per token, of held-out ids under counted levels."""
     total = 0.0
     for position, token in enumerate(heldout_ids):
-        context = tuple(heldout_ids[max(0, position - order + 1) : position])
+        context = tuple(heldout_ids[max(0, position - len(levels) + 1) : position])
         total -= math.log(_probability(levels, context, token, vocab_size))
     return total / len(heldout_ids)
 
 
-def _build_levels(ids: list[int], order: int) -> list[Level]:
+def build_levels(train_ids: Sequence[int], order: int = 5) -> list[Level]:
     """Levels for lengths 1 to ``order``: raw counts at the top, continuation counts below."""
+    ids = list(train_ids)
     raw = _count_ngrams(ids, order)
     levels = [_level(raw)]
     for length in range(order - 1, 0, -1):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from corpora import HELDOUT_BOOKS, HELDOUT_NOVEL, Corpus, fetch_corpora
-from ngram_baseline import kneser_ney_loss
+from ngram_baseline import build_levels, loss_under
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from train_demo_model import (
     BOS,
@@ -237,12 +237,13 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything training.json says, measured on the weights as they were saved."""
     train_ids = torch.cat([encode(tokenizer, corpus.train) for corpus in corpora])
+    levels = build_levels(train_ids.tolist())
     held_out: dict[str, Any] = {}
     for corpus in corpora:
         ids = encode(tokenizer, corpus.heldout)
         density = len(ids) / len(corpus.heldout.encode())
         windows = windows_of(ids, args.start_token)
-        ngram = kneser_ney_loss(train_ids.tolist(), ids.tolist(), VOCAB_SIZE)
+        ngram = loss_under(levels, ids.tolist(), VOCAB_SIZE)
         held_out[corpus.name] = {
             "tokens": len(ids),
             "bytes": len(corpus.heldout.encode()),

@@ -20,6 +20,10 @@ _COMMANDS = {
         "lminf_export.cli.bench:bench_command",
         "Measure speed and memory, and how far from the floor they are.",
     ),
+    "eval": (
+        "lminf_export.cli.eval:eval_group",
+        "Measure what a bundle does with long texts.",
+    ),
     "inspect": (
         "lminf_export.cli.inspect:inspect_command",
         "Show what is inside a bundle and what its cache costs.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -170,6 +170,48 @@ class OnnxRuntimeState(State):
         for cache in (cache for caches in self._caches for cache in caches):
             if not self._on_device:
                 cache.array[...] = rng.integers(-8, 9, cache.array.shape) / 8
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the caches lie in main memory, so that they can be saved."""
+        return not self._on_device
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """Return copies of everything the streams have left behind, to go on from later.
+
+        Raises:
+            SessionError: the caches are on a device.
+        """
+        self._require_host()
+        arrays = {
+            bindings.past_name(index, cache.kind): cache.array.copy()
+            for index, caches in enumerate(self._caches)
+            for cache in caches
+        }
+        return {bindings.PAST_LENGTH: self.past_length, **arrays}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Stand where a snapshot of the same bundle was taken; this state must be new.
+
+        Raises:
+            SessionError: the caches are on a device, or the arrays are not of this bundle.
+        """
+        self._require_host()
+        assert self._furthest == 0, "only a new state can be restored"
+        filled = int(arrays[bindings.PAST_LENGTH].max())
+        self._reserve(filled)
+        for index, caches in enumerate(self._caches):
+            for cache in caches:
+                saved = arrays[bindings.past_name(index, cache.kind)]
+                if cache.array.shape[:2] != saved.shape[:2] or cache.array.dtype != saved.dtype:
+                    raise SessionError("the snapshot is of another bundle")
+                slots = min(cache.array.shape[2], saved.shape[2])
+                cache.array[:, :, :slots] = saved[:, :, :slots]
+        self.advance(arrays[bindings.PAST_LENGTH])
+
+    def _require_host(self) -> None:
+        if not self.on_host:
+            raise SessionError("only caches in main memory can be saved and restored")
 
     def _remember(self, width: int, count: int) -> _Call:
         """Prepare a call of this shape; single tokens and the latest other shape are kept."""

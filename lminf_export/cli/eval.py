@@ -1,0 +1,94 @@
+"""`lminf eval`: what a bundle does with long texts, measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lminf_export.cli.common import LazyGroup
+from lminf_export.errors import InputError
+
+_COMMANDS = {
+    "perplexity": (
+        "lminf_export.cli.eval_perplexity:perplexity_command",
+        "How well a bundle predicts a text of any length, by context length.",
+    ),
+}
+
+
+@click.group(
+    "eval",
+    cls=LazyGroup,
+    lazy=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+def eval_group() -> None:
+    """Measure what a bundle does with long texts."""
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json, --out and --plot."""
+    for option in (
+        click.option(
+            "--plot", type=click.Path(path_type=Path), metavar="FILE",
+            help="Draw the result into this picture, such as out.png; needs matplotlib.",
+        ),
+        click.option(
+            "--out", type=click.Path(path_type=Path), metavar="FILE",
+            help="Write the result to this file as JSON.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --provider and --threads."""
+    for option in (
+        click.option(
+            "--threads", type=click.IntRange(min=1), help="Threads of one operator."
+        ),
+        click.option(
+            "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+            help="Where onnxruntime runs.",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def check_outputs(out: Path | None, plot: Path | None) -> None:
+    """Find out before the work whether its results can be written.
+
+    Raises:
+        InputError: a folder is missing or closed, or the picture cannot be drawn.
+    """
+    for path in (out, plot):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent} does not exist; make it or name another folder")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path.parent} cannot be written to")
+    if plot is not None:
+        from lminf_export.evaluate.plots import require_plotting
+
+        require_plotting(plot)
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """Write a result beside its place, then put it there."""
+    fresh = path.with_name(f".new-{path.name}")
+    try:
+        fresh.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)

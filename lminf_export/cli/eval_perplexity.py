@@ -1,0 +1,180 @@
+"""`lminf eval perplexity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from lminf_export.cli.common import handle_errors, quiet_transformers, verbosity_options
+from lminf_export.cli.eval import check_outputs, output_options, session_options, write_json
+from lminf_export.cli.progress_bar import progress_bar
+from lminf_export.errors import InputError
+
+
+@click.command("perplexity")
+@click.argument("bundle", type=click.Path())
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="UTF-8 text to read; repeat the option for more, read one after the other.",
+)
+@click.option("--max-tokens", type=int, metavar="T", help="Stop after so many tokens.")
+@click.option("--repeat", is_flag=True, help="Read the text again and again until --max-tokens.")
+@click.option(
+    "--no-start-token",
+    "start_tokens",
+    flag_value=False,
+    default=True,
+    help="Leave out the start token the tokenizer would put first.",
+)
+@click.option(
+    "--compare",
+    default="",
+    metavar="NAMES",
+    help="Run these beside it on the same tokens, in torch, from the bundle's own weights: any "
+    "of stock,window,streaming,recompute,reference.",
+)
+@click.option(
+    "--model", metavar="ID|DIR", help="Take the comparisons' weights from this model instead."
+)
+@click.option(
+    "--budget",
+    type=float,
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time each comparison may take; it is cut off there.",
+)
+@click.option(
+    "--targets",
+    type=int,
+    default=2000,
+    show_default=True,
+    help="Sampled targets of each bucket for --compare recompute.",
+)
+@click.option(
+    "--per-octave",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Buckets for each doubling of the context.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled targets.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep what is done in this file; the same command goes on from it.",
+)
+@session_options
+@output_options
+@verbosity_options
+@handle_errors
+def perplexity_command(
+    bundle: str,
+    texts: tuple[str, ...],
+    max_tokens: int | None,
+    repeat: bool,
+    start_tokens: bool,
+    compare: str,
+    model: str | None,
+    budget: float,
+    targets: int,
+    per_octave: int,
+    seed: int,
+    state: Path | None,
+    provider: Literal["cpu", "cuda"],
+    threads: int | None,
+    as_json: bool,
+    out: Path | None,
+    plot: Path | None,
+) -> None:
+    """Stream texts through BUNDLE and print how well it predicts them, by context length.
+
+    The text runs through the exported model in chunks, with a cache that never grows, however
+    long it is. Perplexities come with 95 % bootstrap intervals over runs of 64 tokens. What is
+    compared with it sees the same tokens.
+    """
+    from lminf_export.evaluate.perplexity import Options, evaluate_perplexity
+
+    quiet_transformers()
+    check_outputs(out, plot)
+    if state is not None and not state.absolute().parent.is_dir():
+        raise InputError(f"{state.parent} does not exist; make it or name another folder")
+    options = Options(
+        compare=tuple(name.strip() for name in compare.split(",") if name.strip()),
+        model=model,
+        targets=targets,
+        budget_seconds=budget,
+        buckets_per_octave=per_octave,
+        seed=seed,
+    )
+    with progress_bar() as progress:
+        result = evaluate_perplexity(
+            bundle,
+            texts,
+            max_tokens=max_tokens,
+            repeat=repeat,
+            start_tokens=start_tokens,
+            options=options,
+            state_file=state,
+            provider=provider,
+            threads=threads,
+            progress=progress,
+        )
+    if out is not None:
+        write_json(result, out)
+    if plot is not None:
+        from lminf_export.evaluate.plots import plot_perplexity
+
+        plot_perplexity(result, plot)
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        _print_table(result)
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = result["lambda_config"]
+    length = result["training_length"]
+    table = Table(
+        title=f"{result['model']}: perplexity of {result['tokens']} tokens; trained on "
+        f"{length or 'an unknown length'}, window {settings['window_size']}, "
+        f"{settings['num_sink_tokens']} sink tokens",
+        title_justify="left",
+        caption="± half of the 95 % interval; in brackets Λ's perplexity over it, same targets",
+    )
+    table.add_column("tokens before", justify="right")
+    for method in result["methods"].values():
+        table.add_column(method["label"], justify="right")
+    for index, (low, high) in enumerate(result["buckets"]):
+        cells = [_cell(m["by_bucket"][index]) for m in result["methods"].values()]
+        table.add_row(f"{low:,} – {high:,}", *cells)
+    totals = [_cell(method["perplexity"]) for method in result["methods"].values()]
+    table.add_section()
+    table.add_row("all", *totals)
+    Console(highlight=False, width=max(100, Console().width)).print(table)
+    for method in result["methods"].values():
+        rate = method["tokens_read"] / method["seconds"] if method["seconds"] else 0.0
+        ended = f", stopped: {method['stopped']}" if method["stopped"] else ""
+        click.echo(
+            f"{method['label']}: {method['tokens_read']} tokens, {rate:,.0f} tokens/s{ended}"
+        )
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    text = f"{row['perplexity']:.2f} ±{(row['high'] - row['low']) / 2:.2f}"
+    shares = row.get("lambda_over_this")
+    return f"{text} ({shares['ratio']:.3f})" if shares else text

@@ -1,0 +1,143 @@
+"""What a long evaluation has done so far, in one file that is always whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lminf_export.errors import InputError
+
+VERSION = 1
+_META = "meta"
+
+
+@dataclass
+class Track:
+    """How far one method is.
+
+    Attributes:
+        losses: (T,) nats of each position as a target, NaN where not known.
+        done: tokens read.
+        seconds: time it took.
+        nbytes: bytes of its cache at most.
+        stopped: why it ended early, or "".
+        snapshot: its caches behind the last token read, or None.
+    """
+
+    losses: NDArray[np.float32]
+    done: int = 0
+    seconds: float = 0.0
+    nbytes: int = 0
+    stopped: str = ""
+    snapshot: Mapping[str, np.ndarray] | None = None
+
+
+@dataclass
+class ProgressFile:
+    """Tracks by method, kept in a file if there is a path.
+
+    Attributes:
+        path: the file, or None to keep nothing.
+        identity: what the numbers depend on; a file of another evaluation is refused.
+        tracks: method → how far it is.
+    """
+
+    path: Path | None
+    identity: dict[str, Any]
+    tracks: dict[str, Track] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path | None, identity: dict[str, Any]) -> ProgressFile:
+        """Go on from a file, or start one.
+
+        Raises:
+            InputError: the file is not of this evaluation, or damaged.
+        """
+        found = cls(path, identity)
+        if path is not None and path.exists():
+            found._read(path)
+        return found
+
+    def track(self, method: str, num_tokens: int) -> Track:
+        """Return a method's track for so many tokens, cut or lengthened from what is known."""
+        track = self.tracks.setdefault(method, Track(np.empty(0, np.float32)))
+        losses = np.full(num_tokens, np.nan, np.float32)
+        known = min(num_tokens, len(track.losses))
+        losses[:known] = track.losses[:known]
+        track.losses = losses
+        return track
+
+    def save(self) -> None:
+        """Write the file anew; a reader sees the old one or the new one."""
+        if self.path is None:
+            return
+        arrays: dict[str, np.ndarray] = {}
+        meta: dict[str, Any] = {"version": VERSION, "identity": self.identity, "tracks": {}}
+        for method, track in self.tracks.items():
+            arrays[f"losses/{method}"] = track.losses
+            for name, array in (track.snapshot or {}).items():
+                arrays[f"snapshot/{method}/{name}"] = array
+            meta["tracks"][method] = {
+                "done": track.done,
+                "seconds": track.seconds,
+                "nbytes": track.nbytes,
+                "stopped": track.stopped,
+                "has_snapshot": track.snapshot is not None,
+            }
+        arrays[_META] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with open(fresh, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub wants a bool
+            fresh.replace(self.path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                meta = json.loads(arrays[_META].tobytes())
+                content = {name: arrays[name] for name in arrays.files if name != _META}
+                found = meta["identity"] if meta["version"] == VERSION else None
+                tracks = {
+                    method: _track(method, fields, content)
+                    for method, fields in meta["tracks"].items()
+                }
+        except OSError as error:
+            if error.errno is not None:
+                raise InputError(f"cannot read {path}: {error.strerror}") from None
+            raise _damaged(path) from None
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            raise _damaged(path) from None
+        for name, value in self.identity.items():
+            if not isinstance(found, dict) or found.get(name) != value:
+                raise InputError(
+                    f"{path} is the state of another evaluation (its {name} is not this one's); "
+                    "name another file, or delete it to start again"
+                )
+        self.tracks = tracks
+
+
+def _track(method: str, fields: dict[str, Any], content: Mapping[str, np.ndarray]) -> Track:
+    prefix = f"snapshot/{method}/"
+    snapshot = {n.removeprefix(prefix): a for n, a in content.items() if n.startswith(prefix)}
+    return Track(
+        losses=content[f"losses/{method}"],
+        done=int(fields["done"]),
+        seconds=float(fields["seconds"]),
+        nbytes=int(fields["nbytes"]),
+        stopped=str(fields["stopped"]),
+        snapshot=snapshot if fields["has_snapshot"] else None,
+    )
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is not a readable state file; name another file or delete it")
