@@ -18,6 +18,14 @@ _COMMANDS = {
         "lminf_export.cli.eval_perplexity:perplexity_command",
         "How well a bundle predicts a text of any length, by context length.",
     ),
+    "passkey": (
+        "lminf_export.cli.eval_passkey:passkey_command",
+        "Whether a key hidden in a text is found again, by length and depth.",
+    ),
+    "generate": (
+        "lminf_export.cli.eval_generate:generate_command",
+        "Whether a long text the bundle writes stays fluent.",
+    ),
 }
 
 

@@ -147,34 +147,36 @@ def _print_table(result: dict[str, Any]) -> None:
 
     settings = result["lambda_config"]
     length = result["training_length"]
+    methods = result["methods"]
     table = Table(
         title=f"{result['model']}: perplexity of {result['tokens']} tokens; trained on "
         f"{length or 'an unknown length'}, window {settings['window_size']}, "
         f"{settings['num_sink_tokens']} sink tokens",
         title_justify="left",
-        caption="± half of the 95 % interval; in brackets Λ's perplexity over it, same targets",
+        caption="±: half of the 95 % interval; in brackets Λ's perplexity over it, same targets",
     )
     table.add_column("tokens before", justify="right")
-    for method in result["methods"].values():
-        table.add_column(method["label"], justify="right")
+    for name in methods:
+        table.add_column("Λ" if name == "lambda" else name, justify="right")
     for index, (low, high) in enumerate(result["buckets"]):
-        cells = [_cell(m["by_bucket"][index]) for m in result["methods"].values()]
+        cells = [_cell(method["by_bucket"][index]) for method in methods.values()]
         table.add_row(f"{low:,} – {high:,}", *cells)
-    totals = [_cell(method["perplexity"]) for method in result["methods"].values()]
     table.add_section()
-    table.add_row("all", *totals)
+    table.add_row("all", *(_cell(method["perplexity"]) for method in methods.values()))
     Console(highlight=False, width=max(100, Console().width)).print(table)
-    for method in result["methods"].values():
+    for name, method in methods.items():
         rate = method["tokens_read"] / method["seconds"] if method["seconds"] else 0.0
         ended = f", stopped: {method['stopped']}" if method["stopped"] else ""
         click.echo(
-            f"{method['label']}: {method['tokens_read']} tokens, {rate:,.0f} tokens/s{ended}"
+            f"{'Λ' if name == 'lambda' else name}: {method['label']}; "
+            f"{method['tokens_read']} tokens, {rate:,.0f} tokens/s{ended}"
         )
 
 
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
-    text = f"{row['perplexity']:.2f} ±{(row['high'] - row['low']) / 2:.2f}"
     shares = row.get("lambda_over_this")
-    return f"{text} ({shares['ratio']:.3f})" if shares else text
+    if shares:
+        return f"{row['perplexity']:.2f} ({shares['ratio']:.3f})"
+    return f"{row['perplexity']:.2f} ±{(row['high'] - row['low']) / 2:.2f}"

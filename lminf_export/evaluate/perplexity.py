@@ -99,7 +99,7 @@ def evaluate_perplexity(
         options: comparisons and their settings.
         state_file: keep what is done there, and go on from it.
         provider: onnxruntime's provider.
-        threads: threads of one operator.
+        threads: threads of one operator, in onnxruntime and torch.
         progress: told what is going on.
 
     Returns:
@@ -133,7 +133,7 @@ def evaluate_perplexity(
         stack.callback(kept.save)
         _read(LAMBDA, BundleScorer(model), stream, kept, None, progress)
         if options.compare:
-            _compare(opened, stream, buckets, kept, options, progress)
+            _compare(opened, stream, buckets, kept, options, threads, progress)
     return _result(opened, stream, buckets, kept, options, repeat)
 
 
@@ -143,9 +143,15 @@ def _compare(
     buckets: list[Bucket],
     kept: ProgressFile,
     options: Options,
+    threads: int | None,
     progress: Progress,
 ) -> None:
+    import torch
+
     from lminf_export.evaluate import torch_scorers
+
+    if threads is not None:
+        torch.set_num_threads(threads)
 
     progress("loading the model in torch", None)
     torch_model = torch_scorers.TorchModel(bundle, options.model)

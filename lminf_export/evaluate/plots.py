@@ -96,3 +96,72 @@ def _save(figure: Any, path: Path) -> None:
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def plot_passkey(result: dict[str, Any], path: Path) -> None:
+    """Draw accuracy over length and depth; frames say where the key is when it is asked for."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    cells = result["cells"]
+    factors = sorted({cell["windows"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    figure = Figure(figsize=(10, 0.5 * len(depths) + 1.9), layout="constrained")
+    titles = {"exact": "exact answers", "rank_one": "right key likeliest of "}
+    titles["rank_one"] += f"{result['candidates']} (chance {result['chance_of_rank_one']:.0%})"
+    all_axes = figure.subplots(1, 2)
+    for axes, (field, title) in zip(all_axes, titles.items(), strict=True):
+        grid = [[0.0] * len(factors) for _ in depths]
+        for cell in cells:
+            column, row = factors.index(cell["windows"]), depths.index(cell["depth"])
+            grid[row][column] = cell[field]
+            dark = cell[field] > 0.6
+            axes.text(
+                column, row, f"{cell[field]:.0%}", ha="center", va="center", fontsize=8,
+                color="white" if dark else "black",
+            )  # fmt: skip
+            if max(cell["key_is_in"], key=cell["key_is_in"].get) != "evicted":
+                axes.add_patch(
+                    Rectangle(
+                        (column - 0.47, row - 0.45), 0.94, 0.9, fill=False, edgecolor="#d6604d"
+                    )
+                )
+        axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(factors)), [f"{factor:g}" for factor in factors])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_xlabel("length of the text, in windows")
+        axes.set_title(title, fontsize=9)
+    all_axes[0].set_ylabel("depth of the key")
+    figure.suptitle(
+        f"{result['model']}: framed where window or sinks hold the key at the question", fontsize=9
+    )
+    _save(figure, path)
+
+
+def plot_generation(result: dict[str, Any], path: Path) -> None:
+    """Draw perplexity, variety and repetition of what was written, by position."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    panels = {
+        "perplexity": lambda row: row["perplexity"],
+        "distinct-4": lambda row: row["distinct"]["4"],
+        "tokens seen in the 128 before": lambda row: row["near_repetition"],
+    }
+    reference = result["reference"]["segments"] if result["reference"] else []
+    for axes, (name, read) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        rows = result["segments"]
+        middle = [(row["from"] + row["to"]) / 2 for row in rows]
+        axes.plot(middle, [read(row) for row in rows], color="#2166ac", marker="o", markersize=3)
+        if reference:
+            values = [read(row) for row in reference]
+            axes.axhspan(
+                min(values), max(values), color="grey", alpha=0.2, label="held-out text, segments"
+            )
+            axes.legend(frameon=False, fontsize=7)
+        axes.set_ylim(bottom=0)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("tokens written")
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{result['model']}, {result['tokens']:,} tokens in one stream", fontsize=9)
+    _save(figure, path)
