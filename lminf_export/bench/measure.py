@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -24,6 +21,7 @@ from lminf_export.bench.profile import profile_decoding
 from lminf_export.bench.report import BenchReport, Decode, Prefill
 from lminf_export.bundle import Bundle
 from lminf_export.config import MAX_POSITION, as_integer
+from lminf_export.environment import environment
 from lminf_export.errors import InputError
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.language_model import LanguageModel
@@ -34,7 +32,6 @@ WINDOWS = (1, 8, 64)
 FAR = 1_000_000
 _ROUNDS = 5
 _WARM_UP = 2
-_PACKAGES = ("lminf-export", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def bench(
         prefill=tuple(prefill),
         decode=tuple(decode),
         profile=profile,
-        environment=_environment(),
+        environment=environment(),
     )
 
 
@@ -209,31 +206,3 @@ class _Stream:
             self.model.forward(self.token, self.state, logits="last")
             found.append(time.perf_counter() - start)
         return found
-
-
-def _environment() -> dict[str, Any]:
-    """Device and versions."""
-    return {
-        "device": _cpu_name(),
-        "cores": psutil.cpu_count(logical=True),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

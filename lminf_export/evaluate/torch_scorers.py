@@ -26,8 +26,8 @@ from lminf_export.evaluate.scorers import Arrays
 from lminf_export.models import find_family
 from lminf_export.models.base import ATTENTION_NAME, Step
 from lminf_export.models.steps import HistoryStep, run
-from lminf_export.reference_model import bundle_plan, load_torch_model
-from lminf_export.source import open_source
+from lminf_export.reference_model import bundle_plan, load_torch_model, reference_source
+from lminf_export.source import Source, open_source
 
 CHUNK_SIZE = 256
 # A snapshot is written many times; a history larger than this is read again instead.
@@ -41,9 +41,9 @@ class TorchModel:
 
     def __init__(self, bundle: Bundle, model: str | None = None) -> None:
         self._family = find_family(bundle.manifest.model_type)
-        source = open_source(model if model is not None else bundle.path)
-        self.plan = bundle_plan(bundle, self._family, source)
-        self._model = load_torch_model(source, torch.float32, ATTENTION_NAME)
+        original = open_source(model if model is not None else bundle.path)
+        self.plan = bundle_plan(bundle, self._family, original)
+        self._model = _load(bundle, original, own_weights=model is None)
         self.window_size = bundle.manifest.lambda_config.window_size
         self.num_sink_tokens = bundle.manifest.lambda_config.num_sink_tokens
 
@@ -65,6 +65,14 @@ class TorchModel:
             logits, torch.from_numpy(targets), reduction="none"
         )
         return loss.numpy()
+
+
+def _load(bundle: Bundle, original: Source, own_weights: bool) -> Any:
+    """Load the weights in float32: the bundle's, dequantised where needed, or another model's."""
+    if not own_weights:
+        return load_torch_model(original, torch.float32, ATTENTION_NAME)
+    with reference_source(bundle, original) as source:
+        return load_torch_model(source, torch.float32, ATTENTION_NAME)
 
 
 class CachedScorer:
