@@ -40,18 +40,20 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     middle = [(low * high) ** 0.5 for low, high in result["buckets"]]
+    own = result["methods"]["lambda"]["by_bucket"]
     for name, method in result["methods"].items():
         colour, marker = STYLES[name]
-        rows = [(x, row) for x, row in zip(middle, method["by_bucket"], strict=True) if row]
-        x = [place for place, _ in rows]
+        points = [
+            (x, *_curve(row, beside, name == "recompute"))
+            for x, row, beside in zip(middle, method["by_bucket"], own, strict=True)
+            if row
+        ]
+        x, y, low, high = zip(*points, strict=True) if points else ((), (), (), ())
         axes.plot(
-            x, [row["perplexity"] for _, row in rows],
-            label=method["label"], color=colour, marker=marker, markersize=4,
+            x, y, label=method["label"], color=colour, marker=marker, markersize=4,
+            linewidth=2.5 if name == "lambda" else 1.2, alpha=0.9,
         )  # fmt: skip
-        axes.fill_between(
-            x, [row["low"] for _, row in rows], [row["high"] for _, row in rows],
-            color=colour, alpha=0.15, linewidth=0,
-        )  # fmt: skip
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     if result["training_length"]:
         axes.axvline(
             result["training_length"], color="grey", linestyle=":", label="training length"
@@ -70,6 +72,16 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def _curve(
+    row: dict[str, Any], beside: dict[str, Any], sampled: bool
+) -> tuple[float, float, float]:
+    """Perplexity and interval as drawn; of sampled targets relative to Λ's on the same ones."""
+    if not sampled:
+        return row["perplexity"], row["low"], row["high"]
+    shares, level = row["lambda_over_this"], beside["perplexity"]
+    return level / shares["ratio"], level / shares["high"], level / shares["low"]
 
 
 def _plain_numbers(axes: Any) -> None:

@@ -1,0 +1,182 @@
+"""Measure everything docs/evidence.md says, and draw its pictures.
+
+    python scripts/evidence.py perplexity-llama ablation-llama passkey-llama …
+    python scripts/evidence.py --list
+
+Each stage is one JSON in benchmarks/results/evidence/; most of them are one `lminf` command,
+which is printed. Bundles and half-done work are kept in build/evidence, so a stage that was
+interrupted goes on when started again. `scripts/evidence_tables.py` writes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lminf_export
+from lminf_export.cli.eval import write_json
+from lminf_export.environment import environment
+from lminf_export.evaluate.buckets import estimate, ratio
+from lminf_export.evaluate.scorers import BundleScorer
+from lminf_export.evaluate.text import read_stream
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "evidence"
+PICTURES = ROOT / "docs" / "evidence"
+WORK = ROOT / "build" / "evidence"
+MODELS = {
+    "llama": ROOT / "examples" / "evidence-llama",
+    "mpt": ROOT / "examples" / "evidence-mpt",
+    "no-start": WORK / "llama-no-start",
+}
+CONTEXT = 256
+# 4096 training lengths and the token that follows.
+MILLION = 4096 * CONTEXT + 1
+ABLATION_TOKENS = 256 * CONTEXT + 1
+SINKS = (0, 1, 2, 4, 16, 64)
+WINDOWS = (128, 192, 256, 384)
+LIMITS = (256, 384, 512, 1024, 4096)
+THREADS = "1"
+
+
+def bundle(model: str, name: str = "", **settings: int) -> Path:
+    """Export a model if that has not been done; W = the training length, N = 16 by default."""
+    settings = {"window_size": CONTEXT, "num_sink_tokens": 16, **settings}
+    out = WORK / f"{model}{name}"
+    if not out.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        lminf_export.export(MODELS[model], out, **settings)
+    return out
+
+
+def texts(model: str) -> list[Path]:
+    """Held-out texts: a novel, then three books of the Bible."""
+    return [MODELS[model] / f"heldout-{name}.txt" for name in ("austen", "kjv")]
+
+
+def run(*command: str | Path) -> None:
+    """Print a command as a user would type it, and run it."""
+    words = [str(part) for part in command]
+    shown = " ".join(word.removeprefix(f"{ROOT}/") for word in words)
+    print(f"\n$ {shown}", flush=True)
+    module = [sys.executable, "-m", "lminf_export.cli.main"]
+    subprocess.run([*module, *words[1:]], cwd=ROOT, check=True)
+
+
+def perplexity(
+    model: str, name: str, tokens: int, compare: str, *more: str, **settings: int
+) -> None:
+    """One long text, beside the alternatives."""
+    options = [word for text in texts(model) for word in ("--text", text)]
+    run(
+        "lminf", "eval", "perplexity", bundle(model, **settings), *options, "--repeat",
+        "--max-tokens", str(tokens), "--compare", compare, "--budget", "3600",
+        "--threads", THREADS, "--state", WORK / f"{name}.state", *more,
+        "--out", RESULTS / f"{name}.json", "--plot", PICTURES / f"{name}.png",
+    )  # fmt: skip
+
+
+def losses_of(path: Path, model: str, tokens: int) -> np.ndarray:
+    """Nats of each token behind the first training length of the held-out text."""
+    loaded = lminf_export.load(path, threads=int(THREADS))
+    stream = read_stream(loaded.codec, texts(model), max_tokens=tokens, repeat=True)
+    scorer = BundleScorer(loaded)
+    losses = np.zeros(len(stream.ids), np.float32)
+    last = len(stream.ids) - 1
+    for start in range(0, last, scorer.chunk_size):
+        stop = min(start + scorer.chunk_size, last)
+        losses[start + 1 : stop + 1] = scorer.score(
+            stream.ids[start:stop], stream.ids[start + 1 : stop + 1]
+        )
+    return losses[2 * CONTEXT :]
+
+
+def ablation(model: str) -> None:
+    """Change one setting at a time; all on the same tokens as the default setting."""
+    rows: list[dict[str, Any]] = []
+    base = losses_of(bundle(model), model, ABLATION_TOKENS)
+    cases = [("num_sink_tokens", value) for value in SINKS]
+    cases += [("window_size", value) for value in WINDOWS]
+    cases += [("distance_limit", value) for value in LIMITS]
+    for field, value in cases:
+        path = bundle(model, f"-{field}-{value}", **{field: value})
+        losses = losses_of(path, model, ABLATION_TOKENS)
+        row = {"setting": field, "value": value, **estimate(losses).to_dict()}
+        rows.append({**row, "over_default": ratio(losses, base)})
+        print(f"{model} {field}={value}: {row['perplexity']:.2f}", flush=True)
+    write_json(
+        {
+            "evaluation": "ablation",
+            "model": MODELS[model].name,
+            "default": {"window_size": CONTEXT, "num_sink_tokens": 16, "distance_limit": CONTEXT},
+            "tokens": ABLATION_TOKENS,
+            "from_token": 2 * CONTEXT,
+            "rows": rows,
+            **environment(),
+        },
+        RESULTS / f"ablation-{model}.json",
+    )
+
+
+def passkey(model: str, name: str = "", **settings: int) -> None:
+    """Keys in filler, by length and depth."""
+    label = f"passkey-{model}{name}"
+    run(
+        "lminf", "eval", "passkey", bundle(model, name, **settings), "--threads", THREADS,
+        "--out", RESULTS / f"{label}.json", "--plot", PICTURES / f"{label}.png",
+    )  # fmt: skip
+
+
+def generation(model: str) -> None:
+    """100,000 tokens in one stream."""
+    options = [word for text in texts(model) for word in ("--reference", text)]
+    run(
+        "lminf", "eval", "generate", bundle(model), *options, "--threads", THREADS,
+        "--out", RESULTS / f"generation-{model}.json",
+        "--plot", PICTURES / f"generation-{model}.png",
+    )  # fmt: skip
+
+
+STREAMED = "window,streaming,stock"
+STAGES: dict[str, Callable[[], None]] = {
+    "perplexity-llama": lambda: perplexity(
+        "llama", "perplexity-llama", MILLION, f"{STREAMED},recompute"
+    ),
+    "perplexity-mpt": lambda: perplexity(
+        "mpt", "perplexity-mpt", 512 * CONTEXT + 1, f"{STREAMED},recompute"
+    ),
+    "ablation-llama": lambda: ablation("llama"),
+    "ablation-mpt": lambda: ablation("mpt"),
+    "ablation-no-start": lambda: ablation("no-start"),
+    "passkey-llama": lambda: passkey("llama"),
+    "passkey-llama-wide-sinks": lambda: passkey("llama", "-sinks-96", num_sink_tokens=96),
+    "passkey-mpt": lambda: passkey("mpt"),
+    "generation-llama": lambda: generation("llama"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stages", nargs="*", help="which to run; all by default")
+    parser.add_argument("--list", action="store_true", help="name the stages and do nothing")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.stages if name not in STAGES]
+    if unknown:
+        parser.error(f"unknown stages {unknown}; there are {', '.join(STAGES)}")
+    if arguments.list:
+        print("\n".join(STAGES))
+        return
+    for folder in (RESULTS, PICTURES):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in arguments.stages or STAGES:
+        STAGES[name]()
+
+
+if __name__ == "__main__":
+    main()

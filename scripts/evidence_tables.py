@@ -1,0 +1,217 @@
+"""Write the tables of docs/evidence.md from benchmarks/results/evidence/*.json.
+
+    python scripts/evidence_tables.py            # rewrite what stands between the markers
+    python scripts/evidence_tables.py --check    # fail if the document is not what the JSON says
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "benchmarks" / "results" / "evidence"
+NAMES = {
+    "lambda": "Λ export",
+    "stock": "stock",
+    "window": "window only",
+    "streaming": "StreamingLLM",
+    "recompute": "recompute",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    lines = [header, align, *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def perplexity(name: str) -> str:
+    """Buckets from the training length on, every method on the same tokens."""
+    result = load(name)
+    length = result["training_length"]
+    methods = {key: m for key, m in result["methods"].items() if key != "recompute"}
+    rows = []
+    for index, (low, high) in enumerate(result["buckets"]):
+        if high < length:
+            continue
+        cells = [f"{low:,} – {high:,}", f"{high / length:,.0f}×"]
+        for key, method in methods.items():
+            row = method["by_bucket"][index]
+            cells.append(_perplexity_cell(key, row))
+        rows.append(cells)
+    notes = [
+        f"{NAMES[key]}: {method['stopped']} after {method['tokens_read']:,} tokens"
+        for key, method in result["methods"].items()
+        if method["stopped"]
+    ]
+    head = ["tokens before the target", "of training", *(NAMES[key] for key in methods)]
+    return table(head, rows) + ("\n\n" + "; ".join(notes) + "." if notes else "")
+
+
+def _perplexity_cell(key: str, row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if key != "lambda":
+        return f"{row['perplexity']:.2f}"
+    return f"{row['perplexity']:.2f} ({row['low']:.2f} – {row['high']:.2f})"
+
+
+def recompute(name: str) -> str:
+    """Λ against the last W tokens read afresh, on the same sampled targets."""
+    result = load(name)
+    rows = []
+    pairs = zip(result["buckets"], result["methods"]["recompute"]["by_bucket"], strict=True)
+    for (low, high), row in pairs:
+        if row is None or high <= result["lambda_config"]["window_size"]:
+            continue
+        shares = row["lambda_over_this"]
+        rows.append(
+            [
+                f"{low:,} – {high:,}",
+                f"{row['targets']:,}",
+                f"{row['lambda_on_the_same_targets']:.2f}",
+                f"{row['perplexity']:.2f}",
+                f"{shares['ratio']:.4f} ({shares['low']:.4f} – {shares['high']:.4f})",
+            ]
+        )
+    return table(
+        ["tokens before the target", "targets", "Λ export", "recompute", "Λ / recompute"], rows
+    )
+
+
+def ablation(*models: str) -> str:
+    """One setting at a time, each model in a column."""
+    results = {model: load(f"ablation-{model}") for model in models}
+    rows = []
+    for index, first in enumerate(results[models[0]]["rows"]):
+        cells = [f"{SETTINGS[first['setting']]} = {first['value']}"]
+        for result in results.values():
+            row = result["rows"][index]
+            shares = row["over_default"]
+            cells.append(f"{row['perplexity']:.2f}")
+            cells.append(f"{shares['ratio']:.4f} ({shares['low']:.4f} – {shares['high']:.4f})")
+        rows.append(cells)
+    head = ["setting"]
+    for result in results.values():
+        head += [f"{result['model']}", "over the default"]
+    return table(head, rows)
+
+
+SETTINGS = {"num_sink_tokens": "N", "window_size": "W", "distance_limit": "L"}
+
+
+def passkey(name: str) -> str:
+    """Exact answers and ranks; bold where the cache still holds the key."""
+    result = load(name)
+    depths = sorted({cell["depth"] for cell in result["cells"]})
+    rows = []
+    for factor in sorted({cell["windows"] for cell in result["cells"]}):
+        cells = {c["depth"]: c for c in result["cells"] if c["windows"] == factor}
+        tokens = sum(cell["tokens"] for cell in cells.values()) / len(cells)
+        rows.append(
+            [f"{factor:g}× ({tokens:.0f} tokens)", *(_passkey_cell(cells[d]) for d in depths)]
+        )
+    return table(["length, in windows", *(f"{depth:.0%}" for depth in depths)], rows)
+
+
+def _passkey_cell(cell: dict[str, Any]) -> str:
+    text = f"{cell['exact']:.0%} / {cell['rank_one']:.0%}"
+    evicted = cell["key_is_in"].get("evicted", 0)
+    return text if evicted * 2 > sum(cell["key_is_in"].values()) else f"**{text}**"
+
+
+def generation(name: str) -> str:
+    """Every segment of what was written, and the range of held-out segments below."""
+    result = load(name)
+    rows = [_segment(f"{row['from']:,} – {row['to']:,}", row) for row in result["segments"]]
+    for row in (result["reference"] or {"segments": []})["segments"]:
+        rows.append(_segment(f"held out, {row['from']:,} – {row['to']:,}", row))
+    head = ["tokens", "perplexity", "distinct-1", "distinct-2", "distinct-4", "near repetition"]
+    return table([*head, "longest repeat"], rows)
+
+
+def _segment(label: str, row: dict[str, Any]) -> list[str]:
+    shares = row["distinct"]
+    return [
+        label,
+        f"{row['perplexity']:.2f}",
+        *(f"{shares[n]:.3f}" for n in ("1", "2", "4")),
+        f"{row['near_repetition']:.3f}",
+        str(row["longest_repeat"]),
+    ]
+
+
+def models(*folders: str) -> str:
+    """What the models know of held-out text, beside a 5-gram model on the same tokens."""
+    rows = []
+    for folder in folders:
+        record = json.loads((ROOT / folder / "training.json").read_text(encoding="utf-8"))
+        for text, values in record["heldout"].items():
+            neural, ngram = values["model"], values["kneser_ney_5gram"]
+            rows.append(
+                [
+                    Path(folder).name,
+                    text,
+                    f"{values['tokens']:,}",
+                    f"{neural['perplexity_per_token']:.1f}",
+                    f"{ngram['perplexity_per_token']:.1f}",
+                    f"{neural['bits_per_byte']:.3f}",
+                    f"{ngram['bits_per_byte']:.3f}",
+                    f"{max(values['attention_on_first_token_by_layer']):.3f}",
+                ]
+            )
+    return table(
+        [
+            *("model", "held-out text", "tokens", "perplexity", "5-gram's", "bits per byte"),
+            *("5-gram's", "most attention on the first token"),
+        ],
+        rows,
+    )
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "perplexity": perplexity,
+    "recompute": recompute,
+    "ablation": ablation,
+    "passkey": passkey,
+    "generation": generation,
+    "models": models,
+}
+
+
+def filled(text: str) -> str:
+    """Return the document with every table made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        kind, *arguments = match[1].split()
+        return f"<!-- table: {match[1]} -->\n\n{TABLES[kind](*arguments)}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    before = DOCUMENT.read_text(encoding="utf-8")
+    after = filled(before)
+    if arguments.check and before != after:
+        sys.exit(f"{DOCUMENT.name} is not what the results say: run {Path(__file__).name}")
+    DOCUMENT.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
