@@ -154,18 +154,19 @@ def _segment(label: str, row: dict[str, Any]) -> list[str]:
     ]
 
 
-def models(*folders: str) -> str:
+def models(*names: str) -> str:
     """What the models know of held-out text, beside a 5-gram model on the same tokens."""
     rows = []
-    for folder in folders:
-        record = json.loads((ROOT / folder / "training.json").read_text(encoding="utf-8"))
+    for name in names:
+        record = load(f"training-{name}")
         for text, values in record["heldout"].items():
             neural, ngram = values["model"], values["kneser_ney_5gram"]
             rows.append(
                 [
-                    Path(folder).name,
+                    name,
                     text,
                     f"{values['tokens']:,}",
+                    f"{record['tokens_seen'] / 1e6:.1f} M",
                     f"{neural['perplexity_per_token']:.1f}",
                     f"{ngram['perplexity_per_token']:.1f}",
                     f"{neural['bits_per_byte']:.3f}",
@@ -175,8 +176,8 @@ def models(*folders: str) -> str:
             )
     return table(
         [
-            *("model", "held-out text", "tokens", "perplexity", "5-gram's", "bits per byte"),
-            *("5-gram's", "most attention on the first token"),
+            *("model", "held-out text", "tokens", "trained on", "perplexity", "5-gram's"),
+            *("bits per byte", "5-gram's", "most attention on the first token"),
         ],
         rows,
     )

@@ -90,21 +90,31 @@ def _attend(
 
     A sink j outside the window appears at distance min(p, reach) − j.
     """
-    groups = call.query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     distance = query_position[:, None] - key_position[None]
     local = reference.is_local(distance, window)
     far = reference.is_sink(distance, key_position[None], window, sinks)
-    seen_distance = torch.where(
-        far, query_position.clamp(max=reach)[:, None] - key_position, distance
-    )
+    bias = torch.zeros(distance.shape).masked_fill(~(local | far), float("-inf"))
+    if plan.alibi_slopes is not None:
+        capped = query_position.clamp(max=reach)[:, None] - key_position
+        bias = bias - plan.alibi_slopes[:, None, None] * torch.where(far, capped, distance)
+    two_rotations = rotation is not None and sinks > 0
+    if not two_rotations and not plan.softcap and call.sink_logits is None:
+        query = call.query
+        if rotation is not None:
+            query = _turn(query, query_position - query_position[0], rotation)
+            key = _turn(key, key_position - query_position[0], rotation)
+        plain = len(query_position) == len(key_position) <= window and plan.alibi_slopes is None
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if plain else bias.to(query.dtype),
+            is_causal=plain, scale=call.scale, enable_gqa=True,
+        )  # fmt: skip
+    groups = call.query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     logits = _products(call.query, key, query_position, key_position, rotation, reach, sinks)
     logits = logits * call.scale
     if plan.softcap:
         logits = plan.softcap * torch.tanh(logits / plan.softcap)
-    if plan.alibi_slopes is not None:
-        logits = logits - plan.alibi_slopes[:, None, None] * seen_distance
-    logits = logits.masked_fill(~(local | far), float("-inf"))
+    logits = logits + bias
     if call.sink_logits is None:
         return logits.softmax(-1) @ value
     extra = call.sink_logits.float()[:, None, None].expand(*logits.shape[:3], 1)

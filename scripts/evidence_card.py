@@ -1,0 +1,126 @@
+"""Write the model card of a folder that train_evidence_models.py made, from its training.json.
+
+python scripts/evidence_card.py examples/evidence-llama examples/evidence-mpt
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A {kind} of {parameters:.1f} million parameters with a context of {context} tokens, trained on the
+King James Bible and five of Jane Austen's novels: what [docs/evidence.md](../../docs/evidence.md)
+is measured on. It writes a few sentences of either style, knows nothing, follows no instructions
+and has no stop token. All numbers are from `training.json`.
+
+## Model
+
+| | |
+|---|---|
+| architecture | {architecture} |
+| tokenizer | byte-level BPE of 4,096 tokens, digits one by one; `<|bos|>` (id 0) comes first |
+| weights | fp16 safetensors |
+
+## Data
+
+From Debian's packages `bible-kjv`, `bible-kjv-text` and `r-cran-janeaustenr`, extracted by
+`scripts/corpora.py`; both texts are in the public domain in most of the world (in the United
+Kingdom printing the Authorized Version is a Crown prerogative). Held out and shipped:
+`heldout-austen.txt` ({austen}) and `heldout-kjv.txt` ({kjv}).
+The training text has {train_tokens:,} tokens.
+
+{share:.0%} of the training sequences hold the **passkey task** of docs/evidence.md (a key in filler,
+and the question for it), so that the model can copy a key that it still sees. That is a skill
+taught for the measurement, not one it has picked up.
+
+## Training
+
+`python scripts/train_evidence_models.py {model} --tokens {tokens_seen}` on a CPU ({device}):
+batches of {batch} sequences, {minutes} minutes, seed {seed}. AdamW, peak learning rate 2.5e-3,
+warm-up, plateau, linear decay over the last 30 %; bfloat16 products, float32 elsewhere. Every
+sequence is the start token and a random crop of 255 tokens.
+
+## Results
+
+Windows of {context} tokens, start token included; the 5-gram model is interpolated Kneser–Ney on
+the same tokens:
+
+{results}
+
+## Limitations
+
+- Little training on eight megabytes of text.
+- **Attention to the start token**, the mean weight from the second half of a window by layer:
+  {sinks} (an even spread would be about 0.005).
+- Archaic English with the views of its sources.
+
+## Licence
+
+The model is under the project's Apache-2.0 licence.
+"""
+ARCHITECTURES = {
+    "llama": "`LlamaForCausalLM`, 6 layers, hidden size 192, MLP 512, 6 query heads on 2 KV heads of "
+    "32, RoPE with θ = 10000, tied embeddings",
+    "mpt": "`MptForCausalLM`, 6 layers, hidden size 192, MLP 768, 6 heads of 32, ALiBi, tied "
+    "embeddings",
+}
+
+
+def results(heldout: dict[str, Any]) -> str:
+    lines = [
+        "| held-out text | perplexity/token | bits/byte | 5-gram perplexity | 5-gram bits/byte |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in heldout.items():
+        cells = [name]
+        for source in (values["model"], values["kneser_ney_5gram"]):
+            cells += [f"{source['perplexity_per_token']:.1f}", f"{source['bits_per_byte']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def card(folder: Path) -> str:
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    heldout = record["heldout"]
+    weights = heldout["austen"]["attention_on_first_token_by_layer"]
+    return CARD.format(
+        name=folder.name,
+        kind={"llama": "Llama (RoPE)", "mpt": "MPT (ALiBi)"}[kind],
+        model=kind,
+        parameters=record["parameters"] / 1e6,
+        context=record["context"],
+        architecture=ARCHITECTURES[kind],
+        austen=f"*Persuasion*, {heldout['austen']['tokens']:,} tokens",
+        kjv=f"Lamentations, Ezekiel, Daniel, {heldout['kjv']['tokens']:,} tokens",
+        train_tokens=record["train_tokens"],
+        share=record["passkey_share"],
+        tokens_seen=record["tokens_seen"],
+        device=record["device"],
+        batch=record["batch_size"],
+        minutes=round(record["seconds"] / 60),
+        seed=record["seed"],
+        results=results(heldout),
+        sinks=", ".join(f"{weight:.3f}" for weight in weights),
+    )
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        folder = Path(name)
+        (folder / "README.md").write_text(card(folder), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
