@@ -40,9 +40,9 @@ Kingdom printing the Authorized Version is a Crown prerogative). Held out and sh
 `heldout-austen.txt` ({austen}) and `heldout-kjv.txt` ({kjv}).
 The training text has {train_tokens:,} tokens.
 
-{share:.0%} of the training sequences hold the **passkey task** of docs/evidence.md (a key in filler,
-and the question for it), so that the model can copy a key that it still sees. That is a skill
-taught for the measurement, not one it has picked up.
+{share:.0%} of the training sequences hold the **passkey task** of docs/evidence.md (a key in
+filler, and the question for it), so that the model can copy a key that it still sees. That is a
+skill taught for the measurement, not one it has picked up.
 
 ## Training
 
@@ -70,8 +70,8 @@ the same tokens:
 The model is under the project's Apache-2.0 licence.
 """
 ARCHITECTURES = {
-    "llama": "`LlamaForCausalLM`, 6 layers, hidden size 192, MLP 512, 6 query heads on 2 KV heads of "
-    "32, RoPE with θ = 10000, tied embeddings",
+    "llama": "`LlamaForCausalLM`, 6 layers, hidden size 192, MLP 512, 6 query heads on 2 KV "
+    "heads of 32, RoPE with θ = 10000, tied embeddings",
     "mpt": "`MptForCausalLM`, 6 layers, hidden size 192, MLP 768, 6 heads of 32, ALiBi, tied "
     "embeddings",
 }
