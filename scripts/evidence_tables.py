@@ -198,7 +198,11 @@ def filled(text: str) -> str:
 
     def made(match: re.Match[str]) -> str:
         kind, *arguments = match[1].split()
-        return f"<!-- table: {match[1]} -->\n\n{TABLES[kind](*arguments)}\n\n<!-- end -->"
+        try:
+            content = TABLES[kind](*arguments)
+        except FileNotFoundError:
+            content = "*Not measured yet.*"
+        return f"<!-- table: {match[1]} -->\n\n{content}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", made, text, flags=re.DOTALL)
 

@@ -1,0 +1,93 @@
+"""The scripts behind docs/evidence.md: corpora, training data, the 5-gram bar, the document."""
+
+from __future__ import annotations
+
+import random
+import struct
+import zlib
+
+import corpora
+import evidence_tables
+import ngram_baseline
+import pytest
+import torch
+import train_evidence_models as training
+
+
+def r_vector(strings):
+    """A character vector as R's lazy-load database holds it: serialisation version 3, XDR."""
+    raw = b"X\n" + struct.pack(">3i", 3, 0x40203, 0x30500) + struct.pack(">i", 5) + b"UTF-8"
+    raw += struct.pack(">2i", 16, len(strings))
+    for string in strings:
+        data = string.encode()
+        raw += struct.pack(">2i", 0x40009, len(data)) + data
+    return struct.pack(">i", len(raw)) + zlib.compress(raw)
+
+
+def test_character_vectors_of_r_are_read_in_their_order():
+    first, second = ["EMMA", "", "naïve — é"], ["PERSUASION"]
+    found = list(corpora.read_character_vectors(r_vector(first) + r_vector(second)))
+    assert found == [first, second]
+
+
+def test_paragraphs_become_lines():
+    lines = ["CHAPTER 1", "", "", "One line", "  and the next.  ", "", "Another."]
+    assert corpora.join_paragraphs(lines) == "CHAPTER 1\nOne line and the next.\nAnother.\n\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return training.train_tokenizer([("In the beginning was the word, and the word 12. \n" * 50)])
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_batch_is_the_same_in_every_run_and_begins_as_asked(tokenizer, start):
+    ids = torch.randint(1, len(tokenizer.get_vocab()), (5000,))
+    make = lambda seed: training.Batches(ids, tokenizer, seed, start)  # noqa: E731
+    assert torch.equal(make(3)[17], make(3)[17])
+    assert not torch.equal(make(3)[17], make(4)[17])
+    assert not torch.equal(make(3)[17], make(3)[18])
+    batch = make(3)[17]
+    assert batch.shape == (training.BATCH_SIZE, training.CONTEXT)
+    assert bool((batch[:, 0] == 0).all()) is start
+
+
+def test_a_passkey_sequence_holds_questions_with_their_answers(tokenizer):
+    ids = training.passkey_sequence(tokenizer, 255, random.Random(1))
+    assert len(ids) == 255
+    text = tokenizer.decode(ids)
+    _, question, answer = text.partition("What is the pass key? The pass key is")
+    assert question
+    key = answer[1:6]
+    assert key.isdigit()
+    assert f"The pass key is {key}. Remember it." in text
+
+
+def test_the_learning_rate_warms_up_stays_and_decays():
+    rates = [training.learning_rate(step, 1000) for step in range(1000)]
+    assert rates[0] < training.PEAK_LEARNING_RATE / 100
+    assert rates[200] == rates[650] == training.PEAK_LEARNING_RATE
+    assert rates[999] == pytest.approx(0.02 * training.PEAK_LEARNING_RATE)
+
+
+def test_the_ngram_model_gives_probabilities_and_learns_what_follows_what():
+    dice = random.Random(0)
+
+    def pairs():
+        """Draws, each followed by its double: half of the text can be known."""
+        drawn = [min(int(dice.paretovariate(0.8)), 99) for _ in range(3000)]
+        return [token for draw in drawn for token in (draw, 2 * draw)]
+
+    train, fresh = pairs(), pairs()
+    levels = ngram_baseline.build_levels(train, order=3)
+    for context in ((), (2,), (2, 3), (5, 10), (77, 3)):
+        total = sum(ngram_baseline._probability(levels, context, t, 200) for t in range(200))
+        assert total == pytest.approx(1.0)
+    unigrams = ngram_baseline.build_levels(train, order=1)
+    found = ngram_baseline.loss_under(levels, fresh, 200)
+    assert found < 0.7 * ngram_baseline.loss_under(unigrams, fresh, 200)
+
+
+def test_the_document_says_what_the_results_say():
+    text = evidence_tables.DOCUMENT.read_text(encoding="utf-8")
+    assert evidence_tables.filled(text) == text
