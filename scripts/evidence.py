@@ -39,7 +39,8 @@ MODELS = {
 CONTEXT = 256
 # 4096 training lengths and the token that follows.
 MILLION = 4096 * CONTEXT + 1
-ABLATION_TOKENS = 256 * CONTEXT + 1
+ABLATION_TOKENS = 128 * CONTEXT + 1
+DEFAULT = {"window_size": CONTEXT, "num_sink_tokens": 16, "distance_limit": CONTEXT}
 SINKS = (0, 1, 2, 4, 16, 64)
 WINDOWS = (128, 192, 256, 384)
 LIMITS = (256, 384, 512, 1024, 4096)
@@ -106,8 +107,10 @@ def ablation(model: str) -> None:
     cases += [("window_size", value) for value in WINDOWS]
     cases += [("distance_limit", value) for value in LIMITS]
     for field, value in cases:
-        path = bundle(model, f"-{field}-{value}", **{field: value})
-        losses = losses_of(path, model, ABLATION_TOKENS)
+        losses = base
+        if value != DEFAULT[field]:
+            path = bundle(model, f"-{field}-{value}", **{field: value})
+            losses = losses_of(path, model, ABLATION_TOKENS)
         row = {"setting": field, "value": value, **estimate(losses).to_dict()}
         rows.append({**row, "over_default": ratio(losses, base)})
         print(f"{model} {field}={value}: {row['perplexity']:.2f}", flush=True)
@@ -115,7 +118,7 @@ def ablation(model: str) -> None:
         {
             "evaluation": "ablation",
             "model": MODELS[model].name,
-            "default": {"window_size": CONTEXT, "num_sink_tokens": 16, "distance_limit": CONTEXT},
+            "default": DEFAULT,
             "tokens": ABLATION_TOKENS,
             "from_token": 2 * CONTEXT,
             "rows": rows,
