@@ -37,6 +37,8 @@ _ERRORS: tuple[type[Exception], ...] = (
     MemoryError,
 )
 _LOG_FATAL = 4
+# Where a graph that comes as bytes finds its external data.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MESSAGE_LENGTH = 600
 
 
@@ -48,6 +50,8 @@ class OnnxRuntimeSession:
         provider: "cpu" or "cuda".
         threads: threads of one operator; None leaves the choice to onnxruntime.
         profile: beginning of the name of a file for onnxruntime's profile; None for no profile.
+        graph: a serialised graph to run in the place of the bundle's, with the same inputs, and
+            outputs that begin with its own.
 
     Raises:
         SessionError: the provider is missing or cannot run the type, the graph does not load,
@@ -61,19 +65,23 @@ class OnnxRuntimeSession:
         provider: Provider = "cpu",
         threads: int | None = None,
         profile: Path | None = None,
+        graph: bytes | None = None,
     ) -> None:
         self.manifest = bundle.manifest
         self.provider = provider
         _check_provider(provider, self.manifest)
-        self._session = _open_session(bundle.graph_path, provider, threads, profile)
+        self._session = _open_session(bundle.graph_path, provider, threads, profile, graph)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
                 f"onnxruntime could not start its {provider} provider (its libraries or the "
                 "device are missing); use provider='cpu' or mend the installation"
             )
+        outputs = self._session.get_outputs()
+        if graph is not None:
+            outputs = outputs[: len(self.manifest.outputs)]
         for what, found, expected in (
             ("inputs", self._session.get_inputs(), self.manifest.inputs),
-            ("outputs", self._session.get_outputs(), self.manifest.outputs),
+            ("outputs", outputs, self.manifest.outputs),
         ):
             _check_table(bundle.graph_path, what, found, expected)
 
@@ -338,7 +346,7 @@ def _check_provider(provider: str, manifest: Manifest) -> None:
 
 
 def _open_session(
-    path: Path, provider: str, threads: int | None, profile: Path | None
+    path: Path, provider: str, threads: int | None, profile: Path | None, graph: bytes | None
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     if profile is not None:
@@ -348,8 +356,11 @@ def _open_session(
         options.intra_op_num_threads = as_integer("threads", threads, 1, SessionError)
     # What goes wrong arrives as an exception; the log would only repeat it on stderr.
     options.log_severity_level = _LOG_FATAL
+    if graph is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
     with _as_session_error(f"onnxruntime cannot load {path}"):
-        return ort.InferenceSession(str(path), options, providers=[_PROVIDER_NAMES[provider]])
+        model = str(path) if graph is None else graph
+        return ort.InferenceSession(model, options, providers=[_PROVIDER_NAMES[provider]])
 
 
 def _check_table(path: Path, what: str, found: list[Any], expected: tuple[Tensor, ...]) -> None:
