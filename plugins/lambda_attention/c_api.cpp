@@ -1,0 +1,48 @@
+#include "c_api.h"
+
+#include <cstring>
+
+#include "plan.h"
+
+std::size_t lminfParamsSize() { return sizeof(lminf::LambdaAttentionParams); }
+
+std::size_t lminfValidate(const lminf::LambdaAttentionParams* params, char* message,
+                          std::size_t messageBytes) {
+  const std::string problem = lminf::validate(*params);
+  if (messageBytes > 0) {
+    const std::size_t count = problem.size() < messageBytes ? problem.size() : messageBytes - 1;
+    std::memcpy(message, problem.data(), count);
+    message[count] = '\0';
+  }
+  return problem.size();
+}
+
+std::size_t lminfWorkspaceSize(const lminf::LambdaAttentionParams* params) {
+  return lminf::workspaceSize(*params);
+}
+
+int lminfLaunch(const lminf::LambdaAttentionParams* params, void* workspace,
+                std::size_t workspaceBytes, void* stream) {
+  return lminf::launch(*params, workspace, workspaceBytes, static_cast<cudaStream_t>(stream));
+}
+
+void lminfPlan(const lminf::LambdaAttentionParams* params, int multiprocessors,
+               std::size_t sharedBytes, std::size_t workspaceBytes, std::int64_t* plan) {
+  lminf::DeviceLimits limits;
+  limits.multiprocessors = multiprocessors;
+  limits.sharedBytesPerBlock = sharedBytes;
+  limits.sharedBytesPerMultiprocessor = sharedBytes;
+  const lminf::AttentionPlan chosen = lminf::planAttention(*params, limits, workspaceBytes);
+  const std::int64_t numbers[] = {static_cast<std::int64_t>(chosen.kernel),
+                                  chosen.rowsPerBlock,
+                                  chosen.rowBlocks,
+                                  chosen.splits,
+                                  chosen.threads,
+                                  chosen.keysPerTile,
+                                  static_cast<std::int64_t>(chosen.sharedBytes)};
+  std::memcpy(plan, numbers, sizeof(numbers));
+}
+
+const char* lminfErrorName(int status) {
+  return cudaGetErrorName(static_cast<cudaError_t>(status));
+}

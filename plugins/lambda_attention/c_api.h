@@ -1,0 +1,35 @@
+// The kernels for callers that load a shared library: ctypes in tests and in scripts/gpu_suite.py.
+#pragma once
+
+#include "lambda_attention.h"
+
+#if defined(_WIN32)
+#define LMINF_EXPORT __declspec(dllexport)
+#else
+#define LMINF_EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" {
+
+// sizeof(LambdaAttentionParams), so that a caller can check its own description of the struct.
+LMINF_EXPORT std::size_t lminfParamsSize();
+
+// Writes the message of `validate` (empty: nothing wrong) and returns its length.
+LMINF_EXPORT std::size_t lminfValidate(const lminf::LambdaAttentionParams* params, char* message,
+                                       std::size_t messageBytes);
+
+LMINF_EXPORT std::size_t lminfWorkspaceSize(const lminf::LambdaAttentionParams* params);
+
+// Returns a cudaError_t.
+LMINF_EXPORT int lminfLaunch(const lminf::LambdaAttentionParams* params, void* workspace,
+                             std::size_t workspaceBytes, void* stream);
+
+// The plan for a device of `multiprocessors` with `sharedBytes` of shared memory each, as
+// kernel, rows per block, row blocks, splits, threads, keys per tile, shared bytes.
+LMINF_EXPORT void lminfPlan(const lminf::LambdaAttentionParams* params, int multiprocessors,
+                            std::size_t sharedBytes, std::size_t workspaceBytes,
+                            std::int64_t* plan);
+
+// The name of a cudaError_t.
+LMINF_EXPORT const char* lminfErrorName(int status);
+}

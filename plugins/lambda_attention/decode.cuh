@@ -1,0 +1,402 @@
+// decode: few query rows, many keys. Split-K flash decoding on tensor cores without shared memory.
+//
+// The product is turned around: keys are the 16 rows of the mma, query rows its 8 columns, so up to
+// 8 query heads of a group cost what one costs and each key is loaded once for all of them. Keys and
+// values go from global memory straight into mma fragments. That works because a dot product does
+// not care in which order its dimensions come, nor a sum over keys: each lane takes 16 contiguous
+// bytes and calls them the dimensions its fragment holds, and the query is read with the same
+// renaming. docs/kernels.md draws it.
+//
+// Every warp runs alone over its tiles of 16 keys: nothing to wait for, loads of the next keys
+// and this tile's values are under way while it computes.
+#pragma once
+
+#include "row.cuh"
+#include "tile_shapes.h"
+
+namespace lminf {
+
+// One warp's state. The head dimension lies in blocks: for keys 32 dimensions, 8 in each lane of a
+// quad; for values 64 dimensions, 8 for each of the 8 quads. What D = 80 and 96 leave over is a
+// narrower last block ("rest").
+template <class T, int D, int kRowTiles>
+struct DecodeWarp {
+  static constexpr int kKeyBlocks = D / 32, kKeyRest = D % 32 / 4;       // rest: 0 or 4 elements
+  static constexpr int kValueBlocks = D / 64, kValueRest = D % 64 / 8;   // rest: 0, 2 or 4 elements
+  static constexpr int kRows = kRowTiles * 8;
+  static constexpr int kQueryStride = D + kRowPadding;
+  static constexpr int kResultStride = D + kMergeRowPadding;
+
+  const KernelArguments& a;
+  int lane, quad, inQuad;  // lane = 4 * quad + inQuad
+  const T* sinkKey;
+  const T* sinkValue;
+  const T* ringKey;
+  const T* ringValue;
+  KeySpan span;
+  int sinkTiles;
+  KeyRange ringRange[kRowTiles][2], sinkRange[kRowTiles][2];
+  float slope[kRowTiles][2];
+  int rowStep[kRowTiles][2];
+
+  // Fragments. key[...][0] is key `quad` of the tile, key[...][1] key quad + 8.
+  Packed<8> key[kKeyBlocks][2];
+  Packed<kKeyRest ? kKeyRest : 2> keyRest[2];
+  // Keys 2 * inQuad, + 1, + 8, + 9 of the tile.
+  Packed<8> value[kValueBlocks][4];
+  Packed<kValueRest ? kValueRest : 2> valueRest[4];
+  Packed<8> query[kRowTiles][kKeyBlocks];
+  Packed<kKeyRest ? kKeyRest : 2> queryRest[kRowTiles];
+
+  // Results: columns are rows 2 * inQuad and + 1 of each tile of query rows.
+  float sum[kRowTiles][D / 16][4];
+  float maximum[kRowTiles][2], total[kRowTiles][2];
+
+  __device__ __forceinline__ const T* keyRow(bool isSink, int number) const {
+    number = smaller(number, (isSink ? span.sinkCount : span.ringCount) - 1);
+    return isSink ? sinkKey + number * D
+                  : ringKey + ringSlot(span.firstSlot, number, a.capacity) * D;
+  }
+
+  __device__ __forceinline__ const T* valueRow(bool isSink, int number) const {
+    number = smaller(number, (isSink ? span.sinkCount : span.ringCount) - 1);
+    return isSink ? sinkValue + number * D
+                  : ringValue + ringSlot(span.firstSlot, number, a.capacity) * D;
+  }
+
+  __device__ __forceinline__ int firstKey(int tile) const {
+    return (tile < sinkTiles ? tile : tile - sinkTiles) * kDecodeKeys;
+  }
+
+  __device__ __forceinline__ void loadKeys(int tile) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const T* row = keyRow(tile < sinkTiles, firstKey(tile) + quad + 8 * side);
+#pragma unroll
+      for (int block = 0; block < kKeyBlocks; ++block) {
+        key[block][side] = loadStreamed<8>(row + block * 32 + inQuad * 8);
+      }
+      if constexpr (kKeyRest > 0) {
+        keyRest[side] = loadStreamed<kKeyRest>(row + kKeyBlocks * 32 + inQuad * kKeyRest);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void loadValues(int tile) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int number = firstKey(tile) + 2 * inQuad + (part & 1) + (part & 2) * 4;
+      const T* row = valueRow(tile < sinkTiles, number);
+#pragma unroll
+      for (int block = 0; block < kValueBlocks; ++block) {
+        value[block][part] = loadStreamed<8>(row + block * 64 + quad * 8);
+      }
+      if constexpr (kValueRest > 0) {
+        valueRest[part] = loadStreamed<kValueRest>(row + kValueBlocks * 64 + quad * kValueRest);
+      }
+    }
+  }
+
+  // Reads the query fragments of one kind from shared rows.
+  __device__ __forceinline__ void loadQuery(const T* rows) {
+#pragma unroll
+    for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
+      const T* row = rows + (rowTile * 8 + quad) * kQueryStride;
+#pragma unroll
+      for (int block = 0; block < kKeyBlocks; ++block) {
+        loadShared(query[rowTile][block].word, row + block * 32 + inQuad * 8);
+      }
+      if constexpr (kKeyRest > 0) {
+        loadShared(queryRest[rowTile].word, row + kKeyBlocks * 32 + inQuad * kKeyRest);
+      }
+    }
+  }
+
+  // products[rowTile]: keys quad (elements 0, 1) and quad + 8 (2, 3) times rows 2 * inQuad, + 1.
+  __device__ __forceinline__ void multiplyKeys(float (&products)[kRowTiles][4]) const {
+#pragma unroll
+    for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
+#pragma unroll
+      for (int element = 0; element < 4; ++element) products[rowTile][element] = 0.0f;
+#pragma unroll
+      for (int block = 0; block < kKeyBlocks; ++block) {
+        multiplyPairs<4>(products[rowTile], key[block][0].word, key[block][1].word,
+                         query[rowTile][block].word);
+      }
+      if constexpr (kKeyRest > 0) {
+        multiplyPairs<2>(products[rowTile], keyRest[0].word, keyRest[1].word,
+                         queryRest[rowTile].word);
+      }
+    }
+  }
+
+  template <int words>
+  static __device__ __forceinline__ void multiplyPairs(float (&product)[4],
+                                                       const std::uint32_t* low,
+                                                       const std::uint32_t* high,
+                                                       const std::uint32_t* queryWord) {
+#pragma unroll
+    for (int word = 0; word < words; word += 2) {
+      const std::uint32_t fragment[4] = {low[word], high[word], low[word + 1], high[word + 1]};
+      multiplyAdd<T>(product, fragment, queryWord[word], queryWord[word + 1]);
+    }
+  }
+
+  // Turns products into weights and rescales what has been summed.
+  __device__ __forceinline__ void softmax(int tile, float (&weights)[4], int rowTile) {
+    const bool isSink = tile < sinkTiles;
+    const int first = firstKey(tile) + quad;
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+      KeyRange range = ringRange[rowTile][column];
+      if (isSink) range = sinkRange[rowTile][column];
+      float top = maximum[rowTile][column];
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        const int number = first + 8 * side;
+        float& weight = weights[2 * side + column];
+        const float distance =
+            isSink ? a.limitDistance
+                   : static_cast<float>(rowStep[rowTile][column] - span.firstRelative - number);
+        const float logit = scaledLogit(weight, a, slope[rowTile][column], distance);
+        weight = number >= range.low && number <= range.high ? logit : -INFINITY;
+        top = fmaxf(top, weight);
+      }
+      top = maximumOver(top, 4, 16);
+      const float base = finiteMaximum(top);
+      const float carried = exp2Fast(maximum[rowTile][column] - base);
+      maximum[rowTile][column] = top;
+      weights[column] = exp2Fast(weights[column] - base);
+      weights[column + 2] = exp2Fast(weights[column + 2] - base);
+      total[rowTile][column] =
+          total[rowTile][column] * carried + weights[column] + weights[column + 2];
+#pragma unroll
+      for (int part = 0; part < D / 16; ++part) {
+        sum[rowTile][part][column] *= carried;
+        sum[rowTile][part][column + 2] *= carried;
+      }
+    }
+  }
+
+  // sum += values (as rows: dimensions) times weights (as columns: query rows).
+  __device__ __forceinline__ void multiplyValues(const float (&weights)[kRowTiles][4]) {
+    std::uint32_t weightWord[kRowTiles][2];
+#pragma unroll
+    for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
+      const float(&w)[4] = weights[rowTile];
+      weightWord[rowTile][0] = transposeMatrix(packPair<T>(w[0], w[1]));
+      weightWord[rowTile][1] = transposeMatrix(packPair<T>(w[2], w[3]));
+    }
+#pragma unroll
+    for (int block = 0; block < kValueBlocks; ++block) {
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        addValues(block * 4 + word, value[block][0].word[word], value[block][1].word[word],
+                  value[block][2].word[word], value[block][3].word[word], weightWord);
+      }
+    }
+    if constexpr (kValueRest > 0) {
+#pragma unroll
+      for (int word = 0; word < kValueRest / 2; ++word) {
+        addValues(kValueBlocks * 4 + word, valueRest[0].word[word], valueRest[1].word[word],
+                  valueRest[2].word[word], valueRest[3].word[word], weightWord);
+      }
+    }
+  }
+
+  // Words of four keys, each two neighbouring dimensions, become rows `quad` and quad + 8.
+  __device__ __forceinline__ void addValues(int part, std::uint32_t key0, std::uint32_t key1,
+                                            std::uint32_t key8, std::uint32_t key9,
+                                            const std::uint32_t (&weightWord)[kRowTiles][2]) {
+    const std::uint32_t fragment[4] = {packLow(key0, key1), packHigh(key0, key1),
+                                       packLow(key8, key9), packHigh(key8, key9)};
+#pragma unroll
+    for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
+      multiplyAdd<T>(sum[rowTile][part], fragment, weightWord[rowTile][0], weightWord[rowTile][1]);
+    }
+  }
+
+  // The first of the two neighbouring dimensions that sum[.][part] holds in this lane.
+  __device__ __forceinline__ int dimensionOf(int part) const {
+    if (part < kValueBlocks * 4) return part / 4 * 64 + quad * 8 + part % 4 * 2;
+    return kValueBlocks * 64 + quad * kValueRest + (part - kValueBlocks * 4) * 2;
+  }
+
+  // Writes this warp's sums, maxima and totals: (kRows, kResultStride) floats, then 2 per row.
+  __device__ __forceinline__ void storeResult(float* result) {
+    float* stats = result + kRows * kResultStride;
+#pragma unroll
+    for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int row = rowTile * 8 + 2 * inQuad + column;
+        const float rowTotal = sumOver(total[rowTile][column], 4, 16);
+#pragma unroll
+        for (int part = 0; part < D / 16; ++part) {
+          float* at = result + row * kResultStride + dimensionOf(part);
+          at[0] = sum[rowTile][part][column];
+          at[1] = sum[rowTile][part][column + 2];
+        }
+        if (quad == 0) {
+          stats[2 * row] = maximum[rowTile][column];
+          stats[2 * row + 1] = rowTotal;
+        }
+      }
+    }
+  }
+};
+
+// Adds up the warps' results of one block and writes output, or one split's part of it.
+template <class T, int D, int kRows>
+__device__ __forceinline__ void mergeWarps(const KernelArguments& a, const RowGroup& group,
+                                           const float* results, int split) {
+  constexpr int kStride = D + kMergeRowPadding;
+  constexpr int kResult = kRows * (kStride + 2);
+  const std::int64_t allRows =
+      static_cast<std::int64_t>(a.batchSize) * a.numKvHeads * a.group * a.sequenceLength;
+  const int rows = smaller(kRows, group.rows - group.firstRow);
+  for (int element = static_cast<int>(threadIdx.x); element < rows * D;
+       element += kDecodeWarps * 32) {
+    const int row = element / D, dim = element % D;
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int warp = 0; warp < kDecodeWarps; ++warp) {
+      maximum = fmaxf(maximum, results[warp * kResult + kRows * kStride + 2 * row]);
+    }
+    const float top = finiteMaximum(maximum);
+    float sum = 0.0f, total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kDecodeWarps; ++warp) {
+      const float* result = results + warp * kResult;
+      const float weight = exp2Fast(result[kRows * kStride + 2 * row] - top);
+      sum += weight * result[row * kStride + dim];
+      total += weight * result[kRows * kStride + 2 * row + 1];
+    }
+    const std::int64_t at = group.offset + group.firstRow + row;
+    if (a.splits == 1) {
+      const float factor = softmaxFactor(a, group.head(a, group.firstRow + row), maximum, total);
+      static_cast<T*>(a.output)[at * D + dim] = fromFloat<T>(sum * factor);
+      continue;
+    }
+    const std::int64_t part = split * allRows + at;
+    a.partialOutput[part * D + dim] = sum;
+    if (dim == 0) {
+      a.partialStats[part * 2] = maximum;
+      a.partialStats[part * 2 + 1] = total;
+    }
+  }
+}
+
+// Rotates the block's query rows once for each kind of key into shared memory.
+template <class T, int D, int kRows>
+__device__ __forceinline__ void rotateQueries(const KernelArguments& a, const RowGroup& group,
+                                              T* sinkRows, T* ringRows) {
+  constexpr int kStride = D + kRowPadding;
+  const T* query = static_cast<const T*>(a.query) + (group.offset + group.firstRow) * D;
+  const int rows = smaller(kRows, group.rows - group.firstRow);
+  for (int element = static_cast<int>(threadIdx.x); element < kRows * D;
+       element += kDecodeWarps * 32) {
+    const int row = element / D, dim = element % D;
+    float sink = 0.0f, ring = 0.0f;
+    if (row < rows) {
+      const int step = (group.firstRow + row) % a.sequenceLength;
+      const std::int64_t rotary = cosRow(a, group.batch, step);
+      const T* source = query + row * D;
+      sink = rotatedElement(source, dim, a.limitCos, a.limitSin, a.rotaryDim, a.rotaryInterleaved);
+      ring = rotatedElement(source, dim, a.cos + rotary, a.sin + rotary, a.rotaryDim,
+                            a.rotaryInterleaved);
+    }
+    sinkRows[row * kStride + dim] = fromFloat<T>(sink);
+    ringRows[row * kStride + dim] = fromFloat<T>(ring);
+  }
+}
+
+// grid: (B * G * rowBlocks, splits).
+template <class T, int D, int kRowTiles>
+__global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocessor(D, kRowTiles))
+    decodeKernel(const KernelArguments a) {
+  constexpr int kRows = kRowTiles * 8;
+  // At D = 256 keys and values do not fit into registers together; 8 KiB a warp are under way then.
+  constexpr bool kLoadsAhead = D <= 128;
+  const int warpNumber = static_cast<int>(threadIdx.x / 32);
+  const RowGroup group(a, blockIdx.x, kRows);
+  const std::int64_t past = a.pastLength[group.batch];
+  const int real = realTokens(a.newLength[group.batch], a.sequenceLength);
+  const std::int64_t pair = static_cast<std::int64_t>(group.batch) * a.numKvHeads + group.kvHead;
+
+  DecodeWarp<T, D, kRowTiles> warp{a};
+  warp.lane = static_cast<int>(threadIdx.x % 32);
+  warp.quad = warp.lane / 4;
+  warp.inQuad = warp.lane % 4;
+  warp.sinkKey = static_cast<const T*>(a.presentSinkKey) + pair * a.sinkSlots * D;
+  warp.sinkValue = static_cast<const T*>(a.presentSinkValue) + pair * a.sinkSlots * D;
+  warp.ringKey = static_cast<const T*>(a.presentKey) + pair * a.capacity * D;
+  warp.ringValue = static_cast<const T*>(a.presentValue) + pair * a.capacity * D;
+  warp.span = keySpan(past, real, 0, a.sequenceLength - 1, a.windowSize, a.numSinkTokens,
+                      a.capacity);
+  warp.sinkTiles = ceilDiv(warp.span.sinkCount, kDecodeKeys);
+  const int tiles = warp.sinkTiles + ceilDiv(warp.span.ringCount, kDecodeKeys);
+  const int split = static_cast<int>(blockIdx.y);
+  const int end = splitBegin(tiles, split + 1, a.splits);
+  int tile = splitBegin(tiles, split, a.splits) + warpNumber;
+  // The first keys are on their way while the query is rotated.
+  if (tile < end) warp.loadKeys(tile);
+
+#pragma unroll
+  for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+      const int row = group.firstRow + rowTile * 8 + 2 * warp.inQuad + column;
+      const int step = row % a.sequenceLength;
+      const bool sees = row < group.rows && step < real;
+      warp.rowStep[rowTile][column] = step;
+      warp.slope[rowTile][column] = row < group.rows ? slopeOf(a, group.head(a, row)) : 0.0f;
+      warp.ringRange[rowTile][column] =
+          sees ? visibleRingKeys(warp.span, step, a.windowLimit) : noKeys();
+      warp.sinkRange[rowTile][column] =
+          sees ? KeyRange{0, visibleSinks(past + step, a.windowSize, a.numSinkTokens) - 1}
+               : noKeys();
+      warp.maximum[rowTile][column] = -INFINITY;
+      warp.total[rowTile][column] = 0.0f;
+    }
+#pragma unroll
+    for (int part = 0; part < D / 16; ++part) {
+#pragma unroll
+      for (int element = 0; element < 4; ++element) warp.sum[rowTile][part][element] = 0.0f;
+    }
+  }
+
+  T* sinkRows = reinterpret_cast<T*>(dynamicShared());
+  T* ringRows = sinkRows + kRows * (D + kRowPadding);
+  rotateQueries<T, D, kRows>(a, group, sinkRows, ringRows);
+  syncBlock();
+
+  bool holdsSinkQuery = tile < warp.sinkTiles;
+  warp.loadQuery(holdsSinkQuery ? sinkRows : ringRows);
+  for (; tile < end; tile += kDecodeWarps) {
+    if (holdsSinkQuery && tile >= warp.sinkTiles) {
+      holdsSinkQuery = false;
+      warp.loadQuery(ringRows);
+    }
+    float weights[kRowTiles][4];
+    if (kLoadsAhead) warp.loadValues(tile);
+    warp.multiplyKeys(weights);
+    if (!kLoadsAhead) warp.loadValues(tile);
+    if (kLoadsAhead && tile + kDecodeWarps < end) warp.loadKeys(tile + kDecodeWarps);
+#pragma unroll
+    for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
+      warp.softmax(tile, weights[rowTile], rowTile);
+    }
+    warp.multiplyValues(weights);
+    if (!kLoadsAhead && tile + kDecodeWarps < end) warp.loadKeys(tile + kDecodeWarps);
+  }
+
+  syncBlock();  // the results take the place of the queries
+  float* results = reinterpret_cast<float*>(dynamicShared());
+  constexpr int kResult = kRows * (D + kMergeRowPadding + 2);
+  warp.storeResult(results + warpNumber * kResult);
+  syncBlock();
+  mergeWarps<T, D, kRows>(a, group, results, split);
+}
+
+}  // namespace lminf

@@ -1,0 +1,27 @@
+// Defines enqueueDecode for one type: include and instantiate.
+#pragma once
+
+#include "decode.cuh"
+#include "kernels.h"
+
+namespace lminf {
+
+template <class T>
+cudaError_t enqueueDecode(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
+                          cudaStream_t stream) {
+  const LaunchShape shape = shapeOf(arguments, plan);
+  if (plan.kernel == AttentionKernel::kDecode16) {
+    switch (headDim) {
+      case 64: return enqueue(decodeKernel<T, 64, 2>, shape, stream, arguments);
+      case 80: return enqueue(decodeKernel<T, 80, 2>, shape, stream, arguments);
+      case 96: return enqueue(decodeKernel<T, 96, 2>, shape, stream, arguments);
+      case 128: return enqueue(decodeKernel<T, 128, 2>, shape, stream, arguments);
+      default: return cudaErrorInvalidValue;  // the plan takes another kernel there
+    }
+  }
+#define LMINF_DECODE(D) enqueue(decodeKernel<T, D, 1>, shape, stream, arguments)
+  LMINF_FOR_HEAD_DIM(headDim, LMINF_DECODE)
+#undef LMINF_DECODE
+}
+
+}  // namespace lminf

@@ -1,0 +1,47 @@
+// One function per kernel and type, each in a file of its own so that they compile side by side.
+#pragma once
+
+#include "device.cuh"
+#include "kernel_arguments.h"
+#include "plan.h"
+
+namespace lminf {
+
+template <class T>
+cudaError_t enqueueAppend(const KernelArguments& arguments, int headDim, cudaStream_t stream);
+template <class T>
+cudaError_t enqueueCombine(const KernelArguments& arguments, int headDim, cudaStream_t stream);
+template <class T>
+cudaError_t enqueueDecode(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
+                          cudaStream_t stream);
+template <class T>
+cudaError_t enqueueTiles(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
+                         cudaStream_t stream);
+cudaError_t enqueueSimple(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
+                          cudaStream_t stream);
+
+inline LaunchShape shapeOf(const KernelArguments& arguments, const AttentionPlan& plan) {
+  const unsigned pairs =
+      static_cast<unsigned>(arguments.batchSize) * static_cast<unsigned>(arguments.numKvHeads);
+  return {pairs * static_cast<unsigned>(plan.rowBlocks), static_cast<unsigned>(plan.splits),
+          static_cast<unsigned>(plan.threads), plan.sharedBytes};
+}
+
+// A grid of blocks that each give every warp one row.
+inline LaunchShape shapeOfRows(std::int64_t rows, int warps) {
+  return {static_cast<unsigned>(ceilDiv<std::int64_t>(rows, warps)), 1,
+          static_cast<unsigned>(warps) * 32, 0};
+}
+
+}  // namespace lminf
+
+// Calls function<headDim>(); validation has refused every other head dimension.
+#define LMINF_FOR_HEAD_DIM(headDim, FUNCTION)              \
+  switch (headDim) {                                       \
+    case 64: return FUNCTION(64);                          \
+    case 80: return FUNCTION(80);                          \
+    case 96: return FUNCTION(96);                          \
+    case 128: return FUNCTION(128);                        \
+    case 256: return FUNCTION(256);                        \
+    default: return cudaErrorInvalidValue;                 \
+  }

@@ -1,0 +1,136 @@
+#include "lambda_attention.h"
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace lminf {
+namespace {
+
+std::size_t elementBytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
+
+KernelArguments argumentsOf(const LambdaAttentionParams& p) {
+  KernelArguments a{};
+  a.query = p.query;
+  a.key = p.key;
+  a.value = p.value;
+  a.pastSinkKey = p.pastSinkKey;
+  a.pastSinkValue = p.pastSinkValue;
+  a.pastLength = p.pastLength;
+  a.newLength = p.newLength;
+  a.cos = p.cos;
+  a.sin = p.sin;
+  a.limitCos = p.limitCos;
+  a.limitSin = p.limitSin;
+  a.alibiSlopes = p.alibiSlopes;
+  a.sinkLogits = p.sinkLogits;
+  a.output = p.output;
+  a.presentKey = p.presentKey;
+  a.presentValue = p.presentValue;
+  a.presentSinkKey = p.presentSinkKey;
+  a.presentSinkValue = p.presentSinkValue;
+  a.windowSize = p.windowSize;
+  a.batchSize = static_cast<int>(p.batchSize);
+  a.numKvHeads = static_cast<int>(p.numKvHeads);
+  a.group = static_cast<int>(p.numHeads / p.numKvHeads);
+  a.sequenceLength = static_cast<int>(p.sequenceLength);
+  a.capacity = static_cast<int>(p.capacity);
+  a.numSinkTokens = static_cast<int>(p.numSinkTokens);
+  a.sinkSlots = larger(a.numSinkTokens, 1);
+  a.sinkBatch = p.sinkBatchSize == 0 ? a.batchSize : static_cast<int>(p.sinkBatchSize);
+  a.windowLimit = static_cast<int>(smaller<std::int64_t>(p.windowSize, kLargestWindow));
+  a.rotaryDim = static_cast<int>(p.rotaryDim);
+  a.rotaryInterleaved = p.rotaryInterleaved;
+  a.copySinkKey = p.presentSinkKey != nullptr && p.presentSinkKey != p.pastSinkKey;
+  a.copySinkValue = p.presentSinkValue != nullptr && p.presentSinkValue != p.pastSinkValue;
+  // Without sink tokens a shared constant may stand on both sides: it stays as it is.
+  a.writeSinks = p.numSinkTokens > 0 || (a.copySinkKey && a.copySinkValue);
+  a.scale = p.scale;
+  a.softcap = p.softcap;
+  a.limitDistance = static_cast<float>(p.distanceLimit);
+  return a;
+}
+
+cudaError_t copyRing(const void* past, void* present, const LambdaAttentionParams& p,
+                     cudaStream_t stream) {
+  if (past == present) return cudaSuccess;
+  const std::size_t bytes =
+      static_cast<std::size_t>(p.batchSize) * static_cast<std::size_t>(p.numKvHeads) *
+      static_cast<std::size_t>(p.capacity * p.headDim) * elementBytes(p.dataType);
+  return cudaMemcpyAsync(present, past, bytes, cudaMemcpyDeviceToDevice, stream);
+}
+
+cudaError_t readLimits(DeviceLimits& limits) {
+  int device = 0, multiprocessors = 0, perBlock = 0, perMultiprocessor = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&perBlock, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&perMultiprocessor,
+                                  cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  limits.multiprocessors = multiprocessors;
+  limits.sharedBytesPerBlock = static_cast<std::size_t>(perBlock);
+  limits.sharedBytesPerMultiprocessor = static_cast<std::size_t>(perMultiprocessor);
+  return status;
+}
+
+template <class T>
+cudaError_t attend(const KernelArguments& a, const AttentionPlan& plan, int headDim,
+                   cudaStream_t stream) {
+  const bool isDecode = plan.kernel == AttentionKernel::kDecode8 ||
+                        plan.kernel == AttentionKernel::kDecode16;
+  const cudaError_t status = isDecode ? enqueueDecode<T>(a, plan, headDim, stream)
+                                      : enqueueTiles<T>(a, plan, headDim, stream);
+  if (status != cudaSuccess || plan.splits == 1) return status;
+  return enqueueCombine<T>(a, headDim, stream);
+}
+
+cudaError_t appendAndAttend(const KernelArguments& a, const AttentionPlan& plan,
+                            const LambdaAttentionParams& p, cudaStream_t stream) {
+  const int headDim = static_cast<int>(p.headDim);
+  cudaError_t status = cudaErrorInvalidValue;
+  switch (p.dataType) {
+    case DataType::kFloat32:
+      status = enqueueAppend<float>(a, headDim, stream);
+      return status != cudaSuccess ? status : enqueueSimple(a, plan, headDim, stream);
+    case DataType::kFloat16:
+      status = enqueueAppend<Half>(a, headDim, stream);
+      return status != cudaSuccess ? status : attend<Half>(a, plan, headDim, stream);
+    case DataType::kBfloat16:
+      status = enqueueAppend<Bfloat16>(a, headDim, stream);
+      return status != cudaSuccess ? status : attend<Bfloat16>(a, plan, headDim, stream);
+  }
+  return status;
+}
+
+}  // namespace
+
+cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::size_t workspaceBytes,
+                   cudaStream_t stream) {
+  if (!validate(params).empty()) return cudaErrorInvalidValue;
+  if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) return cudaErrorInvalidValue;
+  if (workspace == nullptr) workspaceBytes = 0;
+  DeviceLimits limits;
+  cudaError_t status = readLimits(limits);
+  if (status != cudaSuccess) return status;
+  const AttentionPlan plan = planAttention(params, limits, workspaceBytes);
+  if (plan.sharedBytes > limits.sharedBytesPerBlock) return cudaErrorInvalidConfiguration;
+
+  KernelArguments arguments = argumentsOf(params);
+  arguments.rowBlocks = plan.rowBlocks;
+  arguments.splits = plan.splits;
+  const std::int64_t partialRows =
+      params.batchSize * params.numHeads * params.sequenceLength * plan.splits;
+  arguments.partialOutput = static_cast<float*>(workspace);
+  arguments.partialStats = arguments.partialOutput + partialRows * params.headDim;
+
+  status = copyRing(params.pastKey, params.presentKey, params, stream);
+  if (status != cudaSuccess) return status;
+  status = copyRing(params.pastValue, params.presentValue, params, stream);
+  if (status != cudaSuccess) return status;
+  return appendAndAttend(arguments, plan, params, stream);
+}
+
+}  // namespace lminf

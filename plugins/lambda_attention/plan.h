@@ -1,0 +1,51 @@
+// Which kernel runs, on which grid, with how many splits: a pure function of the sizes, so that it
+// can be tested without a device and does not read lengths (a captured graph stays valid).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "params.h"
+
+namespace lminf {
+
+enum class AttentionKernel : std::int32_t {
+  kSimple = 0,    // float32: one warp per query row
+  kDecode8 = 1,   // up to 8 query rows per key/value head
+  kDecode16 = 2,  // up to 16
+  kTiles64 = 3,   // tiles of 64 query rows, keys through shared memory
+  kTiles128 = 4,  // tiles of 128
+};
+
+struct DeviceLimits {
+  int multiprocessors = 132;
+  std::size_t sharedBytesPerBlock = 101376;  // opt-in maximum; the smallest is that of sm_86/89
+  std::size_t sharedBytesPerMultiprocessor = 102400;
+};
+
+struct AttentionPlan {
+  AttentionKernel kernel = AttentionKernel::kSimple;
+  int rowsPerBlock = 0;  // query rows a block takes
+  int rowBlocks = 0;     // blocks that share one key/value head
+  int splits = 0;        // parts the keys of a row are split into; 1 means no combine kernel
+  int threads = 0;
+  int keysPerTile = 0;
+  std::size_t sharedBytes = 0;
+};
+
+constexpr int kMaxSplits = 64;
+
+bool isSupportedHeadDim(std::int64_t headDim);
+
+// Dynamic shared memory of a kernel, bytes.
+std::size_t sharedBytes(AttentionKernel kernel, int headDim);
+
+// Bytes that `splits` parts of every query row take: D + 2 floats each.
+std::size_t partialBytes(const LambdaAttentionParams& params, int splits);
+
+// The plan of valid params. Splits are chosen so that the last wave of blocks is not a small
+// rest, and fit into workspaceBytes.
+AttentionPlan planAttention(const LambdaAttentionParams& params, const DeviceLimits& device,
+                            std::size_t workspaceBytes);
+
+}  // namespace lminf

@@ -1,0 +1,45 @@
+// The kernels that give every warp one row: append, combine, and attention in float32.
+#include "append.cuh"
+#include "combine.cuh"
+#include "kernels.h"
+#include "simple.cuh"
+
+namespace lminf {
+
+template <class T>
+cudaError_t enqueueAppend(const KernelArguments& a, int headDim, cudaStream_t stream) {
+  const int carried = a.copySinkKey || a.copySinkValue ? a.sinkSlots : 0;
+  const std::int64_t rows = static_cast<std::int64_t>(a.batchSize) * a.numKvHeads *
+                            (std::int64_t{a.sequenceLength} + carried);
+  const LaunchShape shape = shapeOfRows(rows, kAppendWarps);
+#define LMINF_APPEND(D) enqueue(appendKernel<T, D>, shape, stream, a)
+  LMINF_FOR_HEAD_DIM(headDim, LMINF_APPEND)
+#undef LMINF_APPEND
+}
+
+template <class T>
+cudaError_t enqueueCombine(const KernelArguments& a, int headDim, cudaStream_t stream) {
+  const std::int64_t rows =
+      static_cast<std::int64_t>(a.batchSize) * a.numKvHeads * a.group * a.sequenceLength;
+  const LaunchShape shape = shapeOfRows(rows, kCombineWarps);
+#define LMINF_COMBINE(D) enqueue(combineKernel<T, D>, shape, stream, a)
+  LMINF_FOR_HEAD_DIM(headDim, LMINF_COMBINE)
+#undef LMINF_COMBINE
+}
+
+cudaError_t enqueueSimple(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
+                          cudaStream_t stream) {
+  const LaunchShape shape{static_cast<unsigned>(plan.rowBlocks), 1,
+                          static_cast<unsigned>(plan.threads), 0};
+#define LMINF_SIMPLE(D) enqueue(simpleKernel<float, D>, shape, stream, arguments)
+  LMINF_FOR_HEAD_DIM(headDim, LMINF_SIMPLE)
+#undef LMINF_SIMPLE
+}
+
+template cudaError_t enqueueAppend<float>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueAppend<Half>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueAppend<Bfloat16>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueCombine<Half>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueCombine<Bfloat16>(const KernelArguments&, int, cudaStream_t);
+
+}  // namespace lminf

@@ -1,0 +1,78 @@
+// attend, simply: one warp per query row, one key at a time. For float32, which tests use.
+#pragma once
+
+#include "row.cuh"
+#include "tile_shapes.h"
+
+namespace lminf {
+
+template <class T, int D>
+__global__ void __launch_bounds__(kSimpleWarps * 32) simpleKernel(const KernelArguments a) {
+  constexpr int kParts = (D + 31) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * kSimpleWarps + threadIdx.x / 32;
+  const int numHeads = a.numKvHeads * a.group;
+  if (row >= static_cast<std::int64_t>(a.batchSize) * numHeads * a.sequenceLength) return;
+  const int step = static_cast<int>(row % a.sequenceLength);
+  const std::int64_t batchHead = row / a.sequenceLength;
+  const int head = static_cast<int>(batchHead % numHeads);
+  const int batch = static_cast<int>(batchHead / numHeads);
+  const std::int64_t pair = static_cast<std::int64_t>(batch) * a.numKvHeads + head / a.group;
+
+  const int real = realTokens(a.newLength[batch], a.sequenceLength);
+  const KeySpan span = keySpan(a.pastLength[batch], real, step, step, a.windowSize,
+                               a.numSinkTokens, a.capacity);
+  const T* query = static_cast<const T*>(a.query) + row * D;
+  const float* cos = a.cos + cosRow(a, batch, step);
+  const float* sin = a.sin + cosRow(a, batch, step);
+  float sinkQuery[kParts], ringQuery[kParts], sum[kParts];
+  for (int part = 0; part < kParts; ++part) {
+    const int dim = part * 32 + lane;
+    sum[part] = 0.0f;
+    sinkQuery[part] = ringQuery[part] = 0.0f;
+    if (dim >= D) continue;
+    sinkQuery[part] =
+        rotatedElement(query, dim, a.limitCos, a.limitSin, a.rotaryDim, a.rotaryInterleaved);
+    ringQuery[part] = rotatedElement(query, dim, cos, sin, a.rotaryDim, a.rotaryInterleaved);
+  }
+
+  const float slope = slopeOf(a, head);
+  float maximum = -INFINITY, total = 0.0f;
+  for (int number = 0; number < span.sinkCount + span.ringCount; ++number) {
+    const bool isSink = number < span.sinkCount;
+    const int ring = number - span.sinkCount;
+    const std::int64_t at =
+        isSink ? pair * a.sinkSlots + number
+               : pair * a.capacity + ringSlot(span.firstSlot, ring, a.capacity);
+    const T* key = static_cast<const T*>(isSink ? a.presentSinkKey : a.presentKey) + at * D;
+    const T* value = static_cast<const T*>(isSink ? a.presentSinkValue : a.presentValue) + at * D;
+    float product = 0.0f;
+    for (int part = 0; part < kParts; ++part) {
+      const int dim = part * 32 + lane;
+      if (dim < D) product += (isSink ? sinkQuery : ringQuery)[part] * toFloat(key[dim]);
+    }
+    product = sumOver(product, 1, 16);
+    const float distance =
+        isSink ? a.limitDistance : static_cast<float>(step - span.firstRelative - ring);
+    float logit = product * a.scale;
+    if (a.softcap > 0.0f) logit = a.softcap * tanhf(logit / a.softcap);
+    logit -= slope * distance;
+    const float top = fmaxf(maximum, logit);
+    const float carried = expf(maximum - top), weight = expf(logit - top);
+    maximum = top;
+    total = total * carried + weight;
+    for (int part = 0; part < kParts; ++part) {
+      const int dim = part * 32 + lane;
+      if (dim < D) sum[part] = sum[part] * carried + weight * toFloat(value[dim]);
+    }
+  }
+  const float factor = softmaxFactor(a, head, maximum * kLog2E, total);
+  T* output = static_cast<T*>(a.output) + row * D;
+  for (int part = 0; part < kParts; ++part) {
+    const int dim = part * 32 + lane;
+    if (dim < D) output[dim] = fromFloat<T>(sum[part] * factor);
+  }
+}
+
+}  // namespace lminf

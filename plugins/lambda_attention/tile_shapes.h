@@ -1,0 +1,49 @@
+// Sizes that kernels and the planner must agree on.
+#pragma once
+
+#include <cstddef>
+
+#include "arithmetic.h"
+
+namespace lminf {
+
+constexpr int kAppendWarps = 4;
+constexpr int kSimpleWarps = 4;
+constexpr int kCombineWarps = 4;
+
+// Decode: every warp takes tiles of 16 keys on its own; partial results meet in shared memory.
+constexpr int kDecodeWarps = 4;
+constexpr int kDecodeKeys = 16;
+// Head dimensions above this leave no registers for 16 query rows.
+constexpr int kLargestDoubledHeadDim = 128;
+// Query rows lie 16 bytes apart modulo 128, so that eight of them meet no bank twice.
+constexpr int kRowPadding = 8;       // elements of a 16-bit type
+constexpr int kMergeRowPadding = 4;  // floats
+
+LMINF_HD constexpr int decodeBlocksPerMultiprocessor(int headDim, int rowTiles) {
+  return headDim > 128 ? 2 : (rowTiles > 1 && headDim > 64 ? 2 : 3);
+}
+
+LMINF_HD constexpr std::size_t decodeSharedBytes(int headDim, int rowTiles) {
+  // First both rotated queries, later one float result per warp.
+  const std::size_t rows = static_cast<std::size_t>(rowTiles) * 8;
+  const std::size_t queries = 2 * rows * static_cast<std::size_t>(headDim + kRowPadding) * 2;
+  const std::size_t results =
+      kDecodeWarps * rows * static_cast<std::size_t>(headDim + kMergeRowPadding + 2) * 4;
+  return queries > results ? queries : results;
+}
+
+// Tiles of query rows: keys and values pass through shared memory in two stages.
+LMINF_HD constexpr int tileKeys(int headDim) { return headDim > 128 ? 32 : 64; }
+
+// At D = 256 the query does not fit into registers beside the result and stays in shared memory.
+LMINF_HD constexpr bool queryStaysShared(int headDim) { return headDim > 128; }
+
+LMINF_HD constexpr std::size_t tilesSharedBytes(int headDim, int rows) {
+  const std::size_t row = static_cast<std::size_t>(headDim + kRowPadding) * 2;
+  const std::size_t query = static_cast<std::size_t>(rows) * row;
+  const std::size_t stages = 4 * static_cast<std::size_t>(tileKeys(headDim)) * row;
+  return queryStaysShared(headDim) ? query + stages : (query > stages ? query : stages);
+}
+
+}  // namespace lminf

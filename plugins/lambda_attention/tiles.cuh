@@ -1,0 +1,406 @@
+// prefill: many query rows. Flash attention on tensor cores, keys and values through shared memory.
+//
+// A block takes 16 query rows per warp of one key/value head (query heads of a group and steps lie
+// in one list of rows, so a short chunk of a large group fills a tile too) and walks over the keys
+// that these rows can see, sinks first, then the ring by position. Tiles of keys come in by
+// cp.async, one ahead. A tile that a warp's rows see in full skips the mask; one they do not see at
+// all is skipped.
+#pragma once
+
+#include "row.cuh"
+#include "tile_shapes.h"
+
+namespace lminf {
+
+template <class T, int D, int kWarps>
+struct TilesWarp {
+  static constexpr int kKeys = tileKeys(D);
+  static constexpr int kStride = D + kRowPadding;
+  static constexpr int kSteps = D / 16;  // of the product over dimensions
+  static constexpr bool kQueryShared = queryStaysShared(D);
+
+  const KernelArguments& a;
+  int lane;
+  std::uint32_t query[kQueryShared ? 1 : kSteps][4];
+  const T* queryRows;  // shared, this warp's 16 rows
+  // Rows lane / 4 and lane / 4 + 8; columns as the m16n8 accumulator has them.
+  float sum[D / 8][4];
+  float maximum[2], total[2];
+  KeyRange range[2];
+  float slope[2];
+  int rowStep[2];
+  KeyRange seenByAll, seenByAny;  // over the warp's rows
+
+  __device__ __forceinline__ void loadQuery() {
+    if constexpr (!kQueryShared) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) loadQueryStep(query[step], step);
+    }
+  }
+
+  __device__ __forceinline__ void loadQueryStep(std::uint32_t (&word)[4], int step) const {
+    loadMatrices(word, queryRows + lane % 16 * kStride + step * 16 + lane / 16 * 8);
+  }
+
+  __device__ __forceinline__ void shareRanges() {
+    seenByAll = {larger(range[0].low, range[1].low), smaller(range[0].high, range[1].high)};
+    seenByAny = {smaller(range[0].low, range[1].low), larger(range[0].high, range[1].high)};
+    for (int mask = 4; mask <= 16; mask <<= 1) {
+      seenByAll.low = larger(seenByAll.low, shuffleXor(seenByAll.low, mask));
+      seenByAll.high = smaller(seenByAll.high, shuffleXor(seenByAll.high, mask));
+      seenByAny.low = smaller(seenByAny.low, shuffleXor(seenByAny.low, mask));
+      seenByAny.high = larger(seenByAny.high, shuffleXor(seenByAny.high, mask));
+    }
+  }
+
+  // products[tile] = query rows times keys tile * 8 ... + 7.
+  __device__ __forceinline__ void multiplyKeys(float (&products)[kKeys / 8][4], const T* keys) {
+#pragma unroll
+    for (auto& product : products) {
+#pragma unroll
+      for (float& element : product) element = 0.0f;
+    }
+    const int keyInPair = lane / 16 * 8 + lane % 8, half = lane / 8 % 2 * 8;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      std::uint32_t fragment[4];
+      if constexpr (kQueryShared) loadQueryStep(fragment, step);
+#pragma unroll
+      for (int pair = 0; pair < kKeys / 16; ++pair) {
+        std::uint32_t word[4];
+        loadMatrices(word, keys + (pair * 16 + keyInPair) * kStride + step * 16 + half);
+        if constexpr (kQueryShared) {
+          multiplyAdd<T>(products[2 * pair], fragment, word[0], word[1]);
+          multiplyAdd<T>(products[2 * pair + 1], fragment, word[2], word[3]);
+        } else {
+          multiplyAdd<T>(products[2 * pair], query[step], word[0], word[1]);
+          multiplyAdd<T>(products[2 * pair + 1], query[step], word[2], word[3]);
+        }
+      }
+    }
+  }
+
+  // Products become logits in units of log2; `distance0` is the distance of key 0 of the tile from
+  // step 0, or unused for sinks.
+  __device__ __forceinline__ void toLogits(float (&products)[kKeys / 8][4], bool isSink,
+                                           int distance0) const {
+    if (a.softcap > 0.0f) {
+#pragma unroll
+      for (auto& product : products) {
+#pragma unroll
+        for (float& element : product) {
+          element = softCapped(element * a.scale, a.softcap) * kLog2E;
+        }
+      }
+    } else {
+      const float scale = a.scale * kLog2E;
+#pragma unroll
+      for (auto& product : products) {
+#pragma unroll
+        for (float& element : product) element *= scale;
+      }
+    }
+    if (a.alibiSlopes == nullptr) return;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const float bias = slope[side] * kLog2E;
+      if (bias == 0.0f) continue;
+      const float nearest = static_cast<float>(rowStep[side] + distance0 - lane % 4 * 2);
+#pragma unroll
+      for (int tile = 0; tile < kKeys / 8; ++tile) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const float distance = isSink ? a.limitDistance : nearest - (tile * 8 + column);
+          products[tile][2 * side + column] -= bias * distance;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void mask(float (&logits)[kKeys / 8][4], int firstKey) const {
+#pragma unroll
+    for (int tile = 0; tile < kKeys / 8; ++tile) {
+#pragma unroll
+      for (int element = 0; element < 4; ++element) {
+        const int number = firstKey + tile * 8 + lane % 4 * 2 + element % 2;
+        const KeyRange seen = range[element / 2];
+        if (number < seen.low || number > seen.high) logits[tile][element] = -INFINITY;
+      }
+    }
+  }
+
+  // Logits become weights; what has been summed is rescaled. Totals stay per lane until the end.
+  __device__ __forceinline__ void softmax(float (&logits)[kKeys / 8][4]) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      float top = maximum[side];
+#pragma unroll
+      for (auto& logit : logits) top = fmaxf(top, fmaxf(logit[2 * side], logit[2 * side + 1]));
+      top = maximumOver(top, 1, 2);
+      const float base = finiteMaximum(top);
+      const float carried = exp2Fast(maximum[side] - base);
+      maximum[side] = top;
+      float added = 0.0f;
+#pragma unroll
+      for (auto& logit : logits) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          float& weight = logit[2 * side + column];
+          weight = exp2Fast(weight - base);
+          added += weight;
+        }
+      }
+      total[side] = total[side] * carried + added;
+#pragma unroll
+      for (auto& part : sum) {
+        part[2 * side] *= carried;
+        part[2 * side + 1] *= carried;
+      }
+    }
+  }
+
+  // sum += weights times values.
+  __device__ __forceinline__ void multiplyValues(const float (&weights)[kKeys / 8][4],
+                                                 const T* values) {
+    const int keyInStep = lane % 16, half = lane / 16 * 8;
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      const float(&low)[4] = weights[2 * step];
+      const float(&high)[4] = weights[2 * step + 1];
+      const std::uint32_t fragment[4] = {
+          packPair<T>(low[0], low[1]), packPair<T>(low[2], low[3]),
+          packPair<T>(high[0], high[1]), packPair<T>(high[2], high[3])};
+#pragma unroll
+      for (int pair = 0; pair < D / 16; ++pair) {
+        std::uint32_t word[4];
+        loadMatricesTransposed(word,
+                               values + (step * 16 + keyInStep) * kStride + pair * 16 + half);
+        multiplyAdd<T>(sum[2 * pair], fragment, word[0], word[1]);
+        multiplyAdd<T>(sum[2 * pair + 1], fragment, word[2], word[3]);
+      }
+    }
+  }
+};
+
+// A list of keys (sinks, or ring) as one block walks over it.
+template <class T>
+struct KeyList {
+  const T* keys;
+  const T* values;
+  int count;
+  int firstSlot;
+  int capacity;
+
+  __device__ __forceinline__ int slot(int number) const {
+    return ringSlot(firstSlot, smaller(number, count - 1), capacity);
+  }
+};
+
+// Starts copying keys first ... first + kKeys - 1 and their values to shared rows. Behind the last
+// key it is repeated; the mask drops the repetitions.
+template <class T, int D, int kWarps>
+__device__ __forceinline__ void copyTile(const KeyList<T>& list, int first, T* keys, T* values) {
+  constexpr int kKeys = tileKeys(D), kStride = D + kRowPadding, kChunks = D / 8;
+  for (int chunk = static_cast<int>(threadIdx.x); chunk < kKeys * kChunks; chunk += kWarps * 32) {
+    const int row = chunk / kChunks, dim = chunk % kChunks * 8;
+    const int from = list.slot(first + row) * D + dim;
+    copyAsync16(keys + row * kStride + dim, list.keys + from);
+    copyAsync16(values + row * kStride + dim, list.values + from);
+  }
+}
+
+// Rotates the block's query rows for one kind of key into shared rows.
+template <class T, int D, int kWarps>
+__device__ __forceinline__ void rotateTileQueries(const KernelArguments& a, const RowGroup& group,
+                                                  bool isSink, T* rows) {
+  constexpr int kStride = D + kRowPadding, kRows = kWarps * 16;
+  const T* query = static_cast<const T*>(a.query) + (group.offset + group.firstRow) * D;
+  const int count = smaller(kRows, group.rows - group.firstRow);
+  for (int element = static_cast<int>(threadIdx.x); element < kRows * D; element += kWarps * 32) {
+    const int row = element / D, dim = element % D;
+    float rotated = 0.0f;
+    if (row < count) {
+      const std::int64_t rotary =
+          isSink ? 0 : cosRow(a, group.batch, (group.firstRow + row) % a.sequenceLength);
+      rotated = rotatedElement(query + row * D, dim, (isSink ? a.limitCos : a.cos) + rotary,
+                               (isSink ? a.limitSin : a.sin) + rotary, a.rotaryDim,
+                               a.rotaryInterleaved);
+    }
+    rows[row * kStride + dim] = fromFloat<T>(rotated);
+  }
+}
+
+// Attends to tiles begin ... end - 1 of one list of keys.
+template <class T, int D, int kWarps>
+__device__ __forceinline__ void walkTiles(TilesWarp<T, D, kWarps>& warp, const KeyList<T>& list,
+                                          int begin, int end, bool isSink, int firstRelative,
+                                          T* stages) {
+  constexpr int kKeys = tileKeys(D), kTile = kKeys * (D + kRowPadding);
+  copyTile<T, D, kWarps>(list, begin * kKeys, stages, stages + kTile);
+  commitCopies();
+  for (int tile = begin; tile < end; ++tile) {
+    T* keys = stages + (tile - begin) % 2 * 2 * kTile;
+    if (tile + 1 < end) {
+      T* next = stages + (tile + 1 - begin) % 2 * 2 * kTile;
+      copyTile<T, D, kWarps>(list, (tile + 1) * kKeys, next, next + kTile);
+    }
+    commitCopies();
+    waitCopies<1>();
+    syncBlock();
+    const int first = tile * kKeys, last = first + kKeys - 1;
+    if (first <= warp.seenByAny.high && last >= warp.seenByAny.low) {
+      float weights[kKeys / 8][4];
+      warp.multiplyKeys(weights, keys);
+      warp.toLogits(weights, isSink, -firstRelative - first);
+      if (first < warp.seenByAll.low || last > warp.seenByAll.high) warp.mask(weights, first);
+      warp.softmax(weights);
+      warp.multiplyValues(weights, keys + kTile);
+    }
+    syncBlock();
+  }
+}
+
+// Writes the warp's rows of output through shared memory, 16 bytes at a time.
+template <class T, int D, int kWarps>
+__device__ __forceinline__ void storeTile(const KernelArguments& a, const RowGroup& group,
+                                          const TilesWarp<T, D, kWarps>& warp, int firstRow,
+                                          T* staged) {
+  constexpr int kStride = D + kRowPadding;
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const int row = firstRow + warp.lane / 4 + 8 * side;
+    const float factor = row < group.rows ? softmaxFactor(a, group.head(a, row), warp.maximum[side],
+                                                          warp.total[side])
+                                          : 0.0f;
+    T* to = staged + (warp.lane / 4 + 8 * side) * kStride + warp.lane % 4 * 2;
+#pragma unroll
+    for (int tile = 0; tile < D / 8; ++tile) {
+      const std::uint32_t word = packPair<T>(warp.sum[tile][2 * side] * factor,
+                                             warp.sum[tile][2 * side + 1] * factor);
+      storeWords<1>(to + tile * 8, {{word}});
+    }
+  }
+  syncWarp();
+  T* output = static_cast<T*>(a.output) + (group.offset + firstRow) * D;
+  for (int chunk = warp.lane; chunk < 16 * (D / 8); chunk += 32) {
+    const int row = chunk / (D / 8), dim = chunk % (D / 8) * 8;
+    if (firstRow + row >= group.rows) break;
+    Words<4> words;
+    loadShared(words.word, staged + row * kStride + dim);
+    storeWords<4>(output + row * D + dim, words);
+  }
+}
+
+// Writes the warp's rows of one split: sums, maxima and totals as they are.
+template <class T, int D, int kWarps>
+__device__ __forceinline__ void storePartial(const KernelArguments& a, const RowGroup& group,
+                                             const TilesWarp<T, D, kWarps>& warp, int firstRow,
+                                             int split) {
+  const std::int64_t allRows =
+      static_cast<std::int64_t>(a.batchSize) * a.numKvHeads * a.group * a.sequenceLength;
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const int row = firstRow + warp.lane / 4 + 8 * side;
+    if (row >= group.rows) continue;
+    const std::int64_t part = split * allRows + group.offset + row;
+    float* to = a.partialOutput + part * D + warp.lane % 4 * 2;
+#pragma unroll
+    for (int tile = 0; tile < D / 8; ++tile) {
+      to[tile * 8] = warp.sum[tile][2 * side];
+      to[tile * 8 + 1] = warp.sum[tile][2 * side + 1];
+    }
+    if (warp.lane % 4 == 0) {
+      a.partialStats[part * 2] = warp.maximum[side];
+      a.partialStats[part * 2 + 1] = warp.total[side];
+    }
+  }
+}
+
+// What a block's rows can see: the steps of its rows are contiguous if they belong to one head.
+template <int kRows>
+__device__ __forceinline__ KeySpan spanOfBlock(const KernelArguments& a, const RowGroup& group,
+                                               std::int64_t past, int real) {
+  const int lastRow = smaller(group.firstRow + kRows, group.rows) - 1;
+  const bool oneHead = group.firstRow / a.sequenceLength == lastRow / a.sequenceLength;
+  const int firstStep = oneHead ? group.firstRow % a.sequenceLength : 0;
+  const int lastStep = oneHead ? lastRow % a.sequenceLength : a.sequenceLength - 1;
+  return keySpan(past, real, firstStep, lastStep, a.windowSize, a.numSinkTokens, a.capacity);
+}
+
+// grid: (B * G * rowBlocks, splits).
+template <class T, int D, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 1) tilesKernel(const KernelArguments a) {
+  constexpr int kRows = kWarps * 16, kKeys = tileKeys(D), kStride = D + kRowPadding;
+  const int warpNumber = static_cast<int>(threadIdx.x / 32);
+  const RowGroup group(a, blockIdx.x, kRows);
+  const int firstRow = group.firstRow + warpNumber * 16;
+  const std::int64_t past = a.pastLength[group.batch];
+  const int real = realTokens(a.newLength[group.batch], a.sequenceLength);
+  const std::int64_t pair = static_cast<std::int64_t>(group.batch) * a.numKvHeads + group.kvHead;
+  const KeySpan span = spanOfBlock<kRows>(a, group, past, real);
+  const int sinkTiles = ceilDiv(span.sinkCount, kKeys);
+  const int tiles = sinkTiles + ceilDiv(span.ringCount, kKeys);
+  const int split = static_cast<int>(blockIdx.y);
+  const int begin = splitBegin(tiles, split, a.splits);
+  const int end = splitBegin(tiles, split + 1, a.splits);
+
+  T* shared = reinterpret_cast<T*>(dynamicShared());
+  T* stages = queryStaysShared(D) ? shared + kRows * kStride : shared;
+  TilesWarp<T, D, kWarps> warp{a};
+  warp.lane = static_cast<int>(threadIdx.x % 32);
+  warp.queryRows = shared + warpNumber * 16 * kStride;
+#pragma unroll
+  for (auto& part : warp.sum) {
+#pragma unroll
+    for (float& element : part) element = 0.0f;
+  }
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const int row = firstRow + warp.lane / 4 + 8 * side;
+    warp.rowStep[side] = row % a.sequenceLength;
+    warp.slope[side] = row < group.rows ? slopeOf(a, group.head(a, row)) : 0.0f;
+    warp.maximum[side] = -INFINITY;
+    warp.total[side] = 0.0f;
+  }
+
+#pragma unroll 1
+  for (int kind = 0; kind < 2; ++kind) {
+    const bool isSink = kind == 0;
+    const int from = isSink ? begin : larger(begin - sinkTiles, 0);
+    const int to = isSink ? smaller(end, sinkTiles) : end - sinkTiles;
+    if (from >= to) continue;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const bool sees = firstRow + warp.lane / 4 + 8 * side < group.rows && warp.rowStep[side] < real;
+      const int sinks = visibleSinks(past + warp.rowStep[side], a.windowSize, a.numSinkTokens);
+      warp.range[side] = !sees    ? noKeys()
+                         : isSink ? KeyRange{0, sinks - 1}
+                                  : visibleRingKeys(span, warp.rowStep[side], a.windowLimit);
+    }
+    warp.shareRanges();
+    rotateTileQueries<T, D, kWarps>(a, group, isSink, shared);
+    syncBlock();
+    warp.loadQuery();
+    if (!queryStaysShared(D)) syncBlock();  // tiles of keys take the queries' place
+    KeyList<T> list;
+    list.keys = static_cast<const T*>(isSink ? a.presentSinkKey : a.presentKey);
+    list.values = static_cast<const T*>(isSink ? a.presentSinkValue : a.presentValue);
+    const std::int64_t head = pair * (isSink ? a.sinkSlots : a.capacity) * D;
+    list.keys += head;
+    list.values += head;
+    list.count = isSink ? span.sinkCount : span.ringCount;
+    list.firstSlot = isSink ? 0 : span.firstSlot;
+    list.capacity = isSink ? a.sinkSlots : a.capacity;
+    walkTiles<T, D, kWarps>(warp, list, from, to, isSink, span.firstRelative, stages);
+  }
+
+#pragma unroll
+  for (float& total : warp.total) total = sumOver(total, 1, 2);
+  if (a.splits > 1) {
+    storePartial<T, D, kWarps>(a, group, warp, firstRow, split);
+  } else {
+    storeTile<T, D, kWarps>(a, group, warp, firstRow, shared + warpNumber * 16 * kStride);
+  }
+}
+
+}  // namespace lminf
