@@ -21,6 +21,7 @@ namespace lminf {
 // narrower last block ("rest").
 template <class T, int D, int kRowTiles>
 struct DecodeWarp {
+  static_assert(D <= kLargestDoubledHeadDim || D % 64 == 0, "large heads have whole blocks only");
   static constexpr int kKeyBlocks = D / 32, kKeyRest = D % 32 / 4;       // rest: 0 or 4 elements
   static constexpr int kValueBlocks = D / 64, kValueRest = D % 64 / 8;   // rest: 0, 2 or 4 elements
   static constexpr int kRows = kRowTiles * 8;
@@ -28,16 +29,13 @@ struct DecodeWarp {
   static constexpr int kResultStride = D + kMergeRowPadding;
 
   const KernelArguments& a;
-  int lane, quad, inQuad;  // lane = 4 * quad + inQuad
-  const T* sinkKey;
-  const T* sinkValue;
-  const T* ringKey;
-  const T* ringValue;
-  KeySpan span;
-  int sinkTiles;
-  KeyRange ringRange[kRowTiles][2], sinkRange[kRowTiles][2];
+  int quad, inQuad;  // lane = 4 * quad + inQuad
+  std::int64_t sinkOffset, ringOffset;  // of this key/value head, in elements
+  int sinkCount, ringCount, firstSlot, sinkTiles;
+  // Of rows 2 * inQuad and + 1: the last sink they see, the distance to ring key 0; -1 for padding.
+  int lastSink[kRowTiles][2];
+  int distance0[kRowTiles][2];
   float slope[kRowTiles][2];
-  int rowStep[kRowTiles][2];
 
   // Fragments. key[...][0] is key `quad` of the tile, key[...][1] key quad + 8.
   Packed<8> key[kKeyBlocks][2];
@@ -45,23 +43,27 @@ struct DecodeWarp {
   // Keys 2 * inQuad, + 1, + 8, + 9 of the tile.
   Packed<8> value[kValueBlocks][4];
   Packed<kValueRest ? kValueRest : 2> valueRest[4];
-  Packed<8> query[kRowTiles][kKeyBlocks];
+  // At D = 256 the query does not fit into registers beside keys and values: it stays shared.
+  static constexpr bool kQueryShared = queryStaysShared(D);
+  const T* queryRows;
+  Packed<8> query[kRowTiles][kQueryShared ? 1 : kKeyBlocks];
   Packed<kKeyRest ? kKeyRest : 2> queryRest[kRowTiles];
 
   // Results: columns are rows 2 * inQuad and + 1 of each tile of query rows.
   float sum[kRowTiles][D / 16][4];
   float maximum[kRowTiles][2], total[kRowTiles][2];
 
-  __device__ __forceinline__ const T* keyRow(bool isSink, int number) const {
-    number = smaller(number, (isSink ? span.sinkCount : span.ringCount) - 1);
-    return isSink ? sinkKey + number * D
-                  : ringKey + ringSlot(span.firstSlot, number, a.capacity) * D;
-  }
+  __device__ __forceinline__ explicit DecodeWarp(const KernelArguments& arguments)
+      : a(arguments), quad(threadIdx.x % 32 / 4), inQuad(threadIdx.x % 4) {}
 
-  __device__ __forceinline__ const T* valueRow(bool isSink, int number) const {
-    number = smaller(number, (isSink ? span.sinkCount : span.ringCount) - 1);
-    return isSink ? sinkValue + number * D
-                  : ringValue + ringSlot(span.firstSlot, number, a.capacity) * D;
+  // Row of a numbered key or value. Behind the last one it is repeated; the mask drops those.
+  __device__ __forceinline__ const T* rowOf(bool isSink, int number, const void* sinks,
+                                            const void* ring) const {
+    if (isSink) {
+      return static_cast<const T*>(sinks) + sinkOffset + smaller(number, sinkCount - 1) * D;
+    }
+    const int slot = ringSlot(firstSlot, smaller(number, ringCount - 1), a.capacity);
+    return static_cast<const T*>(ring) + ringOffset + slot * D;
   }
 
   __device__ __forceinline__ int firstKey(int tile) const {
@@ -71,7 +73,8 @@ struct DecodeWarp {
   __device__ __forceinline__ void loadKeys(int tile) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const T* row = keyRow(tile < sinkTiles, firstKey(tile) + quad + 8 * side);
+      const T* row = rowOf(tile < sinkTiles, firstKey(tile) + quad + 8 * side, a.presentSinkKey,
+                           a.presentKey);
 #pragma unroll
       for (int block = 0; block < kKeyBlocks; ++block) {
         key[block][side] = loadStreamed<8>(row + block * 32 + inQuad * 8);
@@ -86,7 +89,7 @@ struct DecodeWarp {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const int number = firstKey(tile) + 2 * inQuad + (part & 1) + (part & 2) * 4;
-      const T* row = valueRow(tile < sinkTiles, number);
+      const T* row = rowOf(tile < sinkTiles, number, a.presentSinkValue, a.presentValue);
 #pragma unroll
       for (int block = 0; block < kValueBlocks; ++block) {
         value[block][part] = loadStreamed<8>(row + block * 64 + quad * 8);
@@ -97,17 +100,24 @@ struct DecodeWarp {
     }
   }
 
-  // Reads the query fragments of one kind from shared rows.
+  __device__ __forceinline__ const T* queryRow(int rowTile) const {
+    return queryRows + (rowTile * 8 + quad) * kQueryStride;
+  }
+
+  // Takes the query fragments of one kind from shared rows.
   __device__ __forceinline__ void loadQuery(const T* rows) {
+    queryRows = rows;
+    if constexpr (!kQueryShared) {
 #pragma unroll
-    for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
-      const T* row = rows + (rowTile * 8 + quad) * kQueryStride;
+      for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
+        const T* row = queryRow(rowTile);
 #pragma unroll
-      for (int block = 0; block < kKeyBlocks; ++block) {
-        loadShared(query[rowTile][block].word, row + block * 32 + inQuad * 8);
-      }
-      if constexpr (kKeyRest > 0) {
-        loadShared(queryRest[rowTile].word, row + kKeyBlocks * 32 + inQuad * kKeyRest);
+        for (int block = 0; block < kKeyBlocks; ++block) {
+          loadShared(query[rowTile][block].word, row + block * 32 + inQuad * 8);
+        }
+        if constexpr (kKeyRest > 0) {
+          loadShared(queryRest[rowTile].word, row + kKeyBlocks * 32 + inQuad * kKeyRest);
+        }
       }
     }
   }
@@ -120,8 +130,13 @@ struct DecodeWarp {
       for (int element = 0; element < 4; ++element) products[rowTile][element] = 0.0f;
 #pragma unroll
       for (int block = 0; block < kKeyBlocks; ++block) {
-        multiplyPairs<4>(products[rowTile], key[block][0].word, key[block][1].word,
-                         query[rowTile][block].word);
+        Packed<8> words;
+        if constexpr (kQueryShared) {
+          loadShared(words.word, queryRow(rowTile) + block * 32 + inQuad * 8);
+        } else {
+          words = query[rowTile][block];
+        }
+        multiplyPairs<4>(products[rowTile], key[block][0].word, key[block][1].word, words.word);
       }
       if constexpr (kKeyRest > 0) {
         multiplyPairs<2>(products[rowTile], keyRest[0].word, keyRest[1].word,
@@ -148,18 +163,17 @@ struct DecodeWarp {
     const int first = firstKey(tile) + quad;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      KeyRange range = ringRange[rowTile][column];
-      if (isSink) range = sinkRange[rowTile][column];
       float top = maximum[rowTile][column];
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int number = first + 8 * side;
         float& weight = weights[2 * side + column];
-        const float distance =
-            isSink ? a.limitDistance
-                   : static_cast<float>(rowStep[rowTile][column] - span.firstRelative - number);
-        const float logit = scaledLogit(weight, a, slope[rowTile][column], distance);
-        weight = number >= range.low && number <= range.high ? logit : -INFINITY;
+        const int distance = distance0[rowTile][column] - number;
+        const bool seen = isSink ? number <= lastSink[rowTile][column]
+                                 : distance >= 0 && distance < a.windowLimit;
+        const float logit = scaledLogit(weight, a, slope[rowTile][column],
+                                        isSink ? a.limitDistance : static_cast<float>(distance));
+        weight = seen ? logit : -INFINITY;
         top = fmaxf(top, weight);
       }
       top = maximumOver(top, 4, 16);
@@ -316,26 +330,22 @@ template <class T, int D, int kRowTiles>
 __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocessor(D, kRowTiles))
     decodeKernel(const KernelArguments a) {
   constexpr int kRows = kRowTiles * 8;
-  // At D = 256 keys and values do not fit into registers together; 8 KiB a warp are under way then.
-  constexpr bool kLoadsAhead = D <= 128;
   const int warpNumber = static_cast<int>(threadIdx.x / 32);
   const RowGroup group(a, blockIdx.x, kRows);
   const std::int64_t past = a.pastLength[group.batch];
   const int real = realTokens(a.newLength[group.batch], a.sequenceLength);
   const std::int64_t pair = static_cast<std::int64_t>(group.batch) * a.numKvHeads + group.kvHead;
 
-  DecodeWarp<T, D, kRowTiles> warp{a};
-  warp.lane = static_cast<int>(threadIdx.x % 32);
-  warp.quad = warp.lane / 4;
-  warp.inQuad = warp.lane % 4;
-  warp.sinkKey = static_cast<const T*>(a.presentSinkKey) + pair * a.sinkSlots * D;
-  warp.sinkValue = static_cast<const T*>(a.presentSinkValue) + pair * a.sinkSlots * D;
-  warp.ringKey = static_cast<const T*>(a.presentKey) + pair * a.capacity * D;
-  warp.ringValue = static_cast<const T*>(a.presentValue) + pair * a.capacity * D;
-  warp.span = keySpan(past, real, 0, a.sequenceLength - 1, a.windowSize, a.numSinkTokens,
-                      a.capacity);
-  warp.sinkTiles = ceilDiv(warp.span.sinkCount, kDecodeKeys);
-  const int tiles = warp.sinkTiles + ceilDiv(warp.span.ringCount, kDecodeKeys);
+  DecodeWarp<T, D, kRowTiles> warp(a);
+  warp.sinkOffset = pair * a.sinkSlots * D;
+  warp.ringOffset = pair * a.capacity * D;
+  const KeySpan span = keySpan(past, real, 0, a.sequenceLength - 1, a.windowSize, a.numSinkTokens,
+                               a.capacity);
+  warp.sinkCount = span.sinkCount;
+  warp.ringCount = span.ringCount;
+  warp.firstSlot = span.firstSlot;
+  warp.sinkTiles = ceilDiv(span.sinkCount, kDecodeKeys);
+  const int tiles = warp.sinkTiles + ceilDiv(span.ringCount, kDecodeKeys);
   const int split = static_cast<int>(blockIdx.y);
   const int end = splitBegin(tiles, split + 1, a.splits);
   int tile = splitBegin(tiles, split, a.splits) + warpNumber;
@@ -349,13 +359,10 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
       const int row = group.firstRow + rowTile * 8 + 2 * warp.inQuad + column;
       const int step = row % a.sequenceLength;
       const bool sees = row < group.rows && step < real;
-      warp.rowStep[rowTile][column] = step;
+      warp.distance0[rowTile][column] = sees ? step - span.firstRelative : -1;
       warp.slope[rowTile][column] = row < group.rows ? slopeOf(a, group.head(a, row)) : 0.0f;
-      warp.ringRange[rowTile][column] =
-          sees ? visibleRingKeys(warp.span, step, a.windowLimit) : noKeys();
-      warp.sinkRange[rowTile][column] =
-          sees ? KeyRange{0, visibleSinks(past + step, a.windowSize, a.numSinkTokens) - 1}
-               : noKeys();
+      warp.lastSink[rowTile][column] =
+          sees ? visibleSinks(past + step, a.windowSize, a.numSinkTokens) - 1 : -1;
       warp.maximum[rowTile][column] = -INFINITY;
       warp.total[rowTile][column] = 0.0f;
     }
@@ -379,16 +386,14 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
       warp.loadQuery(ringRows);
     }
     float weights[kRowTiles][4];
-    if (kLoadsAhead) warp.loadValues(tile);
+    warp.loadValues(tile);
     warp.multiplyKeys(weights);
-    if (!kLoadsAhead) warp.loadValues(tile);
-    if (kLoadsAhead && tile + kDecodeWarps < end) warp.loadKeys(tile + kDecodeWarps);
+    if (tile + kDecodeWarps < end) warp.loadKeys(tile + kDecodeWarps);
 #pragma unroll
     for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
       warp.softmax(tile, weights[rowTile], rowTile);
     }
     warp.multiplyValues(weights);
-    if (!kLoadsAhead && tile + kDecodeWarps < end) warp.loadKeys(tile + kDecodeWarps);
   }
 
   syncBlock();  // the results take the place of the queries

@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kSimpleWarps * 32) simpleKernel(const KernelAr
   const float* cos = a.cos + cosRow(a, batch, step);
   const float* sin = a.sin + cosRow(a, batch, step);
   float sinkQuery[kParts], ringQuery[kParts], sum[kParts];
+#pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const int dim = part * 32 + lane;
     sum[part] = 0.0f;
@@ -48,9 +49,11 @@ __global__ void __launch_bounds__(kSimpleWarps * 32) simpleKernel(const KernelAr
     const T* key = static_cast<const T*>(isSink ? a.presentSinkKey : a.presentKey) + at * D;
     const T* value = static_cast<const T*>(isSink ? a.presentSinkValue : a.presentValue) + at * D;
     float product = 0.0f;
-    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
       const int dim = part * 32 + lane;
-      if (dim < D) product += (isSink ? sinkQuery : ringQuery)[part] * toFloat(key[dim]);
+      const float element = isSink ? sinkQuery[part] : ringQuery[part];
+      if (dim < D) product += element * toFloat(key[dim]);
     }
     product = sumOver(product, 1, 16);
     const float distance =
@@ -62,13 +65,15 @@ __global__ void __launch_bounds__(kSimpleWarps * 32) simpleKernel(const KernelAr
     const float carried = expf(maximum - top), weight = expf(logit - top);
     maximum = top;
     total = total * carried + weight;
-    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
       const int dim = part * 32 + lane;
       if (dim < D) sum[part] = sum[part] * carried + weight * toFloat(value[dim]);
     }
   }
   const float factor = softmaxFactor(a, head, maximum * kLog2E, total);
   T* output = static_cast<T*>(a.output) + row * D;
+#pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const int dim = part * 32 + lane;
     if (dim < D) output[dim] = fromFloat<T>(sum[part] * factor);

@@ -31,6 +31,9 @@ struct TilesWarp {
   int rowStep[2];
   KeyRange seenByAll, seenByAny;  // over the warp's rows
 
+  __device__ __forceinline__ explicit TilesWarp(const KernelArguments& arguments)
+      : a(arguments), lane(threadIdx.x % 32) {}
+
   __device__ __forceinline__ void loadQuery() {
     if constexpr (!kQueryShared) {
 #pragma unroll
@@ -56,10 +59,7 @@ struct TilesWarp {
   // products[tile] = query rows times keys tile * 8 ... + 7.
   __device__ __forceinline__ void multiplyKeys(float (&products)[kKeys / 8][4], const T* keys) {
 #pragma unroll
-    for (auto& product : products) {
-#pragma unroll
-      for (float& element : product) element = 0.0f;
-    }
+    for (int index = 0; index < kKeys / 2; ++index) products[index / 4][index % 4] = 0.0f;
     const int keyInPair = lane / 16 * 8 + lane % 8, half = lane / 8 % 2 * 8;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -86,19 +86,14 @@ struct TilesWarp {
                                            int distance0) const {
     if (a.softcap > 0.0f) {
 #pragma unroll
-      for (auto& product : products) {
-#pragma unroll
-        for (float& element : product) {
-          element = softCapped(element * a.scale, a.softcap) * kLog2E;
-        }
+      for (int index = 0; index < kKeys / 2; ++index) {
+        float& element = products[index / 4][index % 4];
+        element = softCapped(element * a.scale, a.softcap) * kLog2E;
       }
     } else {
       const float scale = a.scale * kLog2E;
 #pragma unroll
-      for (auto& product : products) {
-#pragma unroll
-        for (float& element : product) element *= scale;
-      }
+      for (int index = 0; index < kKeys / 2; ++index) products[index / 4][index % 4] *= scale;
     }
     if (a.alibiSlopes == nullptr) return;
 #pragma unroll
@@ -135,26 +130,25 @@ struct TilesWarp {
     for (int side = 0; side < 2; ++side) {
       float top = maximum[side];
 #pragma unroll
-      for (auto& logit : logits) top = fmaxf(top, fmaxf(logit[2 * side], logit[2 * side + 1]));
+      for (int tile = 0; tile < kKeys / 8; ++tile) {
+        top = fmaxf(top, fmaxf(logits[tile][2 * side], logits[tile][2 * side + 1]));
+      }
       top = maximumOver(top, 1, 2);
       const float base = finiteMaximum(top);
       const float carried = exp2Fast(maximum[side] - base);
       maximum[side] = top;
       float added = 0.0f;
 #pragma unroll
-      for (auto& logit : logits) {
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          float& weight = logit[2 * side + column];
-          weight = exp2Fast(weight - base);
-          added += weight;
-        }
+      for (int index = 0; index < kKeys / 4; ++index) {
+        float& weight = logits[index / 2][2 * side + index % 2];
+        weight = exp2Fast(weight - base);
+        added += weight;
       }
       total[side] = total[side] * carried + added;
 #pragma unroll
-      for (auto& part : sum) {
-        part[2 * side] *= carried;
-        part[2 * side + 1] *= carried;
+      for (int tile = 0; tile < D / 8; ++tile) {
+        sum[tile][2 * side] *= carried;
+        sum[tile][2 * side + 1] *= carried;
       }
     }
   }
@@ -346,14 +340,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) tilesKernel(const KernelArgume
 
   T* shared = reinterpret_cast<T*>(dynamicShared());
   T* stages = queryStaysShared(D) ? shared + kRows * kStride : shared;
-  TilesWarp<T, D, kWarps> warp{a};
-  warp.lane = static_cast<int>(threadIdx.x % 32);
+  TilesWarp<T, D, kWarps> warp(a);
   warp.queryRows = shared + warpNumber * 16 * kStride;
 #pragma unroll
-  for (auto& part : warp.sum) {
-#pragma unroll
-    for (float& element : part) element = 0.0f;
-  }
+  for (int index = 0; index < D / 2; ++index) warp.sum[index / 4][index % 4] = 0.0f;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const int row = firstRow + warp.lane / 4 + 8 * side;
@@ -395,7 +385,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) tilesKernel(const KernelArgume
   }
 
 #pragma unroll
-  for (float& total : warp.total) total = sumOver(total, 1, 2);
+  for (int side = 0; side < 2; ++side) warp.total[side] = sumOver(warp.total[side], 1, 2);
   if (a.splits > 1) {
     storePartial<T, D, kWarps>(a, group, warp, firstRow, split);
   } else {

@@ -1,0 +1,201 @@
+// One block of CUDA threads on a CPU: every instruction of device_ptx.cuh, done by a fiber per thread.
+//
+// Warp instructions meet in a rendezvous of 32 lanes, with the fragment layouts of the PTX manual
+// (sections on mma.m16n8k16, ldmatrix, movmatrix). A warp runs as far as it can before the next one
+// starts, so a missing block barrier shows. Asynchronous copies arrive only when they are waited
+// for, shared memory starts as NaN, so a missing wait shows too. Lanes that meet in different
+// instructions, and barriers that not all threads reach, end the program with a message.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "cuda_runtime_api.h"
+#include "device_types.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+namespace lminf {
+namespace emulation {
+
+struct Index {
+  unsigned x, y, z;
+};
+extern Index threadIndex;
+extern Index blockIndex;
+
+// What kernels asked of memory since the last reset, in bytes; one launch counts one.
+struct Counters {
+  std::uint64_t launches;
+  std::uint64_t streamedBytes;  // loadGlobal4, 8, 16
+  std::uint64_t copiedBytes;    // copyAsync16
+};
+extern Counters counters;
+
+enum class WarpInstruction { kShuffle, kMultiplyHalf, kMultiplyBfloat16, kLoad, kLoadTransposed,
+                             kTranspose, kSync };
+
+struct LaneInput {
+  std::uint32_t word[8];   // mma: a0 ... a3, b0, b1; movmatrix, shuffle: word 0; shuffle: mask in 1
+  float sum[4];            // mma
+  const void* address;     // ldmatrix
+};
+
+struct LaneOutput {
+  std::uint32_t word[4];
+  float sum[4];
+};
+
+// Waits for all lanes of the warp; the last one carries the instruction out for all.
+LaneOutput meetWarp(WarpInstruction instruction, const LaneInput& input);
+void meetBlock();
+
+unsigned char* blockShared();
+void copyLater(void* shared, const void* global);
+void commitGroup();
+void waitGroups(int pending);
+
+float floatOfHalf(std::uint16_t bits);
+std::uint16_t halfOfFloat(float value);
+std::uint16_t bfloat16OfFloat(float value);
+
+using Thread = void (*)(const void* context);
+
+// Runs every block of a grid, one after the other.
+cudaError_t runGrid(unsigned gridX, unsigned gridY, unsigned threads, std::size_t sharedBytes,
+                    Thread thread, const void* context);
+
+// Loads of `bytes` at an address that is not aligned to them end the program, as on a device.
+const void* aligned(const void* address, std::size_t bytes);
+
+}  // namespace emulation
+
+inline unsigned char* dynamicShared() { return emulation::blockShared(); }
+
+inline float bitsToFloat(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float halfToFloat(std::uint16_t bits) { return emulation::floatOfHalf(bits); }
+inline std::uint16_t floatToHalf(float value) { return emulation::halfOfFloat(value); }
+inline std::uint16_t floatToBfloat16(float value) { return emulation::bfloat16OfFloat(value); }
+
+template <class T>
+std::uint32_t packPair(float low, float high);
+template <>
+inline std::uint32_t packPair<Half>(float low, float high) {
+  return floatToHalf(low) | static_cast<std::uint32_t>(floatToHalf(high)) << 16;
+}
+template <>
+inline std::uint32_t packPair<Bfloat16>(float low, float high) {
+  return floatToBfloat16(low) | static_cast<std::uint32_t>(floatToBfloat16(high)) << 16;
+}
+
+inline float exp2Fast(float value) { return std::exp2(value); }
+
+inline std::uint32_t packLow(std::uint32_t a, std::uint32_t b) { return (a & 0xffffu) | b << 16; }
+inline std::uint32_t packHigh(std::uint32_t a, std::uint32_t b) {
+  return a >> 16 | (b & 0xffff0000u);
+}
+
+template <int words>
+void loadGlobal(std::uint32_t (&word)[words], const void* source) {
+  std::memcpy(word, emulation::aligned(source, sizeof(word)), sizeof(word));
+  emulation::counters.streamedBytes += sizeof(word);
+}
+inline void loadGlobal16(std::uint32_t (&word)[4], const void* source) { loadGlobal(word, source); }
+inline void loadGlobal8(std::uint32_t (&word)[2], const void* source) { loadGlobal(word, source); }
+inline void loadGlobal4(std::uint32_t (&word)[1], const void* source) { loadGlobal(word, source); }
+
+inline void copyAsync16(void* shared, const void* global) { emulation::copyLater(shared, global); }
+inline void commitCopies() { emulation::commitGroup(); }
+template <int pending>
+void waitCopies() {
+  emulation::waitGroups(pending);
+}
+
+inline void loadMatrices(std::uint32_t (&word)[4], const void* row) {
+  emulation::LaneInput input{};
+  input.address = emulation::aligned(row, 16);
+  const auto output = emulation::meetWarp(emulation::WarpInstruction::kLoad, input);
+  std::memcpy(word, output.word, sizeof(word));
+}
+inline void loadMatricesTransposed(std::uint32_t (&word)[4], const void* row) {
+  emulation::LaneInput input{};
+  input.address = emulation::aligned(row, 16);
+  const auto output = emulation::meetWarp(emulation::WarpInstruction::kLoadTransposed, input);
+  std::memcpy(word, output.word, sizeof(word));
+}
+
+inline std::uint32_t transposeMatrix(std::uint32_t word) {
+  emulation::LaneInput input{};
+  input.word[0] = word;
+  return emulation::meetWarp(emulation::WarpInstruction::kTranspose, input).word[0];
+}
+
+template <class T>
+void multiplyAdd(float (&sum)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  emulation::LaneInput input{};
+  std::memcpy(input.word, a, sizeof(a));
+  input.word[4] = b0;
+  input.word[5] = b1;
+  std::memcpy(input.sum, sum, sizeof(sum));
+  constexpr bool isHalf = sizeof(T) == 2 && __is_same(T, Half);
+  const auto output = emulation::meetWarp(isHalf ? emulation::WarpInstruction::kMultiplyHalf
+                                                 : emulation::WarpInstruction::kMultiplyBfloat16,
+                                          input);
+  std::memcpy(sum, output.sum, sizeof(sum));
+}
+
+inline int shuffleXor(int value, int mask) {
+  emulation::LaneInput input{};
+  input.word[0] = static_cast<std::uint32_t>(value);
+  input.word[1] = static_cast<std::uint32_t>(mask);
+  return static_cast<int>(
+      emulation::meetWarp(emulation::WarpInstruction::kShuffle, input).word[0]);
+}
+inline float shuffleXor(float value, int mask) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bitsToFloat(static_cast<std::uint32_t>(shuffleXor(static_cast<int>(bits), mask)));
+}
+
+inline void syncBlock() { emulation::meetBlock(); }
+inline void syncWarp() { emulation::meetWarp(emulation::WarpInstruction::kSync, {}); }
+
+struct LaunchShape {
+  unsigned gridX;
+  unsigned gridY;
+  unsigned threads;
+  std::size_t sharedBytes;
+};
+
+template <class Arguments>
+cudaError_t enqueue(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t,
+                    const Arguments& arguments) {
+  struct Call {
+    void (*kernel)(Arguments);
+    const Arguments* arguments;
+  };
+  const Call call{kernel, &arguments};
+  return emulation::runGrid(
+      shape.gridX, shape.gridY, shape.threads, shape.sharedBytes,
+      [](const void* context) {
+        const Call& made = *static_cast<const Call*>(context);
+        made.kernel(*made.arguments);
+      },
+      &call);
+}
+
+}  // namespace lminf
+
+#define threadIdx (::lminf::emulation::threadIndex)
+#define blockIdx (::lminf::emulation::blockIndex)

@@ -1,0 +1,244 @@
+"""The kernels against the float64 mathematics, on whatever device a library's kernels run.
+
+Nothing is taken on trust: outputs start as NaN, every tensor has guard bytes around it, the
+slots no query of a step may see are NaN, and so is the workspace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lminf_export import reference
+from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
+from tests.operator_case import Case, History, shared_inputs
+
+GUARD_BYTES = 256
+GUARD = 0xFF  # NaN in every floating type, −1 in an integer
+ATTENTION_OUTPUT, RING_KEY = 0, 1
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream that is fed through the kernels in steps.
+
+    Attributes:
+        name: what it shows.
+        case: sizes and rules of the layer.
+        bases: tokens each row has seen before the first step.
+        chunks: real tokens of each row, step by step.
+        dtype: of queries, keys and values.
+        in_place: present tensors are their pasts.
+        with_workspace: scratch memory is given; without, keys are not split.
+    """
+
+    name: str
+    case: Case
+    bases: tuple[int, ...]
+    chunks: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float16
+    in_place: bool = True
+    with_workspace: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a stream showed.
+
+    Attributes:
+        error: largest error against float64.
+        torch_error: largest error of torch in the same precision, against the same.
+        kernels: which attention kernels ran.
+        splits: most splits of a step.
+        problems: everything else that was wrong, in words.
+    """
+
+    error: float = 0.0
+    torch_error: float = 0.0
+    kernels: set[str] = field(default_factory=set)
+    splits: int = 1
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Error in units of torch's."""
+        return self.error / self.torch_error if self.torch_error else 0.0
+
+
+class Device(Protocol):
+    """Where kernels run: memory, completion, limits."""
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int
+
+    def stream(self) -> int:
+        """Return the stream to enqueue on."""
+
+    def synchronize(self) -> None:
+        """Wait for everything enqueued."""
+
+
+class Guarded:
+    """A copy of a tensor on a device with guard bytes before and behind it."""
+
+    def __init__(self, source: Tensor, device: str) -> None:
+        size = source.numel() * source.element_size()
+        self.memory = torch.full((size + 2 * GUARD_BYTES,), GUARD, dtype=torch.uint8, device=device)
+        flat = self.memory[GUARD_BYTES : GUARD_BYTES + size]
+        self.tensor = flat.view(source.dtype).view(source.shape)
+        self.tensor.copy_(source)
+
+    def intact(self) -> bool:
+        """Whether nothing wrote over the guards."""
+        front, back = self.memory[:GUARD_BYTES], self.memory[-GUARD_BYTES:]
+        return bool((front == GUARD).all() and (back == GUARD).all())
+
+
+def run_stream(
+    library: KernelLibrary, device: Device, stream: Stream, enqueue: Any = None
+) -> Outcome:
+    """Feed a stream through the kernels and compare every step.
+
+    Args:
+        library: the kernels.
+        device: where they run.
+        stream: what to feed.
+        enqueue: called with (library, params, workspace) in place of a plain launch, for example
+            to capture and replay a CUDA graph.
+
+    Returns:
+        Errors and problems; nothing is raised for a wrong result.
+    """
+    case, outcome = stream.case, Outcome()
+    length = max(sum(chunk[row] for chunk in stream.chunks) for row in range(len(stream.bases)))
+    history = History(case, list(stream.bases), length, stream.dtype)
+    wanted = history.oracle()
+    past = torch.tensor(stream.bases)
+    caches = history.caches(case.capacity)
+    for chunk in stream.chunks:
+        new, width = torch.tensor(chunk), max(1, *chunk)
+        state = [*history.chunk(past, new, width), *caches]
+        inputs = [
+            x.contiguous() for x in (*state, *shared_inputs(case, past, new, width, case.capacity))
+        ]
+        expected = reference.lambda_attention(*inputs, **case.attributes())
+        poisoned = [*inputs[:3], *poison(case, inputs, new), *inputs[7:]]
+        outputs = _step(library, device, stream, poisoned, outcome, enqueue)
+        _compare_caches(case, poisoned, outputs, expected, outcome)
+        _compare_output(outputs[0], expected[0], wanted, past, new, stream.bases, outcome)
+        caches = list(expected[1:])
+        if not case.num_sink_tokens:
+            caches[2:] = inputs[5:7]
+        past = past + new
+    return outcome
+
+
+def poison(case: Case, inputs: list[Tensor], new: Tensor) -> list[Tensor]:
+    """Return the caches with NaN wherever no query of this step may look."""
+    ring_key, ring_value, sink_key, sink_value = (x.clone() for x in inputs[3:7])
+    past = inputs[7]
+    held = reference.slot_positions(past, torch.zeros_like(past), ring_key.shape[2])
+    dead = (held < 0) | (held < (past - case.window_size + 1)[:, None])
+    for ring in (ring_key, ring_value):
+        ring.masked_fill_(dead[:, None, :, None], float("nan"))
+    if case.num_sink_tokens:
+        seen = (past + new - case.window_size).clamp(0, case.num_sink_tokens)
+        unseen = torch.arange(case.num_sink_tokens) >= seen[:, None]
+        for sinks in (sink_key, sink_value):
+            sinks.masked_fill_(unseen[:, None, :, None], float("nan"))
+    return [ring_key, ring_value, sink_key, sink_value]
+
+
+def _step(
+    library: KernelLibrary,
+    device: Device,
+    stream: Stream,
+    inputs: list[Tensor],
+    outcome: Outcome,
+    enqueue: Any,
+) -> list[Tensor]:
+    name, case = device.name, stream.case
+    held = [Guarded(x, name) for x in inputs]
+    outputs = [Guarded(torch.full_like(inputs[0], float("nan")), name)]
+    # Sinks that are a shared constant of one row have no place to write to.
+    for position in range(3, 7):
+        constant = position >= 5 and not case.num_sink_tokens
+        shape = (inputs[0].shape[0], *inputs[position].shape[1:])
+        fresh = torch.full(shape, float("nan"), dtype=stream.dtype)
+        in_place = stream.in_place and (not constant or shape == inputs[position].shape)
+        outputs.append(held[position] if in_place else Guarded(fresh, name))
+    call = [x.tensor for x in held], [x.tensor for x in outputs]
+    params = params_of(*call, case.attributes())
+    size = library.workspace_size(params) if stream.with_workspace else 0
+    workspace = Guarded(torch.full((size // 4,), float("nan")), name)
+    plan = library.plan(params, device.multiprocessors, device.shared_bytes, size)
+    outcome.kernels.add(plan.kernel)
+    outcome.splits = max(outcome.splits, plan.splits)
+    (enqueue or _launch)(library, params, workspace.tensor if size else None, device)
+    device.synchronize()
+    names = (*(f"input {i}" for i in range(len(held))), *("output",) * len(outputs), "workspace")
+    for what, memory in zip(names, (*held, *outputs, workspace), strict=True):
+        if not memory.intact():
+            outcome.problems.append(f"{what}: guard bytes overwritten")
+    for position, (before, after) in enumerate(zip(inputs, held, strict=True)):
+        written = stream.in_place and 3 <= position < 7
+        if not written and not _same(before, after.tensor.cpu()):
+            outcome.problems.append(f"input {position} changed")
+    return [x.tensor.cpu() for x in outputs]
+
+
+def _launch(
+    library: KernelLibrary, params: Params, workspace: Tensor | None, device: Device
+) -> None:
+    library.launch(params, workspace, device.stream())
+
+
+def _compare_caches(
+    case: Case, inputs: list[Tensor], outputs: list[Tensor], expected: Any, outcome: Outcome
+) -> None:
+    """Present tensors are the (poisoned) pasts with the new tokens written in, nothing else."""
+    written = reference.lambda_attention(*inputs, **case.attributes())
+    for position in range(RING_KEY, 3 if not case.num_sink_tokens else 5):
+        got, want = outputs[position], written[position]
+        if position == RING_KEY:
+            # A device contracts the rotation's products: one unit in the last place.
+            step = torch.finfo(got.dtype).eps * want.abs().float().nan_to_num()
+            near = (got.float() - want.float()).abs() <= step + 1e-7
+            good = bool((near | (got.isnan() & want.isnan())).all())
+        else:
+            good = _same(got, want)
+        if not good:
+            outcome.problems.append(f"present tensor {position} differs")
+
+
+def _compare_output(
+    output: Tensor,
+    expected: Tensor,
+    wanted: Tensor,
+    past: Tensor,
+    new: Tensor,
+    bases: tuple[int, ...],
+    outcome: Outcome,
+) -> None:
+    if not torch.isfinite(output).all():
+        outcome.problems.append("output is not finite")
+        outcome.error = float("inf")
+        return
+    for row, base in enumerate(bases):
+        count, start = int(new[row]), int(past[row]) - base
+        truth = wanted[row, :, start : start + count]
+        if count:
+            error = (output[row, :, :count].double() - truth).abs().max()
+            torch_error = (expected[row, :, :count].double() - truth).abs().max()
+            outcome.error = max(outcome.error, float(error))
+            outcome.torch_error = max(outcome.torch_error, float(torch_error))
+        if output[row, :, count:].any():
+            outcome.problems.append("padded rows of output are not zero")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.equal(a.view(torch.uint8), b.view(torch.uint8)))

@@ -1,0 +1,165 @@
+"""The kernels' shared library from Python: ctypes over torch tensors' addresses.
+
+The same calls drive the library built by nvcc on a GPU and the one built by a C++ compiler on
+the block emulation, so that what compares them is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lminf_export import op
+
+DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128")
+SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+
+_POINTERS = (
+    *("query", "key", "value", "past_key", "past_value", "past_sink_key", "past_sink_value"),
+    *("past_length", "new_length", "query_position", "slot_position"),
+    *("cos", "sin", "limit_cos", "limit_sin", "alibi_slopes", "sink_logits"),
+    *("output", "present_key", "present_value", "present_sink_key", "present_sink_value"),
+)
+_SIZES = (
+    *("batch_size", "num_heads", "num_kv_heads", "sequence_length", "capacity", "head_dim"),
+    *("sink_batch_size", "num_sink_tokens", "window_size", "distance_limit", "rotary_dim"),
+)
+
+
+class Params(ctypes.Structure):
+    """`lminf::LambdaAttentionParams` of plugins/lambda_attention/params.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("data_type", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("rotary_interleaved", ctypes.c_bool),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("growing_ring", ctypes.c_bool),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launcher chose: see plugins/lambda_attention/plan.h."""
+
+    kernel: str
+    rows_per_block: int
+    row_blocks: int
+    splits: int
+    threads: int
+    keys_per_tile: int
+    shared_bytes: int
+
+
+class KernelError(RuntimeError):
+    """The library refused a call or the device failed it."""
+
+
+class KernelLibrary:
+    """A loaded liblminf_kernels.so; every tensor given to it must live where its kernels run.
+
+    Args:
+        path: the library.
+
+    Raises:
+        KernelError: its params struct is not the one described here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.c = ctypes.CDLL(str(path))
+        self.c.lminfParamsSize.restype = ctypes.c_size_t
+        self.c.lminfValidate.restype = ctypes.c_size_t
+        self.c.lminfWorkspaceSize.restype = ctypes.c_size_t
+        self.c.lminfErrorName.restype = ctypes.c_char_p
+        if self.c.lminfParamsSize() != ctypes.sizeof(Params):
+            raise KernelError(
+                f"{path}: its params take {self.c.lminfParamsSize()} bytes, "
+                f"{ctypes.sizeof(Params)} expected; build it from this checkout"
+            )
+
+    def problem(self, params: Params) -> str:
+        """Return the message of the library's own validation, empty if there is none."""
+        message = ctypes.create_string_buffer(1024)
+        self.c.lminfValidate(ctypes.byref(params), message, ctypes.c_size_t(len(message)))
+        return message.value.decode()
+
+    def workspace_size(self, params: Params) -> int:
+        """Return the bytes of scratch memory that a call can make use of."""
+        return int(self.c.lminfWorkspaceSize(ctypes.byref(params)))
+
+    def plan(
+        self, params: Params, multiprocessors: int, shared_bytes: int, workspace_bytes: int
+    ) -> Plan:
+        """Return what the launcher would do on a device with these limits."""
+        numbers = (ctypes.c_int64 * 7)()
+        self.c.lminfPlan(
+            ctypes.byref(params),
+            multiprocessors,
+            ctypes.c_size_t(shared_bytes),
+            ctypes.c_size_t(workspace_bytes),
+            numbers,
+        )
+        kernel, *rest = (int(n) for n in numbers)
+        return Plan(KERNEL_NAMES[kernel], *rest)
+
+    def launch(self, params: Params, workspace: Tensor | None, stream: int = 0) -> None:
+        """Enqueue one call.
+
+        Raises:
+            KernelError: with the library's message or the name of the CUDA error.
+        """
+        status = self.c.lminfLaunch(
+            ctypes.byref(params),
+            ctypes.c_void_p(workspace.data_ptr() if workspace is not None else None),
+            ctypes.c_size_t(workspace.numel() * workspace.element_size() if workspace is not None else 0),
+            ctypes.c_void_p(stream),
+        )
+        if status:
+            name = self.c.lminfErrorName(status).decode()
+            raise KernelError(self.problem(params) or f"launch failed: {name}")
+
+
+def params_of(
+    inputs: list[Tensor], outputs: list[Tensor], attributes: dict[str, Any], *, growing: bool = False
+) -> Params:
+    """Describe one call of the operator.
+
+    Args:
+        inputs: the operator's 17 inputs in order (lminf_export/op.py), contiguous.
+        outputs: its 5 outputs; a present tensor that is its past is updated in place.
+        attributes: num_sink_tokens, window_size, distance_limit, scale, softcap, rotary_dim,
+            rotary_interleaved.
+        growing: the ring may be smaller than W + S − 1 and does not wrap in this call.
+
+    Returns:
+        The struct; it holds addresses only, so the tensors must outlive it.
+    """
+    names = (*op.INPUT_NAMES, *op.OUTPUT_NAMES)
+    tensors = dict(zip(names, (*inputs, *outputs), strict=True))
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise KernelError(f"{name}: must be contiguous")
+    batch, heads, steps, head_dim = tensors["query"].shape
+    _, kv_heads, capacity, _ = tensors["past_key"].shape
+    return Params(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        data_type=DATA_TYPES[tensors["query"].dtype],
+        batch_size=batch,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        sequence_length=steps,
+        capacity=capacity,
+        head_dim=head_dim,
+        sink_batch_size=tensors["past_sink_key"].shape[0],
+        growing_ring=growing,
+        **attributes,
+    )
