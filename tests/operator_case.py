@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,6 +11,16 @@ from torch import Tensor
 from lminf_export import reference
 from lminf_export.config import ring_capacity
 from lminf_export.rope import RotaryTables, rotary_rows, rotary_tables
+
+
+def _inv_freq(rotary_dim: int, theta: float) -> Tensor:
+    pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float32)
+    return 1.0 / theta ** (pairs / max(rotary_dim, 1))
+
+
+@lru_cache(maxsize=64)
+def _tables(rotary_dim: int, theta: float, limit: int, attention_factor: float) -> RotaryTables:
+    return rotary_tables(_inv_freq(rotary_dim, theta), limit, attention_factor)
 
 
 @dataclass(frozen=True)
@@ -34,9 +45,7 @@ class Case:
     inv_freq: Tensor = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32)
-        inv_freq = 1.0 / self.theta ** (pairs / max(self.rotary_dim, 1))
-        object.__setattr__(self, "inv_freq", inv_freq)
+        object.__setattr__(self, "inv_freq", _inv_freq(self.rotary_dim, self.theta))
 
     @property
     def limit(self) -> int:
@@ -65,7 +74,7 @@ class Case:
         return replace(self, **changes)
 
     def tables(self) -> RotaryTables:
-        return rotary_tables(self.inv_freq, self.limit, self.attention_factor)
+        return _tables(self.rotary_dim, self.theta, self.limit, self.attention_factor)
 
     def attributes(self) -> dict[str, int | float]:
         return {

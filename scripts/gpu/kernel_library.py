@@ -120,7 +120,9 @@ class KernelLibrary:
         status = self.c.lminfLaunch(
             ctypes.byref(params),
             ctypes.c_void_p(workspace.data_ptr() if workspace is not None else None),
-            ctypes.c_size_t(workspace.numel() * workspace.element_size() if workspace is not None else 0),
+            ctypes.c_size_t(
+                workspace.numel() * workspace.element_size() if workspace is not None else 0
+            ),
             ctypes.c_void_p(stream),
         )
         if status:
@@ -129,7 +131,11 @@ class KernelLibrary:
 
 
 def params_of(
-    inputs: list[Tensor], outputs: list[Tensor], attributes: dict[str, Any], *, growing: bool = False
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    attributes: dict[str, Any],
+    *,
+    growing: bool = False,
 ) -> Params:
     """Describe one call of the operator.
 

@@ -73,22 +73,51 @@ def lap_streams(dtype: torch.dtype) -> list[Stream]:
 def long_streams(dtype: torch.dtype) -> list[Stream]:
     """Windows long enough that keys are split, and chunks of several tiles."""
     decode = SMALL.with_(
-        window_size=1511, num_sink_tokens=19, chunk_size=3, num_heads=4, head_dim=128, rotary_dim=128
+        window_size=1511,
+        num_sink_tokens=19,
+        chunk_size=3,
+        num_heads=4,
+        head_dim=128,
+        rotary_dim=128,
     )
-    chunk = SMALL.with_(window_size=211, chunk_size=149, num_sink_tokens=67, num_heads=3,
-                        num_kv_heads=1, head_dim=96, rotary_dim=96)
+    chunk = SMALL.with_(
+        window_size=211,
+        chunk_size=149,
+        num_sink_tokens=67,
+        num_heads=3,
+        num_kv_heads=1,
+        head_dim=96,
+        rotary_dim=96,
+    )
     wide = chunk.with_(head_dim=256, rotary_dim=256, num_heads=1, chunk_size=83)
     many = decode.with_(num_heads=71, num_kv_heads=1, head_dim=64, rotary_dim=64)
     ones = ((1, 1), (1, 1), (0, 1), (3, 1))
     return [
         Stream(f"long_decode-{_name(dtype)}", decode, (10**9, 700), ones, dtype),
-        Stream(f"long_decode_16_rows-{_name(dtype)}", decode.with_(num_heads=24), (10**9, 5), ones,
-               dtype),
+        Stream(
+            f"long_decode_16_rows-{_name(dtype)}",
+            decode.with_(num_heads=24),
+            (10**9, 5),
+            ones,
+            dtype,
+        ),
         Stream(f"long_decode_71_heads-{_name(dtype)}", many, (10**9, 5), ones[:2], dtype),
-        Stream(f"long_decode_no_workspace-{_name(dtype)}", decode, (10**9, 700), ones, dtype,
-               with_workspace=False),
-        Stream(f"chunks-{_name(dtype)}", chunk, (0, 10**6), ((149, 149), (101, 149), (149, 7)),
-               dtype, in_place=False),
+        Stream(
+            f"long_decode_no_workspace-{_name(dtype)}",
+            decode,
+            (10**9, 700),
+            ones,
+            dtype,
+            with_workspace=False,
+        ),
+        Stream(
+            f"chunks-{_name(dtype)}",
+            chunk,
+            (0, 10**6),
+            ((149, 149), (101, 149), (149, 7)),
+            dtype,
+            in_place=False,
+        ),
         Stream(f"chunks_dim256-{_name(dtype)}", wide, (400, 31), ((83, 41), (1, 83)), dtype),
     ]
 
