@@ -20,7 +20,6 @@ NO_COMPILER = "no C++ compiler (g++): the kernels are not built for the block em
 FLAGS = (
     *("-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"),
     *("-Wno-unknown-pragmas", "-DLMINF_EMULATE"),
-    *("-I", str(PLUGINS / "emulation"), "-I", str(KERNELS)),
 )
 
 
@@ -40,19 +39,31 @@ def emulated_library(folder: Path) -> Path:
     return library
 
 
-def _build(folder: Path, library: Path) -> None:
-    sources = [KERNELS / name for name in (*HOST_SOURCES, *KERNEL_SOURCES)]
-    sources.append(PLUGINS / "emulation" / "emulation.cpp")
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_compile, sources, objects))
+def compile_object(plugins: Path, source: str, target: Path) -> None:
+    """Compile one file of plugins/lambda_attention or plugins/emulation."""
+    folder = "emulation" if source == "emulation.cpp" else "lambda_attention"
+    includes = ["-I", str(plugins / "emulation"), "-I", str(plugins / "lambda_attention")]
+    path = str(plugins / folder / source)
+    _run([str(compiler()), *FLAGS, *includes, "-x", "c++", "-c", path, "-o", str(target)])
+
+
+def link(objects: list[Path], library: Path) -> Path:
+    """Link objects to a shared library, which appears when it is whole."""
     unfinished = library.with_suffix(".part")
     _run([str(compiler()), "-shared", *map(str, objects), "-o", str(unfinished)])
-    unfinished.rename(library)
+    return unfinished.rename(library)
 
 
-def _compile(source: Path, target: Path) -> None:
-    _run([str(compiler()), *FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)])
+def _build(folder: Path, library: Path) -> None:
+    sources = [*HOST_SOURCES, *KERNEL_SOURCES, "emulation.cpp"]
+    objects = [folder / Path(source).with_suffix(".o") for source in sources]
+    with ThreadPoolExecutor(2) as pool:
+        list(
+            pool.map(
+                lambda pair: compile_object(PLUGINS, *pair), zip(sources, objects, strict=True)
+            )
+        )
+    link(objects, library)
 
 
 def _run(command: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The streams every kernel is checked with: each feature, odd sizes, several laps, long positions."""
+"""The streams kernels are checked with: every feature, odd sizes, several laps, far positions."""
 
 from __future__ import annotations
 

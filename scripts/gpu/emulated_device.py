@@ -1,0 +1,60 @@
+"""The block emulation as a device, for tests and for `gpu_suite.py --emulate`."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from scripts.gpu.kernel_library import KernelLibrary
+
+
+@dataclass(frozen=True)
+class EmulatedDevice:
+    """The CPU, as far as the launcher sees it.
+
+    Attributes:
+        multiprocessors: what the launcher is told; few of them make it split keys sooner.
+        shared_bytes: shared memory of each.
+    """
+
+    name: str = "cpu"
+    multiprocessors: int = 4
+    shared_bytes: int = 101376
+
+    def stream(self) -> int:
+        """Return the stream to enqueue on; the emulation has one."""
+        return 0
+
+    def synchronize(self) -> None:
+        """Do nothing: a launch returns when its kernels are done."""
+
+    def configure(self, library: KernelLibrary, *, reverse: bool = False) -> None:
+        """Tell an emulated library its limits and in which order the warps of a block run."""
+        library.c.lminfEmulationConfigure(self.multiprocessors, self.shared_bytes, int(reverse))
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What emulated kernels did since the last reset.
+
+    Attributes:
+        launches: kernels.
+        streamed_bytes: keys and values loaded into registers.
+        copied_bytes: keys and values copied to shared memory.
+    """
+
+    launches: int
+    streamed_bytes: int
+    copied_bytes: int
+
+
+def reset_counters(library: KernelLibrary) -> None:
+    """Set an emulated library's counters to zero."""
+    library.c.lminfEmulationReset()
+
+
+def counters(library: KernelLibrary) -> Counters:
+    """Read an emulated library's counters."""
+    numbers = (ctypes.c_uint64 * 3)()
+    library.c.lminfEmulationCounters(numbers)
+    return Counters(*(int(n) for n in numbers))

@@ -1,0 +1,223 @@
+"""The unmodified CUDA kernels, run on a CPU by the block emulation, against the mathematics."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scripts.gpu import streams
+from scripts.gpu.check import Guarded, Stream, run_stream
+from scripts.gpu.emulated_device import EmulatedDevice, counters, reset_counters
+from scripts.gpu.kernel_library import KernelLibrary, params_of
+from tests import kernel_build
+from tests.operator_case import Case, History, shared_inputs
+
+pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
+DEVICE = EmulatedDevice()
+# The issue's bound; the emulation reaches 1.0 because it rounds where torch rounds.
+LARGEST_RATIO = 2.0
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base  # xdist's workers share it
+    return shared / "emulated_kernels"
+
+
+@pytest.fixture(scope="session")
+def library(folder):
+    library = KernelLibrary(kernel_build.emulated_library(folder))
+    DEVICE.configure(library)
+    return library
+
+
+def assert_right(outcome):
+    assert not outcome.problems
+    assert outcome.error <= LARGEST_RATIO * outcome.torch_error
+
+
+def by_name(groups):
+    return [pytest.param(stream, id=stream.name) for group in groups for stream in group]
+
+
+@pytest.mark.parametrize(
+    "stream", by_name(streams.feature_streams(t) for t in (torch.float32, *streams.HALF_TYPES))
+)
+def test_every_feature_matches_float64_at_near_and_far_positions(library, stream):
+    assert_right(run_stream(library, DEVICE, stream))
+
+
+@pytest.mark.parametrize(
+    "stream",
+    by_name(
+        [
+            streams.shape_streams(torch.float16),
+            streams.shape_streams(torch.bfloat16)[::3],
+            streams.shape_streams(torch.float32)[::7],
+        ]
+    ),
+)
+def test_every_head_dimension_and_ratio_of_heads_matches_float64(library, stream):
+    assert_right(run_stream(library, DEVICE, stream))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *streams.HALF_TYPES])
+def test_a_ring_that_goes_round_several_times_matches_float64(library, dtype):
+    (stream,) = streams.lap_streams(dtype)
+    assert_right(run_stream(library, DEVICE, stream))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stream", by_name([streams.long_streams(torch.float16), streams.long_streams(torch.bfloat16)])
+)
+def test_split_keys_and_several_tiles_match_float64(library, stream):
+    outcome = run_stream(library, DEVICE, stream)
+    assert_right(outcome)
+    decodes = stream.name.startswith("long_decode")
+    assert (outcome.splits > 1) == (decodes and stream.with_workspace)
+
+
+def test_the_streams_run_every_kernel(library):
+    cases = [*streams.shape_streams(torch.float16), streams.feature_streams(torch.float32)[0]]
+    kernels = set()
+    for stream in cases:
+        for chunk in {max(1, *chunk) for chunk in stream.chunks}:
+            params = params_of(*one_step(stream.case, (5, 9), (chunk, 1), stream.dtype))
+            kernels.add(library.plan(params, 4, DEVICE.shared_bytes, 0).kernel)
+    assert kernels == {"simple", "decode8", "decode16", "tiles64", "tiles128"}
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_the_order_in_which_warps_run_changes_no_bit(library, chunk):
+    case = streams.SMALL.with_(window_size=211, num_heads=6, num_kv_heads=2)
+    results = []
+    for reverse in (False, True):
+        DEVICE.configure(library, reverse=reverse)
+        inputs, outputs, attributes = one_step(case, (300, 10**7), (chunk, chunk), torch.float16)
+        library.launch(params_of(inputs, outputs, attributes), None)
+        results.append(outputs[0])
+    DEVICE.configure(library)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (32, 2)])
+def test_decode_loads_each_key_in_the_window_once_for_all_its_heads(library, heads, kv_heads):
+    case = streams.SMALL.with_(
+        window_size=160, num_sink_tokens=16, num_heads=heads, num_kv_heads=kv_heads
+    )
+    inputs, outputs, attributes = one_step(case, (10**6, 10**6), (1, 1), torch.float16)
+    reset_counters(library)
+    library.launch(params_of(inputs, outputs, attributes), None)
+    keys = 160 + 16
+    assert counters(library).streamed_bytes == 2 * kv_heads * keys * case.head_dim * 2 * 2
+
+
+def test_a_chunk_copies_no_tile_outside_what_its_rows_see(library):
+    case = streams.SMALL.with_(
+        window_size=64, num_sink_tokens=0, chunk_size=256, num_heads=1, num_kv_heads=1
+    )
+    inputs, outputs, attributes = one_step(case, (10**6,), (256,), torch.float16)
+    reset_counters(library)
+    library.launch(params_of(inputs, outputs, attributes), None)
+    # Blocks of 128 rows see 128 + 63 keys: three tiles of 64 each, of five in the ring.
+    assert counters(library).copied_bytes == 2 * 3 * 64 * case.head_dim * 2 * 2
+
+
+@pytest.mark.parametrize("window_size", [37, 1511])
+def test_one_decode_layer_takes_at_most_three_launches(library, window_size):
+    case = streams.SMALL.with_(window_size=window_size)
+    inputs, outputs, attributes = one_step(case, (10**6,), (1,), torch.float16)
+    params = params_of(inputs, outputs, attributes)
+    workspace = torch.empty(library.workspace_size(params), dtype=torch.uint8)
+    reset_counters(library)
+    library.launch(params, workspace)
+    assert counters(library).launches == (3 if window_size > 1000 else 2)
+
+
+def test_a_small_ring_that_grows_gives_what_the_full_one_gives(library):
+    case = streams.SMALL.with_(window_size=61)
+    inputs, outputs, attributes = one_step(case, (17,), (5,), torch.float16)
+    library.launch(params_of(inputs, outputs, attributes), None)
+    small = [x[:, :, :23].contiguous() for x in inputs[3:5]]
+    slots = inputs[10][:, :23].contiguous()
+    few = [*inputs[:3], *small, *inputs[5:10], slots, *inputs[11:]]
+    again = [torch.full_like(outputs[0], float("nan")), *small, *inputs[5:7]]
+    library.launch(params_of(few, again, attributes, growing=True), None)
+    assert torch.equal(again[0], outputs[0])
+
+
+def test_an_empty_batch_row_gives_zeros_even_at_the_start(library):
+    for dtype in (torch.float32, *streams.HALF_TYPES):
+        inputs, outputs, attributes = one_step(streams.SMALL, (0, 10**6), (0, 0), dtype)
+        library.launch(params_of(inputs, outputs, attributes), None)
+        assert not outputs[0].any()
+
+
+def one_step(case: Case, bases, new_lengths, dtype):
+    """Inputs, outputs and attributes of one step in place."""
+    width = max(1, *new_lengths)
+    history = History(case, list(bases), width, dtype)
+    past, new = torch.tensor(bases), torch.tensor(new_lengths)
+    caches = history.caches(case.capacity)
+    shared = shared_inputs(case, past, new, width, case.capacity)
+    inputs = [x.contiguous() for x in (*history.chunk(past, new, width), *caches, *shared)]
+    output = torch.full_like(inputs[0], float("nan"))
+    return inputs, [output, *inputs[3:7]], case.attributes()
+
+
+# What must not go unnoticed: each line of a kernel replaced by a wrong one.
+MUTATIONS = {
+    "missing_wait_for_copies": ("tiles.cuh", "waitCopies<1>();", "waitCopies<2>();"),
+    "missing_barrier": (
+        "tiles.cuh",
+        "    waitCopies<1>();\n    syncBlock();",
+        "    waitCopies<1>();",
+    ),
+    "window_one_too_long": ("arithmetic.h", "step - windowLimit + 1 -", "step - windowLimit -"),
+    "key_of_the_wrong_lane": ("tiles.cuh", "half = lane / 8 % 2 * 8;", "half = lane / 16 * 8;"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_kernel_is_found(library, folder, tmp_path, mutation):
+    name, line, wrong = MUTATIONS[mutation]
+    sources = tmp_path / "plugins"
+    shutil.copytree(kernel_build.PLUGINS, sources)
+    broken = sources / "lambda_attention" / name
+    assert line in broken.read_text()
+    broken.write_text(broken.read_text().replace(line, wrong))
+    target = tmp_path / "tiles_float16.o"
+    kernel_build.compile_object(sources, "tiles_float16.cu", target)
+    objects = [x for x in folder.glob("*.o") if x.name != target.name]
+    mutant = kernel_build.link([*objects, target], tmp_path / "mutant.so")
+    case = streams.SMALL.with_(window_size=211, chunk_size=149, num_heads=2)
+    stream = Stream(mutation, case, (10**6,), ((149,), (149,)))
+    outcome = run_stream(KernelLibrary(mutant), replace(DEVICE), stream)
+    assert outcome.problems or outcome.error > LARGEST_RATIO * outcome.torch_error
+
+
+def test_guard_bytes_notice_a_write_behind_a_tensor():
+    guarded = Guarded(torch.zeros(3, 5), "cpu")
+    assert guarded.intact()
+    guarded.memory[-256] = 0
+    assert not guarded.intact()
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake: its build is not tried")
+def test_cmake_builds_the_emulated_library(tmp_path):
+    command = ["cmake", "-S", str(kernel_build.PLUGINS), "-B", str(tmp_path), "-DLMINF_EMULATE=ON"]
+    subprocess.run(command, check=True, capture_output=True)
+    built = subprocess.run(
+        ["cmake", "--build", str(tmp_path), "--target", "lambda_attention_params"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr[-2000:]
