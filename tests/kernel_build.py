@@ -8,6 +8,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PLUGINS = ROOT / "plugins"
 KERNELS = PLUGINS / "lambda_attention"
@@ -26,6 +28,12 @@ FLAGS = (
 def compiler() -> str | None:
     """The C++ compiler of this machine, if there is one."""
     return shutil.which("g++")
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all of xdist's workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if base.name.startswith("popen-") else base) / "emulated_kernels"
 
 
 def emulated_library(folder: Path) -> Path:

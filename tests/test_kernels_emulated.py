@@ -24,9 +24,7 @@ LARGEST_RATIO = 2.0
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # xdist's workers share it
-    return shared / "emulated_kernels"
+    return kernel_build.shared_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

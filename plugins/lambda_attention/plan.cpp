@@ -9,8 +9,8 @@ namespace {
 
 // Writing and reading back one split's partial result costs about as much as this many tiles.
 constexpr std::int64_t kSplitCostTiles = 2;
-// A split brings every warp of a block at least two tiles of its own.
-constexpr std::int64_t kMinTilesPerSplit = 8;
+// A split brings every warp of a block a tile of its own.
+constexpr std::int64_t kMinTilesPerSplit = 4;
 constexpr std::int64_t kMaxDecodeBlocks = 4096;
 constexpr std::int64_t kMaxTileBlocks = 384;
 

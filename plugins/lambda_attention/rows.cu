@@ -1,4 +1,4 @@
-// The kernels that give every warp one row: append, combine, and attention in float32.
+// The kernels that go by rows: append, combine, and attention in float32.
 #include "append.cuh"
 #include "combine.cuh"
 #include "kernels.h"
@@ -21,7 +21,8 @@ template <class T>
 cudaError_t enqueueCombine(const KernelArguments& a, int headDim, cudaStream_t stream) {
   const std::int64_t rows =
       static_cast<std::int64_t>(a.batchSize) * a.numKvHeads * a.group * a.sequenceLength;
-  const LaunchShape shape = shapeOfRows(rows, kCombineWarps);
+  const LaunchShape shape{static_cast<unsigned>(rows), 1, kCombineWarps * 32,
+                          sizeof(float) * kCombineWarps * static_cast<std::size_t>(1 + headDim)};
 #define LMINF_COMBINE(D) enqueue(combineKernel<T, D>, shape, stream, a)
   LMINF_FOR_HEAD_DIM(headDim, LMINF_COMBINE)
 #undef LMINF_COMBINE
