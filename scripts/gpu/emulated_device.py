@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from scripts.gpu.kernel_library import KernelLibrary
@@ -58,3 +60,25 @@ def counters(library: KernelLibrary) -> Counters:
     numbers = (ctypes.c_uint64 * 3)()
     library.c.lminfEmulationCounters(numbers)
     return Counters(*(int(n) for n in numbers))
+
+
+@dataclass(frozen=True)
+class TimedEmulation(EmulatedDevice):
+    """The emulation with a clock, so that the timing code runs; its times mean nothing.
+
+    Attributes:
+        cache_bytes: of a second-level cache; none.
+    """
+
+    cache_bytes: int = 0
+
+    def prepared(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Run the work once and return it."""
+        work()
+        return work
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """Return the wall time of one call."""
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start

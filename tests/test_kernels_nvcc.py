@@ -1,0 +1,63 @@
+"""The compiler's word on the kernels, where nvcc is present: no spills, few enough registers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from scripts import kernels_ptxas
+from tests.kernel_build import ROOT
+
+needs_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="no nvcc: registers and spills are not checked"
+)
+RESULT = ROOT / "benchmarks" / "results" / "kernels-ptxas.json"
+
+
+def check_decode(kernels):
+    decode = [k for k in kernels if k["kernel"] == "decodeKernel"]
+    assert {k["head_dim"] for k in decode} == {64, 80, 96, 128, 256}
+    assert [k for k in decode if k["spill_bytes"] or k["stack_bytes"]] == []
+    for kernel in decode:
+        # What the planner counts on (decodeBlocksPerMultiprocessor).
+        full = kernel["head_dim"] <= 128 and (kernel["query_rows"] == 8 or kernel["head_dim"] == 64)
+        assert kernel["blocks_per_multiprocessor"] >= (3 if full else 2), kernel
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_decode_kernels_do_not_spill_where_most_of_them_run():
+    check_decode(kernels_ptxas.report(kernels_ptxas.DECODE_SOURCES, ("80", "90")))
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_other_kernels_compile_and_do_not_spill():
+    kernels = kernels_ptxas.report(("tiles_bfloat16.cu", "rows.cu"), ("90",))
+    assert [k for k in kernels if k["spill_bytes"] or k["stack_bytes"]] == []
+    assert {k["kernel"] for k in kernels} == {
+        *("appendKernel", "combineKernel", "simpleKernel", "tilesKernel")
+    }
+
+
+def test_the_recorded_report_covers_all_architectures_without_spills():
+    kernels = json.loads(RESULT.read_text())["kernels"]
+    assert {k["architecture"] for k in kernels} == set(kernels_ptxas.ARCHITECTURES)
+    check_decode(kernels)
+
+
+def test_the_report_reads_what_ptxas_says():
+    said = """ptxas info    : Compiling entry function \
+'_ZN5lminf12decodeKernelINS_4HalfELi128ELi2EEEvNS_15KernelArgumentsE' for 'sm_80'
+ptxas info    : Function properties for _ZN5lminf12decodeKernelINS_4HalfELi128ELi2EEEv
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 244 registers, used 1 barriers, 584 bytes cmem[0]
+"""
+    (kernel,) = kernels_ptxas.parse(said)
+    assert kernel == {
+        "architecture": "80", "kernel": "decodeKernel", "dtype": "float16", "head_dim": 128,
+        "query_rows": 16, "threads": 128, "stack_bytes": 16, "spill_bytes": 12, "registers": 244,
+        "blocks_per_multiprocessor": 2,
+    }  # fmt: skip
