@@ -203,24 +203,36 @@ __device__ __forceinline__ void copyTile(const KeyList<T>& list, int first, T* k
   }
 }
 
-// Rotates the block's query rows for one kind of key into shared rows.
+// Rotates the block's query rows for one kind of key into shared rows, 8 dimensions at a time.
 template <class T, int D, int kWarps>
 __device__ __forceinline__ void rotateTileQueries(const KernelArguments& a, const RowGroup& group,
                                                   bool isSink, T* rows) {
-  constexpr int kStride = D + kRowPadding, kRows = kWarps * 16;
+  constexpr int kStride = D + kRowPadding, kRows = kWarps * 16, kChunks = D / 8;
   const T* query = static_cast<const T*>(a.query) + (group.offset + group.firstRow) * D;
   const int count = smaller(kRows, group.rows - group.firstRow);
-  for (int element = static_cast<int>(threadIdx.x); element < kRows * D; element += kWarps * 32) {
-    const int row = element / D, dim = element % D;
-    float rotated = 0.0f;
+  const float* cosRows = isSink ? a.limitCos : a.cos + cosRow(a, group.batch, 0);
+  const float* sinRows = isSink ? a.limitSin : a.sin + cosRow(a, group.batch, 0);
+  const int pairs = isSink ? 0 : a.rotaryDim / 2;  // every row turns by the limit's one row
+#pragma unroll 1
+  for (int chunk = static_cast<int>(threadIdx.x); chunk < kRows * kChunks; chunk += kWarps * 32) {
+    const int row = chunk / kChunks, dim = chunk % kChunks * 8;
+    Words<4> words{};
     if (row < count) {
-      const std::int64_t rotary =
-          isSink ? 0 : cosRow(a, group.batch, (group.firstRow + row) % a.sequenceLength);
-      rotated = rotatedElement(query + row * D, dim, (isSink ? a.limitCos : a.cos) + rotary,
-                               (isSink ? a.limitSin : a.sin) + rotary, a.rotaryDim,
-                               a.rotaryInterleaved);
+      const T* source = query + row * D;
+      const std::int64_t table =
+          static_cast<std::int64_t>((group.firstRow + row) % a.sequenceLength) * pairs;
+      float rotated[8];
+#pragma unroll
+      for (int element = 0; element < 8; ++element) {
+        rotated[element] = rotatedElement(source, dim + element, cosRows + table, sinRows + table,
+                                          a.rotaryDim, a.rotaryInterleaved);
+      }
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        words.word[word] = packPair<T>(rotated[2 * word], rotated[2 * word + 1]);
+      }
     }
-    rows[row * kStride + dim] = fromFloat<T>(rotated);
+    storeWords<4>(rows + row * kStride + dim, words);
   }
 }
 
