@@ -260,9 +260,10 @@ def _compare_caches(
     for position in range(RING_KEY, 3 if not case.num_sink_tokens else 5):
         got, want = outputs[position], written[position]
         if position == RING_KEY:
-            # A device contracts the rotation's products: one unit in the last place.
+            # A device contracts the rotation's products: one unit in the last place of T, or of
+            # the float32 products (up to 20) where they cancel.
             step = torch.finfo(got.dtype).eps * want.abs().float().nan_to_num()
-            near = (got.float() - want.float()).abs() <= step + 1e-7
+            near = (got.float() - want.float()).abs() <= step + 2e-6
             good = bool((near | (got.isnan() & want.isnan())).all())
         else:
             good = _same(got, want)
