@@ -100,6 +100,7 @@ inline std::uint32_t packPair<Bfloat16>(float low, float high) {
 }
 
 inline float exp2Fast(float value) { return std::exp2(value); }
+inline float divideFast(float dividend, float divisor) { return dividend / divisor; }
 
 inline std::uint32_t packLow(std::uint32_t a, std::uint32_t b) { return (a & 0xffffu) | b << 16; }
 inline std::uint32_t packHigh(std::uint32_t a, std::uint32_t b) {

@@ -54,6 +54,11 @@ __device__ __forceinline__ float exp2Fast(float value) {
   return result;
 }
 
+// To two units in the last place; 0 for divisors above 2^126.
+__device__ __forceinline__ float divideFast(float dividend, float divisor) {
+  return __fdividef(dividend, divisor);
+}
+
 // The low halves of two registers, and their high halves.
 __device__ __forceinline__ std::uint32_t packLow(std::uint32_t a, std::uint32_t b) {
   return __byte_perm(a, b, 0x5410);

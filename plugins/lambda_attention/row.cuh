@@ -23,8 +23,8 @@ __device__ __forceinline__ std::int64_t cosRow(const KernelArguments& a, int bat
 
 // tanh by one exponential: its error is a few 1e-7 of the cap, small beside a 16-bit logit.
 __device__ __forceinline__ float softCapped(float logit, float cap) {
-  const float power = exp2Fast(logit / cap * (2.0f * kLog2E));
-  return cap * (1.0f - 2.0f / (power + 1.0f));
+  const float power = exp2Fast(logit * (2.0f * kLog2E / cap));
+  return cap * (1.0f - divideFast(2.0f, power + 1.0f));
 }
 
 // A logit in units of log2, from a product of query and key.
