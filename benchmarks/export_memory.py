@@ -10,7 +10,6 @@ its imports. One JSON, with versions; needs about 12 GB of disk.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -19,68 +18,10 @@ import time
 from pathlib import Path
 
 import torch
+from checkpoints import SHAPES, write_checkpoint
 from common import environment, write_result
-from safetensors.torch import save_file
 
-# TinyLlama's shape, 1.1 billion parameters.
-SHAPE = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
 IMPORTS = "import lminf_export.exporter, torch.onnx, transformers.models.llama.modeling_llama"
-
-
-def write_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Write config.json and one shard a layer; return the number of parameters."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(**SHAPE, tie_word_embeddings=False, dtype=dtype)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    h, f = config.hidden_size, config.intermediate_size
-    kv = config.num_key_value_heads * h // config.num_attention_heads
-    weight_map: dict[str, str] = {}
-    count = 0
-
-    def save(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        nonlocal count
-        tensors = {k: (torch.randn(s) * 0.02).to(dtype) for k, s in shapes.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        count += sum(t.numel() for t in tensors.values())
-
-    for i in range(config.num_hidden_layers):
-        p = f"model.layers.{i}."
-        save(
-            f"model-{i:05}.safetensors",
-            {
-                p + "self_attn.q_proj.weight": (h, h),
-                p + "self_attn.k_proj.weight": (kv, h),
-                p + "self_attn.v_proj.weight": (kv, h),
-                p + "self_attn.o_proj.weight": (h, h),
-                p + "mlp.gate_proj.weight": (f, h),
-                p + "mlp.up_proj.weight": (f, h),
-                p + "mlp.down_proj.weight": (h, f),
-                p + "input_layernorm.weight": (h,),
-                p + "post_attention_layernorm.weight": (h,),
-            },
-        )
-    save(
-        "model-ends.safetensors",
-        {
-            "model.embed_tokens.weight": (config.vocab_size, h),
-            "model.norm.weight": (h,),
-            "lm_head.weight": (config.vocab_size, h),
-        },
-    )
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return count
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -119,8 +60,7 @@ def main() -> None:
 
 def measure(work: Path) -> dict[str, object]:
     checkpoint = work / "model"
-    checkpoint.mkdir()
-    parameters = write_checkpoint(checkpoint)
+    parameters = write_checkpoint(checkpoint, SHAPES["1b"], torch.bfloat16, 2048)
     # The interpreter with its imports holds still for a moment, so that it is sampled.
     imports, _ = peak_of(f"{IMPORTS}; import time; time.sleep(0.3)")
     rows = []

@@ -1,0 +1,202 @@
+"""What exporting a large checkpoint takes: memory, disk traffic, and time against copying its files.
+
+Writes a checkpoint of random weights shard by shard, copies its files (cold, synced) for the
+time that alone takes, exports it in a child process, and copies it once more; everything is
+deleted as soon as it is measured. Sampled: anonymous memory of the child and its builder
+(RssAnon), over the interpreter with its imports. At the end: /proc/self/io of the child.
+
+    python benchmarks/large_export.py --shapes llama-2-7b llama-3-8b --engine 1b \\
+        --out benchmarks/results/large_export.json
+
+Needs twice the checkpoint's size on disk, 32 GB for llama-3-8b.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from checkpoints import SHAPES, write_checkpoint
+from common import environment, write_result
+from export_memory import IMPORTS, anonymous_bytes
+
+SOURCE_TYPES = {"llama-3-8b": torch.bfloat16}  # the others are stored in float16
+# What is exported, and whether its files are as large as those copied.
+EXPORTS: dict[str, dict[str, Any]] = {
+    "float16": {"dtype": "float16"},
+    "int4": {"dtype": "float16", "quantize": "int4"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["llama-2-7b", "llama-3-8b"])
+    parser.add_argument("--engine", nargs="*", choices=SHAPES, default=[], help="build engines too")
+    parser.add_argument("--work", type=Path, help="folder on the disk to measure")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    for shape in arguments.shapes:
+        with tempfile.TemporaryDirectory(prefix="lminf-", dir=arguments.work) as work:
+            rows.append(measure_exports(shape, Path(work)))
+    engines = []
+    for shape in arguments.engine:
+        with tempfile.TemporaryDirectory(prefix="lminf-", dir=arguments.work) as work:
+            engines.append(measure_engine(shape, Path(work)))
+    result = {"benchmark": "large_export", "models": rows, "engines": engines, **environment()}
+    write_result(arguments.out, result)
+
+
+def measure_exports(shape: str, work: Path) -> dict[str, Any]:
+    dtype = SOURCE_TYPES.get(shape, torch.float16)
+    source = work / shape
+    parameters = write_checkpoint(source, SHAPES[shape], dtype, 4096)
+    source_bytes = size_of(source)
+    imports = run_sampled(f"{IMPORTS}; import time; time.sleep(0.5)")["peak_anonymous_bytes"]
+    exports = []
+    for name, settings in EXPORTS.items():
+        before = copy_seconds(source, work / "copy")
+        found = measure_export(source, work / "bundle", settings)
+        after = copy_seconds(source, work / "copy")
+        must_move = source_bytes + found["bundle_bytes"]
+        moved = found["read_bytes"] + found["write_bytes"]
+        exports.append(
+            {
+                "export": name,
+                "peak_anonymous_over_imports_bytes": found["peak_anonymous_bytes"] - imports,
+                "seconds": found["seconds"],
+                "copy_seconds": [before, after],
+                "seconds_over_copying": round(2 * found["seconds"] / (before + after), 3),
+                "bundle_bytes": found["bundle_bytes"],
+                "read_bytes": found["read_bytes"],
+                "write_bytes": found["write_bytes"],
+                "traffic_over_needed": round(moved / must_move, 4),
+            }
+        )
+        print(shape, exports[-1], file=sys.stderr)
+    return {
+        "shape": shape,
+        "parameters": parameters,
+        "source_dtype": str(dtype).removeprefix("torch."),
+        "source_bytes": source_bytes,
+        "imports_anonymous_bytes": imports,
+        "exports": exports,
+    }
+
+
+def measure_export(source: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Export in a child, from a cold disk; the bundle is deleted afterwards."""
+    forget(source)
+    code = (
+        f"{IMPORTS}; import lminf_export, json; "
+        f"lminf_export.export({str(source)!r}, {str(out)!r}, window_size=4096, **{settings!r}); "
+        "print(json.dumps(dict(line.split(': ') for line in open('/proc/self/io'))))"
+    )
+    found = run_sampled(code)
+    io = json.loads(found["output"].splitlines()[-1])
+    result = {
+        "peak_anonymous_bytes": found["peak_anonymous_bytes"],
+        "seconds": found["seconds"],
+        "bundle_bytes": size_of(out),
+        "read_bytes": int(io["read_bytes"]),
+        "write_bytes": int(io["write_bytes"]),
+    }
+    shutil.rmtree(out)
+    return result
+
+
+def measure_engine(shape: str, work: Path) -> dict[str, Any]:
+    """Build a float16 engine with TensorRT for RTX; its builder is a child of the child."""
+    source, out = work / shape, work / "bundle"
+    parameters = write_checkpoint(source, SHAPES[shape], torch.float16, 2048)
+    code = (
+        f"{IMPORTS}; import lminf_export; lminf_export.export({str(source)!r}, "
+        f"{str(out / 'engine.plan')!r}, builder='tensorrt-rtx', window_size=2048)"
+    )
+    found = run_sampled(code)
+    weights, plan = (out / name for name in ("model.safetensors", "engine.plan"))
+    return {
+        "shape": shape,
+        "parameters": parameters,
+        "builder": "tensorrt-rtx",
+        "dtype": "float16",
+        "weights_bytes": weights.stat().st_size,
+        "plan_bytes": plan.stat().st_size,
+        "peak_anonymous_bytes": found["peak_anonymous_bytes"],
+        "peak_resident_bytes": found["peak_resident_bytes"],
+        "seconds": found["seconds"],
+    }
+
+
+def run_sampled(code: str) -> dict[str, Any]:
+    """Run Python in a child; sample the memory of it and its children until it ends."""
+    start, anonymous, resident = time.perf_counter(), 0, 0
+    child = psutil.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    while child.poll() is None:
+        tree = [child, *children_of(child)]
+        anonymous = max(anonymous, sum(anonymous_bytes(p.pid) for p in tree))
+        resident = max(resident, sum(resident_bytes(p) for p in tree))
+        time.sleep(0.02)
+    seconds = round(time.perf_counter() - start, 1)
+    if child.returncode:
+        raise SystemExit(f"child failed with {child.returncode}: {code}")
+    return {
+        "peak_anonymous_bytes": anonymous,
+        "peak_resident_bytes": resident,
+        "seconds": seconds,
+        "output": child.stdout.read(),
+    }
+
+
+def children_of(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def resident_bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def copy_seconds(source: Path, to: Path) -> float:
+    """Copy a folder's files from a cold disk and sync them; the copy is deleted again."""
+    forget(source)
+    to.mkdir()
+    start = time.perf_counter()
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, to / path.name)
+        with open(to / path.name, "rb") as file:
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(to)
+    return round(seconds, 1)
+
+
+def forget(folder: Path) -> None:
+    """Let the system drop what it holds of a folder's files in memory."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+if __name__ == "__main__":
+    main()
