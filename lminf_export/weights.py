@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -445,6 +446,48 @@ def _write_hashed(
             progress(chunk.nbytes)
         hashing.result()
     return digest.hexdigest()
+
+
+def link_weights(
+    folder: Path, weights: Mapping[str, SourceTensor], dtype: str
+) -> dict[str, StoredTensor]:
+    """Put hard links to a checkpoint's files into a folder, instead of a copy of its tensors.
+
+    Args:
+        folder: where to.
+        weights: name → source tensor.
+        dtype: the element type they must have.
+
+    Returns:
+        Where each tensor now is.
+
+    Raises:
+        ModelError: a tensor would have to be converted or put together, or the folder is on
+            another disk than the checkpoint.
+    """
+    kind, linked = TYPE_NAMES[dtype], {}
+    for name, tensor in weights.items():
+        if not isinstance(tensor, StoredTensor):
+            raise ModelError(
+                f"tensor {name} is put together from others of the checkpoint, so it cannot be "
+                f"linked; use --weights copy"
+            )
+        if tensor.dtype != kind:
+            have = next((n for n, k in TYPE_NAMES.items() if k == tensor.dtype), tensor.dtype)
+            raise ModelError(
+                f"tensor {name} is {have}, and linked weights stay as they are: export with "
+                f"--dtype {have}, or with --weights copy to convert them to {dtype}"
+            )
+        linked[name] = replace(tensor, path=folder / tensor.path.name)
+    for path in sorted({tensor.path for tensor in weights.values()}):  # type: ignore[attr-defined]
+        try:
+            os.link(path.resolve(), folder / path.name)
+        except OSError as error:
+            raise ModelError(
+                f"{path.name} cannot be linked into the bundle ({error.strerror}): both must be on "
+                f"one disk that knows hard links; use --weights copy"
+            ) from error
+    return linked
 
 
 def attach(model: ir.Model, stored: Mapping[str, StoredTensor]) -> None:

@@ -120,7 +120,8 @@ def test_rows_are_put_together_from_blocks_of_any_length(count):
         (QuantizeConfig("int4", block_size=16, symmetric=False, accuracy_level=1), "float32"),
         (QuantizeConfig("int8", block_size=64, accuracy_level=1, lm_head="full"), "float32"),
         (QuantizeConfig("int4", form="qdq"), "float32"),
-        (QuantizeConfig("int8", form="qdq", block_size=128), "float32"),
+        (QuantizeConfig("int8", form="qdq"), "float32"),
+        (QuantizeConfig("fp8", form="qdq", lm_head="int8"), "float32"),
         (QuantizeConfig("int4", embeddings="quantized", accuracy_level=1), "float32"),
     ],
 )  # fmt: skip
@@ -246,6 +247,7 @@ def test_the_manifest_and_the_commands_say_it(model, tmp_path):
         (["--asymmetric"], "--quantize"),
         (["--quantize", "int4", "--quantize-form", "qdq", "--asymmetric"], "zero points"),
         (["--quantize", "int4", "--dtype", "bfloat16"], "bfloat16"),
+        (["--quantize", "fp8"], "engine"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_line(arguments, words, model, tmp_path):
@@ -258,7 +260,7 @@ def test_settings_that_make_no_sense_are_one_line(arguments, words, model, tmp_p
 
 @pytest.mark.parametrize("asked", ["int2", "", 4, True])
 def test_the_api_refuses_unknown_kinds(asked, model, tmp_path):
-    with pytest.raises(ConfigError, match="int4, int8"):
+    with pytest.raises(ConfigError, match="int4, int8, fp8"):
         export(model, tmp_path / "b", quantize=asked, **SETTINGS)
 
 

@@ -100,6 +100,14 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @quantize_options
 @click.option(
+    "--weights",
+    type=click.Choice(["copy", "link"]),
+    default="copy",
+    show_default=True,
+    help="Write the weights into the bundle, or put hard links to the model's own files there: "
+    "no copy, but of the same element type and on the same disk.",
+)
+@click.option(
     "--builder",
     type=click.Choice(["tensorrt", "tensorrt-rtx"]),
     help="What builds the engine; needed only where both are installed.",

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from lminf_export.errors import ConfigError
 
-WEIGHT_TYPES = ("int4", "int8")
+WEIGHT_TYPES = ("int4", "int8", "fp8")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # onnxruntime's numbers: activations are multiplied in float32, or rounded to int8 in blocks.
 ACCURACY_LEVELS = (1, 4)
 LM_HEADS = ("same", "int8", "full")
 EMBEDDINGS = ("auto", "quantized", "full")
 FORMS = ("matmul_nbits", "qdq")
-BITS = {"int4": 4, "int8": 8}
+BITS = {"int4": 4, "int8": 8, "fp8": 8}
 DEFAULT_BLOCK_SIZE = 32
 
 
@@ -23,8 +23,9 @@ class QuantizeConfig:
     """How the weights of projections are stored; norms, biases and routers stay as they are.
 
     Attributes:
-        weights: "int4" or "int8".
-        block_size: input features that share one scale: 16, 32, 64, 128 or 256.
+        weights: "int4", "int8", or "fp8" (E4M3), which engines alone take.
+        block_size: input features that share one scale: 16, 32, 64, 128 or 256. In the Q/DQ
+            form 8-bit weights have one scale for each output feature, as TensorRT wants it.
         symmetric: blocks are centred on zero; else each has a zero point as well.
         accuracy_level: 4 lets onnxruntime round activations to int8, block by block, which its
             fast kernels need; 1 keeps them in float32 (int8 weights are then very slow).
@@ -72,9 +73,9 @@ class QuantizeConfig:
         return BITS[self.weights]
 
     @property
-    def lm_head_bits(self) -> int | None:
-        """Bits of a weight of the lm_head, None for the element type."""
-        return {"same": self.bits, "int8": 8, "full": None}[self.lm_head]
+    def lm_head_kind(self) -> str | None:
+        """What the lm_head is stored as, None for the element type."""
+        return {"same": self.weights, "int8": "int8", "full": None}[self.lm_head]
 
 
 def decide_form(
@@ -95,6 +96,11 @@ def decide_form(
     config = asked if isinstance(asked, QuantizeConfig) else QuantizeConfig(asked)
     if with_engine and config.form == "matmul_nbits":
         raise ConfigError("form='matmul_nbits': an engine takes the Q/DQ form only; use 'qdq'")
+    if config.weights == "fp8" and (config.form or ("qdq" if with_engine else "")) != "qdq":
+        raise ConfigError(
+            "quantize='fp8': only engines take fp8 weights; name an engine in --out, ask for the "
+            "Q/DQ form, or use int8"
+        )
     if config.form is None:
         config = replace(config, form="qdq" if with_engine else "matmul_nbits")
     if config.form == "matmul_nbits" and dtype == "bfloat16":

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.bundle import Bundle
+from lminf_export.conversion import Conversion
 from lminf_export.quantize.stored import (
-    FILE_NAME,
     QUANTIZED,
+    ChannelWeight,
+    DequantizedChannels,
     DequantizedWeight,
     QuantizedWeight,
     dequantized,
@@ -32,16 +34,17 @@ from lminf_export.weights import (
 )
 
 
-def weights_path(bundle: Bundle) -> Path:
-    """Return a bundle's weights file."""
-    name = CHECKPOINT_NAME if bundle.manifest.quantization is None else FILE_NAME
-    return bundle.path / name
+def stored_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
+    """Return the tensors of a bundle's weights files, by the names they have there."""
+    files = bundle.manifest.files_of("weights")
+    return {n: t for file in files for n, t in read_header(bundle.path / file).items()}
 
 
 def quantized_names(bundle: Bundle) -> frozenset[str]:
     """Return the names of the weights that a bundle stores quantised."""
-    stored = read_header(weights_path(bundle))
-    return frozenset(n.removesuffix(QUANTIZED) for n in stored if n.endswith(QUANTIZED))
+    return frozenset(
+        n.removesuffix(QUANTIZED) for n in stored_tensors(bundle) if n.endswith(QUANTIZED)
+    )
 
 
 def bundle_weights(bundle: Bundle, skeleton: nn.Module) -> dict[str, SourceTensor]:
@@ -54,10 +57,14 @@ def bundle_weights(bundle: Bundle, skeleton: nn.Module) -> dict[str, SourceTenso
     Raises:
         ModelError: the weights file does not fit the model.
     """
-    stored, quantization = read_header(weights_path(bundle)), bundle.manifest.quantization
+    stored, quantization = stored_tensors(bundle), bundle.manifest.quantization
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if bundle.manifest.linked_files:
+        # They have the source's own names, and perhaps tensors no model asks for.
+        named = Conversion.of(skeleton).apply(dict(stored))
+        return {name: tensor for name, tensor in named.items() if name in shapes}
     if quantization is None:
         return dict(stored)
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     signed = quantization.form == "qdq"
     return dequantized(stored, shapes, quantization.block_size, signed)
 
@@ -100,6 +107,9 @@ def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str
     first = stored
     if isinstance(stored, DequantizedWeight):
         piece = QuantizedWeight(name, source, stored.form, dtype, stored.signed)
+        first = stored.packed
+    if isinstance(stored, DequantizedChannels):
+        piece = ChannelWeight(name, source, stored.kind, dtype)
         first = stored.packed
     assert isinstance(first, StoredTensor)
     found = np.memmap(first.path, np.uint8, "r", first.offset)

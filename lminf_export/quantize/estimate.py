@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from lminf_export.quantize.blocks import BlockFormat
-from lminf_export.quantize.config import QuantizeConfig
+from lminf_export.quantize.config import BITS, QuantizeConfig
 
 
 def weight_bytes(
@@ -28,7 +28,10 @@ def weight_bytes(
     total = sum(_bytes(shape, config.bits, width, config) for shape in rest)
     kept, heads = (tables[1:], tables[:1]) if config.embeddings != "quantized" else ([], tables)
     total += sum(prod(shape) * width for shape in kept)
-    return total + sum(_bytes(shape, config.lm_head_bits, width, config) for shape in heads)
+    return total + sum(
+        _bytes(shape, BITS[config.lm_head_kind] if config.lm_head_kind else None, width, config)
+        for shape in heads
+    )
 
 
 def _bytes(shape: Sequence[int], bits: int | None, width: int, config: QuantizeConfig) -> int:

@@ -10,18 +10,27 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from lminf_export.quantize.blocks import BlockFormat
-from lminf_export.quantize.config import QuantizeConfig
-from lminf_export.quantize.stored import QUANTIZED, SCALES, ZERO_POINTS, QuantizedWeight
+from lminf_export.quantize.config import BITS, QuantizeConfig
+from lminf_export.quantize.stored import (
+    QUANTIZED,
+    SCALES,
+    ZERO_POINTS,
+    ChannelWeight,
+    QuantizedWeight,
+)
 from lminf_export.weights import SourceTensor, StoredTensor
 
 CONTRIB_DOMAIN = "com.microsoft"
 # Which expert a token meets hangs on small differences, and routers are small.
 _ROUTER = re.compile(r"(^|[._])(gate|router)\.(\w+\.)?weight$")
+_KINDS = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+Quantized: TypeAlias = QuantizedWeight | ChannelWeight
 _TYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
@@ -36,14 +45,14 @@ class Choice:
     Attributes:
         products: the Gemm nodes that multiply by it.
         lookups: the Gather nodes that look rows up in it and are to read it quantised.
-        bits: of an integer.
+        kind: "int4", "int8" or "fp8".
         stored_as: its name in the file; another than the initializer's, a tied one, where the
             initializer stays because somebody reads it in full.
     """
 
     products: tuple[ir.Node, ...]
     lookups: tuple[ir.Node, ...]
-    bits: int
+    kind: str
     stored_as: str
 
 
@@ -68,15 +77,17 @@ def choose_weights(
         others = len(value.uses()) - len(products) - len(lookups)
         rows, columns = value.shape.numpy()
         is_head = bool(products) and rows == vocab_size
-        bits = config.lm_head_bits if is_head else config.bits
-        if bits is None or _ROUTER.search(name) or (config.form == "qdq" and columns * bits % 8):
+        kind = config.lm_head_kind if is_head else config.weights
+        if kind is None or _ROUTER.search(name):
             continue
+        if config.form == "qdq" and kind == "int4" and columns % 2:
+            continue  # two share a byte, and rows begin with one
         wanted = {"auto": bool(products), "quantized": True, "full": False}[config.embeddings]
         taken = lookups if wanted and config.form != "qdq" else ()
         stays = others > 0 or taken != lookups
         spare = [alias for alias in aliases if alias != name] if stays else [name]
         if spare and (products or taken):
-            choices[name] = Choice(products, taken, bits, spare[0])
+            choices[name] = Choice(products, taken, kind, spare[0])
     return choices
 
 
@@ -86,7 +97,7 @@ def quantize_graph(
     sources: Mapping[str, SourceTensor],
     config: QuantizeConfig,
     dtype: str,
-) -> list[QuantizedWeight]:
+) -> list[Quantized]:
     """Let the chosen weights' readers read them quantised.
 
     Args:
@@ -102,25 +113,32 @@ def quantize_graph(
     graph = model.graph
     pieces = []
     for name, choice in choices.items():
-        rows, columns = sources[name].shape
-        form = BlockFormat(rows, columns, choice.bits, config.block_size, config.symmetric)
-        signed = config.form == "qdq"
-        piece = QuantizedWeight(choice.stored_as, sources[name], form, dtype, signed)
+        piece = _piece(choice, sources[name], config, dtype)
         pieces.append(piece)
-        if piece.signed:
+        if isinstance(piece, ChannelWeight) or piece.signed:
             _dequantize_first(graph, piece, choice.products)
         else:
             _multiply_blocks(graph, piece, choice.products, config.accuracy_level)
-        _look_up_blocks(graph, piece, choice.lookups)
+            _look_up_blocks(graph, piece, choice.lookups)
         if choice.stored_as == name:
             graph.initializers.pop(name)
-    if pieces and not pieces[0].signed:
+    if pieces and config.form == "matmul_nbits":
         model.opset_imports[CONTRIB_DOMAIN] = 1
     return pieces
 
 
+def _piece(choice: Choice, tensor: SourceTensor, config: QuantizeConfig, dtype: str) -> Quantized:
+    """Describe how a weight is stored: as blocks, or with one scale a row where engines want it."""
+    if config.form == "qdq" and choice.kind != "int4":
+        return ChannelWeight(choice.stored_as, tensor, choice.kind, dtype)
+    rows, columns = tensor.shape
+    bits = BITS[choice.kind]
+    form = BlockFormat(rows, columns, bits, config.block_size, config.symmetric)
+    return QuantizedWeight(choice.stored_as, tensor, form, dtype, signed=config.form == "qdq")
+
+
 def attach_quantized(
-    model: ir.Model, pieces: Sequence[QuantizedWeight], stored: Mapping[str, StoredTensor]
+    model: ir.Model, pieces: Sequence[Quantized], stored: Mapping[str, StoredTensor]
 ) -> None:
     """Point the initializers of quantised weights into the weights file."""
     for value in (v for piece in pieces for v in _values(model.graph, piece)):
@@ -143,7 +161,7 @@ def attach_quantized(
 _TABLE = ".table"
 
 
-def _values(graph: ir.Graph, piece: QuantizedWeight) -> list[ir.Value]:
+def _values(graph: ir.Graph, piece: Quantized) -> list[ir.Value]:
     names = [piece.name + part for part in (QUANTIZED, QUANTIZED + _TABLE, SCALES, ZERO_POINTS)]
     return [graph.initializers[name] for name in names if name in graph.initializers]
 
@@ -171,17 +189,25 @@ def _multiply_blocks(
         _replace(graph, node, [product])
 
 
-def _dequantize_first(graph: ir.Graph, piece: QuantizedWeight, products: Sequence[ir.Node]) -> None:
-    """Put a blocked DequantizeLinear between the weight and its products."""
+def _dequantize_first(graph: ir.Graph, piece: Quantized, products: Sequence[ir.Node]) -> None:
+    """Put a DequantizeLinear between the weight and its products.
+
+    TensorRT for RTX keeps INT4 with a scale for each block, and INT8 and fp8 with one for each
+    row; in any other combination it folds the weights to full precision (read off plan sizes).
+    """
     if not products:
         return
-    form = piece.form
-    kind = {4: ir.DataType.INT4, 8: ir.DataType.INT8}[form.bits]
-    integers = _initializer(graph, piece.name + QUANTIZED, kind, (form.rows, form.columns))
-    attributes = {"axis": 1, "block_size": form.block_size}
-    dense = ir.node("DequantizeLinear", [integers, _scales(graph, piece)], attributes)
+    shape = piece.tensor.shape
+    if isinstance(piece, ChannelWeight):
+        kind, attributes, scales_shape = _KINDS[piece.kind], {"axis": 0}, shape[:1]
+    else:
+        kind, scales_shape = ir.DataType.INT4, piece.form.scales_shape
+        attributes = {"axis": 1, "block_size": piece.form.block_size}
+    rounded = _initializer(graph, piece.name + QUANTIZED, kind, shape)
+    scales = _initializer(graph, piece.name + SCALES, _TYPES[piece.dtype], scales_shape)
+    dense = ir.node("DequantizeLinear", [rounded, scales], attributes)
     dense.outputs[0].dtype = _TYPES[piece.dtype]
-    dense.outputs[0].shape = ir.Shape((form.rows, form.columns))
+    dense.outputs[0].shape = ir.Shape(shape)
     graph.insert_before(products[0], dense)
     for node in products:
         node.replace_input_with(1, dense.outputs[0])

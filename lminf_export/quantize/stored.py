@@ -84,13 +84,73 @@ class QuantizedWeight:
             yield part.view(np.uint8)
 
     def _in_dtype(self, scales: NDArray[np.float32]) -> NDArray[np.uint8]:
-        converted = torch.from_numpy(scales).to(TORCH_TYPES[TYPE_NAMES[self.dtype]])
+        converted = torch.from_numpy(scales).to(_torch_type(self.dtype))
         if not bool(converted.isfinite().all()):
             raise ModelError(
                 f"tensor {self.name} has values beyond {self.dtype}'s range; export with "
                 f"--dtype float32"
             )
         return converted.view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class ChannelWeight:
+    """One weight with a single scale for each row, which is how TensorRT takes 8-bit weights.
+
+    Attributes:
+        name: the weight's own name.
+        tensor: the source, (N, K).
+        kind: "int8" or "fp8" (E4M3).
+        dtype: element type of the scales.
+    """
+
+    name: str
+    tensor: SourceTensor
+    kind: str
+    dtype: str
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The rounded weights and their scales."""
+        return (
+            Entry(self.name + QUANTIZED, _CHANNEL_TYPES[self.kind], self.tensor.shape),
+            Entry(self.name + SCALES, TYPE_NAMES[self.dtype], (self.tensor.shape[0],)),
+        )
+
+    def chunks(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield the rows as they are rounded, then the scales.
+
+        Raises:
+            ModelError: a weight is not finite.
+        """
+        scales = []
+        for rows in row_blocks(self.tensor, max(1, _ELEMENTS // self.tensor.shape[1])):
+            if not bool(rows.isfinite().all()):
+                raise ModelError(f"tensor {self.name} holds values that are not finite")
+            rounded, scale = quantize_channels(rows, self.kind, _torch_type(self.dtype))
+            yield rounded.view(torch.uint8).numpy()
+            scales.append(scale.view(torch.uint8).numpy())
+        yield from scales
+
+
+_CHANNEL_TYPES = {"int8": "I8", "fp8": "F8_E4M3"}
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+
+
+def quantize_channels(
+    rows: torch.Tensor, kind: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round rows (R, K) float32 to int8 or fp8; return them and positive scales (R,) of a dtype."""
+    largest = _LARGEST[kind]
+    scale = (rows.abs().amax(1) / largest).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+    scaled = (rows / scale.to(torch.float32)[:, None]).clamp(-largest, largest)
+    if kind == "fp8":
+        return scaled.to(torch.float8_e4m3fn), scale
+    return scaled.round().to(torch.int8), scale
+
+
+def _torch_type(dtype: str) -> torch.dtype:
+    return TORCH_TYPES[TYPE_NAMES[dtype]]
 
 
 def row_blocks(tensor: SourceTensor, count: int) -> Iterator[torch.Tensor]:
@@ -160,6 +220,46 @@ class DequantizedWeight:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class DequantizedChannels:
+    """A stored weight with one scale a row as the float32 values it stands for: a `SourceTensor`.
+
+    Attributes:
+        packed: where its rounded weights are, (N, K).
+        scales: where its scales are, (N,).
+    """
+
+    packed: StoredTensor
+    scales: StoredTensor
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of the element type."""
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K)."""
+        return self.packed.shape
+
+    @property
+    def kind(self) -> str:
+        """Return "int8" or "fp8"."""
+        return next(k for k, name in _CHANNEL_TYPES.items() if name == self.packed.dtype)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Yield the elements in order as flat tensors."""
+        step = max(1, _ELEMENTS // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, start + step)
+            scale = _rows(self.scales, rows).to(torch.float32)[:, None]
+            yield (_rows(self.packed, rows).to(torch.float32) * scale).flatten()
+
+    def at(self, index: int) -> SourceTensor:
+        """Projections are matrices; nobody takes one apart."""
+        raise NotImplementedError
+
+
 def _rows(tensor: StoredTensor, rows: slice) -> torch.Tensor:
     """Read some rows of a stored tensor."""
     start, stop, _ = rows.indices(tensor.shape[0])
@@ -201,6 +301,9 @@ def dequantized(
             continue
         if weight not in shapes:
             raise ModelError(f"quantised tensor {weight} belongs to no weight of this model")
+        if tensor.dtype != "U8":
+            found[weight] = DequantizedChannels(tensor, stored[weight + SCALES])
+            continue
         rows, columns = shapes[weight]
         zero_points = stored.get(weight + ZERO_POINTS)
         integers = columns if signed else block_size

@@ -1,0 +1,315 @@
+"""Side by side: transformers, onnxruntime-genai, llama.cpp and this project on the same weights.
+
+Every contestant is a process of its own (`peers_worker.py`) with the same number of threads; who
+is not being timed is stopped (SIGSTOP). Contestants take turns, a few tokens each, so all feel the
+same machine, and ratios are of turns that follow each other. Two steps:
+
+    python benchmarks/peers.py prepare --shape 100m --work DIR
+    python benchmarks/peers.py run --shape 100m --work DIR --sections decode-fp32 decode-int4 \\
+        --out benchmarks/results/peers-100m.json
+
+A result file is read first and only the sections asked for are replaced, so a run can be cut into
+pieces. A peer that is not installed or cannot reach a context is in the file with the reason.
+Contexts are read by peers up to 4096 tokens; where their cache can be set it is, and the file says
+which. Beyond 4096 onnxruntime-genai's own graph is run in onnxruntime with its cache set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from checkpoints import SHAPES
+from common import environment, version_of, write_result
+from peers_prepare import SINKS, WINDOW, prepare
+
+from lminf_export.bench.floor import (
+    cache_bytes_per_step,
+    streaming_bandwidth,
+    weight_bytes_per_step,
+)
+from lminf_export.bundle import Bundle
+
+CONTESTANTS = {
+    "transformers fp32": ("transformers", "fp32"),
+    "onnxruntime-genai fp32": ("genai", "fp32"),
+    "onnxruntime-genai fp32, its graph": ("genai-graph", "fp32"),
+    "llama.cpp f32": ("llama.cpp", "f32"),
+    "ours fp32": ("ours", "fp32"),
+    "onnxruntime-genai int4": ("genai", "int4"),
+    "onnxruntime-genai int4, its graph": ("genai-graph", "int4"),
+    "llama.cpp q4_0": ("llama.cpp", "q4_0"),
+    "ours int8": ("ours", "int8"),
+    "ours int4": ("ours", "int4"),
+}
+PACKAGES = {
+    "transformers": "transformers",
+    "genai": "onnxruntime_genai",
+    "genai-graph": "onnxruntime_genai",
+    "llama.cpp": "llama_cpp",
+}
+GROUPS = {
+    "fp32": [name for name in CONTESTANTS if "32" in name],
+    "int4": [name for name in CONTESTANTS if "32" not in name],
+}
+CONTEXTS = (512, 2048, 4096, 8192, 32768, 1_000_000)
+LONGEST = 32768 + 128
+READ_LONGEST = 4096 + 256
+PREFILL = 2048
+
+
+class Child:
+    """A contestant's process, stopped unless it is asked something."""
+
+    def __init__(self, name: str, work: Path, threads: int, longest: int) -> None:
+        kind, precision = CONTESTANTS[name]
+        worker = Path(__file__).with_name("peers_worker.py")
+        numbers = [str(threads), str(longest)]
+        limits = {key: str(threads) for key in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        self.name, self.begun = name, time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, str(worker), kind, precision, str(work), *numbers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **limits},
+        )
+        self.imports_bytes = self._answer()["anonymous_bytes"]
+        self.process.send_signal(signal.SIGSTOP)
+
+    def ask(self, do: str, **what: Any) -> dict[str, Any]:
+        self.process.send_signal(signal.SIGCONT)
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **what}) + "\n")
+        self.process.stdin.flush()
+        found = self._answer()
+        self.process.send_signal(signal.SIGSTOP)
+        return found
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with {self.process.wait()}")
+        return json.loads(line)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()  # it has nothing to put away, and is stopped
+        self.process.wait()
+
+
+def missing(name: str) -> str | None:
+    package = PACKAGES.get(CONTESTANTS[name][0])
+    return None if package is None or find_spec(package) else "not installed"
+
+
+def longest_of(name: str) -> int:
+    """Caches that are allocated up front get what this run needs of them."""
+    return LONGEST if CONTESTANTS[name][0] == "genai-graph" else READ_LONGEST
+
+
+def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds a token at every context, contestants in turns."""
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    with ExitStack() as stack:
+        children = {}
+        for name in names:
+            if reason := missing(name):
+                rows[name] = {str(c): {"refused": reason} for c in arguments.contexts}
+                continue
+            child = Child(name, arguments.work, arguments.threads, longest_of(name))
+            children[name] = stack.enter_context(child)
+            child.ask("load")
+        for context in arguments.contexts:
+            racing = {}
+            for name, child in children.items():
+                found = stand(child, context)
+                if "refused" in found:
+                    rows[name][str(context)] = found
+                    continue
+                child.ask("decode", tokens=2)
+                racing[name] = found["how"]
+            times: dict[str, list[list[float]]] = {name: [] for name in racing}
+            for _ in range(arguments.rounds):
+                for name in racing:
+                    # Nobody drifts away from the context while the others have their turns.
+                    stand(children[name], context)
+                    found = children[name].ask("decode", tokens=arguments.tokens + 1)
+                    times[name].append(found["times"][1:])
+            for name, rounds in times.items():
+                rows[name][str(context)] = summary(rounds, racing[name])
+                print(f"{context} {name} {rows[name][str(context)]}", file=sys.stderr)
+    return {"rows": rows, "rounds": arguments.rounds, "tokens_a_turn": arguments.tokens}
+
+
+def stand(child: Child, context: int) -> dict[str, Any]:
+    kind = CONTESTANTS[child.name][0]
+    if kind == "transformers" and context > LONGEST:
+        return {"refused": "its cache would not fit"}
+    if kind == "genai-graph" and context > LONGEST:
+        return {"refused": "its context ends"}
+    return child.ask("stand", context=context)
+
+
+def summary(rounds: list[list[float]], how: str) -> dict[str, Any]:
+    flat = sorted(t * 1e3 for times in rounds for t in times)
+    low, middle, high = statistics.quantiles(flat, n=4)
+    return {
+        "ms_per_token": round(middle, 3),
+        "quartiles": [round(low, 3), round(high, 3)],
+        "turns_ms": [round(statistics.median(times) * 1e3, 3) for times in rounds],
+        "context": how,
+    }
+
+
+def prefill(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to read a prompt into a fresh cache, contestants in turns."""
+    rows: dict[str, Any] = {}
+    names = [name for name in names if CONTESTANTS[name][0] != "genai-graph"]
+    with ExitStack() as stack:
+        children = {}
+        for name in names:
+            if reason := missing(name):
+                rows[name] = {"refused": reason}
+                continue
+            child = Child(name, arguments.work, arguments.threads, READ_LONGEST)
+            children[name] = stack.enter_context(child)
+            child.ask("load")
+            child.ask("prefill", tokens=64)
+        times: dict[str, list[float]] = {name: [] for name in children}
+        for _ in range(arguments.prefill_rounds):
+            for name, child in children.items():
+                found = child.ask("prefill", tokens=arguments.prefill_tokens)
+                times[name].append(found["seconds"])
+        for name, found in times.items():
+            rate = arguments.prefill_tokens / statistics.median(found)
+            rows[name] = {
+                "tokens_per_second": round(rate, 1),
+                "turns_seconds": [round(t, 3) for t in found],
+            }
+            print(f"prefill {name} {rows[name]}", file=sys.stderr)
+    return {"rows": rows, "tokens": arguments.prefill_tokens}
+
+
+def memory(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fresh processes, one at a time: load to first token, and memory at two contexts."""
+    rows: dict[str, Any] = {}
+    for name in names:
+        if reason := missing(name):
+            rows[name] = {"refused": reason}
+            continue
+        row: dict[str, Any] = {}
+        for context in (2048, 32768):
+            with Child(name, arguments.work, arguments.threads, context + 128) as child:
+                load = child.ask("load")["seconds"]
+                first = child.ask("first")
+                if "seconds" in first and "load_to_first_token_seconds" not in row:
+                    row["load_to_first_token_seconds"] = round(load + first["seconds"], 3)
+                found = stand(child, context)
+                if "refused" in found:
+                    row[str(context)] = found
+                    continue
+                child.ask("decode", tokens=3)
+                anonymous = child.ask("memory")["anonymous_bytes"]
+                row[str(context)] = {
+                    "anonymous_bytes": anonymous,
+                    "over_imports_bytes": anonymous - child.imports_bytes,
+                }
+        rows[name] = row
+        print(f"memory {name} {row}", file=sys.stderr)
+    return {"rows": rows}
+
+
+def linear(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Our prefill of 64k tokens against 8k."""
+    with Child("ours fp32", arguments.work, arguments.threads, 0) as child:
+        child.ask("load")
+        child.ask("prefill", tokens=4096)
+        found = {n: child.ask("prefill", tokens=n)["seconds"] for n in (8192, 65536)}
+    return {
+        "seconds": {str(n): round(t, 2) for n, t in found.items()},
+        "ratio": round(found[65536] / found[8192], 3),
+    }
+
+
+def floors(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What streaming each of our bundles' bytes once takes, at every context."""
+    bandwidth = streaming_bandwidth(arguments.threads)
+    rows = {}
+    for precision in ("fp32", "int8", "int4"):
+        bundle = Bundle.open(arguments.work / f"ours-{precision}")
+        weights = weight_bytes_per_step(bundle, 1)
+        rows[f"ours {precision}"] = {
+            str(c): round((weights + cache_bytes_per_step(bundle, c)) / bandwidth * 1e3, 3)
+            for c in arguments.contexts
+        }
+    return {"bandwidth_bytes_per_second": round(bandwidth), "floor_ms": rows}
+
+
+SECTIONS = {
+    **{f"decode-{g}": lambda a, n=n: {**decode(n, a), **floors(a)} for g, n in GROUPS.items()},
+    **{f"prefill-{g}": lambda a, n=n: prefill(n, a) for g, n in GROUPS.items()},
+    **{f"memory-{g}": lambda a, n=n: memory(n, a) for g, n in GROUPS.items()},
+    "linear": linear,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["prepare", "run"])
+    parser.add_argument("--shape", choices=SHAPES, default="100m")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=8, help="decoded in one turn")
+    parser.add_argument("--prefill-tokens", type=int, default=PREFILL)
+    parser.add_argument("--prefill-rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    if arguments.action == "prepare":
+        prepare(arguments.shape, work, list(CONTESTANTS.values()))
+        return
+    result: dict[str, Any] = {}
+    if arguments.out is not None and arguments.out.is_file():
+        result = json.loads(arguments.out.read_text(encoding="utf-8"))
+    sections = result.get("sections", {})
+    for name in arguments.sections:
+        started = time.perf_counter()
+        found = SECTIONS[name](arguments)
+        peers = {p: version_of(p) for p in ("onnxruntime-genai", "llama-cpp-python")}
+        sections[name] = {
+            **found,
+            "threads": arguments.threads,
+            "seconds": round(time.perf_counter() - started, 1),
+            "environment": environment(peers),
+        }
+    result = {
+        "benchmark": "peers",
+        "shape": arguments.shape,
+        "model": SHAPES[arguments.shape],
+        "window_size": WINDOW,
+        "num_sink_tokens": SINKS,
+        "sections": sections,
+    }
+    write_result(arguments.out, result)
+
+
+if __name__ == "__main__":
+    main()
