@@ -31,7 +31,7 @@ from typing import Any
 
 from checkpoints import SHAPES
 from common import environment, version_of, write_result
-from peers_prepare import SINKS, WINDOW, prepare
+from peers_prepare import SINKS, WINDOW, path_of, prepare
 
 from lminf_export.bench.floor import (
     cache_bytes_per_step,
@@ -111,9 +111,12 @@ class Child:
         self.process.wait()
 
 
-def missing(name: str) -> str | None:
-    package = PACKAGES.get(CONTESTANTS[name][0])
-    return None if package is None or find_spec(package) else "not installed"
+def missing(name: str, work: Path) -> str | None:
+    kind, precision = CONTESTANTS[name]
+    package = PACKAGES.get(kind)
+    if package is not None and not find_spec(package):
+        return "not installed"
+    return None if path_of(work, kind, precision).exists() else "not prepared"
 
 
 def longest_of(name: str) -> int:
@@ -123,11 +126,12 @@ def longest_of(name: str) -> int:
 
 def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a token at every context, contestants in turns."""
+    names = [name for name in names if name in arguments.contestants]
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     with ExitStack() as stack:
         children = {}
         for name in names:
-            if reason := missing(name):
+            if reason := missing(name, arguments.work):
                 rows[name] = {str(c): {"refused": reason} for c in arguments.contexts}
                 continue
             child = Child(name, arguments.work, arguments.threads, longest_of(name))
@@ -178,11 +182,12 @@ def summary(rounds: list[list[float]], how: str) -> dict[str, Any]:
 def prefill(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds to read a prompt into a fresh cache, contestants in turns."""
     rows: dict[str, Any] = {}
+    names = [name for name in names if name in arguments.contestants]
     names = [name for name in names if CONTESTANTS[name][0] != "genai-graph"]
     with ExitStack() as stack:
         children = {}
         for name in names:
-            if reason := missing(name):
+            if reason := missing(name, arguments.work):
                 rows[name] = {"refused": reason}
                 continue
             child = Child(name, arguments.work, arguments.threads, READ_LONGEST)
@@ -207,8 +212,8 @@ def prefill(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
 def memory(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Fresh processes, one at a time: load to first token, and memory at two contexts."""
     rows: dict[str, Any] = {}
-    for name in names:
-        if reason := missing(name):
+    for name in (name for name in names if name in arguments.contestants):
+        if reason := missing(name, arguments.work):
             rows[name] = {"refused": reason}
             continue
         row: dict[str, Any] = {}
@@ -249,7 +254,9 @@ def floors(arguments: argparse.Namespace) -> dict[str, Any]:
     """What streaming each of our bundles' bytes once takes, at every context."""
     bandwidth = streaming_bandwidth(arguments.threads)
     rows = {}
-    for precision in ("fp32", "int8", "int4"):
+    for kind, precision in (CONTESTANTS[name] for name in arguments.contestants):
+        if kind != "ours":
+            continue
         bundle = Bundle.open(arguments.work / f"ours-{precision}")
         weights = weight_bytes_per_step(bundle, 1)
         rows[f"ours {precision}"] = {
@@ -273,6 +280,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="100m")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -284,7 +292,7 @@ def main() -> None:
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     if arguments.action == "prepare":
-        prepare(arguments.shape, work, list(CONTESTANTS.values()))
+        prepare(arguments.shape, work, [CONTESTANTS[name] for name in arguments.contestants])
         return
     result: dict[str, Any] = {}
     if arguments.out is not None and arguments.out.is_file():

@@ -40,6 +40,18 @@ def prepare(shape: str, work: Path, names: list[tuple[str, str]]) -> None:
                 _once(work / f"llama-{precision}.gguf", partial(_quantize_gguf, whole))
 
 
+def path_of(work: Path, kind: str, precision: str) -> Path:
+    """Where a contestant's weights are."""
+    names = {
+        "ours": f"ours-{precision}",
+        "transformers": "checkpoint",
+        "genai": f"genai-{precision}",
+        "genai-graph": f"genai-{precision}",
+        "llama.cpp": f"llama-{precision}.gguf",
+    }
+    return work / names[kind]
+
+
 def _once(path: Path, write: Any) -> None:
     """Write a file or folder under another name first, so that half a one is not taken for it."""
     if path.exists():

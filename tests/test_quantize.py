@@ -80,12 +80,12 @@ def test_a_block_is_within_half_a_level_of_its_weights(bits, symmetric, rows, co
     assert np.mean(error <= level * 0.5001) > 0.95
 
 
-@pytest.mark.parametrize(("columns", "bits"), [(38, 4), (37, 8), (64, 4)])
-def test_signed_rows_are_the_same_integers_without_padding(columns, bits):
-    form = BlockFormat(5, columns, bits, 16, symmetric=True)
+@pytest.mark.parametrize("columns", [38, 64])
+def test_signed_rows_are_the_same_integers_without_padding(columns):
+    form = BlockFormat(5, columns, 4, 16, symmetric=True)
     blocks = quantize_rows(torch.randn(5, columns), form)
     rows = as_signed(blocks.packed, form)
-    assert rows.shape == (5, columns * bits // 8)
+    assert rows.shape == (5, columns // 2)
     again = type(blocks)(as_unsigned(rows, form), blocks.scales, None)
     assert np.array_equal(dequantize_rows(again, form), dequantize_rows(blocks, form))
 

@@ -102,22 +102,19 @@ def dequantize_rows(blocks: Blocks, form: BlockFormat) -> NDArray[np.float32]:
 
 
 def as_signed(packed: NDArray[np.uint8], form: BlockFormat) -> NDArray[np.uint8]:
-    """Turn symmetric blocks into rows (R, K · bits / 8) of two's complement, without padding.
+    """Turn symmetric blocks of 4 bits into rows (R, K / 2) of two's complement, without padding.
 
-    That is how ONNX stores tensors of INT4 and INT8: 2^(bits − 1) less, the top bit flipped.
+    That is how ONNX stores tensors of INT4: every integer 8 less, its top bit flipped.
     """
-    flipped = packed ^ np.uint8(0x88 if form.bits == 4 else 0x80)
-    return np.ascontiguousarray(
-        flipped.reshape(len(packed), -1)[:, : form.columns * form.bits // 8]
-    )
+    flipped = (packed ^ np.uint8(0x88)).reshape(len(packed), -1)
+    return np.ascontiguousarray(flipped[:, : form.columns // 2])
 
 
 def as_unsigned(rows: NDArray[np.uint8], form: BlockFormat) -> NDArray[np.uint8]:
     """Undo `as_signed`: (R, M, bytes of a block), padding filled with what stands for zero."""
-    fill = 0x88 if form.bits == 4 else 0x80
     padded = np.zeros((len(rows), form.packed_shape[1] * form.packed_shape[2]), np.uint8)
     padded[:, : rows.shape[1]] = rows
-    return (padded ^ np.uint8(fill)).reshape(len(rows), *form.packed_shape[1:])
+    return (padded ^ np.uint8(0x88)).reshape(len(rows), *form.packed_shape[1:])
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

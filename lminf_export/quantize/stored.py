@@ -40,8 +40,8 @@ class QuantizedWeight:
         tensor: the source, (N, K).
         form: how it is stored.
         dtype: element type of the scales.
-        signed: two's complement without padding, as ONNX's INT4 and INT8, instead of the
-            blocks of MatMulNBits.
+        signed: two's complement without padding, as ONNX's INT4, instead of the blocks of
+            MatMulNBits.
     """
 
     name: str
@@ -56,7 +56,7 @@ class QuantizedWeight:
         form = self.form
         shape: tuple[int, ...] = form.packed_shape
         if self.signed:
-            shape = (form.rows, form.columns * form.bits // 8)
+            shape = (form.rows, form.columns // 2)
         entries = [
             Entry(self.name + QUANTIZED, "U8", shape),
             Entry(self.name + SCALES, TYPE_NAMES[self.dtype], form.scales_shape),

@@ -1,0 +1,76 @@
+"""The benchmark scripts run, at tiny sizes; what they measure is nobody's claim here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_peers_race_in_turns_and_say_who_is_missing(tmp_path):
+    """Peers that are not installed are named in the result, with the reason."""
+    tiny = ("--shape", "tiny", "--work", tmp_path / "work")
+    names = ("transformers fp32", "ours fp32")
+    script("peers.py", "prepare", *tiny, "--contestants", *names)
+    out = tmp_path / "peers.json"
+    settings = ("--contexts", 64, 1_000_000, "--rounds", 2, "--tokens", 3, "--prefill-tokens", 65)
+    for section in ("decode-fp32", "prefill-fp32"):
+        script("peers.py", "run", *tiny, *settings, "--sections", section,
+               "--contestants", *names, "llama.cpp f32", "--out", out)  # fmt: skip
+    sections = json.loads(out.read_text())["sections"]
+    assert set(sections) == {"decode-fp32", "prefill-fp32"}, "sections are added to the file"
+    rows = sections["decode-fp32"]["rows"]
+    for name in names:
+        assert len(rows[name]["64"]["turns_ms"]) == 2
+        assert rows[name]["64"]["ms_per_token"] > 0
+    assert "fit" in rows["transformers fp32"]["1000000"]["refused"]
+    assert rows["ours fp32"]["1000000"]["ms_per_token"] > 0
+    assert rows["llama.cpp f32"]["64"]["refused"] in ("not installed", "not prepared")
+    assert sections["decode-fp32"]["floor_ms"]["ours fp32"]["64"] > 0
+    assert sections["prefill-fp32"]["rows"]["ours fp32"]["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc/self/io on this system")
+def test_large_export_measures_memory_traffic_and_copying(tmp_path):
+    out = tmp_path / "large.json"
+    script("large_export.py", "--shapes", "tiny", "--work", tmp_path, "--out", out)
+    (model,) = json.loads(out.read_text())["models"]
+    assert [row["export"] for row in model["exports"]] == ["float16", "int4"]
+    for row in model["exports"]:
+        assert row["peak_anonymous_over_imports_bytes"] > 0
+        assert row["write_bytes"] >= row["bundle_bytes"] > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["large.json"], "it deletes what it wrote"
+
+
+@pytest.mark.slow
+def test_the_paper_s_experiment_runs_on_a_cpu(tmp_path):
+    output = script(
+        "paper.py", "--work", tmp_path, "--device", "cpu", "--shape", "tiny", "--context", 257,
+        "--window-size", 33, "--decode-tokens", 3,
+    )  # fmt: skip
+    found = json.loads(output.splitlines()[-1])
+    assert set(found["contestants"]) == {"full", "lambda"}
+    assert all(value > 0 for value in found["full_over_lambda"].values())
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results():
+    command = [sys.executable, str(ROOT / "scripts" / "performance_tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
