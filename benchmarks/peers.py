@@ -25,12 +25,13 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from checkpoints import SHAPES
-from common import environment, version_of, write_result
+from common import environment, write_result
 from peers_prepare import SINKS, WINDOW, path_of, prepare
 
 from lminf_export.bench.floor import (
@@ -46,11 +47,13 @@ CONTESTANTS = {
     "onnxruntime-genai fp32, its graph": ("genai-graph", "fp32"),
     "llama.cpp f32": ("llama.cpp", "f32"),
     "ours fp32": ("ours", "fp32"),
+    "ours fp32, no kernel": ("ours-body", "fp32"),
     "onnxruntime-genai int4": ("genai", "int4"),
     "onnxruntime-genai int4, its graph": ("genai-graph", "int4"),
     "llama.cpp q4_0": ("llama.cpp", "q4_0"),
     "ours int8": ("ours", "int8"),
     "ours int4": ("ours", "int4"),
+    "ours int4, no kernel": ("ours-body", "int4"),
 }
 PACKAGES = {
     "transformers": "transformers",
@@ -128,6 +131,7 @@ def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a token at every context, contestants in turns."""
     names = [name for name in names if name in arguments.contestants]
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    attention: dict[str, Any] = {}
     with ExitStack() as stack:
         children = {}
         for name in names:
@@ -136,7 +140,8 @@ def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
                 continue
             child = Child(name, arguments.work, arguments.threads, longest_of(name))
             children[name] = stack.enter_context(child)
-            child.ask("load")
+            loaded = child.ask("load")
+            attention[name] = loaded.get("attention")
         for context in arguments.contexts:
             racing = {}
             for name, child in children.items():
@@ -156,7 +161,12 @@ def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
             for name, rounds in times.items():
                 rows[name][str(context)] = summary(rounds, racing[name])
                 print(f"{context} {name} {rows[name][str(context)]}", file=sys.stderr)
-    return {"rows": rows, "rounds": arguments.rounds, "tokens_a_turn": arguments.tokens}
+    return {
+        "rows": rows,
+        "attention": {name: text for name, text in attention.items() if text},
+        "rounds": arguments.rounds,
+        "tokens_a_turn": arguments.tokens,
+    }
 
 
 def stand(child: Child, context: int) -> dict[str, Any]:
@@ -266,6 +276,16 @@ def floors(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"bandwidth_bytes_per_second": round(bandwidth), "floor_ms": rows}
 
 
+def environment_with_peers() -> dict[str, Any]:
+    found = environment()
+    for name in ("onnxruntime-genai", "llama-cpp-python"):
+        try:
+            found["versions"][name] = version(name)
+        except PackageNotFoundError:
+            found["versions"][name] = "not installed"
+    return found
+
+
 SECTIONS = {
     **{f"decode-{g}": lambda a, n=n: {**decode(n, a), **floors(a)} for g, n in GROUPS.items()},
     **{f"prefill-{g}": lambda a, n=n: prefill(n, a) for g, n in GROUPS.items()},
@@ -301,12 +321,11 @@ def main() -> None:
     for name in arguments.sections:
         started = time.perf_counter()
         found = SECTIONS[name](arguments)
-        peers = {p: version_of(p) for p in ("onnxruntime-genai", "llama-cpp-python")}
         sections[name] = {
             **found,
             "threads": arguments.threads,
             "seconds": round(time.perf_counter() - started, 1),
-            "environment": environment(peers),
+            "environment": environment_with_peers(),
         }
     result = {
         "benchmark": "peers",

@@ -29,7 +29,7 @@ def prepare(shape: str, work: Path, names: list[tuple[str, str]]) -> None:
     checkpoint = work / "checkpoint"
     _once(checkpoint, lambda to: write_checkpoint(to, SHAPES[shape], torch.float32, MAX_POSITIONS))
     for kind, precision in names:
-        if kind == "ours":
+        if kind.startswith("ours"):
             _once(work / f"ours-{precision}", partial(_export, checkpoint, precision))
         elif kind in ("genai", "genai-graph") and find_spec("onnxruntime_genai"):
             _once(work / f"genai-{precision}", partial(_genai, checkpoint, precision))
@@ -44,6 +44,7 @@ def path_of(work: Path, kind: str, precision: str) -> Path:
     """Where a contestant's weights are."""
     names = {
         "ours": f"ours-{precision}",
+        "ours-body": f"ours-{precision}",
         "transformers": "checkpoint",
         "genai": f"genai-{precision}",
         "genai-graph": f"genai-{precision}",

@@ -6,6 +6,7 @@ waits on stdin and is stopped by its parent, so that it takes nothing from who i
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -64,6 +65,11 @@ class Ours:
     def options(self) -> dict[str, Any]:
         return {}
 
+    @property
+    def attention(self) -> str:
+        """What computes Λ-attention."""
+        return getattr(self.model.session, "attention", "the graph's function body")
+
     def prefill(self, tokens: list[int]) -> None:
         self.state = self.model.new_state()
         self.model.forward([tokens], self.state, logits="last")
@@ -77,6 +83,16 @@ class Ours:
 
     def step(self) -> None:
         self.model.forward(self.token, self.state, logits="last")
+
+
+class OursWithoutKernel(Ours):
+    """The same bundle on the graph's own function body."""
+
+    def options(self) -> dict[str, Any]:
+        import lminf_export
+
+        known = inspect.signature(lminf_export.load).parameters
+        return {"kernels": "none"} if "kernels" in known else {}
 
 
 class Transformers:
@@ -278,6 +294,7 @@ class LlamaCpp:
 
 KINDS: dict[str, Any] = {
     "ours": Ours,
+    "ours-body": OursWithoutKernel,
     "transformers": Transformers,
     "genai": Genai,
     "genai-graph": GenaiGraph,
@@ -291,7 +308,9 @@ def answer(contestant: Contestant, order: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     if kind == "load":
         contestant.load()
-    elif kind == "first":
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "attention": getattr(contestant, "attention", None)}
+    if kind == "first":
         contestant.prefill([7])
     elif kind == "prefill":
         contestant.prefill(random_tokens(order["tokens"], contestant.vocab_size))  # type: ignore[attr-defined]
