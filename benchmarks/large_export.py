@@ -46,6 +46,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exports", nargs="+", choices=EXPORTS, default=list(EXPORTS))
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["llama-2-7b", "llama-3-8b"])
     parser.add_argument("--engine", nargs="*", choices=SHAPES, default=[], help="build engines too")
     parser.add_argument("--work", type=Path, help="folder on the disk to measure")
@@ -54,7 +55,7 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes:
         with tempfile.TemporaryDirectory(prefix="lminf-", dir=arguments.work) as work:
-            rows.append(measure_exports(shape, Path(work)))
+            rows.append(measure_exports(shape, Path(work), arguments.exports))
     engines = []
     for shape in arguments.engine:
         with tempfile.TemporaryDirectory(prefix="lminf-", dir=arguments.work) as work:
@@ -63,14 +64,17 @@ def main() -> None:
     write_result(arguments.out, result)
 
 
-def measure_exports(shape: str, work: Path) -> dict[str, Any]:
+def measure_exports(shape: str, work: Path, names: list[str]) -> dict[str, Any]:
+    """Export one shape; a checkpoint WORK/SHAPE that is there already is used and kept."""
     dtype = SOURCE_TYPES.get(shape, torch.float16)
-    source = work / shape
-    parameters = write_checkpoint(source, SHAPES[shape], dtype, 4096)
+    source = work.parent / shape
+    if not (source / "model.safetensors.index.json").is_file():  # written last
+        source = work / shape
+        write_checkpoint(source, SHAPES[shape], dtype, 4096)
     source_bytes = size_of(source)
     imports = run_sampled(f"{IMPORTS}; import time; time.sleep(0.5)")["peak_anonymous_bytes"]
     exports = []
-    for name, settings in EXPORTS.items():
+    for name, settings in ((name, EXPORTS[name]) for name in names):
         before = copy_seconds(source, work / "copy")
         found = measure_export(source, work / "bundle", settings)
         after = copy_seconds(source, work / "copy")
@@ -93,7 +97,7 @@ def measure_exports(shape: str, work: Path) -> dict[str, Any]:
         print(shape, exports[-1], file=sys.stderr)
     return {
         "shape": shape,
-        "parameters": parameters,
+        "parameters": (source_bytes - small_files(source)) // dtype.itemsize,
         "source_dtype": str(dtype).removeprefix("torch."),
         "source_bytes": source_bytes,
         "imports_anonymous_bytes": imports,
@@ -236,6 +240,11 @@ def forget(folder: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def small_files(folder: Path) -> int:
+    """Bytes of everything that holds no weights."""
+    return sum(p.stat().st_size for p in folder.iterdir() if p.suffix != ".safetensors")
 
 
 def size_of(folder: Path) -> int:

@@ -2,7 +2,8 @@
 
 Every contestant is a process of its own (`peers_worker.py`) with the same number of threads; who
 is not being timed is stopped (SIGSTOP). Contestants take turns, a few tokens each, so all feel the
-same machine, and ratios are of turns that follow each other. Two steps:
+same machine, and ratios are of turns that follow each other. Peers come with
+`pip install '.[peers]'` (llama-cpp-python is built from source). Two steps:
 
     python benchmarks/peers.py prepare --shape 100m --work DIR
     python benchmarks/peers.py run --shape 100m --work DIR --sections decode-fp32 decode-int4 \\

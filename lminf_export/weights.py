@@ -425,18 +425,28 @@ def write_pieces(
     return read_header(path), digest
 
 
+def _one_ahead(chunks: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """Yield chunks while the next one is already being read and converted in a thread."""
+    iterator = iter(chunks)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, iterator, None)
+            yield chunk
+
+
 def _write_hashed(
     path: Path,
     start: NDArray[np.uint8],
     chunks: Iterable[NDArray[np.uint8]],
     progress: Callable[[int], None],
 ) -> str:
-    """Write a file and return its SHA-256; hashing runs beside reading and converting."""
+    """Write a file and return its SHA-256; reading ahead, hashing and writing run side by side."""
     digest = hashlib.sha256(start.data)
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
         file.write(start.data)
         hashing = pool.submit(lambda: None)
-        for chunk in chunks:
+        for chunk in _one_ahead(chunks):
             hashing.result()  # one block at a time waits to be hashed
             hashing = pool.submit(digest.update, chunk.data)
             left = chunk.data.cast("B")

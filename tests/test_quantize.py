@@ -157,7 +157,6 @@ def test_rounded_activations_err_as_torch_does_with_them(asked, dtype, model, tm
             "Gather",
             {"model.embed_tokens.weight", "lm_head.weight.quantized"},
         ),
-        ({"lm_head": "full"}, "Gather", {"model.embed_tokens.weight"}),
         ({"form": "qdq"}, "Gather", {"model.embed_tokens.weight", "lm_head.weight.quantized"}),
     ],
 )
@@ -264,11 +263,10 @@ def test_the_api_refuses_unknown_kinds(asked, model, tmp_path):
         export(model, tmp_path / "b", quantize=asked, **SETTINGS)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_named(value, tmp_path):
+def test_a_weight_that_is_no_number_is_named(tmp_path):
     folder = save_llama(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = value
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="up_proj"):
         export(folder, tmp_path / "b", quantize="int4", **SETTINGS)
