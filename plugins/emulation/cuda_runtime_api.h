@@ -10,6 +10,7 @@ enum cudaError_t {
 };
 
 using cudaStream_t = void*;
+using cudaEvent_t = void*;  // named by TensorRT's headers
 
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
 

@@ -1,0 +1,258 @@
+#include "plugin.h"
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <memory>
+
+#include "lambda_attention.h"
+#include "message.h"
+
+namespace lminf::tensorrt {
+namespace {
+
+using nvinfer1::Dims;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginCapabilityType;
+using nvinfer1::PluginTensorDesc;
+
+constexpr int32_t kOk = 0;
+constexpr int32_t kFailed = 1;
+
+using Shapes = std::array<Dims, kNumInputs>;
+
+int32_t report(const std::string& problem) {
+  if (problem.empty()) return kOk;
+  logError(problem);
+  return kFailed;
+}
+
+std::string checkCounts(int32_t nbInputs, int32_t nbOutputs) {
+  if (nbInputs == kNumInputs && nbOutputs == kNumOutputs) return {};
+  return message("version ", kPluginVersion, " has ", +kNumInputs, " inputs and ", +kNumOutputs,
+                 " outputs, the node has ", nbInputs, " and ", nbOutputs,
+                 "; export the model again");
+}
+
+std::string describe(const Attributes& a) {
+  std::ostringstream text;
+  text << "num_sink_tokens=" << a.numSinkTokens << " window_size=" << a.windowSize
+       << " distance_limit=" << a.distanceLimit << " rotary_dim=" << a.rotaryDim
+       << " rotary_interleaved=" << a.rotaryInterleaved << " scale=" << a.scale
+       << " softcap=" << a.softcap;
+  return text.str();
+}
+
+// Dimensions of an expression that are known while the network is built; -1 for the others.
+Dims knownDims(const nvinfer1::DimsExprs& exprs) {
+  Dims dims{};
+  dims.nbDims = exprs.nbDims;
+  for (int32_t axis = 0; axis < exprs.nbDims; ++axis) {
+    const nvinfer1::IDimensionExpr& size = *exprs.d[axis];
+    dims.d[axis] = size.isConstant() ? size.getConstantValue() : -1;
+  }
+  return dims;
+}
+
+Shapes maximalShapes(const DynamicPluginTensorDesc* inputs) {
+  Shapes shapes{};
+  for (std::size_t input = 0; input < shapes.size(); ++input) shapes[input] = inputs[input].max;
+  return shapes;
+}
+
+Shapes shapesOf(const PluginTensorDesc* inputs) {
+  Shapes shapes{};
+  for (std::size_t input = 0; input < shapes.size(); ++input) shapes[input] = inputs[input].dims;
+  return shapes;
+}
+
+const float* floats(const void* address) { return static_cast<const float*>(address); }
+
+const std::int64_t* integers(const void* address) {
+  return static_cast<const std::int64_t*>(address);
+}
+
+// Without sink tokens nobody reads the present sinks, and nothing is written there.
+void setPointers(LambdaAttentionParams& params, void const* const* inputs, void* const* outputs) {
+  params.query = inputs[kQuery];
+  params.key = inputs[kKey];
+  params.value = inputs[kValue];
+  params.pastKey = inputs[kPastKey];
+  params.pastValue = inputs[kPastValue];
+  params.pastSinkKey = inputs[kPastSinkKey];
+  params.pastSinkValue = inputs[kPastSinkValue];
+  params.pastLength = integers(inputs[kPastLength]);
+  params.newLength = integers(inputs[kNewLength]);
+  params.queryPosition = integers(inputs[kQueryPosition]);
+  params.slotPosition = integers(inputs[kSlotPosition]);
+  params.cos = floats(inputs[kCos]);
+  params.sin = floats(inputs[kSin]);
+  params.limitCos = floats(inputs[kLimitCos]);
+  params.limitSin = floats(inputs[kLimitSin]);
+  params.alibiSlopes = floats(inputs[kAlibiSlopes]);
+  params.sinkLogits = floats(inputs[kSinkLogits]);
+  params.output = outputs[kAttended];
+  params.presentKey = outputs[kPresentKey];
+  params.presentValue = outputs[kPresentValue];
+  params.presentSinkKey = params.numSinkTokens > 0 ? outputs[kPresentSinkKey] : nullptr;
+  params.presentSinkValue = params.numSinkTokens > 0 ? outputs[kPresentSinkValue] : nullptr;
+}
+
+}  // namespace
+
+Plugin::Plugin(const Attributes& attributes)
+    : attributes_(attributes), fields_(attributes), metadata_(describe(attributes)) {}
+
+nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
+  switch (type) {
+    case PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuildV2*>(this);
+    case PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+nvinfer1::IPluginV3* Plugin::clone() noexcept {
+  return guarded<nvinfer1::IPluginV3*>("clone", nullptr, [this] {
+    auto copy = std::make_unique<Plugin>(attributes_);
+    copy->step_ = step_;
+    copy->workspaceBytes_ = workspaceBytes_;
+    copy->problem_ = problem_;
+    return copy.release();
+  });
+}
+
+int32_t Plugin::getAliasedInput(int32_t outputIndex) noexcept {
+  if (outputIndex == kPresentKey) return kPastKey;
+  if (outputIndex == kPresentValue) return kPastValue;
+  // Without sink tokens the pasts are constants that all such layers share: nothing to update.
+  if (attributes_.numSinkTokens > 0) {
+    if (outputIndex == kPresentSinkKey) return kPastSinkKey;
+    if (outputIndex == kPresentSinkValue) return kPastSinkValue;
+  }
+  return -1;
+}
+
+int32_t Plugin::getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOutputs,
+                                   nvinfer1::DataType const* inputTypes,
+                                   int32_t nbInputs) const noexcept {
+  return guarded<int32_t>("getOutputDataTypes", kFailed, [&] {
+    const std::string problem = checkCounts(nbInputs, nbOutputs);
+    if (!problem.empty()) return report(problem);
+    for (int32_t input = 0; input < nbInputs; ++input) {
+      if (!isTypeAllowed(input, inputTypes[input], inputTypes[kQuery])) {
+        return report(message(tensorName(input), " has element type ",
+                              static_cast<int32_t>(inputTypes[input]),
+                              " of nvinfer1::DataType, query has ",
+                              static_cast<int32_t>(inputTypes[kQuery])));
+      }
+    }
+    for (int32_t output = 0; output < nbOutputs; ++output) {
+      outputTypes[output] = inputTypes[kQuery];
+    }
+    return kOk;
+  });
+}
+
+int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs,
+                                nvinfer1::DimsExprs const*, int32_t nbShapeInputs,
+                                nvinfer1::DimsExprs* outputs, int32_t nbOutputs,
+                                nvinfer1::IExprBuilder&) noexcept {
+  return guarded<int32_t>("getOutputShapes", kFailed, [&] {
+    std::string problem = checkCounts(nbInputs, nbOutputs);
+    if (problem.empty() && nbShapeInputs != 0) {
+      problem = message("takes no shape tensors, the node has ", nbShapeInputs);
+    }
+    if (!problem.empty()) return report(problem);
+    Shapes known{};
+    for (std::size_t input = 0; input < known.size(); ++input) {
+      known[input] = knownDims(inputs[input]);
+    }
+    // Element types are not known here; any of them has the same rules for shapes.
+    problem = checkOpenShapes(attributes_, known.data(), nvinfer1::DataType::kHALF);
+    if (!problem.empty()) return report(problem);
+    outputs[kAttended] = inputs[kQuery];
+    outputs[kPresentKey] = inputs[kPastKey];
+    outputs[kPresentValue] = inputs[kPastValue];
+    outputs[kPresentSinkKey] = inputs[kPastSinkKey];
+    outputs[kPresentSinkValue] = inputs[kPastSinkValue];
+    if (attributes_.numSinkTokens == 0) {
+      outputs[kPresentSinkKey].d[0] = inputs[kQuery].d[0];
+      outputs[kPresentSinkValue].d[0] = inputs[kQuery].d[0];
+    }
+    return kOk;
+  });
+}
+
+bool Plugin::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut,
+                                       int32_t nbInputs, int32_t nbOutputs) noexcept {
+  if (nbInputs != kNumInputs || nbOutputs != kNumOutputs || pos < 0 ||
+      pos >= nbInputs + nbOutputs) {
+    return false;
+  }
+  const PluginTensorDesc& asked = inOut[pos].desc;
+  return asked.format == nvinfer1::TensorFormat::kLINEAR &&
+         isTypeAllowed(pos, asked.type, inOut[kQuery].desc.type);
+}
+
+int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,
+                                DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept {
+  return guarded<int32_t>("configurePlugin", kFailed, [&] {
+    const std::string problem = checkCounts(nbInputs, nbOutputs);
+    if (!problem.empty()) return report(problem);
+    LambdaAttentionParams largest;
+    const Shapes shapes = maximalShapes(in);
+    return report(readStep(attributes_, shapes.data(), in[kQuery].desc.type, largest));
+  });
+}
+
+size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
+                                DynamicPluginTensorDesc const*, int32_t nbOutputs) const noexcept {
+  return guarded<size_t>("getWorkspaceSize", 0, [&]() -> size_t {
+    std::string problem = checkCounts(nbInputs, nbOutputs);
+    LambdaAttentionParams largest;
+    if (problem.empty()) {
+      const Shapes shapes = maximalShapes(inputs);
+      problem = readStep(attributes_, shapes.data(), inputs[kQuery].desc.type, largest);
+    }
+    return report(problem) == kOk ? workspaceSize(largest) : 0;
+  });
+}
+
+int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*,
+                              int32_t nbOutputs) noexcept {
+  return guarded<int32_t>("onShapeChange", kFailed, [&] {
+    step_ = LambdaAttentionParams{};
+    workspaceBytes_ = 0;
+    problem_ = checkCounts(nbInputs, nbOutputs);
+    if (problem_.empty()) {
+      const Shapes shapes = shapesOf(in);
+      problem_ = readStep(attributes_, shapes.data(), in[kQuery].type, step_);
+    }
+    if (problem_.empty()) workspaceBytes_ = workspaceSize(step_);
+    return report(problem_);
+  });
+}
+
+int32_t Plugin::enqueue(PluginTensorDesc const*, PluginTensorDesc const*,
+                        void const* const* inputs, void* const* outputs, void* workspace,
+                        cudaStream_t stream) noexcept {
+  return guarded<int32_t>("enqueue", kFailed, [&] {
+    if (!problem_.empty()) return report(problem_);
+    if (step_.batchSize == 0) return report(message("enqueue before onShapeChange"));
+    LambdaAttentionParams params = step_;
+    setPointers(params, inputs, outputs);
+    const std::size_t bytes = workspace != nullptr ? workspaceBytes_ : 0;
+    const cudaError_t status = launch(params, workspace, bytes, stream);
+    if (status == cudaSuccess) return kOk;
+    const std::string problem = validate(params);
+    return report(problem.empty() ? message("the kernels failed: ", cudaGetErrorName(status))
+                                  : problem);
+  });
+}
+
+nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+  return clone();
+}
+
+}  // namespace lminf::tensorrt

@@ -1,0 +1,67 @@
+// TensorRT's side of a plugin's life, from the library's exports to the last step.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "case.h"
+#include "doubles.h"
+#include "memory.h"
+
+namespace harness {
+
+// A stage in which the plugin did not do what its contract says.
+class Failure : public std::runtime_error {
+ public:
+  Failure(std::string stage, const std::string& what)
+      : std::runtime_error(what), stage(std::move(stage)) {}
+
+  std::string stage;
+};
+
+void require(bool holds, const std::string& stage, const std::string& what);
+
+// A loaded library and its creator.
+class Library {
+ public:
+  Library(const std::string& path, Logger& logger);
+  ~Library();
+  Library(const Library&) = delete;
+  Library& operator=(const Library&) = delete;
+
+  nvinfer1::IPluginCreatorV3One& creator() const { return *creator_; }
+
+ private:
+  LoggerFinder finder_;
+  void* handle_;
+  nvinfer1::IPluginCreatorV3One* creator_ = nullptr;
+};
+
+// What survives the build: the serialised fields, and for each profile the workspace.
+struct Plan {
+  std::vector<nvinfer1::PluginField> fields;
+  std::vector<std::unique_ptr<std::vector<char>>> data;
+  std::vector<std::unique_ptr<std::string>> names;
+  std::vector<std::size_t> workspaceBytes;
+  std::vector<std::int32_t> aliases;  // for each output its input, or -1
+};
+
+// The build phase: create, shapes, types, formats, configure, workspace, clone, serialise.
+Plan build(const Library& library, const Case& task);
+
+struct RunOptions {
+  bool apart = false;       // past and present in two buffers
+  bool misaligned = false;  // the query begins two bytes late
+  bool graph = false;       // record each step in a CUDA graph and launch that
+};
+
+// The runtime phase: create from the plan, one clone for each profile's context, all steps.
+// Writes FOLDER/STEP.OUTPUT.bin for every step.
+void run(const Library& library, const Case& task, const Plan& plan, Device& device,
+         const RunOptions& options);
+
+}  // namespace harness
