@@ -78,6 +78,12 @@ class Bundle:
         return self.path / engine.file if engine else None
 
     @property
+    def plugin_path(self) -> Path | None:
+        """The library the plan needs, unless the plan carries it."""
+        plugin = self.manifest.engine.plugin if self.manifest.engine else None
+        return self.path / plugin.file if plugin and not plugin.embedded else None
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """`tokenizer.json`, if the model has one."""
         name = "tokenizer.json"
@@ -88,6 +94,11 @@ class Bundle:
         wanted = [("graph", manifest.graph)]
         if manifest.engine:
             wanted.append(("plan", manifest.engine.file))
+            plugin = manifest.engine.plugin
+            if plugin:
+                wanted.append(("plugin", plugin.file))
+        if manifest.engine_recipe:
+            wanted.append(("engine_graph", manifest.engine_recipe.graph))
         for role, name in wanted:
             entry = manifest.files.get(name)
             if entry is None or entry.role != role:
@@ -95,6 +106,19 @@ class Bundle:
                     f"{self.path / MANIFEST_NAME} names {name} as its {role} but does not list "
                     "it among its files; export the model again"
                 )
+        self._check_plugin_hash()
+
+    def _check_plugin_hash(self) -> None:
+        """The plan was built with one plugin; another one of that name will not do."""
+        plugin = self.manifest.engine.plugin if self.manifest.engine else None
+        if plugin is None:
+            return
+        found = self.manifest.files[plugin.file].sha256
+        if found != plugin.sha256:
+            raise BundleError(
+                f"{self.path / MANIFEST_NAME}: the plan needs {plugin.file} of SHA-256 "
+                f"{plugin.sha256[:16]}…, the bundle lists {found[:16]}…; build the plan again"
+            )
 
     def _check_file(
         self, name: str, entry: FileEntry, hashed: bool, progress: Progress | None

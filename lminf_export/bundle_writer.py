@@ -180,7 +180,7 @@ class BundleWriter:
         Returns:
             The sealed manifest; the bundle is at `directory`.
         """
-        missing = sorted({draft.graph, *_plans(draft)} - self._roles.keys())
+        missing = sorted({draft.graph, *_engine_files(draft)} - self._roles.keys())
         assert not missing, f"the manifest names {missing}, which were never added"
         manifest = draft.sealed({name: self._entry(name, progress) for name in self._roles})
         self._assert_nothing_else()
@@ -252,8 +252,13 @@ def check_destination(directory: Path, *, force: bool) -> None:
         )
 
 
-def _plans(manifest: Manifest) -> list[str]:
-    return [manifest.engine.file] if manifest.engine else []
+def _engine_files(manifest: Manifest) -> list[str]:
+    engine, recipe = manifest.engine, manifest.engine_recipe
+    names = [recipe.graph] if recipe else []
+    if engine:
+        names.append(engine.file)
+        names += [engine.plugin.file] if engine.plugin else []
+    return names
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -33,7 +33,8 @@ MANIFEST_NAME = "lminf.json"
 NOT_EXECUTED = "built, not executed here"
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Role = Literal["graph", "weights", "plan", "plugin", "tokenizer", "config", "other"]
+Role = Literal["graph", "weights", "plan", "plugin", "engine_graph", "tokenizer", "config", "other"]
+RingWrites = Literal["linear", "circular"]
 LayerKind = Literal["lambda", "sliding"]
 # Called with a file's name and the bytes just read of it.
 Progress = Callable[[str, int], None]
@@ -140,6 +141,20 @@ class FileEntry(Record):
     role: Role
 
 
+class Plugin(Record):
+    """The library an engine's `LambdaAttention` layers run in.
+
+    Attributes:
+        file: its name in the bundle.
+        sha256: of the library.
+        embedded: the plan carries the library itself; a session loads no file.
+    """
+
+    file: FileName
+    sha256: Sha256
+    embedded: bool = False
+
+
 class Engine(Record):
     """A compiled engine.
 
@@ -150,6 +165,10 @@ class Engine(Record):
         file: the plan's name in the bundle.
         dtype: element type of weights and caches.
         profiles: for each optimisation profile, symbol → (minimum, optimum, maximum).
+        plugin: the library the plan needs, None if it needs none.
+        ring_writes: "linear" if a chunk must not cross a ring's end, "circular" if it may.
+        sinks_in_place: past and present sinks must be one buffer; otherwise they must be two.
+        options: settings of the builder the user chose, in its words.
         executed: whether the plan ran on the machine that built it.
         note: the same in words.
     """
@@ -160,6 +179,10 @@ class Engine(Record):
     file: FileName
     dtype: Dtype
     profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    plugin: Plugin | None = None
+    ring_writes: RingWrites = "linear"
+    sinks_in_place: bool = False
+    options: dict[str, str] = {}
     executed: bool = False
     note: str = NOT_EXECUTED
 
@@ -192,6 +215,28 @@ class Quantization(Record):
         return f"{self.weights} in {kind} blocks of {self.block_size}{head}{rounding}{form}"
 
 
+class EngineRecipe(Record):
+    """How TensorRT builds the plan from files of the bundle, on another machine too.
+
+    Attributes:
+        graph: the ONNX file to build from.
+        file: the name the plan will have in the bundle.
+        profiles: as in `Engine`.
+        needs_plugin: the graph has `LambdaAttention` nodes, which only the plugin takes.
+        embed_plugin: the command puts the plugin into the plan.
+        options: as in `Engine`.
+        command: the `trtexec` line, to be run in the bundle's folder.
+    """
+
+    graph: FileName
+    file: FileName
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    needs_plugin: bool
+    embed_plugin: bool = False
+    options: dict[str, str] = {}
+    command: str
+
+
 class Manifest(Record):
     """Everything `lminf.json` says; `new_manifest` starts one, `BundleWriter.commit` seals it."""
 
@@ -216,6 +261,7 @@ class Manifest(Record):
     tools: dict[str, str] = {}
     notices: tuple[str, ...] = ()
     engine: Engine | None = None
+    engine_recipe: EngineRecipe | None = None
     manifest_sha256: Sha256 | Literal[""] = ""
 
     @model_validator(mode="after")
@@ -323,6 +369,7 @@ def new_manifest(
     notices: Iterable[str] = (),
     engine: Engine | None = None,
     quantization: Quantization | None = None,
+    engine_recipe: EngineRecipe | None = None,
 ) -> Manifest:
     """Start a manifest; the I/O tables follow from the layers, files come at commit.
 
@@ -354,6 +401,7 @@ def new_manifest(
         tools=tools or {},
         notices=tuple(notices),
         engine=engine,
+        engine_recipe=engine_recipe,
     )
 
 

@@ -1,259 +1,41 @@
-"""The TensorRT session, driven by doubles: an engine that is onnxruntime, a GPU that is memory.
+"""The TensorRT session, driven by doubles (tests/tensorrt_doubles.py).
 
-No GPU has run this session yet. The doubles have no method the real bindings lack (checked
-below), and the engine's double reads and writes by address as an engine does, so what is
-tested is which addresses, shapes, profiles and copies the session chooses.
+No GPU has run this session yet.
 """
 
 from __future__ import annotations
 
-import ctypes
-import enum
 import logging
-import math
 from types import SimpleNamespace
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
-from lminf_export import bindings
-from lminf_export.build.common import prepare_for_engine, profiles
-from lminf_export.bundle import Bundle, BundleWriter
 from lminf_export.errors import SessionError
-from lminf_export.manifest import Engine
+from lminf_export.runtime import engine as runtime_engine
 from lminf_export.runtime import gpu as runtime_gpu
 from lminf_export.runtime import tensorrt as runtime
 from lminf_export.runtime.gpu import Gpu, find_gpu
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
-from lminf_export.runtime.tensorrt import Libraries, TensorRTSession
-from tests.test_build_prepare import request_of
-from tests.tiny_bundle import TinyModel
+from lminf_export.runtime.tensorrt import TensorRTSession
+from tests.tensorrt_doubles import (
+    ADA,
+    TINY,
+    Cudart,
+    DataType,
+    ExecutionContextAllocationStrategy,
+    ICudaEngine,
+    IExecutionContext,
+    IPluginRegistry,
+    Setup,
+    Severity,
+    TensorIOMode,
+    bundle_with_plan,
+)
 
-TINY = TinyModel(sliding_window=5)
 LENGTH = 90  # more than four laps of the larger ring
-VERSION = "1.7.1.116"
-ADA = Gpu("a card", (8, 9))
 TOLERANCE = 1e-4  # as in test_runtime: float32 sums of a few dozen terms in another order
-
-
-def bundle_with_plan(folder, tiny=TINY, *, target="sm_80+", version=VERSION, max_batch_size=3):
-    """A bundle whose plan is a few bytes, and the prepared graph its double will run."""
-    plain = tiny.write(folder / "plain")
-    request = request_of(tiny, plain.path, max_batch_size=max_batch_size)
-    prepare_for_engine(plain.graph_path, plain.path / "ready.onnx", request)
-    engine = Engine(
-        builder="tensorrt-rtx",
-        version=version,
-        target=target,
-        file="engine.plan",
-        dtype=tiny.dtype,
-        profiles=profiles(request),
-    )
-    with BundleWriter(folder / "bundle") as writer:
-        for name, role in (("model.onnx", "graph"), ("model.onnx.data", "weights")):
-            writer.add(name, role).write_bytes((plain.path / name).read_bytes())
-        writer.add("engine.plan", "plan").write_bytes(b"a plan")
-        writer.commit(tiny.manifest(engine))
-    return Bundle.open(folder / "bundle"), plain.path / "ready.onnx"
-
-
-class Severity(enum.Enum):
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
-
-
-class TensorIOMode(enum.Enum):
-    INPUT, OUTPUT = range(2)
-
-
-class DataType(enum.Enum):
-    INT64, FLOAT, HALF, BF16 = range(4)
-
-
-class ILogger:
-    Severity = Severity
-
-
-class IExecutionContext:
-    """Runs the prepared graph over whatever stands at the addresses it was told."""
-
-    def __init__(self, engine):
-        self._engine = engine
-        self._shapes, self._addresses = {}, {}
-        self._profile = None
-
-    def set_optimization_profile_async(self, profile_index, stream_handle):
-        assert stream_handle == Cudart.STREAM
-        self._profile = profile_index
-        return profile_index < len(self._engine._profiles)
-
-    def set_input_shape(self, name, shape):
-        self._shapes[name] = tuple(shape)
-        spec = next(s for s in self._engine._inputs if s.name == name)
-        table = self._engine._profiles[self._profile]
-        return all(
-            table[dim][0] <= size <= table[dim][2] if dim in table else True
-            for dim, size in zip(spec.shape, shape, strict=True)
-        )
-
-    def set_tensor_address(self, name, memory):
-        self._addresses[name] = memory
-        return True
-
-    def execute_async_v3(self, stream_handle):
-        engine = self._engine
-        if engine._failures:
-            engine._log(Severity.ERROR, engine._failures.pop())
-            return False
-        for past, present in engine._aliases.items():
-            assert self._addresses[past] == self._addresses[present]
-        for sink in (s.name for s in engine._inputs if s.name.rpartition(".")[2] in SINKS):
-            present = sink.replace("past_key_values", "present")
-            assert self._addresses[sink] != self._addresses[present]
-        engine._runs.append((self._profile, self._shapes[bindings.INPUT_IDS]))
-        feed = {s.name: self._array(s.name, self._shapes[s.name], s.dtype) for s in engine._inputs}
-        # Copies, since outputs may land on inputs.
-        results = engine._session.run(None, {name: x.copy() for name, x in feed.items()})
-        for spec, result in zip(engine._outputs, results, strict=True):
-            self._array(spec.name, result.shape, spec.dtype)[...] = result
-        return True
-
-    def _array(self, name, shape, dtype):
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        assert Cudart.sizes[self._addresses[name]] >= size, f"{name} is too small"
-        raw = (ctypes.c_byte * size).from_address(self._addresses[name])
-        return np.frombuffer(raw, dtype).reshape(shape)
-
-
-SINKS = bindings.SINK_KINDS
-
-
-class ICudaEngine:
-    def __init__(self, manifest, graph, log):
-        self._inputs, self._outputs = manifest.inputs, manifest.outputs
-        self._profiles = manifest.engine.profiles
-        self._rings = {layer.ring_symbol: layer.ring_capacity for layer in manifest.layer_specs}
-        self._aliases = {
-            bindings.past_name(index, kind): bindings.present_name(index, kind)
-            for index in range(len(manifest.layer_specs))
-            for kind in bindings.RING_KINDS
-        }
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        self._session = ort.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"]
-        )
-        self._log, self._failures, self._runs = log, [], []
-
-    @property
-    def num_io_tensors(self):
-        return len(self._inputs) + len(self._outputs)
-
-    def get_tensor_name(self, index):
-        return (*self._inputs, *self._outputs)[index].name
-
-    def get_tensor_mode(self, name):
-        return TensorIOMode.INPUT if self._spec(name) in self._inputs else TensorIOMode.OUTPUT
-
-    def get_tensor_dtype(self, name):
-        kinds = {"int64": DataType.INT64, "float32": DataType.FLOAT, "float16": DataType.HALF}
-        return kinds[self._spec(name).dtype]
-
-    def get_tensor_shape(self, name):
-        shape = self._spec(name).shape
-        return tuple(self._rings.get(d, -1) if isinstance(d, str) else d for d in shape)
-
-    def get_aliased_input_tensor(self, name):
-        return {present: past for past, present in self._aliases.items()}.get(name)
-
-    def create_execution_context(self):
-        return IExecutionContext(self)
-
-    def _spec(self, name):
-        return next(s for s in (*self._inputs, *self._outputs) if s.name == name)
-
-
-class Cudart:
-    """Memory of this machine in the place of a GPU's."""
-
-    STREAM = 77
-    cudaStreamNonBlocking = 1
-    sizes: dict = {}  # noqa: RUF012  # the driver's own table, one for all
-
-    class cudaError_t(enum.Enum):
-        cudaSuccess = 0
-        cudaErrorMemoryAllocation = 2
-
-    class cudaMemcpyKind(enum.Enum):
-        cudaMemcpyHostToDevice = 1
-        cudaMemcpyDeviceToHost = 2
-
-    def __init__(self, capacity=2**30):
-        self._capacity, self._held = capacity, {}
-
-    def cudaStreamCreateWithFlags(self, flags):
-        return self.cudaError_t.cudaSuccess, self.STREAM
-
-    def cudaStreamDestroy(self, stream):
-        return (self.cudaError_t.cudaSuccess,)
-
-    def cudaStreamSynchronize(self, stream):
-        return (self.cudaError_t.cudaSuccess,)
-
-    def cudaMemGetInfo(self):
-        return self.cudaError_t.cudaSuccess, self._capacity, self._capacity
-
-    def cudaMalloc(self, size):
-        if size > self._capacity:
-            return self.cudaError_t.cudaErrorMemoryAllocation, None
-        # Not zeros: a session that relies on fresh memory must be caught.
-        memory = np.full(max(size, 1), 0x7F, np.uint8)
-        self._held[memory.ctypes.data] = memory
-        self.sizes[memory.ctypes.data] = size
-        return self.cudaError_t.cudaSuccess, memory.ctypes.data
-
-    def cudaFree(self, address):
-        del self._held[address], self.sizes[address]
-        return (self.cudaError_t.cudaSuccess,)
-
-    def cudaMemsetAsync(self, address, value, count, stream):
-        assert count <= self.sizes[address]
-        ctypes.memset(address, value, count)
-        return (self.cudaError_t.cudaSuccess,)
-
-    def cudaMemcpyAsync(self, dst, src, count, kind, stream):
-        to_device = kind is self.cudaMemcpyKind.cudaMemcpyHostToDevice
-        assert count <= self.sizes[dst if to_device else src]
-        ctypes.memmove(dst, src, count)
-        return (self.cudaError_t.cudaSuccess,)
-
-
-class Setup:
-    """A session on doubles, and the doubles."""
-
-    def __init__(self, folder, monkeypatch, gpu=ADA, capacity=2**30, tiny=TINY, **changes):
-        monkeypatch.setattr(runtime, "find_gpu", lambda: gpu)
-        self.bundle, graph = bundle_with_plan(folder, tiny, **changes)
-        self.cudart = Cudart(capacity)
-        self.engine = None
-        setup = self
-
-        class Runtime:
-            def __init__(self, logger):
-                self._logger = logger
-
-            def deserialize_cuda_engine(self, serialized_engine):
-                assert bytes(serialized_engine) == b"a plan"
-                setup.engine = ICudaEngine(setup.bundle.manifest, graph, self._logger.log)
-                return setup.engine
-
-        self.trt = SimpleNamespace(
-            __version__=VERSION, ILogger=ILogger, TensorIOMode=TensorIOMode, Runtime=Runtime
-        )
-
-    def open(self):
-        return TensorRTSession(self.bundle, libraries=Libraries(self.trt, self.cudart))
 
 
 @pytest.fixture
@@ -393,7 +175,7 @@ def test_a_failing_cuda_call_is_named(setup):
 
 def test_no_gpu_is_a_clear_error_before_any_library_is_loaded(setup, monkeypatch):
     monkeypatch.setattr(runtime, "find_gpu", lambda: "no NVIDIA driver is installed")
-    monkeypatch.setattr(runtime, "_load_libraries", None)
+    monkeypatch.setattr(runtime, "load_libraries", None)
     with pytest.raises(
         SessionError,
         match=r"needs an NVIDIA GPU; none was found on this machine \(no NVIDIA driver is "
@@ -472,27 +254,29 @@ def test_an_engine_that_copies_a_ring_is_refused(setup, monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch):
     engine = SimpleNamespace(builder="tensorrt-rtx")
-    monkeypatch.setitem(runtime._PACKAGES, "tensorrt-rtx", "no_such_package")
+    monkeypatch.setitem(runtime_engine._PACKAGES, "tensorrt-rtx", "no_such_package")
     with pytest.raises(SessionError, match="pip install tensorrt-rtx"):
-        runtime._load_libraries(engine)
+        runtime_engine.load_libraries(engine)
     with pytest.raises(SessionError, match="builder 'tvm'"):
-        runtime._load_libraries(SimpleNamespace(builder="tvm"))
+        runtime_engine.load_libraries(SimpleNamespace(builder="tvm"))
 
 
 def test_the_doubles_have_nothing_the_real_bindings_lack():
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    for double in (ICudaEngine, IExecutionContext):
+    for double in (ICudaEngine, IExecutionContext, IPluginRegistry):
         names = {name for name in vars(double) if not name.startswith("_")}
         assert names <= set(dir(getattr(trt, double.__name__)))
-    assert hasattr(trt.Runtime, "deserialize_cuda_engine")
+    for name in ("deserialize_cuda_engine", "get_plugin_registry", "engine_host_code_allowed"):
+        assert hasattr(trt.Runtime, name)
     for double, real in (
         (Severity, trt.ILogger.Severity),
         (TensorIOMode, trt.TensorIOMode),
         (DataType, trt.DataType),
+        (ExecutionContextAllocationStrategy, trt.ExecutionContextAllocationStrategy),
     ):
         assert set(double.__members__) <= set(real.__members__)
     # What TensorRT's enumerations call a type is what the session's table calls it.
-    assert set(runtime._DTYPES) <= set(trt.DataType.__members__)
+    assert set(runtime_engine._DTYPES) <= set(trt.DataType.__members__)
     assert trt.DataType.HALF.name == "HALF"
 
 

@@ -99,6 +99,9 @@ class Clock:
     show_default=True,
     help="Where onnxruntime runs.",
 )
+@click.option(
+    "--no-cuda-graphs", is_flag=True, help="Enqueue every step of a plan instead of recording one."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator.")
 @click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
 @click.option("--stats", is_flag=True, help="Print speed and cache size to stderr at the end.")
@@ -120,6 +123,7 @@ def generate_command(
     stop: tuple[str, ...],
     ignore_eos: bool,
     provider: str,
+    no_cuda_graphs: bool,
     threads: int | None,
     verify: bool,
     stats: bool,
@@ -133,7 +137,13 @@ def generate_command(
 
     text = _prompt_text(prompt, prompt_file, stdin)
     started = time.perf_counter()
-    model = load(bundle, provider=provider, threads=threads, verify="full" if verify else "fast")  # type: ignore[arg-type]
+    model = load(
+        bundle,
+        provider=provider,  # type: ignore[arg-type]
+        threads=threads,
+        cuda_graphs=not no_cuda_graphs,
+        verify="full" if verify else "fast",
+    )
     prompt_ids = model.codec.encode(text)
     state = model.new_state()
     token_ids = model.generate(

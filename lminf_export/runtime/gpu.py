@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,52 @@ class Cuda:
         """Wait until the stream is empty."""
         self._call("cudaStreamSynchronize", self._stream)
 
+    def allocate_host(self, nbytes: int) -> np.ndarray:
+        """Return page-locked memory of this machine as bytes; give it back with `free_host`."""
+        (address,) = self._call("cudaHostAlloc", nbytes, self._cudart.cudaHostAllocDefault)
+        memory = (ctypes.c_uint8 * nbytes).from_address(int(address))
+        return np.ctypeslib.as_array(memory)
+
+    def free_host(self, array: np.ndarray) -> None:
+        """Give page-locked memory back."""
+        self._cudart.cudaFreeHost(array.ctypes.data)
+
+    def work_memory(self, nbytes: int) -> WorkMemory:
+        """Return memory that is given back with the object that stands for it."""
+        return WorkMemory(self, max(nbytes, 1))
+
+    def record(self, work: Callable[[], None]) -> Graph:
+        """Record what a function puts on the stream, without doing it.
+
+        Raises:
+            SessionError: the work cannot be recorded; the stream is as before.
+        """
+        # Other threads may use the GPU meanwhile; this one may not.
+        mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self._stream, mode)
+        try:
+            work()
+        except BaseException:
+            # The recording ends in any case; why it failed is known already.
+            _, graph = self._cudart.cudaStreamEndCapture(self._stream)
+            if graph:
+                self._cudart.cudaGraphDestroy(graph)
+            raise
+        (graph,) = self._call("cudaStreamEndCapture", self._stream)
+        try:
+            (executable,) = self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._cudart.cudaGraphDestroy(graph)
+        return Graph(self, executable)
+
+    def launch(self, executable: Any) -> None:
+        """Put a recorded piece of work on the stream."""
+        self._call("cudaGraphLaunch", executable, self._stream)
+
+    def forget(self, executable: Any) -> None:
+        """Give a recorded piece of work back."""
+        self._cudart.cudaGraphExecDestroy(executable)
+
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         status, *values = getattr(self._cudart, name)(*arguments)
         if status != self._cudart.cudaError_t.cudaSuccess:
@@ -133,12 +180,48 @@ class Cuda:
         return tuple(values)
 
 
+class WorkMemory:
+    """Memory on the GPU, given back with this object.
+
+    Attributes:
+        address: where it begins.
+        nbytes: how large it is.
+    """
+
+    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address = cuda.allocate(nbytes)
+        weakref.finalize(self, cuda.free, self.address)
+
+
+class Graph:
+    """Recorded work, to be played as often as wanted; `free` gives it back."""
+
+    def __init__(self, cuda: Cuda, executable: Any) -> None:
+        self._cuda = cuda
+        self._executable = executable
+
+    def launch(self) -> None:
+        """Put the work on the stream it was recorded from."""
+        self._cuda.launch(self._executable)
+
+    def free(self) -> None:
+        """Give it back."""
+        self._cuda.forget(self._executable)
+
+
 class Buffers:
-    """Named memory of one state on the GPU; `free` gives all of it back."""
+    """Named memory of one state, here and on the GPU; `free` gives all of it back.
+
+    Attributes:
+        graphs: recorded work that uses the memory, given back before it.
+    """
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._held: dict[str, tuple[int, int]] = {}
+        self._host: dict[str, np.ndarray] = {}
+        self.graphs: list[Graph] = []
 
     def __getitem__(self, name: str) -> int:
         return self._held[name][0]
@@ -156,7 +239,21 @@ class Buffers:
             self._cuda.zero(address, nbytes)
         return address
 
+    def reserve_host(self, name: str, nbytes: int) -> np.ndarray:
+        """Return at least this many page-locked bytes; old content may be lost."""
+        array = self._host.get(name)
+        if array is None or array.nbytes < nbytes:
+            if array is not None:
+                del self._host[name]
+                self._cuda.free_host(array)
+            array = self._host[name] = self._cuda.allocate_host(nbytes)
+        return array
+
     def free(self) -> None:
         """Give everything back."""
+        while self.graphs:
+            self.graphs.pop().free()
+        while self._host:
+            self._cuda.free_host(self._host.popitem()[1])
         while self._held:
             self._cuda.free(self._held.popitem()[1][0])

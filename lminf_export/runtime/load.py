@@ -17,6 +17,7 @@ def load(
     *,
     provider: Provider = "cpu",
     threads: int | None = None,
+    cuda_graphs: bool = True,
     verify: Verify = "fast",
 ) -> LanguageModel:
     """Load a bundle.
@@ -26,6 +27,7 @@ def load(
             anything else means its graph, run by onnxruntime.
         provider: "cpu" or "cuda", for onnxruntime.
         threads: threads of one operator in onnxruntime; its own choice by default.
+        cuda_graphs: for a plan with the plugin: play single tokens from a CUDA graph.
         verify: "fast" hashes what decides what runs and checks the sizes of the weights;
             "full" hashes every file.
 
@@ -38,7 +40,7 @@ def load(
     if bundle.plan_path is not None and _is_same_file(path, bundle.plan_path):
         from lminf_export.runtime.tensorrt import TensorRTSession
 
-        session = TensorRTSession(bundle)
+        session = TensorRTSession(bundle, cuda_graphs=cuda_graphs)
         return LanguageModel(bundle, session)
     if Path(path).suffix == ".plan":
         raise SessionError(f"{path} is not the plan of this bundle; it has {bundle.plan_path}")

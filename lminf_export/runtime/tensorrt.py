@@ -3,21 +3,14 @@
 Not yet executed on a GPU. Its use of both libraries is tested against their real Python
 surfaces and with recording doubles; the numbers it yields are not checked here.
 
-Rings are updated in place: past and present are one address, as the engine's cache updates
-require. Sinks go from one buffer to another and change places after each step, since nothing
-promises that the engine reads a sink before it writes it.
+With the plugin all caches are updated in place and single tokens are played from a CUDA graph.
+Without it rings are updated in place, and sinks go from one buffer to another and change places
+after each step, since nothing promises that the engine reads a sink before it writes it.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-import mmap
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,64 +18,72 @@ import numpy as np
 from lminf_export import bindings
 from lminf_export.bundle import Bundle
 from lminf_export.errors import SessionError
-from lminf_export.manifest import Engine, Manifest, Tensor, describe, human_bytes
-from lminf_export.runtime.cache import State, ring_capacities
-from lminf_export.runtime.gpu import Buffers, Cuda, Gpu, find_gpu
+from lminf_export.runtime.cache import State
+from lminf_export.runtime.engine import (
+    INSTEAD,
+    Libraries,
+    check_aliases,
+    check_table,
+    check_target,
+    check_version,
+    deserialize,
+    load_libraries,
+    load_plugin,
+    message_log,
+    reason,
+)
+from lminf_export.runtime.gpu import Cuda, find_gpu
+from lminf_export.runtime.tensorrt_state import Decoder, TensorRTState
 
 logger = logging.getLogger(__name__)
-
-# builder → Python package of its runtime.
-_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_DTYPES = {"INT64": "int64", "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-_INSTEAD = "run the bundle's model.onnx with onnxruntime instead"
-
-
-@dataclass(frozen=True)
-class Libraries:
-    """What a session runs on; tests bring doubles.
-
-    Attributes:
-        trt: `tensorrt` or `tensorrt_rtx`.
-        cudart: `cuda.bindings.runtime`.
-    """
-
-    trt: Any
-    cudart: Any
 
 
 class TensorRTSession:
     """One engine, many states; see `lminf_export.runtime.session.Session`.
 
     Args:
-        bundle: opened and checked; its plan matches the manifest's SHA-256. A plan is
-            executable code: nothing else is ever deserialised.
+        bundle: opened and checked; plan and plugin match the manifest's SHA-256. Both are
+            executable code: nothing else is ever loaded.
+        cuda_graphs: play single tokens from a CUDA graph. Only engines with the plugin are
+            recorded; there is no falling back: an engine that cannot be recorded is an error.
         libraries: what to run on; by default what the manifest's builder needs.
 
     Raises:
         SessionError: no plan, no GPU, another GPU or another version than the plan is for, a
-            missing Python package, or an engine whose tensors are not those of the manifest.
+            missing Python package, a plugin TensorRT does not take, or an engine whose tensors
+            are not those of the manifest.
     """
 
-    def __init__(self, bundle: Bundle, *, libraries: Libraries | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, cuda_graphs: bool = True, libraries: Libraries | None = None
+    ) -> None:
         self.manifest = bundle.manifest
         path, engine = bundle.plan_path, bundle.manifest.engine
         if path is None or engine is None:
-            raise SessionError(f"{bundle.path} holds no plan; {_INSTEAD}")
+            raise SessionError(f"{bundle.path} holds no plan; {INSTEAD}")
         # Asked of the driver first: TensorRT itself crashes where there is none.
         gpu = find_gpu()
         if isinstance(gpu, str):
             raise SessionError(
-                f"this plan needs an NVIDIA GPU; none was found on this machine ({gpu}); {_INSTEAD}"
+                f"this plan needs an NVIDIA GPU; none was found on this machine ({gpu}); {INSTEAD}"
             )
-        _check_target(engine, gpu)
-        libraries = libraries or _load_libraries(engine)
-        _check_version(engine, libraries.trt)
+        check_target(engine, gpu)
+        libraries = libraries or load_libraries(engine)
+        check_version(engine, libraries.trt)
+        self._trt = libraries.trt
         self._cuda = Cuda(libraries.cudart)
         self._messages = message_log(libraries.trt, logger)
         self._runtime = libraries.trt.Runtime(self._messages)
-        self._engine = _deserialize(self._runtime, path, self._messages)
-        _check_table(libraries.trt, self._engine, self.manifest, path)
-        _check_aliases(self._engine, self.manifest, path)
+        self._take_plugin(bundle)
+        self._engine = deserialize(self._runtime, path, self._messages)
+        check_table(libraries.trt, self._engine, self.manifest, path)
+        if engine.plugin is None:
+            check_aliases(self._engine, self.manifest, path)
+        self._circular = engine.ring_writes == "circular"
+        self._has_decoders = cuda_graphs and engine.plugin is not None
+        self._work = None
+        if self._has_decoders:
+            self._work = self._cuda.work_memory(self._engine.device_memory_size_v2)
         # One context for each profile: changing a context's profile would cost a synchronisation.
         self._contexts = [self._context(index) for index in range(len(engine.profiles))]
         self._cuda.synchronize()
@@ -107,13 +108,16 @@ class TensorRTSession:
         return isinstance(state, TensorRTState) and state.cuda is self._cuda
 
     def step_limit(self, state: State) -> int:
-        """Return the largest S that crosses no ring's end in any row."""
+        """Return the largest S; where the engine writes linearly, none may cross a ring's end."""
+        chunk_size = self.manifest.lambda_config.chunk_size
+        if self._circular:
+            return chunk_size
         room = (
             capacity - int(past) % capacity
             for capacity in state.capacities
             for past in state.past_length
         )
-        return min(self.manifest.lambda_config.chunk_size, *room)
+        return min(chunk_size, *room)
 
     def step(
         self,
@@ -129,239 +133,91 @@ class TensorRTSession:
         if not wanted:
             # An engine's profile starts at one row.
             logits_index = np.zeros((state.batch_size, 1), np.int64)
-        state.load(input_ids, new_length, logits_index)
-        # The first profile is for single tokens, the last takes everything.
-        single = input_ids.shape[1] == 1 and logits_index.shape[1] == 1
-        context = self._contexts[0 if single else -1]
-        self._bind(context, state)
+        single = state.load(input_ids, new_length, logits_index)
         self._messages.errors.clear()
+        if single and self._has_decoders:
+            self._decode(state)
+        else:
+            # The first profile is for single tokens, the last takes everything.
+            context = self._contexts[0 if single else -1]
+            self._bind(context, state, single)
+            self._enqueue(context, state, single)
+        return state.finish(single)[:, :wanted]
+
+    def _decode(self, state: TensorRTState) -> None:
+        """Run single tokens: the first as it is, the second recorded, then played."""
+        decoder = state.decoder
+        if decoder is None:
+            decoder = state.decoder = Decoder(self._context(0))
+            self._bind(decoder.context, state, True)
+        if not decoder.has_run:
+            # An engine settles its shapes in the first step, which a record must not hold.
+            self._enqueue(decoder.context, state, True)
+            decoder.has_run = True
+            return
+        if decoder.graph is None:
+            decoder.graph = self._record(decoder, state)
+        decoder.graph.launch()
+
+    def _record(self, decoder: Decoder, state: TensorRTState) -> Any:
+        try:
+            graph = self._cuda.record(lambda: self._enqueue(decoder.context, state, True))
+        except SessionError as error:
+            raise SessionError(
+                f"the engine's step cannot be recorded in a CUDA graph: {error}; load the bundle "
+                "with cuda_graphs=False (--no-cuda-graphs)"
+            ) from error
+        state.keep_graph(graph)
+        return graph
+
+    def _enqueue(self, context: Any, state: TensorRTState, single: bool) -> None:
+        """Put one step on the stream: small inputs in, the engine, logits out."""
+        state.send(single)
         if not context.execute_async_v3(self._cuda.stream):
             raise SessionError(
-                f"the step at token {state.furthest} failed: {_reason(self._messages.errors)}"
+                f"the step at token {state.furthest} failed: {reason(self._messages.errors)}"
             )
-        return state.finish()[:, :wanted]
+        state.receive(single)
+
+    def _take_plugin(self, bundle: Bundle) -> None:
+        plugin = self.manifest.engine.plugin if self.manifest.engine else None
+        if plugin is None:
+            return
+        if plugin.embedded:
+            # The plan's hash stands for what it carries.
+            self._runtime.engine_host_code_allowed = True
+            return
+        assert bundle.plugin_path is not None
+        registry = self._runtime.get_plugin_registry()
+        self._plugin = load_plugin(registry, bundle.plugin_path, self._messages.errors)
 
     def _context(self, profile: int) -> Any:
-        context = self._engine.create_execution_context()
+        """Return a context of a profile.
+
+        Where every state has one of its own, all work in one memory, one after the other.
+        """
+        if self._work is None:
+            context = self._engine.create_execution_context()
+        else:
+            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self._engine.create_execution_context(strategy)
         if context is None:
             raise SessionError(
-                "the engine's working memory cannot be allocated: "
-                f"{_reason(self._messages.errors)}; {_INSTEAD}"
+                f"the engine cannot be made ready to run: {reason(self._messages.errors)}; "
+                f"{INSTEAD}"
             )
+        if self._work is not None:
+            context.set_device_memory(self._work.address, self._work.nbytes)
         if not context.set_optimization_profile_async(profile, self._cuda.stream):
             raise SessionError(f"the engine has no profile {profile}; build it again")
         return context
 
-    def _bind(self, context: Any, state: TensorRTState) -> None:
-        for name, (address, shape) in state.inputs().items():
+    def _bind(self, context: Any, state: TensorRTState, single: bool) -> None:
+        for name, (address, shape) in state.inputs(single).items():
             if not context.set_input_shape(name, shape):
                 raise SessionError(
-                    f"the engine refuses {name} of shape {shape}: {_reason(self._messages.errors)}"
+                    f"the engine refuses {name} of shape {shape}: {reason(self._messages.errors)}"
                 )
             context.set_tensor_address(name, address)
-        for name, address in state.outputs().items():
+        for name, address in state.outputs(single).items():
             context.set_tensor_address(name, address)
-
-
-class TensorRTState(State):
-    """Caches in the GPU's memory, full-sized from the start; freed with this object."""
-
-    def __init__(self, cuda: Cuda, manifest: Manifest, batch_size: int) -> None:
-        full = ring_capacities(manifest.layer_specs)
-        super().__init__(
-            manifest.layer_specs, batch_size, manifest.item_size, {size: size for size in full}
-        )
-        self.cuda = cuda
-        self._vocab_size = manifest.vocab_size
-        self._require_memory()
-        self._buffers = Buffers(cuda)
-        weakref.finalize(self, self._buffers.free)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._past: dict[str, int] = {}
-        self._present: dict[str, int] = {}
-        for past, present in zip(
-            bindings.cache_specs(self.layers, manifest.dtype, present=False),
-            bindings.cache_specs(self.layers, manifest.dtype, present=True),
-            strict=True,
-        ):
-            self._add_cache(past, present.name)
-        self._small: dict[str, np.ndarray] = {}
-        self._logits = np.zeros((0,), np.float32)
-
-    def load(self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray) -> None:
-        """Send what changes at every step to the GPU.
-
-        The arrays are kept until the step ends, since copies may still read them.
-        """
-        self._small = {
-            bindings.INPUT_IDS: np.ascontiguousarray(input_ids, np.int64),
-            bindings.PAST_LENGTH: self.past_length,
-            bindings.NEW_LENGTH: np.ascontiguousarray(new_length, np.int64),
-            bindings.LOGITS_INDEX: np.ascontiguousarray(logits_index, np.int64),
-        }
-        for name, array in self._small.items():
-            self.cuda.send(self._buffers.reserve(name, array.nbytes), array)
-        self._logits = np.empty((*logits_index.shape, self._vocab_size), np.float32)
-        self._buffers.reserve(bindings.LOGITS, self._logits.nbytes)
-
-    def inputs(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Return the address and shape of every input of the step loaded last."""
-        small = {name: (self._buffers[name], array.shape) for name, array in self._small.items()}
-        caches = {name: (address, self._shapes[name]) for name, address in self._past.items()}
-        return {**small, **caches}
-
-    def outputs(self) -> dict[str, int]:
-        """Return the address of every output."""
-        return {bindings.LOGITS: self._buffers[bindings.LOGITS], **self._present}
-
-    def finish(self) -> np.ndarray:
-        """Wait for the step, let the sinks change places, and return the logits (B, K, V)."""
-        self.cuda.receive(self._logits, self._buffers[bindings.LOGITS])
-        self.cuda.synchronize()
-        for past, present in zip(self._past, self._present, strict=True):
-            self._past[past], self._present[present] = self._present[present], self._past[past]
-        return self._logits
-
-    def _add_cache(self, past: bindings.TensorSpec, present: str) -> None:
-        sizes = {layer.ring_symbol: layer.ring_capacity for layer in self.layers}
-        sizes[bindings.BATCH] = self.batch_size
-        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in past.shape)
-        nbytes = prod(shape) * self.item_size
-        self._shapes[past.name] = shape
-        self._past[past.name] = self._buffers.reserve(past.name, nbytes, zeroed=True)
-        self._present[present] = self._past[past.name]
-        if past.name.rpartition(".")[2] in bindings.SINK_KINDS:
-            self._present[present] = self._buffers.reserve(present, nbytes, zeroed=True)
-
-    def _require_memory(self) -> None:
-        free, total = self.cuda.memory()
-        if self.max_nbytes > free:
-            raise SessionError(
-                f"the caches of {self.batch_size} streams take {human_bytes(self.max_nbytes)}, "
-                f"this GPU has {human_bytes(free)} free of {human_bytes(total)}; use a smaller "
-                "batch or export with a smaller --window-size"
-            )
-
-
-def message_log(trt: Any, target: logging.Logger) -> Any:
-    """Return an ILogger that passes a library's messages on and remembers its errors.
-
-    Errors reach the user as an exception, so in the log they are only information.
-
-    Args:
-        trt: `tensorrt` or `tensorrt_rtx`.
-        target: where the messages go.
-    """
-    severity = trt.ILogger.Severity
-    errors = (severity.ERROR, severity.INTERNAL_ERROR)
-    levels = dict.fromkeys((*errors, severity.WARNING), logging.INFO)
-    levels[severity.INFO] = logging.DEBUG
-
-    class Messages(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, level: Any, message: str) -> None:
-            if level in errors:
-                self.errors.append(message)
-            if level in levels:
-                target.log(levels[level], "%s: %s", level.name.lower(), message.strip())
-
-    return Messages()
-
-
-def _load_libraries(engine: Engine) -> Libraries:
-    package = _PACKAGES.get(engine.builder)
-    if package is None:
-        raise SessionError(
-            f"this plan is of builder {engine.builder!r}; this lminf-export knows "
-            f"{', '.join(_PACKAGES)}"
-        )
-    return Libraries(_import(package, engine.builder), _import("cuda.bindings.runtime", "cuda"))
-
-
-def _import(module: str, what: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        # A missing shared library is an OSError or an ImportError, by release.
-        package = {"cuda": "cuda-python"}.get(what, what)
-        raise SessionError(
-            f"this plan needs the Python package {package}, which does not load ({error}); "
-            f"pip install {package}, or {_INSTEAD}"
-        ) from error
-
-
-def _check_target(engine: Engine, gpu: Gpu) -> None:
-    """Compare the plan's target, such as "sm_89", "sm_80+" or "sm_75,sm_86", with the GPU."""
-    own = gpu.compute_capability
-    for target in engine.target.split(","):
-        number = target.removeprefix("sm_").removesuffix("+")
-        if not number.isdigit():
-            continue
-        wanted = divmod(int(number), 10)
-        if own == wanted or (target.endswith("+") and own >= wanted):
-            return
-    raise SessionError(
-        f"this plan is for {engine.target}, this machine's GPU ({gpu.name}) is {gpu.target}; "
-        f"build it for this GPU, or {_INSTEAD}"
-    )
-
-
-def _check_version(engine: Engine, trt: Any) -> None:
-    if trt.__version__ != engine.version:
-        raise SessionError(
-            f"this plan was built by {engine.builder} {engine.version}, installed is "
-            f"{trt.__version__}; plans do not move between versions: install that version or "
-            "build the plan again"
-        )
-
-
-def _deserialize(runtime: Any, path: Path, messages: Any) -> Any:
-    # Mapped, so that the plan is not in memory twice.
-    with (
-        open(path, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
-    ):
-        engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise SessionError(f"{path} cannot be loaded: {_reason(messages.errors)}; {_INSTEAD}")
-    return engine
-
-
-def _check_table(trt: Any, engine: Any, manifest: Manifest, path: Path) -> None:
-    """Compare the engine's tensors with the manifest, rings at their full size."""
-    rings = {layer.ring_symbol: layer.ring_capacity for layer in manifest.layer_specs}
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    modes = (
-        (trt.TensorIOMode.INPUT, manifest.inputs),
-        (trt.TensorIOMode.OUTPUT, manifest.outputs),
-    )
-    for mode, expected in modes:
-        found = [name for name in names if engine.get_tensor_mode(name) == mode]
-        if sorted(found) != sorted(row.name for row in expected):
-            raise SessionError(f"{path} has other tensors than the manifest; build it again")
-        for row in expected:
-            shape = tuple(engine.get_tensor_shape(row.name))
-            dtype = engine.get_tensor_dtype(row.name).name
-            wanted = tuple(rings.get(dim, -1) if isinstance(dim, str) else dim for dim in row.shape)
-            if (shape, _DTYPES.get(dtype)) != (wanted, row.dtype):
-                other = Tensor(name=row.name, dtype=_DTYPES.get(dtype, dtype), shape=shape)
-                raise SessionError(
-                    f"{path} has {describe(other)}, the manifest says {describe(row)}; "
-                    "build it again"
-                )
-
-
-def _check_aliases(engine: Any, manifest: Manifest, path: Path) -> None:
-    """Every ring must be updated in place: one address serves past and present."""
-    for index in range(len(manifest.layer_specs)):
-        for kind in bindings.RING_KINDS:
-            past, present = bindings.past_name(index, kind), bindings.present_name(index, kind)
-            if engine.get_aliased_input_tensor(present) != past:
-                raise SessionError(f"{path} does not update {past} in place; build it again")
-
-
-def _reason(errors: Sequence[str]) -> str:
-    return errors[0].strip().splitlines()[0] if errors and errors[0].strip() else "no reason given"
