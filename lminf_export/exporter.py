@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +15,22 @@ import psutil
 
 from lminf_export import weights
 from lminf_export.bindings import LayerSpec
+from lminf_export.build import (
+    ELSEWHERE,
+    ENGINE_GRAPH_NAME,
+    PLUGIN_FILE,
+    EngineOptions,
+    EngineRequest,
+    build_engine,
+    check_options,
+    find_plugin,
+    has_recipe,
+    head_dim_problem,
+    require_machine,
+    select_builder,
+    uses_plugin,
+    write_recipe,
+)
 from lminf_export.bundle import Bundle
 from lminf_export.bundle_writer import BundleWriter, OutTarget, check_destination, parse_out
 from lminf_export.checkpoint import Checkpoint, open_checkpoint
@@ -25,11 +41,12 @@ from lminf_export.config import (
     LambdaConfig,
     as_integer,
 )
-from lminf_export.errors import ConfigError, ModelError
+from lminf_export.errors import ConfigError, EngineError, ModelError
 from lminf_export.graph import WrittenWeights, write_graph
 from lminf_export.manifest import (
     Dtype,
     Engine,
+    EngineRecipe,
     Manifest,
     Quantization,
     human_bytes,
@@ -46,6 +63,7 @@ from lminf_export.tracing import trace
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_ENGINE_NAME = "engine.plan"
 DTYPES: tuple[str, ...] = get_args(Dtype)
 WEIGHTS = ("copy", "link")
 LINK_NOTICE = (
@@ -75,6 +93,7 @@ class ExportOptions:
     weights: str = "copy"
     builder: str | None = None
     max_batch_size: int = 1
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
     revision: str | None = None
     cache_dir: str | Path | None = None
     trust_remote_code: bool = False
@@ -96,7 +115,8 @@ class ExportJob:
         dtype: element type of weights and caches.
         quantize: how weights are quantised, None for not at all.
         target: where the bundle goes.
-        builder: the engine's builder, or None for no engine.
+        builder: the engine's builder, "none" for a build elsewhere, or None for no engine.
+        plugin: library of the plugin the engine is made with, if there is one.
         checkpoint: the source's tensors, decoded, an adapter merged.
         notices: what the user should know.
     """
@@ -110,6 +130,7 @@ class ExportJob:
     quantize: QuantizeConfig | None
     target: OutTarget
     builder: str | None
+    plugin: Path | None
     checkpoint: Checkpoint
     notices: tuple[str, ...]
 
@@ -125,7 +146,12 @@ class ExportJob:
         width = weights.item_size(self.dtype)
         return weight_bytes(shapes, width, self.source.config.vocab_size, self.quantize)
 
-    def manifest(self, engine: Engine | None = None, notices: Iterable[str] = ()) -> Manifest:
+    def manifest(
+        self,
+        engine: Engine | None = None,
+        recipe: EngineRecipe | None = None,
+        notices: Iterable[str] = (),
+    ) -> Manifest:
         """Return the bundle's manifest, before its files are known."""
         config = self.source.config
         return new_manifest(
@@ -149,6 +175,7 @@ class ExportJob:
             tools={name: _version(name) for name in TOOLS},
             notices=(*self.notices, *notices),
             engine=engine,
+            engine_recipe=recipe,
         )
 
 
@@ -167,6 +194,7 @@ def export(
     weights: str = "copy",
     builder: str | None = None,
     max_batch_size: int = 1,
+    engine_options: EngineOptions | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -196,8 +224,10 @@ def export(
             a `QuantizeConfig` says it in detail. By default they are not quantised.
         weights: "copy" writes them into the bundle; "link" puts hard links to the model's own
             files there, which must be of the same type and on the same disk.
-        builder: "tensorrt" or "tensorrt-rtx"; needed only where both are installed.
+        builder: "tensorrt" or "tensorrt-rtx", needed only where both are installed; "none"
+            writes what TensorRT needs to build the engine on another machine.
         max_batch_size: largest batch of the engine (the ONNX graph takes any).
+        engine_options: what else is asked of TensorRT's builder.
         revision: branch, tag or commit of a hub model.
         cache_dir: where files of the hub are kept.
         trust_remote_code: run Python a model repository brings; off by default.
@@ -227,6 +257,7 @@ def export(
         weights=weights,
         builder=builder,
         max_batch_size=max_batch_size,
+        engine_options=engine_options or EngineOptions(),
         revision=revision,
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
@@ -243,18 +274,13 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     Raises:
         LminfError: as `export`.
     """
-    target = parse_out(options.out)
+    target = _target(options)
     check_destination(target.directory, force=options.force)
-    builder = _builder(options.builder) if target.engine_name else None
+    builder, plugin = _builder(options, target)
     dtype = _dtype(options.dtype, target)
     quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
     _check_weights(options.weights, quantize)
     as_integer("max_batch_size", options.max_batch_size, 1)
-    if options.builder is not None and target.engine_name is None:
-        raise ConfigError(
-            f"builder={options.builder!r}: no engine is asked for; name one, such as "
-            f"--out {target.directory / 'engine.plan'}"
-        )
     progress("reading the model", None)
     source = open_source(
         options.model,
@@ -274,6 +300,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         rope_regime=options.rope_regime,
     )
     plan = family.plan(source.config, settings)
+    notices += _plugin_notices(builder, options, plan)
     checkpoint = open_checkpoint(
         source,
         options.lora,
@@ -294,6 +321,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         quantize=quantize,
         target=target,
         builder=builder,
+        plugin=plugin,
         checkpoint=checkpoint,
         notices=tuple(notices),
     )
@@ -334,20 +362,55 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             if digest is not None:
                 writer.set_digest(name, digest)
         _copy_companions(job.source, writer, with_index=job.links_weights)
-        engine = _build(job, writer, graph, progress)
+        engine, recipe = _build(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
-        draft = job.manifest(engine, _weight_notices(written))
+        draft = job.manifest(engine, recipe, _weight_notices(written))
         manifest = writer.commit(draft.model_copy(update={"linked_files": linked}))
     for notice in manifest.notices:
         logger.warning(notice)
     return Bundle.open(job.target.directory)
 
 
-def _builder(asked: str | None) -> str:
-    from lminf_export.build import select_builder
+def _target(options: ExportOptions) -> OutTarget:
+    """Return where the bundle goes; for a build elsewhere a plan needs no name of the user's."""
+    target = parse_out(options.out)
+    if options.builder == ELSEWHERE and target.engine_name is None:
+        return replace(target, engine_name=DEFAULT_ENGINE_NAME)
+    return target
 
-    return select_builder(asked)
+
+def _builder(options: ExportOptions, target: OutTarget) -> tuple[str | None, Path | None]:
+    """Return the engine's builder and the library of its plugin, both None if not needed."""
+    asked = options.engine_options
+    if target.engine_name is None:
+        useless = ["builder"] if options.builder is not None else list(asked.asked_for)
+        if useless:
+            raise ConfigError(
+                f"{useless[0]}: no engine is asked for; name one, such as "
+                f"--out {target.directory / 'engine.plan'}"
+            )
+        return None, None
+    builder = select_builder(options.builder)
+    check_options(builder, asked)
+    require_machine(builder)
+    if not uses_plugin(builder, asked):
+        return builder, None
+    return builder, find_plugin(asked, required=builder != ELSEWHERE)
+
+
+def _plugin_notices(
+    builder: str | None, options: ExportOptions, plan: AttentionPlan
+) -> Iterable[str]:
+    """Refuse layers the plugin cannot run; where nothing is built here, say so."""
+    if builder is None or not uses_plugin(builder, options.engine_options):
+        return
+    problem = head_dim_problem(plan.layers)
+    if problem is None:
+        return
+    if builder != ELSEWHERE:
+        raise EngineError(problem)
+    yield f"TensorRT will refuse this graph: {problem}"
 
 
 def default_window(asked: int | None, training_length: int | None) -> tuple[int, list[str]]:
@@ -441,21 +504,41 @@ def _copy_companions(source: Source, writer: BundleWriter, *, with_index: bool) 
     writer.add("config.json", "config").write_text(plain_config(source), encoding="utf-8")
 
 
-def _build(job: ExportJob, writer: BundleWriter, graph: Path, progress: Progress) -> Engine | None:
+def _build(
+    job: ExportJob, writer: BundleWriter, graph: Path, progress: Progress
+) -> tuple[Engine | None, EngineRecipe | None]:
+    """Build the engine, or write what builds it elsewhere."""
     if job.builder is None or job.target.engine_name is None:
-        return None
-    from lminf_export.build import EngineRequest, build_engine
-
-    plan = writer.add(job.target.engine_name, "plan")
+        return None, None
     request = EngineRequest(
         onnx_path=graph,
-        plan_path=plan,
+        # Announced to the writer only if it is built here.
+        plan_path=graph.with_name(job.target.engine_name),
         dtype=job.dtype,
         layers=job.plan.layers,
         chunk_size=job.settings.chunk_size,
         max_batch_size=job.options.max_batch_size,
+        with_plugin=uses_plugin(job.builder, job.options.engine_options),
+        plugin_path=_copy_plugin(job, writer),
+        options=job.options.engine_options,
     )
-    return build_engine(job.builder, request, progress)
+    recipe = None
+    if has_recipe(job.builder):
+        request = replace(request, onnx_path=writer.add(ENGINE_GRAPH_NAME, "engine_graph"))
+        recipe = write_recipe(graph, request)
+    if job.builder == ELSEWHERE:
+        return None, recipe
+    writer.add(job.target.engine_name, "plan")
+    return build_engine(job.builder, request, progress), recipe
+
+
+def _copy_plugin(job: ExportJob, writer: BundleWriter) -> Path | None:
+    """Put the plugin's library into the bundle: what the plan is built with is what it loads."""
+    if job.plugin is None:
+        return None
+    path = writer.add(PLUGIN_FILE, "plugin")
+    shutil.copyfile(job.plugin, path)
+    return path
 
 
 def _eos_ids(source: Source) -> list[int]:

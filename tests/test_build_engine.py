@@ -126,8 +126,9 @@ def test_every_ring_is_updated_in_place(tmp_path, trt, parse):
 
 
 def test_a_ring_that_would_be_copied_is_an_error(trt):
+    updates = {"past_key_values.0.key": "present.0.key"}
     request = SimpleNamespace(
-        layers=TINY.layers, dtype="float16", ring_updates={"past_key_values.0.key": "present.0.key"}
+        layers=TINY.layers, dtype="float16", with_plugin=False, updated_in_place=updates
     )
     types = {"int64": trt.DataType.INT64, "float16": trt.DataType.HALF}
     inputs = [
@@ -135,7 +136,7 @@ def test_a_ring_that_would_be_copied_is_an_error(trt):
         for spec in bindings.input_specs(TINY.layers, "float16")
     ]
     network = SimpleNamespace(num_inputs=len(inputs), get_input=inputs.__getitem__, num_layers=0)
-    with pytest.raises(EngineError, match=r"1 of 1 rings .* past_key_values\.0\.key"):
+    with pytest.raises(EngineError, match=r"1 of 1 caches .* past_key_values\.0\.key"):
         compiler.check_network(trt, network, request)
 
 
@@ -333,7 +334,7 @@ def test_the_builder_that_is_installed_or_named_is_chosen(monkeypatch, installed
         ({"tensorrt", "tensorrt_rtx"}, None, "say which with --builder"),
         ({"tensorrt_rtx"}, "tensorrt", "'tensorrt' is not installed"),
         (set(), RTX, r"pip install 'lminf-export\[rtx\]'"),
-        ({"tensorrt_rtx"}, "tvm", "must be one of tensorrt, tensorrt-rtx"),
+        ({"tensorrt_rtx"}, "tvm", "must be one of tensorrt, tensorrt-rtx, none"),
     ],
 )
 def test_a_choice_that_cannot_be_made_says_what_to_do(monkeypatch, installed, asked, words):
@@ -355,7 +356,10 @@ def test_installed_builders_are_found_without_importing_them():
 
 def test_both_builder_modules_have_one_shape():
     for module in (tensorrt, tensorrt_rtx):
-        for name in ("NAME", "PACKAGE", "INSTALL", "build", "require_machine", "target"):
+        for name in (
+            *("NAME", "PACKAGE", "INSTALL", "TAKES_PLUGIN"),
+            *("build", "require_machine", "target"),
+        ):
             assert hasattr(module, name)
 
 
@@ -367,8 +371,9 @@ def test_tensorrt_proper_asks_for_a_gpu_before_anything_else(tmp_path, monkeypat
 
 def test_a_release_without_cache_updates_is_refused():
     old = SimpleNamespace(__name__="tensorrt", __version__="10.3.0")
+    request = SimpleNamespace(with_plugin=False)
     with pytest.raises(EngineError, match=r"tensorrt 10\.3\.0 has no cache updates"):
-        compiler._require_features(old)
+        compiler._require_features(old, request)
 
 
 def test_float32_products_are_not_rounded_to_tf32(trt):

@@ -24,6 +24,7 @@ from typing import IO, Any
 import lminf_export
 from lminf_export.bindings import LayerSpec
 from lminf_export.build.common import LOGGER_NAME, EngineFacts, EngineRequest
+from lminf_export.build.options import EngineOptions
 from lminf_export.errors import EngineError
 from lminf_export.progress import Progress, silent
 
@@ -44,7 +45,8 @@ class Task:
     Attributes:
         builder: "tensorrt" or "tensorrt-rtx".
         request: what to build.
-        prepared_path: scratch file for the prepared graph, beside the weights.
+        prepared_path: scratch file for the prepared graph, beside the weights; "tensorrt" needs
+            none, since the request's own graph is prepared.
         partial_path: scratch file for the plan, beside its destination.
         log_level: the least level the parent listens to.
     """
@@ -73,6 +75,9 @@ class Task:
                 layers=tuple(LayerSpec(**layer) for layer in request["layers"]),
                 chunk_size=request["chunk_size"],
                 max_batch_size=request["max_batch_size"],
+                with_plugin=request["with_plugin"],
+                plugin_path=Path(request["plugin_path"]) if request["plugin_path"] else None,
+                options=EngineOptions(**request["options"]),
             ),
             prepared_path=Path(raw["prepared_path"]),
             partial_path=Path(raw["partial_path"]),
@@ -122,7 +127,7 @@ def build_in_child(
     return EngineFacts(
         builder=builder,
         dtype=request.dtype,
-        cache_updates=len(request.ring_updates),
+        cache_updates=len(request.updated_in_place),
         seconds=time.monotonic() - begun,
         bytes=size,
         **facts,

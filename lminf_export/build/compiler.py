@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lminf_export import bindings
-from lminf_export.build.common import LOGGER_NAME, EngineRequest, Profile, profiles
+from lminf_export.build import settings
+from lminf_export.build.common import LOGGER_NAME, EngineRequest, Profile, input_ranges, profiles
+from lminf_export.build.plugin_graph import NUM_INPUTS, cache_updates
 from lminf_export.errors import EngineError
 from lminf_export.progress import Progress
-from lminf_export.runtime.tensorrt import message_log
+from lminf_export.runtime.engine import PLUGIN_VOICE, load_plugin, message_log
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -36,7 +38,7 @@ def compile_plan(
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         request: what to build.
-        prepared: the graph of `prepare_for_engine`.
+        prepared: the graph of `prepare_for_engine`, or of `prepare_for_plugin`.
         plan: the file to write.
         progress: told which phase runs.
 
@@ -46,9 +48,12 @@ def compile_plan(
     Raises:
         EngineError: naming what the parser or the builder refused.
     """
-    _require_features(trt)
+    _require_features(trt, request)
     messages = message_log(trt, logger)
     builder = trt.Builder(messages)
+    if request.with_plugin:
+        assert request.plugin_path is not None, "nothing is built without the library"
+        load_plugin(builder.get_plugin_registry(), request.plugin_path, messages.errors)
     network = builder.create_network(_creation_flags(trt))
     progress("parsing the graph", None)
     # The parser maps the weights into memory, and the network points there: keep it.
@@ -58,21 +63,27 @@ def compile_plan(
     check_network(trt, network, request)
     config = builder.create_builder_config()
     _stay_in_full_precision(trt, config)
+    settings.apply(trt, config, request)
+    timing_cache = settings.open_timing_cache(config, request.options, messages.errors)
     for ranges in profiles(request):
         config.add_optimization_profile(_profile(builder, request, ranges))
     monitor = _progress_monitor(trt, progress)
     config.progress_monitor = monitor
     progress("building the engine", None)
     _write_plan(trt, builder, network, config, plan, messages.errors)
+    settings.save_timing_cache(timing_cache, request.options)
     return config
 
 
-def _require_features(trt: Any) -> None:
-    """Refuse releases that cannot update a cache in place from a graph (before 10.15)."""
-    if not hasattr(trt, "IKVCacheUpdateLayer"):
+def _require_features(trt: Any, request: EngineRequest) -> None:
+    """Refuse releases that cannot update a cache in place: a plugin's, or one from a graph."""
+    if request.with_plugin:
+        settings.require_aliases(trt)
+    elif not hasattr(trt, "IKVCacheUpdateLayer"):
         raise EngineError(
             f"{trt.__name__} {trt.__version__} has no cache updates in place; "
-            "TensorRT 10.15 or TensorRT for RTX 1.3 is the least that has"
+            "TensorRT 10.15 or TensorRT for RTX 1.3 is the least that has; "
+            "the plugin needs none of them"
         )
 
 
@@ -105,14 +116,18 @@ def parser_message(parser: Any, errors: Iterable[str] = ()) -> str:
     where = " / ".join(name for name in place if name) or f"number {error.node()}"
     more = f" (and {count - 1} more)" if count > 1 else ""
     operator = f" ({error.node_operator()})" if error.node_operator() else ""
-    return f"the parser refuses node {where}{operator}: {_reason([error.desc()])}{more}"
+    # A plugin that refuses has told the log why; the parser only knows that it did.
+    reasons = [*(text for text in errors if text.startswith(PLUGIN_VOICE)), error.desc()]
+    return f"the parser refuses node {where}{operator}: {_reason(reasons)}{more}"
 
 
 def check_network(trt: Any, network: Any, request: EngineRequest) -> None:
-    """Check that the parsed network has the contract's borders and updates every ring in place.
+    """Check that the parsed network has the contract's borders and updates its caches in place.
+
+    With a plugin every layer must have become one layer of the plugin, sinks included.
 
     Raises:
-        EngineError: naming the first tensor that differs, or the rings that would be copied.
+        EngineError: naming the first tensor that differs, or the caches that would be copied.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     wanted = bindings.input_specs(request.layers, request.dtype)
@@ -121,32 +136,47 @@ def check_network(trt: Any, network: Any, request: EngineRequest) -> None:
     for tensor, spec in zip(inputs, wanted, strict=True):
         if tensor.dtype != trt.DataType.__members__[_DTYPES[spec.dtype]]:
             raise EngineError(f"the parsed network has {tensor.name} as {tensor.dtype}")
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    updates = {
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    updates = _plugin_updates if request.with_plugin else _kernel_updates
+    missing = request.updated_in_place.items() - updates(trt, layers, request).items()
+    if missing:
+        raise EngineError(
+            f"{len(missing)} of {len(request.updated_in_place)} caches would not be updated in "
+            f"place, {min(missing)[0]} among them"
+        )
+
+
+def _kernel_updates(trt: Any, layers: list[Any], request: EngineRequest) -> dict[str, str]:
+    """Past name → present name of TensorRT's own cache updates."""
+    return {
         layer.get_input(0).name: layer.get_output(0).name
         for layer in layers
         if layer.type == trt.LayerType.KV_CACHE_UPDATE
     }
-    missing = request.ring_updates.items() - updates.items()
-    if missing:
+
+
+def _plugin_updates(trt: Any, layers: list[Any], request: EngineRequest) -> dict[str, str]:
+    """Past name → present name of the plugin's caches; there must be a plugin for every layer."""
+    plugins = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+    ours = [layer for layer in plugins if layer.num_inputs == NUM_INPUTS]
+    if len(ours) != len(request.layers):
         raise EngineError(
-            f"{len(missing)} of {len(request.ring_updates)} rings would not be updated in place, "
-            f"{min(missing)[0]} among them"
+            f"the parsed network has {len(ours)} layers of the LambdaAttention plugin, the model "
+            f"has {len(request.layers)}"
         )
+    found: dict[str, str] = {}
+    for layer in ours:
+        inputs = [layer.get_input(index).name for index in range(layer.num_inputs)]
+        outputs = [layer.get_output(index).name for index in range(layer.num_outputs)]
+        found |= cache_updates(inputs, outputs)
+    return found
 
 
 def _profile(builder: Any, request: EngineRequest, ranges: Profile) -> Any:
-    """Give every input its smallest, usual and largest shape."""
+    """Give every input of open shape its smallest, usual and largest one."""
     profile = builder.create_optimization_profile()
-    rings = {layer.ring_symbol: layer.ring_capacity for layer in request.layers}
-    fixed = {symbol: (size, size, size) for symbol, size in rings.items()}
-    table = {**ranges, **fixed}
-    for spec in bindings.input_specs(request.layers, request.dtype):
-        shapes = [
-            tuple(table[dim][which] if isinstance(dim, str) else dim for dim in spec.shape)
-            for which in range(3)
-        ]
-        profile.set_shape(spec.name, *shapes)
+    for name, shapes in input_ranges(request, ranges).items():
+        profile.set_shape(name, *shapes)
     return profile
 
 

@@ -1,8 +1,8 @@
-"""TensorRT proper: the same build through the same code, on the machine with the GPU.
+"""TensorRT proper: built on the machine with the GPU, with the plugin's fused kernels.
 
-Not verified: no machine with TensorRT proper and a GPU has run this module yet. It shares all
-its code with `tensorrt_rtx`, which is verified; what differs is checked before anything is
-built. The engine comes from the operator's function body; the plugin arrives with the kernels.
+Not verified: no machine with TensorRT proper and a GPU has run this module yet. Its calls are
+checked against the real bindings of 10.16 and 11.4; what differs between releases is looked up
+by name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lminf_export.runtime.gpu import find_gpu
 NAME = "tensorrt"
 PACKAGE = "tensorrt"
 INSTALL = "pip install 'lminf-export[tensorrt]' (from NVIDIA's package index)"
+TAKES_PLUGIN = True
 
 
 def build(request: EngineRequest, progress: Progress = silent) -> EngineFacts:
@@ -40,7 +41,8 @@ def require_machine() -> None:
     if isinstance(gpu, str):
         raise EngineError(
             f"TensorRT builds on the GPU the plan is for, and none is usable here ({gpu}); "
-            "build there, or use --builder tensorrt-rtx, which needs none"
+            "build there with what --builder none writes, or use --builder tensorrt-rtx, which "
+            "needs none"
         )
 
 

@@ -15,6 +15,7 @@ from lminf_export.progress import Progress, silent
 NAME = "tensorrt-rtx"
 PACKAGE = "tensorrt_rtx"
 INSTALL = "pip install 'lminf-export[rtx]'"
+TAKES_PLUGIN = False
 
 # With no target named, a plan serves compute capability 8.0 and later (NVIDIA's "CPU-only AOT"
 # page); Turing would need a plan of its own.

@@ -74,11 +74,12 @@ def _build(task: Task, replies: _Replies) -> dict[str, Any]:
         raise EngineError(
             f"the Python package {builder.PACKAGE} does not load: {error}; {builder.INSTALL}"
         ) from error
-    replies.progress("preparing the graph", None)
-    prepare_for_engine(task.request.onnx_path, task.prepared_path, task.request)
-    config = compile_plan(
-        trt, task.request, task.prepared_path, task.partial_path, replies.progress
-    )
+    graph = task.request.onnx_path
+    if not builder.TAKES_PLUGIN:
+        replies.progress("preparing the graph", None)
+        graph = task.prepared_path
+        prepare_for_engine(task.request.onnx_path, graph, task.request)
+    config = compile_plan(trt, task.request, graph, task.partial_path, replies.progress)
     return {
         "version": trt.__version__,
         "target": builder.target(trt, config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lminf_export.cli.common import (
     run_command,
     verbosity_options,
 )
+from lminf_export.cli.engine_options import engine_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.quantize_options import quantize_options
 from lminf_export.config import (
@@ -26,6 +28,7 @@ from lminf_export.config import (
 if TYPE_CHECKING:
     from lminf_export.bundle import Bundle
     from lminf_export.exporter import ExportJob
+    from lminf_export.manifest import EngineRecipe
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -109,8 +112,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @click.option(
     "--builder",
-    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
-    help="What builds the engine; needed only where both are installed.",
+    type=click.Choice(["tensorrt", "tensorrt-rtx", "none"]),
+    help="What builds the engine, needed only where both are installed; none writes what TensorRT "
+    "needs to build it on another machine, and the command.",
 )
 @click.option(
     "--max-batch-size",
@@ -149,6 +153,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @verbosity_options
 @handle_errors
+@engine_options
 def export_command(dry_run: bool, **options: Any) -> None:
     """Export a language model so that it decodes for ever.
 
@@ -183,7 +188,7 @@ def _print_plan(job: ExportJob) -> None:
         *([("adapter", draft.source.adapter)] if draft.source.adapter else []),
         ("bundle", str(job.target.directory)),
         ("graph", job.target.graph_name),
-        ("engine", f"{job.target.engine_name} by {job.builder}" if job.builder else "none"),
+        ("engine", _engine_plan(job)),
         ("element type", draft.dtype),
         ("quantised", draft.quantization.in_words if draft.quantization else "no"),
         ("weights", ("about " if job.quantize else "") + human_bytes(job.weight_bytes)),
@@ -198,6 +203,14 @@ def _print_plan(job: ExportJob) -> None:
     click.echo("dry run: nothing was written")
 
 
+def _engine_plan(job: ExportJob) -> str:
+    if job.builder is None:
+        return "none"
+    if job.builder == "none":
+        return f"{job.target.engine_name}, to be built elsewhere"
+    return f"{job.target.engine_name} by {job.builder}" + (" with its plugin" if job.plugin else "")
+
+
 def _print_result(bundle: Bundle) -> None:
     from lminf_export.manifest import human_bytes
 
@@ -210,11 +223,27 @@ def _print_result(bundle: Bundle) -> None:
         f"{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, for ever"
     )
     for name, entry in manifest.files.items():
-        if entry.role in ("graph", "weights", "plan"):
+        if entry.role in ("graph", "weights", "plan", "plugin", "engine_graph"):
             click.echo(f"  {name:20} {human_bytes(entry.bytes):>10}")
     if manifest.engine is not None:
         engine = manifest.engine
         click.echo(f"engine: {engine.builder} {engine.version} for {engine.target}, {engine.note}")
+    if manifest.engine_recipe is not None:
+        _print_recipe(bundle, manifest.engine_recipe)
+
+
+def _print_recipe(bundle: Bundle, recipe: EngineRecipe) -> None:
+    """Say how TensorRT's own command builds the plan, and what to do with it then."""
+    from lminf_export.build import PLUGIN_FILE
+
+    built = bundle.manifest.engine is not None
+    click.echo("the same engine, built by hand in this folder:" if built else "build the engine:")
+    click.echo(f"cd {shlex.quote(str(_shown(bundle.path)))} && {recipe.command}")
+    if built:
+        return
+    if recipe.needs_plugin and not bundle.manifest.files_of("plugin"):
+        click.echo(f"with {PLUGIN_FILE} in that folder (docs/engines.md says how to build it)")
+    click.echo(f"then register it there: lminf add-plan . {recipe.file} --target sm_XX")
 
 
 def _shown(path: Path) -> Path:

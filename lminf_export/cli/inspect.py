@@ -10,7 +10,7 @@ import click
 
 from lminf_export.bundle import Bundle
 from lminf_export.cli.common import handle_errors, verbosity_options
-from lminf_export.manifest import Layer, Manifest, human_bytes
+from lminf_export.manifest import Layer, Manifest, Plugin, human_bytes
 
 # What the unmodified model's cache is compared at.
 _LENGTHS = {"32k": 32 * 1024, "1M": 1_000_000}
@@ -108,7 +108,8 @@ def _cache_facts(manifest: Manifest) -> list[tuple[str, str]]:
 def _engine_facts(manifest: Manifest) -> list[tuple[str, str]]:
     engine = manifest.engine
     if engine is None:
-        return [("engine", "none")]
+        recipe = manifest.engine_recipe
+        return [("engine", f"none; {recipe.file} can be built elsewhere" if recipe else "none")]
     profiles = "; ".join(
         ", ".join(f"{name} {low}…{high}" for name, (low, _, high) in profile.items())
         for profile in engine.profiles
@@ -117,4 +118,11 @@ def _engine_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("engine", f"{engine.file}, {engine.dtype}, {engine.note}"),
         ("engine builder", f"{engine.builder} {engine.version}, for {engine.target}"),
         ("engine profiles", profiles),
+        ("engine plugin", _plugin(engine.plugin)),
     ]
+
+
+def _plugin(plugin: Plugin | None) -> str:
+    if plugin is None:
+        return "none, standard operators"
+    return f"{plugin.file}, {'in the plan' if plugin.embedded else 'beside the plan'}"

@@ -28,6 +28,10 @@ _COMMANDS = {
         "lminf_export.cli.inspect:inspect_command",
         "Show what is inside a bundle and what its cache costs.",
     ),
+    "add-plan": (
+        "lminf_export.cli.add_plan:add_plan_command",
+        "Register an engine that was built on another machine.",
+    ),
 }
 
 
