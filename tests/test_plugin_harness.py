@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from scripts.gpu.plugin_harness import Feed, Harness, streams
+from tests.kernel_build import shared_folder
 from tests.plugin_build import emulated_plugin, needs_compiler, needs_headers
 
 pytestmark = [needs_headers, needs_compiler]
@@ -22,10 +23,8 @@ SHORT = replace(_FULL, case=_FULL.case.with_(rotary_dim=20), chunks=((1, 1, 1), 
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, worker_id):
-    # All workers of a run share their parent folder.
-    base = tmp_path_factory.getbasetemp()
-    return emulated_plugin((base if worker_id == "master" else base.parent) / "emulated")
+def built(tmp_path_factory):
+    return emulated_plugin(shared_folder(tmp_path_factory))
 
 
 @pytest.fixture

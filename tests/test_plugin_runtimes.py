@@ -10,6 +10,7 @@ import pytest
 
 from lminf_export.build.plugin import default_places
 from lminf_export.build.plugin_graph import prepare_for_plugin
+from tests.kernel_build import shared_folder
 from tests.plugin_build import emulated_plugin, needs_compiler, needs_headers
 from tests.tensorrt_here import lean_folders, run_python
 from tests.test_build_prepare import request_of
@@ -52,9 +53,8 @@ CAPABILITIES = [["PLUGIN_V3ONE_CORE", 1], ["PLUGIN_V3ONE_BUILD", 2], ["PLUGIN_V3
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory, worker_id):
-    base = tmp_path_factory.getbasetemp()
-    return emulated_plugin((base if worker_id == "master" else base.parent) / "emulated").plugin
+def emulated(tmp_path_factory):
+    return emulated_plugin(shared_folder(tmp_path_factory)).plugin
 
 
 def check_load(lean, plugin):
