@@ -139,9 +139,7 @@ bool attend(const Params& p, const Kernels& kernels, const Parallel& parallel) {
   std::vector<Item> items = plan(p);
   if (items.empty()) return true;
   size_t partial = 0;
-  int64_t mostSteps = 0;
   forEachQueries(items, [&](size_t first, size_t count) {
-    mostSteps = std::max(mostSteps, items[first].numSteps);
     if (count > 1) partial += count * kernels.partialFloats(p, items[first].numSteps);
   });
   float* memory = partial == 0 ? nullptr : partialArena.take(partial);
@@ -152,10 +150,10 @@ bool attend(const Params& p, const Kernels& kernels, const Parallel& parallel) {
       memory += kernels.partialFloats(p, items[i].numSteps);
     }
   });
-  const size_t scratch = kernels.scratchFloats(p, mostSteps);
+
   std::vector<char> done(items.size(), 0);
   forEach(parallel, items.size(), [&](size_t i) {
-    float* own = scratchArena.take(scratch);
+    float* own = scratchArena.take(kernels.scratchFloats(p, items[i].numSteps));
     if (own == nullptr) return;
     kernels.attend(p, items[i], own);
     done[i] = 1;
