@@ -42,6 +42,7 @@ from lminf_export.quantize.dequantize import (
     with_tied_names,
 )
 from lminf_export.reference_model import bundle_plan, load_torch_model, reference_source
+from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider
@@ -129,6 +130,7 @@ def validate(
     token_ids: Sequence[int] | None = None,
     seed: int = 0,
     provider: Provider = "cpu",
+    kernels: str | Path = AUTO,
     progress: Progress = silent,
 ) -> ValidationReport:
     """Run a bundle token by token and in uneven chunks, and compare every logit.
@@ -143,6 +145,7 @@ def validate(
         token_ids: the stream itself, a text's tokens; random tokens by default.
         seed: of the random tokens.
         provider: onnxruntime's provider, "cpu" or "cuda".
+        kernels: what computes attention in onnxruntime: see `load`.
         progress: told what is going on.
 
     Raises:
@@ -152,7 +155,7 @@ def validate(
     """
     progress("checking files", None)
     opened = Bundle.open(bundle, verify="full")
-    language_model = load(opened.path, provider=provider)
+    language_model = load(opened.path, provider=provider, kernels=kernels)
     tokens = _stream(opened, num_tokens, token_ids, seed)
     family = find_family(opened.manifest.model_type)
     original = open_source(model if model is not None else opened.path)

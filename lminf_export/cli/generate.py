@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import click
 
-from lminf_export.cli.common import handle_errors, read_text, verbosity_options
+from lminf_export.cli.common import KERNELS_HELP, handle_errors, read_text, verbosity_options
 from lminf_export.errors import InputError
 from lminf_export.manifest import human_bytes
 
@@ -99,6 +99,7 @@ class Clock:
     show_default=True,
     help="Where onnxruntime runs.",
 )
+@click.option("--kernels", default="auto", metavar="auto|none|PATH", help=KERNELS_HELP)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator.")
 @click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
 @click.option("--stats", is_flag=True, help="Print speed and cache size to stderr at the end.")
@@ -120,6 +121,7 @@ def generate_command(
     stop: tuple[str, ...],
     ignore_eos: bool,
     provider: str,
+    kernels: str,
     threads: int | None,
     verify: bool,
     stats: bool,
@@ -133,7 +135,13 @@ def generate_command(
 
     text = _prompt_text(prompt, prompt_file, stdin)
     started = time.perf_counter()
-    model = load(bundle, provider=provider, threads=threads, verify="full" if verify else "fast")  # type: ignore[arg-type]
+    model = load(
+        bundle,
+        provider=provider,  # type: ignore[arg-type]
+        threads=threads,
+        kernels=kernels,
+        verify="full" if verify else "fast",
+    )
     prompt_ids = model.codec.encode(text)
     state = model.new_state()
     token_ids = model.generate(

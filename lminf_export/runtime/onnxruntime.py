@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from lminf_export.config import as_integer
 from lminf_export.errors import SessionError
 from lminf_export.manifest import Manifest, Tensor, describe
 from lminf_export.runtime.cache import State, grown_capacity, ring_capacities
+from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
+
+logger = logging.getLogger(__name__)
 
 Provider = Literal["cpu", "cuda"]
 
@@ -47,6 +51,7 @@ class OnnxRuntimeSession:
         bundle: opened and checked.
         provider: "cpu" or "cuda".
         threads: threads of one operator; None leaves the choice to onnxruntime.
+        kernels: "auto", "none" or a library's path: see `find_kernels`.
         profile: beginning of the name of a file for onnxruntime's profile; None for no profile.
 
     Raises:
@@ -60,12 +65,16 @@ class OnnxRuntimeSession:
         *,
         provider: Provider = "cpu",
         threads: int | None = None,
+        kernels: str | Path = AUTO,
         profile: Path | None = None,
     ) -> None:
         self.manifest = bundle.manifest
         self.provider = provider
         _check_provider(provider, self.manifest)
-        self._session = _open_session(bundle.graph_path, provider, threads, profile)
+        self.kernels = find_kernels(kernels, provider)
+        logger.info("attention: %s", self.attention)
+        options = _session_options(threads, self.kernels, profile)
+        self._session = _open_session(bundle.graph_path, provider, options)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
                 f"onnxruntime could not start its {provider} provider (its libraries or the "
@@ -81,6 +90,11 @@ class OnnxRuntimeSession:
     def caches_in_main_memory(self) -> bool:
         """Whether states take this machine's main memory."""
         return self.provider == "cpu"
+
+    @property
+    def attention(self) -> str:
+        """What computes the attention, for people."""
+        return self.kernels.description if self.kernels else "the graph's function body"
 
     def end_profiling(self) -> Path:
         """Return the profile's file, of everything run so far."""
@@ -337,9 +351,9 @@ def _check_provider(provider: str, manifest: Manifest) -> None:
         )
 
 
-def _open_session(
-    path: Path, provider: str, threads: int | None, profile: Path | None
-) -> ort.InferenceSession:
+def _session_options(
+    threads: int | None, kernels: KernelLibrary | None, profile: Path | None
+) -> ort.SessionOptions:
     options = ort.SessionOptions()
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -348,6 +362,13 @@ def _open_session(
         options.intra_op_num_threads = as_integer("threads", threads, 1, SessionError)
     # What goes wrong arrives as an exception; the log would only repeat it on stderr.
     options.log_severity_level = _LOG_FATAL
+    if kernels is not None:
+        with _as_session_error(f"onnxruntime does not take the kernels of {kernels.path}"):
+            options.register_custom_ops_library(str(kernels.path))
+    return options
+
+
+def _open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
     with _as_session_error(f"onnxruntime cannot load {path}"):
         return ort.InferenceSession(str(path), options, providers=[_PROVIDER_NAMES[provider]])
 

@@ -42,7 +42,12 @@ LMINF_ORT_EXPORT abi::Status* LMINF_ORT_CALL RegisterCustomOps(abi::SessionOptio
   return abi::call<abi::kAddCustomOpDomain>(api, options, domain);
 }
 
-// The operator's version this library implements, and the instructions it runs on here.
+// The operator's version this library implements, the providers it has kernels for (separated by
+// blanks), and the instructions its CPU kernel runs on here.
 LMINF_ORT_EXPORT int lminfOperatorVersion() { return 1; }
-LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::bestKernels().name; }
+LMINF_ORT_EXPORT const char* lminfProviders() { return "cpu"; }
+LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::activeKernels().name; }
+
+// For tests and measurements: runs on this set from now on; 0 where this processor cannot.
+LMINF_ORT_EXPORT int lminfUseInstructionSet(const char* name) { return cpu::useKernels(name); }
 }
