@@ -31,6 +31,7 @@ KERNELS = Extension(
             "register.cc",
             "lambda_attention_op.cc",
             "cpu_kernel.cc",
+            "huge_pages.cc",
             "cpu/attention.cc",
             "cpu/block_portable.cc",
             "cpu/block_avx2.cc",

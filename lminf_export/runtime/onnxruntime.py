@@ -21,6 +21,7 @@ from lminf_export.errors import SessionError
 from lminf_export.manifest import Manifest, Tensor, describe
 from lminf_export.runtime.cache import State, grown_capacity, ring_capacities
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
+from lminf_export.runtime.memory import zeros_together
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class OnnxRuntimeState(State):
         self._on_device = provider != "cpu"
         self._dtype = manifest.dtype
         self._provider = provider
-        self._caches: list[list[_Cache]] = [self._layer_caches(layer) for layer in self.layers]
+        self._caches = self._new_caches()
         self._calls: dict[tuple[int, int], _Call] = {}
         self._room = _room(start)
 
@@ -248,44 +249,50 @@ class OnnxRuntimeState(State):
             full: grown_capacity(bound, full, needed) for full, bound in self.capacities.items()
         }
         self._calls.clear()
-        for layer, caches in zip(self.layers, self._caches, strict=True):
-            slots = wanted[layer.ring_capacity]
-            for cache in caches[: len(bindings.RING_KINDS)]:
-                cache.grow(slots, self._furthest)
-        self.capacities = wanted
+        old, self.capacities = self._caches, wanted
+        self._caches = self._new_caches()
+        for before, after in zip(old, self._caches, strict=True):
+            for source, target in zip(before, after, strict=True):
+                target.take_over(source)
         self._room = _room(wanted)
 
-    def _layer_caches(self, layer: LayerSpec) -> list[_Cache]:
-        heads, dim = layer.num_kv_heads, layer.head_dim
-        slots = self.capacities[layer.ring_capacity]
-        rings = [(kind, slots) for kind in bindings.RING_KINDS]
-        sinks = [(kind, layer.num_sink_tokens) for kind in bindings.SINK_KINDS]
-        return [
-            _Cache(kind, (self.batch_size, heads, rows, dim), self._dtype, self._provider)
-            for kind, rows in rings + (sinks if layer.num_sink_tokens else [])
+    def _new_caches(self) -> list[list[_Cache]]:
+        """Make the caches of all layers, of the present capacities."""
+        kinds = [
+            [*bindings.RING_KINDS, *(bindings.SINK_KINDS if layer.num_sink_tokens else ())]
+            for layer in self.layers
         ]
+        shapes = [
+            self._cache_shape(layer, kind)
+            for layer, own in zip(self.layers, kinds, strict=True)
+            for kind in own
+        ]
+        # numpy has no bfloat16.
+        arrays = iter(
+            zeros_together(shapes, "uint16" if self._dtype == "bfloat16" else self._dtype)
+        )
+        return [
+            [_Cache(kind, next(arrays), self._dtype, self._provider) for kind in own]
+            for own in kinds
+        ]
+
+    def _cache_shape(self, layer: LayerSpec, kind: str) -> tuple[int, int, int, int]:
+        is_ring = kind in bindings.RING_KINDS
+        slots = self.capacities[layer.ring_capacity] if is_ring else layer.num_sink_tokens
+        return (self.batch_size, layer.num_kv_heads, slots, layer.head_dim)
 
 
 class _Cache:
     """One cache tensor (B, G, slots, D), zeros at first."""
 
-    def __init__(
-        self, kind: str, shape: tuple[int, int, int, int], dtype: str, provider: Provider
-    ) -> None:
+    def __init__(self, kind: str, array: np.ndarray, dtype: str, provider: Provider) -> None:
         self.kind = kind
-        # A numpy array behind a CPU value is shared, not copied; numpy has no bfloat16.
-        self.array = np.zeros(shape, np.uint16 if dtype == "bfloat16" else dtype)
-        self.value = _ort_value(self.array, dtype, provider)
+        self.array = array  # behind a CPU value it is shared, not copied
+        self.value = _ort_value(array, dtype, provider)
 
-    def grow(self, slots: int, filled: int) -> None:
-        """Bind more slots; the first `filled` keep their tokens."""
-        old = self.array
-        if slots == old.shape[2]:
-            return
-        self.array = np.zeros((*old.shape[:2], slots, old.shape[3]), old.dtype)
-        kept = min(filled, old.shape[2])
-        self.array[:, :, :kept] = old[:, :, :kept]
-        self.value = ort.OrtValue.ortvalue_from_numpy(self.array)
+    def take_over(self, old: _Cache) -> None:
+        """Keep the tokens of a smaller cache: while it has not wrapped, slot = position."""
+        self.array[:, :, : old.array.shape[2]] = old.array
 
 
 class _Call:
@@ -365,6 +372,8 @@ def _session_options(
     if kernels is not None:
         with _as_session_error(f"onnxruntime does not take the kernels of {kernels.path}"):
             options.register_custom_ops_library(str(kernels.path))
+        # The library brings an allocator, too: packed weights stand on huge pages.
+        options.add_session_config_entry("session.use_env_allocators", "1")
     return options
 
 

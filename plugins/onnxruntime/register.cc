@@ -3,6 +3,7 @@
 
 #include "cpu/attention.h"
 #include "cpu_kernel.h"
+#include "huge_pages.h"
 #include "lambda_attention_op.h"
 
 namespace {
@@ -37,6 +38,7 @@ LMINF_ORT_EXPORT abi::Status* LMINF_ORT_CALL RegisterCustomOps(abi::SessionOptio
   static abi::CustomOpDomain* domain = nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   if (domain == nullptr) {
+    registerHugePages(api);
     if (abi::Status* wrong = makeDomain(api, &domain)) return wrong;
   }
   return abi::call<abi::kAddCustomOpDomain>(api, options, domain);
