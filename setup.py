@@ -48,20 +48,27 @@ class BuildKernels(build_ext):
     """A plain shared library, each source compiled for its own instruction set."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        """Name it as a plain library: onnxruntime loads it, Python does not."""
         package, _, name = fullname.rpartition(".")
         return str(Path(*package.split("."), f"lib{name}.so"))
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile and link, where the platform is one we know."""
         if sys.platform == "win32":
             self.warn("the CPU kernel is not built on Windows; graphs run by their function body")
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = [name for source in ext.sources for name in self._compile(source)]
-        self.compiler.link_shared_object(objects, str(target), target_lang="c++")
+        # Operators and allocator are known to onnxruntime for good: the library must stay.
+        stay = ["-Wl,-z,nodelete"] if sys.platform == "linux" else []
+        self.compiler.link_shared_object(
+            objects, str(target), extra_postargs=stay, target_lang="c++"
+        )
 
     def copy_extensions_to_source(self) -> None:
-        Path("lminf_export/lib").mkdir(exist_ok=True)  # an editable install finds it there
+        """Put the library where an editable install finds it."""
+        Path("lminf_export/lib").mkdir(exist_ok=True)
         super().copy_extensions_to_source()
 
     def _compile(self, source: str) -> list[str]:

@@ -184,9 +184,9 @@ def test_threads_do_not_change_the_result():
     [
         (lambda x: x[:3] + [c[:, :, :9].clone() for c in x[3:5]] + x[5:], "ring is too small"),
         (lambda x: [*x[:2], x[2][:, :1].clone(), *x[3:]], r"value has shape \(1, 1, 2, 12\)"),
-        (lambda x: x[:7] + [torch.tensor([-1])] + x[8:], "past_length is negative"),
-        (lambda x: x[:8] + [torch.tensor([3])] + x[9:], "new_length is outside"),
-        (lambda x: x[:7] + [torch.tensor([2**40])] + x[8:], "beyond 2"),
+        (lambda x: [*x[:7], torch.tensor([-1]), *x[8:]], "past_length is negative"),
+        (lambda x: [*x[:8], torch.tensor([3]), *x[9:]], "new_length is outside"),
+        (lambda x: [*x[:7], torch.tensor([2**40]), *x[8:]], "beyond 2"),
     ],
     ids=["small_ring", "wrong_shape", "negative_past", "long_chunk", "too_far"],
 )
