@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ def main() -> None:
         "nodes_of_a_step": {n: nodes_of_a_step(arguments.bundle, k) for n, k in FORMS.items()},
         **environment(),
     }
+    if arguments.genai:
+        result["versions"]["onnxruntime-genai"] = version("onnxruntime-genai")
     write_result(arguments.out, result)
 
 
