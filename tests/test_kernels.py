@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from tests.test_operator import (
     total,
 )
 from tests.tiny_bundle import TinyModel
+from tests.tiny_models import save_llama
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 pytestmark = pytest.mark.skipif(
@@ -105,7 +107,7 @@ def test_tiles_and_split_keys_equal_distances(name, kernels):
     assert stream(form, case, history, chunks) < TOLERANCE
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases, base=st.sampled_from(BASES), in_place=st.booleans(), seed=st.integers(0, 999))
 def test_any_case_equals_distances(case, base, in_place, seed):
     chunks = random_chunks(case, rows=2, steps=12, seed=seed)
@@ -221,6 +223,20 @@ def test_the_kernel_takes_the_operators_place(bundle, tmp_path):
     assert not {"TensorScatter", "Softmax", "Where"} & set(fused)
     assert "LambdaAttention" not in plain
     assert plain.count("TensorScatter") == 4
+
+
+def test_a_layer_runs_few_operators_and_no_copy_of_a_cache(tmp_path):
+    counts = []
+    for layers in (2, 3):
+        folder = save_llama(tmp_path / f"m{layers}", num_hidden_layers=layers)
+        bundle = lminf_export.export(folder, tmp_path / f"b{layers}", window_size=16, chunk_size=8)
+        (tmp_path / str(layers)).mkdir()
+        counts.append(Counter(operators_run(bundle, "auto", tmp_path / str(layers))))
+    a_layer = counts[1] - counts[0]
+    assert a_layer["LambdaAttention"] == 1
+    assert not {"TensorScatter", "MatMul", "Softmax", "Where", "Concat"} & set(a_layer)
+    # 7 projections, 4 reshapes and 4 transposes around attention, 2 norms, 2 sums, SwiGLU's 2.
+    assert sum(a_layer.values()) == 22
 
 
 def test_both_forms_give_the_same_logits(bundle):
