@@ -17,6 +17,7 @@ from lminf_export import weights
 from lminf_export.bindings import LayerSpec
 from lminf_export.bundle import Bundle
 from lminf_export.bundle_writer import BundleWriter, OutTarget, check_destination, parse_out
+from lminf_export.checkpoint import Checkpoint, open_checkpoint
 from lminf_export.config import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
@@ -40,7 +41,7 @@ from lminf_export.models.base import AttentionPlan, Family
 from lminf_export.progress import Progress, silent
 from lminf_export.quantize.config import QuantizeConfig, decide_form
 from lminf_export.quantize.estimate import weight_bytes
-from lminf_export.source import CONFIG_FILES, TOKENIZER_FILES, Source, open_source
+from lminf_export.source import CONFIG_FILES, TOKENIZER_FILES, Source, open_source, plain_config
 from lminf_export.tracing import trace
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class ExportOptions:
     cache_dir: str | Path | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    lora: str | Path | None = None
     force: bool = False
 
 
@@ -89,7 +91,7 @@ class ExportJob:
         quantize: how weights are quantised, None for not at all.
         target: where the bundle goes.
         builder: the engine's builder, or None for no engine.
-        checkpoint: the source's tensors.
+        checkpoint: the source's tensors, decoded, an adapter merged.
         notices: what the user should know.
     """
 
@@ -102,13 +104,13 @@ class ExportJob:
     quantize: QuantizeConfig | None
     target: OutTarget
     builder: str | None
-    checkpoint: dict[str, weights.SourceTensor]
+    checkpoint: Checkpoint
     notices: tuple[str, ...]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights in the bundle; an estimate where they are quantised."""
-        shapes = [tensor.shape for tensor in self.checkpoint.values()]
+        shapes = [tensor.shape for tensor in self.checkpoint.tensors.values()]
         width = weights.item_size(self.dtype)
         return weight_bytes(shapes, width, self.source.config.vocab_size, self.quantize)
 
@@ -117,7 +119,11 @@ class ExportJob:
         config = self.source.config
         return new_manifest(
             model_type=self.source.model_type,
-            source=ManifestSource(name=self.source.name, revision=self.source.revision),
+            source=ManifestSource(
+                name=self.source.name,
+                revision=self.source.revision,
+                adapter=self.checkpoint.adapter,
+            ),
             settings=self.settings,
             dtype=self.dtype,
             quantization=Quantization(**asdict(self.quantize)) if self.quantize else None,
@@ -153,6 +159,7 @@ def export(
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    lora: str | Path | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
@@ -181,6 +188,7 @@ def export(
         cache_dir: where files of the hub are kept.
         trust_remote_code: run Python a model repository brings; off by default.
         allow_pickle: read `.bin` weights where there are no safetensors; off by default.
+        lora: folder of a PEFT LoRA adapter to merge into the weights.
         force: replace an existing bundle.
         progress: told which phase runs.
 
@@ -208,6 +216,7 @@ def export(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        lora=lora,
         force=force,
     )
     return run_job(prepare(options, progress), progress)
@@ -249,11 +258,18 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         rope_regime=options.rope_regime,
     )
     plan = family.plan(source.config, settings)
-    notices += [*plan.notices, *_dtype_notices(options.dtype, dtype)]
+    checkpoint = open_checkpoint(
+        source,
+        options.lora,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
+    family.check_weights(checkpoint.source.config, checkpoint.tensors)
+    notices += [*plan.notices, *checkpoint.notices, *_dtype_notices(options.dtype, dtype)]
     notices += _memory_notices(plan.layers, dtype)
     job = ExportJob(
         options=options,
-        source=source,
+        source=checkpoint.source,
         family=family,
         settings=settings,
         plan=plan,
@@ -261,7 +277,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         quantize=quantize,
         target=target,
         builder=builder,
-        checkpoint=weights.read_checkpoint(source.folder, allow_pickle=options.allow_pickle),
+        checkpoint=checkpoint,
         notices=tuple(notices),
     )
     job.manifest()  # what the configuration gets wrong shows here, not after the work
@@ -291,7 +307,7 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             traced,
             job.plan,
             job.dtype,
-            job.checkpoint,
+            job.checkpoint.tensors,
             graph,
             metadata=_metadata(job),
             quantize=job.quantize,
@@ -383,11 +399,12 @@ def _metadata(job: ExportJob) -> dict[str, str]:
 
 
 def _copy_companions(source: Source, writer: BundleWriter) -> None:
-    """Copy tokenizer, chat template and configuration, as they are."""
+    """Copy tokenizer, chat template and configuration, the last without quantisation."""
     for names, role in ((TOKENIZER_FILES, "tokenizer"), (CONFIG_FILES, "config")):
         for name in names:
-            if (source.folder / name).is_file():
+            if name != "config.json" and (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]
+    writer.add("config.json", "config").write_text(plain_config(source), encoding="utf-8")
 
 
 def _build(job: ExportJob, writer: BundleWriter, graph: Path, progress: Progress) -> Engine | None:

@@ -81,6 +81,26 @@ def write_graph(
     model = trace.model
     optimize(model)
     written = _attach_weights(trace, checkpoint, dtype, path.parent, quantize, progress)
+    save_graph(trace, plan, dtype, path, metadata=metadata)
+    return written
+
+
+def save_graph(
+    trace: Trace, plan: AttentionPlan, dtype: str, path: Path, *, metadata: Mapping[str, str]
+) -> None:
+    """Write an optimised graph whose weights are attached, with all else it is made of.
+
+    Args:
+        trace: its model is changed.
+        plan: how its layers attend.
+        dtype: element type of weights and caches.
+        path: the graph's file; its weights are in the same folder.
+        metadata: ONNX metadata_props.
+
+    Raises:
+        ExportError: the graph is not what the contract asks for.
+    """
+    model = trace.model
     _attach_constants(model, trace.constants)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = PRODUCER, metadata.get("lminf_export", "")
@@ -91,7 +111,6 @@ def write_graph(
     _declare_shapes(model, plan, dtype)
     ir.save(model, path)
     _check(path)
-    return written
 
 
 def _features(plan: AttentionPlan) -> onnx_function.BodyFeatures:

@@ -74,10 +74,17 @@ class Record(BaseModel):
 
 
 class Source(Record):
-    """Where the weights came from: a model id or a folder's name, and the revision asked for."""
+    """Where the weights came from: a model id or a folder's name, and the revision asked for.
+
+    Attributes:
+        name: of the model.
+        revision: of the hub.
+        adapter: name of a LoRA adapter merged into them, or None.
+    """
 
     name: Annotated[str, AfterValidator(check_source_name)]
     revision: str | None = None
+    adapter: Annotated[str, AfterValidator(check_source_name)] | None = None
 
 
 class LambdaSettings(Record):

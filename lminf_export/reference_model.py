@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lminf_export.bundle import Bundle
+from lminf_export.checkpoint import Checkpoint, load_model, open_checkpoint
 from lminf_export.errors import BundleError
-from lminf_export.models.base import AttentionPlan, Family, build_model, register_attention
-from lminf_export.quantize.dequantize import dequantized_folder
+from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, build_model
+from lminf_export.models.steps import HistoryStep, run
+from lminf_export.progress import Progress
+from lminf_export.quantize.dequantize import (
+    dequantized_folder,
+    quantized_names,
+    rounded_activations,
+)
+from lminf_export.routing import Routed, experts_of
 from lminf_export.source import Source, open_source
 
 
@@ -39,25 +50,102 @@ def bundle_plan(bundle: Bundle, family: Family, source: Source) -> AttentionPlan
 
 
 @contextmanager
-def reference_source(bundle: Bundle, original: Source) -> Iterator[Source]:
+def reference_checkpoint(bundle: Bundle, original: Checkpoint) -> Iterator[Checkpoint]:
     """Yield the model whose logits are right: for a quantised bundle, of dequantised weights."""
     if bundle.manifest.quantization is None:
         yield original
         return
-    skeleton = build_model(original.config, torch.float32, device="meta")
+    skeleton = build_model(original.source.config, torch.float32, device="meta")
     with dequantized_folder(bundle, skeleton) as folder:
-        yield open_source(folder)
+        yield open_checkpoint(open_source(folder))
+
+
+@contextmanager
+def reference_source(bundle: Bundle, original: Source) -> Iterator[Source]:
+    """Yield the source of `reference_checkpoint`."""
+    with reference_checkpoint(bundle, open_checkpoint(original)) as checkpoint:
+        yield checkpoint.source
 
 
 def load_torch_model(source: Source, dtype: torch.dtype, attention: str | None) -> Any:
     """Load a model; without an attention of ours, with what transformers takes by itself."""
-    from transformers import AutoModelForCausalLM
+    return load_model(open_checkpoint(source), dtype, attention)
 
-    register_attention()
-    return AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        experts_implementation="eager",  # the only one that takes float64, and the plainest
-        use_safetensors=True,
-    ).eval()
+
+@dataclass(frozen=True)
+class Reference:
+    """The model's own code with the written-out mathematics for its attention.
+
+    Attributes:
+        checkpoint: its configuration and tensors.
+        family: how it is opened.
+        plan: how its layers attend.
+        tokens: (T,) the stream.
+        progress: told how far it is.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    plan: AttentionPlan
+    tokens: NDArray[np.int64]
+    progress: Progress
+
+    @torch.no_grad()
+    def logits(
+        self,
+        dtype: torch.dtype,
+        routed: Routed | None = None,
+        count: int | None = None,
+        rounding: Bundle | None = None,
+    ) -> Any:
+        """Logits (T, V) in float64 of the stream, or its first tokens, at a given precision.
+
+        With a bundle given that lets onnxruntime round activations, so are they here.
+        """
+        name = f"reference in {str(dtype).removeprefix('torch.')}"
+        self.progress(name, None)
+        tokens = self.tokens[:count]
+        model = load_model(self.checkpoint, dtype, ATTENTION_NAME)
+        rounded: AbstractContextManager[None] = nullcontext()
+        if rounding is not None and rounding.manifest.quantization is not None:
+            block_size = rounding.manifest.quantization.block_size
+            rounded = rounded_activations(model, quantized_names(rounding), block_size)
+        step = HistoryStep(self.plan)
+        width = min(256, len(tokens))
+        logits = []
+        with self.family.patched(model), rounded:
+            for start in range(0, len(tokens), width):
+                piece = torch.from_numpy(tokens[None, start : start + width])
+                step.begin(torch.tensor([piece.shape[1]]))
+                rows = torch.arange(piece.shape[1])[None]
+                if routed is not None:
+                    routed.begin(start)
+                with routed or nullcontext():
+                    logits.append(run(model, piece, step, rows)[0].to(torch.float64))
+                self.progress(name, start / len(tokens))
+        return torch.cat(logits).numpy()
+
+    @torch.no_grad()
+    def stock_logits(self, count: int, routed: Routed | None) -> Any:
+        """Logits (T, V) float32 of the unmodified model for the first tokens."""
+        self.progress("stock model", None)
+        model = load_model(self.checkpoint, torch.float32, None)
+        tokens = torch.from_numpy(self.tokens[None, :count])
+        if routed is not None:
+            routed.begin(0)
+        with routed or nullcontext():
+            return model(tokens, use_cache=False).logits[0].numpy()
+
+    def routed(self, chosen: list[torch.Tensor] | None) -> Routed:
+        """Return a mode in which the model's tokens meet the given experts."""
+        sizes = experts_of(self._skeleton())
+        assert sizes is not None
+        return Routed(*sizes, chosen)
+
+    def own_routing(self) -> Routed | None:
+        """Return a mode that keeps the model's own choice of experts, if it has any."""
+        sizes = experts_of(self._skeleton())
+        return Routed(*sizes) if sizes else None
+
+    def _skeleton(self) -> torch.nn.Module:
+        return build_model(self.checkpoint.source.config, torch.float32, device="meta")

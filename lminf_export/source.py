@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lminf_export.dequantize import check_quantization
 from lminf_export.errors import ModelError
 
+QUANTIZATION = "quantization_config"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 # Copied into the bundle where they exist.
@@ -35,13 +37,17 @@ class Source:
         folder: where its files are.
         name: hub id, or the folder's own name; never a path of this machine.
         revision: commit of the hub, or None for a folder.
-        config: the model's configuration as transformers reads it.
+        config: the model's configuration as transformers reads it, of the unquantised model.
+        quantization: how its checkpoint is quantised, checked, or None.
+        is_untied: the model's files tie its embeddings, its tensors (with an adapter) do not.
     """
 
     folder: Path
     name: str
     revision: str | None
     config: Any
+    quantization: dict[str, Any] | None = None
+    is_untied: bool = False
 
     @property
     def model_type(self) -> str:
@@ -83,8 +89,13 @@ def open_source(
         weights = (*WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ()))
         folder = _download(str(model), revision, cache_dir, weights)
         name, commit = str(model), folder.name
-    _read_json(folder / "config.json", str(model))
-    return Source(folder, name, commit, _load_config(folder, str(model), trust_remote_code))
+    quantization = read_config_file(folder, str(model)).get(QUANTIZATION)
+    if quantization is not None:
+        check_quantization(quantization, str(model))
+    config = _load_config(folder, str(model), trust_remote_code)
+    if hasattr(config, QUANTIZATION):
+        delattr(config, QUANTIZATION)
+    return Source(folder, name, commit, config, quantization)
 
 
 def _download(
@@ -116,8 +127,23 @@ def _download(
     return Path(folder)
 
 
-def _read_json(path: Path, model: str) -> dict[str, Any]:
+def read_config_file(folder: Path, model: str) -> dict[str, Any]:
+    """Read a model's config.json.
+
+    Args:
+        folder: the model's.
+        model: what the user calls it, for messages.
+
+    Raises:
+        ModelError: it is missing, damaged, or names no model type.
+    """
+    path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model {model!r} is an adapter; give the model it was trained on as --model, "
+                f"and the adapter as --lora"
+            )
         raise ModelError(f"model {model!r} has no {path.name}; is it a Hugging Face model folder?")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -125,14 +151,23 @@ def _read_json(path: Path, model: str) -> dict[str, Any]:
         raise ModelError(f"{path.name} of model {model!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise ModelError(f"{path.name} of model {model!r} names no model_type")
-    quantisation = content.get("quantization_config")
-    if quantisation is not None:
-        known = isinstance(quantisation, dict)
-        kind = quantisation.get("quant_method", "unknown") if known else "unknown"
-        raise ModelError(
-            f"model {model!r} is quantised ({kind}); export the unquantised checkpoint instead"
-        )
     return content
+
+
+def plain_config(source: Source) -> str:
+    """Return the text of config.json for the tensors in a bundle.
+
+    As it is, but for quantisation, which is undone there, and tied embeddings, which an adapter
+    may have set apart.
+    """
+    text = (source.folder / "config.json").read_text(encoding="utf-8")
+    if source.quantization is None and not source.is_untied:
+        return text
+    content = json.loads(text)
+    content.pop(QUANTIZATION, None)
+    if source.is_untied:
+        content["tie_word_embeddings"] = False
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _load_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
@@ -141,7 +176,7 @@ def _load_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
 
     from lminf_export.models import FAMILIES
 
-    kind = _read_json(folder / "config.json", model)["model_type"]
+    kind = read_config_file(folder, model)["model_type"]
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         raise ModelError(
             f"model type {kind!r} is unknown to this version of transformers; tested are: "

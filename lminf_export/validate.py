@@ -8,7 +8,6 @@ ring, no digits and no ONNX: an agreement is an agreement of two different compu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -19,29 +18,29 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from lminf_export import weights
 from lminf_export.bundle import Bundle
+from lminf_export.checkpoint import Checkpoint, open_checkpoint
 from lminf_export.conversion import Conversion
 from lminf_export.errors import InputError, ModelError
 from lminf_export.manifest import Manifest, human_bytes
 from lminf_export.models import find_family
-from lminf_export.models.base import (
-    ATTENTION_NAME,
-    AttentionPlan,
-    Family,
-    build_model,
-)
-from lminf_export.models.steps import HistoryStep, run
+from lminf_export.models.base import build_model
 from lminf_export.progress import Progress, silent
 from lminf_export.quantize.cost import PerplexityCost, perplexity_cost
 from lminf_export.quantize.dequantize import (
     bundle_weights,
     is_made_of,
-    quantized_names,
-    rounded_activations,
     with_tied_names,
 )
-from lminf_export.reference_model import bundle_plan, load_torch_model, reference_source
+from lminf_export.reference_model import Reference, bundle_plan, reference_checkpoint
+from lminf_export.routing import (
+    RoutingReport,
+    WatchedSession,
+    compare_routing,
+    experts_of,
+    find_choices,
+    largest_difference,
+)
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
@@ -98,9 +97,13 @@ class ValidationReport:
         comparisons: one for each way of running.
         differing_weights: tensors that are not the original model's, converted; None where no
             model was given to compare with.
+        compared_with: the model whose weights the reference has, and an adapter merged into it;
+            None where they are the bundle's own.
         quantization: how weights are stored, in words; None where they are not quantised.
         perplexity_cost: what quantisation costs; None where there is no text or no original
             model to measure it with.
+        routing: of a mixture of experts, how its choices compare with the reference's; for each
+            way of running. Logits are compared under the bundle's choices.
     """
 
     bundle: str
@@ -109,13 +112,16 @@ class ValidationReport:
     reference_dtype: str
     comparisons: tuple[Comparison, ...]
     differing_weights: tuple[str, ...] | None = None
+    compared_with: str | None = None
     quantization: str | None = None
     perplexity_cost: PerplexityCost | None = None
+    routing: tuple[RoutingReport, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison passed and no weight differs."""
-        return all(row.passed for row in self.comparisons) and not self.differing_weights
+        """Whether every comparison passed, no weight differs and experts differ by ties only."""
+        ties = all(row.passed for row in self.routing)
+        return ties and all(x.passed for x in self.comparisons) and not self.differing_weights
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
@@ -126,6 +132,8 @@ def validate(
     bundle: str | Path,
     *,
     model: str | None = None,
+    lora: str | Path | None = None,
+    allow_pickle: bool = False,
     num_tokens: int | None = None,
     token_ids: Sequence[int] | None = None,
     seed: int = 0,
@@ -141,6 +149,8 @@ def validate(
             of reading them back from the bundle; every weight is compared with it too. The
             reference of a quantised bundle has its own weights, dequantised, in any case: that
             is what the graph must compute; the original model tells what quantisation costs.
+        lora: the adapter that was merged into the bundle, to merge into `model` too.
+        allow_pickle: read `.bin` weights of the model and the adapter.
         num_tokens: length of the stream; at least, and by default just over, 4 windows.
         token_ids: the stream itself, a text's tokens; random tokens by default.
         seed: of the random tokens.
@@ -150,79 +160,172 @@ def validate(
 
     Raises:
         BundleError: the bundle is damaged.
-        InputError: fewer tokens than 4 windows.
+        InputError: fewer tokens than 4 windows, or an adapter without a model or the reverse.
         ModelError: the reference cannot be built, or needs more memory than there is.
     """
     progress("checking files", None)
     opened = Bundle.open(bundle, verify="full")
-    language_model = load(opened.path, provider=provider, kernels=kernels)
+    _check_adapter(opened, model, lora)
     tokens = _stream(opened, num_tokens, token_ids, seed)
     family = find_family(opened.manifest.model_type)
-    original = open_source(model if model is not None else opened.path)
-    plan = bundle_plan(opened, family, original)
+    source = open_source(model if model is not None else opened.path, allow_pickle=allow_pickle)
+    original = open_checkpoint(source, lora, allow_pickle=allow_pickle)
+    plan = bundle_plan(opened, family, original.source)
     differing = None
     if model is not None:
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
-    progress("reference", None)
-    with reference_source(opened, original) as source:
-        reference_dtype = _reference_dtype(source)
-        wanted = _reference_logits(source, family, plan, tokens, reference_dtype, progress)
-        tolerance = _tolerance(opened, source, family, plan, tokens, wanted, progress)
-        comparisons = []
-        for name, sizes in (("token by token", (1,)), ("in uneven chunks", CHUNK_PATTERN)):
-            progress(name, 0.0)
-            logits = run_in_pieces(language_model, tokens, sizes, _told(progress, name))
-            comparisons.append(compare(name, logits, wanted, tolerance))
-        comparisons.append(_compare_with_stock(source, tokens, wanted, opened, progress))
+    dtype = _reference_dtype(original.source)
+    watched = _watched(opened, provider, kernels, original.source)
+    language_model = (
+        load(opened.path, provider=provider, kernels=kernels)
+        if watched is None
+        else LanguageModel(opened, watched)
+    )
+    run = _Run(opened, language_model, tokens, progress)
+    routing: list[RoutingReport] = []
+    with reference_checkpoint(opened, original) as checkpoint:
+        reference = Reference(checkpoint, family, plan, tokens, progress)
+        if watched is None:
+            comparisons, logits = _compare_dense(run, reference, dtype)
+        else:
+            comparisons, logits, routing = _compare_routed(run, reference, dtype, watched)
+        comparisons.append(_compare_with_stock(reference, dtype, opened))
     cost, quantization = None, opened.manifest.quantization
     if quantization is not None and model is not None and token_ids is not None:
-        del wanted
         progress("unquantised model", None)
-        full = _reference_logits(original, family, plan, tokens, torch.float32, progress)
+        full = Reference(original, family, plan, tokens, progress).logits(torch.float32)
         cost = perplexity_cost(full, logits, tokens)
     return ValidationReport(
         bundle=opened.path.resolve().name,
         dtype=opened.manifest.dtype,
         window_size=opened.manifest.settings.window_size,
-        reference_dtype=str(reference_dtype).removeprefix("torch."),
+        reference_dtype=str(dtype).removeprefix("torch."),
         comparisons=tuple(comparisons),
         differing_weights=differing,
+        compared_with=None if model is None else _named(original),
         quantization=quantization.in_words if quantization is not None else None,
         perplexity_cost=cost,
+        routing=tuple(routing),
     )
 
 
-def _tolerance(
-    bundle: Bundle,
-    source: Source,
-    family: Family,
-    plan: AttentionPlan,
-    tokens: NDArray[np.int64],
-    wanted: Any,
-    progress: Progress,
-) -> float:
-    """Return the error allowed: twice torch's own where a bundle computes in less than float32."""
-    manifest = bundle.manifest
-    exact = manifest.quantization is None or not manifest.quantization.rounds_activations
-    if manifest.dtype == "float32" and exact:
-        return FLOAT32_TOLERANCE
-    low = getattr(torch, manifest.dtype)
-    progress(f"torch in {manifest.dtype}", None)
-    rounding = None if exact else bundle
-    yardstick = _reference_logits(source, family, plan, tokens, low, progress, rounding)
-    return LOW_PRECISION_FACTOR * compare("", yardstick, wanted, 0).max_error
+@dataclass(frozen=True)
+class _Run:
+    """A bundle and the stream it is run on."""
+
+    bundle: Bundle
+    model: LanguageModel
+    tokens: NDArray[np.int64]
+    progress: Progress
+
+    def logits(self, name: str, sizes: Sequence[int]) -> Logits:
+        """Logits (T, V) of the stream in pieces."""
+        self.progress(name, 0.0)
+        told = _told(self.progress, name)
+        return run_in_pieces(self.model, self.tokens, sizes, told)
+
+    @property
+    def rounding(self) -> Bundle | None:
+        """The bundle, if it lets onnxruntime round activations."""
+        quantization = self.bundle.manifest.quantization
+        return self.bundle if quantization is not None and quantization.rounds_activations else None
+
+    @property
+    def low_precision(self) -> torch.dtype | None:
+        """The type a yardstick computes in, where a bundle computes in less than float32."""
+        dtype = self.bundle.manifest.dtype
+        return None if dtype == "float32" and self.rounding is None else getattr(torch, dtype)
 
 
-def differing_weights(bundle: Bundle, source: Source) -> tuple[str, ...]:
+WAYS = (("token by token", (1,)), ("in uneven chunks", CHUNK_PATTERN))
+
+
+def _compare_dense(
+    run: _Run, reference: Reference, dtype: torch.dtype
+) -> tuple[list[Comparison], Logits]:
+    """Compare a bundle run in each way; return the logits of the last, too."""
+    wanted = reference.logits(dtype)
+    tolerance = FLOAT32_TOLERANCE
+    if run.low_precision is not None:
+        yardstick = reference.logits(run.low_precision, rounding=run.rounding)
+        tolerance = LOW_PRECISION_FACTOR * compare("", yardstick, wanted, 0).max_error
+    comparisons = []
+    for name, sizes in WAYS:
+        logits = run.logits(name, sizes)
+        comparisons.append(compare(name, logits, wanted, tolerance))
+    return comparisons, logits
+
+
+def _compare_routed(
+    run: _Run, reference: Reference, dtype: torch.dtype, watched: WatchedSession
+) -> tuple[list[Comparison], Logits, list[RoutingReport]]:
+    """Compare a mixture of experts under the bundle's own routing."""
+    comparisons, reports = [], []
+    for name, sizes in WAYS:
+        logits = run.logits(name, sizes)
+        chosen = watched.routing()
+        routed = reference.routed(chosen)
+        wanted = reference.logits(dtype, routed)
+        scores = routed.all_scores()
+        if len(scores) != len(chosen):  # a router that chooses in some other way
+            return (*_compare_dense(run, reference, dtype), [])
+        tolerance = FLOAT32_TOLERANCE
+        error = FLOAT32_TOLERANCE * max(_range(score) for score in scores)
+        if run.low_precision is not None:
+            low = reference.routed(chosen)
+            yardstick = reference.logits(run.low_precision, low, rounding=run.rounding)
+            tolerance = LOW_PRECISION_FACTOR * compare("", yardstick, wanted, 0).max_error
+            error = largest_difference(low.all_scores(), scores)
+        comparisons.append(compare(name, logits, wanted, tolerance))
+        reports.append(compare_routing(scores, chosen, error))
+    return comparisons, logits, reports
+
+
+def _range(score: torch.Tensor) -> float:
+    finite = score[score.isfinite()]
+    return float(finite.max() - finite.min())
+
+
+def _watched(
+    bundle: Bundle, provider: Provider, kernels: str | Path, source: Source
+) -> WatchedSession | None:
+    """Return a session that tells the experts chosen, of a bundle that has some."""
+    if not find_choices(bundle):
+        return None
+    skeleton = build_model(source.config, torch.float32, device="meta")
+    return WatchedSession(bundle, provider, kernels) if experts_of(skeleton) else None
+
+
+def _check_adapter(bundle: Bundle, model: str | None, lora: str | Path | None) -> None:
+    merged = bundle.manifest.source.adapter
+    if lora is not None and model is None:
+        raise InputError("an adapter is compared with together with its model; give --model too")
+    if model is None or (merged is None) == (lora is None):
+        return
+    if merged is None:
+        raise InputError(f"bundle {bundle.path.name!r} has no adapter merged; leave out --lora")
+    raise InputError(
+        f"adapter {merged!r} is merged into bundle {bundle.path.name!r}; give it as --lora to "
+        f"compare with the model and the adapter, or leave out --model to compare with the "
+        f"bundle's own weights"
+    )
+
+
+def _named(checkpoint: Checkpoint) -> str:
+    name = checkpoint.source.name
+    return f"{name} with adapter {checkpoint.adapter}" if checkpoint.adapter else name
+
+
+def differing_weights(bundle: Bundle, original: Checkpoint) -> tuple[str, ...]:
     """Return the bundle's tensors that are not, bit for bit, what an export makes of the source's.
 
     Raises:
         ModelError: the source's checkpoint is damaged or incomplete.
     """
     dtype = bundle.manifest.dtype
-    skeleton = build_model(source.config, getattr(torch, dtype), device="meta")
-    converted = Conversion.of(skeleton).apply(weights.read_checkpoint(source.folder))
+    skeleton = build_model(original.source.config, getattr(torch, dtype), device="meta")
+    converted = Conversion.of(skeleton).apply(original.tensors)
     wanted = with_tied_names(converted, skeleton)
     return tuple(
         name
@@ -292,9 +395,8 @@ def _stream(
 
 def _reference_dtype(source: Source) -> torch.dtype:
     """float64 where it fits into memory, else float32."""
-    stored = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-    stored_width = 2 if str(getattr(source.config, "dtype", "")).endswith("16") else 4
-    parameters = stored / stored_width
+    skeleton = build_model(source.config, torch.float32, device="meta")
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     available = psutil.virtual_memory().available
     for dtype in (torch.float64, torch.float32):
         needed = parameters * dtype.itemsize * 1.3
@@ -306,51 +408,16 @@ def _reference_dtype(source: Source) -> torch.dtype:
     )
 
 
-@torch.no_grad()
-def _reference_logits(
-    source: Source,
-    family: Family,
-    plan: AttentionPlan,
-    tokens: NDArray[np.int64],
-    dtype: torch.dtype,
-    progress: Progress,
-    rounding: Bundle | None = None,
-) -> Any:
-    """Logits (T, V) in float64 of the reference at a given precision.
-
-    With a bundle given that lets onnxruntime round activations, so are they here.
-    """
-    model = load_torch_model(source, dtype, ATTENTION_NAME)
-    rounded: AbstractContextManager[None] = nullcontext()
-    if rounding is not None and rounding.manifest.quantization is not None:
-        block_size = rounding.manifest.quantization.block_size
-        rounded = rounded_activations(model, quantized_names(rounding), block_size)
-    step = HistoryStep(plan)
-    width = min(256, len(tokens))
-    logits = []
-    with family.patched(model), rounded:
-        for start in range(0, len(tokens), width):
-            piece = torch.from_numpy(tokens[None, start : start + width])
-            step.begin(torch.tensor([piece.shape[1]]))
-            rows = torch.arange(piece.shape[1])[None]
-            logits.append(run(model, piece, step, rows)[0].to(torch.float64))
-            progress(f"reference in {str(dtype).removeprefix('torch.')}", start / len(tokens))
-    return torch.cat(logits).numpy()
-
-
-@torch.no_grad()
-def _compare_with_stock(
-    source: Source, tokens: NDArray[np.int64], wanted: Any, bundle: Bundle, progress: Progress
-) -> Comparison:
+def _compare_with_stock(reference: Reference, dtype: torch.dtype, bundle: Bundle) -> Comparison:
     """Compare the reference with the unmodified model where both must agree: inside the window."""
-    progress("stock model", None)
-    count = min(bundle.manifest.settings.window_size, STOCK_LIMIT)
-    model = load_torch_model(source, torch.float32, None)
-    logits = model(torch.from_numpy(tokens[None, :count]), use_cache=False).logits[0]
+    count = min(bundle.manifest.settings.window_size, STOCK_LIMIT, len(reference.tokens))
+    own = reference.own_routing()
+    wanted = reference.logits(dtype, own, count)
+    chosen = reference.routed(own.all_taken()) if own is not None and own.taken else None
     return compare(
         f"reference and stock model, first {count}",
-        logits.numpy(),
-        wanted[:count],
+        reference.stock_logits(count, chosen),
+        wanted,
         FLOAT32_TOLERANCE,
     )
 

@@ -38,7 +38,19 @@ TORCH_TYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-STORED_TYPES = {**TORCH_TYPES, "U8": torch.uint8}  # quantised weights are bytes to safetensors
+# What a file may hold beside them: the numbers of quantised tensors, which `dequantize` reads.
+STORED_TYPES = {
+    **TORCH_TYPES,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_RAW_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -66,6 +78,14 @@ class SourceTensor(Protocol):
 
     def at(self, index: int) -> SourceTensor:
         """Return the sub-tensor at an index of the first dimension."""
+        ...
+
+
+class RawTensor(SourceTensor, Protocol):
+    """A tensor of a file, of which any part can be read."""
+
+    def part(self, *index: slice | int) -> torch.Tensor:
+        """Return a part, as it is stored; indices as numpy has them."""
         ...
 
 
@@ -104,6 +124,18 @@ class StoredTensor:
         offset = self.offset + index * length
         return StoredTensor(self.path, self.dtype, self.shape[1:], offset, length)
 
+    def part(self, *index: slice | int) -> torch.Tensor:
+        """Return a copy of a part, as it is stored.
+
+        Raises:
+            ModelError: its element type is none of STORED_TYPES.
+        """
+        kind = STORED_TYPES.get(self.dtype)
+        if kind is None:
+            raise ModelError(f"a tensor of {self.path.name} has element type {self.dtype}")
+        raw = np.memmap(self.path, _RAW_TYPES[kind.itemsize], "r", self.offset, self.shape)
+        return torch.from_numpy(np.array(raw[index])).view(kind)
+
     def load(self) -> torch.Tensor:
         """Return a copy of the whole tensor."""
         blocks = list(self.blocks())
@@ -121,7 +153,7 @@ class PickledTensor:
     @property
     def dtype(self) -> str:
         """safetensors' name of its element type, or torch's where it has none here."""
-        names = {kind: name for name, kind in TORCH_TYPES.items()}
+        names = {kind: name for name, kind in STORED_TYPES.items()}
         return names.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch."))
 
     @property
@@ -134,12 +166,16 @@ class PickledTensor:
         flat = self.tensor.flatten()  # a copy only where the tensor was stored transposed
         return iter(flat.split(max(1, BLOCK_BYTES // flat.element_size())))
 
+    def part(self, *index: slice | int) -> torch.Tensor:
+        """Return a part, as it is stored."""
+        return self.tensor[index]
+
     def at(self, index: int) -> PickledTensor:
         """Return the sub-tensor at an index of the first dimension."""
         return PickledTensor(self.tensor[index])
 
 
-def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, SourceTensor]:
+def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, RawTensor]:
     """List the tensors of a checkpoint, sharded or not, checking every file's extent.
 
     Args:
@@ -150,7 +186,7 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, So
     Raises:
         ModelError: files are missing, truncated or not safetensors.
     """
-    read: Callable[[Path], Mapping[str, SourceTensor]] = read_header
+    read: Callable[[Path], Mapping[str, RawTensor]] = read_header
     names = _shard_names(folder, FILE_NAME, INDEX_NAME)
     if not names:
         names, read = _shard_names(folder, PICKLE_NAME, PICKLE_INDEX_NAME), _read_pickle
@@ -163,7 +199,7 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, So
         raise ModelError(
             f"no weights in model folder {folder.name!r}: expected {FILE_NAME} or its shards"
         )
-    tensors: dict[str, SourceTensor] = {}
+    tensors: dict[str, RawTensor] = {}
     for name in names:
         found = read(folder / name)
         if twice := tensors.keys() & found.keys():
@@ -214,6 +250,15 @@ def _read_pickle(path: Path) -> dict[str, PickledTensor]:
         for name, tensor in content.items()
         if isinstance(tensor, torch.Tensor)
     }
+
+
+def read_checkpoint_file(path: Path) -> dict[str, RawTensor]:
+    """List the tensors of one file, safetensors or, by its suffix, a pickle.
+
+    Raises:
+        ModelError: as `read_checkpoint`.
+    """
+    return dict(_read_pickle(path) if path.suffix == ".bin" else read_header(path))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -278,7 +323,8 @@ def find_weights(
         if tensor.dtype not in TORCH_TYPES:
             raise ModelError(
                 f"tensor {candidates[0]} has element type {tensor.dtype}; expected one of "
-                f"{', '.join(TORCH_TYPES)} (quantised checkpoints are not supported)"
+                f"{', '.join(TORCH_TYPES)}; a quantised checkpoint says in config.json, under "
+                f"quantization_config, how it is read"
             )
         found[weight] = tensor
     if missing:

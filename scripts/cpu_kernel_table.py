@@ -19,8 +19,8 @@ def tables(result: dict) -> str:
     size = result["parameters_bytes"] / 1e6
     lines = [
         f"{result['device']}, {result['threads']} thread(s), onnxruntime "
-        f"{result['versions']['onnxruntime']}; a Llama of {size:.0f} MB in {result['dtype']}, window "
-        f"{result['lambda_config']['window_size']}. Contestants take turns in one run "
+        f"{result['versions']['onnxruntime']}; a Llama of {size:.0f} MB in {result['dtype']}, "
+        f"window {result['lambda_config']['window_size']}. Contestants take turns in one run "
         "([cpu_kernel.json](../benchmarks/results/cpu_kernel.json)). In brackets: times the "
         "kernel's time, the median of the rounds.",
         "",

@@ -68,12 +68,50 @@ the configuration runs, and the export goes on, with a notice, if
 5. the logits inside the window are the original's.
 
 Where one fails, the error says which and why the text after the window would be wrong. Known to
-fail: `gpt2`, `opt`, `biogpt` (learned positions); `ministral3` (queries are scaled by the absolute
-position); `llama4_text` (a rotation of its own, chunks of absolute positions); `diffllama` (two
-attentions a layer); `qwen3_next`, `lfm2`, `recurrent_gemma`, `minimax`, `falcon_h1`, `mamba`
-(recurrent or convolutional state). `hunyuan_v1_dense` normalises queries and keys *after* rotating
-them, with a weight for each dimension: with its trained weights the logits depend on p + j, not
-on p − j alone, and nothing that knows distances only can compute them.
+fail: `gpt2`, `opt`, `biogpt`, `gpt_bigcode` (learned positions); `ministral3` (queries are scaled
+by the absolute position); `llama4_text`, `deepseek_v2` (a rotation of their own); `deepseek_v3`
+(keys and values that are projected from one latent, of different sizes); `doge`, `xglm` (masks and
+positions of their own); `diffllama` (two attentions a layer); `qwen3_next`, `lfm2`, `minimax`,
+`olmo_hybrid`, `recurrent_gemma`, `falcon_h1`, `jamba`, `mamba` (recurrent or convolutional state).
+
+The norms of `hunyuan_v1_dense` and `hunyuan_v1_moe` stand *after* the rotation, with a weight for
+each dimension. A norm whose weights are equal within each rotated pair may change places with the
+rotation, and such a checkpoint exports exactly. One whose weights differ within a pair has logits
+that depend on p + j, not on p − j alone: nothing that knows distances only can compute them, and
+the export, which looks at the tensors, refuses it.
+
+## Checkpoints
+
+A checkpoint is read in the hub's own tensor names, experts one by one or stacked. Quantised ones
+are decoded tensor by tensor while the bundle is written, and take the room of `--dtype` there;
+activations are never quantised, which a model quantised with them may feel in its last digits.
+
+| `quant_method` | what is read |
+|---|---|
+| `mxfp4` | experts as gpt-oss ships them |
+| `fp8`, `fbgemm_fp8` | FP8 with one scale, one for each row, or a grid of them |
+| `compressed-tensors` | `float-quantized`, `int-quantized`, `naive-quantized`, `pack-quantized` |
+| `gptq` | 2, 4 and 8 bits, act-order, both versions of the zeros |
+| `awq` | 4 bits in the gemm layout |
+| `bitnet` | packed ternary weights, and master weights rounded at each use |
+
+All others (bitsandbytes, EETQ, HQQ, AQLM, …) are refused in one line. `.bin` files are read with
+`--allow-pickle` only, and nothing but tensors is unpickled from them.
+
+`--lora DIR` merges a LoRA adapter of PEFT, by the same rules as its own `merge_and_unload`: ranks
+and factors by pattern, rank-stabilised, DoRA, embeddings, biases, saved modules, and parameters of
+experts. An adapter that changes one of two tied tensors unties them. What cannot become plain
+weights (another PEFT method, a starting point that changed the base, trained token rows) is
+refused. `lminf validate BUNDLE --model M --lora DIR` compares every weight of a merged bundle with
+the two it was made from.
+
+## Mixtures of experts in low precision
+
+Where two experts nearly tie, float16 may take another one than float64, and the logits then differ
+by far more than rounding. `lminf validate` therefore sends the reference to the experts that the
+bundle chose, compares logits under that one routing, and reports how many choices are not the
+reference's own. Each of those must have been a near-tie: within four times the largest error that
+torch makes in the router's scores in the bundle's precision.
 
 ## Layers with a window of their own
 

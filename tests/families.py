@@ -42,6 +42,7 @@ class FamilyCase:
         windows: for each layer its own window from training, or FULL.
         drop: settings of SIZES this family's configuration derives by itself.
         stock: attention implementation of transformers to compare with.
+        equal_in_pairs: ends of names of weights that are equal within each rotated pair.
     """
 
     model_type: str
@@ -51,6 +52,7 @@ class FamilyCase:
     windows: tuple[int | None, ...] = (FULL,) * 3
     drop: tuple[str, ...] = ()
     stock: str = "eager"
+    equal_in_pairs: tuple[str, ...] = ()
 
     def config(self) -> Any:
         """Make the configuration."""
@@ -70,6 +72,10 @@ class FamilyCase:
                 if parameter.numel() > 1 and float(parameter.std()) == 0:
                     # Norms and biases start as constants, which would hide a forgotten one.
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+            for name, parameter in model.named_parameters():
+                if name.endswith(self.equal_in_pairs):
+                    first, second = parameter.chunk(2)
+                    second.copy_(first)
         model.save_pretrained(folder)
         return folder
 
@@ -106,6 +112,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 29,
 }
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
+GROUPED_EXPERTS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 28,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
 MIXED = (SLIDING, FULL, SLIDING)
 
 CASES = [
@@ -211,6 +227,26 @@ CASES = [
         "fused projections, parallel residual",
         _rope(partial_rotary_factor=0.4),
     ),
+    FamilyCase(
+        "hunyuan_v1_dense",
+        HALF_SPLIT,
+        "norms after rotation, with weights equal in pairs; dynamic scaling by a fixed alpha",
+        _rope(rope_type="dynamic", alpha=3.0, factor=1.0),
+        equal_in_pairs=("query_layernorm.weight", "key_layernorm.weight"),
+    ),
+    FamilyCase(
+        "vaultgemma",
+        HALF_SPLIT,
+        "sliding layers, soft-capped attention and logits",
+        {
+            **_layers("sfs"),
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 7.0,
+            "query_pre_attn_scalar": 17,
+        },
+        MIXED,
+    ),
+    FamilyCase("jais2", HALF_SPLIT, "layer norms and biases, squared-ReLU feed-forward"),
     FamilyCase("cohere", INTERLEAVED, "parallel blocks, QK-norm", {"use_qk_norm": True}),
     FamilyCase(
         "cohere2",
@@ -279,5 +315,52 @@ CASES = [
         "learned sink logits, experts, sliding layers; YaRN",
         {**_layers("sfs"), **EXPERTS, "swiglu_limit": 1.5, **_rope(**YARN)},
         MIXED,
+    ),
+    FamilyCase(
+        "hunyuan_v1_moe",
+        HALF_SPLIT,
+        "experts, one shared by all; norms after rotation, with weights equal in pairs",
+        {"num_experts": 5, "moe_topk": 2},
+        equal_in_pairs=("query_layernorm.weight", "key_layernorm.weight"),
+    ),
+    FamilyCase(
+        "glm4_moe",
+        PARTIAL,
+        "experts, one shared by all; first layer without; QK-norm",
+        {**GROUPED_EXPERTS, **_rope(partial_rotary_factor=0.4), "use_qk_norm": True},
+    ),
+    FamilyCase(
+        "dots1",
+        HALF_SPLIT,
+        "experts, one shared by all; first layer without; QK-norm, sliding layers",
+        {**GROUPED_EXPERTS, **_layers("sfs")},
+        MIXED,
+    ),
+    FamilyCase(
+        "ernie4_5_moe",
+        INTERLEAVED,
+        "experts chosen by corrected scores, some shared; first layer without",
+        {
+            "moe_num_experts": 5,
+            "moe_k": 2,
+            "moe_intermediate_size": 28,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,
+            "use_bias": True,
+        },
+    ),
+    FamilyCase(
+        "minimax_m2",
+        PARTIAL,
+        "experts chosen by corrected scores, QK-norm over all heads",
+        {**EXPERTS, **_rope(partial_rotary_factor=0.4)},
+    ),
+    FamilyCase(
+        "flex_olmo",
+        HALF_SPLIT,
+        "experts, norms after the blocks, QK-norm over all heads",
+        {"num_experts": 5, "num_experts_per_tok": 2},
+        drop=("head_dim",),
     ),
 ]

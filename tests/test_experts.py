@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import subprocess
 import sys
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +21,10 @@ from lminf_export.conversion import Conversion, Transposed
 from lminf_export.models.experts import block_shape, dispatch_to_experts, experts_forward
 from lminf_export.validate import validate
 from lminf_export.weights import read_checkpoint, read_header
+from tests.memory import MIB, peak_of_export
 
 WINDOW, SINKS, CHUNK, VOCAB = 23, 5, 7, 131
 TOLERANCE = 2e-5  # of the logits' range: the contract for float32
-MIB = 2**20
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -260,16 +257,6 @@ def test_an_incomplete_checkpoint_is_refused_by_name(lost, said, tmp_path):
         export_tiny(folder, tmp_path / "b")
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "fp8", "gptq", "awq"])
-def test_a_quantised_checkpoint_is_refused_in_one_line(method, tmp_path):
-    folder = BY_NAME["gpt_oss"].save(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=f"quantised \\({method}\\)"):
-        export_tiny(folder, tmp_path / "b")
-
-
 def test_pickled_weights_are_read_only_when_asked_for(tmp_path):
     folder = BY_NAME["mixtral"].save(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
@@ -321,40 +308,12 @@ def write_large_mixtral(folder: Path) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-# Samples its own anonymous memory, before and while it exports.
-MEASURE = """
-    import sys, threading, time
-    import lminf_export, lminf_export.exporter, torch.onnx
-    import transformers.models.mixtral.modeling_mixtral
-
-    def anonymous():
-        with open("/proc/self/status") as status:
-            return next(int(l.split()[1]) for l in status if l.startswith("RssAnon")) * 1024
-
-    before, peak, done = anonymous(), 0, False
-
-    def sample():
-        global peak
-        while not done:
-            peak = max(peak, anonymous())
-            time.sleep(0.005)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    lminf_export.export(sys.argv[1], sys.argv[2], window_size=64, dtype="float16")
-    done = True
-    thread.join()
-    print(peak - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_merging_experts_holds_blocks_not_tensors(tmp_path):
     (tmp_path / "m").mkdir()
     assert write_large_mixtral(tmp_path / "m") > 300 * 10**6
-    command = [sys.executable, "-c", textwrap.dedent(MEASURE), tmp_path / "m", tmp_path / "b"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = int(run.stdout.split()[-1])
+    code = "transformers.models.mixtral.modeling_mixtral"
+    peak = peak_of_export(tmp_path / "m", tmp_path / "b", code)
     assert peak < 200 * MIB, f"{peak / MIB:.0f} MiB over the imports"
     print(f"{peak / MIB:.0f} MiB over the imports")

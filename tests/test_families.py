@@ -113,10 +113,13 @@ def test_family_equals_stock_inside_the_window_and_the_oracle_beyond(case, tmp_p
 
 
 UNKNOWN = FamilyCase(
-    "vaultgemma",
+    "cwm",
     "",
-    changes={"sliding_window": SLIDING},
-    windows=(SLIDING, None, SLIDING),
+    changes={
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "sliding_window": SLIDING,
+    },
+    windows=(None, SLIDING, SLIDING),
 )
 
 
@@ -224,7 +227,10 @@ def test_a_regime_is_refused_where_the_rotation_has_none():
             plan(config, rope_regime="long")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)
+PROBED = [case for case in CASES if not case.equal_in_pairs]
+
+
+@pytest.mark.parametrize("case", PROBED, ids=lambda case: case.model_type)
 def test_what_is_tested_passes_the_probe(case):
     found = ProbedFamily(case.model_type, ()).plan(case.config(), LambdaConfig(WINDOW))
     assert "passed the probe" in found.notices[-1]
@@ -237,14 +243,32 @@ REFUSED = {
     "biogpt": ({}, "learned absolute positions"),
     "llama4_text": ({}, "rotates by code of its own"),
     "ministral3": ({}, "far from the start"),
-    "hunyuan_v1_dense": ({}, "rotation is not the last thing"),
     "diffllama": ({}, "attends twice"),
+    "deepseek_v2": ({}, "rotates by code of its own"),
+    "deepseek_v3": ({}, "does not run with rotation and attention taken out of it"),
+    "doge": ({}, "does not run with rotation and attention taken out of it"),
+    "minimax": ({}, "only 1 of its 2 layers attend"),
+    "olmo_hybrid": ({}, "only 1 of its 3 layers attend"),
+    "gpt_bigcode": ({}, "learned absolute positions"),
+    "jamba": ({}, "no layer attends"),
     "qwen3_next": ({"num_hidden_layers": 4}, "only 1 of its 4 layers attend"),
     "lfm2": ({"layer_types": ["full_attention", "conv", "conv"]}, "only 1 of its 2 layers attend"),
     "falcon_h1": ({}, "past the attention"),
     "mamba": ({}, "no layer attends"),
     "nanochat": ({}, "pairs its dimensions"),
 }
+
+
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_dense", "hunyuan_v1_moe"])
+def test_a_norm_after_the_rotation_needs_weights_equal_in_pairs(model_type, tmp_path):
+    config = CONFIG_MAPPING[model_type](**SIZES)
+    with pytest.raises(ModelError, match="in layer 0 rotation is not the last thing"):
+        ProbedFamily(model_type, ()).plan(config, LambdaConfig(WINDOW))
+    source = replace(case(model_type), equal_in_pairs=()).save(tmp_path / "m")
+    with pytest.raises(ModelError, match="rotated pair differently") as caught:
+        export(source, tmp_path / "b", window_size=WINDOW)
+    assert "no attention by distance computes them" in str(caught.value)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

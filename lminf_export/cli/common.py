@@ -73,6 +73,13 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(EXIT_ERROR)
 
 
+def one_adapter(_: click.Context, __: click.Parameter, paths: tuple[str, ...]) -> str | None:
+    """Return the adapter asked for; of several it is not said which comes first."""
+    if len(paths) > 1:
+        raise click.BadParameter(f"one adapter can be merged, found {len(paths)}")
+    return paths[0] if paths else None
+
+
 def verbosity_options(function: Callable[P, R]) -> Callable[..., R]:
     """Add -v and -q to a command and set logging up from them."""
 

@@ -9,6 +9,7 @@ import click
 
 from lminf_export.cli.common import (
     handle_errors,
+    one_adapter,
     quiet_transformers,
     run_command,
     verbosity_options,
@@ -121,6 +122,13 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     is_flag=True,
     help="Read .bin weights where there are no safetensors; only tensors are unpickled. Off.",
 )
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="DIR",
+    callback=one_adapter,
+    help="Merge this PEFT LoRA adapter into the weights.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be written.")
 @click.option(
@@ -164,6 +172,7 @@ def _print_plan(job: ExportJob) -> None:
     cache = human_bytes(draft.cache_bytes_per_sequence)
     rows = [
         ("model", f"{draft.model_type} from {draft.source.name}, {len(draft.layers)} layers"),
+        *([("adapter", draft.source.adapter)] if draft.source.adapter else []),
         ("bundle", str(job.target.directory)),
         ("graph", job.target.graph_name),
         ("engine", f"{job.target.engine_name} by {job.builder}" if job.builder else "none"),

@@ -71,6 +71,7 @@ def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
     trained = f"{manifest.training_length} tokens" if manifest.training_length else "unknown"
     return [
         ("model", f"{manifest.model_type} from {source.name}{revision}"),
+        *([("adapter", f"{source.adapter}, merged")] if source.adapter else []),
         ("element type", manifest.dtype),
         ("quantised", manifest.quantization.in_words if manifest.quantization else "no"),
         ("vocabulary", str(manifest.vocab_size)),

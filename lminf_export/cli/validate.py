@@ -11,6 +11,7 @@ import click
 from lminf_export.cli.common import (
     KERNELS_HELP,
     handle_errors,
+    one_adapter,
     quiet_transformers,
     read_text,
     verbosity_options,
@@ -33,6 +34,14 @@ HELDOUT_NAME = "heldout.txt"
     "bundle, measure what quantisation costs against it.",
 )
 @click.option(
+    "--lora",
+    multiple=True,
+    metavar="DIR",
+    callback=one_adapter,
+    help="The adapter merged into the bundle, to be merged into --model too.",
+)
+@click.option("--allow-pickle", is_flag=True, help="Read .bin weights of the model. Off.")
+@click.option(
     "--tokens",
     "num_tokens",
     type=int,
@@ -54,6 +63,8 @@ HELDOUT_NAME = "heldout.txt"
 def validate_command(
     bundle: str,
     model: str | None,
+    lora: str | None,
+    allow_pickle: bool,
     num_tokens: int | None,
     text: str | None,
     seed: int,
@@ -83,6 +94,8 @@ def validate_command(
         report = validate(
             bundle,
             model=model,
+            lora=lora,
+            allow_pickle=allow_pickle,
             num_tokens=num_tokens,
             token_ids=token_ids,
             seed=seed,
@@ -123,12 +136,21 @@ def _print_table(report: ValidationReport) -> None:
     Console(highlight=False, width=max(100, Console().width)).print(table)
     if report.differing_weights:
         click.echo(
-            f"FAILED: {len(report.differing_weights)} tensors are not the model's: "
+            f"FAILED: {len(report.differing_weights)} tensors are not those of "
+            f"{report.compared_with}: "
             f"{', '.join(report.differing_weights[:3])}"
         )
     elif report.differing_weights is not None:
         made = "" if report.quantization is None else ", quantised"
-        click.echo(f"weights: every tensor is the model's{made}")
+        click.echo(f"weights: every tensor is that of {report.compared_with}{made}")
+    for row, routing in zip(report.comparisons, report.routing, strict=False):
+        click.echo(
+            f"experts, {row.name}: {routing.differing} of {routing.choices} choices are not the "
+            f"reference's, the furthest by {routing.largest_gap:.1e} of a score (a near-tie is up "
+            f"to {routing.allowed_gap:.1e}): {'ok' if routing.passed else 'FAILED'}"
+        )
+    if report.routing:
+        click.echo("experts: logits are compared under the bundle's choices")
     if report.quantization is not None:
         _print_cost(report)
 

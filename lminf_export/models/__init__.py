@@ -6,6 +6,7 @@ from lminf_export.models.alibi import BloomFamily, MptFamily
 from lminf_export.models.base import Family
 from lminf_export.models.falcon import FalconFamily
 from lminf_export.models.gptj import GptjFamily
+from lminf_export.models.hunyuan import HunyuanFamily
 from lminf_export.models.probe import ProbedFamily
 from lminf_export.models.rotary import RotaryFamily
 
@@ -26,6 +27,7 @@ _DENSE = RotaryFamily(
     "gpt_neox",
     "granite",
     "helium",
+    "jais2",
     "llama",
     "ministral",
     "mistral",
@@ -42,14 +44,28 @@ _DENSE = RotaryFamily(
     "smollm3",
     "stablelm",
     "starcoder2",
+    "vaultgemma",
 )
-# Mixtures of experts; each is proved by a case in tests/test_experts.py.
+# Mixtures of experts; each is proved by a case in tests/families.py.
 _EXPERTS = RotaryFamily(
-    "gpt_oss", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"
+    "dots1",
+    "ernie4_5_moe",
+    "flex_olmo",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
 )
 # Families without the attention interface; proved in tests/test_families_own.py.
 _OWN = (GptjFamily(), MptFamily(), BloomFamily(), FalconFamily())
-_FAMILIES: tuple[Family, ...] = (_DENSE, _EXPERTS, *_OWN)
+# Proved by a case in tests/families.py, as the dense ones.
+_HUNYUAN = HunyuanFamily("hunyuan_v1_dense", "hunyuan_v1_moe")
+_FAMILIES: tuple[Family, ...] = (_DENSE, _EXPERTS, _HUNYUAN, *_OWN)
 FAMILIES: dict[str, Family] = {
     model_type: family for family in _FAMILIES for model_type in family.model_types
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lminf_export.config import LambdaConfig
 from lminf_export.errors import ModelError
-from lminf_export.models.base import AttentionPlan, attend, lambda_layers, replaced
+from lminf_export.models.base import AnyWeights, AttentionPlan, attend, lambda_layers, replaced
 
 
 def alibi_plan(
@@ -64,7 +64,7 @@ def mpt_slopes(num_heads: int) -> Tensor:
     return -build_mpt_alibi_tensor(num_heads, 2)[:, 0, 0].clone()
 
 
-class MptFamily:
+class MptFamily(AnyWeights):
     """Adapter of MPT."""
 
     model_types: tuple[str, ...] = ("mpt",)
@@ -90,7 +90,7 @@ class MptFamily:
             yield
 
 
-class BloomFamily:
+class BloomFamily(AnyWeights):
     """Adapter of BLOOM."""
 
     model_types: tuple[str, ...] = ("bloom",)

@@ -8,7 +8,7 @@ keys that carry no position. Who answers is decided by the step in force (`use_s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from lminf_export.bindings import LayerSpec
 from lminf_export.config import LambdaConfig, ring_capacity
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.experts import EXPERTS_NAME, register_experts
+from lminf_export.weights import SourceTensor
 
 ATTENTION_NAME = "lambda_attention"
 
@@ -72,6 +73,13 @@ class AttentionPlan:
     notices: tuple[str, ...] = ()
 
 
+class AnyWeights:
+    """A family that can be exported whatever its weights are."""
+
+    def check_weights(self, config: Any, tensors: Mapping[str, SourceTensor]) -> None:
+        """Accept them."""
+
+
 class Family(Protocol):
     """One kind of model; see docs/adding_a_model.md."""
 
@@ -83,6 +91,10 @@ class Family(Protocol):
 
     def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
         """Describe the attention of every layer under these Λ settings."""
+        ...
+
+    def check_weights(self, config: Any, tensors: Mapping[str, SourceTensor]) -> None:
+        """Raise ModelError if Λ-attention cannot compute a model of these tensors, by name."""
         ...
 
     def patched(self, model: nn.Module) -> AbstractContextManager[None]:

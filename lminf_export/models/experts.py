@@ -30,6 +30,8 @@ from onnxscript.values import Opset
 from torch import Tensor
 
 EXPERTS_NAME = "lambda_experts"
+# Begins the names of the values in a graph that hold each token's chosen experts, (T · k,).
+CHOICE_PREFIX = "chosen_experts."
 _ONNX = Opset("", 24)
 
 
@@ -157,6 +159,7 @@ def _int(value: int) -> Any:
 
 def _dispatch_to_onnx(hidden: Any, top_k_index: Any, num_experts: int) -> Any:
     expert = _ONNX.Reshape(top_k_index, _ints(-1))
+    expert.name = f"{CHOICE_PREFIX}{top_k_index.name}"
     num_pairs = _ONNX.Shape(expert)
     rows = _ONNX.Add(_ONNX.Div(_ONNX.Mul(num_pairs, _int(2)), _int(num_experts)), _int(1))
     hit = _ONNX.Min(num_pairs, _ints(num_experts))

@@ -17,6 +17,7 @@ from lminf_export.config import LambdaConfig
 from lminf_export.errors import ModelError
 from lminf_export.models.alibi import alibi_plan, bloom_slopes, nothing
 from lminf_export.models.base import (
+    AnyWeights,
     AttentionPlan,
     Rotation,
     Turn,
@@ -30,7 +31,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that do not depend
 _TURN = Turn("transformer.rotary_emb")
 
 
-class FalconFamily:
+class FalconFamily(AnyWeights):
     """Adapter of Falcon, old and new architecture, rotary and ALiBi."""
 
     model_types: tuple[str, ...] = ("falcon",)

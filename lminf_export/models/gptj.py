@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lminf_export.config import LambdaConfig
 from lminf_export.errors import ModelError
 from lminf_export.models.base import (
+    AnyWeights,
     AttentionPlan,
     Rotation,
     Turn,
@@ -31,7 +32,7 @@ _CODEGEN_PARTS = 4  # CodeGen's fused projection keeps the split over four devic
 _TURN = Turn("embed_positions")
 
 
-class GptjFamily:
+class GptjFamily(AnyWeights):
     """Adapter of GPT-J and CodeGen, which differ in their projections only."""
 
     model_types: tuple[str, ...] = ("gptj", "codegen")

@@ -66,7 +66,7 @@ class ProbedFamily(RotaryFamily):
         """
         kind = config.model_type
         with self._explained(kind):
-            self._probe(_shrunk(config))
+            self._probe(_buildable(config))
             plan = super().plan(config, settings)
         notice = (
             f"model type {kind!r} has no test of its own; it passed the probe (one attention a "
@@ -230,7 +230,9 @@ def _foreign_errors() -> Iterator[None]:
     except _FOREIGN as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise ModelError(
-            f"its code does not run with its attention replaced ({type(error).__name__}: {reason})"
+            f"its code does not run with rotation and attention taken out of it "
+            f"({type(error).__name__}: {reason}); what they do with positions is not understood, "
+            f"so the text after the window would be wrong"
         ) from error
 
 
@@ -238,7 +240,17 @@ def _size(x: Tensor) -> float:
     return max(float(x.max() - x.min()), 1e-6)
 
 
-def _shrunk(config: Any) -> Any:
+def _buildable(config: Any) -> Any:
+    """Return a small copy of a configuration; as wide as it is where a narrow one is refused."""
+    small = _shrunk(config)
+    try:
+        build_model(small, torch.float32, device="meta")
+    except ModelError:
+        return _shrunk(config, narrow=False)
+    return small
+
+
+def _shrunk(config: Any, *, narrow: bool = True) -> Any:
     """Return a copy of a configuration that differs in cost, not in kind."""
     small = copy.deepcopy(config)
     for name, value in _SMALL.items():
@@ -246,7 +258,8 @@ def _shrunk(config: Any) -> Any:
             setattr(small, name, min(value, getattr(small, name)))
     if isinstance(getattr(small, "pad_token_id", None), int):
         small.pad_token_id = 0  # an index into the embeddings, of which few are left
-    _narrow(small)
+    if narrow:
+        _narrow(small)
     count = config.num_hidden_layers
     lists = {
         name: value

@@ -23,6 +23,7 @@ from lminf_export.bindings import LayerSpec
 from lminf_export.config import LambdaConfig, ring_capacity
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.base import (
+    AnyWeights,
     AttentionCall,
     AttentionPlan,
     Rotation,
@@ -39,7 +40,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-class RotaryFamily:
+class RotaryFamily(AnyWeights):
     """Adapter of all models with rotary embeddings behind the attention interface.
 
     Args:
@@ -59,7 +60,7 @@ class RotaryFamily:
     def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
         """Let the model show how each layer attends, and apply the Λ settings to it."""
         _check_rope_types(config)
-        regime, regime_notices = _regime(config, settings)
+        regime, regime_notices = self._regime(config, settings)
         model = build_model(config, torch.float32, device="meta")
         calls = [_without_idle_window(call, config) for call in self.observe(model, config)]
         if any(call.key.shape[-1] != call.value.shape[-1] for call in calls):
@@ -85,6 +86,14 @@ class RotaryFamily:
             sliding=tuple(call.visible.window is not None for call in calls),
             notices=(*regime_notices, *_notices(calls, settings)),
         )
+
+    def is_length_dependent(self, rope: dict[str, Any]) -> bool:
+        """Say whether a rotary scaling changes with the length of the text."""
+        return rope.get("rope_type") in LENGTH_DEPENDENT
+
+    def _regime(self, config: Any, settings: LambdaConfig) -> tuple[str | None, tuple[str, ...]]:
+        scalings = [rope for rope in _rope_parameters(config) if self.is_length_dependent(rope)]
+        return _regime(config, settings, scalings)
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
@@ -301,13 +310,14 @@ def _long_regime(config: Any, rope: Any, layer_type: str | None) -> tuple[Tensor
     return inv_freq.float(), float(factor)
 
 
-def _regime(config: Any, settings: LambdaConfig) -> tuple[str | None, tuple[str, ...]]:
+def _regime(
+    config: Any, settings: LambdaConfig, scalings: list[dict[str, Any]]
+) -> tuple[str | None, tuple[str, ...]]:
     """Choose what a length-dependent rotary scaling is frozen to, and say so.
 
     Short distances are all a query ever sees while the window is within the short regime's
     length, so that is the default there.
     """
-    scalings = [r for r in _rope_parameters(config) if r.get("rope_type") in LENGTH_DEPENDENT]
     if not scalings:
         if settings.rope_regime is None:
             return None, ()

@@ -42,6 +42,8 @@ _ERRORS: tuple[type[Exception], ...] = (
     MemoryError,
 )
 _LOG_FATAL = 4
+# Where a graph that comes as bytes finds its external data.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MESSAGE_LENGTH = 600
 
 
@@ -54,6 +56,8 @@ class OnnxRuntimeSession:
         threads: threads of one operator; None leaves the choice to onnxruntime.
         kernels: "auto", "none" or a library's path: see `find_kernels`.
         profile: beginning of the name of a file for onnxruntime's profile; None for no profile.
+        graph: a serialised graph to run in the place of the bundle's, with the same inputs, and
+            outputs that begin with its own.
 
     Raises:
         SessionError: the provider is missing or cannot run the type, the graph does not load,
@@ -68,6 +72,7 @@ class OnnxRuntimeSession:
         threads: int | None = None,
         kernels: str | Path = AUTO,
         profile: Path | None = None,
+        graph: bytes | None = None,
     ) -> None:
         self.manifest = bundle.manifest
         self.provider = provider
@@ -75,15 +80,18 @@ class OnnxRuntimeSession:
         self.kernels = find_kernels(kernels, provider)
         logger.info("attention: %s", self.attention)
         options = _session_options(threads, self.kernels, profile)
-        self._session = _open_session(bundle.graph_path, provider, options)
+        self._session = _open_session(bundle.graph_path, provider, options, graph)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
                 f"onnxruntime could not start its {provider} provider (its libraries or the "
                 "device are missing); use provider='cpu' or mend the installation"
             )
+        outputs = self._session.get_outputs()
+        if graph is not None:
+            outputs = outputs[: len(self.manifest.outputs)]
         for what, found, expected in (
             ("inputs", self._session.get_inputs(), self.manifest.inputs),
-            ("outputs", self._session.get_outputs(), self.manifest.outputs),
+            ("outputs", outputs, self.manifest.outputs),
         ):
             _check_table(bundle.graph_path, what, found, expected)
 
@@ -377,9 +385,14 @@ def _session_options(
     return options
 
 
-def _open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
+def _open_session(
+    path: Path, provider: str, options: ort.SessionOptions, graph: bytes | None
+) -> ort.InferenceSession:
+    if graph is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
     with _as_session_error(f"onnxruntime cannot load {path}"):
-        return ort.InferenceSession(str(path), options, providers=[_PROVIDER_NAMES[provider]])
+        model = str(path) if graph is None else graph
+        return ort.InferenceSession(model, options, providers=[_PROVIDER_NAMES[provider]])
 
 
 def _check_table(path: Path, what: str, found: list[Any], expected: tuple[Tensor, ...]) -> None:

@@ -1,0 +1,56 @@
+"""docs/models.md is what its script writes, and engines of every kind of position are built."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from lminf_export import export
+from tests import test_families_own as own
+from tests.families import CASES
+from tests.test_build_engine import RTX, needs_rtx
+
+ROOT = Path(__file__).resolve().parents[1]
+BY_NAME = {case.model_type: case for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("models_table", ROOT / "scripts/models_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_script_writes_from_the_results(table):
+    results = json.loads(table.RESULTS.read_text())
+    assert table.PAGE.read_text() == table.page(results)
+
+
+def test_every_row_of_the_results_is_measured_and_has_an_engine_or_a_reason(table):
+    rows = json.loads(table.RESULTS.read_text())["rows"]
+    assert set(rows) == set(table.jobs()) == {*BY_NAME, *own.CASES}
+    assert all(0 < row["stock"] < 2e-5 and 0 < row["oracle"] < 2e-5 for row in rows.values())
+    assert all(row["engine"] for row in rows.values())
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gemma3_text", id="two rotations and sliding layers"),
+        pytest.param("falcon-rw", id="ALiBi"),
+        pytest.param("gpt_oss", id="experts and learned sink logits"),
+    ],
+)
+def test_an_engine_of_every_kind_is_built_on_a_cpu(name, tmp_path):
+    folder = tmp_path / "m"
+    source = BY_NAME[name].save(folder) if name in BY_NAME else own.save(name, folder)
+    out = tmp_path / "b" / "engine.plan"
+    bundle = export(source, out, builder=RTX, window_size=32, chunk_size=16)
+    assert bundle.manifest.engine.builder == RTX
+    assert bundle.plan_path.stat().st_size > 0

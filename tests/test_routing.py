@@ -1,0 +1,81 @@
+"""Bundles of mixtures of experts: compared under their own routing, which must be nearly right."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from lminf_export import export, load
+from lminf_export.bundle import Bundle
+from lminf_export.cli.validate import validate_command
+from lminf_export.routing import WatchedSession, compare_routing, find_choices
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.validate import run_in_pieces, validate
+from tests.families import CASES, CHUNK, WINDOW
+
+BY_NAME = {case.model_type: case for case in CASES}
+
+
+@pytest.fixture(scope="module", params=["mixtral", "phimoe"])
+def half(request, tmp_path_factory):
+    """A bundle in float16; the first router takes the best two, the second one after another."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = BY_NAME[request.param].save(folder / "m")
+    return export(source, folder / "b", window_size=WINDOW, chunk_size=CHUNK, dtype="float16").path
+
+
+def test_half_precision_is_compared_under_its_own_routing(half):
+    report = validate(half, num_tokens=599)
+    assert report.passed
+    assert len(report.routing) == 2
+    for routing in report.routing:
+        assert routing.choices == 599 * 3 * 2
+        # Random routers tie now and then; without one this test would show nothing.
+        assert 0 < routing.differing < 20
+        assert 0 < routing.largest_gap <= routing.allowed_gap
+    assert report.to_dict()["routing"][0]["differing"] == report.routing[0].differing
+
+
+def test_the_watched_graph_gives_the_logits_of_the_bundle(half):
+    bundle = Bundle.open(half)
+    assert len(find_choices(bundle)) == 3
+    watched = WatchedSession(bundle, "cpu")
+    tokens = np.random.default_rng(2).integers(0, 131, 101)
+    sizes = (1, 5, 2)
+    plain = run_in_pieces(load(half), tokens, sizes)
+    assert np.array_equal(run_in_pieces(LanguageModel(bundle, watched), tokens, sizes), plain)
+    routing = watched.routing()
+    assert [tuple(layer.shape) for layer in routing] == [(101, 2)] * 3
+    assert all(int(layer.max()) == 4 and int(layer.min()) == 0 for layer in routing)
+
+
+def test_the_command_line_says_how_experts_were_compared(half):
+    result = CliRunner().invoke(validate_command, [str(half)])
+    assert result.exit_code == 0, result.output
+    assert "logits are compared under the bundle's choices" in result.output
+    assert "choices are not the reference's, the furthest by" in result.output
+    report = json.loads(CliRunner().invoke(validate_command, [str(half), "--json"]).output)
+    assert len(report["routing"]) == 2
+
+
+def test_a_choice_that_is_no_near_tie_fails():
+    scores = [torch.tensor([[0.5, 0.3, 0.2 - 1e-6, 0.2], [0.1, 0.2, 0.3, 0.4]]).double()]
+    near = [torch.tensor([[0, 1, 2], [3, 2, 1]])]
+    far = [torch.tensor([[0, 1, 2], [3, 2, 0]])]
+    report = compare_routing(scores, near, 1e-6)
+    assert (report.choices, report.differing, report.passed) == (6, 1, True)
+    assert report.largest_gap == pytest.approx(1e-6, rel=0.1)
+    report = compare_routing(scores, far, 1e-6)
+    assert (report.differing, report.passed) == (2, False)
+    assert report.largest_gap == pytest.approx(0.1)
+
+
+def test_dense_bundles_have_no_routing(tmp_path):
+    source = BY_NAME["llama"].save(tmp_path / "m")
+    bundle = export(source, tmp_path / "b", window_size=WINDOW, chunk_size=CHUNK)
+    assert find_choices(bundle) == []
+    assert validate(bundle.path).routing == ()
