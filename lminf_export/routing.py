@@ -9,6 +9,7 @@ have been a near-tie, which is a claim with a bound of its own (`RoutingReport`)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from lminf_export.bundle import Bundle
 from lminf_export.models.experts import CHOICE_PREFIX
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, OnnxRuntimeState, Provider
 
 
@@ -61,14 +63,16 @@ class WatchedSession(OnnxRuntimeSession):
         seen: for each step, the experts of each layer with experts, (S, k) int64.
     """
 
-    def __init__(self, bundle: Bundle, provider: Provider) -> None:
+    def __init__(self, bundle: Bundle, provider: Provider, kernels: str | Path = AUTO) -> None:
         self.watched = find_choices(bundle)
         self.seen: list[list[NDArray[np.int64]]] = []
         model = onnx.load(str(bundle.graph_path), load_external_data=False)
         for name in self.watched:
             value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None])
             model.graph.output.append(value)
-        super().__init__(bundle, provider=provider, graph=model.SerializeToString())
+        super().__init__(
+            bundle, provider=provider, kernels=kernels, graph=model.SerializeToString()
+        )
 
     def new_state(self, batch_size: int) -> OnnxRuntimeState:
         """Return the state of B streams that have seen nothing; what was seen is forgotten."""

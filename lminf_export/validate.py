@@ -41,6 +41,7 @@ from lminf_export.routing import (
     find_choices,
     largest_difference,
 )
+from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider
@@ -137,6 +138,7 @@ def validate(
     token_ids: Sequence[int] | None = None,
     seed: int = 0,
     provider: Provider = "cpu",
+    kernels: str | Path = AUTO,
     progress: Progress = silent,
 ) -> ValidationReport:
     """Run a bundle token by token and in uneven chunks, and compare every logit.
@@ -153,6 +155,7 @@ def validate(
         token_ids: the stream itself, a text's tokens; random tokens by default.
         seed: of the random tokens.
         provider: onnxruntime's provider, "cpu" or "cuda".
+        kernels: what computes attention in onnxruntime: see `load`.
         progress: told what is going on.
 
     Raises:
@@ -173,9 +176,11 @@ def validate(
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
     dtype = _reference_dtype(original.source)
-    watched = _watched(opened, provider, original.source)
+    watched = _watched(opened, provider, kernels, original.source)
     language_model = (
-        load(opened.path, provider=provider) if watched is None else LanguageModel(opened, watched)
+        load(opened.path, provider=provider, kernels=kernels)
+        if watched is None
+        else LanguageModel(opened, watched)
     )
     run = _Run(opened, language_model, tokens, progress)
     routing: list[RoutingReport] = []
@@ -282,12 +287,14 @@ def _range(score: torch.Tensor) -> float:
     return float(finite.max() - finite.min())
 
 
-def _watched(bundle: Bundle, provider: Provider, source: Source) -> WatchedSession | None:
+def _watched(
+    bundle: Bundle, provider: Provider, kernels: str | Path, source: Source
+) -> WatchedSession | None:
     """Return a session that tells the experts chosen, of a bundle that has some."""
     if not find_choices(bundle):
         return None
     skeleton = build_model(source.config, torch.float32, device="meta")
-    return WatchedSession(bundle, provider) if experts_of(skeleton) else None
+    return WatchedSession(bundle, provider, kernels) if experts_of(skeleton) else None
 
 
 def _check_adapter(bundle: Bundle, model: str | None, lora: str | Path | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -29,7 +31,13 @@ def run_torch_op(case, inputs):
 class OnnxNode:
     """One LambdaAttention node with its function body, in onnxruntime."""
 
-    def __init__(self, case: Case, element=TensorProto.FLOAT, in_place: bool = False) -> None:
+    def __init__(
+        self,
+        case: Case,
+        element=TensorProto.FLOAT,
+        in_place: bool = False,
+        kernels: Path | None = None,
+    ) -> None:
         self.case, self.in_place = case, in_place
         features = BodyFeatures(
             rotary=bool(case.rotary_dim),
@@ -38,8 +46,11 @@ class OnnxNode:
             sink_logits=case.sink_logits,
         )
         model = one_node_model(case, function_body(features), element)
+        options = ort.SessionOptions()
+        if kernels is not None:
+            options.register_custom_ops_library(str(kernels))
         self.session = ort.InferenceSession(
-            model.SerializeToString(), providers=["CPUExecutionProvider"]
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
 
     def __call__(self, case, inputs):

@@ -218,7 +218,7 @@ class _Builder:
                 [query, key, value, *ring, *sinks, bindings.PAST_LENGTH, bindings.NEW_LENGTH]
                 + [position, self.slots(ring[0]), cos, sin]
                 + [self.constant(limit + 0.5), self.constant(limit + 0.8)]
-                + [self.constant(np.zeros(tiny.num_heads, np.float32))] * 2,
+                + [self.constant(np.full(tiny.num_heads, x, np.float32)) for x in (0, -np.inf)],
                 [output, *present],
                 domain=op.DOMAIN,
                 plugin_namespace=op.DOMAIN,

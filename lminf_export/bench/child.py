@@ -18,13 +18,15 @@ from lminf_export.errors import SessionError
 _STEPS = 3
 
 
-def fresh_process(bundle: Path, provider: str, threads: int | None) -> tuple[FirstToken, Memory]:
+def fresh_process(
+    bundle: Path, provider: str, threads: int | None, kernels: str
+) -> tuple[FirstToken, Memory]:
     """Start the child and read what it measured.
 
     Raises:
         SessionError: the bundle does not run; in the child's words.
     """
-    command = [sys.executable, "-m", __name__, str(bundle), provider, str(threads or 0)]
+    command = [sys.executable, "-m", __name__, str(bundle), provider, str(threads or 0), kernels]
     start = time.time()
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -40,10 +42,10 @@ def main() -> None:
     start = time.perf_counter()
     from lminf_export.runtime.load import load
 
-    bundle, provider, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]) or None
+    bundle, provider, threads, kernels = *sys.argv[1:3], int(sys.argv[3]) or None, sys.argv[4]
     imported = time.perf_counter()
     before = process_memory()["anonymous"]
-    model = load(bundle, provider=provider, threads=threads)  # type: ignore[arg-type]
+    model = load(bundle, provider=provider, threads=threads, kernels=kernels)  # type: ignore[arg-type]
     loaded = time.perf_counter()
     state = model.new_state()
     model.forward([[0]], state, logits="last")

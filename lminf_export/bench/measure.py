@@ -24,6 +24,7 @@ from lminf_export.config import MAX_POSITION, as_integer
 from lminf_export.environment import environment
 from lminf_export.errors import InputError
 from lminf_export.progress import Progress, silent
+from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import OnnxRuntimeState, Provider
@@ -44,6 +45,7 @@ class BenchOptions:
         decode_tokens: steps timed at each position.
         provider: onnxruntime's, "cpu" or "cuda".
         threads: of one operator; None leaves the choice to onnxruntime.
+        kernels: what computes attention in onnxruntime: see `load`.
         profile: whether to profile decoding, too.
 
     Raises:
@@ -55,6 +57,7 @@ class BenchOptions:
     decode_tokens: int = 60
     provider: Provider = "cpu"
     threads: int | None = None
+    kernels: str = AUTO
     profile: bool = False
     positions: tuple[int, ...] = field(default=())
 
@@ -96,11 +99,15 @@ def bench(
         )
     opened = Bundle.open(bundle)
     progress("a fresh process", None)
-    first_token, memory = fresh_process(opened.path, options.provider, options.threads)
+    first_token, memory = fresh_process(
+        opened.path, options.provider, options.threads, options.kernels
+    )
     progress("streaming memory", None)
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     bandwidth = streaming_bandwidth(options.threads or cores)
-    model = load(opened.path, provider=options.provider, threads=options.threads)
+    model = load(
+        opened.path, provider=options.provider, threads=options.threads, kernels=options.kernels
+    )
     prefill, decode = [], []
     for batch_size in options.batch_sizes:
         progress(f"prefill, batch {batch_size}", None)
@@ -112,7 +119,9 @@ def bench(
         progress("profiling", None)
         position = _positions(opened, options)[-1][1]
         steps = min(options.decode_tokens, 30)
-        profile = profile_decoding(opened, position, steps, options.provider, options.threads)
+        profile = profile_decoding(
+            opened, position, steps, options.provider, options.threads, options.kernels
+        )
     manifest = opened.manifest
     return BenchReport(
         bundle=opened.path.resolve().name,
@@ -122,6 +131,7 @@ def bench(
         window_size=manifest.settings.window_size,
         provider=options.provider,
         threads=options.threads,
+        attention=model.session.attention,
         bandwidth=bandwidth,
         positions_are_set=True,
         first_token=first_token,

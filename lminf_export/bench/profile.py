@@ -18,7 +18,12 @@ _WARM_UP = 3
 
 
 def profile_decoding(
-    bundle: Bundle, position: int, steps: int, provider: Provider, threads: int | None
+    bundle: Bundle,
+    position: int,
+    steps: int,
+    provider: Provider,
+    threads: int | None,
+    kernels: str,
 ) -> tuple[OperatorTime, ...]:
     """Decode a few tokens under onnxruntime's profiler; kinds of operators, slowest first.
 
@@ -26,7 +31,9 @@ def profile_decoding(
     """
     with tempfile.TemporaryDirectory(prefix="lminf-") as folder:
         prefix = Path(folder) / "profile"
-        session = OnnxRuntimeSession(bundle, provider=provider, threads=threads, profile=prefix)
+        session = OnnxRuntimeSession(
+            bundle, provider=provider, threads=threads, kernels=kernels, profile=prefix
+        )
         state = session.new_state(1)
         state.stand_at(position)
         token, one, index = np.zeros((1, 1), np.int64), np.ones(1, np.int64), np.zeros((1, 1), int)

@@ -102,6 +102,7 @@ class BenchReport:
         window_size: W.
         provider: onnxruntime's.
         threads: of one operator; None is onnxruntime's own choice.
+        attention: what computed the attention.
         bandwidth: bytes per second of streaming main memory, the best of this run.
         positions_are_set: decoding positions are set, not read: caches hold random numbers.
         first_token: a fresh process.
@@ -119,6 +120,7 @@ class BenchReport:
     window_size: int
     provider: str
     threads: int | None
+    attention: str
     bandwidth: float
     positions_are_set: bool
     first_token: FirstToken

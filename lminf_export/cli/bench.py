@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.cli.common import KERNELS_HELP, handle_errors, verbosity_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.errors import InputError
 from lminf_export.manifest import human_bytes
@@ -50,6 +50,7 @@ def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tup
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--kernels", default="auto", metavar="auto|none|PATH", help=KERNELS_HELP)
 @click.option("--profile", is_flag=True, help="Show where decoding spends its time, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @verbosity_options
@@ -62,6 +63,7 @@ def bench_command(
     decode_tokens: int,
     threads: int | None,
     provider: Literal["cpu", "cuda"],
+    kernels: str,
     profile: bool,
     as_json: bool,
 ) -> None:
@@ -80,6 +82,7 @@ def bench_command(
         prefill_tokens=prefill_tokens,
         decode_tokens=decode_tokens,
         provider=provider,
+        kernels=kernels,
         threads=threads,
         profile=profile,
         positions=positions,
@@ -121,6 +124,7 @@ def _facts(report: BenchReport) -> Table:
     table = _table(f"{report.bundle}: {report.model_type}, {kind}", "what", "value")
     rows: list[tuple[str, Any]] = [
         ("threads", threads),
+        ("attention", report.attention),
         ("streaming bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s"),
         *(
             (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import click
 
-from lminf_export.cli.common import handle_errors, read_text, verbosity_options
+from lminf_export.cli.common import KERNELS_HELP, handle_errors, read_text, verbosity_options
 from lminf_export.errors import InputError
 from lminf_export.manifest import human_bytes
 
@@ -102,6 +102,7 @@ class Clock:
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Enqueue every step of a plan instead of recording one."
 )
+@click.option("--kernels", default="auto", metavar="auto|none|PATH", help=KERNELS_HELP)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator.")
 @click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
 @click.option("--stats", is_flag=True, help="Print speed and cache size to stderr at the end.")
@@ -124,6 +125,7 @@ def generate_command(
     ignore_eos: bool,
     provider: str,
     no_cuda_graphs: bool,
+    kernels: str,
     threads: int | None,
     verify: bool,
     stats: bool,
@@ -142,6 +144,7 @@ def generate_command(
         provider=provider,  # type: ignore[arg-type]
         threads=threads,
         cuda_graphs=not no_cuda_graphs,
+        kernels=kernels,
         verify="full" if verify else "fast",
     )
     prompt_ids = model.codec.encode(text)

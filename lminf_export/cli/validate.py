@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from lminf_export.cli.common import (
+    KERNELS_HELP,
     handle_errors,
     one_adapter,
     quiet_transformers,
@@ -55,6 +56,7 @@ HELDOUT_NAME = "heldout.txt"
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--kernels", default="auto", metavar="auto|none|PATH", help=KERNELS_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @verbosity_options
 @handle_errors
@@ -67,6 +69,7 @@ def validate_command(
     text: str | None,
     seed: int,
     provider: Literal["cpu", "cuda"],
+    kernels: str,
     as_json: bool,
 ) -> None:
     """Run BUNDLE token by token and in uneven chunks, and compare every logit.
@@ -97,6 +100,7 @@ def validate_command(
             token_ids=token_ids,
             seed=seed,
             provider=provider,
+            kernels=kernels,
             progress=progress,
         )
     if as_json:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lminf_export.bundle import Bundle, Verify
 from lminf_export.errors import SessionError
+from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, Provider
@@ -18,6 +19,7 @@ def load(
     provider: Provider = "cpu",
     threads: int | None = None,
     cuda_graphs: bool = True,
+    kernels: str | Path = AUTO,
     verify: Verify = "fast",
 ) -> LanguageModel:
     """Load a bundle.
@@ -28,6 +30,9 @@ def load(
         provider: "cpu" or "cuda", for onnxruntime.
         threads: threads of one operator in onnxruntime; its own choice by default.
         cuda_graphs: for a plan with the plugin: play single tokens from a CUDA graph.
+        kernels: what computes Λ-attention in onnxruntime: "auto" takes the library built and
+            installed with this package, if any, "none" the graph's own function body, anything
+            else is a library's path. A library is code that runs: name only one you trust.
         verify: "fast" hashes what decides what runs and checks the sizes of the weights;
             "full" hashes every file.
 
@@ -46,7 +51,7 @@ def load(
         raise SessionError(f"{path} is not the plan of this bundle; it has {bundle.plan_path}")
     if provider == "cpu":
         require_memory(bundle.manifest, None, batch_size=1)
-    session = OnnxRuntimeSession(bundle, provider=provider, threads=threads)
+    session = OnnxRuntimeSession(bundle, provider=provider, threads=threads, kernels=kernels)
     return LanguageModel(bundle, session)
 
 

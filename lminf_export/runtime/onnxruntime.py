@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from lminf_export.config import as_integer
 from lminf_export.errors import SessionError
 from lminf_export.manifest import Manifest, Tensor, describe
 from lminf_export.runtime.cache import State, grown_capacity, ring_capacities
+from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
+from lminf_export.runtime.memory import zeros_together
+
+logger = logging.getLogger(__name__)
 
 Provider = Literal["cpu", "cuda"]
 
@@ -49,6 +54,7 @@ class OnnxRuntimeSession:
         bundle: opened and checked.
         provider: "cpu" or "cuda".
         threads: threads of one operator; None leaves the choice to onnxruntime.
+        kernels: "auto", "none" or a library's path: see `find_kernels`.
         profile: beginning of the name of a file for onnxruntime's profile; None for no profile.
         graph: a serialised graph to run in the place of the bundle's, with the same inputs, and
             outputs that begin with its own.
@@ -64,13 +70,17 @@ class OnnxRuntimeSession:
         *,
         provider: Provider = "cpu",
         threads: int | None = None,
+        kernels: str | Path = AUTO,
         profile: Path | None = None,
         graph: bytes | None = None,
     ) -> None:
         self.manifest = bundle.manifest
         self.provider = provider
         _check_provider(provider, self.manifest)
-        self._session = _open_session(bundle.graph_path, provider, threads, profile, graph)
+        self.kernels = find_kernels(kernels, provider)
+        logger.info("attention: %s", self.attention)
+        options = _session_options(threads, self.kernels, profile)
+        self._session = _open_session(bundle.graph_path, provider, options, graph)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
                 f"onnxruntime could not start its {provider} provider (its libraries or the "
@@ -89,6 +99,11 @@ class OnnxRuntimeSession:
     def caches_in_main_memory(self) -> bool:
         """Whether states take this machine's main memory."""
         return self.provider == "cpu"
+
+    @property
+    def attention(self) -> str:
+        """What computes the attention, for people."""
+        return self.kernels.description if self.kernels else "the graph's function body"
 
     def end_profiling(self) -> Path:
         """Return the profile's file, of everything run so far."""
@@ -141,7 +156,7 @@ class OnnxRuntimeState(State):
         self._on_device = provider != "cpu"
         self._dtype = manifest.dtype
         self._provider = provider
-        self._caches: list[list[_Cache]] = [self._layer_caches(layer) for layer in self.layers]
+        self._caches = self._new_caches()
         self._calls: dict[tuple[int, int], _Call] = {}
         self._room = _room(start)
 
@@ -242,44 +257,50 @@ class OnnxRuntimeState(State):
             full: grown_capacity(bound, full, needed) for full, bound in self.capacities.items()
         }
         self._calls.clear()
-        for layer, caches in zip(self.layers, self._caches, strict=True):
-            slots = wanted[layer.ring_capacity]
-            for cache in caches[: len(bindings.RING_KINDS)]:
-                cache.grow(slots, self._furthest)
-        self.capacities = wanted
+        old, self.capacities = self._caches, wanted
+        self._caches = self._new_caches()
+        for before, after in zip(old, self._caches, strict=True):
+            for source, target in zip(before, after, strict=True):
+                target.take_over(source)
         self._room = _room(wanted)
 
-    def _layer_caches(self, layer: LayerSpec) -> list[_Cache]:
-        heads, dim = layer.num_kv_heads, layer.head_dim
-        slots = self.capacities[layer.ring_capacity]
-        rings = [(kind, slots) for kind in bindings.RING_KINDS]
-        sinks = [(kind, layer.num_sink_tokens) for kind in bindings.SINK_KINDS]
-        return [
-            _Cache(kind, (self.batch_size, heads, rows, dim), self._dtype, self._provider)
-            for kind, rows in rings + (sinks if layer.num_sink_tokens else [])
+    def _new_caches(self) -> list[list[_Cache]]:
+        """Make the caches of all layers, of the present capacities."""
+        kinds = [
+            [*bindings.RING_KINDS, *(bindings.SINK_KINDS if layer.num_sink_tokens else ())]
+            for layer in self.layers
         ]
+        shapes = [
+            self._cache_shape(layer, kind)
+            for layer, own in zip(self.layers, kinds, strict=True)
+            for kind in own
+        ]
+        # numpy has no bfloat16.
+        arrays = iter(
+            zeros_together(shapes, "uint16" if self._dtype == "bfloat16" else self._dtype)
+        )
+        return [
+            [_Cache(kind, next(arrays), self._dtype, self._provider) for kind in own]
+            for own in kinds
+        ]
+
+    def _cache_shape(self, layer: LayerSpec, kind: str) -> tuple[int, int, int, int]:
+        is_ring = kind in bindings.RING_KINDS
+        slots = self.capacities[layer.ring_capacity] if is_ring else layer.num_sink_tokens
+        return (self.batch_size, layer.num_kv_heads, slots, layer.head_dim)
 
 
 class _Cache:
     """One cache tensor (B, G, slots, D), zeros at first."""
 
-    def __init__(
-        self, kind: str, shape: tuple[int, int, int, int], dtype: str, provider: Provider
-    ) -> None:
+    def __init__(self, kind: str, array: np.ndarray, dtype: str, provider: Provider) -> None:
         self.kind = kind
-        # A numpy array behind a CPU value is shared, not copied; numpy has no bfloat16.
-        self.array = np.zeros(shape, np.uint16 if dtype == "bfloat16" else dtype)
-        self.value = _ort_value(self.array, dtype, provider)
+        self.array = array  # behind a CPU value it is shared, not copied
+        self.value = _ort_value(array, dtype, provider)
 
-    def grow(self, slots: int, filled: int) -> None:
-        """Bind more slots; the first `filled` keep their tokens."""
-        old = self.array
-        if slots == old.shape[2]:
-            return
-        self.array = np.zeros((*old.shape[:2], slots, old.shape[3]), old.dtype)
-        kept = min(filled, old.shape[2])
-        self.array[:, :, :kept] = old[:, :, :kept]
-        self.value = ort.OrtValue.ortvalue_from_numpy(self.array)
+    def take_over(self, old: _Cache) -> None:
+        """Keep the tokens of a smaller cache: while it has not wrapped, slot = position."""
+        self.array[:, :, : old.array.shape[2]] = old.array
 
 
 class _Call:
@@ -345,9 +366,9 @@ def _check_provider(provider: str, manifest: Manifest) -> None:
         )
 
 
-def _open_session(
-    path: Path, provider: str, threads: int | None, profile: Path | None, graph: bytes | None
-) -> ort.InferenceSession:
+def _session_options(
+    threads: int | None, kernels: KernelLibrary | None, profile: Path | None
+) -> ort.SessionOptions:
     options = ort.SessionOptions()
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -356,6 +377,17 @@ def _open_session(
         options.intra_op_num_threads = as_integer("threads", threads, 1, SessionError)
     # What goes wrong arrives as an exception; the log would only repeat it on stderr.
     options.log_severity_level = _LOG_FATAL
+    if kernels is not None:
+        with _as_session_error(f"onnxruntime does not take the kernels of {kernels.path}"):
+            options.register_custom_ops_library(str(kernels.path))
+        # The library brings an allocator, too: packed weights stand on huge pages.
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+def _open_session(
+    path: Path, provider: str, options: ort.SessionOptions, graph: bytes | None
+) -> ort.InferenceSession:
     if graph is not None:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
     with _as_session_error(f"onnxruntime cannot load {path}"):

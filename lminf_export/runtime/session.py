@@ -13,6 +13,11 @@ class Session(Protocol):
     """A loaded graph or engine. Letters: B batch, S new tokens, K logit rows, V vocabulary."""
 
     @property
+    def attention(self) -> str:
+        """What computes the attention, for people."""
+        ...
+
+    @property
     def caches_in_main_memory(self) -> bool:
         """Whether states take this machine's main memory."""
         ...

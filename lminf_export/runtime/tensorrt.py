@@ -90,6 +90,11 @@ class TensorRTSession:
         self.max_batch_size = min(profile[bindings.BATCH][2] for profile in engine.profiles)
 
     @property
+    def attention(self) -> str:
+        """What computes the attention, for people."""
+        return "the engine"
+
+    @property
     def caches_in_main_memory(self) -> bool:
         """Whether states take this machine's main memory."""
         return False

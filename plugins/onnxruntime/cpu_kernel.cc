@@ -54,10 +54,9 @@ abi::Status* CpuKernel::compute(abi::KernelContext* context) noexcept {
   try {
     Call call;
     if (abi::Status* wrong = readCall(api_, context, attributes_, &call)) return wrong;
-    static const cpu::Kernels& kernels = cpu::bestKernels();
     Pool pool{api_, context, nullptr};
-    const char* wrong = cpu::lambdaAttention(paramsOf(call, attributes_, element_), kernels,
-                                             {&pool, onPool});
+    const char* wrong = cpu::lambdaAttention(paramsOf(call, attributes_, element_),
+                                             cpu::activeKernels(), {&pool, onPool});
     if (pool.wrong != nullptr) return pool.wrong;
     return wrong == nullptr ? nullptr : invalid(api_, wrong);
   } catch (const std::exception& error) {

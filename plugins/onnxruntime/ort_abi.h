@@ -29,10 +29,14 @@ struct KernelInfo;
 struct KernelContext;
 struct Value;
 struct TensorInfo;
+struct Env;
+struct MemoryInfo;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 enum Characteristic : int { kRequired = 0 };
+enum LogLevel : int { kLogWarning = 2 };
+enum AllocatorType : int { kDeviceAllocator = 0 };
 enum MemoryType : int { kMemoryCpuInput = -2, kMemoryDefault = 0 };
 
 // OrtApi is one long table of function pointers.
@@ -47,6 +51,7 @@ struct ApiBase {
 
 enum Entry : size_t {
   kCreateStatus = 0,
+  kCreateEnv = 3,
   kCreateCustomOpDomain = 26,
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
@@ -55,6 +60,7 @@ enum Entry : size_t {
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
+  kCreateCpuMemoryInfo = 69,
   kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
@@ -62,6 +68,7 @@ enum Entry : size_t {
   kReleaseStatus = 93,
   kReleaseTensorTypeAndShapeInfo = 99,
   kReleaseCustomOpDomain = 101,
+  kRegisterAllocator = 176,
   kKernelContextGetGpuComputeStream = 193,
   kKernelContextParallelFor = 274,
 };
@@ -77,6 +84,9 @@ struct Signature;
     using Type = result(LMINF_ORT_CALL*)(__VA_ARGS__) noexcept; \
   }
 LMINF_SIGNATURE(kCreateStatus, Status*, ErrorCode, const char*);
+LMINF_SIGNATURE(kCreateEnv, Status*, LogLevel, const char*, Env**);
+LMINF_SIGNATURE(kCreateCpuMemoryInfo, Status*, AllocatorType, MemoryType, MemoryInfo**);
+LMINF_SIGNATURE(kRegisterAllocator, Status*, Env*, struct Allocator*);
 LMINF_SIGNATURE(kCreateCustomOpDomain, Status*, const char*, CustomOpDomain**);
 LMINF_SIGNATURE(kCustomOpDomainAdd, Status*, CustomOpDomain*, const struct CustomOp*);
 LMINF_SIGNATURE(kAddCustomOpDomain, Status*, SessionOptions*, CustomOpDomain*);
@@ -102,6 +112,16 @@ template <Entry entry, typename... Arguments>
 auto call(const Api* api, Arguments... arguments) {
   return reinterpret_cast<typename Signature<entry>::Type>(api->entry[entry])(arguments...);
 }
+
+// OrtAllocator as of version 18, the first with `reserve`.
+constexpr uint32_t kAllocatorVersion = 18;
+struct Allocator {
+  uint32_t version;
+  void*(LMINF_ORT_CALL* alloc)(Allocator*, size_t);
+  void(LMINF_ORT_CALL* free)(Allocator*, void*);
+  const MemoryInfo*(LMINF_ORT_CALL* info)(const Allocator*);
+  void*(LMINF_ORT_CALL* reserve)(Allocator*, size_t);
+};
 
 // OrtCustomOp as of version 17: what onnxruntime asks about an operator.
 struct CustomOp {

@@ -31,6 +31,11 @@ LMINF_IS(KernelContext, OrtKernelContext);
 LMINF_IS(Value, OrtValue);
 LMINF_IS(TensorInfo, OrtTensorTypeAndShapeInfo);
 LMINF_IS(Api, OrtApi);
+LMINF_IS(Env, OrtEnv);
+LMINF_IS(MemoryInfo, OrtMemoryInfo);
+LMINF_IS(Allocator, OrtAllocator);
+LMINF_IS(LogLevel, OrtLoggingLevel);
+LMINF_IS(AllocatorType, OrtAllocatorType);
 LMINF_IS(ErrorCode, OrtErrorCode);
 LMINF_IS(ElementType, ONNXTensorElementDataType);
 LMINF_IS(Characteristic, OrtCustomOpInputOutputCharacteristic);
@@ -70,6 +75,9 @@ struct Theirs<abi::ParallelBody> {
                                Plain<decltype(OrtApi::theirs)>::Type>,                      \
                 #theirs " has other arguments")
 LMINF_SAME_CALL(kCreateStatus, CreateStatus);
+LMINF_SAME_CALL(kCreateEnv, CreateEnv);
+LMINF_SAME_CALL(kCreateCpuMemoryInfo, CreateCpuMemoryInfo);
+LMINF_SAME_CALL(kRegisterAllocator, RegisterAllocator);
 LMINF_SAME_CALL(kCreateCustomOpDomain, CreateCustomOpDomain);
 LMINF_SAME_CALL(kCustomOpDomainAdd, CustomOpDomain_Add);
 LMINF_SAME_CALL(kAddCustomOpDomain, AddCustomOpDomain);
@@ -90,6 +98,10 @@ LMINF_SAME_CALL(kKernelContextParallelFor, KernelContext_ParallelFor);
 
 #define LMINF_SAME_FIELD(ours, theirs)                                                     \
   static_assert(offsetof(abi::CustomOp, ours) == offsetof(OrtCustomOp, theirs), #theirs " moved")
+static_assert(offsetof(abi::Allocator, alloc) == offsetof(OrtAllocator, Alloc));
+static_assert(offsetof(abi::Allocator, free) == offsetof(OrtAllocator, Free));
+static_assert(offsetof(abi::Allocator, info) == offsetof(OrtAllocator, Info));
+static_assert(offsetof(abi::Allocator, reserve) == offsetof(OrtAllocator, Reserve));
 LMINF_SAME_FIELD(version, version);
 LMINF_SAME_FIELD(createKernel, CreateKernel);
 LMINF_SAME_FIELD(getName, GetName);
@@ -123,6 +135,8 @@ LMINF_SAME_NUMBER(kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
 LMINF_SAME_NUMBER(kBFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
 LMINF_SAME_NUMBER(kRequired, INPUT_OUTPUT_REQUIRED);
 LMINF_SAME_NUMBER(kMemoryCpuInput, OrtMemTypeCPUInput);
+LMINF_SAME_NUMBER(kLogWarning, ORT_LOGGING_LEVEL_WARNING);
+LMINF_SAME_NUMBER(kDeviceAllocator, OrtDeviceAllocator);
 LMINF_SAME_NUMBER(kMemoryDefault, OrtMemTypeDefault);
 static_assert(offsetof(abi::ApiBase, getApi) == offsetof(OrtApiBase, GetApi));
 static_assert(offsetof(abi::ApiBase, getVersionString) == offsetof(OrtApiBase, GetVersionString));

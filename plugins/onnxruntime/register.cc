@@ -3,6 +3,7 @@
 
 #include "cpu/attention.h"
 #include "cpu_kernel.h"
+#include "huge_pages.h"
 #include "lambda_attention_op.h"
 
 namespace {
@@ -37,12 +38,18 @@ LMINF_ORT_EXPORT abi::Status* LMINF_ORT_CALL RegisterCustomOps(abi::SessionOptio
   static abi::CustomOpDomain* domain = nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   if (domain == nullptr) {
+    registerHugePages(api);
     if (abi::Status* wrong = makeDomain(api, &domain)) return wrong;
   }
   return abi::call<abi::kAddCustomOpDomain>(api, options, domain);
 }
 
-// The operator's version this library implements, and the instructions it runs on here.
+// The operator's version this library implements, the providers it has kernels for (separated by
+// blanks), and the instructions its CPU kernel runs on here.
 LMINF_ORT_EXPORT int lminfOperatorVersion() { return 1; }
-LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::bestKernels().name; }
+LMINF_ORT_EXPORT const char* lminfProviders() { return "cpu"; }
+LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::activeKernels().name; }
+
+// For tests and measurements: runs on this set from now on; 0 where this processor cannot.
+LMINF_ORT_EXPORT int lminfUseInstructionSet(const char* name) { return cpu::useKernels(name); }
 }

@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -139,9 +140,7 @@ bool attend(const Params& p, const Kernels& kernels, const Parallel& parallel) {
   std::vector<Item> items = plan(p);
   if (items.empty()) return true;
   size_t partial = 0;
-  int64_t mostSteps = 0;
   forEachQueries(items, [&](size_t first, size_t count) {
-    mostSteps = std::max(mostSteps, items[first].numSteps);
     if (count > 1) partial += count * kernels.partialFloats(p, items[first].numSteps);
   });
   float* memory = partial == 0 ? nullptr : partialArena.take(partial);
@@ -152,10 +151,10 @@ bool attend(const Params& p, const Kernels& kernels, const Parallel& parallel) {
       memory += kernels.partialFloats(p, items[i].numSteps);
     }
   });
-  const size_t scratch = kernels.scratchFloats(p, mostSteps);
+
   std::vector<char> done(items.size(), 0);
   forEach(parallel, items.size(), [&](size_t i) {
-    float* own = scratchArena.take(scratch);
+    float* own = scratchArena.take(kernels.scratchFloats(p, items[i].numSteps));
     if (own == nullptr) return;
     kernels.attend(p, items[i], own);
     done[i] = 1;
@@ -182,20 +181,40 @@ const char* problem(const Params& p) {
   return nullptr;
 }
 
-}  // namespace
-
-const Kernels& bestKernels() {
+// Fastest first.
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  // Every processor with AVX2 and FMA has F16C, which older compilers cannot ask for.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
-    return kAvx512;
+    sets.push_back(&kAvx512);
   }
-  // Every processor with AVX2 has F16C, which gcc cannot ask for before version 11.
-  if (avx2) return kAvx2;
+  if (avx2) sets.push_back(&kAvx2);
 #endif
-  return kPortable;
+  sets.push_back(&kPortable);
+  return sets;
+}
+
+std::atomic<const Kernels*>& active() {
+  static std::atomic<const Kernels*> kernels{supported().front()};
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels& activeKernels() { return *active().load(std::memory_order_relaxed); }
+
+bool useKernels(const char* name) {
+  for (const Kernels* kernels : supported()) {
+    if (std::strcmp(kernels->name, name) == 0) {
+      active() = kernels;
+      return true;
+    }
+  }
+  return false;
 }
 
 const char* lambdaAttention(const Params& p, const Kernels& kernels, const Parallel& parallel) {

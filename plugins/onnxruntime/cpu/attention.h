@@ -95,8 +95,12 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
-// The fastest set this processor can run.
-const Kernels& bestKernels();
+// The set in use: the fastest this processor can run, unless another was asked for.
+const Kernels& activeKernels();
+
+// Uses the set of this name ("portable", "avx2", "avx512") from now on, for tests and
+// measurements. Returns whether this processor can.
+bool useKernels(const char* name);
 
 // The whole operator. Returns null, or what is wrong with the arguments.
 const char* lambdaAttention(const Params&, const Kernels&, const Parallel&);

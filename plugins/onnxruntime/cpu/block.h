@@ -15,8 +15,12 @@ using lminf::cpu::Element;
 using lminf::cpu::Item;
 using lminf::cpu::Params;
 
-constexpr int64_t kTile = 64;     // keys
+// Keys of a tile. A few rows stream long runs of keys from memory; many rows want the tile, and
+// what they waste at the diagonal, small.
+constexpr int64_t kLongTile = 256;
+constexpr int64_t kShortTile = 64;
 constexpr int64_t kManyRows = 8;  // from here on a tile of keys is worth transposing
+constexpr int64_t kFewRows = 3;   // up to here a row of values is taken whole, not in columns
 // Below any logit, and finite: what was never seen has weight exp(kHidden − maximum) = 0.
 constexpr float kHidden = -1e30f;
 
@@ -75,22 +79,21 @@ void append(const Params& p, int64_t batch, int64_t kvHead) {
 // logits[r][k] = query[r] · key[k] for a few rows: each loaded key meets all of them.
 template <int kRows, typename T>
 void dotRows(const float* query, int64_t dim, const T* key, int64_t keyStride, int64_t count,
-             float* logits) {
+             float* logits, int64_t stride) {
   int64_t k = 0;
   for (; k + 4 <= count; k += 4) {
     const T* base = key + k * keyStride;
     Vec sum[kRows][4] = {};
-    for (int64_t d = 0; d < dim; d += kWidth) {
-      const Vec keys[4] = {load(base + d), load(base + keyStride + d),
-                           load(base + 2 * keyStride + d), load(base + 3 * keyStride + d)};
-      for (int r = 0; r < kRows; ++r) {
-        const Vec q = load(query + r * dim + d);
-        for (int i = 0; i < 4; ++i) sum[r][i] += q * keys[i];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // key after key, as they lie in memory
+      for (int64_t d = 0; d < dim; d += kWidth) {
+        const Vec part = load(base + i * keyStride + d);
+        for (int r = 0; r < kRows; ++r) sum[r][i] += load(query + r * dim + d) * part;
       }
     }
     for (int r = 0; r < kRows; ++r) {
       const Vec4 four = sumsOf(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-      std::memcpy(logits + r * kTile + k, &four, sizeof four);
+      std::memcpy(logits + r * stride + k, &four, sizeof four);
     }
   }
   for (; k < count; ++k) {
@@ -99,18 +102,18 @@ void dotRows(const float* query, int64_t dim, const T* key, int64_t keyStride, i
       for (int64_t d = 0; d < dim; d += kWidth) {
         sum += load(query + r * dim + d) * load(key + k * keyStride + d);
       }
-      logits[r * kTile + k] = sumOf(sum);
+      logits[r * stride + k] = sumOf(sum);
     }
   }
 }
 
 template <typename T>
 void dots(const float* query, int64_t rows, int64_t dim, const T* key, int64_t keyStride,
-          int64_t count, float* logits) {
+          int64_t count, float* logits, int64_t stride) {
   int64_t r = 0;
   const auto next = [&](auto size, auto function) {
     for (; r + size <= rows; r += size) {
-      function(query + r * dim, dim, key, keyStride, count, logits + r * kTile);
+      function(query + r * dim, dim, key, keyStride, count, logits + r * stride, stride);
     }
   };
   if constexpr (kWidth == 16) {  // 32 registers hold 4 × 4 sums
@@ -121,9 +124,10 @@ void dots(const float* query, int64_t rows, int64_t dim, const T* key, int64_t k
   next(1, dotRows<1, T>);
 }
 
-// out[r][n] (+)= Σ_k a[r][k] · b[k][n] for kRows × kColumns vectors kept in registers.
+// out[r][n] (+)= Σ_k a[r][k] · b[k][n] for kRows × kColumns vectors kept in registers. Never
+// inlined: the registers are its own.
 template <int kRows, int kColumns, bool kAccumulate, typename T>
-void productBlock(const float* a, int64_t aStride, const T* b, int64_t bStride, int64_t depth,
+__attribute__((noinline)) void productBlock(const float* a, int64_t aStride, const T* b, int64_t bStride, int64_t depth,
                   float* out, int64_t outStride) {
   Vec sum[kRows][kColumns];
   for (int r = 0; r < kRows; ++r) {
@@ -153,8 +157,10 @@ void productColumns(const float* a, int64_t aStride, int64_t rows, const T* b, i
       function(a + r * aStride, aStride, b, bStride, depth, out + r * outStride, outStride);
     }
   };
-  next(6, productBlock<6, kColumns, kAccumulate, T>);
-  next(4, productBlock<4, kColumns, kAccumulate, T>);
+  if constexpr (kColumns <= 4) {
+    next(6, productBlock<6, kColumns, kAccumulate, T>);
+    next(4, productBlock<4, kColumns, kAccumulate, T>);
+  }
   next(3, productBlock<3, kColumns, kAccumulate, T>);
   next(2, productBlock<2, kColumns, kAccumulate, T>);
   next(1, productBlock<1, kColumns, kAccumulate, T>);
@@ -171,6 +177,7 @@ void product(const float* a, int64_t aStride, int64_t rows, const T* b, int64_t 
     }
   };
   if constexpr (kWidth == 16) {  // 6 × 4 sums in 32 registers, 6 × 2 in 16
+    if (rows <= kFewRows) next(8, productColumns<8, kAccumulate, T>);
     next(4, productColumns<4, kAccumulate, T>);
     next(3, productColumns<3, kAccumulate, T>);
   }
@@ -191,7 +198,7 @@ void widen(const T* source, int64_t dim, int64_t count, int64_t stride, float* o
   }
 }
 
-// out[d][k] = rows[k][d]; out has kTile columns, dim is a multiple of four.
+// out[d][k] = rows[k][d]; out has kShortTile columns, dim is a multiple of four.
 inline void transpose(const float* rows, int64_t stride, int64_t dim, int64_t count, float* out) {
   int64_t k = 0;
   for (; k + 4 <= count; k += 4) {
@@ -210,14 +217,14 @@ inline void transpose(const float* rows, int64_t stride, int64_t dim, int64_t co
       c = Vec4{a0[2], b0[2], c0[2], e0[2]};
       e = Vec4{a0[3], b0[3], c0[3], e0[3]};
 #endif
-      std::memcpy(out + (d + 0) * kTile + k, &a, sizeof a);
-      std::memcpy(out + (d + 1) * kTile + k, &b, sizeof b);
-      std::memcpy(out + (d + 2) * kTile + k, &c, sizeof c);
-      std::memcpy(out + (d + 3) * kTile + k, &e, sizeof e);
+      std::memcpy(out + (d + 0) * kShortTile + k, &a, sizeof a);
+      std::memcpy(out + (d + 1) * kShortTile + k, &b, sizeof b);
+      std::memcpy(out + (d + 2) * kShortTile + k, &c, sizeof c);
+      std::memcpy(out + (d + 3) * kShortTile + k, &e, sizeof e);
     }
   }
   for (; k < count; ++k) {
-    for (int64_t d = 0; d < dim; ++d) out[d * kTile + k] = rows[k * stride + d];
+    for (int64_t d = 0; d < dim; ++d) out[d * kShortTile + k] = rows[k * stride + d];
   }
 }
 
@@ -225,17 +232,19 @@ inline void transpose(const float* rows, int64_t stride, int64_t dim, int64_t co
 struct Scratch {
   float* localQuery;  // (rows, padded D), rotated at their positions, scaled
   float* sinkQuery;   // (rows, padded D), rotated at the distance limit, scaled
-  float* logits;      // (rows, kTile)
-  float* keys;        // (kTile, padded D), where keys must be widened
-  float* keysT;       // (padded D, kTile)
-  float* values;      // (kTile, padded D)
+  float* logits;      // (rows, tile)
+  float* keys;        // (tile, padded D), where keys must be widened
+  float* keysT;       // (padded D, tile), for many rows
+  float* values;      // (tile, padded D)
   float* output;      // (rows, padded D), not yet divided by the sum
   float* top;         // (rows) running maximum
   float* sum;         // (rows) running sum
 };
 
+inline int64_t tileOf(int64_t rows) { return rows < kManyRows ? kLongTile : kShortTile; }
+
 inline size_t layOut(const Params& p, int64_t numSteps, float* memory, Scratch* s) {
-  const int64_t rows = roundUp(numSteps * group(p), 16), dim = paddedDim(p);
+  const int64_t rows = numSteps * group(p), dim = paddedDim(p), tile = tileOf(rows);
   size_t used = 0;
   const auto take = [&](int64_t count) {
     float* start = memory == nullptr ? nullptr : memory + used;
@@ -246,10 +255,10 @@ inline size_t layOut(const Params& p, int64_t numSteps, float* memory, Scratch* 
   Scratch& out = s == nullptr ? local : *s;
   out.localQuery = take(rows * dim);
   out.sinkQuery = take(rows * dim);
-  out.logits = take(rows * kTile);
-  out.keys = take(kTile * dim);
-  out.keysT = take(kTile * dim);
-  out.values = take(kTile * dim);
+  out.logits = take(rows * tile);
+  out.keys = take(tile * dim);
+  out.keysT = take(tile * dim);
+  out.values = take(tile * dim);
   out.output = take(rows * dim);
   out.top = take(rows);
   out.sum = take(rows);
@@ -280,7 +289,8 @@ template <typename T>
 class Block {
  public:
   Block(const Params& p, const Item& item, float* memory)
-      : p_(p), item_(item), dim_(paddedDim(p)), group_(group(p)), rows_(item.numSteps * group_) {
+      : p_(p), item_(item), dim_(paddedDim(p)), group_(group(p)), rows_(item.numSteps * group_),
+        tile_(tileOf(rows_)) {
     layOut(p, item.numSteps, memory, &s_);
   }
 
@@ -337,9 +347,9 @@ class Block {
     const int64_t base = (item_.batch * p_.kvHeads + item_.kvHead) * p_.sinkSlots * p_.headDim;
     const T* key = static_cast<const T*>(p_.presentSinkKey) + base;
     const T* value = static_cast<const T*>(p_.presentSinkValue) + base;
-    for (int64_t start = 0; start < seen; start += kTile) {
+    for (int64_t start = 0; start < seen; start += tile_) {
       const int64_t offset = start * p_.headDim;
-      take({key + offset, value + offset, std::min(kTile, seen - start), start, true});
+      take({key + offset, value + offset, std::min(tile_, seen - start), start, true});
     }
   }
 
@@ -350,7 +360,7 @@ class Block {
     const T* value = static_cast<const T*>(p_.presentValue) + base;
     for (int64_t position = item_.firstKey; position < item_.endKey;) {
       const int64_t slot = position % p_.capacity;
-      const int64_t count = std::min({kTile, item_.endKey - position, p_.capacity - slot});
+      const int64_t count = std::min({tile_, item_.endKey - position, p_.capacity - slot});
       const int64_t offset = slot * p_.headDim;
       take({key + offset, value + offset, count, position, false});
       position += count;
@@ -363,19 +373,19 @@ class Block {
     if (many) {
       const float* keys = widened(tile.key, tile.count, s_.keys);
       transpose(keys, dim_, dim_, tile.count, s_.keysT);
-      product<false>(query, dim_, rows_, s_.keysT, kTile, dim_, s_.logits, kTile,
+      product<false>(query, dim_, rows_, s_.keysT, tile_, dim_, s_.logits, tile_,
                      roundUp(tile.count, kWidth));
     } else if (exact) {
-      dots(query, rows_, dim_, tile.key, dim_, tile.count, s_.logits);
+      dots(query, rows_, dim_, tile.key, dim_, tile.count, s_.logits, tile_);
     } else {
       dots(query, rows_, dim_, widened(tile.key, tile.count, s_.keys), dim_, tile.count,
-           s_.logits);
+           s_.logits, tile_);
     }
     for (int64_t r = 0; r < rows_; ++r) weigh(tile, r);
     if (exact && !many) {
-      product<true>(s_.logits, kTile, rows_, tile.value, dim_, tile.count, s_.output, dim_, dim_);
+      product<true>(s_.logits, tile_, rows_, tile.value, dim_, tile.count, s_.output, dim_, dim_);
     } else {
-      product<true>(s_.logits, kTile, rows_, widened(tile.value, tile.count, s_.values), dim_,
+      product<true>(s_.logits, tile_, rows_, widened(tile.value, tile.count, s_.values), dim_,
                     tile.count, s_.output, dim_, dim_);
     }
   }
@@ -392,7 +402,7 @@ class Block {
 
   // Logits of one row become weights under the running maximum.
   void weigh(const Tile<T>& tile, int64_t row) {
-    float* logits = s_.logits + row * kTile;
+    float* logits = s_.logits + row * tile_;
     const int64_t width = roundUp(tile.count, kWidth);
     if (p_.softcap != 0.0f) capLogits(logits, width);
     const float slope = p_.alibiSlopes[head(row)];
@@ -466,7 +476,7 @@ class Block {
 
   const Params& p_;
   const Item& item_;
-  const int64_t dim_, group_, rows_;
+  const int64_t dim_, group_, rows_, tile_;
   Scratch s_;
 };
 
