@@ -5,6 +5,9 @@
 #include "cpu_kernel.h"
 #include "huge_pages.h"
 #include "lambda_attention_op.h"
+#if defined(LMINF_ORT_CUDA)
+#include "cuda_kernel.h"
+#endif
 
 namespace {
 
@@ -13,7 +16,16 @@ using namespace lminf;
 // One line per execution provider and element type.
 const Op<abi::kFloat, CpuKernel> cpuFloat("CPUExecutionProvider");
 const Op<abi::kFloat16, CpuKernel> cpuHalf("CPUExecutionProvider");
+#if defined(LMINF_ORT_CUDA)
+const Op<abi::kFloat, CudaKernel> cudaFloat("CUDAExecutionProvider");
+const Op<abi::kFloat16, CudaKernel> cudaHalf("CUDAExecutionProvider");
+const Op<abi::kBFloat16, CudaKernel> cudaBfloat("CUDAExecutionProvider");
+const abi::CustomOp* const kKernels[] = {&cpuFloat, &cpuHalf, &cudaFloat, &cudaHalf, &cudaBfloat};
+constexpr const char* kProviders = "cpu cuda";
+#else
 const abi::CustomOp* const kKernels[] = {&cpuFloat, &cpuHalf};
+constexpr const char* kProviders = "cpu";
+#endif
 
 // The domain outlives every session that uses it, so it is made once and never released.
 abi::Status* makeDomain(const abi::Api* api, abi::CustomOpDomain** domain) {
@@ -47,7 +59,7 @@ LMINF_ORT_EXPORT abi::Status* LMINF_ORT_CALL RegisterCustomOps(abi::SessionOptio
 // The operator's version this library implements, the providers it has kernels for (separated by
 // blanks), and the instructions its CPU kernel runs on here.
 LMINF_ORT_EXPORT int lminfOperatorVersion() { return 1; }
-LMINF_ORT_EXPORT const char* lminfProviders() { return "cpu"; }
+LMINF_ORT_EXPORT const char* lminfProviders() { return kProviders; }
 LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::activeKernels().name; }
 
 // For tests and measurements: runs on this set from now on; 0 where this processor cannot.
