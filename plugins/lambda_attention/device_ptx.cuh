@@ -160,7 +160,9 @@ struct LaunchShape {
   std::size_t sharedBytes;
 };
 
-// Enqueues kernel(arguments). More than 48 KiB of shared memory has to be asked for.
+// Enqueues kernel(arguments). More than 48 KiB of shared memory has to be asked for. An error that
+// somebody's earlier call left behind is neither reported nor cleared; one of this launch is
+// returned and not left behind.
 template <class Arguments>
 cudaError_t enqueue(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t stream,
                     const Arguments& arguments) {
@@ -168,10 +170,17 @@ cudaError_t enqueue(void (*kernel)(Arguments), const LaunchShape& shape, cudaStr
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shape.sharedBytes));
-    if (status != cudaSuccess) return status;
+    if (status != cudaSuccess) {
+      cudaGetLastError();
+      return status;
+    }
   }
-  kernel<<<dim3(shape.gridX, shape.gridY), shape.threads, shape.sharedBytes, stream>>>(arguments);
-  return cudaGetLastError();
+  void* parameters[] = {const_cast<Arguments*>(&arguments)};
+  const cudaError_t status =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(shape.gridX, shape.gridY),
+                       dim3(shape.threads), parameters, shape.sharedBytes, stream);
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
 }
 
 }  // namespace lminf
