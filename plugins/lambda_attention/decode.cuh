@@ -237,7 +237,8 @@ struct DecodeWarp {
   }
 
   // Writes this warp's sums, maxima and totals: (kRows, kResultStride) floats, then 2 per row.
-  __device__ __forceinline__ void storeResult(float* result) {
+  // Only the first `rows` are real; the others are left as they are.
+  __device__ __forceinline__ void storeResult(float* result, int rows) {
     float* stats = result + kRows * kResultStride;
 #pragma unroll
     for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
@@ -245,6 +246,7 @@ struct DecodeWarp {
       for (int column = 0; column < 2; ++column) {
         const int row = rowTile * 8 + 2 * inQuad + column;
         const float rowTotal = sumOver(total[rowTile][column], 4, 16);
+        if (row >= rows) continue;
 #pragma unroll
         for (int part = 0; part < D / 16; ++part) {
           float* at = result + row * kResultStride + dimensionOf(part);
@@ -399,7 +401,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   syncBlock();  // the results take the place of the queries
   float* results = reinterpret_cast<float*>(dynamicShared());
   constexpr int kResult = kRows * (D + kMergeRowPadding + 2);
-  warp.storeResult(results + warpNumber * kResult);
+  warp.storeResult(results + warpNumber * kResult, group.rows - group.firstRow);
   syncBlock();
   mergeWarps<T, D, kRows>(a, group, results, split);
 }

@@ -18,7 +18,9 @@ constexpr int kDecodeKeys = 16;
 constexpr int kLargestDoubledHeadDim = 128;
 // Query rows lie 16 bytes apart modulo 128, so that eight of them meet no bank twice.
 constexpr int kRowPadding = 8;       // elements of a 16-bit type
-constexpr int kMergeRowPadding = 4;  // floats
+// The lanes that store results hold rows 2 apart and dimensions 8 apart: an odd stride sends them
+// to 16 banks, of which each is met twice.
+constexpr int kMergeRowPadding = 1;  // floats
 
 LMINF_HD constexpr int decodeBlocksPerMultiprocessor(int headDim, int rowTiles) {
   return headDim > 128 ? 2 : (rowTiles > 1 && headDim > 64 ? 2 : 3);
