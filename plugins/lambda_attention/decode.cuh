@@ -307,23 +307,30 @@ __device__ __forceinline__ void mergeWarps(const KernelArguments& a, const RowGr
 template <class T, int D, int kRows>
 __device__ __forceinline__ void rotateQueries(const KernelArguments& a, const RowGroup& group,
                                               T* sinkRows, T* ringRows) {
-  constexpr int kStride = D + kRowPadding;
+  constexpr int kStride = D + kRowPadding, kThreads = kDecodeWarps * 32, kAtOnce = 4;
   const T* query = static_cast<const T*>(a.query) + (group.offset + group.firstRow) * D;
   const int rows = smaller(kRows, group.rows - group.firstRow);
-  for (int element = static_cast<int>(threadIdx.x); element < kRows * D;
-       element += kDecodeWarps * 32) {
-    const int row = element / D, dim = element % D;
-    float sink = 0.0f, ring = 0.0f;
-    if (row < rows) {
-      const int step = (group.firstRow + row) % a.sequenceLength;
-      const std::int64_t rotary = cosRow(a, group.batch, step);
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x); first < kRows * D; first += kAtOnce * kThreads) {
+    RotaryElement<T> sink[kAtOnce], ring[kAtOnce];
+#pragma unroll
+    for (int index = 0; index < kAtOnce; ++index) {
+      const int row = (first + index * kThreads) / D, dim = (first + index * kThreads) % D;
+      if (row >= rows) continue;
+      const std::int64_t rotary =
+          cosRow(a, group.batch, (group.firstRow + row) % a.sequenceLength);
       const T* source = query + row * D;
-      sink = rotatedElement(source, dim, a.limitCos, a.limitSin, a.rotaryDim, a.rotaryInterleaved);
-      ring = rotatedElement(source, dim, a.cos + rotary, a.sin + rotary, a.rotaryDim,
-                            a.rotaryInterleaved);
+      sink[index].load(source, dim, a.limitCos, a.limitSin, a.rotaryDim, a.rotaryInterleaved);
+      ring[index].load(source, dim, a.cos + rotary, a.sin + rotary, a.rotaryDim,
+                       a.rotaryInterleaved);
     }
-    sinkRows[row * kStride + dim] = fromFloat<T>(sink);
-    ringRows[row * kStride + dim] = fromFloat<T>(ring);
+#pragma unroll
+    for (int index = 0; index < kAtOnce; ++index) {
+      const int row = (first + index * kThreads) / D, dim = (first + index * kThreads) % D;
+      if (row >= kRows) continue;
+      sinkRows[row * kStride + dim] = fromFloat<T>(sink[index].rotated());
+      ringRows[row * kStride + dim] = fromFloat<T>(ring[index].rotated());
+    }
   }
 }
 

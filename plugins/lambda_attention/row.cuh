@@ -6,15 +6,37 @@
 
 namespace lminf {
 
-// Element `dim` of a row, rotated in float by table rows cos and sin of R/2 entries.
+// One element of a row and what it takes to rotate it. Loading uses nothing that it loads, so the
+// loads of several elements travel together if all are loaded before the first is rotated.
+template <class T>
+struct RotaryElement {
+  T element{}, partner{};
+  // As they stand here, an element passes unchanged, even a negative zero.
+  float cos = 1.0f, sin = -0.0f, sign = 1.0f;
+
+  // Element `dim` of a row, with table rows cos and sin of R/2 entries.
+  __device__ __forceinline__ void load(const T* row, int dim, const float* cosRow,
+                                       const float* sinRow, int rotaryDim, bool interleaved) {
+    element = row[dim];
+    if (dim >= rotaryDim) return;
+    const RotaryPair pair = rotaryPair(dim, rotaryDim, interleaved);
+    partner = row[pair.partner];
+    cos = cosRow[pair.pair];
+    sin = sinRow[pair.pair];
+    sign = pair.sign;
+  }
+
+  __device__ __forceinline__ float rotated() const {
+    return toFloat(element) * cos + sign * toFloat(partner) * sin;
+  }
+};
+
 template <class T>
 __device__ __forceinline__ float rotatedElement(const T* row, int dim, const float* cos,
                                                 const float* sin, int rotaryDim, bool interleaved) {
-  const float element = toFloat(row[dim]);
-  if (dim >= rotaryDim) return element;
-  const RotaryPair pair = rotaryPair(dim, rotaryDim, interleaved);
-  const float partner = toFloat(row[pair.partner]);
-  return element * cos[pair.pair] + pair.sign * partner * sin[pair.pair];
+  RotaryElement<T> element;
+  element.load(row, dim, cos, sin, rotaryDim, interleaved);
+  return element.rotated();
 }
 
 __device__ __forceinline__ std::int64_t cosRow(const KernelArguments& a, int batch, int step) {

@@ -221,15 +221,16 @@ __device__ __forceinline__ void rotateTileQueries(const KernelArguments& a, cons
       const T* source = query + row * D;
       const std::int64_t table =
           static_cast<std::int64_t>((group.firstRow + row) % a.sequenceLength) * pairs;
-      float rotated[8];
+      RotaryElement<T> loaded[8];
 #pragma unroll
       for (int element = 0; element < 8; ++element) {
-        rotated[element] = rotatedElement(source, dim + element, cosRows + table, sinRows + table,
-                                          a.rotaryDim, a.rotaryInterleaved);
+        loaded[element].load(source, dim + element, cosRows + table, sinRows + table, a.rotaryDim,
+                             a.rotaryInterleaved);
       }
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
-        words.word[word] = packPair<T>(rotated[2 * word], rotated[2 * word + 1]);
+        words.word[word] =
+            packPair<T>(loaded[2 * word].rotated(), loaded[2 * word + 1].rotated());
       }
     }
     storeWords<4>(rows + row * kStride + dim, words);
