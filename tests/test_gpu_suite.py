@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 
 import pytest
@@ -43,8 +44,7 @@ def test_without_a_gpu_the_suite_says_so_and_exits_with_2(capsys, monkeypatch):
 @needs_compiler
 @pytest.mark.slow
 def test_the_suite_runs_on_the_emulation_and_writes_json_and_page(library, tmp_path):
-    chosen = ["correctness", "graph_capture", "sanitizer", "harness", "onnxruntime", "timing",
-              "tensorrt_rtx"]  # fmt: skip
+    chosen = [name for name in steps.STEPS if name != "build"]
     status = gpu_suite.main(
         ["--emulate", "--quick", "--library", str(library), "--results", str(tmp_path),
          "--build", str(tmp_path / "build"), "--only", *chosen]
@@ -54,7 +54,8 @@ def test_the_suite_runs_on_the_emulation_and_writes_json_and_page(library, tmp_p
     done = json.loads(written.read_text())["steps"]
     statuses = {name: step["status"] for name, step in done.items()}
     skipped = dict.fromkeys(("graph_capture", "sanitizer", "harness", "tensorrt_rtx"), "not run")
-    assert statuses == {"correctness": "ok", "onnxruntime": "ok", "timing": "ok", **skipped}
+    ran = dict.fromkeys(("correctness", "repeatability", "onnxruntime", "timing"), "ok")
+    assert statuses == {**ran, **skipped}
     assert all(done[name]["reason"] for name in skipped)
     assert done["correctness"]["largest_error_in_units_of_torchs"] <= steps.LARGEST_RATIO
     (small,) = done["timing"]["workloads"]
@@ -75,6 +76,21 @@ def test_wrong_kernels_fail_the_suite(library, monkeypatch):
     found = steps.perform("correctness", suite)
     assert found["status"] == "failed"
     assert found["failures"][0]["stream"] == "laps-float16"
+
+
+@needs_compiler
+def test_an_output_that_changes_between_launches_fails_the_suite(library):
+    class Unsteady(KernelLibrary):
+        launches = 0
+
+        def launch(self, params, workspace, stream=0):
+            super().launch(params, workspace, stream)
+            self.launches += 1
+            ctypes.memset(params.output, self.launches, 1)
+
+    suite = steps.Suite(TimedEmulation(), library.parent, Unsteady(library), True, True)
+    found = steps.perform("repeatability", suite)
+    assert (found["status"], found["changed"]) == ("failed", ["small"])
 
 
 def test_a_step_that_cannot_run_says_what_is_missing(tmp_path):

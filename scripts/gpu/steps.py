@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from scripts.gpu.kernel_library import KernelLibrary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LARGEST_RATIO = 2.0  # error in units of torch's in the same precision
+REPEATS = 20
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -109,6 +110,39 @@ def all_streams(quick: bool) -> Iterable[Stream]:
         yield from found[::17] if quick else found
 
 
+def repeatability(suite: Suite) -> dict[str, Any]:
+    """Layers of full size many times over: no order of sums depends on time, so no bit may."""
+    library, device = suite.kernels(), suite.device
+    chosen = [timings.small_workload()] if suite.quick else _layers_to_repeat()
+    changed = []
+    for workload in chosen:
+        params, _inputs, outputs = timings.call_of(workload, device.name)
+        size = library.workspace_size(params) // 4
+        workspace = torch.empty(size, dtype=torch.float32, device=device.name)
+        first: list[torch.Tensor] = []
+        for _ in range(REPEATS):
+            for scratch in (outputs[0], workspace):
+                scratch.fill_(float("nan"))
+            library.launch(params, workspace, device.stream())
+            device.synchronize()
+            first = first or [x.clone() for x in outputs]
+            if not all(map(torch.equal, first, outputs)):  # NaN differs from itself, too
+                changed.append(workload.name)
+                break
+    status = "failed" if changed else "ok"
+    return {"status": status, "layers": len(chosen), "repeats": REPEATS, "changed": changed}
+
+
+def _layers_to_repeat() -> list[timings.Workload]:
+    layers = [w for w in timings.workloads() if w.batch <= 8]
+    return [
+        replace(w, name=f"{w.name}, head_dim {head_dim}, {dtype}", head_dim=head_dim, dtype=dtype)
+        for w in layers
+        for head_dim in (80, 128, 256)
+        for dtype in streams.HALF_TYPES
+    ]
+
+
 def graph_capture(suite: Suite) -> dict[str, Any]:
     """The same streams, every launch captured in a CUDA graph and replayed."""
     if suite.emulate:
@@ -184,8 +218,7 @@ def timing(suite: Suite) -> dict[str, Any]:
         raise SkipStep("this device has no clock worth reading")
     chosen = timings.workloads()
     if suite.quick:
-        small = timings.Workload("small", 1, 2, 1, head_dim=64, window_size=64, full_context=128)
-        chosen = [small]
+        chosen = [timings.small_workload()]
     library, flex = suite.kernels(), not suite.emulate
     results = []
     for workload in chosen:
@@ -222,8 +255,9 @@ def tensorrt_rtx(suite: Suite) -> dict[str, Any]:
 
 STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "build": build,
+    "graph_capture": graph_capture,  # first: no kernel has been loaded yet when one is captured
     "correctness": correctness,
-    "graph_capture": graph_capture,
+    "repeatability": repeatability,
     "sanitizer": sanitizer,
     "harness": harness,
     "onnxruntime": onnxruntime,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lminf_export.config import ring_capacity
-from scripts.gpu.kernel_library import KernelLibrary, params_of
+from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
 
 ROUNDS = 7
 FULL_CONTEXT = 32768
@@ -82,6 +82,11 @@ def workloads() -> list[Workload]:
         for model, sizes in heads.items()
     ]
     return decode + chunk
+
+
+def small_workload() -> Workload:
+    """Something that the block emulation does in a second."""
+    return Workload("small", 1, 2, 1, head_dim=64, window_size=64, full_context=128)
 
 
 class TimingDevice(Protocol):
@@ -167,18 +172,11 @@ def _summary(workload: Workload, times: dict[str, list[float]]) -> dict[str, Any
 def _ours(
     library: KernelLibrary, device: TimingDevice, w: Workload, copies: int
 ) -> Callable[[], None]:
-    capacity = ring_capacity(w.window_size, w.steps)
-    position = 10**6 // capacity * capacity  # whole laps: every slot is full
     calls, held = [], []
     for _ in range(copies):
-        inputs, outputs = operator_tensors(w, capacity, position, device.name)
-        attributes = {
-            "num_sink_tokens": w.num_sink_tokens, "window_size": w.window_size,
-            "distance_limit": w.window_size, "scale": w.head_dim**-0.5, "softcap": 0.0,
-            "rotary_dim": w.head_dim, "rotary_interleaved": False,
-        }  # fmt: skip
-        calls.append(params_of(inputs, outputs, attributes))
-        held.append((inputs, outputs))
+        params, *tensors = call_of(w, device.name)
+        calls.append(params)
+        held.append(tensors)
     size = library.workspace_size(calls[0])
     workspace = torch.empty(size, dtype=torch.uint8, device=device.name)
 
@@ -187,6 +185,19 @@ def _ours(
             library.launch(params, workspace, device.stream())
 
     return work
+
+
+def call_of(w: Workload, device: str) -> tuple[Params, list[Tensor], list[Tensor]]:
+    """One step on a full ring: params, and the inputs and outputs that must outlive them."""
+    capacity = ring_capacity(w.window_size, w.steps)
+    position = 10**6 // capacity * capacity  # whole laps: every slot is full
+    inputs, outputs = operator_tensors(w, capacity, position, device)
+    attributes = {
+        "num_sink_tokens": w.num_sink_tokens, "window_size": w.window_size,
+        "distance_limit": w.window_size, "scale": w.head_dim**-0.5, "softcap": 0.0,
+        "rotary_dim": w.head_dim, "rotary_interleaved": False,
+    }  # fmt: skip
+    return params_of(inputs, outputs, attributes), inputs, outputs
 
 
 def operator_tensors(
