@@ -12,24 +12,38 @@ namespace lminf {
 template <class T, int D>
 __device__ __forceinline__ void appendToken(const KernelArguments& a, int batch, int kvHead,
                                             int step, int lane) {
+  constexpr int kParts = (D + 31) / 32;
   const std::int64_t pair = static_cast<std::int64_t>(batch) * a.numKvHeads + kvHead;
-  const std::int64_t position = a.pastLength[batch] + step;
   const std::int64_t source = (pair * a.sequenceLength + step) * D;
-  const std::int64_t slot = (pair * a.capacity + floorMod(position, a.capacity)) * D;
-  const std::int64_t sink = (pair * a.sinkSlots + position) * D;
-  const bool isSink = a.writeSinks && step < realTokens(a.newLength[batch], a.sequenceLength) &&
-                      position >= 0 && position < a.sinkSlots;
-  const T* key = static_cast<const T*>(a.key) + source;
   const T* value = static_cast<const T*>(a.value) + source;
   const float* cos = a.cos + cosRow(a, batch, step);
   const float* sin = a.sin + cosRow(a, batch, step);
-  for (int dim = lane; dim < D; dim += 32) {
-    const float rotated = rotatedElement(key, dim, cos, sin, a.rotaryDim, a.rotaryInterleaved);
-    static_cast<T*>(a.presentKey)[slot + dim] = fromFloat<T>(rotated);
-    static_cast<T*>(a.presentValue)[slot + dim] = value[dim];
+  // All loads before the first store, since the compiler may not move a load over one.
+  RotaryElement<T> keys[kParts];
+  T values[kParts];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const int dim = part * 32 + lane;
+    if (dim >= D) continue;
+    keys[part].load(static_cast<const T*>(a.key) + source, dim, cos, sin, a.rotaryDim,
+                    a.rotaryInterleaved);
+    values[part] = value[dim];
+  }
+
+  const std::int64_t position = a.pastLength[batch] + step;
+  const std::int64_t slot = (pair * a.capacity + floorMod(position, a.capacity)) * D;
+  const std::int64_t sink = (pair * a.sinkSlots + position) * D;
+  const bool isSink = a.writeSinks && position >= 0 && position < a.sinkSlots &&
+                      step < realTokens(a.newLength[batch], a.sequenceLength);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const int dim = part * 32 + lane;
+    if (dim >= D) continue;
+    static_cast<T*>(a.presentKey)[slot + dim] = fromFloat<T>(keys[part].rotated());
+    static_cast<T*>(a.presentValue)[slot + dim] = values[part];
     if (isSink) {
-      static_cast<T*>(a.presentSinkKey)[sink + dim] = key[dim];
-      static_cast<T*>(a.presentSinkValue)[sink + dim] = value[dim];
+      static_cast<T*>(a.presentSinkKey)[sink + dim] = keys[part].element;
+      static_cast<T*>(a.presentSinkValue)[sink + dim] = values[part];
     }
   }
 }
