@@ -20,6 +20,7 @@ from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
 
 ROUNDS = 7
 FULL_CONTEXT = 32768
+UNSPLIT = "lambda kernels, keys not split"  # whether the planner's splits were worth it
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def measure(
     copies = max(1, -(-4 * device.cache_bytes // workload.key_bytes))
     makers: dict[str, Callable[[], Callable[[], None]]] = {
         "lambda kernels": lambda: _ours(library, device, workload, copies),
+        UNSPLIT: lambda: _ours(library, device, workload, copies, split=False),
         "torch SDPA, same keys": lambda: _sdpa(device, workload, workload.keys, copies),
         "copy": lambda: _copy(device, workload, copies),
     }
@@ -170,14 +172,14 @@ def _summary(workload: Workload, times: dict[str, list[float]]) -> dict[str, Any
 
 
 def _ours(
-    library: KernelLibrary, device: TimingDevice, w: Workload, copies: int
+    library: KernelLibrary, device: TimingDevice, w: Workload, copies: int, *, split: bool = True
 ) -> Callable[[], None]:
     calls, held = [], []
     for _ in range(copies):
         params, *tensors = call_of(w, device.name)
         calls.append(params)
         held.append(tensors)
-    size = library.workspace_size(calls[0])
+    size = library.workspace_size(calls[0]) if split else 0
     workspace = torch.empty(size, dtype=torch.uint8, device=device.name)
 
     def work(keep: Any = held) -> None:
