@@ -73,7 +73,7 @@ __device__ __forceinline__ void carrySink(const KernelArguments& a, int batch, i
 // One warp takes one row of (B, G, S, D), keys and values alike; where present sinks are another
 // tensor than their past, further warps take the sink slots.
 template <class T, int D>
-__global__ void __launch_bounds__(kAppendWarps * 32) appendKernel(const KernelArguments a) {
+__global__ void __launch_bounds__(kAppendWarps * 32, 4) appendKernel(const KernelArguments a) {
   const int carried = a.copySinkKey || a.copySinkValue ? a.sinkSlots : 0;
   const int perPair = a.sequenceLength + carried;
   const std::int64_t warp =

@@ -307,7 +307,8 @@ __device__ __forceinline__ void mergeWarps(const KernelArguments& a, const RowGr
 template <class T, int D, int kRows>
 __device__ __forceinline__ void rotateQueries(const KernelArguments& a, const RowGroup& group,
                                               T* sinkRows, T* ringRows) {
-  constexpr int kStride = D + kRowPadding, kThreads = kDecodeWarps * 32, kAtOnce = 4;
+  constexpr int kStride = D + kRowPadding, kThreads = kDecodeWarps * 32;
+  constexpr int kAtOnce = D > 128 ? 2 : 4;  // beside the keys under way
   const T* query = static_cast<const T*>(a.query) + (group.offset + group.firstRow) * D;
   const int rows = smaller(kRows, group.rows - group.firstRow);
 #pragma unroll 1
@@ -408,7 +409,9 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   syncBlock();  // the results take the place of the queries
   float* results = reinterpret_cast<float*>(dynamicShared());
   constexpr int kResult = kRows * (D + kMergeRowPadding + 2);
-  warp.storeResult(results + warpNumber * kResult, group.rows - group.firstRow);
+  // At D = 256 no register is left that would remember through the loop how many rows are real.
+  const int stored = queryStaysShared(D) ? kRows : group.rows - group.firstRow;
+  warp.storeResult(results + warpNumber * kResult, stored);
   syncBlock();
   mergeWarps<T, D, kRows>(a, group, results, split);
 }

@@ -7,7 +7,7 @@
 namespace lminf {
 
 template <class T, int D>
-__global__ void __launch_bounds__(kSimpleWarps * 32) simpleKernel(const KernelArguments a) {
+__global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const KernelArguments a) {
   constexpr int kParts = (D + 31) / 32;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const std::int64_t row =
