@@ -22,7 +22,7 @@ from lminf_export.quantize.dequantize import (
     quantized_names,
     rounded_activations,
 )
-from lminf_export.routing import Routed, experts_of
+from lminf_export.routing import Groups, Routed, experts_of, groups_of
 from lminf_export.source import Source, open_source
 
 
@@ -141,6 +141,10 @@ class Reference:
         sizes = experts_of(self._skeleton())
         assert sizes is not None
         return Routed(*sizes, chosen)
+
+    def groups(self) -> Groups:
+        """Return the groups of experts that the model's routers choose from first."""
+        return groups_of(self._skeleton())
 
     def own_routing(self) -> Routed | None:
         """Return a mode that keeps the model's own choice of experts, if it has any."""

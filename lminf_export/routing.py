@@ -9,8 +9,9 @@ have been a near-tie, which is a claim with a bound of its own (`RoutingReport`)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -26,6 +27,19 @@ from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, OnnxRuntimeState, Provider
 
 
+class Groups(NamedTuple):
+    """Routers that take the best groups of experts first, and experts of those groups only.
+
+    A group's score is the sum of its two best experts'.
+    """
+
+    count: int = 1
+    top_k: int = 1
+
+
+NO_GROUPS = Groups()
+
+
 @dataclass(frozen=True)
 class RoutingReport:
     """How a bundle's choice of experts compares with the reference's own.
@@ -33,7 +47,8 @@ class RoutingReport:
     Attributes:
         choices: experts chosen, over all tokens and layers.
         differing: of them not the reference's.
-        largest_gap: by how much the reference's router scored a differing choice below its own.
+        largest_gap: by how much the reference's router scored a differing choice below its own;
+            for a differing group, half of that, since its score is a sum of two.
         allowed_gap: largest gap that is rounding: twice, for each of the two scores that are
             compared, the largest error that torch makes in the bundle's precision.
     """
@@ -133,7 +148,8 @@ class Routed(TorchFunctionMode):
         num_experts: E.
         chosen: for each layer (T, k) int64, or None.
         start: first token of the present forward pass.
-        scores: for each layer and pass (tokens, E), float64.
+        scores: for each layer and pass (tokens, E), float64; of routers that take groups first,
+            before that.
         taken: for each layer and pass (tokens, k), the experts taken.
     """
 
@@ -147,6 +163,7 @@ class Routed(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
         self._picked: list[Tensor] = []
+        self._ungrouped: Tensor | None = None
         self._layer = 0
 
     def begin(self, start: int) -> None:
@@ -159,9 +176,10 @@ class Routed(TorchFunctionMode):
         keywords = kwargs or {}
         result = func(*args, **keywords)
         scores: Any = args[0] if args else None
-        is_choice = (
-            isinstance(scores, Tensor) and scores.dim() == 2 and scores.shape[1] == self.num_experts
-        )
+        is_scores = isinstance(scores, Tensor) and scores[:1].numel() == self.num_experts
+        is_choice = is_scores and scores.dim() == 2
+        if is_scores and scores.dim() == 3 and func in (torch.topk, Tensor.topk):
+            self._ungrouped = scores.flatten(1)
         if is_choice and func in (torch.topk, Tensor.topk):
             if result[1].shape[1] != self.top_k:
                 return result
@@ -183,7 +201,8 @@ class Routed(TorchFunctionMode):
         return result
 
     def _take(self, result: Any, scores: Tensor, index: Tensor) -> Any:
-        self._keep(scores, index)
+        self._keep(scores if self._ungrouped is None else self._ungrouped, index)
+        self._ungrouped = None
         return type(result)((scores.gather(1, index), index))
 
     def _given(self, count: int) -> Tensor | None:
@@ -227,24 +246,65 @@ def experts_of(model: nn.Module) -> tuple[int, int] | None:
     return (counts.pop(), top_k) if len(counts) == 1 and top_k else None
 
 
-def compare_routing(scores: list[Tensor], taken: list[Tensor], error: float) -> RoutingReport:
+def groups_of(model: nn.Module) -> Groups:
+    """Return the groups a model's routers choose from before they choose experts."""
+    config: Any = model.config
+    count = getattr(config, "n_group", None) or 1
+    return Groups(count, getattr(config, "topk_group", None) or count)
+
+
+def compare_routing(
+    scores: list[Tensor], taken: list[Tensor], error: float, groups: Groups = NO_GROUPS
+) -> RoutingReport:
     """Compare the experts taken with those a reference's routers scored best.
 
     Args:
-        scores: for each layer (T, E) of the reference, under the routing that was taken.
+        scores: for each layer (T, E) of the reference, under the routing that was taken, before
+            groups are.
         taken: for each layer (T, k).
         error: largest error of a score in the bundle's precision.
+        groups: how the routers choose groups.
     """
     choices = differing = 0
     largest = 0.0
     for score, index in zip(scores, taken, strict=True):
-        own = score.topk(index.shape[1]).indices
-        strange = ~(index[:, :, None] == own[:, None, :]).any(-1)
-        least = score.gather(1, own).amin(1, keepdim=True)
-        gap = (least - score.gather(1, index)).masked_fill(~strange, 0.0)
-        choices, differing = choices + index.numel(), differing + int(strange.sum())
-        largest = max(largest, float(gap.max()))
+        count, gap = _gap(score, index, groups)
+        choices, differing = choices + index.numel(), differing + count
+        largest = max(largest, gap)
     return RoutingReport(choices, differing, largest, 4 * error)
+
+
+def _gap(score: Tensor, taken: Tensor, groups: Groups) -> tuple[int, float]:
+    """Return how many of a layer's choices differ from the best, and the largest gap.
+
+    Which groups a token's experts were chosen from is not known. It is enough that some choice of
+    groups explains the experts: the one that needs the smallest gap does.
+    """
+    size = score.shape[1] // groups.count
+    by_group = score.unflatten(1, (groups.count, size))
+    value = by_group.topk(min(2, size)).values.sum(-1)
+    explained = torch.full((len(score),), torch.inf, dtype=score.dtype)
+    differing = torch.zeros(len(score), dtype=torch.int64)
+    for inside in combinations(range(groups.count), groups.top_k):
+        outside = [group for group in range(groups.count) if group not in inside]
+        group_gap = torch.zeros_like(explained)
+        if outside:
+            excess = value[:, outside].amax(1) - value[:, list(inside)].amin(1)
+            group_gap = excess.clamp(min=0.0) / 2
+        reachable = by_group.index_fill(1, torch.tensor(outside, dtype=torch.int64), -torch.inf)
+        strange, gap = _gap_within(reachable.flatten(1), taken)
+        differing = torch.where(group_gap == 0, strange, differing)
+        explained = torch.minimum(explained, torch.maximum(group_gap, gap))
+    return int(differing.sum()), float(explained.max())
+
+
+def _gap_within(score: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each token how many experts taken are not its best, and the largest gap."""
+    own = score.topk(taken.shape[1]).indices
+    strange = ~(taken[:, :, None] == own[:, None, :]).any(-1)
+    least = score.gather(1, own).amin(1, keepdim=True)
+    gap = (least - score.gather(1, taken)).masked_fill(~strange, 0.0)
+    return strange.sum(1), gap.amax(1)
 
 
 def largest_difference(left: list[Tensor], right: list[Tensor]) -> float:

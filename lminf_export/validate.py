@@ -278,7 +278,7 @@ def _compare_routed(
             tolerance = LOW_PRECISION_FACTOR * compare("", yardstick, wanted, 0).max_error
             error = largest_difference(low.all_scores(), scores)
         comparisons.append(compare(name, logits, wanted, tolerance))
-        reports.append(compare_routing(scores, chosen, error))
+        reports.append(compare_routing(scores, chosen, error, reference.groups()))
     return comparisons, logits, reports
 
 

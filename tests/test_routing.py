@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from lminf_export import export, load
 from lminf_export.bundle import Bundle
 from lminf_export.cli.validate import validate_command
-from lminf_export.routing import WatchedSession, compare_routing, find_choices
+from lminf_export.routing import Groups, WatchedSession, compare_routing, find_choices
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.validate import run_in_pieces, validate
 from tests.families import CASES, CHUNK, WINDOW
@@ -72,6 +72,36 @@ def test_a_choice_that_is_no_near_tie_fails():
     report = compare_routing(scores, far, 1e-6)
     assert (report.differing, report.passed) == (2, False)
     assert report.largest_gap == pytest.approx(0.1)
+
+
+def test_a_choice_is_explained_by_nearly_tied_groups():
+    # Six experts in three groups, of which a token takes two: 1.0, 0.7 and 0.7 + 2e-6.
+    scores = [torch.tensor([[0.9, 0.1, 0.6, 0.1, 0.4, 0.3 + 2e-6]]).double()]
+    groups = Groups(3, 2)
+    best = compare_routing(scores, [torch.tensor([[0, 4]])], 1e-6, groups)
+    assert (best.differing, best.largest_gap) == (0, 0.0)
+    other = compare_routing(scores, [torch.tensor([[0, 2]])], 1e-6, groups)
+    assert (other.differing, other.passed) == (1, True)
+    assert other.largest_gap == pytest.approx(1e-6, rel=0.1)
+    # No tie of groups explains an expert that is not the best of its own.
+    far = compare_routing(scores, [torch.tensor([[0, 3]])], 1e-6, groups)
+    assert not far.passed
+    assert far.largest_gap == pytest.approx(0.5, rel=0.1)
+    # Nor is a group far behind a near-tie: only half of its gap of 0.3 counts, which is plenty.
+    behind = compare_routing(scores, [torch.tensor([[2, 4]])], 1e-6, groups)
+    assert not behind.passed
+    assert behind.largest_gap == pytest.approx(0.15, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "dots1"])
+def test_half_precision_may_take_another_group(name, tmp_path):
+    source = BY_NAME[name].save(tmp_path / "m")
+    config = {"window_size": WINDOW, "chunk_size": CHUNK, "dtype": "float16"}
+    report = validate(export(source, tmp_path / "b", **config).path, num_tokens=599)
+    assert report.passed
+    for routing in report.routing:
+        assert 0 < routing.differing < 20
+        assert 0 < routing.largest_gap <= routing.allowed_gap
 
 
 def test_dense_bundles_have_no_routing(tmp_path):
