@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from lminf_export.bundle import Bundle
 from lminf_export.checkpoint import Checkpoint, open_checkpoint
+from lminf_export.comparison import Comparison, Logits, compare, run_in_pieces
 from lminf_export.conversion import Conversion
 from lminf_export.errors import InputError, ModelError
 from lminf_export.manifest import Manifest, human_bytes
@@ -55,34 +55,6 @@ LOW_PRECISION_FACTOR = 2.0
 STOCK_LIMIT = 1024
 MIN_WINDOWS = 4
 CHUNK_PATTERN = (1, 7, 31, 2, 113, 3)
-
-Logits = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One way of running the bundle against the reference.
-
-    Attributes:
-        name: what was compared.
-        tokens: number of positions.
-        max_error: largest difference of a logit, relative to the reference's range.
-        mean_error: mean difference, relative to the same range.
-        argmax_agreement: share of positions whose best token is the same, 0 … 1.
-        tolerance: largest max_error that passes.
-    """
-
-    name: str
-    tokens: int
-    max_error: float
-    mean_error: float
-    argmax_agreement: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the largest error is within the tolerance; NaN is not."""
-        return self.max_error <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -331,42 +303,6 @@ def differing_weights(bundle: Bundle, original: Checkpoint) -> tuple[str, ...]:
         name
         for name, tensor in bundle_weights(bundle, skeleton).items()
         if name not in wanted or not is_made_of(name, tensor, wanted[name], dtype)
-    )
-
-
-def run_in_pieces(
-    model: LanguageModel,
-    tokens: NDArray[np.int64],
-    sizes: Sequence[int],
-    told: Callable[[float], None] = lambda _: None,
-) -> Logits:
-    """Feed a stream (T,) in pieces of repeating sizes; return logits (T, V)."""
-    state = model.new_state(1)
-    found: list[Logits] = []
-    start = 0
-    for size in cycle(sizes):
-        if start >= len(tokens):
-            return np.concatenate(found)
-        logits = model.forward(tokens[None, start : start + size], state)
-        assert logits is not None
-        found.append(logits[0])
-        start += size
-        told(min(start / len(tokens), 1.0))
-    raise AssertionError("sizes must not be empty")
-
-
-def compare(name: str, logits: Logits, wanted: Logits, tolerance: float) -> Comparison:
-    """Compare logits (T, V) with the reference's, relative to the reference's range."""
-    scale = float(wanted.max() - wanted.min())
-    error = np.abs(logits.astype(np.float64) - wanted) / scale
-    same = logits.argmax(-1) == wanted.argmax(-1)
-    return Comparison(
-        name=name,
-        tokens=len(wanted),
-        max_error=float(error.max()),
-        mean_error=float(error.mean()),
-        argmax_agreement=float(same.mean()),
-        tolerance=tolerance,
     )
 
 

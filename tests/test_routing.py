@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from lminf_export import export, load
 from lminf_export.bundle import Bundle
 from lminf_export.cli.validate import validate_command
+from lminf_export.comparison import run_in_pieces
 from lminf_export.routing import Groups, WatchedSession, compare_routing, find_choices
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.validate import run_in_pieces, validate
+from lminf_export.validate import validate
 from tests.families import CASES, CHUNK, WINDOW
 
 BY_NAME = {case.model_type: case for case in CASES}
