@@ -5,16 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
-
-import psutil
+from typing import Any
 
 from lminf_export import weights
-from lminf_export.bindings import LayerSpec
 from lminf_export.build import (
     ELSEWHERE,
     ENGINE_GRAPH_NAME,
@@ -34,22 +30,29 @@ from lminf_export.build import (
 from lminf_export.bundle import Bundle
 from lminf_export.bundle_writer import BundleWriter, OutTarget, check_destination, parse_out
 from lminf_export.checkpoint import Checkpoint, open_checkpoint
+from lminf_export.companions import copy_companions, eos_ids
 from lminf_export.config import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
-    DEFAULT_WINDOW_CAP,
     LambdaConfig,
     as_integer,
 )
-from lminf_export.errors import ConfigError, EngineError, ModelError
-from lminf_export.graph import WrittenWeights, write_graph
+from lminf_export.defaults import (
+    check_weights,
+    default_dtype,
+    default_window,
+    dtype_notices,
+    memory_notices,
+    weight_notices,
+)
+from lminf_export.errors import ConfigError, EngineError
+from lminf_export.graph import write_graph
 from lminf_export.manifest import (
     Dtype,
     Engine,
     EngineRecipe,
     Manifest,
     Quantization,
-    human_bytes,
     new_manifest,
 )
 from lminf_export.manifest import Source as ManifestSource
@@ -58,22 +61,17 @@ from lminf_export.models.base import AttentionPlan, Family
 from lminf_export.progress import Progress, silent
 from lminf_export.quantize.config import QuantizeConfig, decide_form
 from lminf_export.quantize.estimate import weight_bytes
-from lminf_export.source import CONFIG_FILES, TOKENIZER_FILES, Source, open_source, plain_config
+from lminf_export.source import Source, open_source
 from lminf_export.tracing import trace
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENGINE_NAME = "engine.plan"
-DTYPES: tuple[str, ...] = get_args(Dtype)
-WEIGHTS = ("copy", "link")
 LINK_NOTICE = (
     "the weights are hard links to the source model's files, the same bytes on the same disk: "
     "changing those files in place changes the bundle; copying the bundle frees it from them"
 )
 TOOLS = ("lminf-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-BFLOAT16_NOTICE = (
-    "bfloat16 graphs are for engines and GPUs: onnxruntime's CPU provider does not run them"
-)
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class ExportJob:
             graph=self.target.graph_name,
             training_length=self.family.training_length(config),
             bos_token_id=getattr(config, "bos_token_id", None),
-            eos_token_ids=_eos_ids(self.source),
+            eos_token_ids=eos_ids(self.source),
             tools={name: _version(name) for name in TOOLS},
             notices=(*self.notices, *notices),
             engine=engine,
@@ -277,9 +275,9 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     target = _target(options)
     check_destination(target.directory, force=options.force)
     builder, plugin = _builder(options, target)
-    dtype = _dtype(options.dtype, target)
+    dtype = default_dtype(options.dtype, target)
     quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
-    _check_weights(options.weights, quantize)
+    check_weights(options.weights, quantize)
     as_integer("max_batch_size", options.max_batch_size, 1)
     progress("reading the model", None)
     source = open_source(
@@ -308,9 +306,9 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         trust_remote_code=options.trust_remote_code,
     )
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
-    notices += [*plan.notices, *checkpoint.notices, *_dtype_notices(options.dtype, dtype)]
+    notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
     notices += [LINK_NOTICE] if options.weights == "link" else []
-    notices += _memory_notices(plan.layers, dtype)
+    notices += memory_notices(plan.layers, dtype)
     job = ExportJob(
         options=options,
         source=checkpoint.source,
@@ -361,11 +359,11 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             writer.add(name, "weights")
             if digest is not None:
                 writer.set_digest(name, digest)
-        _copy_companions(job.source, writer, with_index=job.links_weights)
+        copy_companions(job.source, writer, with_index=job.links_weights)
         engine, recipe = _build(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
-        draft = job.manifest(engine, recipe, _weight_notices(written))
+        draft = job.manifest(engine, recipe, weight_notices(written))
         manifest = writer.commit(draft.model_copy(update={"linked_files": linked}))
     for notice in manifest.notices:
         logger.warning(notice)
@@ -413,67 +411,6 @@ def _plugin_notices(
     yield f"TensorRT will refuse this graph: {problem}"
 
 
-def default_window(asked: int | None, training_length: int | None) -> tuple[int, list[str]]:
-    """Return the window to use, and what to tell the user about it."""
-    if asked is not None:
-        return asked, []
-    if training_length is None:
-        raise ConfigError(
-            "window_size: this model's configuration names no training length; "
-            "give --window-size, at most the length it was trained on"
-        )
-    if training_length <= DEFAULT_WINDOW_CAP:
-        return training_length, []
-    notice = (
-        f"the window is {DEFAULT_WINDOW_CAP} tokens, not the training length of "
-        f"{training_length}: every token pays for the window; --window-size sets it"
-    )
-    return DEFAULT_WINDOW_CAP, [notice]
-
-
-def _check_weights(asked: str, quantize: QuantizeConfig | None) -> None:
-    if asked not in WEIGHTS:
-        raise ConfigError(f"weights={asked!r}: must be one of {', '.join(WEIGHTS)}")
-    if asked == "link" and quantize is not None:
-        raise ConfigError(
-            "weights='link': quantised weights are new ones and must be written; use 'copy'"
-        )
-
-
-def _dtype(asked: str | None, target: OutTarget) -> Any:
-    if asked is None:
-        return "float16" if target.engine_name else "float32"
-    if asked not in DTYPES:
-        raise ConfigError(f"dtype={asked!r}: must be one of {', '.join(DTYPES)}")
-    return asked
-
-
-def _dtype_notices(asked: str | None, chosen: str) -> Iterable[str]:
-    if chosen == "bfloat16":
-        yield BFLOAT16_NOTICE
-    if asked is None and chosen == "float16":
-        yield "an engine is asked for, so weights and caches are float16; --dtype sets it"
-
-
-def _weight_notices(written: WrittenWeights) -> Iterable[str]:
-    if written.full_stacks:
-        yield (
-            f"the experts' weights are not quantised: {human_bytes(written.full_bytes)} of the "
-            f"{human_bytes(written.num_bytes)} of weights stay as they are"
-        )
-
-
-def _memory_notices(layers: Iterable[LayerSpec], dtype: str) -> Iterable[str]:
-    width = weights.item_size(dtype)
-    needed = sum(layer.cache_elements for layer in layers) * width
-    available = psutil.virtual_memory().available
-    if needed > available:
-        yield (
-            f"one sequence's cache takes {human_bytes(needed)}, the machine that exported it had "
-            f"{human_bytes(available)} of memory available; a smaller --window-size helps"
-        )
-
-
 def _metadata(job: ExportJob) -> dict[str, str]:
     """Return the essentials of the manifest as ONNX metadata_props."""
     settings = job.settings
@@ -489,19 +426,6 @@ def _metadata(job: ExportJob) -> dict[str, str]:
         "lminf.chunk_size": str(settings.chunk_size),
         "lminf.layers": json.dumps([vars(layer) for layer in job.plan.layers]),
     }
-
-
-def _copy_companions(source: Source, writer: BundleWriter, *, with_index: bool) -> None:
-    """Copy tokenizer, chat template and configuration, the last without quantisation.
-
-    For linked shards their index, too.
-    """
-    configs = (*CONFIG_FILES, *([weights.INDEX_NAME] if with_index else []))
-    for names, role in ((TOKENIZER_FILES, "tokenizer"), (configs, "config")):
-        for name in names:
-            if name != "config.json" and (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]
-    writer.add("config.json", "config").write_text(plain_config(source), encoding="utf-8")
 
 
 def _build(
@@ -539,22 +463,6 @@ def _copy_plugin(job: ExportJob, writer: BundleWriter) -> Path | None:
     path = writer.add(PLUGIN_FILE, "plugin")
     shutil.copyfile(job.plugin, path)
     return path
-
-
-def _eos_ids(source: Source) -> list[int]:
-    """Return the stop tokens; generation_config.json overrules config.json, as in transformers."""
-    configured = getattr(source.config, "eos_token_id", None)
-    path = source.folder / "generation_config.json"
-    if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            configured = content.get("eos_token_id", configured)
-        except (ValueError, AttributeError) as error:
-            raise ModelError(f"generation_config.json of {source.name!r} is damaged") from error
-    if configured is None:
-        return []
-    ids = configured if isinstance(configured, list) else [configured]
-    return [as_integer("eos_token_id", token, 0, ModelError) for token in ids]
 
 
 def _version(package: str) -> str:

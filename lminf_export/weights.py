@@ -239,10 +239,10 @@ def _read_pickle(path: Path) -> dict[str, PickledTensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        # torch's own words are not passed on: they advise unpickling everything.
         raise ModelError(
-            f"weights file {path.name} cannot be read as plain tensors ({reason}); convert it to "
-            f"safetensors"
+            f"weights file {path.name} cannot be read as plain tensors: it is damaged, or holds "
+            f"other objects, which are not unpickled; get or make it as safetensors"
         ) from error
     if not isinstance(content, dict):
         raise ModelError(f"weights file {path.name} holds no table of tensors")

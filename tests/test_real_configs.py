@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lminf_export import ConfigError, LambdaConfig
-from lminf_export.exporter import default_window
+from lminf_export.defaults import default_window
 from lminf_export.graph import save_graph
 from lminf_export.models import find_family
 from lminf_export.models.base import AttentionPlan
@@ -108,6 +108,13 @@ REAL = {
 
 def test_every_fixture_is_expected():
     assert {path.stem for path in CONFIGS.glob("*.json")} == set(REAL)
+
+
+def test_a_window_longer_than_the_training_length_is_told():
+    assert default_window(2048, 2048) == (2048, [])
+    window, (notice,) = default_window(2049, 2048)
+    assert window == 2049
+    assert "longer than the 2048 the model was first trained on" in notice
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -1,0 +1,41 @@
+"""The small files of a model that a bundle takes along, and what is read from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from lminf_export import weights
+from lminf_export.bundle_writer import BundleWriter
+from lminf_export.config import as_integer
+from lminf_export.errors import ModelError
+from lminf_export.source import CONFIG_FILES, TOKENIZER_FILES, Source, plain_config
+
+
+def copy_companions(source: Source, writer: BundleWriter, *, with_index: bool) -> None:
+    """Copy tokenizer, chat template and configuration, the last without quantisation.
+
+    For linked shards their index, too.
+    """
+    configs = (*CONFIG_FILES, *([weights.INDEX_NAME] if with_index else []))
+    for names, role in ((TOKENIZER_FILES, "tokenizer"), (configs, "config")):
+        for name in names:
+            if name != "config.json" and (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]
+    writer.add("config.json", "config").write_text(plain_config(source), encoding="utf-8")
+
+
+def eos_ids(source: Source) -> list[int]:
+    """Return the stop tokens; generation_config.json overrules config.json, as in transformers."""
+    configured = getattr(source.config, "eos_token_id", None)
+    path = source.folder / "generation_config.json"
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            configured = content.get("eos_token_id", configured)
+        except (ValueError, AttributeError) as error:
+            raise ModelError(f"generation_config.json of {source.name!r} is damaged") from error
+    if configured is None:
+        return []
+    ids = configured if isinstance(configured, list) else [configured]
+    return [as_integer("eos_token_id", token, 0, ModelError) for token in ids]

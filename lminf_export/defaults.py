@@ -1,0 +1,97 @@
+"""What an export decides where its user did not, and what it tells about that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import psutil
+
+from lminf_export import weights
+from lminf_export.bindings import LayerSpec
+from lminf_export.bundle_writer import OutTarget
+from lminf_export.config import DEFAULT_WINDOW_CAP
+from lminf_export.errors import ConfigError
+from lminf_export.graph import WrittenWeights
+from lminf_export.manifest import Dtype, human_bytes
+from lminf_export.quantize.config import QuantizeConfig
+
+DTYPES: tuple[str, ...] = get_args(Dtype)
+WEIGHTS = ("copy", "link")
+BFLOAT16_NOTICE = (
+    "bfloat16 graphs are for engines and GPUs: onnxruntime's CPU provider does not run them"
+)
+
+
+def default_window(asked: int | None, training_length: int | None) -> tuple[int, list[str]]:
+    """Return the window to use, and what to tell the user about it."""
+    if asked is not None:
+        return asked, list(_long_window_notices(asked, training_length))
+    if training_length is None:
+        raise ConfigError(
+            "window_size: this model's configuration names no training length; "
+            "give --window-size, at most the length it was trained on"
+        )
+    if training_length <= DEFAULT_WINDOW_CAP:
+        return training_length, []
+    notice = (
+        f"the window is {DEFAULT_WINDOW_CAP} tokens, not the training length of "
+        f"{training_length}: every token pays for the window; --window-size sets it"
+    )
+    return DEFAULT_WINDOW_CAP, [notice]
+
+
+def _long_window_notices(window: int, training_length: int | None) -> Iterable[str]:
+    if training_length is not None and window > training_length:
+        yield (
+            f"the window of {window} tokens is longer than the {training_length} the model was "
+            f"first trained on: distances beyond that are new to it, unless it was trained further"
+        )
+
+
+def check_weights(asked: str, quantize: QuantizeConfig | None) -> None:
+    """Raise ConfigError where weights cannot be written in the way asked for."""
+    if asked not in WEIGHTS:
+        raise ConfigError(f"weights={asked!r}: must be one of {', '.join(WEIGHTS)}")
+    if asked == "link" and quantize is not None:
+        raise ConfigError(
+            "weights='link': quantised weights are new ones and must be written; use 'copy'"
+        )
+
+
+def default_dtype(asked: str | None, target: OutTarget) -> Any:
+    """Return the element type to use: the one asked for, or what the products need."""
+    if asked is None:
+        return "float16" if target.engine_name else "float32"
+    if asked not in DTYPES:
+        raise ConfigError(f"dtype={asked!r}: must be one of {', '.join(DTYPES)}")
+    return asked
+
+
+def dtype_notices(asked: str | None, chosen: str) -> Iterable[str]:
+    """Yield what to tell the user about the element type."""
+    if chosen == "bfloat16":
+        yield BFLOAT16_NOTICE
+    if asked is None and chosen == "float16":
+        yield "an engine is asked for, so weights and caches are float16; --dtype sets it"
+
+
+def weight_notices(written: WrittenWeights) -> Iterable[str]:
+    """Yield what to tell the user about weights that were asked to be quantised."""
+    if written.full_stacks:
+        yield (
+            f"the experts' weights are not quantised: {human_bytes(written.full_bytes)} of the "
+            f"{human_bytes(written.num_bytes)} of weights stay as they are"
+        )
+
+
+def memory_notices(layers: Iterable[LayerSpec], dtype: str) -> Iterable[str]:
+    """Yield what to tell the user about caches that this machine could not hold."""
+    width = weights.item_size(dtype)
+    needed = sum(layer.cache_elements for layer in layers) * width
+    available = psutil.virtual_memory().available
+    if needed > available:
+        yield (
+            f"one sequence's cache takes {human_bytes(needed)}, the machine that exported it had "
+            f"{human_bytes(available)} of memory available; a smaller --window-size helps"
+        )
