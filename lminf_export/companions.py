@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 
 from lminf_export import weights
 from lminf_export.bundle_writer import BundleWriter
@@ -26,6 +27,26 @@ def copy_companions(source: Source, writer: BundleWriter, *, with_index: bool) -
 
 
 def eos_ids(source: Source) -> list[int]:
+    """Return the stop tokens that the model can write, of those its files name.
+
+    Raises:
+        ModelError: what the files name are no token ids.
+    """
+    return [token for token in _named_eos_ids(source) if token < source.config.vocab_size]
+
+
+def eos_notices(source: Source) -> Iterable[str]:
+    """Yield what to tell the user about stop tokens that the model cannot write."""
+    size = source.config.vocab_size
+    strange = [str(token) for token in _named_eos_ids(source) if token >= size]
+    if strange:
+        yield (
+            f"eos_token_id {', '.join(strange)} is outside the vocabulary of {size}: "
+            f"it is never written and does not stop a text"
+        )
+
+
+def _named_eos_ids(source: Source) -> list[int]:
     """Return the stop tokens; generation_config.json overrules config.json, as in transformers."""
     configured = getattr(source.config, "eos_token_id", None)
     path = source.folder / "generation_config.json"

@@ -30,7 +30,7 @@ from lminf_export.build import (
 from lminf_export.bundle import Bundle
 from lminf_export.bundle_writer import BundleWriter, OutTarget, check_destination, parse_out
 from lminf_export.checkpoint import Checkpoint, open_checkpoint
-from lminf_export.companions import copy_companions, eos_ids
+from lminf_export.companions import copy_companions, eos_ids, eos_notices
 from lminf_export.config import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
@@ -308,7 +308,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
     notices += [LINK_NOTICE] if options.weights == "link" else []
-    notices += memory_notices(plan.layers, dtype)
+    notices += [*memory_notices(plan.layers, dtype), *eos_notices(source)]
     job = ExportJob(
         options=options,
         source=checkpoint.source,

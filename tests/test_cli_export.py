@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from lminf_export import export
 from lminf_export.cli.export import export_command
 from tests.tiny_models import save_llama
 
@@ -161,6 +162,18 @@ def test_a_configuration_that_makes_no_model_is_refused_at_once(change, copied, 
     (copied / "config.json").write_text(json.dumps({**config, **change}))
     (copied / "generation_config.json").unlink()
     fails(tmp_path, "--model", copied, "--dry-run")
+
+
+def test_a_stop_token_outside_the_vocabulary_stops_nothing(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    size = config["vocab_size"]
+    (copied / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, size]}))
+    (copied / "generation_config.json").unlink()
+    result = run("--model", copied, "--out", tmp_path / "b", "--dry-run")
+    assert result.exit_code == 0
+    assert f"eos_token_id {size} is outside the vocabulary of {size}" in result.output
+    bundle = export(copied, tmp_path / "b", window_size=32)
+    assert bundle.manifest.eos_token_ids == (2,)
 
 
 def test_a_null_quantisation_is_none(copied, tmp_path):
