@@ -176,10 +176,11 @@ class Routed(TorchFunctionMode):
         keywords = kwargs or {}
         result = func(*args, **keywords)
         scores: Any = args[0] if args else None
-        is_scores = isinstance(scores, Tensor) and scores[:1].numel() == self.num_experts
+        is_scores = isinstance(scores, Tensor) and scores.dim() in (2, 3)
+        is_scores = is_scores and scores.shape[1:].numel() == self.num_experts
         is_choice = is_scores and scores.dim() == 2
-        if is_scores and scores.dim() == 3 and func in (torch.topk, Tensor.topk):
-            self._ungrouped = scores.flatten(1)
+        if is_scores and not is_choice and func in (torch.topk, Tensor.topk):
+            self._ungrouped = scores.flatten(1)  # of groups; the scores of others are masked next
         if is_choice and func in (torch.topk, Tensor.topk):
             if result[1].shape[1] != self.top_k:
                 return result
