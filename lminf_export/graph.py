@@ -167,7 +167,8 @@ def _write_weights(
         choices = choose_weights(model, aliases, quantize)
         quantized = quantize_graph(model, choices, sources, quantize, dtype)
     kept = {n: tensor for n, tensor in sources.items() if n in model.graph.initializers}
-    full = [weights.Converted(n, tensor, dtype) for n, tensor in kept.items()]
+    types = {n: _stored_type(model.graph.initializers[n], dtype) for n in kept}
+    full = [weights.Converted(n, tensor, types[n]) for n, tensor in kept.items()]
     name = weights.FILE_NAME if quantize is None else quantized_weights.FILE_NAME
     stored, digest = weights.write_pieces(folder / name, [*full, *quantized], progress)
     weights.attach(model, {piece.name: stored[piece.name] for piece in full})
@@ -179,6 +180,12 @@ def _write_weights(
         full_stacks=tuple(piece.name for piece in stacks),
         full_bytes=sum(stored[piece.name].length for piece in stacks),
     )
+
+
+def _stored_type(value: ir.Value, dtype: str) -> str:
+    """Return a weight's element type: some routers compute in float32 whatever the model does."""
+    names = {kind: name for name, kind in ELEMENT_TYPES.items()}
+    return names.get(value.dtype, dtype)  # type: ignore[arg-type]
 
 
 def _stored_name(

@@ -25,6 +25,7 @@ from lminf_export.quantize.stored import (
 )
 from lminf_export.weights import FILE_NAME as CHECKPOINT_NAME
 from lminf_export.weights import (
+    TYPE_NAMES,
     Converted,
     Piece,
     SourceTensor,
@@ -103,7 +104,8 @@ def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str
     """
     if stored.shape != source.shape:
         return False
-    piece: Piece = Converted(name, source, dtype)
+    kinds = {kind: name for name, kind in TYPE_NAMES.items()}
+    piece: Piece = Converted(name, source, kinds.get(stored.dtype, dtype))  # some stay float32
     first = stored
     if isinstance(stored, DequantizedWeight):
         piece = QuantizedWeight(name, source, stored.form, dtype, stored.signed)
