@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,13 +27,14 @@ from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, OnnxRuntimeState, Provider
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True)
+class Groups:
     """Routers that take the best groups of experts first, and experts of those groups only.
 
     A group's score is the sum of its two best experts'.
     """
 
-    count: int = 1
+    number: int = 1
     top_k: int = 1
 
 
@@ -281,13 +282,13 @@ def _gap(score: Tensor, taken: Tensor, groups: Groups) -> tuple[int, float]:
     Which groups a token's experts were chosen from is not known. It is enough that some choice of
     groups explains the experts: the one that needs the smallest gap does.
     """
-    size = score.shape[1] // groups.count
-    by_group = score.unflatten(1, (groups.count, size))
+    size = score.shape[1] // groups.number
+    by_group = score.unflatten(1, (groups.number, size))
     value = by_group.topk(min(2, size)).values.sum(-1)
     explained = torch.full((len(score),), torch.inf, dtype=score.dtype)
     differing = torch.zeros(len(score), dtype=torch.int64)
-    for inside in combinations(range(groups.count), groups.top_k):
-        outside = [group for group in range(groups.count) if group not in inside]
+    for inside in combinations(range(groups.number), groups.top_k):
+        outside = [group for group in range(groups.number) if group not in inside]
         group_gap = torch.zeros_like(explained)
         if outside:
             excess = value[:, outside].amax(1) - value[:, list(inside)].amin(1)
