@@ -84,9 +84,9 @@ def measure_exports(shape: str, work: Path, names: list[str]) -> dict[str, Any]:
             {
                 "export": name,
                 "peak_anonymous_over_imports_bytes": found["peak_anonymous_bytes"] - imports,
-                "seconds": found["seconds"],
+                "seconds": round(found["seconds"], 1),
                 "cpu_seconds": found["cpu_seconds"],
-                "copy_seconds": [before, after],
+                "copy_seconds": [round(before, 1), round(after, 1)],
                 "seconds_over_copying": round(2 * found["seconds"] / (before + after), 3),
                 "bundle_bytes": found["bundle_bytes"],
                 "read_bytes": found["read_bytes"],
@@ -195,7 +195,7 @@ def run_sampled(code: str) -> dict[str, Any]:
         anonymous = max(anonymous, sum(anonymous_bytes(p.pid) for p in tree))
         resident = max(resident, sum(resident_bytes(p) for p in tree))
         time.sleep(0.02)
-    seconds = round(CLOCK.now() - start, 1)
+    seconds = CLOCK.now() - start
     if child.returncode:
         raise SystemExit(f"child failed with {child.returncode}: {code}")
     return {
@@ -231,7 +231,7 @@ def copy_seconds(source: Path, to: Path) -> float:
             os.fsync(file.fileno())
     seconds = CLOCK.now() - start
     shutil.rmtree(to)
-    return round(seconds, 1)
+    return seconds
 
 
 def forget(folder: Path) -> None:
