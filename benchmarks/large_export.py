@@ -150,7 +150,7 @@ def measure_engines(shape: str, work: Path) -> list[dict[str, Any]]:
                 "plan_bytes": (out / "engine.plan").stat().st_size,
                 "peak_anonymous_bytes": found["peak_anonymous_bytes"],
                 "peak_resident_bytes": found["peak_resident_bytes"],
-                "seconds": found["seconds"],
+                "seconds": round(found["seconds"], 1),
             }
         )
         print(rows[-1], file=sys.stderr)
