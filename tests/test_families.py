@@ -139,7 +139,7 @@ def test_every_case_is_a_registered_family():
 
 
 def test_the_table_of_models_has_a_row_for_every_family():
-    page = (ROOT / "docs" / "models.md").read_text()
+    page = (ROOT / "docs" / "models.md").read_text().partition("\n## ")[0]
     names = {name.partition("-")[0] for name in re.findall(r"^\| `([^`]+)` \|", page, re.M)}
     assert names == set(FAMILIES)
 

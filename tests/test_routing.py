@@ -96,7 +96,7 @@ def test_a_choice_is_explained_by_nearly_tied_groups():
 
 @pytest.mark.parametrize("name", ["glm4_moe", "dots1"])
 def test_half_precision_may_take_another_group(name, tmp_path):
-    source = BY_NAME[name].save(tmp_path / "m")
+    source = BY_NAME[name].save(tmp_path / "m", seed=1)  # of this one both families have near-ties
     config = {"window_size": WINDOW, "chunk_size": CHUNK, "dtype": "float16"}
     report = validate(export(source, tmp_path / "b", **config).path, num_tokens=599)
     assert report.passed
