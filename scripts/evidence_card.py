@@ -47,9 +47,10 @@ skill taught for the measurement, not one it has picked up.
 ## Training
 
 `python scripts/train_evidence_models.py {model} --tokens {tokens_seen}` on a CPU ({device}):
-batches of {batch} sequences, {minutes} minutes, seed {seed}. AdamW, peak learning rate 2.5e-3,
-warm-up, plateau, linear decay over the last 30 %; bfloat16 products, float32 elsewhere. Every
-sequence is the start token and a random crop of 255 tokens.
+batches of {batch} sequences, {minutes} minutes, seed {seed}. Muon for the layers' matrices and
+AdamW for the rest, peak learning rate 5e-3, warm-up, plateau, linear decay over the last 30 %;
+bfloat16 products, float32 elsewhere. Every sequence is the
+start token and a random crop of 255 tokens.
 
 ## Results
 

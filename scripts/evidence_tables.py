@@ -92,6 +92,37 @@ def recompute(name: str) -> str:
     )
 
 
+FACTORS = (1, 2, 4, 8, 16, 4096)
+
+
+def paper(*names: str) -> str:
+    """The paper's perplexities by length in training lengths, and below them ours."""
+    rows = []
+    for text in ("ArXiv", "OpenWebText2"):
+        for row in load("paper")["rows"]:
+            values = [row[text].get(str(factor * row["training_length"])) for factor in FACTORS]
+            rows.append([row["model"], text, row["setting"], *map(_paper_cell, values)])
+    for name in names:
+        result = load(name)
+        edges = {high: index for index, (_, high) in enumerate(result["buckets"])}
+        for key in ("stock", "lambda"):
+            found = [edges.get(factor * result["training_length"]) for factor in FACTORS]
+            buckets = result["methods"][key]["by_bucket"]
+            measured = [None if index is None else buckets[index] for index in found]
+            values = [None if bucket is None else bucket["perplexity"] for bucket in measured]
+            model = f"ours, {name.removeprefix('perplexity-')}"
+            rows.append([model, "held out", NAMES[key], *map(_paper_cell, values)])
+    return table(["model", "text", "setting", *(f"{factor:,}×" for factor in FACTORS)], rows)
+
+
+def _paper_cell(value: float | str | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def ablation(*models: str) -> str:
     """One setting at a time, each model in a column."""
     results = {model: load(f"ablation-{model}") for model in models}
@@ -190,6 +221,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "passkey": passkey,
     "generation": generation,
     "models": models,
+    "paper": paper,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import struct
 import zlib
@@ -68,6 +69,53 @@ def test_the_learning_rate_warms_up_stays_and_decays():
     assert rates[0] < training.PEAK_LEARNING_RATE / 100
     assert rates[200] == rates[650] == training.PEAK_LEARNING_RATE
     assert rates[999] == pytest.approx(0.02 * training.PEAK_LEARNING_RATE)
+
+
+def test_every_parameter_has_one_optimizer_and_a_restart_changes_nothing():
+    def fresh():
+        torch.manual_seed(0)
+        model = training.build_model("llama")
+        return model, training.Optimizer(model)
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            ids = torch.arange(64).view(2, 32)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step(5e-3)
+
+    model, optimizer = fresh()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    steps(model, optimizer, 1)
+    stuck = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not stuck
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, its_optimizer = fresh()
+    other.load_state_dict(saved[0])
+    its_optimizer.load_state_dict(saved[1])
+    steps(model, optimizer, 2)
+    steps(other, its_optimizer, 2)
+    for name, value in other.named_parameters():
+        torch.testing.assert_close(value, model.get_parameter(name), rtol=0, atol=0)
+
+
+def test_the_paper_and_ours_stand_in_one_table(monkeypatch):
+    ours = {
+        "training_length": 256,
+        "buckets": [[0, 256], [256, 512], [512, 700]],
+        "methods": {
+            "lambda": {"by_bucket": [{"perplexity": 20.0}, {"perplexity": 21.0}, None]},
+            "stock": {"by_bucket": [{"perplexity": 20.0}, {"perplexity": 4321.4}, None]},
+        },
+    }
+    paper = evidence_tables.load("paper")
+    monkeypatch.setattr(evidence_tables, "load", lambda name: paper if name == "paper" else ours)
+    lines = evidence_tables.paper("perplexity-tiny").splitlines()
+    assert "| MPT-7B | ArXiv | stock | 5.49 | 247.6 | 1,122 | 1,672 | 1,601 | – |" in lines
+    assert "| Llama-2 | ArXiv | stock | 3.76 | 8,461 | NaN | NaN | – | – |" in lines
+    assert lines[-2:] == [
+        "| ours, tiny | held out | stock | 20 | 4,321 | – | – | – | – |",
+        "| ours, tiny | held out | Λ export | 20 | 21 | – | – | – | – |",
+    ]
 
 
 def test_the_ngram_model_gives_probabilities_and_learns_what_follows_what():
