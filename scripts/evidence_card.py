@@ -1,6 +1,6 @@
-"""Write the model card of a folder that train_evidence_models.py made, from its training.json.
+"""Write the model card of a folder that train_demo_models.py made, from its training.json.
 
-python scripts/evidence_card.py examples/evidence-llama examples/evidence-mpt
+python scripts/evidence_card.py examples/demo-llama examples/demo-mpt
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ skill taught for the measurement, not one it has picked up.
 
 ## Training
 
-`python scripts/train_evidence_models.py {model} --tokens {tokens_seen}` on a CPU ({device}):
+`python scripts/train_demo_models.py {model} --tokens {tokens_seen}` on a CPU ({device}):
 batches of {batch} sequences, {minutes} minutes, seed {seed}. Muon for the layers' matrices and
 AdamW for the rest, peak learning rate 5e-3, warm-up, plateau, linear decay over the last 30 %;
 bfloat16 products, float32 elsewhere. Every sequence is the

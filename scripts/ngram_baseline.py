@@ -23,20 +23,13 @@ class Level:
     discount: float
 
 
-def kneser_ney_loss(
-    train_ids: Sequence[int], heldout_ids: Sequence[int], vocab_size: int, order: int = 5
-) -> float:
-    """Return the mean loss, in nats per token, of a Kneser–Ney model on the held-out ids.
+def loss_under(levels: list[Level], heldout_ids: Sequence[int], vocab_size: int) -> float:
+    """Return the mean loss, in nats per token, of a Kneser–Ney model on held-out ids.
 
-    Every held-out token sees the ``order - 1`` tokens before it (fewer at the very start),
+    Every token sees the tokens before it that the highest level takes (fewer at the very start),
     with none of the window boundaries a neural model is scored with. Method: Chen and
     Goodman 1999, section 2.7, one discount per order.
     """
-    return loss_under(build_levels(train_ids, order), heldout_ids, vocab_size)
-
-
-def loss_under(levels: list[Level], heldout_ids: Sequence[int], vocab_size: int) -> float:
-    """Return the mean loss, in nats per token, of held-out ids under counted levels."""
     total = 0.0
     for position, token in enumerate(heldout_ids):
         context = tuple(heldout_ids[max(0, position - len(levels) + 1) : position])

@@ -12,7 +12,8 @@ import evidence_tables
 import ngram_baseline
 import pytest
 import torch
-import train_evidence_models as training
+import train_demo_models as training
+import training_data
 
 
 def r_vector(strings):
@@ -38,23 +39,25 @@ def test_paragraphs_become_lines():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return training.train_tokenizer([("In the beginning was the word, and the word 12. \n" * 50)])
+    return training_data.train_tokenizer(
+        [("In the beginning was the word, and the word 12. \n" * 50)]
+    )
 
 
 @pytest.mark.parametrize("start", [True, False])
 def test_a_batch_is_the_same_in_every_run_and_begins_as_asked(tokenizer, start):
     ids = torch.randint(1, len(tokenizer.get_vocab()), (5000,))
-    make = lambda seed: training.Batches(ids, tokenizer, seed, start)  # noqa: E731
+    make = lambda seed: training_data.Batches(ids, tokenizer, seed, start)  # noqa: E731
     assert torch.equal(make(3)[17], make(3)[17])
     assert not torch.equal(make(3)[17], make(4)[17])
     assert not torch.equal(make(3)[17], make(3)[18])
     batch = make(3)[17]
-    assert batch.shape == (training.BATCH_SIZE, training.CONTEXT)
+    assert batch.shape == (training_data.BATCH_SIZE, training_data.CONTEXT)
     assert bool((batch[:, 0] == 0).all()) is start
 
 
 def test_a_passkey_sequence_holds_questions_with_their_answers(tokenizer):
-    ids = training.passkey_sequence(tokenizer, 255, random.Random(1))
+    ids = training_data.passkey_sequence(tokenizer, 255, random.Random(1))
     assert len(ids) == 255
     text = tokenizer.decode(ids)
     _, question, answer = text.partition("What is the pass key? The pass key is")

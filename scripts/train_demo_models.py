@@ -1,8 +1,8 @@
-"""Train the models the evidence is measured on: a RoPE Llama and an ALiBi MPT.
+"""Train the demo models, which docs/evidence.md is measured on: a RoPE Llama and an ALiBi MPT.
 
-    python scripts/train_evidence_models.py llama --out examples/evidence-llama
-    python scripts/train_evidence_models.py mpt --out examples/evidence-mpt
-    python scripts/train_evidence_models.py llama --no-start-token --tokens 3000000 --out build/…
+    python scripts/train_demo_models.py llama --out examples/demo-llama
+    python scripts/train_demo_models.py mpt --out examples/demo-mpt
+    python scripts/train_demo_models.py llama --no-start-token --tokens 3000000 --out build/…
 
 Both read the King James Bible and five of Jane Austen's novels (scripts/corpora.py) in crops of
 256 tokens, each behind a start token, and every twelfth sequence holds the passkey task. A run
@@ -12,32 +12,28 @@ that is interrupted goes on from its last checkpoint when started again.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from corpora import HELDOUT_BOOKS, HELDOUT_NOVEL, Corpus, fetch_corpora
-from ngram_baseline import build_levels, loss_under
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from train_demo_model import (
+from corpora import fetch_corpora
+from training_data import (
+    BATCH_SIZE,
     BOS,
     CONTEXT,
-    contiguous_windows,
-    cpu_name,
+    VOCAB_SIZE,
+    Batches,
     encode,
-    loss_record,
-    mean_loss,
-    save_checkpoint,
-    start_token_attention,
-    stock_perplexity_by_length,
-    with_bos,
+    train_tokenizer,
+    windows_of,
 )
+from training_record import attention_on_first, describe_run, mean_loss
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -48,44 +44,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lminf_export.evaluate import passkey_text
-
-VOCAB_SIZE = 4096
-BATCH_SIZE = 8
 PEAK_LEARNING_RATE = 5e-3
 WEIGHT_DECAY = 0.1
 WARMUP_STEPS = 150
 DECAY_SHARE = 0.3
-PASSKEY_SHARE = 1 / 12
-TEMPLATE_REPEATS = 300
 CHECKPOINT_EVERY = 100
-
-
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Return a byte-level BPE tokenizer with single digits and the start token put first."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[BOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # The passkey task's few words would be split into bytes without some weight of their own.
-    template = passkey_text.compose("0", len(passkey_text.FILLER), 0).prompt
-    lines = [line for text in texts for line in text.splitlines(keepends=True)]
-    tokenizer.train_from_iterator(lines + [template] * TEMPLATE_REPEATS, trainer)
-    bos_id = tokenizer.token_to_id(BOS)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos_id)]
-    )
-    return tokenizer
 
 
 def build_model(kind: str) -> PreTrainedModel:
@@ -113,43 +76,6 @@ def build_model(kind: str) -> PreTrainedModel:
         bos_token_id=0, do_sample=True, temperature=0.8, top_p=0.95
     )
     return model
-
-
-def passkey_sequence(tokenizer: Tokenizer, length: int, dice: random.Random) -> list[int]:
-    """Return ``length`` ids of the task, answer included, the last of them cut off.
-
-    Several short instances or one that fills the sequence; where an instance would be longer,
-    its beginning is cut away, so that questions without their header occur too.
-    """
-    ids: list[int] = []
-    while len(ids) < length:
-        before, after = dice.randrange(20), dice.randrange(25)
-        key = f"{dice.randrange(10**5):05d}"
-        task = passkey_text.compose(key, before, after, header=dice.random() < 0.7)
-        text = task.prompt + task.answer + ".\n"
-        ids += tokenizer.encode(text, add_special_tokens=False).ids[-length:]
-    return ids[:length]
-
-
-class Batches:
-    """The training data: batch number n is the same in every run with the same seed."""
-
-    def __init__(self, ids: torch.Tensor, tokenizer: Tokenizer, seed: int, start: bool) -> None:
-        self._ids, self._tokenizer, self._seed, self._start = ids, tokenizer, seed, start
-
-    def __getitem__(self, step: int) -> torch.Tensor:
-        """Return (BATCH_SIZE, CONTEXT) ids."""
-        dice = random.Random(f"{self._seed}/{step}")
-        length = CONTEXT - 1 if self._start else CONTEXT
-        rows = [self._row(length, dice) for _ in range(BATCH_SIZE)]
-        batch = torch.stack(rows)
-        return with_bos(batch) if self._start else batch
-
-    def _row(self, length: int, dice: random.Random) -> torch.Tensor:
-        if dice.random() < PASSKEY_SHARE:
-            return torch.tensor(passkey_sequence(self._tokenizer, length, dice))
-        start = dice.randrange(len(self._ids) - length + 1)
-        return self._ids[start : start + length]
 
 
 class Optimizer:
@@ -249,59 +175,13 @@ def report(
     )
 
 
-def attention_on_first(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
-    """Mean attention weight on the first token by layer; the model keeps its implementation."""
-    before = model.config._attn_implementation
-    weights = start_token_attention(model, windows)
-    model.set_attn_implementation(before)
-    return weights
-
-
-def windows_of(ids: torch.Tensor, start: bool, limit: int | None = None) -> torch.Tensor:
-    """Cut held-out ids into the sequences the model was trained on."""
-    if start:
-        return contiguous_windows(ids, CONTEXT, limit)
-    return ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)[:limit]
-
-
-def describe_run(
-    model: PreTrainedModel, tokenizer: Tokenizer, corpora: list[Corpus], args: Any, seconds: float
-) -> dict[str, Any]:
-    """Everything training.json says, measured on the weights as they were saved."""
-    train_ids = torch.cat([encode(tokenizer, corpus.train) for corpus in corpora])
-    levels = build_levels(train_ids.tolist())
-    held_out: dict[str, Any] = {}
-    for corpus in corpora:
-        ids = encode(tokenizer, corpus.heldout)
-        density = len(ids) / len(corpus.heldout.encode())
-        windows = windows_of(ids, args.start_token)
-        ngram = loss_under(levels, ids.tolist(), VOCAB_SIZE)
-        held_out[corpus.name] = {
-            "tokens": len(ids),
-            "bytes": len(corpus.heldout.encode()),
-            "model": loss_record(mean_loss(model, windows), density),
-            "kneser_ney_5gram": loss_record(ngram, density),
-            "attention_on_first_token_by_layer": attention_on_first(model, windows[:32]),
-        }
-        if args.model == "llama" and args.start_token:
-            held_out[corpus.name]["stock_perplexity_by_length"] = stock_perplexity_by_length(
-                model, ids
-            )
-    return {
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads, shared with other work",
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, tokenizers)},
-        "seed": args.seed,
-        "start_token_in_training": args.start_token,
-        "tokens_seen": args.tokens // (BATCH_SIZE * CONTEXT) * BATCH_SIZE * CONTEXT,
-        "batch_size": BATCH_SIZE,
-        "context": CONTEXT,
-        "passkey_share": round(PASSKEY_SHARE, 4),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(seconds),
-        "train_tokens": len(train_ids),
-        "heldout_texts": {"kjv": list(HELDOUT_BOOKS), "austen": [HELDOUT_NOVEL]},
-        "heldout": held_out,
-    }
+def save_checkpoint(model: PreTrainedModel, out: Path) -> None:
+    """Write the model as fp16 safetensors; readers see the old files or the new, never half."""
+    with tempfile.TemporaryDirectory(dir=out) as staging:
+        copy.deepcopy(model).half().save_pretrained(staging)
+        for file in Path(staging).iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner only
+            file.replace(out / file.name)
 
 
 def parse_args() -> argparse.Namespace:
