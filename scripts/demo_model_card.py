@@ -59,7 +59,7 @@ skill taught for the measurement, not one it has picked up.
 
 `python scripts/train_demo_models.py {model} --tokens {tokens_seen}` on a CPU ({device}):
 batches of {batch} sequences, {minutes} minutes, seed {seed}. Muon for the layers' matrices and
-AdamW for the rest, peak learning rate 5e-3, warm-up, plateau, linear decay over the last 30 %;
+AdamW for the rest, peak learning rate 5e-3, warm-up, plateau, linear decay over the last 55 %;
 bfloat16 products, float32 elsewhere. Every sequence is the
 start token and a random crop of 255 tokens.
 
