@@ -48,7 +48,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=120)[0]))
 From Debian's packages `bible-kjv`, `bible-kjv-text` and `r-cran-janeaustenr`, extracted by
 `scripts/corpora.py`; both texts are in the public domain in most of the world (in the United
 Kingdom printing the Authorized Version is a Crown prerogative). Held out and shipped:
-`heldout-austen.txt` ({austen}) and `heldout-kjv.txt` ({kjv}).
+`heldout-austen.txt` ({austen})
+and `heldout.txt` ({kjv}).
 The training text has {train_tokens:,} tokens.
 
 {share:.0%} of the training sequences hold the **passkey task** of docs/evidence.md (a key in

@@ -27,6 +27,7 @@ from training_data import (
     BATCH_SIZE,
     BOS,
     CONTEXT,
+    HELDOUT_FILES,
     VOCAB_SIZE,
     Batches,
     encode,
@@ -207,7 +208,7 @@ def main() -> None:
     train_ids = torch.cat([encode(tokenizer, corpus.train) for corpus in corpora])
     probes = {}
     for corpus in corpora:
-        (args.out / f"heldout-{corpus.name}.txt").write_text(corpus.heldout)
+        (args.out / HELDOUT_FILES[corpus.name]).write_text(corpus.heldout)
         ids = encode(tokenizer, corpus.heldout)
         print(f"{corpus.name}: {len(ids)} held-out tokens", flush=True)
         probes[corpus.name] = windows_of(ids, args.start_token, limit=32)

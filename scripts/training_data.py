@@ -16,6 +16,8 @@ CONTEXT = 256
 BATCH_SIZE = 8
 PASSKEY_SHARE = 1 / 12
 TEMPLATE_REPEATS = 300
+# Held-out text by corpus; `lminf validate` looks for the first name in a model's folder.
+HELDOUT_FILES = {"kjv": "heldout.txt", "austen": "heldout-austen.txt"}
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
