@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "attention.h"
 #include "simd.h"
@@ -19,8 +20,11 @@ using lminf::cpu::Params;
 // what they waste at the diagonal, small.
 constexpr int64_t kLongTile = 256;
 constexpr int64_t kShortTile = 64;
-constexpr int64_t kManyRows = 8;  // from here on a tile of keys is worth transposing
-constexpr int64_t kFewRows = 3;   // up to here a row of values is taken whole, not in columns
+constexpr int64_t kManyRows = 16;  // from here on a tile of keys is worth transposing
+constexpr int64_t kFewRows = 3;    // up to here a row of values is taken whole, not in columns
+constexpr int64_t kNearKeys = 16;  // so many keys stay in the first-level cache
+constexpr int64_t kPairBytes = 256;
+constexpr bool kFewRegisters = kWidth < 16;  // 16 of them: a row's sums must not stay in them
 // Below any logit, and finite: what was never seen has weight exp(kHidden − maximum) = 0.
 constexpr float kHidden = -1e30f;
 
@@ -76,7 +80,7 @@ void append(const Params& p, int64_t batch, int64_t kvHead) {
 
 // --- products -----------------------------------------------------------------------------------
 
-// logits[r][k] = query[r] · key[k] for a few rows: each loaded key meets all of them.
+// logits[r][k] = query[r] · key[k] for kRows rows: each loaded piece of a key meets all of them.
 template <int kRows, typename T>
 void dotRows(const float* query, int64_t dim, const T* key, int64_t keyStride, int64_t count,
              float* logits, int64_t stride) {
@@ -107,21 +111,71 @@ void dotRows(const float* query, int64_t dim, const T* key, int64_t keyStride, i
   }
 }
 
+// Calls function(n, first row) for groups of n = 4, 3, 2 or 1 rows; n is a constant.
+template <typename Function>
+void forRowGroups(int64_t rows, Function function) {
+  int64_t r = 0;
+  const auto next = [&](auto size) {
+    for (; r + size <= rows; r += size) function(size, r);
+  };
+  next(std::integral_constant<int, 4>{});
+  next(std::integral_constant<int, 3>{});
+  next(std::integral_constant<int, 2>{});
+  next(std::integral_constant<int, 1>{});
+}
+
+// The same for any few rows. Keys come from memory once: a few of them meet all groups of rows
+// while they are in the first-level cache.
 template <typename T>
 void dots(const float* query, int64_t rows, int64_t dim, const T* key, int64_t keyStride,
           int64_t count, float* logits, int64_t stride) {
-  int64_t r = 0;
-  const auto next = [&](auto size, auto function) {
-    for (; r + size <= rows; r += size) {
-      function(query + r * dim, dim, key, keyStride, count, logits + r * stride, stride);
-    }
-  };
-  if constexpr (kWidth == 16) {  // 32 registers hold 4 × 4 sums
-    next(4, dotRows<4, T>);
-    next(3, dotRows<3, T>);
+  for (int64_t k = 0; k < count; k += kNearKeys) {
+    const int64_t some = std::min(kNearKeys, count - k);
+    forRowGroups(rows, [&](auto size, int64_t r) {
+      dotRows<size>(query + r * dim, dim, key + k * keyStride, keyStride, some,
+                    logits + r * stride + k, stride);
+    });
   }
-  next(2, dotRows<2, T>);
-  next(1, dotRows<1, T>);
+}
+
+// out[r] += Σ_k weights[r][k] · value[k], kKeys keys at a time: their weights stay in registers,
+// the sums do not.
+template <int kRows, int kKeys, typename T>
+void addValues(const float* weights, int64_t stride, const T* value, int64_t dim, int64_t count,
+               float* out) {
+  for (int64_t k = 0; k < count; k += kKeys) {
+    Vec weight[kRows][kKeys];
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kKeys; ++i) weight[r][i] = splat(weights[r * stride + k + i]);
+    }
+    for (int64_t d = 0; d < dim; d += kWidth) {
+      Vec part[kKeys];
+      for (int i = 0; i < kKeys; ++i) part[i] = load(value + (k + i) * dim + d);
+      for (int r = 0; r < kRows; ++r) {
+        Vec sum = load(out + r * dim + d);
+        for (int i = 0; i < kKeys; ++i) sum += weight[r][i] * part[i];
+        store(out + r * dim + d, sum);
+      }
+    }
+  }
+}
+
+// The values of a tile for a few rows, in the order memory holds them. Memory streams best row
+// after row; short rows may be read in pairs, which halves the traffic of the sums.
+template <typename T>
+void weighValues(const float* weights, int64_t stride, int64_t rows, const T* value, int64_t dim,
+                 int64_t count, float* out) {
+  const bool inPairs = dim * static_cast<int64_t>(sizeof(T)) <= kPairBytes;
+  for (int64_t k = 0; k < count; k += kNearKeys) {
+    const int64_t some = std::min(kNearKeys, count - k), paired = inPairs ? some / 2 * 2 : 0;
+    forRowGroups(rows, [&](auto size, int64_t r) {
+      const float* own = weights + r * stride + k;
+      const T* from = value + k * dim;
+      addValues<size, 2>(own, stride, from, dim, paired, out + r * dim);
+      addValues<size, 1>(own + paired, stride, from + paired * dim, dim, some - paired,
+                         out + r * dim);
+    });
+  }
 }
 
 // out[r][n] (+)= Σ_k a[r][k] · b[k][n] for kRows × kColumns vectors kept in registers. Never
@@ -383,10 +437,18 @@ class Block {
     }
     for (int64_t r = 0; r < rows_; ++r) weigh(tile, r);
     if (exact && !many) {
-      product<true>(s_.logits, tile_, rows_, tile.value, dim_, tile.count, s_.output, dim_, dim_);
+      values(tile.value, tile.count);
     } else {
-      product<true>(s_.logits, tile_, rows_, widened(tile.value, tile.count, s_.values), dim_,
-                    tile.count, s_.output, dim_, dim_);
+      values(widened(tile.value, tile.count, s_.values), tile.count);
+    }
+  }
+
+  template <typename V>
+  void values(const V* value, int64_t count) {
+    if (rows_ < kManyRows && kFewRegisters) {
+      weighValues(s_.logits, tile_, rows_, value, dim_, count, s_.output);
+    } else {
+      product<true>(s_.logits, tile_, rows_, value, dim_, count, s_.output, dim_, dim_);
     }
   }
 
