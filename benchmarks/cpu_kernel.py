@@ -1,8 +1,10 @@
 """What the CPU kernel gains over the graph's function body, in one run, taking turns.
 
-The same bundle is loaded with `kernels="none"` and `kernels="auto"`. Decoding positions are set,
-not read: rings hold random numbers. With --genai a model folder of onnxruntime-genai made from
-the same checkpoint takes its turns, too (as far as it goes).
+The same bundle is loaded with `kernels="none"` and `kernels="auto"`, and once for each slower
+instruction set this processor has, which the kernel can be told to use. Decoding positions are
+set, not read: rings hold random numbers. With --genai a model folder of onnxruntime-genai made
+from the same checkpoint takes its turns, too (as far as it goes); with --before a library of other
+sources, such as those before a change, on the same instruction sets.
 
     python benchmarks/cpu_kernel.py --bundle B --out benchmarks/results/cpu_kernel.json
 """
@@ -10,6 +12,7 @@ the same checkpoint takes its turns, too (as far as it goes).
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -26,24 +29,68 @@ from common import environment, write_result
 import lminf_export
 from lminf_export.bench.floor import streaming_bandwidth
 from lminf_export.bundle import Bundle
+from lminf_export.runtime.kernels import INSTALLED
+from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
 
-FORMS = {"function_body": "none", "kernel": "auto"}
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # fastest first
 STEPS = 6  # tokens decoded in one go before the next contestant's turn
 
 
-class Ours:
-    """One form of the bundle; a stream of random tokens."""
+class Kernels:
+    """A library of kernels and the instruction set it is to use; no library: the body."""
 
-    def __init__(self, bundle: str, kernels: str, threads: int) -> None:
-        self.model = lminf_export.load(bundle, kernels=kernels, threads=threads)
+    def __init__(self, path: Path | None, instruction_set: str = "") -> None:
+        self.path, self.instruction_set = path, instruction_set
+
+    @property
+    def option(self) -> str:
+        """What `load` calls it."""
+        return "none" if self.path is None else str(self.path)
+
+    def use(self) -> bool:
+        """Choose the instruction set; a library has one at a time. False: not on this processor."""
+        if self.path is None:
+            return True
+        library = ctypes.CDLL(str(self.path))
+        return bool(library.lminfUseInstructionSet(self.instruction_set.encode()))
+
+
+def forms(before: Path | None) -> dict[str, Kernels]:
+    """Name every form of the operator: the body, the kernel, the kernel on slower vectors."""
+    found = {"function_body": Kernels(None)}
+    libraries = {"kernel": INSTALLED, **({"before": before.resolve()} if before else {})}
+    for name, path in libraries.items():
+        sets = [x for x in INSTRUCTION_SETS if Kernels(path, x).use()]
+        for rank, instruction_set in enumerate(sets):
+            key = name if rank == 0 else f"{name}_{instruction_set}"
+            found[key] = Kernels(path, instruction_set)
+    return found
+
+
+class Ours:
+    """One form of the bundle; a stream of random tokens.
+
+    Instruction sets of one library share a loaded model: where its memory lies is a matter of
+    luck, worth some percent.
+    """
+
+    def __init__(self, model: LanguageModel, kernels: Kernels) -> None:
+        self.model, self.kernels = model, kernels
         self.token = np.array([[1]])
+
+    @property
+    def attention(self) -> str:
+        """What computes the attention."""
+        library = self.kernels.instruction_set
+        return f"liblminf_ort.so ({library})" if library else self.model.session.attention
 
     def stand_at(self, position: int) -> None:
         self.state = self.model.new_state()
         self.state.fill(np.random.default_rng(0), position)
 
     def decode(self, count: int) -> float:
+        self.kernels.use()
         start = time.perf_counter()
         for _ in range(count):
             self.model.forward(self.token, self.state, logits="last")
@@ -52,6 +99,7 @@ class Ours:
     def prefill(self, count: int) -> float:
         tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (1, count))
         state = self.model.new_state()
+        self.kernels.use()
         start = time.perf_counter()
         self.model.forward(tokens, state, logits="last")
         return count / (time.perf_counter() - start)
@@ -136,32 +184,45 @@ def compare(contestants: dict[str, Any], position: int, rounds: int) -> dict[str
     return row
 
 
+def prefill_speeds(contestants: dict[str, Any], count: int, rounds: int) -> dict[str, float]:
+    """Tokens a second of reading a prompt, taking turns."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, one in contestants.items():
+            found[name].append(one.prefill(count))
+    return {name: round(statistics.median(speeds), 1) for name, speeds in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--genai", help="model folder of onnxruntime-genai, same checkpoint")
+    parser.add_argument("--before", type=Path, help="another build of liblminf_ort.so")
     parser.add_argument("--positions", type=int, nargs="+", default=[512, 2048, 4096, 1_000_000])
     parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--prefill-rounds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
-    contestants: dict[str, Any] = {
-        name: Ours(arguments.bundle, kernels, arguments.threads) for name, kernels in FORMS.items()
+    shapes = forms(arguments.before)
+    models = {
+        option: lminf_export.load(arguments.bundle, kernels=option, threads=arguments.threads)
+        for option in dict.fromkeys(kernels.option for kernels in shapes.values())
     }
+    contestants: dict[str, Any] = {
+        name: Ours(models[kernels.option], kernels) for name, kernels in shapes.items()
+    }
+    attention = {name: one.attention for name, one in contestants.items()}
     reached = 2 * bundle.manifest.lambda_config.window_size
     if arguments.genai:
         longest = max(p for p in arguments.positions if p <= reached)
         contestants["onnxruntime_genai"] = Genai(arguments.genai, arguments.threads, longest)
-    attention = {n: c.model.session.attention for n, c in contestants.items() if n in FORMS}
-    prefill = {
-        name: round(statistics.median(one.prefill(arguments.prefill) for _ in range(3)), 1)
-        for name, one in contestants.items()
-    }
+    prefill = prefill_speeds(contestants, arguments.prefill, arguments.prefill_rounds)
     rows = []
     for position in arguments.positions:
-        present = {n: c for n, c in contestants.items() if n in FORMS or position <= reached}
+        present = {n: c for n, c in contestants.items() if n in shapes or position <= reached}
         rows.append(compare(present, position, arguments.rounds))
     result = {
         "benchmark": "cpu_kernel",
@@ -177,7 +238,10 @@ def main() -> None:
         "prefill_tokens": arguments.prefill,
         "prefill_tokens_per_second": prefill,
         "decode": rows,
-        "nodes_of_a_step": {n: nodes_of_a_step(arguments.bundle, k) for n, k in FORMS.items()},
+        "nodes_of_a_step": {
+            name: nodes_of_a_step(arguments.bundle, shapes[name].option)
+            for name in ("function_body", "kernel")
+        },
         **environment(),
     }
     if arguments.genai:

@@ -70,6 +70,10 @@ CONTEXTS = (512, 2048, 4096, 8192, 32768, 1_000_000)
 LONGEST = 32768 + 128
 READ_LONGEST = 4096 + 256
 PREFILL = 2048
+OURS = ("ours", "ours-body")
+LINEAR = ("ours fp32", "ours int4")
+LINEAR_TOKENS = 65536
+TWINS = (4096, 1_000_000)
 
 
 class Child:
@@ -250,15 +254,65 @@ def memory(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def linear(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Our prefill of 64k tokens against 8k."""
-    with Child("ours fp32", arguments.work, arguments.threads, 0) as child:
-        child.ask("load")
-        child.ask("prefill", tokens=4096)
-        found = {n: child.ask("prefill", tokens=n)["seconds"] for n in (8192, 65536)}
-    return {
-        "seconds": {str(n): round(t, 2) for n, t in found.items()},
-        "ratio": round(found[65536] / found[8192], 3),
-    }
+    """Our prefill of 64k tokens against 8k, which is read before and after it."""
+    rows: dict[str, Any] = {}
+    for name in (name for name in LINEAR if name in arguments.contestants):
+        if reason := missing(name, arguments.work):
+            rows[name] = {"refused": reason}
+            continue
+        long, short = arguments.linear_tokens, arguments.linear_tokens // 8
+        with Child(name, arguments.work, arguments.threads, 0) as child:
+            child.ask("load")
+            child.ask("prefill", tokens=min(short, WINDOW))
+            before, whole, after = (
+                child.ask("prefill", tokens=count)["seconds"] for count in (short, long, short)
+            )
+        rows[name] = {
+            "seconds": {
+                str(short): [round(before, 3), round(after, 3)],
+                str(long): round(whole, 3),
+            },
+            "ratio": round(2 * whole / (before + after), 3),
+        }
+        print(f"linear {name} {rows[name]}", file=sys.stderr)
+    return {"rows": rows}
+
+
+def twin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Our decoding far away against a twin at 4,096: two processes, which swap places every turn.
+
+    So what one process owes to where its memory lies counts on both sides.
+    """
+    rows: dict[str, Any] = {}
+    for name in (name for name in arguments.contestants if CONTESTANTS[name][0] in OURS):
+        if reason := missing(name, arguments.work):
+            rows[name] = {"refused": reason}
+            continue
+        with ExitStack() as stack:
+            pair = [
+                stack.enter_context(Child(name, arguments.work, arguments.threads, READ_LONGEST))
+                for _ in TWINS
+            ]
+            for child in pair:
+                child.ask("load")
+                stand(child, TWINS[0])
+                child.ask("decode", tokens=3)
+            turns: dict[int, list[float]] = {position: [] for position in TWINS}
+            for number in range(arguments.twin_rounds):
+                for place, child in enumerate(pair):
+                    position = TWINS[(number + place) % 2]
+                    stand(child, position)
+                    times = child.ask("decode", tokens=arguments.tokens + 1)["times"][1:]
+                    turns[position].append(statistics.median(times))
+        near, far = TWINS
+        ratio = statistics.median(turns[far]) / statistics.median(turns[near])
+        rows[name] = {
+            "turns_ms": {str(p): [round(t * 1e3, 3) for t in turns[p]] for p in TWINS},
+            "ms_per_token": {str(p): round(statistics.median(turns[p]) * 1e3, 3) for p in TWINS},
+            "ratio": round(ratio, 4),
+        }
+        print(f"twin {name} {rows[name]['ms_per_token']} {ratio:.4f}", file=sys.stderr)
+    return {"rows": rows, "rounds": arguments.twin_rounds, "tokens_a_turn": arguments.tokens}
 
 
 def floors(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -292,6 +346,7 @@ SECTIONS = {
     **{f"prefill-{g}": lambda a, n=n: prefill(n, a) for g, n in GROUPS.items()},
     **{f"memory-{g}": lambda a, n=n: memory(n, a) for g, n in GROUPS.items()},
     "linear": linear,
+    "twin": twin,
 }
 
 
@@ -308,6 +363,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8, help="decoded in one turn")
     parser.add_argument("--prefill-tokens", type=int, default=PREFILL)
     parser.add_argument("--prefill-rounds", type=int, default=3)
+    parser.add_argument("--linear-tokens", type=int, default=LINEAR_TOKENS)
+    parser.add_argument("--twin-rounds", type=int, default=20)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     work = arguments.work

@@ -10,6 +10,11 @@ PAGE = ROOT / "docs" / "cpu_kernel.md"
 NAMES = {
     "function_body": "function body",
     "kernel": "CPU kernel",
+    "before": "before",
+    "kernel_avx2": "CPU kernel, AVX2",
+    "before_avx2": "before, AVX2",
+    "kernel_portable": "CPU kernel, portable",
+    "before_portable": "before, portable",
     "onnxruntime_genai": "onnxruntime-genai",
 }
 

@@ -135,6 +135,35 @@ def memory(shape: str) -> str:
     return table(head, rows) + origin(last)
 
 
+def linear(shape: str) -> str:
+    """Whether reading a prompt of eight times the length takes eight times as long."""
+    found = peers(shape, "linear")
+    if found is None:
+        return NOTHING
+    rows = []
+    for name, row in found["rows"].items():
+        if "refused" in row:
+            continue
+        short, long = row["seconds"]
+        cells = [statistics.mean(row["seconds"][short]), row["seconds"][long]]
+        rows.append([name, *(f"{seconds:.1f}" for seconds in cells), f"{row['ratio']:.2f}"])
+        head = ["s to read tokens", f"{int(short):,}", f"{int(long):,}", "ratio"]
+    return table(head, rows) + origin(found) if rows else NOTHING
+
+
+def twin(shape: str) -> str:
+    """Decoding far away against a twin nearby."""
+    found = peers(shape, "twin")
+    if found is None:
+        return NOTHING
+    rows = [
+        [name, *(f"{ms:.2f}" for ms in row["ms_per_token"].values()), f"{row['ratio'] - 1:+.1%}"]
+        for name, row in found["rows"].items()
+        if "refused" not in row
+    ]
+    return table(["ms a token at", "4,096", "1,000,000", "difference"], rows) + origin(found)
+
+
 def large() -> str:
     path = RESULTS / "large_export.json"
     if not path.is_file():
@@ -217,8 +246,9 @@ TABLES: dict[str, Callable[[], str]] = {
     **{
         f"{kind.__name__} {shape}": lambda k=kind, s=shape: k(s)
         for shape in ("100m", "1b")
-        for kind in (prefill, memory)
+        for kind in (prefill, memory, twin)
     },
+    "linear 100m": lambda: linear("100m"),
     "large": large,
     "quantization": quantization,
 }

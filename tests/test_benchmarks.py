@@ -30,11 +30,13 @@ def test_peers_race_in_turns_and_say_who_is_missing(tmp_path):
     script("peers.py", "prepare", *tiny, "--contestants", *names)
     out = tmp_path / "peers.json"
     settings = ("--contexts", 64, 1_000_000, "--rounds", 2, "--tokens", 3, "--prefill-tokens", 65)
-    for section in ("decode-fp32", "prefill-fp32"):
+    settings += ("--linear-tokens", 520, "--twin-rounds", 2)
+    for section in ("decode-fp32", "prefill-fp32", "linear", "twin"):
         script("peers.py", "run", *tiny, *settings, "--sections", section,
                "--contestants", *names, "llama.cpp f32", "--out", out)  # fmt: skip
     sections = json.loads(out.read_text())["sections"]
-    assert set(sections) == {"decode-fp32", "prefill-fp32"}, "sections are added to the file"
+    added = {"decode-fp32", "prefill-fp32", "linear", "twin"}
+    assert set(sections) == added, "sections are added to the file"
     rows = sections["decode-fp32"]["rows"]
     for name in names:
         assert len(rows[name]["64"]["turns_ms"]) == 2
@@ -44,6 +46,8 @@ def test_peers_race_in_turns_and_say_who_is_missing(tmp_path):
     assert rows["llama.cpp f32"]["64"]["refused"] in ("not installed", "not prepared")
     assert sections["decode-fp32"]["floor_ms"]["ours fp32"]["64"] > 0
     assert sections["prefill-fp32"]["rows"]["ours fp32"]["tokens_per_second"] > 0
+    assert sections["linear"]["rows"]["ours fp32"]["ratio"] > 0
+    assert set(sections["twin"]["rows"]["ours fp32"]["ms_per_token"]) == {"4096", "1000000"}
 
 
 @pytest.mark.slow
