@@ -71,7 +71,7 @@ LONGEST = 32768 + 128
 READ_LONGEST = 4096 + 256
 PREFILL = 2048
 OURS = ("ours", "ours-body")
-LINEAR = ("ours fp32", "ours int4")
+LINEAR = ("ours fp32",)
 LINEAR_TOKENS = 65536
 TWINS = (4096, 1_000_000)
 

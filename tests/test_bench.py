@@ -50,6 +50,9 @@ def test_the_report_holds_together(bundle):
     # Every layer has seven projections and the model one more.
     assert {r["kind"]: r["calls_per_step"] for r in report["profile"]}["Gemm"] >= 4
     assert report["positions_are_set"] is True
+    outside = report["outside_run"]
+    assert 0 < outside["forward"] < outside["sampled"]
+    assert outside["greedy"] > 0
 
 
 @pytest.mark.slow
@@ -59,7 +62,14 @@ def test_the_table_is_for_people(bundle):
         "--prefill-tokens", 8,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    for words in ("tokens/s", "load to first token", "1,000", "ratio", "positions are set"):
+    for words in (
+        "tokens/s",
+        "load to first token",
+        "1,000",
+        "ratio",
+        "positions are set",
+        "µs drawn",
+    ):
         assert words in result.output
 
 

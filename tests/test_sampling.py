@@ -70,6 +70,17 @@ def test_the_distribution_is_that_of_transformers(
     assert math.isclose(probabilities.sum(), 1)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 90.0], ids=["few_tokens_reach_p", "most_are_needed"])
+def test_a_large_vocabulary_is_cut_as_in_transformers(temperature):
+    logits = random_logits(7, size=5003)
+    config = SamplingConfig(temperature, top_p=0.9)
+    token_ids, probabilities = distribution(logits, config)
+    found = np.zeros(len(logits))
+    found[token_ids] = probabilities
+    assert (len(token_ids) > 1024) == (temperature == 90.0)
+    assert np.abs(found - in_transformers(logits, config, [])).max() < 1e-9
+
+
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
     sampler = Sampler(SamplingConfig(temperature=1, seed=5), 4, 8)

@@ -17,6 +17,7 @@ from lminf_export.bench.floor import (
     streaming_bandwidth,
     weight_bytes_per_step,
 )
+from lminf_export.bench.outside import outside_run
 from lminf_export.bench.profile import profile_decoding
 from lminf_export.bench.report import BenchReport, Decode, Prefill
 from lminf_export.bundle import Bundle
@@ -114,11 +115,13 @@ def bench(
         prefill.append(_prefill(model, batch_size, options.prefill_tokens))
         progress(f"decoding, batch {batch_size}", None)
         decode += _decode(model, batch_size, options, bandwidth)
+    position = _positions(opened, options)[-1][1]
+    steps = min(options.decode_tokens, 30)
+    progress("outside onnxruntime", None)
+    outside = outside_run(model, position, steps)
     profile = None
     if options.profile:
         progress("profiling", None)
-        position = _positions(opened, options)[-1][1]
-        steps = min(options.decode_tokens, 30)
         profile = profile_decoding(
             opened, position, steps, options.provider, options.threads, options.kernels
         )
@@ -138,6 +141,7 @@ def bench(
         memory=memory,
         prefill=tuple(prefill),
         decode=tuple(decode),
+        outside_run=outside,
         profile=profile,
         environment=environment(),
     )

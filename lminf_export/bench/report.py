@@ -81,6 +81,21 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class OutsideRun:
+    """What a token of one stream costs outside onnxruntime's run, in seconds; medians.
+
+    Attributes:
+        forward: reading a token with `LanguageModel.forward`.
+        greedy: making one with `LanguageModel.generate`, the likeliest.
+        sampled: the same, drawn: repetition penalty, temperature, top-k and top-p.
+    """
+
+    forward: float
+    greedy: float
+    sampled: float
+
+
+@dataclass(frozen=True)
 class OperatorTime:
     """Where a decoding step spends its time, by kind of operator."""
 
@@ -109,6 +124,7 @@ class BenchReport:
         memory: of the same process.
         prefill: one row for each batch size.
         decode: one row for each batch size and position.
+        outside_run: at the last of the positions.
         profile: slowest kind first; None unless asked for.
         environment: device and versions.
     """
@@ -127,6 +143,7 @@ class BenchReport:
     memory: Memory
     prefill: tuple[Prefill, ...]
     decode: tuple[Decode, ...]
+    outside_run: OutsideRun
     profile: tuple[OperatorTime, ...] | None
     environment: dict[str, Any]
 

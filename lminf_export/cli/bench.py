@@ -118,7 +118,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _facts(report: BenchReport) -> Table:
-    first, memory = report.first_token, report.memory
+    first, memory, outside = report.first_token, report.memory, report.outside_run
     kind = f"{report.dtype}{f', {report.quantization}' if report.quantization else ''}"
     threads = "onnxruntime's choice" if report.threads is None else str(report.threads)
     table = _table(f"{report.bundle}: {report.model_type}, {kind}", "what", "value")
@@ -132,6 +132,11 @@ def _facts(report: BenchReport) -> Table:
                 f"{row.tokens_per_second:.0f} tokens/s ({row.tokens} tokens each)",
             )
             for row in report.prefill
+        ),
+        (
+            "outside onnxruntime's run, a token",
+            f"{outside.forward * 1e6:.0f} µs read, {outside.greedy * 1e6:.0f} µs made, "
+            f"{outside.sampled * 1e6:.0f} µs drawn",
         ),
         ("load to first token", f"{first.load_to_first_token:.2f} s"),
         ("fresh process to first token", f"{first.process:.2f} s"),

@@ -16,6 +16,8 @@ import numpy as np
 from lminf_export.config import as_integer
 from lminf_export.errors import ConfigError
 
+_FEW = 1024
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -122,11 +124,12 @@ def distribution(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray
     Returns:
         (M,) ids kept, and their (M,) float64 probabilities, which sum to one.
     """
-    top = logits.max()
+    token_ids = np.arange(len(logits))
+    if 0 < config.top_k < len(logits):
+        token_ids = _top_k(logits, config.top_k)
+        logits = logits[token_ids]
     # Subtracting the largest first keeps tiny temperatures finite.
-    scaled = (logits.astype(np.float64) - top) / config.temperature
-    token_ids = _top_k(scaled, config.top_k)
-    scaled = scaled[token_ids]
+    scaled = (logits.astype(np.float64) - logits.max()) / config.temperature
     if config.top_p < 1:
         kept = _top_p(scaled, config.top_p)
         token_ids, scaled = token_ids[kept], scaled[kept]
@@ -136,17 +139,20 @@ def distribution(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray
     return token_ids, _softmax(scaled)
 
 
-def _top_k(scaled: np.ndarray, k: int) -> np.ndarray:
-    if k == 0 or k >= len(scaled):
-        return np.arange(len(scaled))
-    smallest = np.partition(scaled, -k)[-k]
-    return np.flatnonzero(scaled >= smallest)
+def _top_k(values: np.ndarray, k: int) -> np.ndarray:
+    """Return the ids of the k largest, and of those equal to the last of them."""
+    return np.flatnonzero(values >= np.partition(values, -k)[-k])
 
 
 def _top_p(scaled: np.ndarray, p: float) -> np.ndarray:
     """Indices of the smallest set of likeliest tokens that reaches p, never empty."""
-    order = np.argsort(-scaled, kind="stable")
-    before = np.cumsum(_softmax(scaled[order]))
+    probabilities = _softmax(scaled)
+    # Few tokens reach p, nearly always: sorting a whole vocabulary takes longer than a layer.
+    candidates = _top_k(scaled, _FEW) if len(scaled) > _FEW else np.arange(len(scaled))
+    if probabilities[candidates].sum() < p:
+        candidates = np.arange(len(scaled))
+    order = candidates[np.argsort(-scaled[candidates], kind="stable")]
+    before = np.cumsum(probabilities[order])
     count = int(np.searchsorted(before, p, side="left")) + 1
     return np.sort(order[:count])
 
