@@ -68,7 +68,7 @@ GROUPS = {
 }
 CONTEXTS = (512, 2048, 4096, 8192, 32768, 1_000_000)
 LONGEST = 32768 + 128
-READ_LONGEST = 4096 + 256
+ROOM = 256  # behind a context that is read
 PREFILL = 2048
 OURS = ("ours", "ours-body")
 LINEAR = ("ours fp32",)
@@ -127,26 +127,55 @@ def missing(name: str, work: Path) -> str | None:
     return None if path_of(work, kind, precision).exists() else "not prepared"
 
 
-def longest_of(name: str) -> int:
+def longest_of(name: str, arguments: argparse.Namespace) -> int:
     """Caches that are allocated up front get what this run needs of them."""
-    return LONGEST if CONTESTANTS[name][0] == "genai-graph" else READ_LONGEST
+    return LONGEST if CONTESTANTS[name][0] == "genai-graph" else arguments.read_limit + ROOM
 
 
 def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a token at every context, contestants in turns."""
+    """Milliseconds a token at every context, contestants in turns.
+
+    Where not all fit into memory at once they run in heats, ours in each of them; a cell of a
+    later heat has ours's turns beside its own.
+    """
     names = [name for name in names if name in arguments.contestants]
+    ours = [name for name in names if CONTESTANTS[name][0] in OURS]
+    peers = [name for name in names if name not in ours]
+    size = arguments.peers_at_once or len(peers) or 1
+    heats = [peers[i : i + size] for i in range(0, len(peers), size)] or [[]]
+    rows: dict[str, dict[str, Any]] = {}
+    attention: dict[str, str] = {}
+    for number, some in enumerate(heats):
+        found = heat([*some, *ours], arguments, attention)
+        for name in some:
+            for context, cell in found[name].items():
+                if number and "turns_ms" in cell:
+                    cell["against"] = {o: found[o][context].get("turns_ms") for o in ours}
+        rows |= {name: row for name, row in found.items() if name not in rows}
+    return {
+        "rows": {name: rows[name] for name in names},
+        "attention": attention,
+        "heats": heats,
+        "rounds": arguments.rounds,
+        "tokens_a_turn": arguments.tokens,
+    }
+
+
+def heat(
+    names: list[str], arguments: argparse.Namespace, attention: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Race these against each other; note what computes ours's attention."""
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
-    attention: dict[str, Any] = {}
     with ExitStack() as stack:
         children = {}
         for name in names:
             if reason := missing(name, arguments.work):
                 rows[name] = {str(c): {"refused": reason} for c in arguments.contexts}
                 continue
-            child = Child(name, arguments.work, arguments.threads, longest_of(name))
+            child = Child(name, arguments.work, arguments.threads, longest_of(name, arguments))
             children[name] = stack.enter_context(child)
-            loaded = child.ask("load")
-            attention[name] = loaded.get("attention")
+            if text := child.ask("load").get("attention"):
+                attention[name] = text
         for context in arguments.contexts:
             racing = {}
             for name, child in children.items():
@@ -166,12 +195,7 @@ def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
             for name, rounds in times.items():
                 rows[name][str(context)] = summary(rounds, racing[name])
                 print(f"{context} {name} {rows[name][str(context)]}", file=sys.stderr)
-    return {
-        "rows": rows,
-        "attention": {name: text for name, text in attention.items() if text},
-        "rounds": arguments.rounds,
-        "tokens_a_turn": arguments.tokens,
-    }
+    return rows
 
 
 def stand(child: Child, context: int) -> dict[str, Any]:
@@ -205,7 +229,7 @@ def prefill(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
             if reason := missing(name, arguments.work):
                 rows[name] = {"refused": reason}
                 continue
-            child = Child(name, arguments.work, arguments.threads, READ_LONGEST)
+            child = Child(name, arguments.work, arguments.threads, longest_of(name, arguments))
             children[name] = stack.enter_context(child)
             child.ask("load")
             child.ask("prefill", tokens=64)
@@ -290,7 +314,9 @@ def twin(arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         with ExitStack() as stack:
             pair = [
-                stack.enter_context(Child(name, arguments.work, arguments.threads, READ_LONGEST))
+                stack.enter_context(
+                    Child(name, arguments.work, arguments.threads, longest_of(name, arguments))
+                )
                 for _ in TWINS
             ]
             for child in pair:
@@ -358,6 +384,10 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
+    parser.add_argument("--read-limit", type=int, default=4096, help="longest context to read")
+    parser.add_argument(
+        "--peers-at-once", type=int, help="decode in heats of so many peers, if memory is short"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=8, help="decoded in one turn")

@@ -18,6 +18,7 @@ import numpy as np
 
 # What a peer can be asked to read before a measurement; beyond, its cache must be set.
 READ_LIMIT = 4096
+ROOM = 256
 SEED = 0
 
 
@@ -172,7 +173,7 @@ class Genai:
         self.generator.generate_next_token()
 
     def stand(self, context: int) -> str:
-        if context > READ_LIMIT:
+        if context > min(READ_LIMIT, self.longest - ROOM // 2):
             raise ValueError("its cache cannot be set; reading so many tokens takes too long")
         before = context - 1
         if self.generator.token_count() > before:
@@ -268,7 +269,7 @@ class LlamaCpp:
         self._read(tokens)
 
     def stand(self, context: int) -> str:
-        if context > READ_LIMIT:
+        if context > min(READ_LIMIT, self.longest - ROOM // 2):
             raise ValueError("its cache cannot be set; reading so many tokens takes too long")
         self._rewind(min(context, self.count))
         self._read(random_tokens(context, self.vocab_size)[self.count :])

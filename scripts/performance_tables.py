@@ -87,15 +87,17 @@ def ratios(shape: str, group: str) -> str:
         for peer, cells in found["rows"].items():
             if peer.startswith("ours"):
                 continue
-            values = [ratio(found["rows"][ours][c], cells[c]) for c in contexts]
+            values = [ratio(ours, found["rows"][ours][c], cells[c]) for c in contexts]
             rows.append([f"{ours} against {peer}", *values])
     return table(["tokens/s, times", *(f"{int(c):,}" for c in contexts)], rows)
 
 
-def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> str:
+def ratio(name: str, ours: dict[str, Any], peer: dict[str, Any]) -> str:
     if "refused" in ours or "refused" in peer:
         return "–"
-    pairs = zip(peer["turns_ms"], ours["turns_ms"], strict=True)
+    # A peer of a later heat was timed against other turns of ours.
+    turns = peer.get("against", {}).get(name, ours["turns_ms"])
+    pairs = zip(peer["turns_ms"], turns, strict=True)
     return f"{statistics.median(a / b for a, b in pairs):.2f}"
 
 
