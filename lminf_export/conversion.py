@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lminf_export.errors import ModelError
-from lminf_export.weights import SourceTensor
+from lminf_export.weights import InFiles, SourceTensor, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Stacked:
     def blocks(self) -> Iterator[torch.Tensor]:
         """Yield the elements in order as flat tensors."""
         return chain.from_iterable(part.blocks() for part in self.parts)
+
+    def stored(self) -> list[StoredTensor] | None:
+        """Return the parts of files that hold its bytes, if all of them lie in files."""
+        return _in_files(self.parts)
 
     def at(self, index: int) -> SourceTensor:
         """Return the sub-tensor at an index of the first dimension."""
@@ -77,6 +81,10 @@ class Joined:
             return chain.from_iterable(part.blocks() for part in self.parts)
         rows = (self.at(index) for index in range(self.shape[0]))
         return chain.from_iterable(row.blocks() for row in rows)
+
+    def stored(self) -> list[StoredTensor] | None:
+        """Return the parts of files that hold its bytes, if whole ones follow one another."""
+        return _in_files(self.parts) if self.dim == 0 else None
 
     def at(self, index: int) -> SourceTensor:
         """Return the sub-tensor at an index of the first dimension."""
@@ -121,6 +129,16 @@ class Transposed:
         """Return the sub-tensor at an index of the first dimension, which is not exchanged."""
         assert 0 not in (self.dim0, self.dim1)
         return Transposed(self.tensor.at(index), self.dim0 - 1, self.dim1 - 1)
+
+
+def _in_files(parts: Sequence[SourceTensor]) -> list[StoredTensor] | None:
+    found: list[StoredTensor] = []
+    for part in parts:
+        stored = part.stored() if isinstance(part, InFiles) else None
+        if stored is None:
+            return None
+        found += stored
+    return found
 
 
 def _check_alike(parts: Sequence[SourceTensor], shapes: Sequence[tuple[int, ...]]) -> None:

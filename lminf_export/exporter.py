@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ from lminf_export.defaults import (
     memory_notices,
     weight_notices,
 )
+from lminf_export.early_weights import EarlyWeights, foreseen_pieces
 from lminf_export.errors import ConfigError, EngineError
-from lminf_export.graph import write_graph
+from lminf_export.graph import WrittenWeights, weights_name, write_graph
 from lminf_export.manifest import (
     Dtype,
     Engine,
@@ -63,7 +65,7 @@ from lminf_export.progress import Progress, silent
 from lminf_export.quantize.config import QuantizeConfig, decide_form
 from lminf_export.quantize.estimate import weight_bytes
 from lminf_export.source import Source, open_source
-from lminf_export.tracing import trace
+from lminf_export.tracing import meta_model, trace
 
 logger = logging.getLogger(__name__)
 
@@ -336,26 +338,7 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
     """
     with BundleWriter(job.target.directory, force=job.options.force) as writer:
         writer.require_space(0 if job.links_weights else job.weight_bytes)
-        progress("tracing", None)
-        traced = trace(
-            job.source.config,
-            job.family,
-            job.plan,
-            job.dtype,
-            trust_remote_code=job.options.trust_remote_code,
-        )
-        graph = writer.add(job.target.graph_name, "graph")
-        written = write_graph(
-            traced,
-            job.plan,
-            job.dtype,
-            job.checkpoint.tensors,
-            graph,
-            metadata=_metadata(job),
-            quantize=job.quantize,
-            link=job.links_weights,
-            progress=_byte_counter(progress, "writing weights", job.weight_bytes),
-        )
+        written, graph = _write_model(job, writer, progress)
         for name, digest in written.files.items():
             writer.add(name, "weights")
             if digest is not None:
@@ -369,6 +352,37 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
     for notice in manifest.notices:
         logger.warning(notice)
     return Bundle.open(job.target.directory)
+
+
+def _write_model(
+    job: ExportJob, writer: BundleWriter, progress: Progress
+) -> tuple[WrittenWeights, Path]:
+    """Trace the model and write graph and weights, side by side where that can be."""
+    progress("tracing", None)
+    graph = writer.add(job.target.graph_name, "graph")
+    config, checkpoint = job.source.config, job.checkpoint.tensors
+    model = meta_model(config, job.dtype, trust_remote_code=job.options.trust_remote_code)
+    with ExitStack() as stack:
+        early = None
+        pieces = None
+        if job.quantize is None and not job.links_weights:
+            pieces = foreseen_pieces(model, checkpoint)
+        if pieces is not None:
+            early = stack.enter_context(EarlyWeights(graph.with_name(weights_name(None)), pieces))
+        traced = trace(config, job.family, job.plan, job.dtype, model=model)
+        written = write_graph(
+            traced,
+            job.plan,
+            job.dtype,
+            checkpoint,
+            graph,
+            metadata=_metadata(job),
+            quantize=job.quantize,
+            link=job.links_weights,
+            early=early,
+            progress=_byte_counter(progress, "writing weights", job.weight_bytes),
+        )
+    return written, graph
 
 
 def _target(options: ExportOptions) -> OutTarget:

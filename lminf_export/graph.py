@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,21 @@ import onnx_ir as ir
 from torch import Tensor
 
 from lminf_export import bindings, onnx_function, op, weights
+from lminf_export.early_weights import EarlyWeights
 from lminf_export.errors import ExportError
 from lminf_export.models.base import AttentionPlan
 from lminf_export.passes import optimize
 from lminf_export.quantize import stored as quantized_weights
 from lminf_export.quantize.config import QuantizeConfig
-from lminf_export.quantize.rewrite import attach_quantized, choose_weights, quantize_graph
+from lminf_export.quantize.rewrite import (
+    Quantized,
+    attach_quantized,
+    choose_weights,
+    quantize_graph,
+)
 from lminf_export.tracing import Trace
+
+logger = logging.getLogger(__name__)
 
 IR_VERSION = 11
 ELEMENT_TYPES = {
@@ -56,6 +65,7 @@ def write_graph(
     metadata: Mapping[str, str],
     quantize: QuantizeConfig | None = None,
     link: bool = False,
+    early: EarlyWeights | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> WrittenWeights:
     """Write a graph, and its weights beside it.
@@ -69,6 +79,7 @@ def write_graph(
         metadata: ONNX metadata_props.
         quantize: how weights are quantised, its form decided; None for not at all.
         link: put hard links to the checkpoint's files beside the graph instead of a copy.
+        early: the weights file, if it is being written already.
         progress: told the bytes of weights written.
 
     Raises:
@@ -81,7 +92,9 @@ def write_graph(
     if link:
         written = _link_weights(model, sources, dtype, path.parent)
     else:
-        written = _write_weights(model, sources, aliases, dtype, path.parent, quantize, progress)
+        pieces = _weight_pieces(model, sources, aliases, dtype, quantize)
+        file = path.with_name(weights_name(quantize))
+        written = _write_weights(model, *pieces, file, early, progress)
     save_graph(trace, plan, dtype, path, metadata=metadata)
     return written
 
@@ -153,33 +166,53 @@ def _link_weights(
     return WrittenWeights(dict.fromkeys(sorted(path.name for path in paths)), sum(sizes))
 
 
-def _write_weights(
+def _weight_pieces(
     model: ir.Model,
     sources: Mapping[str, weights.SourceTensor],
     aliases: Mapping[str, tuple[str, ...]],
     dtype: str,
-    folder: Path,
     quantize: QuantizeConfig | None,
-    progress: Callable[[int], None],
-) -> WrittenWeights:
-    quantized = []
+) -> tuple[list[weights.Converted], list[Quantized]]:
+    """Return the weights kept in full and those quantised, for which the graph is rewritten."""
+    quantized: list[Quantized] = []
     if quantize is not None:
         choices = choose_weights(model, aliases, quantize)
         quantized = quantize_graph(model, choices, sources, quantize, dtype)
     kept = {n: tensor for n, tensor in sources.items() if n in model.graph.initializers}
     types = {n: _stored_type(model.graph.initializers[n], dtype) for n in kept}
-    full = [weights.Converted(n, tensor, types[n]) for n, tensor in kept.items()]
-    name = weights.FILE_NAME if quantize is None else quantized_weights.FILE_NAME
-    stored, digest = weights.write_pieces(folder / name, [*full, *quantized], progress)
+    return [weights.Converted(n, tensor, types[n]) for n, tensor in kept.items()], quantized
+
+
+def _write_weights(
+    model: ir.Model,
+    full: Sequence[weights.Converted],
+    quantized: Sequence[Quantized],
+    path: Path,
+    early: EarlyWeights | None,
+    progress: Callable[[int], None],
+) -> WrittenWeights:
+    pieces = [*full, *quantized]
+    if early is not None and early.holds(pieces):
+        stored, digest = early.result(progress)
+    else:
+        if early is not None:
+            logger.info("the graph asks for other weights than foreseen; they are written again")
+            early.stop()
+        stored, digest = weights.write_pieces(path, pieces, progress)
     weights.attach(model, {piece.name: stored[piece.name] for piece in full})
     attach_quantized(model, quantized, stored)
-    stacks = [p for p in full if quantize is not None and len(p.tensor.shape) > 2]
+    stacks = [p for p in full if quantized and len(p.tensor.shape) > 2]
     return WrittenWeights(
-        files={name: digest},
-        num_bytes=(folder / name).stat().st_size,
+        files={path.name: digest},
+        num_bytes=path.stat().st_size,
         full_stacks=tuple(piece.name for piece in stacks),
         full_bytes=sum(stored[piece.name].length for piece in stacks),
     )
+
+
+def weights_name(quantize: QuantizeConfig | None) -> str:
+    """Return the name of a bundle's weights file."""
+    return weights.FILE_NAME if quantize is None else quantized_weights.FILE_NAME
 
 
 def _stored_type(value: ir.Value, dtype: str) -> str:

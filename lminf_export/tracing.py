@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lminf_export import bindings, onnx_function, op, positions
 from lminf_export.conversion import Conversion
@@ -49,22 +49,34 @@ class Trace:
     constants: dict[str, Tensor]
 
 
+def meta_model(config: Any, dtype: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """Build the model to be traced: shapes and element types without numbers."""
+    return build_model(
+        config, TORCH_DTYPES[dtype], device="meta", trust_remote_code=trust_remote_code
+    )
+
+
 def trace(
     config: Any,
     family: Family,
     plan: AttentionPlan,
     dtype: str,
     *,
-    trust_remote_code: bool = False,
+    model: nn.Module | None = None,
 ) -> Trace:
     """Trace one step of the model into ONNX.
+
+    Args:
+        config: the model's.
+        family: its adapter.
+        plan: how its layers attend.
+        dtype: element type of weights and caches.
+        model: of `meta_model`, if it is built already.
 
     Raises:
         ExportError: torch could not trace or translate the model.
     """
-    model = build_model(
-        config, TORCH_DTYPES[dtype], device="meta", trust_remote_code=trust_remote_code
-    )
+    model = model or meta_model(config, dtype)
     tables = PlanTables(plan, TORCH_DTYPES[dtype])
     constants = {f"tables.{name}": value for name, value in tables.named_buffers()}
     wrapped = LambdaModel(model, plan, copy.deepcopy(tables).to("meta")).eval()
@@ -125,7 +137,7 @@ def _dynamic_shapes(specs: Sequence[bindings.TensorSpec]) -> tuple[Any, ...]:
 
 
 def _weight_names(
-    model: torch.nn.Module, onnx_model: ir.Model, constants: dict[str, Tensor]
+    model: nn.Module, onnx_model: ir.Model, constants: dict[str, Tensor]
 ) -> dict[str, tuple[str, ...]]:
     """Find, for each initializer, the model's names of it; tied weights have several."""
     by_identity: dict[int, list[str]] = {}

@@ -30,6 +30,7 @@ from lminf_export.weights import (
     Piece,
     SourceTensor,
     StoredTensor,
+    read_chunks,
     read_header,
     write_pieces,
 )
@@ -116,7 +117,7 @@ def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str
     assert isinstance(first, StoredTensor)
     found = np.memmap(first.path, np.uint8, "r", first.offset)
     start = 0
-    for chunk in piece.chunks():
+    for chunk in read_chunks(piece):
         wanted = chunk.reshape(-1)
         if not np.array_equal(found[start : start + wanted.size], wanted):
             return False
