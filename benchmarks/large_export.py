@@ -3,7 +3,8 @@
 Writes a checkpoint of random weights shard by shard, copies its files (cold, synced) for the
 time that alone takes, exports it in a child process, and copies it once more; everything is
 deleted as soon as it is measured. Sampled: anonymous memory of the child and its builder
-(RssAnon), over the interpreter with its imports. At the end: /proc/self/io of the child.
+(RssAnon), over the interpreter with its imports. At the end: /proc/self/io of the child. Rows of
+other shapes and exports that `--out` holds already stay there.
 
     python benchmarks/large_export.py --shapes llama-2-7b llama-3-8b --engine 1b \\
         --out benchmarks/results/large_export.json
@@ -41,6 +42,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "float16": {},
     "int4": {"quantize": "int4"},
     "int8": {"quantize": "int8"},
+    "fp8": {"quantize": "fp8"},
 }
 
 
@@ -52,16 +54,28 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder on the disk to measure")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    rows = []
+    result = {"benchmark": "large_export", "models": [], "engines": [], **environment()}
+    if arguments.out is not None and arguments.out.is_file():
+        before = json.loads(arguments.out.read_text(encoding="utf-8"))
+        result |= {name: before[name] for name in ("models", "engines")}
     for shape in arguments.shapes:
         with tempfile.TemporaryDirectory(prefix="lminf-", dir=arguments.work) as work:
-            rows.append(measure_exports(shape, Path(work), arguments.exports))
-    engines = []
+            add_model(result["models"], measure_exports(shape, Path(work), arguments.exports))
     for shape in arguments.engine:
         with tempfile.TemporaryDirectory(prefix="lminf-", dir=arguments.work) as work:
-            engines += measure_engines(shape, Path(work))
-    result = {"benchmark": "large_export", "models": rows, "engines": engines, **environment()}
+            others = [row for row in result["engines"] if row["shape"] != shape]
+            result["engines"] = others + measure_engines(shape, Path(work))
     write_result(arguments.out, result)
+
+
+def add_model(models: list[dict[str, Any]], fresh: dict[str, Any]) -> None:
+    """Put a model's exports in the place of those of the same name, or beside others."""
+    for model in models:
+        if model["shape"] == fresh["shape"]:
+            exports = {row["export"]: row for row in (*model["exports"], *fresh["exports"])}
+            model.update(fresh, exports=list(exports.values()))
+            return
+    models.append(fresh)
 
 
 def measure_exports(shape: str, work: Path, names: list[str]) -> dict[str, Any]:

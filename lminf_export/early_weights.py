@@ -89,7 +89,8 @@ def foreseen_pieces(
 
     Returns:
         One piece for each, named as in the bundle; None where the checkpoint lacks one, which
-        is for others to say.
+        is for others to say, or where some are computed (dequantised, merged), which takes the
+        processors and the memory that tracing needs.
     """
     named = Conversion.of(model).apply(checkpoint)
     groups: dict[int, list[str]] = {}
@@ -98,13 +99,17 @@ def foreseen_pieces(
         groups.setdefault(id(parameter), []).append(name)
     pieces = []
     for group in groups.values():
-        known = [name for name in group if name in named]
+        known = next((name for name in group if name in named), None)
         parameter = parameters[group[0]]
-        if not known or parameter.dtype not in _TYPES or named[known[0]].shape != parameter.shape:
-            logger.info("no weights are written before the model is traced: %s is odd", group[0])
+        if known is None or parameter.dtype not in _TYPES or not _lies_in_files(named[known]):
+            logger.info("weights are written after tracing, because of %s", group[0])
             return None
-        pieces.append(weights.Converted(known[0], named[known[0]], _TYPES[parameter.dtype]))
+        pieces.append(weights.Converted(known, named[known], _TYPES[parameter.dtype]))
     return pieces
+
+
+def _lies_in_files(tensor: weights.SourceTensor) -> bool:
+    return isinstance(tensor, weights.InFiles) and tensor.stored() is not None
 
 
 def _entries(pieces: Sequence[weights.Piece]) -> frozenset[weights.Entry]:

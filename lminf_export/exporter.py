@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lminf_export import weights
 from lminf_export.build import (
     ELSEWHERE,
@@ -363,12 +365,9 @@ def _write_model(
     config, checkpoint = job.source.config, job.checkpoint.tensors
     model = meta_model(config, job.dtype, trust_remote_code=job.options.trust_remote_code)
     with ExitStack() as stack:
-        early = None
-        pieces = None
-        if job.quantize is None and not job.links_weights:
-            pieces = foreseen_pieces(model, checkpoint)
-        if pieces is not None:
-            early = stack.enter_context(EarlyWeights(graph.with_name(weights_name(None)), pieces))
+        early = _early_weights(job, model, graph)
+        if early is not None:
+            stack.enter_context(early)
         traced = trace(config, job.family, job.plan, job.dtype, model=model)
         written = write_graph(
             traced,
@@ -383,6 +382,14 @@ def _write_model(
             progress=_byte_counter(progress, "writing weights", job.weight_bytes),
         )
     return written, graph
+
+
+def _early_weights(job: ExportJob, model: nn.Module, graph: Path) -> EarlyWeights | None:
+    """Start to write weights that are stored as they come; others wait for the graph."""
+    if job.quantize is not None or job.links_weights:
+        return None
+    pieces = foreseen_pieces(model, job.checkpoint.tensors)
+    return EarlyWeights(graph.with_name(weights_name(None)), pieces) if pieces else None
 
 
 def _target(options: ExportOptions) -> OutTarget:

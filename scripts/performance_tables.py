@@ -205,6 +205,18 @@ def large() -> str:
     return text + where(found)
 
 
+def plans() -> str:
+    path = RESULTS / "quantized_plans.json"
+    if not path.is_file():
+        return NOTHING
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [row["weights"], f"{row['weights_bytes'] / MIB:.2f}", f"{row['plan_bytes'] / MIB:.2f}"]
+        for row in found["rows"]
+    ]
+    return table(["weights", "MiB", "plan, MiB"], rows) + where(found, found["builder"])
+
+
 def quantization() -> str:
     path = RESULTS / "quantization.json"
     if not path.is_file():
@@ -252,6 +264,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "linear 100m": lambda: linear("100m"),
     "large": large,
+    "plans": plans,
     "quantization": quantization,
 }
 

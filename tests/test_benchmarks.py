@@ -61,6 +61,10 @@ def test_large_export_measures_memory_traffic_and_copying(tmp_path):
         assert row["peak_anonymous_over_imports_bytes"] > 0
         assert row["write_bytes"] >= row["bundle_bytes"] > 0
     assert [p.name for p in tmp_path.iterdir()] == ["large.json"], "it deletes what it wrote"
+    small = ("--shapes", "tiny", "--exports", "int4", "--work", tmp_path, "--out", out)
+    script("large_export.py", *small)
+    (model,) = json.loads(out.read_text())["models"]
+    assert [row["export"] for row in model["exports"]] == ["float16", "int4"], "others stay"
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from lminf_export.evaluate.passkey import ask, make_instance
 from lminf_export.evaluate.progress_file import ProgressFile
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.torch_scorers import TorchModel, recompute
+from lminf_export.runtime.kernels import find_kernels
 from tests.tiny_bundle import TinyModel
 from tests.tiny_models import save_llama, save_tokenizer
 
@@ -408,3 +409,24 @@ def test_a_truncated_bundle_is_refused(bundle, words, tmp_path):
     outcome = run("perplexity", copy, "--text", words)
     assert outcome.exit_code == 2
     assert "model.safetensors" in outcome.stderr
+
+
+COMMANDS = {
+    "perplexity": ("--max-tokens", 60),
+    "passkey": ("--lengths", 2, "--depths", 50, "--trials", 1, "--distractors", 1),
+    "generate": ("--tokens", 40, "--segment", 40),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_evaluation_lets_its_kernels_be_chosen(command, bundle, words):
+    text = ("--text", words) if command == "perplexity" else ()
+    arguments = (command, bundle, *text, *COMMANDS[command])
+    assert result_of(*arguments, "--kernels", "none")["attention"] == "the graph's function body"
+    installed = find_kernels("auto", "cpu")
+    expected = installed.description if installed else "the graph's function body"
+    assert result_of(*arguments)["attention"] == expected
+    missing = run(*arguments, "--kernels", "nowhere.so")
+    assert missing.exit_code == 2
+    assert missing.stderr.count("\n") == 1
+    assert "nowhere.so" in missing.stderr

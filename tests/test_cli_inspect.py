@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from lminf_export.bundle import BundleWriter
 from lminf_export.cli.main import cli
 from lminf_export.manifest import Engine
+from lminf_export.runtime.kernels import find_kernels
 from tests.tiny_bundle import TinyModel
 
 TINY = TinyModel(sliding_window=5)
@@ -67,6 +68,25 @@ def test_programs_get_the_manifest_and_the_costs(bundle):
         "32k": manifest.full_cache_bytes(32768),
         "1M": manifest.full_cache_bytes(1_000_000),
     }
+
+
+def test_it_says_which_kernels_auto_would_load(bundle, monkeypatch, tmp_path):
+    """A bundle carries none: what `auto` takes is the machine's."""
+    found = find_kernels("auto", "cpu")
+    choice = json.loads(inspect(bundle, "--json").output)["kernels"]
+    assert choice["library"] == (str(found.path) if found else None)
+    words = " ".join(inspect(bundle).output.split())
+    assert "none in the bundle" in words
+    if found is not None:
+        assert choice["instruction_set"] == found.instruction_set
+        assert f"takes {found.path.name} ({found.instruction_set})" in words.replace("│ │ ", "")
+    monkeypatch.setattr("lminf_export.cli.inspect.INSTALLED", tmp_path / "liblminf_ort.so")
+    assert "none installed" in inspect(bundle).output
+    assert json.loads(inspect(bundle, "--json").output)["kernels"]["library"] is None
+    (tmp_path / "liblminf_ort.so").write_bytes(b"no library")
+    broken = inspect(bundle)
+    assert broken.exit_code == 0, "what is wrong with the machine does not hide the bundle"
+    assert "--kernels auto fails" in broken.output
 
 
 def test_a_damaged_bundle_is_one_line(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lminf_export.cli.common import LazyGroup
+from lminf_export.cli.common import KERNELS_HELP, LazyGroup
 from lminf_export.errors import InputError
 
 _COMMANDS = {
@@ -57,8 +57,12 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --provider and --threads."""
+    """Add --provider, --threads and --kernels."""
     for option in (
+        click.option(
+            "--kernels", default="auto", show_default=True, metavar="auto|none|PATH",
+            help=KERNELS_HELP,
+        ),
         click.option(
             "--threads", type=click.IntRange(min=1), help="Threads of one operator."
         ),
@@ -90,6 +94,35 @@ def check_outputs(out: Path | None, plot: Path | None) -> None:
         from lminf_export.evaluate.plots import require_plotting
 
         require_plotting(plot)
+
+
+def deliver(
+    result: dict[str, Any],
+    *,
+    as_json: bool,
+    out: Path | None,
+    plot: Path | None,
+    draw: Callable[[dict[str, Any], Path], None],
+    print_table: Callable[[dict[str, Any]], None],
+) -> None:
+    """Put a result where the options of `output_options` want it: file, picture, screen.
+
+    Args:
+        result: as JSON can hold it.
+        as_json: print JSON instead of a table.
+        out: where JSON is written to.
+        plot: where the picture is drawn into.
+        draw: draws it.
+        print_table: prints it for people.
+    """
+    if out is not None:
+        write_json(result, out)
+    if plot is not None:
+        draw(result, plot)
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        print_table(result)
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:

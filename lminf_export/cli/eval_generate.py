@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from lminf_export.cli.common import handle_errors, verbosity_options
-from lminf_export.cli.eval import check_outputs, output_options, session_options, write_json
+from lminf_export.cli.eval import check_outputs, deliver, output_options, session_options
 from lminf_export.cli.progress_bar import progress_bar
 
 
@@ -56,6 +55,7 @@ def generate_command(
     save_text: Path | None,
     provider: Literal["cpu", "cuda"],
     threads: int | None,
+    kernels: str,
     as_json: bool,
     out: Path | None,
     plot: Path | None,
@@ -81,20 +81,18 @@ def generate_command(
             reference=reference,
             provider=provider,
             threads=threads,
+            kernels=kernels,
             progress=progress,
         )
     if save_text is not None:
         save_text.write_text(text, encoding="utf-8")
-    if out is not None:
-        write_json(result, out)
-    if plot is not None:
-        from lminf_export.evaluate.plots import plot_generation
+    deliver(result, as_json=as_json, out=out, plot=plot, draw=_draw, print_table=_print_table)
 
-        plot_generation(result, plot)
-    if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
-    else:
-        _print_table(result)
+
+def _draw(result: dict[str, Any], picture: Path) -> None:
+    from lminf_export.evaluate.plots import plot_generation
+
+    plot_generation(result, picture)
 
 
 def _print_table(result: dict[str, Any]) -> None:

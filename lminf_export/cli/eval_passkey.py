@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from lminf_export.cli.common import handle_errors, verbosity_options
-from lminf_export.cli.eval import check_outputs, output_options, session_options, write_json
+from lminf_export.cli.eval import check_outputs, deliver, output_options, session_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.errors import InputError
 
@@ -54,6 +53,7 @@ def passkey_command(
     seed: int,
     provider: Literal["cpu", "cuda"],
     threads: int | None,
+    kernels: str,
     as_json: bool,
     out: Path | None,
     plot: Path | None,
@@ -77,18 +77,10 @@ def passkey_command(
             seed=seed,
             provider=provider,
             threads=threads,
+            kernels=kernels,
             progress=progress,
         )
-    if out is not None:
-        write_json(result, out)
-    if plot is not None:
-        from lminf_export.evaluate.plots import plot_passkey
-
-        plot_passkey(result, plot)
-    if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
-    else:
-        _print_table(result)
+    deliver(result, as_json=as_json, out=out, plot=plot, draw=_draw, print_table=_print_table)
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -96,6 +88,12 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InputError(f"{option} {text!r}: must be numbers separated by commas") from None
+
+
+def _draw(result: dict[str, Any], picture: Path) -> None:
+    from lminf_export.evaluate.plots import plot_passkey
+
+    plot_passkey(result, picture)
 
 
 def _print_table(result: dict[str, Any]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import click
 
 from lminf_export.bundle import Bundle
 from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.errors import SessionError
 from lminf_export.manifest import Layer, Manifest, Plugin, human_bytes
+from lminf_export.runtime.kernels import INSTALLED, open_library
 
 # What the unmodified model's cache is compared at.
 _LENGTHS = {"32k": 32 * 1024, "1M": 1_000_000}
@@ -26,7 +29,8 @@ def inspect_command(bundle: str, as_json: bool, verify: bool) -> None:
     """Show what is inside BUNDLE and what its cache costs."""
     opened = Bundle.open(bundle, "full" if verify else "fast")
     if as_json:
-        content = {"path": str(opened.path), "cache": cache_costs(opened.manifest)}
+        content: dict[str, Any] = {"path": str(opened.path), "cache": cache_costs(opened.manifest)}
+        content["kernels"] = kernel_choice()
         content["manifest"] = opened.manifest.model_dump(mode="json")
         click.echo(json.dumps(content, indent=1, ensure_ascii=False))
         return
@@ -41,6 +45,27 @@ def cache_costs(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def kernel_choice() -> dict[str, Any]:
+    """Return what `--kernels auto` loads on this machine; no bundle carries kernels.
+
+    Returns:
+        "library" is None where the graph's function body computes attention; "problem" says
+        what is wrong with an installed library.
+    """
+    try:
+        found = open_library(INSTALLED) if INSTALLED.is_file() else None
+    except SessionError as error:
+        return {"library": None, "problem": str(error)}
+    if found is None:
+        return {"library": None, "problem": None}
+    return {
+        "library": str(found.path),
+        "instruction_set": found.instruction_set,
+        "providers": list(found.providers),
+        "problem": None,
+    }
+
+
 def _print_tables(bundle: Bundle) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -49,7 +74,8 @@ def _print_tables(bundle: Bundle) -> None:
     facts = Table(title=f"bundle {bundle.path.resolve().name}", title_justify="left")
     facts.add_column("what")
     facts.add_column("value", overflow="fold")
-    for name, value in [*_model_facts(manifest), *_cache_facts(manifest), *_engine_facts(manifest)]:
+    rows = [*_model_facts(manifest), *_cache_facts(manifest), *_engine_facts(manifest)]
+    for name, value in [*rows, ("kernels in onnxruntime", _kernels(kernel_choice()))]:
         facts.add_row(name, value)
     files = Table(title="files", title_justify="left")
     files.add_column("name", overflow="fold")
@@ -126,3 +152,15 @@ def _plugin(plugin: Plugin | None) -> str:
     if plugin is None:
         return "none, standard operators"
     return f"{plugin.file}, {'in the plan' if plugin.embedded else 'beside the plan'}"
+
+
+def _kernels(choice: dict[str, Any]) -> str:
+    if choice["problem"]:
+        return f"none in the bundle; --kernels auto fails: {choice['problem']}"
+    if choice["library"] is None:
+        return "none in the bundle, none installed: the graph's function body computes attention"
+    name, providers = Path(choice["library"]).name, " and ".join(choice["providers"])
+    return (
+        f"none in the bundle; --kernels auto takes {name} ({choice['instruction_set']}), installed "
+        f"with this package, for provider {providers}"
+    )

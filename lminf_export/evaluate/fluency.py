@@ -16,6 +16,7 @@ from lminf_export.evaluate.buckets import estimate
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.text import read_stream, special_prefix
 from lminf_export.progress import Progress, silent
+from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider
@@ -39,6 +40,7 @@ def evaluate_generation(
     reference: Sequence[str | Path] = (),
     provider: Provider = "cpu",
     threads: int | None = None,
+    kernels: str | Path = AUTO,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], str]:
     """Let a bundle write, and measure what it wrote, segment by segment.
@@ -54,6 +56,7 @@ def evaluate_generation(
         reference: texts people wrote, measured in the same way beside it.
         provider: onnxruntime's provider.
         threads: threads of one operator.
+        kernels: what computes Λ-attention in onnxruntime: see `load`.
         progress: told what is going on.
 
     Returns:
@@ -66,7 +69,7 @@ def evaluate_generation(
     as_integer("segment", segment, 2 * max(ORDERS), InputError)
     if as_integer("num_tokens", num_tokens, 1, InputError) < segment:
         raise InputError(f"num_tokens={num_tokens}: must be at least one segment of {segment}")
-    model = load(bundle, provider=provider, threads=threads)
+    model = load(bundle, provider=provider, threads=threads, kernels=kernels)
     manifest = model.bundle.manifest
     first = _prompt_ids(model, prompt)
     ids = list(first)
@@ -88,6 +91,7 @@ def evaluate_generation(
         "training_length": manifest.training_length,
         "lambda_config": manifest.lambda_config.model_dump(),
         "dtype": manifest.dtype,
+        "attention": model.session.attention,
         "prompt_tokens": len(first),
         "tokens": num_tokens,
         "segment": segment,

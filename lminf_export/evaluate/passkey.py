@@ -23,6 +23,7 @@ from lminf_export.evaluate.passkey_text import Passkey, compose
 from lminf_export.evaluate.text import special_prefix
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import OnnxRuntimeState, Provider
@@ -64,6 +65,7 @@ def evaluate_passkey(
     seed: int = 0,
     provider: Provider = "cpu",
     threads: int | None = None,
+    kernels: str | Path = AUTO,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Ask a bundle for keys hidden in filler.
@@ -77,6 +79,7 @@ def evaluate_passkey(
         seed: of keys and distractors.
         provider: onnxruntime's provider.
         threads: threads of one operator.
+        kernels: what computes Λ-attention in onnxruntime: see `load`.
         progress: told what is going on.
 
     Returns:
@@ -87,7 +90,7 @@ def evaluate_passkey(
         BundleError: the bundle is damaged, or has no tokenizer.
     """
     _check(factors, depths, trials, distractors)
-    model = load(bundle, provider=provider, threads=threads)
+    model = load(bundle, provider=provider, threads=threads, kernels=kernels)
     manifest = model.bundle.manifest
     window = manifest.lambda_config.window_size
     cells = []
@@ -112,6 +115,7 @@ def evaluate_passkey(
         "training_length": manifest.training_length,
         "lambda_config": manifest.lambda_config.model_dump(),
         "dtype": manifest.dtype,
+        "attention": model.session.attention,
         "trials": trials,
         "candidates": distractors + 1,
         "chance_of_rank_one": 1 / (distractors + 1),

@@ -23,6 +23,7 @@ from lminf_export.evaluate.scorers import BundleScorer, Scorer
 from lminf_export.evaluate.text import TokenStream, read_stream
 from lminf_export.manifest import human_bytes
 from lminf_export.progress import Progress, silent
+from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider
 
@@ -86,6 +87,7 @@ def evaluate_perplexity(
     state_file: str | Path | None = None,
     provider: Provider = "cpu",
     threads: int | None = None,
+    kernels: str | Path = AUTO,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Stream texts through a bundle and say how well it predicts them, by context length.
@@ -100,6 +102,7 @@ def evaluate_perplexity(
         state_file: keep what is done there, and go on from it.
         provider: onnxruntime's provider.
         threads: threads of one operator, in onnxruntime and torch.
+        kernels: what computes Λ-attention in onnxruntime: see `load`.
         progress: told what is going on.
 
     Returns:
@@ -111,7 +114,7 @@ def evaluate_perplexity(
     """
     options = options or Options()
     opened = Bundle.open(bundle)
-    model = load(opened.path, provider=provider, threads=threads)
+    model = load(opened.path, provider=provider, threads=threads, kernels=kernels)
     progress("tokenizing", None)
     stream = read_stream(
         model.codec, files, max_tokens=max_tokens, repeat=repeat, start_tokens=start_tokens
@@ -134,7 +137,8 @@ def evaluate_perplexity(
         _read(LAMBDA, BundleScorer(model), stream, kept, None, progress)
         if options.compare:
             _compare(opened, stream, buckets, kept, options, threads, progress)
-    return _result(opened, stream, buckets, kept, options, repeat)
+    result = _result(opened, stream, buckets, kept, options, repeat)
+    return {**result, "attention": model.session.attention}
 
 
 def _compare(

@@ -1,0 +1,143 @@
+"""Weights on their way to the disk: copied or converted, early or late, the same file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lminf_export import exporter, weights
+from lminf_export.conversion import Joined, Stacked
+from lminf_export.errors import ExportError, ModelError
+from lminf_export.weights import writing
+from tests.tiny_models import save_llama
+
+SETTINGS = {"window_size": 23, "num_sink_tokens": 3, "chunk_size": 7}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(torch.float16)
+        for name, shape in {"a": (37, 19), "b": (11, 19), "c": (11, 19), "d": (1,)}.items()
+    }
+    save_file(tensors, tmp_path / "source.safetensors")
+    return tensors, weights.read_header(tmp_path / "source.safetensors")
+
+
+@pytest.mark.parametrize("system", ["copies", "refuses", "copies little at a time"])
+def test_what_is_not_converted_is_copied_with_whatever_the_system_has(
+    system, stored, tmp_path, monkeypatch
+):
+    tensors, source = stored
+    real = getattr(os, "copy_file_range", None)
+    if system == "refuses":
+
+        def refuse(*_):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    elif system == "copies little at a time":
+        if real is None:
+            pytest.skip("this system has no copy_file_range")
+        monkeypatch.setattr(os, "copy_file_range", lambda a, b, n, o: real(a, b, min(n, 101), o))
+    pieces = [
+        weights.Converted("wide", source["a"], "float32"),
+        weights.Converted("a", source["a"], "float16"),
+        weights.Converted("stack", Stacked((source["b"], source["c"])), "float16"),
+        weights.Converted("joined", Joined((source["a"], source["c"]), 0), "float16"),
+        weights.Converted("beside", Joined((source["b"], source["c"]), 1), "float16"),
+        weights.Converted("d", source["d"], "float16"),
+    ]
+    told = []
+    path = tmp_path / "out.safetensors"
+    _, digest = weights.write_pieces(path, pieces, told.append)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    found = load_file(path)
+    assert sum(told) == sum(tensor.nbytes for tensor in found.values())
+    for name, wanted in {
+        "wide": tensors["a"].float(),
+        "a": tensors["a"],
+        "stack": torch.stack([tensors["b"], tensors["c"]]),
+        "joined": torch.cat([tensors["a"], tensors["c"]]),
+        "beside": torch.cat([tensors["b"], tensors["c"]], 1),
+        "d": tensors["d"],
+    }.items():
+        assert torch.equal(found[name], wanted), name
+
+
+def test_ranges_and_syncs_smaller_than_the_file_change_nothing(stored, tmp_path, monkeypatch):
+    _, source = stored
+    monkeypatch.setattr(writing, "RANGE_BYTES", 97)
+    monkeypatch.setattr(writing, "_SYNC_BYTES", 211)
+    path = tmp_path / "out.safetensors"
+    pieces = [weights.Converted(name, tensor, "float16") for name, tensor in source.items()]
+    _, digest = weights.write_pieces(path, pieces)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_checkpoint_cut_while_it_is_read_is_one_line(stored, tmp_path):
+    _, source = stored
+    os.truncate(tmp_path / "source.safetensors", source["d"].offset)
+    with pytest.raises(ModelError, match=r"source\.safetensors was cut"):
+        weights.write_pieces(
+            tmp_path / "out.safetensors", [weights.Converted("d", source["d"], "float16")]
+        )
+
+
+def test_writing_can_be_called_off(stored, tmp_path):
+    _, source = stored
+    pieces = [weights.Converted(name, tensor, "float16") for name, tensor in source.items()]
+    with pytest.raises(weights.Stopped):
+        weights.write_pieces(tmp_path / "out.safetensors", pieces, stopped=lambda: True)
+    assert threading.active_count() == 1
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("m") / "llama")
+
+
+def test_weights_are_written_while_the_model_is_traced(llama, tmp_path, monkeypatch):
+    """Tracing waits for them here, which would take for ever if they came after it."""
+    started, real_write, real_trace = threading.Event(), weights.write_pieces, exporter.trace
+
+    def write(*arguments):
+        started.set()
+        return real_write(*arguments)
+
+    def trace(*arguments, **settings):
+        assert started.wait(60)
+        return real_trace(*arguments, **settings)
+
+    monkeypatch.setattr(weights, "write_pieces", write)
+    monkeypatch.setattr(exporter, "trace", trace)
+    exporter.export(llama, tmp_path / "b", **SETTINGS)
+
+
+def test_wrong_foresight_costs_time_and_nothing_else(llama, tmp_path, monkeypatch):
+    right = exporter.export(llama, tmp_path / "right", **SETTINGS)
+    real = exporter.foreseen_pieces
+    monkeypatch.setattr(exporter, "foreseen_pieces", lambda *a: real(*a)[:-1])
+    wrong = exporter.export(llama, tmp_path / "wrong", **SETTINGS)
+    (name,) = right.manifest.files_of("weights")
+    first, second = load_file(right.path / name), load_file(wrong.path / name)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_fails_meanwhile_stops_the_writing_and_leaves_nothing(llama, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ExportError("torch could not translate this model")
+
+    monkeypatch.setattr(exporter, "trace", fail)
+    with pytest.raises(ExportError, match="could not translate"):
+        exporter.export(llama, tmp_path / "b", **SETTINGS)
+    assert not list(tmp_path.iterdir())
+    assert threading.active_count() == 1
