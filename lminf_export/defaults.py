@@ -18,6 +18,10 @@ from lminf_export.quantize.config import QuantizeConfig
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 WEIGHTS = ("copy", "link")
+LINK_NOTICE = (
+    "the weights are hard links to the source model's files, the same bytes on the same disk: "
+    "changing those files in place changes the bundle; copying the bundle frees it from them"
+)
 BFLOAT16_NOTICE = (
     "bfloat16 graphs are for engines and GPUs: onnxruntime's CPU provider does not run them"
 )

@@ -5,34 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from lminf_export import weights
-from lminf_export.build import (
-    ELSEWHERE,
-    ENGINE_GRAPH_NAME,
-    PLUGIN_FILE,
-    EngineOptions,
-    EngineRequest,
-    build_engine,
-    check_options,
-    find_plugin,
-    has_recipe,
-    head_dim_problem,
-    require_machine,
-    select_builder,
-    uses_plugin,
-    write_recipe,
-)
+from lminf_export.build import EngineOptions
 from lminf_export.bundle import Bundle
-from lminf_export.bundle_writer import BundleWriter, OutTarget, check_destination, parse_out
+from lminf_export.bundle_writer import BundleWriter, OutTarget, check_destination
 from lminf_export.checkpoint import Checkpoint, open_checkpoint
 from lminf_export.companions import copy_companions, eos_ids, eos_notices
 from lminf_export.config import (
@@ -42,6 +25,7 @@ from lminf_export.config import (
     as_integer,
 )
 from lminf_export.defaults import (
+    LINK_NOTICE,
     check_weights,
     default_dtype,
     default_window,
@@ -50,7 +34,12 @@ from lminf_export.defaults import (
     weight_notices,
 )
 from lminf_export.early_weights import EarlyWeights, foreseen_pieces
-from lminf_export.errors import ConfigError, EngineError
+from lminf_export.engine_export import (
+    add_engine,
+    choose_builder,
+    out_target,
+    plugin_notices,
+)
 from lminf_export.graph import WrittenWeights, weights_name, write_graph
 from lminf_export.manifest import (
     Dtype,
@@ -63,7 +52,7 @@ from lminf_export.manifest import (
 from lminf_export.manifest import Source as ManifestSource
 from lminf_export.models import find_family
 from lminf_export.models.base import AttentionPlan, Family
-from lminf_export.progress import Progress, silent
+from lminf_export.progress import Progress, byte_counter, silent
 from lminf_export.quantize.config import QuantizeConfig, decide_form
 from lminf_export.quantize.estimate import weight_bytes
 from lminf_export.source import Source, open_source
@@ -71,11 +60,6 @@ from lminf_export.tracing import meta_model, trace
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ENGINE_NAME = "engine.plan"
-LINK_NOTICE = (
-    "the weights are hard links to the source model's files, the same bytes on the same disk: "
-    "changing those files in place changes the bundle; copying the bundle frees it from them"
-)
 TOOLS = ("lminf-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -277,9 +261,9 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     Raises:
         LminfError: as `export`.
     """
-    target = _target(options)
+    target = out_target(options)
     check_destination(target.directory, force=options.force)
-    builder, plugin = _builder(options, target)
+    builder, plugin = choose_builder(options, target)
     dtype = default_dtype(options.dtype, target)
     quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
     check_weights(options.weights, quantize)
@@ -303,7 +287,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         rope_regime=options.rope_regime,
     )
     plan = family.plan(source.config, settings)
-    notices += _plugin_notices(builder, options, plan)
+    notices += plugin_notices(builder, options, plan)
     checkpoint = open_checkpoint(
         source,
         options.lora,
@@ -346,7 +330,7 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             if digest is not None:
                 writer.set_digest(name, digest)
         copy_companions(job.source, writer, with_index=job.links_weights)
-        engine, recipe = _build(job, writer, graph, progress)
+        engine, recipe = add_engine(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
         draft = job.manifest(engine, recipe, weight_notices(written))
@@ -379,7 +363,7 @@ def _write_model(
             quantize=job.quantize,
             link=job.links_weights,
             early=early,
-            progress=_byte_counter(progress, "writing weights", job.weight_bytes),
+            progress=byte_counter(progress, "writing weights", job.weight_bytes),
         )
     return written, graph
 
@@ -390,47 +374,6 @@ def _early_weights(job: ExportJob, model: nn.Module, graph: Path) -> EarlyWeight
         return None
     pieces = foreseen_pieces(model, job.checkpoint.tensors)
     return EarlyWeights(graph.with_name(weights_name(None)), pieces) if pieces else None
-
-
-def _target(options: ExportOptions) -> OutTarget:
-    """Return where the bundle goes; for a build elsewhere a plan needs no name of the user's."""
-    target = parse_out(options.out)
-    if options.builder == ELSEWHERE and target.engine_name is None:
-        return replace(target, engine_name=DEFAULT_ENGINE_NAME)
-    return target
-
-
-def _builder(options: ExportOptions, target: OutTarget) -> tuple[str | None, Path | None]:
-    """Return the engine's builder and the library of its plugin, both None if not needed."""
-    asked = options.engine_options
-    if target.engine_name is None:
-        useless = ["builder"] if options.builder is not None else list(asked.asked_for)
-        if useless:
-            raise ConfigError(
-                f"{useless[0]}: no engine is asked for; name one, such as "
-                f"--out {target.directory / 'engine.plan'}"
-            )
-        return None, None
-    builder = select_builder(options.builder)
-    check_options(builder, asked)
-    require_machine(builder)
-    if not uses_plugin(builder, asked):
-        return builder, None
-    return builder, find_plugin(asked, required=builder != ELSEWHERE)
-
-
-def _plugin_notices(
-    builder: str | None, options: ExportOptions, plan: AttentionPlan
-) -> Iterable[str]:
-    """Refuse layers the plugin cannot run; where nothing is built here, say so."""
-    if builder is None or not uses_plugin(builder, options.engine_options):
-        return
-    problem = head_dim_problem(plan.layers)
-    if problem is None:
-        return
-    if builder != ELSEWHERE:
-        raise EngineError(problem)
-    yield f"TensorRT will refuse this graph: {problem}"
 
 
 def _metadata(job: ExportJob) -> dict[str, str]:
@@ -450,56 +393,8 @@ def _metadata(job: ExportJob) -> dict[str, str]:
     }
 
 
-def _build(
-    job: ExportJob, writer: BundleWriter, graph: Path, progress: Progress
-) -> tuple[Engine | None, EngineRecipe | None]:
-    """Build the engine, or write what builds it elsewhere."""
-    if job.builder is None or job.target.engine_name is None:
-        return None, None
-    request = EngineRequest(
-        onnx_path=graph,
-        # Announced to the writer only if it is built here.
-        plan_path=graph.with_name(job.target.engine_name),
-        dtype=job.dtype,
-        layers=job.plan.layers,
-        chunk_size=job.settings.chunk_size,
-        max_batch_size=job.options.max_batch_size,
-        with_plugin=uses_plugin(job.builder, job.options.engine_options),
-        plugin_path=_copy_plugin(job, writer),
-        options=job.options.engine_options,
-    )
-    recipe = None
-    if has_recipe(job.builder):
-        request = replace(request, onnx_path=writer.add(ENGINE_GRAPH_NAME, "engine_graph"))
-        recipe = write_recipe(graph, request)
-    if job.builder == ELSEWHERE:
-        return None, recipe
-    writer.add(job.target.engine_name, "plan")
-    return build_engine(job.builder, request, progress), recipe
-
-
-def _copy_plugin(job: ExportJob, writer: BundleWriter) -> Path | None:
-    """Put the plugin's library into the bundle: what the plan is built with is what it loads."""
-    if job.plugin is None:
-        return None
-    path = writer.add(PLUGIN_FILE, "plugin")
-    shutil.copyfile(job.plugin, path)
-    return path
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _byte_counter(progress: Progress, phase: str, total: int) -> Any:
-    done = 0
-
-    def count(written: int) -> None:
-        nonlocal done
-        done += written
-        progress(phase, min(done / max(total, 1), 1.0))
-
-    return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -15,3 +16,15 @@ class Progress(Protocol):
 
 def silent(phase: str, fraction: float | None) -> None:
     """Tell nobody."""
+
+
+def byte_counter(progress: Progress, phase: str, total: int) -> Callable[[int], None]:
+    """Return what counts bytes of a phase that moves so many in total, and tells of them."""
+    done = 0
+
+    def count(moved: int) -> None:
+        nonlocal done
+        done += moved
+        progress(phase, min(done / max(total, 1), 1.0))
+
+    return count

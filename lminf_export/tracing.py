@@ -7,6 +7,7 @@ for 70 billion. Weights are named placeholders in the graph until `weights.attac
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -83,7 +84,7 @@ def trace(
     inputs = bindings.input_specs(plan.layers, dtype)
     outputs = bindings.output_specs(plan.layers, dtype, config.vocab_size)
     arguments = _example(inputs)
-    with family.patched(model), _quiet_exporter(), torch.no_grad():
+    with family.patched(model), _quiet_exporter(), _uncollected(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 wrapped,
@@ -153,6 +154,18 @@ def _weight_names(
             raise ExportError(f"the traced graph holds a constant {initializer!r} nobody can fill")
         found[initializer] = names[name]
     return found
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python from looking for garbage among millions of objects that all stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
