@@ -17,6 +17,8 @@ DEFAULT_WINDOW_CAP = 4096
 MAX_POSITION = 2**40
 LAMBDA_LAYERS = ("full", "all")
 ROPE_REGIMES = ("short", "long")
+# What a user may say of the caches; "auto" is the element type of the export.
+KV_CACHE_DTYPES = ("auto", "int8")
 _MINIMUM = {"window_size": 1, "num_sink_tokens": 0, "distance_limit": 1, "chunk_size": 1}
 
 

@@ -10,7 +10,7 @@ import psutil
 from lminf_export import weights
 from lminf_export.bindings import LayerSpec
 from lminf_export.bundle_writer import OutTarget
-from lminf_export.config import DEFAULT_WINDOW_CAP
+from lminf_export.config import DEFAULT_WINDOW_CAP, KV_CACHE_DTYPES
 from lminf_export.errors import ConfigError
 from lminf_export.graph import WrittenWeights
 from lminf_export.manifest import Dtype, human_bytes
@@ -72,6 +72,30 @@ def default_dtype(asked: str | None, target: OutTarget) -> Any:
     return asked
 
 
+def decide_kv_cache_dtype(asked: str, dtype: str, target: OutTarget) -> Any:
+    """Return the element type of the rings where it is not the export's, else None.
+
+    Raises:
+        ConfigError: an unknown type, or one that the products cannot have.
+    """
+    if asked not in KV_CACHE_DTYPES:
+        raise ConfigError(f"kv_cache_dtype={asked!r}: must be one of {', '.join(KV_CACHE_DTYPES)}")
+    if asked == "auto":
+        return None
+    if target.engine_name is not None:
+        raise ConfigError(
+            f"kv_cache_dtype={asked!r}: engines keep caches in float32, float16 or bfloat16 "
+            "(TensorRT's cache update and the plugin take nothing else); leave it out, or export "
+            f"without an engine: --out {target.directory}"
+        )
+    if dtype == "bfloat16":
+        raise ConfigError(
+            f"kv_cache_dtype={asked!r}: is for graphs in float32 or float16, found "
+            "dtype='bfloat16'; choose one of them or leave it out"
+        )
+    return asked
+
+
 def dtype_notices(asked: str | None, chosen: str) -> Iterable[str]:
     """Yield what to tell the user about the element type."""
     if chosen == "bfloat16":
@@ -89,10 +113,12 @@ def weight_notices(written: WrittenWeights) -> Iterable[str]:
         )
 
 
-def memory_notices(layers: Iterable[LayerSpec], dtype: str) -> Iterable[str]:
+def memory_notices(
+    layers: Iterable[LayerSpec], dtype: str, kv_cache_dtype: str | None = None
+) -> Iterable[str]:
     """Yield what to tell the user about caches that this machine could not hold."""
     width = weights.item_size(dtype)
-    needed = sum(layer.cache_elements for layer in layers) * width
+    needed = sum(layer.cache_bytes(width, kv_cache_dtype) for layer in layers)
     available = psutil.virtual_memory().available
     if needed > available:
         yield (

@@ -27,6 +27,7 @@ from lminf_export.config import (
 from lminf_export.defaults import (
     LINK_NOTICE,
     check_weights,
+    decide_kv_cache_dtype,
     default_dtype,
     default_window,
     dtype_notices,
@@ -45,6 +46,7 @@ from lminf_export.manifest import (
     Dtype,
     Engine,
     EngineRecipe,
+    KvCacheDtype,
     Manifest,
     Quantization,
     new_manifest,
@@ -77,6 +79,7 @@ class ExportOptions:
     rope_regime: str | None = None
     dtype: str | None = None
     quantize: str | QuantizeConfig | None = None
+    kv_cache_dtype: str = "auto"
     weights: str = "copy"
     builder: str | None = None
     max_batch_size: int = 1
@@ -101,6 +104,7 @@ class ExportJob:
         plan: how every layer attends.
         dtype: element type of weights and caches.
         quantize: how weights are quantised, None for not at all.
+        kv_cache_dtype: element type of the rings where it is not dtype, else None.
         target: where the bundle goes.
         builder: the engine's builder, "none" for a build elsewhere, or None for no engine.
         plugin: library of the plugin the engine is made with, if there is one.
@@ -115,6 +119,7 @@ class ExportJob:
     plan: AttentionPlan
     dtype: Dtype
     quantize: QuantizeConfig | None
+    kv_cache_dtype: KvCacheDtype | None
     target: OutTarget
     builder: str | None
     plugin: Path | None
@@ -151,6 +156,7 @@ class ExportJob:
             settings=self.settings,
             dtype=self.dtype,
             quantization=Quantization(**asdict(self.quantize)) if self.quantize else None,
+            kv_cache_dtype=self.kv_cache_dtype,
             vocab_size=config.vocab_size,
             num_attention_heads=self.plan.num_attention_heads,
             layers=self.plan.layers,
@@ -178,6 +184,7 @@ def export(
     rope_regime: str | None = None,
     dtype: str | None = None,
     quantize: str | QuantizeConfig | None = None,
+    kv_cache_dtype: str = "auto",
     weights: str = "copy",
     builder: str | None = None,
     max_batch_size: int = 1,
@@ -209,6 +216,8 @@ def export(
             float32 without.
         quantize: "int4" or "int8" stores the weights of projections in blocks of so many bits;
             a `QuantizeConfig` says it in detail. By default they are not quantised.
+        kv_cache_dtype: "int8" keeps the caches of the window as integers with a scale for each
+            token and key/value head, about a quarter of float32's bytes; "auto" in dtype.
         weights: "copy" writes them into the bundle; "link" puts hard links to the model's own
             files there, which must be of the same type and on the same disk.
         builder: "tensorrt" or "tensorrt-rtx", needed only where both are installed; "none"
@@ -241,6 +250,7 @@ def export(
         rope_regime=rope_regime,
         dtype=dtype,
         quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype,
         weights=weights,
         builder=builder,
         max_batch_size=max_batch_size,
@@ -263,8 +273,9 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     """
     target = out_target(options)
     check_destination(target.directory, force=options.force)
-    builder, plugin = choose_builder(options, target)
     dtype = default_dtype(options.dtype, target)
+    kv_cache_dtype = decide_kv_cache_dtype(options.kv_cache_dtype, dtype, target)
+    builder, plugin = choose_builder(options, target)
     quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
     check_weights(options.weights, quantize)
     as_integer("max_batch_size", options.max_batch_size, 1)
@@ -297,7 +308,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
     notices += [LINK_NOTICE] if options.weights == "link" else []
-    notices += [*memory_notices(plan.layers, dtype), *eos_notices(source)]
+    notices += [*memory_notices(plan.layers, dtype, kv_cache_dtype), *eos_notices(source)]
     job = ExportJob(
         options=options,
         source=checkpoint.source,
@@ -306,6 +317,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         plan=plan,
         dtype=dtype,
         quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype,
         target=target,
         builder=builder,
         plugin=plugin,
@@ -352,7 +364,14 @@ def _write_model(
         early = _early_weights(job, model, graph)
         if early is not None:
             stack.enter_context(early)
-        traced = trace(config, job.family, job.plan, job.dtype, model=model)
+        traced = trace(
+            config,
+            job.family,
+            job.plan,
+            job.dtype,
+            model=model,
+            kv_cache_dtype=job.kv_cache_dtype,
+        )
         written = write_graph(
             traced,
             job.plan,
@@ -361,6 +380,7 @@ def _write_model(
             graph,
             metadata=_metadata(job),
             quantize=job.quantize,
+            kv_cache_dtype=job.kv_cache_dtype,
             link=job.links_weights,
             early=early,
             progress=byte_counter(progress, "writing weights", job.weight_bytes),
@@ -379,12 +399,14 @@ def _early_weights(job: ExportJob, model: nn.Module, graph: Path) -> EarlyWeight
 def _metadata(job: ExportJob) -> dict[str, str]:
     """Return the essentials of the manifest as ONNX metadata_props."""
     settings = job.settings
+    cache = {"lminf.kv_cache_dtype": job.kv_cache_dtype} if job.kv_cache_dtype else {}
     return {
         "lminf_export": _version("lminf-export"),
         "lminf.model_type": job.source.model_type,
         "lminf.source": job.source.name,
         "lminf.dtype": job.dtype,
         "lminf.quantize": job.quantize.weights if job.quantize else "none",
+        **cache,
         "lminf.window_size": str(settings.window_size),
         "lminf.num_sink_tokens": str(settings.num_sink_tokens),
         "lminf.distance_limit": str(settings.distance_limit),

@@ -34,6 +34,7 @@ ELEMENT_TYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.INT8,
 }
 PRODUCER = "lminf-export"
 
@@ -64,6 +65,7 @@ def write_graph(
     *,
     metadata: Mapping[str, str],
     quantize: QuantizeConfig | None = None,
+    kv_cache_dtype: str | None = None,
     link: bool = False,
     early: EarlyWeights | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -78,6 +80,7 @@ def write_graph(
         path: the graph's file, in an existing folder.
         metadata: ONNX metadata_props.
         quantize: how weights are quantised, its form decided; None for not at all.
+        kv_cache_dtype: "int8" for rings of int8, as it was traced; None for dtype.
         link: put hard links to the checkpoint's files beside the graph instead of a copy.
         early: the weights file, if it is being written already.
         progress: told the bytes of weights written.
@@ -95,12 +98,18 @@ def write_graph(
         pieces = _weight_pieces(model, sources, aliases, dtype, quantize)
         file = path.with_name(weights_name(quantize))
         written = _write_weights(model, *pieces, file, early, progress)
-    save_graph(trace, plan, dtype, path, metadata=metadata)
+    save_graph(trace, plan, dtype, path, metadata=metadata, kv_cache_dtype=kv_cache_dtype)
     return written
 
 
 def save_graph(
-    trace: Trace, plan: AttentionPlan, dtype: str, path: Path, *, metadata: Mapping[str, str]
+    trace: Trace,
+    plan: AttentionPlan,
+    dtype: str,
+    path: Path,
+    *,
+    metadata: Mapping[str, str],
+    kv_cache_dtype: str | None = None,
 ) -> None:
     """Write an optimised graph whose weights are attached, with all else it is made of.
 
@@ -110,6 +119,7 @@ def save_graph(
         dtype: element type of weights and caches.
         path: the graph's file; its weights are in the same folder.
         metadata: ONNX metadata_props.
+        kv_cache_dtype: see `write_graph`.
 
     Raises:
         ExportError: the graph is not what the contract asks for.
@@ -120,19 +130,21 @@ def save_graph(
     model.producer_name, model.producer_version = PRODUCER, metadata.get("lminf_export", "")
     model.graph.name = "lambda_decoder"
     model.metadata_props.update(metadata)
-    function = ir.serde.deserialize_function(onnx_function.function_body(_features(plan)))
+    features = _features(plan, int8_cache=kv_cache_dtype is not None)
+    function = ir.serde.deserialize_function(onnx_function.function_body(features))
     model.functions[function.identifier()] = function
-    _declare_shapes(model, plan, dtype)
+    _declare_shapes(model, plan, dtype, kv_cache_dtype)
     ir.save(model, path)
     _check(path)
 
 
-def _features(plan: AttentionPlan) -> onnx_function.BodyFeatures:
+def _features(plan: AttentionPlan, *, int8_cache: bool) -> onnx_function.BodyFeatures:
     return onnx_function.BodyFeatures(
         rotary=bool(plan.rotations),
         alibi=plan.alibi_slopes is not None,
         softcap=bool(plan.softcap),
         sink_logits=plan.sink_logits,
+        int8_cache=int8_cache,
     )
 
 
@@ -243,11 +255,13 @@ def _attach_constants(model: ir.Model, constants: Mapping[str, Tensor]) -> None:
         raise ExportError(f"the graph has constants without a value: {', '.join(empty[:3])}")
 
 
-def _declare_shapes(model: ir.Model, plan: AttentionPlan, dtype: str) -> None:
+def _declare_shapes(
+    model: ir.Model, plan: AttentionPlan, dtype: str, kv_cache_dtype: str | None
+) -> None:
     """Give inputs and outputs exactly the shapes and types of the contract."""
-    inputs = bindings.input_specs(plan.layers, dtype)
-    vocab_size = model.graph.outputs[0].shape[2]  # type: ignore[index]
-    outputs = bindings.output_specs(plan.layers, dtype, int(vocab_size))  # type: ignore[arg-type]
+    inputs = bindings.input_specs(plan.layers, dtype, kv_cache_dtype)
+    vocab_size = int(model.graph.outputs[0].shape[2])  # type: ignore[index, arg-type]
+    outputs = bindings.output_specs(plan.layers, dtype, vocab_size, kv_cache_dtype)
     pairs = [*zip(model.graph.inputs, inputs, strict=True)]
     pairs += zip(model.graph.outputs, outputs, strict=True)
     for value, spec in pairs:

@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -32,6 +34,7 @@ from lminf_export.manifest_records import (
     EngineRecipe,
     FileEntry,
     FileName,
+    KvCacheDtype,
     LambdaSettings,
     Layer,
     LayerKind,
@@ -60,6 +63,7 @@ __all__ = [
     "EngineRecipe",
     "FileEntry",
     "FileName",
+    "KvCacheDtype",
     "LambdaSettings",
     "Layer",
     "LayerKind",
@@ -94,7 +98,10 @@ ITEM_SIZES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Manifest(Record):
-    """Everything `lminf.json` says; `new_manifest` starts one, `BundleWriter.commit` seals it."""
+    """Everything `lminf.json` says; `new_manifest` starts one, `BundleWriter.commit` seals it.
+
+    `kv_cache_dtype` is there only where the rings are not of `dtype`.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     model_type: str
@@ -102,6 +109,7 @@ class Manifest(Record):
     lambda_config: LambdaSettings
     dtype: Dtype
     quantization: Quantization | None = None
+    kv_cache_dtype: KvCacheDtype | None = None
     vocab_size: Positive
     max_position: Annotated[int, Field(ge=1, le=MAX_POSITION)] = MAX_POSITION
     num_attention_heads: Positive
@@ -122,7 +130,9 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _tables_follow_from_the_layers(self) -> Manifest:
-        inputs, outputs = io_tables(self.layer_specs, self.dtype, self.vocab_size)
+        inputs, outputs = io_tables(
+            self.layer_specs, self.dtype, self.vocab_size, self.kv_cache_dtype
+        )
         for what, found, expected in (
             ("inputs", self.inputs, inputs),
             ("outputs", self.outputs, outputs),
@@ -179,7 +189,8 @@ class Manifest(Record):
     @property
     def cache_bytes_per_sequence(self) -> int:
         """Bytes of one sequence's caches when every ring is full: the most they ever take."""
-        return sum(layer.cache_elements for layer in self.layer_specs) * self.item_size
+        sizes = (x.cache_bytes(self.item_size, self.kv_cache_dtype) for x in self.layer_specs)
+        return sum(sizes)
 
     def full_cache_bytes(self, num_tokens: int) -> int:
         """Bytes the unmodified model's cache takes for one sequence of num_tokens tokens."""
@@ -192,6 +203,13 @@ class Manifest(Record):
     def files_of(self, *roles: Role) -> list[str]:
         """Names of the files with one of these roles."""
         return [name for name, entry in self.files.items() if entry.role in roles]
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.kv_cache_dtype is None:  # a bundle without one is what it always was
+            fields.pop("kv_cache_dtype", None)
+        return fields
 
     def digest(self) -> str:
         """SHA-256 over the canonical JSON of every field but the hash itself."""
@@ -225,6 +243,7 @@ def new_manifest(
     notices: Iterable[str] = (),
     engine: Engine | None = None,
     quantization: Quantization | None = None,
+    kv_cache_dtype: KvCacheDtype | None = None,
     engine_recipe: EngineRecipe | None = None,
 ) -> Manifest:
     """Start a manifest; the I/O tables follow from the layers, files come at commit.
@@ -236,13 +255,14 @@ def new_manifest(
     The other arguments are the manifest's fields.
     """
     kinds: Sequence[LayerKind] = layer_kinds or ["lambda"] * len(layers)
-    inputs, outputs = io_tables(layers, dtype, vocab_size)
+    inputs, outputs = io_tables(layers, dtype, vocab_size, kv_cache_dtype)
     return Manifest(
         model_type=model_type,
         source=source,
         lambda_config=LambdaSettings(**asdict(settings)),
         dtype=dtype,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         vocab_size=vocab_size,
         num_attention_heads=num_attention_heads,
         training_length=training_length,
@@ -262,12 +282,12 @@ def new_manifest(
 
 
 def io_tables(
-    layers: Sequence[LayerSpec], dtype: str, vocab_size: int
+    layers: Sequence[LayerSpec], dtype: str, vocab_size: int, kv_cache_dtype: str | None = None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the inputs and outputs `bindings` derives from the layers."""
     return (
-        tuple(_row(spec) for spec in input_specs(layers, dtype)),
-        tuple(_row(spec) for spec in output_specs(layers, dtype, vocab_size)),
+        tuple(_row(spec) for spec in input_specs(layers, dtype, kv_cache_dtype)),
+        tuple(_row(spec) for spec in output_specs(layers, dtype, vocab_size, kv_cache_dtype)),
     )
 
 

@@ -24,6 +24,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Role = Literal["graph", "weights", "plan", "plugin", "engine_graph", "tokenizer", "config", "other"]
 RingWrites = Literal["linear", "circular"]
 LayerKind = Literal["lambda", "sliding"]
+KvCacheDtype = Literal["int8"]
 
 
 def check_file_name(name: str) -> str:

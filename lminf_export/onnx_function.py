@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import onnx
 import onnx.parser
 
-from lminf_export import op
+from lminf_export import op, reference
 
 OPSET = 24
 # Finite, so that a padded row that sees no key stays finite: exp(this − any logit) is 0.
@@ -33,35 +33,45 @@ class BodyFeatures:
         alibi: a distance bias per head is added.
         softcap: logits are soft-capped.
         sink_logits: learned logits join the denominator.
+        int8_cache: rings hold int8 with a scale for each token and key/value head.
     """
 
     rotary: bool = True
     alibi: bool = False
     softcap: bool = False
     sink_logits: bool = False
+    int8_cache: bool = False
 
 
 def function_body(features: BodyFeatures) -> onnx.FunctionProto:
     """Return the operator as a model-local function.
 
-    Inputs, outputs and attributes are those of `reference.lambda_attention`.
+    Inputs, outputs and attributes are those of `reference.lambda_attention`, with an int8 cache
+    those of `reference.lambda_attention_int8_cache`.
     """
+    int8_cache = features.int8_cache
     lines = [
         *_CONSTANTS,
         *_ROTATION[features.rotary],
-        *_WRITE,
+        *_NEW_KEY[int8_cache][features.rotary],
+        *_WRITE[int8_cache],
+        *_SINKS,
         *_MASK,
-        *_PRODUCTS,
+        *_PRODUCTS[int8_cache],
+        *_LOGITS,
         *_SOFTCAP[features.softcap],
         *_BIAS[features.alibi],
         *_SOFTMAX[features.sink_logits],
-        *_VALUES,
+        *_VALUES[int8_cache],
+        "output = Reshape (grouped_output, query_shape)",
     ]
+    name = op.INT8_CACHE_OP_TYPE if int8_cache else op.OP_TYPE
+    inputs, outputs = (f(int8_cache=int8_cache) for f in (op.input_names, op.output_names))
     attributes = ", ".join((*op.INTEGER_ATTRIBUTES, *op.FLOAT_ATTRIBUTES))
     text = (
         f'<opset_import: ["" : {OPSET}], domain: "{op.DOMAIN}">\n'
-        f"{op.OP_TYPE} <{attributes}> ({', '.join(op.INPUT_NAMES)})"
-        f" => ({', '.join(op.OUTPUT_NAMES)})\n{{\n" + "\n".join(lines) + "\n}"
+        f"{name} <{attributes}> ({', '.join(inputs)})"
+        f" => ({', '.join(outputs)})\n{{\n" + "\n".join(lines) + "\n}"
     )
     function = onnx.parser.parse_function(text)
     function.doc_string = "Λ-shaped attention over a bounded cache; arXiv 2308.16137."
@@ -111,22 +121,69 @@ _ROTATION = {
                 ("sink_query_32", "query_32", "limit_cos_rows, limit_sin_rows"),
             )
         ),
-        "local_key = CastLike (local_key_32, key)",
     ),
     False: (
         "local_query_32 = Identity (query_32)",
         "sink_query_32 = Identity (query_32)",
-        "local_key = Identity (key)",
     ),
 }
 
-_WRITE = (
+# Without and with an int8 cache, which rounds the key as it is in float32; then by rotation.
+_NEW_KEY: dict[bool, dict[bool, tuple[str, ...]]] = {
+    False: {
+        True: ("local_key = CastLike (local_key_32, key)",),
+        False: ("local_key = Identity (key)",),
+    },
+    True: {True: (), False: ("local_key_32 = Cast <to: int = 1> (key)",)},
+}
+
+
+def _scatter(past: str, new: str) -> str:
+    present = past.replace("past", "present")
+    return (
+        f'{present} = TensorScatter <axis: int = 2, mode: string = "circular">'
+        f" ({past}, {new}, write_index)"
+    )
+
+
+_SLOTS = (
     "capacity = Shape <start: int = 1, end: int = 2> (slot_position)",
     "write_index = Mod (past_length, capacity)",
-    'present_key = TensorScatter <axis: int = 2, mode: string = "circular">'
-    " (past_key, local_key, write_index)",
-    'present_value = TensorScatter <axis: int = 2, mode: string = "circular">'
-    " (past_value, value, write_index)",
+)
+
+_WRITE = {
+    False: (*_SLOTS, _scatter("past_key", "local_key"), _scatter("past_value", "value")),
+    # reference.quantize: Round takes ties to even.
+    True: (
+        *_SLOTS,
+        f"int8_limit = Constant <value_float: float = {reference.INT8_LIMIT}.0> ()",
+        f"int8_least = Constant <value_float: float = -{reference.INT8_LIMIT}.0> ()",
+        "one_32 = Constant <value_float: float = 1.0> ()",
+        "value_32 = Cast <to: int = 1> (value)",
+        *(
+            line.format(x=x, source=source)
+            for x, source in (("key", "local_key_32"), ("value", "value_32"))
+            for line in (
+                "{x}_sizes = Abs ({source})",
+                "{x}_largest = ReduceMax <keepdims: int = 1> ({x}_sizes, axis_3)",
+                "{x}_scale = Div ({x}_largest, int8_limit)",
+                "{x}_is_zero = Equal ({x}_scale, unmasked)",
+                "{x}_divisor = Where ({x}_is_zero, one_32, {x}_scale)",
+                "{x}_steps = Div ({source}, {x}_divisor)",
+                "{x}_rounded = Round ({x}_steps)",
+                "{x}_clipped = Clip ({x}_rounded, int8_least, int8_limit)",
+                "{x}_int8 = Cast <to: int = 3> ({x}_clipped)",
+            )
+        ),
+        *(
+            _scatter(f"past_{x}{suffix}", f"{x}{new}")
+            for x in ("key", "value")
+            for suffix, new in (("", "_int8"), ("_scale", "_scale"))
+        ),
+    ),
+}
+
+_SINKS = (
     # Sink slot n takes the new token at position n, if this chunk brings it.
     "num_sink_slots = Max (num_sinks, one)",
     "sink_position = Range (zero, num_sink_slots, one)",
@@ -168,18 +225,41 @@ _MASK = (
     "mask = Unsqueeze (mask_3d, axis_1)",
 )
 
-_PRODUCTS = (
-    "local_query_scaled = Mul (local_query_32, scale_value)",
-    "sink_query_scaled = Mul (sink_query_32, scale_value)",
-    "local_query_typed = CastLike (local_query_scaled, query)",
-    "sink_query_typed = CastLike (sink_query_scaled, query)",
-    "local_query = Reshape (local_query_typed, grouped_shape)",
-    "sink_query = Reshape (sink_query_typed, grouped_shape)",
-    "ring_key_t = Transpose <perm: ints = [0, 1, 3, 2]> (present_key)",
-    "sink_key_t = Transpose <perm: ints = [0, 1, 3, 2]> (present_sink_key)",
-    "ring_product = MatMul (local_query, ring_key_t)",
-    "sink_product = MatMul (sink_query, sink_key_t)",
-    "products = Concat <axis: int = 3> (sink_product, ring_product)",
+_PRODUCTS = {
+    False: (
+        "local_query_scaled = Mul (local_query_32, scale_value)",
+        "sink_query_scaled = Mul (sink_query_32, scale_value)",
+        "local_query_typed = CastLike (local_query_scaled, query)",
+        "sink_query_typed = CastLike (sink_query_scaled, query)",
+        "local_query = Reshape (local_query_typed, grouped_shape)",
+        "sink_query = Reshape (sink_query_typed, grouped_shape)",
+        "ring_key_t = Transpose <perm: ints = [0, 1, 3, 2]> (present_key)",
+        "sink_key_t = Transpose <perm: ints = [0, 1, 3, 2]> (present_sink_key)",
+        "ring_product = MatMul (local_query, ring_key_t)",
+        "sink_product = MatMul (sink_query, sink_key_t)",
+        "products = Concat <axis: int = 3> (sink_product, ring_product)",
+    ),
+    # In float32: products with integers up to 127 would leave float16's range. A key's scale
+    # multiplies its logits, C numbers a query and not C · D.
+    True: (
+        "local_query_scaled = Mul (local_query_32, scale_value)",
+        "sink_query_scaled = Mul (sink_query_32, scale_value)",
+        "sink_query_typed = CastLike (sink_query_scaled, query)",
+        "local_query = Reshape (local_query_scaled, grouped_shape)",
+        "sink_query = Reshape (sink_query_typed, grouped_shape)",
+        "ring_key_t_int8 = Transpose <perm: ints = [0, 1, 3, 2]> (present_key)",
+        "ring_key_t = Cast <to: int = 1> (ring_key_t_int8)",
+        "ring_key_scale = Transpose <perm: ints = [0, 1, 3, 2]> (present_key_scale)",
+        "sink_key_t = Transpose <perm: ints = [0, 1, 3, 2]> (present_sink_key)",
+        "ring_steps = MatMul (local_query, ring_key_t)",
+        "ring_product = Mul (ring_steps, ring_key_scale)",
+        "sink_product_typed = MatMul (sink_query, sink_key_t)",
+        "sink_product = Cast <to: int = 1> (sink_product_typed)",
+        "products = Concat <axis: int = 3> (sink_product, ring_product)",
+    ),
+}
+
+_LOGITS = (
     "heads_and_steps = Shape <start: int = 0, end: int = 3> (query)",
     "logits_shape = Concat <axis: int = 0> (heads_and_steps, rest)",
     "products_by_head = Reshape (products, logits_shape)",
@@ -227,16 +307,34 @@ _SOFTMAX = {
     False: ("weights_32 = Softmax <axis: int = 3> (masked_logits)",),
 }
 
-_VALUES = (
-    "weights = CastLike (weights_32, value)",
+_SPLIT_WEIGHTS = (
     "num_keys = Shape <start: int = 2, end: int = 3> (seen)",
     "weights_shape = Concat <axis: int = 0> (keep, kv_heads, rest, num_keys)",
     "grouped_weights = Reshape (weights, weights_shape)",
     "num_sink_slots_1d = Reshape (num_sink_slots, axis_1)",
     "split_sizes = Concat <axis: int = 0> (num_sink_slots_1d, capacity)",
     "sink_weights, ring_weights = Split <axis: int = 3> (grouped_weights, split_sizes)",
-    "sink_sum = MatMul (sink_weights, present_sink_value)",
-    "ring_sum = MatMul (ring_weights, present_value)",
-    "grouped_output = Add (sink_sum, ring_sum)",
-    "output = Reshape (grouped_output, query_shape)",
 )
+
+_VALUES = {
+    False: (
+        "weights = CastLike (weights_32, value)",
+        *_SPLIT_WEIGHTS,
+        "sink_sum = MatMul (sink_weights, present_sink_value)",
+        "ring_sum = MatMul (ring_weights, present_value)",
+        "grouped_output = Add (sink_sum, ring_sum)",
+    ),
+    True: (
+        "weights = Identity (weights_32)",
+        *_SPLIT_WEIGHTS,
+        "sink_weights_typed = CastLike (sink_weights, value)",
+        "sink_sum_typed = MatMul (sink_weights_typed, present_sink_value)",
+        "sink_sum = Cast <to: int = 1> (sink_sum_typed)",
+        "ring_value_scale = Transpose <perm: ints = [0, 1, 3, 2]> (present_value_scale)",
+        "ring_weights_scaled = Mul (ring_weights, ring_value_scale)",
+        "ring_value = Cast <to: int = 1> (present_value)",
+        "ring_sum = MatMul (ring_weights_scaled, ring_value)",
+        "grouped_output_32 = Add (sink_sum, ring_sum)",
+        "grouped_output = CastLike (grouped_output_32, query)",
+    ),
+}

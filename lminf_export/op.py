@@ -2,6 +2,8 @@
 
 Eager mode runs `reference.lambda_attention`; under fake tensors only shapes flow; under
 `torch.onnx.export` a call becomes one node `lminf::LambdaAttention` (see `translation_table`).
+`lambda_attention_int8_cache` is the same over rings of int8, a node of a name of its own: a kernel
+or plugin that knows one of them need not know the other.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from lminf_export import reference
 
 DOMAIN = "lminf"
 OP_TYPE = "LambdaAttention"
+INT8_CACHE_OP_TYPE = "LambdaAttentionInt8Cache"
 OP_VERSION = 1
 
 INPUT_NAMES = (
@@ -41,6 +44,10 @@ INPUT_NAMES = (
     "sink_logits",
 )
 OUTPUT_NAMES = ("output", "present_key", "present_value", "present_sink_key", "present_sink_value")
+# What a ring of int8 adds, behind the others.
+SCALE_INPUT_NAMES = ("past_key_scale", "past_value_scale")
+SCALE_OUTPUT_NAMES = ("present_key_scale", "present_value_scale")
+RING_NAMES = ("past_key", "past_value", "present_key", "present_value")
 INTEGER_INPUTS = ("past_length", "new_length", "query_position", "slot_position")
 FLOAT32_INPUTS = ("cos", "sin", "limit_cos", "limit_sin", "alibi_slopes", "sink_logits")
 # NVIDIA's parser looks a node up among the plugins of this namespace.
@@ -133,14 +140,111 @@ def _(
     )
 
 
-def operator_schema() -> OpSchema:
-    """Return the ONNX schema of `lminf::LambdaAttention` version 1."""
+@torch.library.custom_op("lminf::lambda_attention_int8_cache", mutates_args=())
+def lambda_attention_int8_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_key: Tensor,
+    past_sink_value: Tensor,
+    past_length: Tensor,
+    new_length: Tensor,
+    query_position: Tensor,
+    slot_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    limit_cos: Tensor,
+    limit_sin: Tensor,
+    alibi_slopes: Tensor,
+    sink_logits: Tensor,
+    past_key_scale: Tensor,
+    past_value_scale: Tensor,
+    num_sink_tokens: int,
+    window_size: int,
+    distance_limit: int,
+    scale: float,
+    softcap: float,
+    rotary_dim: int,
+    rotary_interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Round new keys into a ring of int8, then attend: see `reference`."""
+    return reference.lambda_attention_int8_cache(
+        query,
+        key,
+        value,
+        past_key,
+        past_value,
+        past_sink_key,
+        past_sink_value,
+        past_length,
+        new_length,
+        query_position,
+        slot_position,
+        cos,
+        sin,
+        limit_cos,
+        limit_sin,
+        alibi_slopes,
+        sink_logits,
+        past_key_scale,
+        past_value_scale,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        distance_limit=distance_limit,
+        scale=scale,
+        softcap=softcap,
+        rotary_dim=rotary_dim,
+        rotary_interleaved=rotary_interleaved,
+    )
+
+
+@lambda_attention_int8_cache.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_key: Tensor,
+    past_sink_value: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    sinks = (query.shape[0], *past_sink_key.shape[1:])
+    num_lengths = len(INPUT_NAMES) - 7
+    past_key_scale, past_value_scale = rest[num_lengths : num_lengths + 2]
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        torch.empty_like(past_key, memory_format=torch.contiguous_format),
+        torch.empty_like(past_value, memory_format=torch.contiguous_format),
+        past_sink_key.new_empty(sinks),
+        past_sink_value.new_empty(sinks),
+        torch.empty_like(past_key_scale, memory_format=torch.contiguous_format),
+        torch.empty_like(past_value_scale, memory_format=torch.contiguous_format),
+    )
+
+
+def input_names(*, int8_cache: bool) -> tuple[str, ...]:
+    """Return the names of a node's inputs, in order."""
+    return (*INPUT_NAMES, *SCALE_INPUT_NAMES) if int8_cache else INPUT_NAMES
+
+
+def output_names(*, int8_cache: bool) -> tuple[str, ...]:
+    """Return the names of a node's outputs, in order."""
+    return (*OUTPUT_NAMES, *SCALE_OUTPUT_NAMES) if int8_cache else OUTPUT_NAMES
+
+
+def operator_schema(*, int8_cache: bool = False) -> OpSchema:
+    """Return the ONNX schema of version 1 of the operator, or of it over a ring of int8."""
 
     def parameter(name: str) -> OpSchema.FormalParameter:
         if name in INTEGER_INPUTS:
             return OpSchema.FormalParameter(name, "tensor(int64)")
-        if name in FLOAT32_INPUTS:
+        if name in (*FLOAT32_INPUTS, *SCALE_INPUT_NAMES, *SCALE_OUTPUT_NAMES):
             return OpSchema.FormalParameter(name, "tensor(float)")
+        if int8_cache and name in RING_NAMES:
+            return OpSchema.FormalParameter(name, "tensor(int8)")
         return OpSchema.FormalParameter(name, "T")
 
     attributes = [
@@ -149,12 +253,12 @@ def operator_schema() -> OpSchema:
         OpSchema.Attribute(PLUGIN_NAMESPACE_ATTRIBUTE, OpSchema.AttrType.STRING),
     ]
     return OpSchema(
-        OP_TYPE,
+        INT8_CACHE_OP_TYPE if int8_cache else OP_TYPE,
         DOMAIN,
         OP_VERSION,
         doc="Λ-shaped attention over a bounded cache; arXiv 2308.16137.",
-        inputs=[parameter(name) for name in INPUT_NAMES],
-        outputs=[parameter(name) for name in OUTPUT_NAMES],
+        inputs=[parameter(name) for name in input_names(int8_cache=int8_cache)],
+        outputs=[parameter(name) for name in output_names(int8_cache=int8_cache)],
         type_constraints=[
             ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "model type")
         ],
@@ -163,22 +267,32 @@ def operator_schema() -> OpSchema:
 
 
 def register_schema() -> None:
-    """Tell the onnx package about the operator, once; the exporter's recorder asks for it."""
-    if not onnx.defs.has(OP_TYPE, DOMAIN):
-        onnx.defs.register_schema(operator_schema())
+    """Tell the onnx package about the operators, once; the exporter's recorder asks for them."""
+    for name, int8_cache in ((OP_TYPE, False), (INT8_CACHE_OP_TYPE, True)):
+        if not onnx.defs.has(name, DOMAIN):
+            onnx.defs.register_schema(operator_schema(int8_cache=int8_cache))
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what `torch.onnx.export(custom_translation_table=…)` needs for the operator."""
+    """Return what `torch.onnx.export(custom_translation_table=…)` needs for the operators."""
     register_schema()
-    opset = Opset(DOMAIN, OP_VERSION)
-    num_inputs = len(INPUT_NAMES)
+    return {
+        torch.ops.lminf.lambda_attention.default: _translation(OP_TYPE, int8_cache=False),
+        torch.ops.lminf.lambda_attention_int8_cache.default: _translation(
+            INT8_CACHE_OP_TYPE, int8_cache=True
+        ),
+    }
+
+
+def _translation(op_type: str, *, int8_cache: bool) -> Callable[..., Any]:
+    num_inputs = len(input_names(int8_cache=int8_cache))
     names = ("num_sink_tokens", "window_size", "distance_limit", "scale", "softcap")
+    node = getattr(Opset(DOMAIN, OP_VERSION), op_type)
 
     def to_onnx(*arguments: Any) -> Any:
         tensors, settings = arguments[:num_inputs], arguments[num_inputs:]
         *numbers, rotary_dim, interleaved = settings
-        return opset.LambdaAttention(
+        return node(
             *tensors,
             **dict(zip(names, numbers, strict=True)),
             rotary_dim=rotary_dim,
@@ -186,4 +300,4 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             plugin_namespace=DOMAIN,
         )
 
-    return {torch.ops.lminf.lambda_attention.default: to_onnx}
+    return to_onnx

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 EMPTY = -1  # a slot position below zero: no token is there
+INT8_LIMIT = 127  # symmetric: −128 is not used
+_ONE_ROTATION = 2**20  # positions of 20 bits times a float32 frequency are exact in float64
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
@@ -81,6 +83,7 @@ def attend_by_distance(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    int8_cache: bool = False,
 ) -> Tensor:
     """Attend from explicit queries to explicit keys; rotations come from distances alone.
 
@@ -88,6 +91,10 @@ def attend_by_distance(
     attention_factor² (YaRN multiplies cos and sin by it on both sides). R_{p−j} is computed
     as R_{p−b} and R_{j−b} with b the row's first query position, so that every angle is
     small and float64 is exact whatever p is.
+
+    With an int8 cache local keys and values are those that a ring would hold: a key rotated at
+    its absolute position and rounded (`quantize`), a value rounded. Rounding does not commute
+    with rotation, so the distance alone does not determine the result.
 
     Args:
         query: (B, H, S, D), not rotated.
@@ -105,22 +112,28 @@ def attend_by_distance(
         softcap: c > 0 replaces a logit x by c·tanh(x / c); 0 leaves it.
         alibi_slopes: (H,) slopes m; adds −m·(p − j) to local logits, −m·L to sinks.
         sink_logits: (H,) learned logits that join the softmax's denominator.
+        int8_cache: local keys and values are rounded as an int8 ring holds them.
 
     Returns:
         (B, H, S, D) in the type of query; a query that sees no key yields zeros.
     """
-    base = query_position[:, :1]
+    base = torch.zeros_like(query_position[:, :1]) if int8_cache else query_position[:, :1]
     groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     local_query = sink_query = query
-    local_key = key
+    local_key, local_value = key, value
     if inv_freq is not None:
-        local_query = _rotate_at(
-            query, query_position - base, inv_freq, attention_factor, interleaved
-        )
-        local_key = _rotate_at(key, key_position - base, inv_freq, attention_factor, interleaved)
+        turn = _rotate_at_any if int8_cache else _rotate_at
+        local_query = turn(query, query_position - base, inv_freq, attention_factor, interleaved)
+        local_key = turn(key, key_position - base, inv_freq, attention_factor, interleaved)
         limit = torch.full_like(base, distance_limit)
         sink_query = _rotate_at(query, limit, inv_freq, attention_factor**2, interleaved)
+    if int8_cache:
+        local_key, local_value = (
+            dequantize(*quantize(x)).to(x.dtype) for x in (local_key, local_value)
+        )
+    key, value, local_key, local_value = (
+        _heads(x, groups) for x in (key, value, local_key, local_value)
+    )
     distance = query_position[:, :, None] - key_position[:, None, :]
     present = (key_position >= 0)[:, None, :]
     local = is_local(distance, window_size) & present
@@ -133,7 +146,35 @@ def attend_by_distance(
         seen = distance.masked_fill(sink, distance_limit)[:, None].to(logits.dtype)
         logits = logits - alibi_slopes.to(logits.dtype)[:, None, None] * seen
     logits = logits.masked_fill(~(local | sink)[:, None], float("-inf"))
-    return _softmax(logits, sink_logits).to(value.dtype) @ value
+    weights = _softmax(logits, sink_logits).to(value.dtype)
+    if not int8_cache:
+        return weights @ value
+    of_sinks = weights.masked_fill(~sink[:, None], 0.0)
+    return of_sinks @ value + (weights - of_sinks) @ local_value
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to int8, symmetrically, with a scale for each: the format of an int8 ring.
+
+    scale = max |x| / 127 and q = x / scale, rounded to the nearest integer, ties to even; a row
+    of zeros has scale 0 and zeros. Both divisions are done in the scale's type.
+
+    Args:
+        x: (…, D): of one token and key/value head a key, rotated at its position, or a value.
+
+    Returns:
+        q (…, D) int8 in −127 … 127 and scale (…, 1) float32, or float64 where x is float64.
+    """
+    x = x.to(_real(x))
+    scale = x.abs().amax(dim=-1, keepdim=True) / INT8_LIMIT
+    steps = (x / scale.masked_fill(scale == 0, 1.0)).round()
+    # Only a scale that has lost its bits, below the normal numbers, leaves the limits.
+    return steps.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8), scale
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """Return what `quantize` stands for: q · scale, (…, D) in the scale's type."""
+    return q.to(scale.dtype) * scale
 
 
 def slot_positions(past_length: Tensor, new_length: Tensor, capacity: int) -> Tensor:
@@ -261,28 +302,166 @@ def lambda_attention(
         present_sink_key, present_sink_value like their pasts. Rows of output behind
         new_length are finite and mean nothing.
     """
-    real = torch.float64 if query.dtype == torch.float64 else torch.float32
-    local_query, local_key, sink_query = query.to(real), key, query.to(real)
-    if rotary_dim:
-        turn = partial(rotate, interleaved=rotary_interleaved)
-        rows = cos[:, None].to(real), sin[:, None].to(real)
-        local_query, local_key = turn(query.to(real), *rows), turn(key.to(real), *rows)
-        sink_query = turn(query.to(real), limit_cos.to(real), limit_sin.to(real))
+    turn = partial(_turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
+    local_query, local_key = turn(query, cos, sin), turn(key, cos, sin)
+    sink_query = turn(query, limit_cos, limit_sin)
 
     present_key = write_ring(past_key, local_key.to(key.dtype), past_length)
     present_value = write_ring(past_value, value, past_length)
     present_sink_key = write_sinks(past_sink_key, key, past_length, new_length)
     present_sink_value = write_sinks(past_sink_value, value, past_length, new_length)
+    output = attend_caches(
+        local_query,
+        sink_query,
+        present_key,
+        present_value,
+        present_sink_key,
+        present_sink_value,
+        query_position,
+        slot_position,
+        alibi_slopes,
+        sink_logits,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        distance_limit=distance_limit,
+        scale=scale,
+        softcap=softcap,
+    )
+    return output.to(query.dtype), present_key, present_value, present_sink_key, present_sink_value
 
+
+def lambda_attention_int8_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_key: Tensor,
+    past_sink_value: Tensor,
+    past_length: Tensor,
+    new_length: Tensor,
+    query_position: Tensor,
+    slot_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    limit_cos: Tensor,
+    limit_sin: Tensor,
+    alibi_slopes: Tensor,
+    sink_logits: Tensor,
+    past_key_scale: Tensor,
+    past_value_scale: Tensor,
+    *,
+    num_sink_tokens: int,
+    window_size: int,
+    distance_limit: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_dim: int = 0,
+    rotary_interleaved: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`lambda_attention` over a ring of int8: new keys and values are rounded, then attended.
+
+    Every query, those of the same chunk included, meets what the ring holds, so the result does
+    not depend on how a text is cut into chunks. Sinks stay in the model's type.
+
+    Args:
+        past_key: (B, G, C, D) int8; slot p mod C holds the key of position p, rotated at p and
+            rounded by `quantize`.
+        past_value: (B, G, C, D) int8.
+        past_key_scale: (B, G, C, 1) float32 (or float64 where T is), the scales of the keys.
+        past_value_scale: like past_key_scale.
+
+    The other arguments are those of `lambda_attention`.
+
+    Returns:
+        The five of `lambda_attention`, then present_key_scale and present_value_scale.
+    """
+    turn = partial(_turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
+    local_query, local_key = turn(query, cos, sin), turn(key, cos, sin)
+    sink_query = turn(query, limit_cos, limit_sin)
+
+    presents = []
+    for past, past_scale, new in (
+        (past_key, past_key_scale, local_key),
+        (past_value, past_value_scale, value.to(_real(query))),
+    ):
+        q, q_scale = quantize(new)
+        presents.append(write_ring(past, q, past_length))
+        presents.append(write_ring(past_scale, q_scale, past_length))
+    present_key, present_key_scale, present_value, present_value_scale = presents
+    present_sink_key = write_sinks(past_sink_key, key, past_length, new_length)
+    present_sink_value = write_sinks(past_sink_value, value, past_length, new_length)
+    output = attend_caches(
+        local_query,
+        sink_query,
+        dequantize(present_key, present_key_scale),
+        dequantize(present_value, present_value_scale),
+        present_sink_key,
+        present_sink_value,
+        query_position,
+        slot_position,
+        alibi_slopes,
+        sink_logits,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        distance_limit=distance_limit,
+        scale=scale,
+        softcap=softcap,
+    )
+    return (
+        output.to(query.dtype),
+        present_key,
+        present_value,
+        present_sink_key,
+        present_sink_value,
+        present_key_scale,
+        present_value_scale,
+    )
+
+
+def attend_caches(
+    local_query: Tensor,
+    sink_query: Tensor,
+    ring_key: Tensor,
+    ring_value: Tensor,
+    sink_key: Tensor,
+    sink_value: Tensor,
+    query_position: Tensor,
+    slot_position: Tensor,
+    alibi_slopes: Tensor,
+    sink_logits: Tensor,
+    *,
+    num_sink_tokens: int,
+    window_size: int,
+    distance_limit: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attend over [sinks | ring], masking by position; nothing is written.
+
+    Args:
+        local_query: (B, H, S, D) float32 or float64, rotated at their positions.
+        sink_query: like local_query, rotated at the distance limit.
+        ring_key: (B, G, C, D), rotated at their positions.
+        ring_value: (B, G, C, D).
+        sink_key: (B, G, max(N, 1), D), not rotated.
+        sink_value: like sink_key.
+
+    The other arguments are those of `lambda_attention`.
+
+    Returns:
+        (B, H, S, D) in the type of local_query.
+    """
+    real = local_query.dtype
     ring_distance = query_position[:, :, None] - slot_position[:, None, :]
     ring_seen = is_local(ring_distance, window_size) & (slot_position >= 0)[:, None, :]
-    sink_position = torch.arange(past_sink_key.shape[2], device=query.device)
+    sink_position = torch.arange(sink_key.shape[2], device=local_query.device)
     sink_distance = query_position[:, :, None] - sink_position
     sink_seen = is_sink(sink_distance, sink_position, window_size, num_sink_tokens)
 
-    groups = query.shape[1] // key.shape[1]
-    keys = [_heads(x, groups).to(real) for x in (present_sink_key, present_key)]
-    values = [_heads(x, groups).to(real) for x in (present_sink_value, present_value)]
+    groups = local_query.shape[1] // ring_key.shape[1]
+    keys = [_heads(x, groups).to(real) for x in (sink_key, ring_key)]
+    values = [_heads(x, groups).to(real) for x in (sink_value, ring_value)]
     sink_part = sink_query @ keys[0].transpose(-1, -2)
     ring_part = local_query @ keys[1].transpose(-1, -2)
     slopes = alibi_slopes.to(real)[:, None, None]
@@ -295,9 +474,21 @@ def lambda_attention(
     )
     seen = torch.cat((sink_seen, ring_seen), dim=-1)[:, None]
     weights = _softmax(logits.masked_fill(~seen, float("-inf")), sink_logits)
-    split = past_sink_key.shape[2]
-    output = weights[..., :split] @ values[0] + weights[..., split:] @ values[1]
-    return output.to(query.dtype), present_key, present_value, present_sink_key, present_sink_value
+    split = sink_key.shape[2]
+    return weights[..., :split] @ values[0] + weights[..., split:] @ values[1]
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
+    """(B, ·, S, D) in float32 or float64, rotated by rows (B, S, R/2) or one row (R/2,)."""
+    real = _real(x)
+    if not rotary_dim:
+        return x.to(real)
+    rows = (row[..., None, :, :] if row.dim() == 3 else row for row in (cos, sin))
+    return rotate(x.to(real), *(row.to(real) for row in rows), interleaved=interleaved)
+
+
+def _real(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rotate_at(
@@ -306,6 +497,15 @@ def _rotate_at(
     angle = position[:, None, :, None].to(torch.float64) * inv_freq.to(torch.float64)
     cos, sin = (angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype)
     return rotate(x, cos, sin, interleaved=interleaved)
+
+
+def _rotate_at_any(
+    x: Tensor, position: Tensor, inv_freq: Tensor, factor: float, interleaved: bool
+) -> Tensor:
+    """Rotate at positions of up to 40 bits: one rotation for each half, both angles exact."""
+    low = torch.remainder(position, _ONE_ROTATION)
+    x = _rotate_at(x, low, inv_freq, factor, interleaved)
+    return _rotate_at(x, position - low, inv_freq, 1.0, interleaved)
 
 
 def _heads(x: Tensor, groups: int) -> Tensor:
@@ -318,7 +518,7 @@ def _cap(logits: Tensor, softcap: float) -> Tensor:
 
 def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
     """Softmax over keys and an optional learned logit; rows that see nothing become zeros."""
-    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    real = _real(logits)
     logits = logits.to(real)
     top = logits.amax(dim=-1, keepdim=True)
     if sink_logits is not None:

@@ -82,6 +82,7 @@ class Reference:
         plan: how its layers attend.
         tokens: (T,) the stream.
         progress: told how far it is.
+        int8_cache: keys and values of the window are rounded as rings of int8 hold them.
     """
 
     checkpoint: Checkpoint
@@ -89,6 +90,7 @@ class Reference:
     plan: AttentionPlan
     tokens: NDArray[np.int64]
     progress: Progress
+    int8_cache: bool = False
 
     @torch.no_grad()
     def logits(
@@ -110,7 +112,7 @@ class Reference:
         if rounding is not None and rounding.manifest.quantization is not None:
             block_size = rounding.manifest.quantization.block_size
             rounded = rounded_activations(model, quantized_names(rounding), block_size)
-        step = HistoryStep(self.plan)
+        step = HistoryStep(self.plan, int8_cache=self.int8_cache)
         width = min(256, len(tokens))
         logits = []
         with self.family.patched(model), rounded:

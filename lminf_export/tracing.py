@@ -64,6 +64,7 @@ def trace(
     dtype: str,
     *,
     model: nn.Module | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> Trace:
     """Trace one step of the model into ONNX.
 
@@ -73,6 +74,7 @@ def trace(
         plan: how its layers attend.
         dtype: element type of weights and caches.
         model: of `meta_model`, if it is built already.
+        kv_cache_dtype: "int8" for rings of int8; None for dtype.
 
     Raises:
         ExportError: torch could not trace or translate the model.
@@ -81,8 +83,8 @@ def trace(
     tables = PlanTables(plan, TORCH_DTYPES[dtype])
     constants = {f"tables.{name}": value for name, value in tables.named_buffers()}
     wrapped = LambdaModel(model, plan, copy.deepcopy(tables).to("meta")).eval()
-    inputs = bindings.input_specs(plan.layers, dtype)
-    outputs = bindings.output_specs(plan.layers, dtype, config.vocab_size)
+    inputs = bindings.input_specs(plan.layers, dtype, kv_cache_dtype)
+    outputs = bindings.output_specs(plan.layers, dtype, config.vocab_size, kv_cache_dtype)
     arguments = _example(inputs)
     with family.patched(model), _quiet_exporter(), _uncollected(), torch.no_grad():
         try:
@@ -117,7 +119,7 @@ def _example(specs: Sequence[bindings.TensorSpec]) -> list[Tensor]:
     """Make meta inputs; sizes that differ for every symbol and are never 0 or 1."""
     symbols = sorted({d for spec in specs for d in spec.shape if isinstance(d, str)})
     sizes = {symbol: 2 + index for index, symbol in enumerate(symbols)}
-    types = {**TORCH_DTYPES, "int64": torch.int64}
+    types = {**TORCH_DTYPES, "int64": torch.int64, "int8": torch.int8}
     return [
         torch.empty(
             [sizes[d] if isinstance(d, str) else d for d in spec.shape],

@@ -8,7 +8,7 @@ ring, no digits and no ONNX: an agreement is an agreement of two different compu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,9 @@ class ValidationReport:
         compared_with: the model whose weights the reference has, and an adapter merged into it;
             None where they are the bundle's own.
         quantization: how weights are stored, in words; None where they are not quantised.
-        perplexity_cost: what quantisation costs; None where there is no text or no original
-            model to measure it with.
+        kv_cache_dtype: element type of the rings where it is not dtype, else None.
+        perplexity_cost: what quantisation, of weights and caches, costs; None where there is no
+            text, or for quantised weights no original model, to measure it with.
         routing: of a mixture of experts, how its choices compare with the reference's; for each
             way of running. Logits are compared under the bundle's choices.
     """
@@ -86,6 +87,7 @@ class ValidationReport:
     differing_weights: tuple[str, ...] | None = None
     compared_with: str | None = None
     quantization: str | None = None
+    kv_cache_dtype: str | None = None
     perplexity_cost: PerplexityCost | None = None
     routing: tuple[RoutingReport, ...] = ()
 
@@ -157,14 +159,15 @@ def validate(
     run = _Run(opened, language_model, tokens, progress)
     routing: list[RoutingReport] = []
     with reference_checkpoint(opened, original) as checkpoint:
-        reference = Reference(checkpoint, family, plan, tokens, progress)
+        reference = Reference(checkpoint, family, plan, tokens, progress, run.int8_cache)
         if watched is None:
             comparisons, logits = _compare_dense(run, reference, dtype)
         else:
             comparisons, logits, routing = _compare_routed(run, reference, dtype, watched)
         comparisons.append(_compare_with_stock(reference, dtype, opened))
     cost, quantization = None, opened.manifest.quantization
-    if quantization is not None and model is not None and token_ids is not None:
+    measurable = model is not None if quantization is not None else run.int8_cache
+    if measurable and token_ids is not None:
         progress("unquantised model", None)
         full = Reference(original, family, plan, tokens, progress).logits(torch.float32)
         cost = perplexity_cost(full, logits, tokens)
@@ -177,6 +180,7 @@ def validate(
         differing_weights=differing,
         compared_with=None if model is None else _named(original),
         quantization=quantization.in_words if quantization is not None else None,
+        kv_cache_dtype=opened.manifest.kv_cache_dtype,
         perplexity_cost=cost,
         routing=tuple(routing),
     )
@@ -204,10 +208,19 @@ class _Run:
         return self.bundle if quantization is not None and quantization.rounds_activations else None
 
     @property
+    def int8_cache(self) -> bool:
+        """Whether its rings hold int8."""
+        return self.bundle.manifest.kv_cache_dtype == "int8"
+
+    @property
     def low_precision(self) -> torch.dtype | None:
-        """The type a yardstick computes in, where a bundle computes in less than float32."""
+        """The type a yardstick computes in, where a bundle computes in less than float32.
+
+        Or where it rounds on the way: what lies next to a tie falls to either side.
+        """
         dtype = self.bundle.manifest.dtype
-        return None if dtype == "float32" and self.rounding is None else getattr(torch, dtype)
+        exact = dtype == "float32" and self.rounding is None and not self.int8_cache
+        return None if exact else getattr(torch, dtype)
 
 
 WAYS = (("token by token", (1,)), ("in uneven chunks", CHUNK_PATTERN))
@@ -345,7 +358,11 @@ def _reference_dtype(source: Source) -> torch.dtype:
 
 
 def _compare_with_stock(reference: Reference, dtype: torch.dtype, bundle: Bundle) -> Comparison:
-    """Compare the reference with the unmodified model where both must agree: inside the window."""
+    """Compare the reference with the unmodified model where both must agree: inside the window.
+
+    The reference's caches are exact here, whatever the bundle's are.
+    """
+    reference = replace(reference, int8_cache=False)
     count = min(bundle.manifest.settings.window_size, STOCK_LIMIT, len(reference.tokens))
     own = reference.own_routing()
     wanted = reference.logits(dtype, own, count)

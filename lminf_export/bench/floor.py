@@ -60,12 +60,13 @@ def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:
 
 def cache_bytes_per_step(bundle: Bundle, position: int) -> int:
     """Return the live cache bytes one stream's step reads: what is visible, and no more."""
-    elements = 0
-    for layer in bundle.manifest.layer_specs:
+    manifest, total = bundle.manifest, 0
+    for layer in manifest.layer_specs:
         visible = min(position + 1, layer.window_size)
         sinks = min(layer.num_sink_tokens, max(position + 1 - layer.window_size, 0))
-        elements += 2 * layer.num_kv_heads * layer.head_dim * (visible + sinks)
-    return elements * bundle.manifest.item_size
+        total += visible * layer.ring_slot_bytes(manifest.item_size, manifest.kv_cache_dtype)
+        total += sinks * layer.sink_bytes(manifest.item_size)
+    return total
 
 
 def _is_lookup(node: ir.Node, index: int) -> bool:

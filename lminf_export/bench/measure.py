@@ -131,6 +131,7 @@ def bench(
         model_type=manifest.model_type,
         dtype=manifest.dtype,
         quantization=manifest.quantization.in_words if manifest.quantization else None,
+        kv_cache_dtype=manifest.kv_cache_dtype,
         window_size=manifest.settings.window_size,
         provider=options.provider,
         threads=options.threads,

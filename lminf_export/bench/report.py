@@ -114,6 +114,7 @@ class BenchReport:
         model_type: its family.
         dtype: element type of caches and of weights that are not quantised.
         quantization: how weights are stored, in words; None where they are not quantised.
+        kv_cache_dtype: element type of the rings where it is not dtype, else None.
         window_size: W.
         provider: onnxruntime's.
         threads: of one operator; None is onnxruntime's own choice.
@@ -133,6 +134,7 @@ class BenchReport:
     model_type: str
     dtype: str
     quantization: str | None
+    kv_cache_dtype: str | None
     window_size: int
     provider: str
     threads: int | None

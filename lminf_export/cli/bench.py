@@ -119,7 +119,8 @@ def _table(title: str, *columns: str) -> Table:
 
 def _facts(report: BenchReport) -> Table:
     first, memory, outside = report.first_token, report.memory, report.outside_run
-    kind = f"{report.dtype}{f', {report.quantization}' if report.quantization else ''}"
+    cache = f"{report.kv_cache_dtype} cache" if report.kv_cache_dtype else None
+    kind = ", ".join(x for x in (report.dtype, report.quantization, cache) if x)
     threads = "onnxruntime's choice" if report.threads is None else str(report.threads)
     table = _table(f"{report.bundle}: {report.model_type}, {kind}", "what", "value")
     rows: list[tuple[str, Any]] = [

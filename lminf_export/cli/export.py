@@ -21,6 +21,7 @@ from lminf_export.cli.quantize_options import quantize_options
 from lminf_export.config import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
+    KV_CACHE_DTYPES,
     LAMBDA_LAYERS,
     ROPE_REGIMES,
 )
@@ -28,7 +29,7 @@ from lminf_export.config import (
 if TYPE_CHECKING:
     from lminf_export.bundle import Bundle
     from lminf_export.exporter import ExportJob
-    from lminf_export.manifest import EngineRecipe
+    from lminf_export.manifest import EngineRecipe, Manifest
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -102,6 +103,14 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     "[default: float16 with an engine, else float32]",
 )
 @quantize_options
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(KV_CACHE_DTYPES),
+    default="auto",
+    show_default=True,
+    help="Element type of the caches of the window; auto: that of --dtype, int8: integers with a "
+    "scale for each token and key/value head, about a quarter of float32's bytes. Not for engines.",
+)
 @click.option(
     "--weights",
     type=click.Choice(["copy", "link"]),
@@ -194,13 +203,17 @@ def _print_plan(job: ExportJob) -> None:
         ("weights", ("about " if job.quantize else "") + human_bytes(job.weight_bytes)),
         ("window", f"{settings.window_size} tokens, chunks of {settings.chunk_size}"),
         ("sink tokens", f"{settings.num_sink_tokens}, at distance {settings.distance_limit}"),
-        ("cache", f"{cache} per sequence, for ever"),
+        ("cache", f"{_kind_of_cache(draft)}{cache} per sequence, for ever"),
     ]
     for name, value in rows:
         click.echo(f"{name:13} {value}")
     for notice in draft.notices:
         click.echo(f"{'note':13} {notice}")
     click.echo("dry run: nothing was written")
+
+
+def _kind_of_cache(manifest: Manifest) -> str:
+    return f"{manifest.kv_cache_dtype}, " if manifest.kv_cache_dtype else ""
 
 
 def _engine_plan(job: ExportJob) -> str:
@@ -220,7 +233,7 @@ def _print_result(bundle: Bundle) -> None:
     click.echo(
         f"{_shown(bundle.path)}: {manifest.model_type}, {manifest.dtype}{quantized}, window "
         f"{settings.window_size} + {settings.num_sink_tokens} sink tokens, cache "
-        f"{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, for ever"
+        f"{_kind_of_cache(manifest)}{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, for ever"
     )
     for name, entry in manifest.files.items():
         if entry.role in ("graph", "weights", "plan", "plugin", "engine_graph"):

@@ -30,8 +30,8 @@ HELDOUT_NAME = "heldout.txt"
 @click.option(
     "--model",
     metavar="ID|DIR",
-    help="Take the reference's weights from this model, not from the bundle; for a quantised "
-    "bundle, measure what quantisation costs against it.",
+    help="Take the reference's weights from this model, not from the bundle; for quantised "
+    "weights, measure what quantisation costs against it.",
 )
 @click.option(
     "--lora",
@@ -84,7 +84,9 @@ def validate_command(
     quiet_transformers()
     with progress_bar() as progress:
         opened, token_ids = Bundle.open(bundle), None
-        if text is None and model is not None and opened.manifest.quantization is not None:
+        manifest = opened.manifest
+        quantized = manifest.quantization is not None or manifest.kv_cache_dtype is not None
+        if text is None and model is not None and quantized:
             heldout = Path(model) / HELDOUT_NAME
             text = str(heldout) if heldout.is_file() else None
         if text is not None:
@@ -151,15 +153,17 @@ def _print_table(report: ValidationReport) -> None:
         )
     if report.routing:
         click.echo("experts: logits are compared under the bundle's choices")
-    if report.quantization is not None:
+    if report.quantization is not None or report.kv_cache_dtype is not None:
         _print_cost(report)
 
 
 def _print_cost(report: ValidationReport) -> None:
-    click.echo(f"quantised: {report.quantization}")
+    cache = None if report.kv_cache_dtype is None else f"{report.kv_cache_dtype} cache"
+    click.echo(f"quantised: {', '.join(x for x in (report.quantization, cache) if x)}")
     cost = report.perplexity_cost
     if cost is None:
-        click.echo("perplexity cost of quantisation: not measured; --model and --text measure it")
+        how = "--text measures it" if report.quantization is None else "--model and --text do it"
+        click.echo(f"perplexity cost of quantisation: not measured; {how}")
         return
     click.echo(
         f"perplexity cost of quantisation: {cost.cost:+.2%} ± {cost.standard_error:.2%}, from "

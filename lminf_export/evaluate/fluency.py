@@ -91,6 +91,7 @@ def evaluate_generation(
         "training_length": manifest.training_length,
         "lambda_config": manifest.lambda_config.model_dump(),
         "dtype": manifest.dtype,
+        "kv_cache_dtype": manifest.kv_cache_dtype,
         "attention": model.session.attention,
         "prompt_tokens": len(first),
         "tokens": num_tokens,

@@ -115,6 +115,7 @@ def evaluate_passkey(
         "training_length": manifest.training_length,
         "lambda_config": manifest.lambda_config.model_dump(),
         "dtype": manifest.dtype,
+        "kv_cache_dtype": manifest.kv_cache_dtype,
         "attention": model.session.attention,
         "trials": trials,
         "candidates": distractors + 1,

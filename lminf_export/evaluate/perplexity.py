@@ -292,6 +292,7 @@ def _result(
         "training_length": manifest.training_length,
         "lambda_config": manifest.lambda_config.model_dump(),
         "dtype": manifest.dtype,
+        "kv_cache_dtype": manifest.kv_cache_dtype,
         "texts": list(stream.names),
         "text_sha256": stream.sha256,
         "text_tokens": stream.text_tokens,

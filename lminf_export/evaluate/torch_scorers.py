@@ -44,6 +44,7 @@ class TorchModel:
         original = open_source(model if model is not None else bundle.path)
         self.plan = bundle_plan(bundle, self._family, original)
         self._model = _load(bundle, original, own_weights=model is None)
+        self.int8_cache = bundle.manifest.kv_cache_dtype == "int8"
         self.window_size = bundle.manifest.lambda_config.window_size
         self.num_sink_tokens = bundle.manifest.lambda_config.num_sink_tokens
 
@@ -131,7 +132,7 @@ class ReferenceScorer:
 
     def __init__(self, model: TorchModel) -> None:
         self._model = model
-        self._step = HistoryStep(model.plan)
+        self._step = HistoryStep(model.plan, int8_cache=model.int8_cache)
 
     def score(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read tokens (S,) and return the nats (S,) of the token behind each."""

@@ -85,8 +85,10 @@ def _no_sinks_name(layer: LayerSpec) -> str:
 class OperatorStep:
     """Answers attention by `lminf::lambda_attention` over bounded caches.
 
+    Rings of int8 are recognised by their type; their scales stand behind the sinks.
+
     Attributes:
-        present: for each layer its new ring key, ring value and, with sinks, both sinks.
+        present: for each layer its new caches, in the order of `bindings.layer_cache_specs`.
     """
 
     def __init__(
@@ -116,9 +118,12 @@ class OperatorStep:
         layer = call.layer
         assert layer not in self.present, f"layer {layer} attends twice"
         spec, caches = self.plan.layers[layer], self.caches[layer]
+        int8_cache = caches[0].dtype == torch.int8
+        caches, scales = (caches[:-2], caches[-2:]) if int8_cache else (caches, [])
         if not spec.num_sink_tokens:
             caches = [*caches, *(self.tables.no_sinks(spec),) * 2]
-        output, *present = op.lambda_attention(
+        operator = op.lambda_attention_int8_cache if int8_cache else op.lambda_attention
+        output, *present = operator(
             call.query,
             call.key,
             call.value,
@@ -130,6 +135,7 @@ class OperatorStep:
             *self._rotation(layer),
             self.tables.get_buffer("alibi_slopes"),
             self._sink_logits(call),
+            *scales,
             num_sink_tokens=spec.num_sink_tokens,
             window_size=spec.window_size,
             distance_limit=spec.distance_limit,
@@ -138,7 +144,7 @@ class OperatorStep:
             rotary_dim=self._rotary_dim(layer),
             rotary_interleaved=self._interleaved(layer),
         )
-        self.present[layer] = present[: 4 if spec.num_sink_tokens else 2]
+        self.present[layer] = present if spec.num_sink_tokens else [*present[:2], *present[4:]]
         return output
 
     def _sink_logits(self, call: AttentionCall) -> Tensor:
@@ -171,10 +177,17 @@ class HistoryStep:
     """Answers attention by `reference.attend_by_distance` over an explicit history.
 
     Keeps unrotated keys with their positions; drops what no later query can see.
+
+    Args:
+        plan: how the layers attend.
+        batch_size: B.
+        int8_cache: local keys and values are rounded as a ring of int8 holds them.
     """
 
-    def __init__(self, plan: AttentionPlan, batch_size: int = 1) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: AttentionPlan, batch_size: int = 1, *, int8_cache: bool = False
+    ) -> None:
+        self.plan, self.int8_cache = plan, int8_cache
         self.past_length = torch.zeros(batch_size, dtype=torch.int64)
         self.new_length = self.past_length
         self.history: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -214,6 +227,7 @@ class HistoryStep:
             softcap=plan.softcap,
             alibi_slopes=plan.alibi_slopes,
             sink_logits=call.sink_logits,
+            int8_cache=self.int8_cache,
         )
         after = (self.past_length + self.new_length)[:, None]
         alive = (position > after - spec.window_size) | (position < spec.num_sink_tokens)
@@ -282,5 +296,6 @@ class LambdaModel(nn.Module):
 
     def _by_layer(self, caches: list[Tensor]) -> list[list[Tensor]]:
         flat = iter(caches)
-        kinds = (4 if layer.num_sink_tokens else 2 for layer in self.plan.layers)
+        scales = 2 if caches[0].dtype == torch.int8 else 0
+        kinds = ((4 if layer.num_sink_tokens else 2) + scales for layer in self.plan.layers)
         return [[next(flat) for _ in range(count)] for count in kinds]

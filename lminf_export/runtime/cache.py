@@ -22,8 +22,9 @@ class State:
     Args:
         layers: the model's caches.
         batch_size: B, streams side by side.
-        item_size: bytes of a cache element.
+        item_size: bytes of an element of the model's type.
         capacities: full capacity → slots bound at the start.
+        kv_cache_dtype: "int8" for rings of int8; None for rings in the model's type.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class State:
         batch_size: int,
         item_size: int,
         capacities: Mapping[int, int],
+        kv_cache_dtype: str | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.batch_size = batch_size
         self.item_size = item_size
+        self.kv_cache_dtype = kv_cache_dtype
         self.capacities = dict(capacities)
         # Bound to the graph as it is: only ever changed in place.
         self._past_length = np.zeros(batch_size, np.int64)
@@ -67,11 +70,13 @@ class State:
         self._furthest = max(self._past_length.tolist())
 
     def _bytes(self, capacities: Mapping[int, int]) -> int:
-        elements = 0
-        for layer in self.layers:
-            slots = capacities.get(layer.ring_capacity, layer.ring_capacity)
-            elements += 2 * layer.num_kv_heads * (slots + layer.num_sink_tokens) * layer.head_dim
-        return elements * self.item_size * self.batch_size
+        sizes = (
+            layer.cache_bytes(
+                self.item_size, self.kv_cache_dtype, capacities.get(layer.ring_capacity)
+            )
+            for layer in self.layers
+        )
+        return sum(sizes) * self.batch_size
 
 
 def ring_capacities(layers: Sequence[LayerSpec]) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Which code computes `lminf::LambdaAttention` in onnxruntime: a library's kernel, or the body.
 
+The same operator over rings of int8 has kernels of its own, on fewer providers.
+
 The library `liblminf_ort.so` is built and installed with the package where a C++ compiler is at
 hand. A kernel registered under the operator's name takes its nodes; without one onnxruntime runs
 the function body the graph carries.
@@ -26,11 +28,13 @@ class KernelLibrary:
         path: its file.
         instruction_set: what its CPU kernel runs on here, such as "avx512".
         providers: onnxruntime's short provider names it has kernels for.
+        int8_cache_providers: those with kernels for rings of int8.
     """
 
     path: Path
     instruction_set: str
     providers: tuple[str, ...]
+    int8_cache_providers: tuple[str, ...]
 
     @property
     def description(self) -> str:
@@ -38,7 +42,9 @@ class KernelLibrary:
         return f"{self.path.name} ({self.instruction_set})"
 
 
-def find_kernels(kernels: str | Path, provider: str) -> KernelLibrary | None:
+def find_kernels(
+    kernels: str | Path, provider: str, kv_cache_dtype: str | None = None
+) -> KernelLibrary | None:
     """Return the library to register, or None for the function body.
 
     Args:
@@ -46,6 +52,7 @@ def find_kernels(kernels: str | Path, provider: str) -> KernelLibrary | None:
             a kernel for the provider; "none" takes the function body; anything else is the path
             of a library. A library is code: name only one you trust.
         provider: "cpu" or "cuda".
+        kv_cache_dtype: "int8" for rings of int8; None for rings in the model's type.
 
     Raises:
         SessionError: the library is missing, damaged, not one of ours, of another version of the
@@ -57,14 +64,20 @@ def find_kernels(kernels: str | Path, provider: str) -> KernelLibrary | None:
         if not INSTALLED.is_file():
             return None
         found = open_library(INSTALLED)
-        return found if provider in found.providers else None
+        return found if provider in _providers(found, kv_cache_dtype) else None
     found = open_library(Path(kernels))
-    if provider not in found.providers:
+    providers = _providers(found, kv_cache_dtype)
+    if provider not in providers:
+        caches = "" if kv_cache_dtype is None else f" and {kv_cache_dtype} caches"
         raise SessionError(
-            f"kernel library {found.path} has kernels for {', '.join(found.providers)}, not for "
-            f"provider {provider!r}; use kernels='none' to run the function body"
+            f"kernel library {found.path} has kernels for {', '.join(providers)}, not for "
+            f"provider {provider!r}{caches}; use kernels='none' to run the function body"
         )
     return found
+
+
+def _providers(library: KernelLibrary, kv_cache_dtype: str | None) -> tuple[str, ...]:
+    return library.providers if kv_cache_dtype is None else library.int8_cache_providers
 
 
 def open_library(path: Path) -> KernelLibrary:
@@ -82,7 +95,11 @@ def open_library(path: Path) -> KernelLibrary:
         library = ctypes.CDLL(str(path.resolve()))
         version = library.lminfOperatorVersion()
         texts = []
-        for function in (library.lminfInstructionSet, library.lminfProviders):
+        for function in (
+            library.lminfInstructionSet,
+            library.lminfProviders,
+            library.lminfInt8CacheProviders,
+        ):
             function.restype = ctypes.c_char_p
             texts.append(function().decode())
     except (OSError, AttributeError) as error:
@@ -96,7 +113,7 @@ def open_library(path: Path) -> KernelLibrary:
             f"kernel library {path} implements version {version} of LambdaAttention, this "
             f"lminf-export needs {OPERATOR_VERSION}; install lminf-export again"
         )
-    return KernelLibrary(path, texts[0], tuple(texts[1].split()))
+    return KernelLibrary(path, texts[0], tuple(texts[1].split()), tuple(texts[2].split()))
 
 
 def _require_whole(path: Path) -> None:

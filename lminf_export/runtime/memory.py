@@ -43,23 +43,21 @@ _HUGE_PAGE = 2 * 2**20
 _ALIGNMENT = 64
 
 
-def zeros_together(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[np.ndarray]:
+def zeros_together(arrays: Sequence[tuple[tuple[int, ...], str]]) -> list[np.ndarray]:
     """Return arrays of zeros that stand side by side, on huge pages where the system has them.
 
     A step reads all of its caches; with pages of 4 KiB address translation takes a good part of
     that time.
 
     Args:
-        shapes: of the arrays.
-        dtype: numpy's name of their element type.
+        arrays: of each the shape, and numpy's name of its element type.
     """
-    counts = [math.prod(shape) for shape in shapes]
-    unit = _ALIGNMENT // np.dtype(dtype).itemsize
-    starts = np.cumsum([0, *(-(-count // unit) * unit for count in counts)]).tolist()
-    whole = _zeros(starts[-1] * np.dtype(dtype).itemsize).view(dtype)
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays]
+    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]).tolist()
+    whole = _zeros(starts[-1])
     return [
-        whole[start : start + count].reshape(shape)
-        for shape, count, start in zip(shapes, counts, starts, strict=False)
+        whole[start : start + size].view(dtype).reshape(shape)
+        for (shape, dtype), size, start in zip(arrays, sizes, starts, strict=False)
     ]
 
 

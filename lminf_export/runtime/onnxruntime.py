@@ -68,7 +68,7 @@ class OnnxRuntimeSession:
         self.manifest = bundle.manifest
         self.provider = provider
         _check_provider(provider, self.manifest)
-        self.kernels = find_kernels(kernels, provider)
+        self.kernels = find_kernels(kernels, provider, self.manifest.kv_cache_dtype)
         logger.info("attention: %s", self.attention)
         options = _session_options(threads, self.kernels, profile)
         self._session = _open_session(bundle.graph_path, provider, options, graph)

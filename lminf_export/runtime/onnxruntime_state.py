@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lminf_export import bindings
-from lminf_export.bindings import LayerSpec
+from lminf_export.bindings import LayerSpec, TensorSpec
 from lminf_export.errors import SessionError
 from lminf_export.manifest import Manifest
 from lminf_export.runtime.cache import State, grown_capacity, ring_capacities
@@ -37,7 +37,9 @@ class OnnxRuntimeState(State):
     ) -> None:
         full = ring_capacities(manifest.layer_specs)
         start = dict.fromkeys(full, 0) if provider == "cpu" else {size: size for size in full}
-        super().__init__(manifest.layer_specs, batch_size, manifest.item_size, start)
+        super().__init__(
+            manifest.layer_specs, batch_size, manifest.item_size, start, manifest.kv_cache_dtype
+        )
         self.session = session
         self.run_seconds = 0.0
         self._vocab_size = manifest.vocab_size
@@ -82,7 +84,8 @@ class OnnxRuntimeState(State):
         self.stand_at(position)
         for cache in (cache for caches in self._caches for cache in caches):
             if not self._on_device:
-                cache.array[...] = rng.integers(-8, 9, cache.array.shape) / 8
+                step = 1 if cache.array.dtype == np.int8 else 8
+                cache.array[...] = rng.integers(-8, 9, cache.array.shape) / step
 
     @property
     def on_host(self) -> bool:
@@ -156,32 +159,35 @@ class OnnxRuntimeState(State):
 
     def _new_caches(self) -> list[list[_Cache]]:
         """Make the caches of all layers, of the present capacities."""
-        kinds = [
-            [*bindings.RING_KINDS, *(bindings.SINK_KINDS if layer.num_sink_tokens else ())]
+        specs = [
+            list(bindings.layer_cache_specs(layer, self._dtype, self.kv_cache_dtype))
             for layer in self.layers
         ]
-        shapes = [
-            self._cache_shape(layer, kind)
-            for layer, own in zip(self.layers, kinds, strict=True)
-            for kind in own
-        ]
-        # numpy has no bfloat16.
         arrays = iter(
-            zeros_together(shapes, "uint16" if self._dtype == "bfloat16" else self._dtype)
+            zeros_together(
+                [
+                    # numpy has no bfloat16.
+                    (self._shape(spec, layer), spec.dtype.replace("bfloat16", "uint16"))
+                    for layer, own in zip(self.layers, specs, strict=True)
+                    for spec in own
+                ]
+            )
         )
         return [
-            [_Cache(kind, next(arrays), self._dtype, self._provider) for kind in own]
-            for own in kinds
+            [_Cache(spec.name, next(arrays), spec.dtype, self._provider) for spec in own]
+            for own in specs
         ]
 
-    def _cache_shape(self, layer: LayerSpec, kind: str) -> tuple[int, int, int, int]:
-        is_ring = kind in bindings.RING_KINDS
-        slots = self.capacities[layer.ring_capacity] if is_ring else layer.num_sink_tokens
-        return (self.batch_size, layer.num_kv_heads, slots, layer.head_dim)
+    def _shape(self, spec: TensorSpec, layer: LayerSpec) -> tuple[int, ...]:
+        sizes = {
+            bindings.BATCH: self.batch_size,
+            layer.ring_symbol: self.capacities[layer.ring_capacity],
+        }
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
 
 
 class _Cache:
-    """One cache tensor (B, G, slots, D), zeros at first."""
+    """One cache tensor (B, G, slots, D), or scales (B, G, slots, 1); zeros at first."""
 
     def __init__(self, kind: str, array: np.ndarray, dtype: str, provider: Provider) -> None:
         self.kind = kind

@@ -14,6 +14,7 @@ _ORT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
+    "tensor(int8)": "int8",
 }
 
 

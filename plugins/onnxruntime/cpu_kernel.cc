@@ -34,6 +34,7 @@ cpu::Params paramsOf(const Call& call, const Attributes& a, abi::ElementType ele
   p.distanceLimit = a.distanceLimit, p.rotaryDim = a.rotaryDim;
   p.interleaved = a.rotaryInterleaved != 0, p.scale = a.scale, p.softcap = a.softcap;
   p.element = element == abi::kFloat16 ? cpu::Element::kHalf : cpu::Element::kFloat;
+  p.int8Rings = a.int8Cache;
   p.query = call.inputs[kQuery], p.key = call.inputs[kKey], p.value = call.inputs[kValue];
   p.pastKey = call.inputs[kPastKey], p.pastValue = call.inputs[kPastValue];
   p.pastSinkKey = call.inputs[kPastSinkKey], p.pastSinkValue = call.inputs[kPastSinkValue];
@@ -45,6 +46,11 @@ cpu::Params paramsOf(const Call& call, const Attributes& a, abi::ElementType ele
   p.presentKey = call.outputs[kPresentKey], p.presentValue = call.outputs[kPresentValue];
   p.presentSinkKey = call.outputs[kPresentSinkKey];
   p.presentSinkValue = call.outputs[kPresentSinkValue];
+  if (a.int8Cache) {
+    p.pastKeyScale = floats(kPastKeyScale), p.pastValueScale = floats(kPastValueScale);
+    p.presentKeyScale = static_cast<float*>(call.outputs[kPresentKeyScale]);
+    p.presentValueScale = static_cast<float*>(call.outputs[kPresentValueScale]);
+  }
   return p;
 }
 

@@ -5,10 +5,10 @@
 namespace lminf {
 namespace {
 
-constexpr std::array<const char*, kNumInputs> kInputNames = {
+constexpr std::array<const char*, kNumInt8CacheInputs> kInputNames = {
     "query", "key", "value", "past_key", "past_value", "past_sink_key", "past_sink_value",
     "past_length", "new_length", "query_position", "slot_position", "cos", "sin", "limit_cos",
-    "limit_sin", "alibi_slopes", "sink_logits"};
+    "limit_sin", "alibi_slopes", "sink_logits", "past_key_scale", "past_value_scale"};
 
 std::string text(const Shape& shape) {
   std::string out = "(";
@@ -95,6 +95,10 @@ abi::Status* checkShapes(const abi::Api* api, const Attributes& a, const Call& c
     wanted.insert(wanted.end(), {{kCos, {b, s, half}}, {kSin, {b, s, half}},
                                  {kLimitCos, {half}}, {kLimitSin, {half}}});
   }
+  if (a.int8Cache) {
+    const Shape scales = {b, g, ring[2], 1};
+    wanted.insert(wanted.end(), {{kPastKeyScale, scales}, {kPastValueScale, scales}});
+  }
   for (const auto& [input, shape] : wanted) {
     if (shapes[input] != shape) {
       return invalid(api, std::string(kInputNames[input]) + " has shape " + text(shapes[input]) +
@@ -143,17 +147,22 @@ abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, At
 
 abi::Status* readCall(const abi::Api* api, abi::KernelContext* context, const Attributes& a,
                       Call* call) {
-  for (size_t i = 0; i < kNumInputs; ++i) {
+  const size_t numInputs = a.int8Cache ? kNumInt8CacheInputs : kNumInputs;
+  for (size_t i = 0; i < numInputs; ++i) {
     if (abi::Status* wrong = readInput(api, context, i, call)) return wrong;
   }
   if (abi::Status* wrong = checkShapes(api, a, *call)) return wrong;
   Shape sinks = call->shapes[kPastSinkKey];
   sinks[0] = call->shapes[kQuery][0];
-  const Shape* shapes[kNumOutputs] = {&call->shapes[kQuery], &call->shapes[kPastKey],
-                                      &call->shapes[kPastValue], &sinks, &sinks};
-  for (size_t i = 0; i < kNumOutputs; ++i) {
+  const auto& shape = call->shapes;
+  const Shape* shapes[kNumInt8CacheOutputs] = {
+      &shape[kQuery], &shape[kPastKey],      &shape[kPastValue],     &sinks,
+      &sinks,         &shape[kPastKeyScale], &shape[kPastValueScale]};
+  const size_t numOutputs = a.int8Cache ? kNumInt8CacheOutputs : kNumOutputs;
+  for (size_t i = 0; i < numOutputs; ++i) {
     if (abi::Status* wrong = findOutput(api, context, i, *shapes[i], call)) return wrong;
-    const bool needed = i <= kPresentValue || a.numSinkTokens > 0;
+    const bool sink = i == kPresentSinkKey || i == kPresentSinkValue;
+    const bool needed = !sink || a.numSinkTokens > 0;
     if (needed && call->outputs[i] == nullptr && call->shapes[kQuery][0] > 0) {
       return invalid(api, "output " + std::to_string(i) + " must be used or empty, found missing");
     }
@@ -161,9 +170,15 @@ abi::Status* readCall(const abi::Api* api, abi::KernelContext* context, const At
   return nullptr;
 }
 
-abi::ElementType inputType(size_t index, abi::ElementType element) {
+abi::ElementType inputType(size_t index, abi::ElementType element, bool int8Cache) {
+  if (int8Cache && (index == kPastKey || index == kPastValue)) return abi::kInt8;
   if (index <= kPastSinkValue) return element;
   return index <= kSlotPosition ? abi::kInt64 : abi::kFloat;
+}
+
+abi::ElementType outputType(size_t index, abi::ElementType element, bool int8Cache) {
+  if (int8Cache && (index == kPresentKey || index == kPresentValue)) return abi::kInt8;
+  return index < kNumOutputs ? element : abi::kFloat;
 }
 
 }  // namespace lminf

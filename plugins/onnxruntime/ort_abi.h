@@ -33,7 +33,9 @@ struct Env;
 struct MemoryInfo;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType : int {
+  kUndefined = 0, kFloat = 1, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16,
+};
 enum Characteristic : int { kRequired = 0 };
 enum LogLevel : int { kLogWarning = 2 };
 enum AllocatorType : int { kDeviceAllocator = 0 };

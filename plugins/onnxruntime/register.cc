@@ -16,14 +16,19 @@ using namespace lminf;
 // One line per execution provider and element type.
 const Op<abi::kFloat, CpuKernel> cpuFloat("CPUExecutionProvider");
 const Op<abi::kFloat16, CpuKernel> cpuHalf("CPUExecutionProvider");
+const Op<abi::kFloat, CpuKernel, true> cpuFloatInt8Cache("CPUExecutionProvider");
+const Op<abi::kFloat16, CpuKernel, true> cpuHalfInt8Cache("CPUExecutionProvider");
 #if defined(LMINF_ORT_CUDA)
 const Op<abi::kFloat, CudaKernel> cudaFloat("CUDAExecutionProvider");
 const Op<abi::kFloat16, CudaKernel> cudaHalf("CUDAExecutionProvider");
 const Op<abi::kBFloat16, CudaKernel> cudaBfloat("CUDAExecutionProvider");
-const abi::CustomOp* const kKernels[] = {&cpuFloat, &cpuHalf, &cudaFloat, &cudaHalf, &cudaBfloat};
+const abi::CustomOp* const kKernels[] = {&cpuFloat,         &cpuHalf,   &cpuFloatInt8Cache,
+                                         &cpuHalfInt8Cache, &cudaFloat, &cudaHalf,
+                                         &cudaBfloat};
 constexpr const char* kProviders = "cpu cuda";
 #else
-const abi::CustomOp* const kKernels[] = {&cpuFloat, &cpuHalf};
+const abi::CustomOp* const kKernels[] = {&cpuFloat, &cpuHalf, &cpuFloatInt8Cache,
+                                         &cpuHalfInt8Cache};
 constexpr const char* kProviders = "cpu";
 #endif
 
@@ -60,6 +65,8 @@ LMINF_ORT_EXPORT abi::Status* LMINF_ORT_CALL RegisterCustomOps(abi::SessionOptio
 // blanks), and the instructions its CPU kernel runs on here.
 LMINF_ORT_EXPORT int lminfOperatorVersion() { return 1; }
 LMINF_ORT_EXPORT const char* lminfProviders() { return kProviders; }
+// The same for rings of int8.
+LMINF_ORT_EXPORT const char* lminfInt8CacheProviders() { return "cpu"; }
 LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::activeKernels().name; }
 
 // For tests and measurements: runs on this set from now on; 0 where this processor cannot.

@@ -54,16 +54,21 @@ size_t elementSize(const Params& p) { return p.element == Element::kFloat ? 4 : 
 
 // The old cache, where it is not the new one already. (1, G, 1, D) sinks serve every row.
 void carryOver(const Params& p, const Parallel& parallel) {
-  const size_t ring = static_cast<size_t>(p.capacity * p.headDim) * elementSize(p);
-  const auto copy = [&](const void* past, void* present) {
+  const auto copy = [&](const void* past, void* present, size_t slot) {
     if (past == present) return;
+    const size_t ring = static_cast<size_t>(p.capacity) * slot;
     forEach(parallel, p.batch * p.kvHeads, [&](size_t pair) {
       std::memcpy(static_cast<char*>(present) + pair * ring,
                   static_cast<const char*>(past) + pair * ring, ring);
     });
   };
-  copy(p.pastKey, p.presentKey);
-  copy(p.pastValue, p.presentValue);
+  const size_t slot = static_cast<size_t>(p.headDim) * (p.int8Rings ? 1 : elementSize(p));
+  copy(p.pastKey, p.presentKey, slot);
+  copy(p.pastValue, p.presentValue, slot);
+  if (p.int8Rings) {
+    copy(p.pastKeyScale, p.presentKeyScale, sizeof(float));
+    copy(p.pastValueScale, p.presentValueScale, sizeof(float));
+  }
   const size_t sinks = static_cast<size_t>(p.kvHeads * p.sinkSlots * p.headDim) * elementSize(p);
   const auto copySinks = [&](const void* past, void* present) {
     if (present == nullptr || past == present) return;

@@ -12,7 +12,8 @@ namespace lminf::cpu {
 
 enum class Element { kFloat, kHalf };
 
-// Inputs and outputs of lminf::LambdaAttention version 1 (docs/operator.md), row-major.
+// Inputs and outputs of lminf::LambdaAttention version 1, or of LambdaAttentionInt8Cache
+// (docs/operator.md), row-major.
 struct Params {
   int64_t batch;         // B
   int64_t heads;         // H
@@ -30,6 +31,7 @@ struct Params {
   float scale;
   float softcap;         // 0 for none
   Element element;       // of queries, keys, values and caches
+  bool int8Rings;        // rings hold int8, sinks still elements
 
   const void* query;     // (B, H, S, D)
   const void* key;       // (B, G, S, D)
@@ -46,12 +48,16 @@ struct Params {
   const float* limitSin;
   const float* alibiSlopes;   // (H)
   const float* sinkLogits;    // (H), −∞ for none
+  const float* pastKeyScale;  // (B, G, C, 1), of rings of int8
+  const float* pastValueScale;
 
   void* output;          // (B, H, S, D)
   void* presentKey;      // (B, G, C, D)
   void* presentValue;
   void* presentSinkKey;  // (B, G, max(N, 1), D); null where nobody reads it
   void* presentSinkValue;
+  float* presentKeyScale;     // (B, G, C, 1)
+  float* presentValueScale;
 };
 
 // One piece of attention: some queries of one key/value head over some keys.

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "int8.h"
 #include "simd.h"
 
 namespace {
@@ -55,20 +56,27 @@ void appendHead(const Params& p, int64_t batch, int64_t kvHead) {
   const int64_t pair = batch * p.kvHeads + kvHead, dim = p.headDim, half = p.rotaryDim / 2;
   const T* key = static_cast<const T*>(p.key) + pair * p.steps * dim;
   const T* value = static_cast<const T*>(p.value) + pair * p.steps * dim;
-  T* ringKey = static_cast<T*>(p.presentKey) + pair * p.capacity * dim;
-  T* ringValue = static_cast<T*>(p.presentValue) + pair * p.capacity * dim;
   T* sinkKey = static_cast<T*>(p.presentSinkKey);
   T* sinkValue = static_cast<T*>(p.presentSinkValue);
   const int64_t past = p.pastLength[batch];
   for (int64_t step = 0; step < p.newLength[batch]; ++step) {
-    const int64_t position = past + step, slot = position % p.capacity;
+    const int64_t position = past + step, slot = pair * p.capacity + position % p.capacity;
     const int64_t row = (batch * p.steps + step) * half;
-    rotate(p, key + step * dim, p.cos + row, p.sin + row, 1.0f, ringKey + slot * dim);
-    std::memcpy(ringValue + slot * dim, value + step * dim, dim * sizeof(T));
+    const T *newKey = key + step * dim, *newValue = value + step * dim;
+    if (p.int8Rings) {
+      int8_t* ringKey = static_cast<int8_t*>(p.presentKey) + slot * dim;
+      int8_t* ringValue = static_cast<int8_t*>(p.presentValue) + slot * dim;
+      p.presentKeyScale[slot] = quantizeRotated(p, newKey, p.cos + row, p.sin + row, ringKey);
+      p.presentValueScale[slot] = quantizeRow(newValue, dim, ringValue);
+    } else {
+      T* ringKey = static_cast<T*>(p.presentKey) + slot * dim;
+      rotate(p, newKey, p.cos + row, p.sin + row, 1.0f, ringKey);
+      std::memcpy(static_cast<T*>(p.presentValue) + slot * dim, newValue, dim * sizeof(T));
+    }
     if (position < p.numSinkTokens && sinkKey != nullptr && sinkValue != nullptr) {
       const int64_t sink = (pair * p.sinkSlots + position) * dim;
-      std::memcpy(sinkKey + sink, key + step * dim, dim * sizeof(T));
-      std::memcpy(sinkValue + sink, value + step * dim, dim * sizeof(T));
+      std::memcpy(sinkKey + sink, newKey, dim * sizeof(T));
+      std::memcpy(sinkValue + sink, newValue, dim * sizeof(T));
     }
   }
 }
@@ -290,6 +298,8 @@ struct Scratch {
   float* keys;        // (tile, padded D), where keys must be widened
   float* keysT;       // (padded D, tile), for many rows
   float* values;      // (tile, padded D)
+  float* ringKeys;    // (int8's tile, D), what a ring of int8 stands for
+  float* ringValues;  // (int8's tile, D)
   float* output;      // (rows, padded D), not yet divided by the sum
   float* top;         // (rows) running maximum
   float* sum;         // (rows) running sum
@@ -313,6 +323,8 @@ inline size_t layOut(const Params& p, int64_t numSteps, float* memory, Scratch* 
   out.keys = take(tile * dim);
   out.keysT = take(tile * dim);
   out.values = take(tile * dim);
+  out.ringKeys = take(p.int8Rings ? kInt8Tile * p.headDim : 0);
+  out.ringValues = take(p.int8Rings ? kInt8Tile * p.headDim : 0);
   out.output = take(rows * dim);
   out.top = take(rows);
   out.sum = take(rows);
@@ -403,25 +415,39 @@ class Block {
     const T* value = static_cast<const T*>(p_.presentSinkValue) + base;
     for (int64_t start = 0; start < seen; start += tile_) {
       const int64_t offset = start * p_.headDim;
-      take({key + offset, value + offset, std::min(tile_, seen - start), start, true});
+      take(Tile<T>{key + offset, value + offset, std::min(tile_, seen - start), start, true});
     }
   }
 
   // Positions become slots; a tile ends at the latest where the ring does.
   void ring() {
-    const int64_t base = (item_.batch * p_.kvHeads + item_.kvHead) * p_.capacity * p_.headDim;
-    const T* key = static_cast<const T*>(p_.presentKey) + base;
-    const T* value = static_cast<const T*>(p_.presentValue) + base;
+    const int64_t base = (item_.batch * p_.kvHeads + item_.kvHead) * p_.capacity;
+    const int64_t most = p_.int8Rings ? std::min(tile_, kInt8Tile) : tile_;
     for (int64_t position = item_.firstKey; position < item_.endKey;) {
       const int64_t slot = position % p_.capacity;
-      const int64_t count = std::min({tile_, item_.endKey - position, p_.capacity - slot});
-      const int64_t offset = slot * p_.headDim;
-      take({key + offset, value + offset, count, position, false});
+      const int64_t count = std::min({most, item_.endKey - position, p_.capacity - slot});
+      if (p_.int8Rings) {
+        takeInt8(base + slot, count, position);
+      } else {
+        const int64_t offset = (base + slot) * p_.headDim;
+        take(Tile<T>{static_cast<const T*>(p_.presentKey) + offset,
+                     static_cast<const T*>(p_.presentValue) + offset, count, position, false});
+      }
       position += count;
     }
   }
 
-  void take(const Tile<T>& tile) {
+  void takeInt8(int64_t slot, int64_t count, int64_t position) {
+    const int64_t offset = slot * p_.headDim;
+    dequantize(static_cast<const int8_t*>(p_.presentKey) + offset, p_.presentKeyScale + slot, count,
+               p_.headDim, s_.ringKeys);
+    dequantize(static_cast<const int8_t*>(p_.presentValue) + offset, p_.presentValueScale + slot,
+               count, p_.headDim, s_.ringValues);
+    take(Tile<float>{s_.ringKeys, s_.ringValues, count, position, false});
+  }
+
+  template <typename K>  // T, or float for a ring of int8
+  void take(const Tile<K>& tile) {
     const float* query = tile.sink ? s_.sinkQuery : s_.localQuery;
     const bool exact = p_.headDim == dim_, many = rows_ >= kManyRows;
     if (many) {
@@ -463,7 +489,8 @@ class Block {
   }
 
   // Logits of one row become weights under the running maximum.
-  void weigh(const Tile<T>& tile, int64_t row) {
+  template <typename K>
+  void weigh(const Tile<K>& tile, int64_t row) {
     float* logits = s_.logits + row * tile_;
     const int64_t width = roundUp(tile.count, kWidth);
     if (p_.softcap != 0.0f) capLogits(logits, width);
@@ -490,7 +517,8 @@ class Block {
     }
   }
 
-  void addDistances(const Tile<T>& tile, int64_t row, float slope, float* logits, int64_t width) {
+  template <typename K>
+  void addDistances(const Tile<K>& tile, int64_t row, float slope, float* logits, int64_t width) {
     const int64_t first = tile.sink ? p_.distanceLimit : position(row) - tile.position;
     for (int64_t k = 0; k < width; ++k) {
       logits[k] -= slope * static_cast<float>(tile.sink ? first : first - k);
@@ -498,7 +526,8 @@ class Block {
   }
 
   // Keys the row's query does not see: behind it, before its window, beyond the tile.
-  void hide(const Tile<T>& tile, int64_t row, float* logits, int64_t width) {
+  template <typename K>
+  void hide(const Tile<K>& tile, int64_t row, float* logits, int64_t width) {
     int64_t begin = 0, end = tile.count;
     if (tile.sink) {
       end = std::clamp<int64_t>(numSeenSinks(row) - tile.position, 0, end);
