@@ -18,10 +18,13 @@ Source: arXiv 2308.16137 (LM-Infinite); docs/operator.md derives each rule.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+
+Rounding = Callable[[Tensor], Tensor]
 
 EMPTY = -1  # a slot position below zero: no token is there
 INT8_LIMIT = 127  # symmetric: −128 is not used
@@ -83,7 +86,7 @@ def attend_by_distance(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
-    int8_cache: bool = False,
+    rounded: Rounding | None = None,
 ) -> Tensor:
     """Attend from explicit queries to explicit keys; rotations come from distances alone.
 
@@ -92,9 +95,8 @@ def attend_by_distance(
     as R_{p−b} and R_{j−b} with b the row's first query position, so that every angle is
     small and float64 is exact whatever p is.
 
-    With an int8 cache local keys and values are those that a ring would hold: a key rotated at
-    its absolute position and rounded (`quantize`), a value rounded. Rounding does not commute
-    with rotation, so the distance alone does not determine the result.
+    A ring that rounds what it holds rounds a key as rotated at its absolute position. Rounding
+    does not commute with rotation, so the distance alone does not determine the result then.
 
     Args:
         query: (B, H, S, D), not rotated.
@@ -112,25 +114,24 @@ def attend_by_distance(
         softcap: c > 0 replaces a logit x by c·tanh(x / c); 0 leaves it.
         alibi_slopes: (H,) slopes m; adds −m·(p − j) to local logits, −m·L to sinks.
         sink_logits: (H,) learned logits that join the softmax's denominator.
-        int8_cache: local keys and values are rounded as an int8 ring holds them.
+        rounded: what the ring makes of a local key, rotated at its position, and of a value,
+            such as `round_to_int8`; None for a ring that holds them as they are.
 
     Returns:
         (B, H, S, D) in the type of query; a query that sees no key yields zeros.
     """
-    base = torch.zeros_like(query_position[:, :1]) if int8_cache else query_position[:, :1]
+    base = torch.zeros_like(query_position[:, :1]) if rounded else query_position[:, :1]
     groups = query.shape[1] // key.shape[1]
     local_query = sink_query = query
     local_key, local_value = key, value
     if inv_freq is not None:
-        turn = _rotate_at_any if int8_cache else _rotate_at
+        turn = _rotate_at_any if rounded else _rotate_at
         local_query = turn(query, query_position - base, inv_freq, attention_factor, interleaved)
         local_key = turn(key, key_position - base, inv_freq, attention_factor, interleaved)
         limit = torch.full_like(base, distance_limit)
         sink_query = _rotate_at(query, limit, inv_freq, attention_factor**2, interleaved)
-    if int8_cache:
-        local_key, local_value = (
-            dequantize(*quantize(x)).to(x.dtype) for x in (local_key, local_value)
-        )
+    if rounded is not None:
+        local_key, local_value = (rounded(x).to(x.dtype) for x in (local_key, local_value))
     key, value, local_key, local_value = (
         _heads(x, groups) for x in (key, value, local_key, local_value)
     )
@@ -147,7 +148,7 @@ def attend_by_distance(
         logits = logits - alibi_slopes.to(logits.dtype)[:, None, None] * seen
     logits = logits.masked_fill(~(local | sink)[:, None], float("-inf"))
     weights = _softmax(logits, sink_logits).to(value.dtype)
-    if not int8_cache:
+    if rounded is None:
         return weights @ value
     of_sinks = weights.masked_fill(~sink[:, None], 0.0)
     return of_sinks @ value + (weights - of_sinks) @ local_value
@@ -170,6 +171,22 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     steps = (x / scale.masked_fill(scale == 0, 1.0)).round()
     # Only a scale that has lost its bits, below the normal numbers, leaves the limits.
     return steps.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8), scale
+
+
+def round_to_int8(x: Tensor, *, tie_margin: float = 0.0) -> Tensor:
+    """Return what remains of rows (…, D) in an int8 ring, in float32 or float64.
+
+    Args:
+        x: (…, D).
+        tie_margin: what lies nearer to a tie than this, in steps of the scale, is rounded to the
+            other side: as right for a computation that errs so much.
+    """
+    q, scale = quantize(x)
+    if tie_margin:
+        beyond = x.to(scale.dtype) / scale.masked_fill(scale == 0, 1.0) - q
+        near = (beyond.abs() > 0.5 - tie_margin) & (q.abs() < INT8_LIMIT)
+        q = torch.where(near, q + beyond.sign().to(torch.int8), q)
+    return dequantize(q, scale)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lminf_export.quantize.dequantize import (
     quantized_names,
     rounded_activations,
 )
+from lminf_export.reference import Rounding, round_to_int8
 from lminf_export.routing import Groups, Routed, experts_of, groups_of
 from lminf_export.source import Source, open_source
 
@@ -47,6 +48,11 @@ def bundle_plan(bundle: Bundle, family: Family, source: Source) -> AttentionPlan
                 f"compare with the model it was exported from"
             )
     return plan
+
+
+def rounding_of(bundle: Bundle) -> Rounding | None:
+    """Return what a bundle's rings make of keys and values, None if they hold them as they are."""
+    return round_to_int8 if bundle.manifest.kv_cache_dtype == "int8" else None
 
 
 @contextmanager
@@ -82,7 +88,7 @@ class Reference:
         plan: how its layers attend.
         tokens: (T,) the stream.
         progress: told how far it is.
-        int8_cache: keys and values of the window are rounded as rings of int8 hold them.
+        rounded: what the bundle's rings make of keys and values; None for rings that hold them.
     """
 
     checkpoint: Checkpoint
@@ -90,7 +96,7 @@ class Reference:
     plan: AttentionPlan
     tokens: NDArray[np.int64]
     progress: Progress
-    int8_cache: bool = False
+    rounded: Rounding | None = None
 
     @torch.no_grad()
     def logits(
@@ -112,7 +118,7 @@ class Reference:
         if rounding is not None and rounding.manifest.quantization is not None:
             block_size = rounding.manifest.quantization.block_size
             rounded = rounded_activations(model, quantized_names(rounding), block_size)
-        step = HistoryStep(self.plan, int8_cache=self.int8_cache)
+        step = HistoryStep(self.plan, rounded=self.rounded)
         width = min(256, len(tokens))
         logits = []
         with self.family.patched(model), rounded:

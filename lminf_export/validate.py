@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,15 @@ from lminf_export.quantize.dequantize import (
     is_made_of,
     with_tied_names,
 )
-from lminf_export.reference_model import Reference, bundle_plan, reference_checkpoint
+from lminf_export.reference import INT8_LIMIT, round_to_int8
+from lminf_export.reference_model import (
+    Reference,
+    bundle_plan,
+    reference_checkpoint,
+    rounding_of,
+)
 from lminf_export.routing import (
+    Routed,
     RoutingReport,
     WatchedSession,
     compare_routing,
@@ -159,7 +167,7 @@ def validate(
     run = _Run(opened, language_model, tokens, progress)
     routing: list[RoutingReport] = []
     with reference_checkpoint(opened, original) as checkpoint:
-        reference = Reference(checkpoint, family, plan, tokens, progress, run.int8_cache)
+        reference = Reference(checkpoint, family, plan, tokens, progress, rounding_of(opened))
         if watched is None:
             comparisons, logits = _compare_dense(run, reference, dtype)
         else:
@@ -214,13 +222,32 @@ class _Run:
 
     @property
     def low_precision(self) -> torch.dtype | None:
-        """The type a yardstick computes in, where a bundle computes in less than float32.
-
-        Or where it rounds on the way: what lies next to a tie falls to either side.
-        """
+        """The type a yardstick computes in, where a bundle computes in less than float32."""
         dtype = self.bundle.manifest.dtype
-        exact = dtype == "float32" and self.rounding is None and not self.int8_cache
-        return None if exact else getattr(torch, dtype)
+        return None if dtype == "float32" and self.rounding is None else getattr(torch, dtype)
+
+    def yardstick(
+        self, reference: Reference, dtype: torch.dtype, routed: Routed | None = None
+    ) -> Any | None:
+        """Logits (T, V) of a right computation that errs as the bundle may; None if it must not.
+
+        In a lower precision, the reference in it. With rings of int8 alone, the reference with
+        everything that float32 could push over a tie on the tie's other side.
+        """
+        if self.low_precision is not None:
+            return reference.logits(self.low_precision, routed, rounding=self.rounding)
+        if not self.int8_cache:
+            return None
+        other_side = partial(round_to_int8, tie_margin=INT8_LIMIT * FLOAT32_TOLERANCE)
+        return replace(reference, rounded=other_side).logits(dtype, routed)
+
+    def tolerance(self, yardstick: Any | None, wanted: Any) -> float:
+        """Largest error that passes."""
+        if yardstick is None:
+            return FLOAT32_TOLERANCE
+        error = compare("", yardstick, wanted, 0).max_error
+        exact = self.low_precision is None
+        return FLOAT32_TOLERANCE + error if exact else LOW_PRECISION_FACTOR * error
 
 
 WAYS = (("token by token", (1,)), ("in uneven chunks", CHUNK_PATTERN))
@@ -231,10 +258,7 @@ def _compare_dense(
 ) -> tuple[list[Comparison], Logits]:
     """Compare a bundle run in each way; return the logits of the last, too."""
     wanted = reference.logits(dtype)
-    tolerance = FLOAT32_TOLERANCE
-    if run.low_precision is not None:
-        yardstick = reference.logits(run.low_precision, rounding=run.rounding)
-        tolerance = LOW_PRECISION_FACTOR * compare("", yardstick, wanted, 0).max_error
+    tolerance = run.tolerance(run.yardstick(reference, dtype), wanted)
     comparisons = []
     for name, sizes in WAYS:
         logits = run.logits(name, sizes)
@@ -255,14 +279,12 @@ def _compare_routed(
         scores = routed.all_scores()
         if len(scores) != len(chosen):  # a router that chooses in some other way
             return (*_compare_dense(run, reference, dtype), [])
-        tolerance = FLOAT32_TOLERANCE
         error = FLOAT32_TOLERANCE * max(_range(score) for score in scores)
-        if run.low_precision is not None:
-            low = reference.routed(chosen)
-            yardstick = reference.logits(run.low_precision, low, rounding=run.rounding)
-            tolerance = LOW_PRECISION_FACTOR * compare("", yardstick, wanted, 0).max_error
+        low = reference.routed(chosen)
+        yardstick = run.yardstick(reference, dtype, low)
+        if yardstick is not None:
             error = largest_difference(low.all_scores(), scores)
-        comparisons.append(compare(name, logits, wanted, tolerance))
+        comparisons.append(compare(name, logits, wanted, run.tolerance(yardstick, wanted)))
         reports.append(compare_routing(scores, chosen, error, reference.groups()))
     return comparisons, logits, reports
 
@@ -362,7 +384,7 @@ def _compare_with_stock(reference: Reference, dtype: torch.dtype, bundle: Bundle
 
     The reference's caches are exact here, whatever the bundle's are.
     """
-    reference = replace(reference, int8_cache=False)
+    reference = replace(reference, rounded=None)
     count = min(bundle.manifest.settings.window_size, STOCK_LIMIT, len(reference.tokens))
     own = reference.own_routing()
     wanted = reference.logits(dtype, own, count)

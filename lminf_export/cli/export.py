@@ -233,7 +233,8 @@ def _print_result(bundle: Bundle) -> None:
     click.echo(
         f"{_shown(bundle.path)}: {manifest.model_type}, {manifest.dtype}{quantized}, window "
         f"{settings.window_size} + {settings.num_sink_tokens} sink tokens, cache "
-        f"{_kind_of_cache(manifest)}{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, for ever"
+        f"{_kind_of_cache(manifest)}{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, "
+        "for ever"
     )
     for name, entry in manifest.files.items():
         if entry.role in ("graph", "weights", "plan", "plugin", "engine_graph"):

@@ -26,7 +26,12 @@ from lminf_export.evaluate.scorers import Arrays
 from lminf_export.models import find_family
 from lminf_export.models.base import ATTENTION_NAME, Step
 from lminf_export.models.steps import HistoryStep, run
-from lminf_export.reference_model import bundle_plan, load_torch_model, reference_source
+from lminf_export.reference_model import (
+    bundle_plan,
+    load_torch_model,
+    reference_source,
+    rounding_of,
+)
 from lminf_export.source import Source, open_source
 
 CHUNK_SIZE = 256
@@ -44,7 +49,7 @@ class TorchModel:
         original = open_source(model if model is not None else bundle.path)
         self.plan = bundle_plan(bundle, self._family, original)
         self._model = _load(bundle, original, own_weights=model is None)
-        self.int8_cache = bundle.manifest.kv_cache_dtype == "int8"
+        self.rounded = rounding_of(bundle)
         self.window_size = bundle.manifest.lambda_config.window_size
         self.num_sink_tokens = bundle.manifest.lambda_config.num_sink_tokens
 
@@ -132,7 +137,7 @@ class ReferenceScorer:
 
     def __init__(self, model: TorchModel) -> None:
         self._model = model
-        self._step = HistoryStep(model.plan, int8_cache=model.int8_cache)
+        self._step = HistoryStep(model.plan, rounded=model.rounded)
 
     def score(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read tokens (S,) and return the nats (S,) of the token behind each."""

@@ -181,13 +181,17 @@ class HistoryStep:
     Args:
         plan: how the layers attend.
         batch_size: B.
-        int8_cache: local keys and values are rounded as a ring of int8 holds them.
+        rounded: what a ring makes of keys and values: see `reference.attend_by_distance`.
     """
 
     def __init__(
-        self, plan: AttentionPlan, batch_size: int = 1, *, int8_cache: bool = False
+        self,
+        plan: AttentionPlan,
+        batch_size: int = 1,
+        *,
+        rounded: reference.Rounding | None = None,
     ) -> None:
-        self.plan, self.int8_cache = plan, int8_cache
+        self.plan, self.rounded = plan, rounded
         self.past_length = torch.zeros(batch_size, dtype=torch.int64)
         self.new_length = self.past_length
         self.history: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -227,7 +231,7 @@ class HistoryStep:
             softcap=plan.softcap,
             alibi_slopes=plan.alibi_slopes,
             sink_logits=call.sink_logits,
-            int8_cache=self.int8_cache,
+            rounded=self.rounded,
         )
         after = (self.past_length + self.new_length)[:, None]
         alive = (position > after - spec.window_size) | (position < spec.num_sink_tokens)
