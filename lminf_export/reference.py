@@ -319,7 +319,7 @@ def lambda_attention(
         present_sink_key, present_sink_value like their pasts. Rows of output behind
         new_length are finite and mean nothing.
     """
-    turn = partial(_turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
+    turn = partial(turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
     local_query, local_key = turn(query, cos, sin), turn(key, cos, sin)
     sink_query = turn(query, limit_cos, limit_sin)
 
@@ -393,7 +393,7 @@ def lambda_attention_int8_cache(
     Returns:
         The five of `lambda_attention`, then present_key_scale and present_value_scale.
     """
-    turn = partial(_turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
+    turn = partial(turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
     local_query, local_key = turn(query, cos, sin), turn(key, cos, sin)
     sink_query = turn(query, limit_cos, limit_sin)
 
@@ -495,7 +495,7 @@ def attend_caches(
     return weights[..., :split] @ values[0] + weights[..., split:] @ values[1]
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
     """(B, ·, S, D) in float32 or float64, rotated by rows (B, S, R/2) or one row (R/2,)."""
     real = _real(x)
     if not rotary_dim:

@@ -37,13 +37,15 @@ class OnnxNode:
         element=TensorProto.FLOAT,
         in_place: bool = False,
         kernels: Path | None = None,
+        int8_cache: bool = False,
     ) -> None:
-        self.case, self.in_place = case, in_place
+        self.case, self.in_place, self.int8_cache = case, in_place, int8_cache
         features = BodyFeatures(
             rotary=bool(case.rotary_dim),
             alibi=case.alibi,
             softcap=bool(case.softcap),
             sink_logits=case.sink_logits,
+            int8_cache=int8_cache,
         )
         model = one_node_model(case, function_body(features), element)
         options = ort.SessionOptions()
@@ -57,13 +59,13 @@ class OnnxNode:
         arrays = [np.ascontiguousarray(x.numpy()) for x in inputs]
         values = [ort.OrtValue.ortvalue_from_numpy(x) for x in arrays]
         binding = self.session.io_binding()
-        for name, value in zip(op.INPUT_NAMES, values, strict=True):
+        named = dict(zip(op.input_names(int8_cache=self.int8_cache), values, strict=True))
+        for name, value in named.items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_output(op.OUTPUT_NAMES[0])
-        for offset, name in enumerate(op.OUTPUT_NAMES[1:]):
-            is_constant = offset >= 2 and not case.num_sink_tokens
-            if self.in_place and not is_constant:
-                binding.bind_ortvalue_output(name, values[3 + offset])
+        for name in op.output_names(int8_cache=self.int8_cache):
+            is_constant = "sink" in name and not case.num_sink_tokens
+            if self.in_place and name.startswith("present") and not is_constant:
+                binding.bind_ortvalue_output(name, named[name.replace("present", "past")])
             else:
                 binding.bind_output(name)
         self.session.run_with_iobinding(binding)
@@ -74,24 +76,27 @@ class OnnxNode:
 
 
 def one_node_model(case: Case, function, element) -> onnx.ModelProto:
+    int8_cache = function.name == op.INT8_CACHE_OP_TYPE
+    inputs, outputs = (f(int8_cache=int8_cache) for f in (op.input_names, op.output_names))
+
     def info(name):
+        kind = TensorProto.FLOAT if name in op.FLOAT32_INPUTS or "_scale" in name else element
+        if int8_cache and name in op.RING_NAMES:
+            kind = TensorProto.INT8
         if name in op.INTEGER_INPUTS:
-            return helper.make_tensor_value_info(name, TensorProto.INT64, None)
-        kind = TensorProto.FLOAT if name in op.FLOAT32_INPUTS else element
+            kind = TensorProto.INT64
         return helper.make_tensor_value_info(name, kind, None)
 
     attributes = {**case.attributes(), "rotary_interleaved": int(case.interleaved)}
     node = helper.make_node(
-        op.OP_TYPE,
-        op.INPUT_NAMES,
-        op.OUTPUT_NAMES,
+        function.name,
+        inputs,
+        outputs,
         domain=op.DOMAIN,
         plugin_namespace=op.DOMAIN,
         **attributes,
     )
-    graph = helper.make_graph(
-        [node], "one", [info(n) for n in op.INPUT_NAMES], [info(n) for n in op.OUTPUT_NAMES]
-    )
+    graph = helper.make_graph([node], "one", [info(n) for n in inputs], [info(n) for n in outputs])
     return helper.make_model(
         graph,
         functions=[function],

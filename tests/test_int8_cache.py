@@ -1,0 +1,318 @@
+"""Rings of int8: the specification against distances, body and kernel against the specification."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from lminf_export import op, reference
+from lminf_export.onnx_function import BodyFeatures, function_body
+from lminf_export.reference import INT8_LIMIT, dequantize, quantize, round_to_int8
+from lminf_export.runtime.kernels import INSTALLED, open_library
+from tests.operator_case import Case, History, shared_inputs
+from tests.test_operator import BASES, CASES, TOLERANCE, OnnxNode, cases, random_chunks, total
+
+SETS = ("body", "portable", "avx2", "avx512")
+
+
+@pytest.fixture(params=SETS)
+def node(request):
+    """Makes a node of a case: its function body, or the kernel on one instruction set."""
+    if request.param == "body":
+        yield partial(OnnxNode, int8_cache=True)
+        return
+    if not INSTALLED.is_file():
+        pytest.skip("no C++ compiler, no kernels were built")
+    library = ctypes.CDLL(str(INSTALLED))
+    before = open_library(INSTALLED).instruction_set
+    if not library.lminfUseInstructionSet(request.param.encode()):
+        pytest.skip(f"this processor has no {request.param}")
+    yield partial(OnnxNode, int8_cache=True, kernels=INSTALLED)
+    assert library.lminfUseInstructionSet(before.encode())
+
+
+def test_rounding_takes_ties_to_even_and_the_largest_to_127():
+    rows = torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.5], [-254.0, 1.0, 3.0, -5.0, 0.0]])
+    q, scale = quantize(rows)
+    assert scale.tolist() == [[1.0], [2.0]]
+    assert q.tolist() == [[127, 0, 2, -2, -126], [-127, 0, 2, -2, 0]]
+    assert q.dtype == torch.int8
+    assert scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-45, 3e-44, 2e-43, 1e-38, 3e38])
+def test_rounding_stays_finite_at_the_ends_of_float32(x):
+    q, scale = quantize(torch.tensor([[x, -x]]))
+    assert q[0, 0] == -q[0, 1]
+    assert dequantize(q, scale).isfinite().all()
+    if x >= 1e-38:
+        assert q.tolist() == [[127, -127]]
+
+
+def test_rounding_errs_by_half_a_step_and_the_other_side_by_little_more():
+    x = torch.randn(5, 3, 977, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    _, scale = quantize(x)
+    error = ((round_to_int8(x) - x) / scale).abs()
+    other = ((round_to_int8(x, tie_margin=0.01) - x) / scale).abs()
+    assert error.max() <= 0.5
+    assert 0.5 < other.max() <= 0.51
+    assert (error != other).double().mean() == pytest.approx(0.02, abs=0.01)
+
+
+class ExactHistory(History):
+    """Rotated in float64, so that nothing lies between two computations but the order of sums."""
+
+    def _rotated(self, key, position, tables):
+        cos, sin = exact_rows(self.case, torch.tensor([position]))
+        return reference.rotate(key, cos, sin, interleaved=self.case.interleaved)
+
+
+def exact_rows(case, position):
+    """cos and sin (…, R/2) float64 of positions below 2^40: two angles that are exact, each."""
+    low = position % 2**20
+    turns = [digit[..., None].double() * case.inv_freq.double() for digit in (low, position - low)]
+    (c0, s0), (c1, s1) = ((turn.cos(), turn.sin()) for turn in turns)
+    m = case.attention_factor
+    return (c0 * c1 - s0 * s1) * m, (s0 * c1 + c0 * s1) * m
+
+
+def rounded_caches(history, capacity):
+    """Ring key, ring value, sinks and scales as they stand before the first query."""
+    key, value, *sinks = history.caches(capacity)
+    (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
+    return [key, value, *sinks], [key_scale, value_scale]
+
+
+def exact_inputs(case, past, new, width, capacity):
+    shared = shared_inputs(case, past, new, width, capacity)
+    if case.rotary_dim:
+        limit = torch.tensor(case.limit)
+        shared[4:6] = exact_rows(case, shared[2])
+        shared[6:8] = (row * case.attention_factor for row in exact_rows(case, limit))
+    return shared
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_ring_equals_distances(name):
+    case = CASES[name]
+    for base in BASES:
+        chunks = random_chunks(case, rows=3, steps=16, seed=base % 97)
+        bases = [base, base + 5, base + 131 if base else 0]
+        history = ExactHistory(case, bases, total(chunks), torch.float64)
+        wanted = rounded_oracle(history)
+        past = torch.tensor(bases)
+        caches, scales = rounded_caches(history, case.capacity)
+        for new_lengths in chunks:
+            new, width = torch.tensor(new_lengths), max(new_lengths)
+            inputs = [
+                *history.chunk(past, new, width),
+                *caches,
+                *exact_inputs(case, past, new, width, case.capacity),
+                *scales,
+            ]
+            output, *present = reference.lambda_attention_int8_cache(*inputs, **case.attributes())
+            caches, scales = present[:4], present[4:]
+            assert caches[0].dtype == caches[1].dtype == torch.int8
+            for row in range(3):
+                count, start = new_lengths[row], int(past[row]) - bases[row]
+                right = wanted[row, :, start : start + count]
+                # Sums in another order; the smallest float32 slope and logit are exact.
+                torch.testing.assert_close(output[row, :, :count], right, rtol=0, atol=1e-7)
+            past = past + new
+
+
+def rounded_oracle(history):
+    case, length = history.case, history.query.shape[2]
+    return reference.attend_by_distance(
+        history.query,
+        history.key,
+        history.value,
+        torch.tensor(history.bases)[:, None] + torch.arange(length),
+        history.position,
+        window_size=case.window_size,
+        num_sink_tokens=case.num_sink_tokens,
+        distance_limit=case.limit,
+        scale=case.scale,
+        inv_freq=case.inv_freq if case.rotary_dim else None,
+        attention_factor=case.attention_factor,
+        interleaved=case.interleaved,
+        softcap=case.softcap,
+        alibi_slopes=case.alibi_slopes,
+        sink_logits=case.learned_logits,
+        rounded=round_to_int8,
+    )
+
+
+def test_the_result_does_not_depend_on_how_a_text_is_cut():
+    case = CASES["plain"]
+    found = []
+    for sizes in ([1] * 77, [7] * 11, [3, 4, 5, 2] * 6):
+        sizes = sizes[: next(i for i in range(len(sizes) + 1) if sum(sizes[:i]) >= 70)]
+        history = ExactHistory(case, [0], 77, torch.float64)
+        caches, scales = rounded_caches(history, case.capacity)
+        past, outputs = torch.zeros(1, dtype=torch.int64), []
+        for size in sizes:
+            new = torch.tensor([size])
+            shared = exact_inputs(case, past, new, size, case.capacity)
+            inputs = [*history.chunk(past, new, size), *caches, *shared, *scales]
+            output, *present = reference.lambda_attention_int8_cache(*inputs, **case.attributes())
+            caches, scales = present[:4], present[4:]
+            outputs.append(output)
+            past = past + new
+        found.append(torch.cat(outputs, dim=2)[:, :, :70])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-12)
+
+
+def follow(form, case, history, chunks):
+    """Feed a stream in ragged chunks; hold rings and outputs of each step to the specification.
+
+    What the form wrote must be what the specification writes, but for ties that float32 decides;
+    its output must be the specification's over what the form wrote. Returns the largest error.
+    """
+    past = torch.tensor(history.bases)
+    caches, scales = rounded_caches(history, case.capacity)
+    error, ties = 0.0, 0
+    for new_lengths in chunks:
+        new, width = torch.tensor(new_lengths), max(new_lengths)
+        shared = shared_inputs(case, past, new, width, case.capacity)
+        inputs = [*history.chunk(past, new, width), *caches, *shared, *scales]
+        wanted = reference.lambda_attention_int8_cache(*inputs, **case.attributes())
+        before = caches
+        output, *present = form(case, inputs)
+        caches, scales = present[:4], present[4:]
+        if not case.num_sink_tokens:
+            caches[2:] = before[2:]
+        ties += check_rings(case, inputs, [output, *present], wanted)
+        right = attended(case, inputs, caches, scales)
+        for row, count in enumerate(new_lengths):
+            got = output[row, :, :count].double()
+            if count:
+                error = max(error, float((got - right[row, :, :count]).abs().max()))
+        assert output.isfinite().all()
+        past = past + new
+    return error, ties
+
+
+def check_rings(case, inputs, found, wanted):
+    """Compare what later queries may see; return how many roundings fell to the other side."""
+    past, new, slot = inputs[7], inputs[8], inputs[10]
+    after = (past + new)[:, None]
+    alive = ((slot >= 0) & (slot > after - case.window_size))[:, None, :, None]
+    cos, sin = inputs[11:13]
+    turn = partial(reference.turned, rotary_dim=case.rotary_dim, interleaved=case.interleaved)
+    rows = (turn(inputs[1].double(), cos, sin), inputs[2].double())
+    ties = 0
+    for ring, scale, new_rows in zip((1, 2), (5, 6), rows, strict=True):
+        torch.testing.assert_close(
+            (found[scale] * alive).float(), wanted[scale] * alive, rtol=1e-6, atol=0
+        )
+        difference = (found[ring].int() - wanted[ring].int()) * alive
+        assert difference.abs().max() <= 1
+        steps = new_rows / quantize(new_rows)[1]
+        ring_steps = reference.write_ring(found[ring].double(), steps, past)
+        at = difference != 0
+        from_tie = (ring_steps[at] - ring_steps[at].floor() - 0.5).abs()
+        assert (from_tie < INT8_LIMIT * 1e-5).all()
+        ties += int(at.sum())
+    for sinks in (3, 4):
+        if case.num_sink_tokens:
+            assert torch.equal(found[sinks], wanted[sinks])
+    return ties
+
+
+def attended(case, inputs, caches, scales):
+    """The specification's output over given caches, in float64."""
+    query, cos, sin, limit_cos, limit_sin = inputs[0].double(), *inputs[11:15]
+    turn = partial(reference.turned, rotary_dim=case.rotary_dim, interleaved=case.interleaved)
+    attributes = case.attributes()
+    del attributes["rotary_dim"], attributes["rotary_interleaved"]
+    return reference.attend_caches(
+        turn(query, cos, sin),
+        turn(query, limit_cos, limit_sin),
+        *(dequantize(q, scale.double()) for q, scale in zip(caches[:2], scales, strict=True)),
+        *(sinks.double() for sinks in caches[2:]),
+        *inputs[9:11],
+        *inputs[15:17],
+        **attributes,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_form_follows_the_specification(name, node):
+    case, ties, written = CASES[name], 0, 0
+    for base in (0, 10**12):
+        chunks = random_chunks(case, rows=3, steps=12, seed=base % 89)
+        bases = [base, base + 5, base + 131 if base else 0]
+        history = History(case, bases, total(chunks), torch.float32)
+        error, count = follow(node(case, in_place=bool(base)), case, history, chunks)
+        assert error < TOLERANCE
+        ties += count
+        written += 2 * case.num_kv_heads * case.head_dim * sum(map(sum, chunks))
+    # A row stays up to a window's tokens; each is compared at every step.
+    assert ties <= 1e-3 * written
+
+
+@pytest.mark.parametrize(
+    ("case", "steps"),
+    [
+        # Several tiles and split keys; transposed tiles; sizes no vector divides.
+        (Case(window_size=607, chunk_size=131, head_dim=32, rotary_dim=32), 5),
+        (Case(window_size=293, chunk_size=67, head_dim=86, rotary_dim=20), 5),
+        (Case(window_size=83, num_sink_tokens=271, chunk_size=101, head_dim=16), 4),
+    ],
+    ids=["long_window", "odd_head_dim", "many_sinks"],
+)
+def test_large_cases_follow_the_specification(case, steps, node):
+    chunks = [[case.chunk_size, case.chunk_size - 1]] * steps + [[1, 1]] * 3
+    history = History(case, [0, 10**9], total(chunks), torch.float32)
+    error, _ = follow(node(case, in_place=True), case, history, chunks)
+    assert error < TOLERANCE
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases, base=st.sampled_from(BASES), in_place=st.booleans(), seed=st.integers(0, 999))
+def test_any_case_follows_the_specification(case, base, in_place, seed):
+    chunks = random_chunks(case, rows=2, steps=6, seed=seed)
+    history = History(case, [base, base + seed], total(chunks), torch.float32)
+    for kernels in (None, INSTALLED if INSTALLED.is_file() else None):
+        form = OnnxNode(case, in_place=in_place, kernels=kernels, int8_cache=True)
+        assert follow(form, case, history, chunks)[0] < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["plain", "interleaved", "no_sinks", "more_sinks_than_window"])
+def test_half_precision_follows_the_specification(name, node):
+    case = CASES[name]
+    chunks = random_chunks(case, rows=3, steps=16, seed=3)
+    history = History(case, [0, 10**6, 131], total(chunks), torch.float16)
+    error, _ = follow(
+        node(case, TensorProto.FLOAT16, in_place=True), case, history, chunks
+    )
+    # The output's own rounding, and that of the body's products with sinks, of values up to 8.
+    assert error < 8 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("name", ["plain", "no_sinks"])
+def test_torch_op_passes_opcheck(name):
+    case = CASES[name]
+    history = History(case, [3, 0], 5, torch.float32)
+    past, new = torch.tensor(history.bases), torch.tensor([5, 4])
+    caches, scales = rounded_caches(history, case.capacity)
+    shared = shared_inputs(case, past, new, 5, case.capacity)
+    inputs = (*history.chunk(past, new, 5), *caches, *shared, *scales)
+    torch.library.opcheck(
+        torch.ops.lminf.lambda_attention_int8_cache.default, inputs, case.attributes()
+    )
+
+
+def test_the_old_ring_is_read_by_nothing_but_the_write():
+    function = function_body(BodyFeatures(int8_cache=True))
+    for past in ("past_key", "past_value", *op.SCALE_INPUT_NAMES):
+        readers = [node.op_type for node in function.node if past in node.input]
+        assert readers == ["TensorScatter"]
