@@ -291,9 +291,7 @@ def test_half_precision_follows_the_specification(name, node):
     case = CASES[name]
     chunks = random_chunks(case, rows=3, steps=16, seed=3)
     history = History(case, [0, 10**6, 131], total(chunks), torch.float16)
-    error, _ = follow(
-        node(case, TensorProto.FLOAT16, in_place=True), case, history, chunks
-    )
+    error, _ = follow(node(case, TensorProto.FLOAT16, in_place=True), case, history, chunks)
     # The output's own rounding, and that of the body's products with sinks, of values up to 8.
     assert error < 8 * torch.finfo(torch.float16).eps
 
