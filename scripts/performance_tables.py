@@ -236,6 +236,46 @@ def quantization() -> str:
     return table(head, [first, *rows]) + where(found)
 
 
+def cache_cost() -> str:
+    path = RESULTS / "kv_cache-perplexity.json"
+    if not path.is_file():
+        return NOTHING
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"{row['model']}, {row['text']}",
+            f"{row['lambda_config']['window_size']}",
+            f"{row['tokens']:,}",
+            f"{row['perplexity']['float32']:.3f}",
+            f"{row['perplexity']['int8']:.3f}",
+            f"{row['cost']:+.3%} ± {row['standard_error']:.3%}",
+            f"{row['cache_bytes_ratio']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["model, text", "window", "tokens", "float32", "int8", "cost", "bytes"]
+    return table(head, rows) + where(found)
+
+
+def cache_decode() -> str:
+    path = RESULTS / "kv_cache-decode.json"
+    if not path.is_file():
+        return NOTHING
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"{row['batch_size']}",
+            f"{row['position']:,}",
+            *(f"{row['live_cache_bytes'][name] / MIB:.1f}" for name in ("float32", "int8")),
+            *(f"{row['ms_per_step'][name]:.1f}" for name in ("float32", "int8")),
+            f"{row['int8_over_float32']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["batch", "position", "float32, MiB", "int8, MiB", "float32, ms", "int8, ms", "ratio"]
+    return table(head, rows) + where(found, f"{found['threads']} thread")
+
+
 def origin(found: dict[str, Any]) -> str:
     return where(found["environment"], f"{found['threads']} thread")
 
@@ -266,6 +306,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "large": large,
     "plans": plans,
     "quantization": quantization,
+    "kv_cache perplexity": cache_cost,
+    "kv_cache decode": cache_decode,
 }
 
 

@@ -191,7 +191,7 @@ def ring(window: int) -> int:
 
 
 def cache_bytes(plan: Any) -> int:
-    return sum(layer.cache_elements for layer in plan.layers) * torch.float16.itemsize
+    return sum(layer.cache_bytes(torch.float16.itemsize) for layer in plan.layers)
 
 
 def read_config(name: str, folder: Path) -> Any:
