@@ -314,3 +314,17 @@ def test_the_old_ring_is_read_by_nothing_but_the_write():
     for past in ("past_key", "past_value", *op.SCALE_INPUT_NAMES):
         readers = [node.op_type for node in function.node if past in node.input]
         assert readers == ["TensorScatter"]
+
+
+@pytest.mark.skipif(not INSTALLED.is_file(), reason="no C++ compiler, no kernels were built")
+def test_scales_of_a_wrong_shape_end_the_step_in_words():
+    case = CASES["plain"]
+    history = History(case, [5], 2, torch.float32)
+    past, new = torch.tensor([5]), torch.tensor([2])
+    caches, scales = rounded_caches(history, case.capacity)
+    shared = shared_inputs(case, past, new, 2, case.capacity)
+    scales[1] = scales[1][:, :, 1:].clone()
+    form = OnnxNode(case, kernels=INSTALLED, int8_cache=True)
+    message = rf"past_value_scale has shape \(1, 2, {case.capacity - 1}, 1\), expected"
+    with pytest.raises(Exception, match=message):
+        form(case, [*history.chunk(past, new, 2), *caches, *shared, *scales])
