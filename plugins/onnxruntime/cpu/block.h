@@ -422,12 +422,13 @@ class Block {
   // Positions become slots; a tile ends at the latest where the ring does.
   void ring() {
     const int64_t base = (item_.batch * p_.kvHeads + item_.kvHead) * p_.capacity;
-    const int64_t most = p_.int8Rings ? std::min(tile_, kInt8Tile) : tile_;
+    const bool few = rows_ < kManyRows && p_.headDim == dim_;
+    const int64_t most = p_.int8Rings && !few ? std::min(tile_, kInt8Tile) : tile_;
     for (int64_t position = item_.firstKey; position < item_.endKey;) {
       const int64_t slot = position % p_.capacity;
       const int64_t count = std::min({most, item_.endKey - position, p_.capacity - slot});
       if (p_.int8Rings) {
-        takeInt8(base + slot, count, position);
+        few ? takeInt8(base + slot, count, position) : takeWidened(base + slot, count, position);
       } else {
         const int64_t offset = (base + slot) * p_.headDim;
         take(Tile<T>{static_cast<const T*>(p_.presentKey) + offset,
@@ -437,7 +438,29 @@ class Block {
     }
   }
 
+  // A few rows meet the integers themselves: a key's scale multiplies its logit, a value's its
+  // weight.
   void takeInt8(int64_t slot, int64_t count, int64_t position) {
+    const int64_t offset = slot * p_.headDim;
+    const Tile<int8_t> tile = {static_cast<const int8_t*>(p_.presentKey) + offset,
+                               static_cast<const int8_t*>(p_.presentValue) + offset, count,
+                               position, false};
+    dots(s_.localQuery, rows_, dim_, tile.key, dim_, count, s_.logits, tile_);
+    scaleLogits(p_.presentKeyScale + slot, count);
+    for (int64_t r = 0; r < rows_; ++r) weigh(tile, r);
+    scaleLogits(p_.presentValueScale + slot, count);
+    product<true>(s_.logits, tile_, rows_, tile.value, dim_, count, s_.output, dim_, dim_);
+  }
+
+  void scaleLogits(const float* scales, int64_t count) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* logits = s_.logits + r * tile_;
+      for (int64_t k = 0; k < count; ++k) logits[k] *= scales[k];
+    }
+  }
+
+  // Many rows, or rows no vector divides, meet floats.
+  void takeWidened(int64_t slot, int64_t count, int64_t position) {
     const int64_t offset = slot * p_.headDim;
     dequantize(static_cast<const int8_t*>(p_.presentKey) + offset, p_.presentKeyScale + slot, count,
                p_.headDim, s_.ringKeys);
