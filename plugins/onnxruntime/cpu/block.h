@@ -449,7 +449,7 @@ class Block {
     scaleLogits(p_.presentKeyScale + slot, count);
     for (int64_t r = 0; r < rows_; ++r) weigh(tile, r);
     scaleLogits(p_.presentValueScale + slot, count);
-    product<true>(s_.logits, tile_, rows_, tile.value, dim_, count, s_.output, dim_, dim_);
+    values(tile.value, count);
   }
 
   void scaleLogits(const float* scales, int64_t count) {
