@@ -16,12 +16,13 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("plugins/onnxruntime")
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 # One file per instruction set; which one runs is decided where it runs. CMakeLists.txt agrees.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 INSTRUCTION_SETS = {
-    "block_avx2.cc": ["-mavx2", "-mfma", "-mf16c"],
-    "block_avx512.cc": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        *("-mavx2", "-mfma", "-mf16c"),
-    ],
+    "block_avx2.cc": AVX2,
+    "block_avx512.cc": AVX512,
+    "linear_avx2.cc": AVX2,
+    "linear_avx512.cc": AVX512,
 }
 KERNELS = Extension(
     "lminf_export.lib.lminf_ort",
@@ -29,13 +30,19 @@ KERNELS = Extension(
         str(SOURCES / name)
         for name in (
             "register.cc",
+            "tensor.cc",
             "lambda_attention_op.cc",
+            "linear_op.cc",
             "cpu_kernel.cc",
             "huge_pages.cc",
             "cpu/attention.cc",
             "cpu/block_portable.cc",
             "cpu/block_avx2.cc",
             "cpu/block_avx512.cc",
+            "cpu/linear.cc",
+            "cpu/linear_portable.cc",
+            "cpu/linear_avx2.cc",
+            "cpu/linear_avx512.cc",
         )
     ],
     depends=[str(path) for path in sorted(SOURCES.rglob("*.h"))],

@@ -16,6 +16,7 @@ from lminf_export.early_weights import EarlyWeights
 from lminf_export.errors import ExportError
 from lminf_export.models.base import AttentionPlan
 from lminf_export.passes import optimize
+from lminf_export.passes.own_linear import own_linear
 from lminf_export.quantize import stored as quantized_weights
 from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.quantize.rewrite import (
@@ -125,6 +126,7 @@ def save_graph(
         ExportError: the graph is not what the contract asks for.
     """
     model = trace.model
+    own_linear(model)
     _attach_constants(model, trace.constants)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = PRODUCER, metadata.get("lminf_export", "")

@@ -235,8 +235,10 @@ def test_a_layer_runs_few_operators_and_no_copy_of_a_cache(tmp_path):
     a_layer = counts[1] - counts[0]
     assert a_layer["LambdaAttention"] == 1
     assert not {"TensorScatter", "MatMul", "Softmax", "Where", "Concat"} & set(a_layer)
-    # 7 projections, 4 reshapes and 4 transposes around attention, 2 norms, 2 sums, SwiGLU's 2.
-    assert sum(a_layer.values()) == 22
+    # 5 projections and 2 that add the residual, 4 reshapes and 4 transposes around attention, 2
+    # norms, SwiGLU's 2.
+    assert (a_layer["Linear"], a_layer["LinearAdd"]) == (5, 2)
+    assert sum(a_layer.values()) == 20
 
 
 def test_both_forms_give_the_same_logits(bundle):

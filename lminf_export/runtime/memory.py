@@ -64,7 +64,8 @@ def zeros_together(arrays: Sequence[tuple[tuple[int, ...], str]]) -> list[np.nda
 def _zeros(size: int) -> np.ndarray:
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.zeros(size, np.uint8)
-    memory = mmap.mmap(-1, size)  # private to this process, freed with the last array
+    # Private: a shared mapping would be a file in memory. Freed with the last array.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # advice only: a kernel may have been built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

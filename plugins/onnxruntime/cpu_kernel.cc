@@ -7,20 +7,6 @@
 namespace lminf {
 namespace {
 
-struct Pool {
-  const abi::Api* api;
-  const abi::KernelContext* context;
-  abi::Status* wrong;
-};
-
-// onnxruntime's own threads do the work; 0 lets it deal the indices out as threads get free.
-void onPool(void* data, size_t count, abi::ParallelBody body, void* argument) {
-  Pool* pool = static_cast<Pool*>(data);
-  abi::Status* wrong = abi::call<abi::kKernelContextParallelFor>(
-      pool->api, pool->context, body, count, size_t{0}, argument);
-  if (pool->wrong == nullptr) pool->wrong = wrong;
-}
-
 cpu::Params paramsOf(const Call& call, const Attributes& a, abi::ElementType element) {
   const Shape &query = call.shapes[kQuery], &ring = call.shapes[kPastKey];
   const Shape& sinks = call.shapes[kPastSinkKey];
@@ -62,7 +48,7 @@ abi::Status* CpuKernel::compute(abi::KernelContext* context) noexcept {
     if (abi::Status* wrong = readCall(api_, context, attributes_, &call)) return wrong;
     Pool pool{api_, context, nullptr};
     const char* wrong = cpu::lambdaAttention(paramsOf(call, attributes_, element_),
-                                             cpu::activeKernels(), {&pool, onPool});
+                                             cpu::activeKernels(), pool.parallel());
     if (pool.wrong != nullptr) return pool.wrong;
     return wrong == nullptr ? nullptr : invalid(api_, wrong);
   } catch (const std::exception& error) {

@@ -186,4 +186,15 @@ bool registerHugePages(const abi::Api* api) {
   return registered;
 }
 
+void adviseHugePages(const void* memory, size_t size) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory) / kPage * kPage;
+  const uintptr_t end = roundUp(reinterpret_cast<uintptr_t>(memory) + size, kPage);
+  if (size >= kHugePage) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)size;
+#endif
+}
+
 }  // namespace lminf

@@ -12,4 +12,8 @@ namespace lminf {
 // "session.use_env_allocators" use it, others do not. Returns whether it is registered.
 bool registerHugePages(const abi::Api* api);
 
+// Asks for huge pages where memory that stays lies, a mapped file's too: Linux can back it by them
+// where the file system keeps large folios. Advice only.
+void adviseHugePages(const void* memory, size_t size);
+
 }  // namespace lminf

@@ -10,56 +10,6 @@ constexpr std::array<const char*, kNumInt8CacheInputs> kInputNames = {
     "past_length", "new_length", "query_position", "slot_position", "cos", "sin", "limit_cos",
     "limit_sin", "alibi_slopes", "sink_logits", "past_key_scale", "past_value_scale"};
 
-std::string text(const Shape& shape) {
-  std::string out = "(";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    out += (i ? ", " : "") + std::to_string(shape[i]);
-  }
-  return out + ")";
-}
-
-abi::Status* shapeOf(const abi::Api* api, const abi::Value* value, Shape* shape) {
-  abi::TensorInfo* info = nullptr;
-  if (abi::Status* wrong = abi::call<abi::kGetTensorTypeAndShape>(api, value, &info)) return wrong;
-  size_t rank = 0;
-  abi::Status* wrong = abi::call<abi::kGetDimensionsCount>(
-      api, static_cast<const abi::TensorInfo*>(info), &rank);
-  if (wrong == nullptr) {
-    shape->resize(rank);
-    wrong = abi::call<abi::kGetDimensions>(api, static_cast<const abi::TensorInfo*>(info),
-                                           shape->data(), rank);
-  }
-  abi::call<abi::kReleaseTensorTypeAndShapeInfo>(api, info);
-  return wrong;
-}
-
-abi::Status* readInput(const abi::Api* api, const abi::KernelContext* context, size_t index,
-                       Call* call) {
-  const abi::Value* value = nullptr;
-  abi::Status* wrong = abi::call<abi::kKernelContextGetInput>(api, context, index, &value);
-  if (wrong == nullptr) wrong = shapeOf(api, value, &call->shapes[index]);
-  void* data = nullptr;
-  if (wrong == nullptr) {
-    wrong = abi::call<abi::kGetTensorMutableData>(api, const_cast<abi::Value*>(value), &data);
-  }
-  call->inputs[index] = data;
-  return wrong;
-}
-
-abi::Status* findOutput(const abi::Api* api, abi::KernelContext* context, size_t index,
-                        const Shape& shape, Call* call) {
-  abi::Value* value = nullptr;
-  const int64_t* dims = shape.data();
-  abi::Status* wrong = abi::call<abi::kKernelContextGetOutput>(api, context, index, dims,
-                                                               shape.size(), &value);
-  void* data = nullptr;  // stays null where nobody reads the output
-  if (wrong == nullptr && value != nullptr) {
-    wrong = abi::call<abi::kGetTensorMutableData>(api, value, &data);
-  }
-  call->outputs[index] = data;
-  return wrong;
-}
-
 // The shapes the contract asks for; the first difference ends the step.
 abi::Status* checkShapes(const abi::Api* api, const Attributes& a, const Call& call) {
   const auto& shapes = call.shapes;
@@ -149,7 +99,10 @@ abi::Status* readCall(const abi::Api* api, abi::KernelContext* context, const At
                       Call* call) {
   const size_t numInputs = a.int8Cache ? kNumInt8CacheInputs : kNumInputs;
   for (size_t i = 0; i < numInputs; ++i) {
-    if (abi::Status* wrong = readInput(api, context, i, call)) return wrong;
+    if (abi::Status* wrong =
+            readTensor(api, context, i, &call->shapes[i], &call->inputs[i])) {
+      return wrong;
+    }
   }
   if (abi::Status* wrong = checkShapes(api, a, *call)) return wrong;
   Shape sinks = call->shapes[kPastSinkKey];
@@ -160,7 +113,9 @@ abi::Status* readCall(const abi::Api* api, abi::KernelContext* context, const At
       &sinks,         &shape[kPastKeyScale], &shape[kPastValueScale]};
   const size_t numOutputs = a.int8Cache ? kNumInt8CacheOutputs : kNumOutputs;
   for (size_t i = 0; i < numOutputs; ++i) {
-    if (abi::Status* wrong = findOutput(api, context, i, *shapes[i], call)) return wrong;
+    if (abi::Status* wrong = findTensor(api, context, i, *shapes[i], &call->outputs[i])) {
+      return wrong;
+    }
     const bool sink = i == kPresentSinkKey || i == kPresentSinkValue;
     const bool needed = !sink || a.numSinkTokens > 0;
     if (needed && call->outputs[i] == nullptr && call->shapes[kQuery][0] > 0) {

@@ -7,9 +7,9 @@
 
 #include <array>
 #include <string>
-#include <vector>
 
 #include "ort_abi.h"
+#include "tensor.h"
 
 namespace lminf {
 
@@ -41,8 +41,6 @@ abi::Status* invalid(const abi::Api* api, const std::string& message);
 
 // Reads and checks the node's attributes; null or what is wrong.
 abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, Attributes* out);
-
-using Shape = std::vector<int64_t>;
 
 // One call: shapes and pointers of every input and output.
 struct Call {

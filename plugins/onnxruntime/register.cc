@@ -5,6 +5,7 @@
 #include "cpu_kernel.h"
 #include "huge_pages.h"
 #include "lambda_attention_op.h"
+#include "linear_op.h"
 #if defined(LMINF_ORT_CUDA)
 #include "cuda_kernel.h"
 #endif
@@ -27,8 +28,14 @@ const abi::CustomOp* const kKernels[] = {&cpuFloat,         &cpuHalf,   &cpuFloa
                                          &cudaBfloat};
 constexpr const char* kProviders = "cpu cuda";
 #else
-const abi::CustomOp* const kKernels[] = {&cpuFloat, &cpuHalf, &cpuFloatInt8Cache,
-                                         &cpuHalfInt8Cache};
+// Not beside a GPU's kernels: onnxruntime would bring the work to the only kernel it finds.
+const LinearOp<abi::kFloat, false> linearFloat;
+const LinearOp<abi::kFloat16, false> linearHalf;
+const LinearOp<abi::kFloat, true> linearAddFloat;
+const LinearOp<abi::kFloat16, true> linearAddHalf;
+const abi::CustomOp* const kKernels[] = {
+    &cpuFloat,    &cpuHalf,    &cpuFloatInt8Cache, &cpuHalfInt8Cache,
+    &linearFloat, &linearHalf, &linearAddFloat,    &linearAddHalf};
 constexpr const char* kProviders = "cpu";
 #endif
 

@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
+
+#include "parallel.h"
 
 namespace lminf::cpu {
 namespace {
@@ -20,35 +20,8 @@ constexpr int64_t kSplitKeys = 256;
 // Appending this many elements is worth other threads.
 constexpr int64_t kLargeAppend = 1 << 15;
 
-// Memory of one thread that only grows.
-class Arena {
- public:
-  float* take(size_t floats) {
-    if (floats > size_) {
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
-      size_ = memory_ == nullptr ? 0 : floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  size_t size_ = 0;
-};
-
 thread_local Arena scratchArena;
 thread_local Arena partialArena;
-
-template <typename Body>
-void forEach(const Parallel& parallel, size_t count, Body body) {
-  if (count == 1) return body(0);
-  parallel.run(
-      parallel.context, count,
-      [](void* data, size_t index) { (*static_cast<Body*>(data))(index); }, &body);
-}
 
 size_t elementSize(const Params& p) { return p.element == Element::kFloat ? 4 : 2; }
 

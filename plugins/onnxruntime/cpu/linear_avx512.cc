@@ -1,0 +1,6 @@
+// linear_block.h for one instruction set; the build gives this file its flags.
+#include "linear_block.h"
+
+namespace lminf::cpu {
+extern const LinearKernels kLinearAvx512 = {"avx512", widen, few, many, kPanelRows, linearScratch};
+}  // namespace lminf::cpu

@@ -1,0 +1,60 @@
+// lminf::Linear and lminf::LinearAdd version 1 on onnxruntime's CPU execution provider.
+//
+//   Linear(x (M, K), weight (N, K)) → (M, N) = x · weightᵀ
+//   LinearAdd(x, weight, addend (N) or (M, N)) → x · weightᵀ + addend
+//
+// Their function bodies are Gemm. This kernel reads the weight in place: onnxruntime's Gemm makes
+// a packed copy of it in memory of its own.
+#pragma once
+
+#include <mutex>
+
+#include "ort_abi.h"
+
+namespace lminf {
+
+class LinearKernel {
+ public:
+  LinearKernel(const abi::Api* api, abi::ElementType element, bool adds)
+      : api_(api), element_(element), adds_(adds) {}
+
+  abi::Status* compute(abi::KernelContext* context) noexcept;
+
+ private:
+  abi::Status* run(abi::KernelContext* context);
+  abi::Status* invalid(const char* what) const;
+
+  const abi::Api* api_;
+  abi::ElementType element_;
+  bool adds_;
+  std::once_flag advised_;
+};
+
+template <abi::ElementType element, bool adds>
+struct LinearOp : abi::CustomOp {
+  LinearOp() : abi::CustomOp{} {
+    version = abi::kApiVersion;
+    getName = [](const abi::CustomOp*) { return adds ? "LinearAdd" : "Linear"; };
+    getExecutionProviderType = [](const abi::CustomOp*) { return "CPUExecutionProvider"; };
+    getInputTypeCount = [](const abi::CustomOp*) -> size_t { return adds ? 3 : 2; };
+    getInputType = [](const abi::CustomOp*, size_t) { return element; };
+    getOutputTypeCount = [](const abi::CustomOp*) -> size_t { return 1; };
+    getOutputType = [](const abi::CustomOp*, size_t) { return element; };
+    getInputCharacteristic = [](const abi::CustomOp*, size_t) { return abi::kRequired; };
+    getOutputCharacteristic = [](const abi::CustomOp*, size_t) { return abi::kRequired; };
+    getInputMemoryType = [](const abi::CustomOp*, size_t) { return abi::kMemoryDefault; };
+    getStartVersion = [](const abi::CustomOp*) { return 1; };
+    getEndVersion = [](const abi::CustomOp*) { return 1; };
+    createKernelV2 = [](const abi::CustomOp*, const abi::Api* api, const abi::KernelInfo*,
+                        void** kernel) -> abi::Status* {
+      *kernel = new LinearKernel(api, element, adds);
+      return nullptr;
+    };
+    kernelComputeV2 = [](void* kernel, abi::KernelContext* context) {
+      return static_cast<LinearKernel*>(kernel)->compute(context);
+    };
+    kernelDestroy = [](void* kernel) { delete static_cast<LinearKernel*>(kernel); };
+  }
+};
+
+}  // namespace lminf

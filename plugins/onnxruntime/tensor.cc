@@ -1,0 +1,67 @@
+#include "tensor.h"
+
+namespace lminf {
+namespace {
+
+abi::Status* shapeOf(const abi::Api* api, const abi::Value* value, Shape* shape) {
+  abi::TensorInfo* info = nullptr;
+  if (abi::Status* wrong = abi::call<abi::kGetTensorTypeAndShape>(api, value, &info)) return wrong;
+  size_t rank = 0;
+  abi::Status* wrong = abi::call<abi::kGetDimensionsCount>(
+      api, static_cast<const abi::TensorInfo*>(info), &rank);
+  if (wrong == nullptr) {
+    shape->resize(rank);
+    wrong = abi::call<abi::kGetDimensions>(api, static_cast<const abi::TensorInfo*>(info),
+                                           shape->data(), rank);
+  }
+  abi::call<abi::kReleaseTensorTypeAndShapeInfo>(api, info);
+  return wrong;
+}
+
+// 0 lets onnxruntime deal the indices out as threads get free.
+void onPool(void* data, size_t count, abi::ParallelBody body, void* argument) {
+  Pool* pool = static_cast<Pool*>(data);
+  abi::Status* wrong = abi::call<abi::kKernelContextParallelFor>(
+      pool->api, pool->context, body, count, size_t{0}, argument);
+  if (pool->wrong == nullptr) pool->wrong = wrong;
+}
+
+}  // namespace
+
+std::string text(const Shape& shape) {
+  std::string out = "(";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    out += (i ? ", " : "") + std::to_string(shape[i]);
+  }
+  return out + ")";
+}
+
+abi::Status* readTensor(const abi::Api* api, const abi::KernelContext* context, size_t index,
+                        Shape* shape, const void** data) {
+  const abi::Value* value = nullptr;
+  abi::Status* wrong = abi::call<abi::kKernelContextGetInput>(api, context, index, &value);
+  if (wrong == nullptr) wrong = shapeOf(api, value, shape);
+  void* found = nullptr;
+  if (wrong == nullptr) {
+    wrong = abi::call<abi::kGetTensorMutableData>(api, const_cast<abi::Value*>(value), &found);
+  }
+  *data = found;
+  return wrong;
+}
+
+abi::Status* findTensor(const abi::Api* api, abi::KernelContext* context, size_t index,
+                        const Shape& shape, void** data) {
+  abi::Value* value = nullptr;
+  const int64_t* dims = shape.data();
+  abi::Status* wrong = abi::call<abi::kKernelContextGetOutput>(api, context, index, dims,
+                                                               shape.size(), &value);
+  *data = nullptr;
+  if (wrong == nullptr && value != nullptr) {
+    wrong = abi::call<abi::kGetTensorMutableData>(api, value, data);
+  }
+  return wrong;
+}
+
+cpu::Parallel Pool::parallel() { return {this, onPool}; }
+
+}  // namespace lminf

@@ -1,0 +1,33 @@
+// Tensors as an operator of ours meets them in a call.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "ort_abi.h"
+
+namespace lminf {
+
+using Shape = std::vector<int64_t>;
+
+std::string text(const Shape& shape);
+
+// One input's shape and data.
+abi::Status* readTensor(const abi::Api* api, const abi::KernelContext* context, size_t index,
+                        Shape* shape, const void** data);
+
+// Allocates or finds an output; *data stays null where nobody reads it.
+abi::Status* findTensor(const abi::Api* api, abi::KernelContext* context, size_t index,
+                        const Shape& shape, void** data);
+
+// onnxruntime's own threads, for cpu::Parallel; it lives as long as the call.
+struct Pool {
+  const abi::Api* api;
+  const abi::KernelContext* context;
+  abi::Status* wrong;
+
+  cpu::Parallel parallel();
+};
+
+}  // namespace lminf
