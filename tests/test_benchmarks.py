@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import lminf_export
+from lminf_export.runtime.kernels import INSTALLED
+from tests.tiny_models import save_llama
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -76,6 +80,24 @@ def test_the_paper_s_experiment_runs_on_a_cpu(tmp_path):
     found = json.loads(output.splitlines()[-1])
     assert set(found["contestants"]) == {"full", "lambda"}
     assert all(value > 0 for value in found["full_over_lambda"].values())
+
+
+@pytest.mark.slow
+def test_projections_are_measured_beside_the_bodies_and_onnxruntime_s_gemm(tmp_path):
+    bundle = lminf_export.export(save_llama(tmp_path / "m"), tmp_path / "b", window_size=29)
+    settings = ("--cold", "--positions", 5, 1000, "--rounds", 1, "--prefill", 31)
+    found = json.loads(
+        script("projections.py", "--bundle", bundle.path, *settings).splitlines()[-1]
+    )
+    forms = {"function_body", "attention_only", "kernel"}
+    assert set(found["memory"]) == set(found["prefill_tokens_per_second"]) == forms
+    for row in found["decode"]:
+        assert row["floor_ms"] > 0
+        assert all(row[form]["times_the_floor"] > 0 for form in forms)
+    nodes = found["nodes_of_a_step"]
+    assert "Linear" not in nodes["attention_only"]
+    if INSTALLED.is_file():
+        assert "Gemm" not in nodes["kernel"]
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_results():
