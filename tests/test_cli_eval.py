@@ -414,7 +414,7 @@ def test_a_truncated_bundle_is_refused(bundle, words, tmp_path):
 COMMANDS = {
     "perplexity": ("--max-tokens", 60),
     "passkey": ("--lengths", 2, "--depths", 50, "--trials", 1, "--distractors", 1),
-    "generate": ("--tokens", 40, "--segment", 40),
+    "generate": ("--prompt", "w1 w2 w3", "--tokens", 40, "--segment", 40),
 }
 
 
