@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lminf_export.build import (
     ELSEWHERE,
@@ -25,12 +24,10 @@ from lminf_export.build import (
 )
 from lminf_export.bundle_writer import BundleWriter, OutTarget, parse_out
 from lminf_export.errors import ConfigError, EngineError
+from lminf_export.export_job import ExportJob, ExportOptions
 from lminf_export.manifest import Engine, EngineRecipe
 from lminf_export.models.base import AttentionPlan
 from lminf_export.progress import Progress
-
-if TYPE_CHECKING:
-    from lminf_export.exporter import ExportJob, ExportOptions
 
 DEFAULT_ENGINE_NAME = "engine.plan"
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import nn
 
-from lminf_export import weights
 from lminf_export.build import EngineOptions
 from lminf_export.bundle import Bundle
-from lminf_export.bundle_writer import BundleWriter, OutTarget, check_destination
-from lminf_export.checkpoint import Checkpoint, open_checkpoint
-from lminf_export.companions import copy_companions, eos_ids, eos_notices
+from lminf_export.bundle_writer import BundleWriter, check_destination
+from lminf_export.checkpoint import open_checkpoint
+from lminf_export.companions import copy_companions, eos_notices
 from lminf_export.config import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
@@ -41,135 +37,15 @@ from lminf_export.engine_export import (
     out_target,
     plugin_notices,
 )
+from lminf_export.export_job import ExportJob, ExportOptions, package_version
 from lminf_export.graph import WrittenWeights, weights_name, write_graph
-from lminf_export.manifest import (
-    Dtype,
-    Engine,
-    EngineRecipe,
-    KvCacheDtype,
-    Manifest,
-    Quantization,
-    new_manifest,
-)
-from lminf_export.manifest import Source as ManifestSource
 from lminf_export.models import find_family
-from lminf_export.models.base import AttentionPlan, Family
 from lminf_export.progress import Progress, byte_counter, silent
 from lminf_export.quantize.config import QuantizeConfig, decide_form
-from lminf_export.quantize.estimate import weight_bytes
-from lminf_export.source import Source, open_source
+from lminf_export.source import open_source
 from lminf_export.tracing import meta_model, trace
 
 logger = logging.getLogger(__name__)
-
-TOOLS = ("lminf-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What a user may ask for; see `export` for the meaning of each field."""
-
-    model: str | Path
-    out: str | Path
-    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
-    window_size: int | None = None
-    distance_limit: int | None = None
-    chunk_size: int = DEFAULT_CHUNK_SIZE
-    lambda_layers: str = "full"
-    rope_regime: str | None = None
-    dtype: str | None = None
-    quantize: str | QuantizeConfig | None = None
-    kv_cache_dtype: str = "auto"
-    weights: str = "copy"
-    builder: str | None = None
-    max_batch_size: int = 1
-    engine_options: EngineOptions = field(default_factory=EngineOptions)
-    revision: str | None = None
-    cache_dir: str | Path | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    lora: str | Path | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class ExportJob:
-    """Everything decided before anything is written.
-
-    Attributes:
-        options: what was asked for.
-        source: the model on disk.
-        family: its adapter.
-        settings: Λ settings, defaults filled in.
-        plan: how every layer attends.
-        dtype: element type of weights and caches.
-        quantize: how weights are quantised, None for not at all.
-        kv_cache_dtype: element type of the rings where it is not dtype, else None.
-        target: where the bundle goes.
-        builder: the engine's builder, "none" for a build elsewhere, or None for no engine.
-        plugin: library of the plugin the engine is made with, if there is one.
-        checkpoint: the source's tensors, decoded, an adapter merged.
-        notices: what the user should know.
-    """
-
-    options: ExportOptions
-    source: Source
-    family: Family
-    settings: LambdaConfig
-    plan: AttentionPlan
-    dtype: Dtype
-    quantize: QuantizeConfig | None
-    kv_cache_dtype: KvCacheDtype | None
-    target: OutTarget
-    builder: str | None
-    plugin: Path | None
-    checkpoint: Checkpoint
-    notices: tuple[str, ...]
-
-    @property
-    def links_weights(self) -> bool:
-        """Whether the bundle gets hard links to the source's weights."""
-        return self.options.weights == "link"
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights in the bundle; an estimate where they are quantised."""
-        shapes = [tensor.shape for tensor in self.checkpoint.tensors.values()]
-        width = weights.item_size(self.dtype)
-        return weight_bytes(shapes, width, self.source.config.vocab_size, self.quantize)
-
-    def manifest(
-        self,
-        engine: Engine | None = None,
-        recipe: EngineRecipe | None = None,
-        notices: Iterable[str] = (),
-    ) -> Manifest:
-        """Return the bundle's manifest, before its files are known."""
-        config = self.source.config
-        return new_manifest(
-            model_type=self.source.model_type,
-            source=ManifestSource(
-                name=self.source.name,
-                revision=self.source.revision,
-                adapter=self.checkpoint.adapter,
-            ),
-            settings=self.settings,
-            dtype=self.dtype,
-            quantization=Quantization(**asdict(self.quantize)) if self.quantize else None,
-            kv_cache_dtype=self.kv_cache_dtype,
-            vocab_size=config.vocab_size,
-            num_attention_heads=self.plan.num_attention_heads,
-            layers=self.plan.layers,
-            layer_kinds=["sliding" if own else "lambda" for own in self.plan.sliding],
-            graph=self.target.graph_name,
-            training_length=self.family.training_length(config),
-            bos_token_id=getattr(config, "bos_token_id", None),
-            eos_token_ids=eos_ids(self.source),
-            tools={name: _version(name) for name in TOOLS},
-            notices=(*self.notices, *notices),
-            engine=engine,
-            engine_recipe=recipe,
-        )
 
 
 def export(
@@ -401,7 +277,7 @@ def _metadata(job: ExportJob) -> dict[str, str]:
     settings = job.settings
     cache = {"lminf.kv_cache_dtype": job.kv_cache_dtype} if job.kv_cache_dtype else {}
     return {
-        "lminf_export": _version("lminf-export"),
+        "lminf_export": package_version("lminf-export"),
         "lminf.model_type": job.source.model_type,
         "lminf.source": job.source.name,
         "lminf.dtype": job.dtype,
@@ -413,10 +289,3 @@ def _metadata(job: ExportJob) -> dict[str, str]:
         "lminf.chunk_size": str(settings.chunk_size),
         "lminf.layers": json.dumps([vars(layer) for layer in job.plan.layers]),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

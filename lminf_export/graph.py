@@ -186,9 +186,12 @@ def _weight_pieces(
     aliases: Mapping[str, tuple[str, ...]],
     dtype: str,
     quantize: QuantizeConfig | None,
-) -> tuple[list[weights.Converted], list[Quantized]]:
-    """Return the weights kept in full and those quantised, for which the graph is rewritten."""
-    quantized: list[Quantized] = []
+) -> tuple[list[weights.Converted], list[Quantized] | None]:
+    """Return the weights kept in full and those quantised, for which the graph is rewritten.
+
+    The second is None, not empty, where nothing was to be quantised.
+    """
+    quantized: list[Quantized] | None = None
     if quantize is not None:
         choices = choose_weights(model, aliases, quantize)
         quantized = quantize_graph(model, choices, sources, quantize, dtype)
@@ -200,12 +203,12 @@ def _weight_pieces(
 def _write_weights(
     model: ir.Model,
     full: Sequence[weights.Converted],
-    quantized: Sequence[Quantized],
+    quantized: Sequence[Quantized] | None,
     path: Path,
     early: EarlyWeights | None,
     progress: Callable[[int], None],
 ) -> WrittenWeights:
-    pieces = [*full, *quantized]
+    pieces = [*full, *(quantized or ())]
     if early is not None and early.holds(pieces):
         stored, digest = early.result(progress)
     else:
@@ -214,8 +217,8 @@ def _write_weights(
             early.stop()
         stored, digest = weights.write_pieces(path, pieces, progress)
     weights.attach(model, {piece.name: stored[piece.name] for piece in full})
-    attach_quantized(model, quantized, stored)
-    stacks = [p for p in full if quantized and len(p.tensor.shape) > 2]
+    attach_quantized(model, quantized or (), stored)
+    stacks = [p for p in full if quantized is not None and len(p.tensor.shape) > 2]
     return WrittenWeights(
         files={path.name: digest},
         num_bytes=path.stat().st_size,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import onnx
 import onnx.parser
 
-from lminf_export import op, reference
+from lminf_export import op, reference_int8
 
 OPSET = 24
 # Finite, so that a padded row that sees no key stays finite: exp(this − any logit) is 0.
@@ -47,7 +47,7 @@ def function_body(features: BodyFeatures) -> onnx.FunctionProto:
     """Return the operator as a model-local function.
 
     Inputs, outputs and attributes are those of `reference.lambda_attention`, with an int8 cache
-    those of `reference.lambda_attention_int8_cache`.
+    those of `reference_int8.lambda_attention_int8_cache`.
     """
     int8_cache = features.int8_cache
     lines = [
@@ -153,11 +153,11 @@ _SLOTS = (
 
 _WRITE = {
     False: (*_SLOTS, _scatter("past_key", "local_key"), _scatter("past_value", "value")),
-    # reference.quantize: Round takes ties to even.
+    # reference_int8.quantize: Round takes ties to even.
     True: (
         *_SLOTS,
-        f"int8_limit = Constant <value_float: float = {reference.INT8_LIMIT}.0> ()",
-        f"int8_least = Constant <value_float: float = -{reference.INT8_LIMIT}.0> ()",
+        f"int8_limit = Constant <value_float: float = {reference_int8.INT8_LIMIT}.0> ()",
+        f"int8_least = Constant <value_float: float = -{reference_int8.INT8_LIMIT}.0> ()",
         "one_32 = Constant <value_float: float = 1.0> ()",
         "value_32 = Cast <to: int = 1> (value)",
         *(

@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript.values import Opset
 from torch import Tensor
 
-from lminf_export import reference
+from lminf_export import reference, reference_int8
 
 DOMAIN = "lminf"
 OP_TYPE = "LambdaAttention"
@@ -62,167 +62,39 @@ INTEGER_ATTRIBUTES = (
 FLOAT_ATTRIBUTES = ("scale", "softcap")
 
 
-@torch.library.custom_op("lminf::lambda_attention", mutates_args=())
-def lambda_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_sink_key: Tensor,
-    past_sink_value: Tensor,
-    past_length: Tensor,
-    new_length: Tensor,
-    query_position: Tensor,
-    slot_position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    limit_cos: Tensor,
-    limit_sin: Tensor,
-    alibi_slopes: Tensor,
-    sink_logits: Tensor,
-    num_sink_tokens: int,
-    window_size: int,
-    distance_limit: int,
-    scale: float,
-    softcap: float,
-    rotary_dim: int,
-    rotary_interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Write new keys into the ring, then attend: see `reference.lambda_attention`."""
-    return reference.lambda_attention(
-        query,
-        key,
-        value,
-        past_key,
-        past_value,
-        past_sink_key,
-        past_sink_value,
-        past_length,
-        new_length,
-        query_position,
-        slot_position,
-        cos,
-        sin,
-        limit_cos,
-        limit_sin,
-        alibi_slopes,
-        sink_logits,
-        num_sink_tokens=num_sink_tokens,
-        window_size=window_size,
-        distance_limit=distance_limit,
-        scale=scale,
-        softcap=softcap,
-        rotary_dim=rotary_dim,
-        rotary_interleaved=rotary_interleaved,
-    )
+lambda_attention = torch.library.custom_op(
+    "lminf::lambda_attention", reference.lambda_attention, mutates_args=()
+)
+lambda_attention_int8_cache = torch.library.custom_op(
+    "lminf::lambda_attention_int8_cache",
+    reference_int8.lambda_attention_int8_cache,
+    mutates_args=(),
+)
 
 
 @lambda_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_sink_key: Tensor,
-    past_sink_value: Tensor,
-    past_length: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sinks = (query.shape[0], *past_sink_key.shape[1:])
-    return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(past_key, memory_format=torch.contiguous_format),
-        torch.empty_like(past_value, memory_format=torch.contiguous_format),
-        past_sink_key.new_empty(sinks),
-        past_sink_value.new_empty(sinks),
-    )
-
-
-@torch.library.custom_op("lminf::lambda_attention_int8_cache", mutates_args=())
-def lambda_attention_int8_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_sink_key: Tensor,
-    past_sink_value: Tensor,
-    past_length: Tensor,
-    new_length: Tensor,
-    query_position: Tensor,
-    slot_position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    limit_cos: Tensor,
-    limit_sin: Tensor,
-    alibi_slopes: Tensor,
-    sink_logits: Tensor,
-    past_key_scale: Tensor,
-    past_value_scale: Tensor,
-    num_sink_tokens: int,
-    window_size: int,
-    distance_limit: int,
-    scale: float,
-    softcap: float,
-    rotary_dim: int,
-    rotary_interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Round new keys into a ring of int8, then attend: see `reference`."""
-    return reference.lambda_attention_int8_cache(
-        query,
-        key,
-        value,
-        past_key,
-        past_value,
-        past_sink_key,
-        past_sink_value,
-        past_length,
-        new_length,
-        query_position,
-        slot_position,
-        cos,
-        sin,
-        limit_cos,
-        limit_sin,
-        alibi_slopes,
-        sink_logits,
-        past_key_scale,
-        past_value_scale,
-        num_sink_tokens=num_sink_tokens,
-        window_size=window_size,
-        distance_limit=distance_limit,
-        scale=scale,
-        softcap=softcap,
-        rotary_dim=rotary_dim,
-        rotary_interleaved=rotary_interleaved,
-    )
+def _(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+    return _shapes(dict(zip(INPUT_NAMES, tensors, strict=True)))
 
 
 @lambda_attention_int8_cache.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_sink_key: Tensor,
-    past_sink_value: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    sinks = (query.shape[0], *past_sink_key.shape[1:])
-    num_lengths = len(INPUT_NAMES) - 7
-    past_key_scale, past_value_scale = rest[num_lengths : num_lengths + 2]
+def _(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+    inputs = dict(zip(input_names(int8_cache=True), tensors, strict=True))
+    return (*_shapes(inputs), *(_contiguous(inputs[name]) for name in SCALE_INPUT_NAMES))
+
+
+def _shapes(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return empty tensors of the shapes and types of `OUTPUT_NAMES`."""
+    batch = inputs["query"].shape[0]
+    sinks = (inputs["past_sink_key"], inputs["past_sink_value"])
     return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(past_key, memory_format=torch.contiguous_format),
-        torch.empty_like(past_value, memory_format=torch.contiguous_format),
-        past_sink_key.new_empty(sinks),
-        past_sink_value.new_empty(sinks),
-        torch.empty_like(past_key_scale, memory_format=torch.contiguous_format),
-        torch.empty_like(past_value_scale, memory_format=torch.contiguous_format),
+        *(_contiguous(inputs[name]) for name in ("query", "past_key", "past_value")),
+        *(sink.new_empty((batch, *sink.shape[1:])) for sink in sinks),
     )
+
+
+def _contiguous(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def input_names(*, int8_cache: bool) -> tuple[str, ...]:
@@ -277,26 +149,19 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what `torch.onnx.export(custom_translation_table=…)` needs for the operators."""
     register_schema()
     return {
-        torch.ops.lminf.lambda_attention.default: _translation(OP_TYPE, int8_cache=False),
-        torch.ops.lminf.lambda_attention_int8_cache.default: _translation(
-            INT8_CACHE_OP_TYPE, int8_cache=True
-        ),
+        torch.ops.lminf.lambda_attention.default: _translation(OP_TYPE),
+        torch.ops.lminf.lambda_attention_int8_cache.default: _translation(INT8_CACHE_OP_TYPE),
     }
 
 
-def _translation(op_type: str, *, int8_cache: bool) -> Callable[..., Any]:
-    num_inputs = len(input_names(int8_cache=int8_cache))
-    names = ("num_sink_tokens", "window_size", "distance_limit", "scale", "softcap")
+def _translation(op_type: str) -> Callable[..., Any]:
     node = getattr(Opset(DOMAIN, OP_VERSION), op_type)
 
-    def to_onnx(*arguments: Any) -> Any:
-        tensors, settings = arguments[:num_inputs], arguments[num_inputs:]
-        *numbers, rotary_dim, interleaved = settings
+    def to_onnx(*tensors: Any, rotary_interleaved: bool, **numbers: Any) -> Any:
         return node(
             *tensors,
-            **dict(zip(names, numbers, strict=True)),
-            rotary_dim=rotary_dim,
-            rotary_interleaved=int(interleaved),
+            **numbers,
+            rotary_interleaved=int(rotary_interleaved),
             plugin_namespace=DOMAIN,
         )
 

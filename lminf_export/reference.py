@@ -27,7 +27,6 @@ from torch import Tensor
 Rounding = Callable[[Tensor], Tensor]
 
 EMPTY = -1  # a slot position below zero: no token is there
-INT8_LIMIT = 127  # symmetric: −128 is not used
 _ONE_ROTATION = 2**20  # positions of 20 bits times a float32 frequency are exact in float64
 
 
@@ -115,7 +114,7 @@ def attend_by_distance(
         alibi_slopes: (H,) slopes m; adds −m·(p − j) to local logits, −m·L to sinks.
         sink_logits: (H,) learned logits that join the softmax's denominator.
         rounded: what the ring makes of a local key, rotated at its position, and of a value,
-            such as `round_to_int8`; None for a ring that holds them as they are.
+            such as `reference_int8.round_to_int8`; None for a ring that holds them as they are.
 
     Returns:
         (B, H, S, D) in the type of query; a query that sees no key yields zeros.
@@ -152,46 +151,6 @@ def attend_by_distance(
         return weights @ value
     of_sinks = weights.masked_fill(~sink[:, None], 0.0)
     return of_sinks @ value + (weights - of_sinks) @ local_value
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows to int8, symmetrically, with a scale for each: the format of an int8 ring.
-
-    scale = max |x| / 127 and q = x / scale, rounded to the nearest integer, ties to even; a row
-    of zeros has scale 0 and zeros. Both divisions are done in the scale's type.
-
-    Args:
-        x: (…, D): of one token and key/value head a key, rotated at its position, or a value.
-
-    Returns:
-        q (…, D) int8 in −127 … 127 and scale (…, 1) float32, or float64 where x is float64.
-    """
-    x = x.to(_real(x))
-    scale = x.abs().amax(dim=-1, keepdim=True) / INT8_LIMIT
-    steps = (x / scale.masked_fill(scale == 0, 1.0)).round()
-    # Only a scale that has lost its bits, below the normal numbers, leaves the limits.
-    return steps.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8), scale
-
-
-def round_to_int8(x: Tensor, *, tie_margin: float = 0.0) -> Tensor:
-    """Return what remains of rows (…, D) in an int8 ring, in float32 or float64.
-
-    Args:
-        x: (…, D).
-        tie_margin: what lies nearer to a tie than this, in steps of the scale, is rounded to the
-            other side: as right for a computation that errs so much.
-    """
-    q, scale = quantize(x)
-    if tie_margin:
-        beyond = x.to(scale.dtype) / scale.masked_fill(scale == 0, 1.0) - q
-        near = (beyond.abs() > 0.5 - tie_margin) & (q.abs() < INT8_LIMIT)
-        q = torch.where(near, q + beyond.sign().to(torch.int8), q)
-    return dequantize(q, scale)
-
-
-def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    """Return what `quantize` stands for: q · scale, (…, D) in the scale's type."""
-    return q.to(scale.dtype) * scale
 
 
 def slot_positions(past_length: Tensor, new_length: Tensor, capacity: int) -> Tensor:
@@ -276,9 +235,9 @@ def lambda_attention(
     window_size: int,
     distance_limit: int,
     scale: float,
-    softcap: float = 0.0,
-    rotary_dim: int = 0,
-    rotary_interleaved: bool = False,
+    softcap: float,
+    rotary_dim: int,
+    rotary_interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Write the new keys and values, then attend over [sinks | updated ring].
 
@@ -347,95 +306,6 @@ def lambda_attention(
     return output.to(query.dtype), present_key, present_value, present_sink_key, present_sink_value
 
 
-def lambda_attention_int8_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_sink_key: Tensor,
-    past_sink_value: Tensor,
-    past_length: Tensor,
-    new_length: Tensor,
-    query_position: Tensor,
-    slot_position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    limit_cos: Tensor,
-    limit_sin: Tensor,
-    alibi_slopes: Tensor,
-    sink_logits: Tensor,
-    past_key_scale: Tensor,
-    past_value_scale: Tensor,
-    *,
-    num_sink_tokens: int,
-    window_size: int,
-    distance_limit: int,
-    scale: float,
-    softcap: float = 0.0,
-    rotary_dim: int = 0,
-    rotary_interleaved: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`lambda_attention` over a ring of int8: new keys and values are rounded, then attended.
-
-    Every query, those of the same chunk included, meets what the ring holds, so the result does
-    not depend on how a text is cut into chunks. Sinks stay in the model's type.
-
-    Args:
-        past_key: (B, G, C, D) int8; slot p mod C holds the key of position p, rotated at p and
-            rounded by `quantize`.
-        past_value: (B, G, C, D) int8.
-        past_key_scale: (B, G, C, 1) float32 (or float64 where T is), the scales of the keys.
-        past_value_scale: like past_key_scale.
-
-    The other arguments are those of `lambda_attention`.
-
-    Returns:
-        The five of `lambda_attention`, then present_key_scale and present_value_scale.
-    """
-    turn = partial(turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
-    local_query, local_key = turn(query, cos, sin), turn(key, cos, sin)
-    sink_query = turn(query, limit_cos, limit_sin)
-
-    presents = []
-    for past, past_scale, new in (
-        (past_key, past_key_scale, local_key),
-        (past_value, past_value_scale, value.to(_real(query))),
-    ):
-        q, q_scale = quantize(new)
-        presents.append(write_ring(past, q, past_length))
-        presents.append(write_ring(past_scale, q_scale, past_length))
-    present_key, present_key_scale, present_value, present_value_scale = presents
-    present_sink_key = write_sinks(past_sink_key, key, past_length, new_length)
-    present_sink_value = write_sinks(past_sink_value, value, past_length, new_length)
-    output = attend_caches(
-        local_query,
-        sink_query,
-        dequantize(present_key, present_key_scale),
-        dequantize(present_value, present_value_scale),
-        present_sink_key,
-        present_sink_value,
-        query_position,
-        slot_position,
-        alibi_slopes,
-        sink_logits,
-        num_sink_tokens=num_sink_tokens,
-        window_size=window_size,
-        distance_limit=distance_limit,
-        scale=scale,
-        softcap=softcap,
-    )
-    return (
-        output.to(query.dtype),
-        present_key,
-        present_value,
-        present_sink_key,
-        present_sink_value,
-        present_key_scale,
-        present_value_scale,
-    )
-
-
 def attend_caches(
     local_query: Tensor,
     sink_query: Tensor,
@@ -497,14 +367,15 @@ def attend_caches(
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int, interleaved: bool) -> Tensor:
     """(B, ·, S, D) in float32 or float64, rotated by rows (B, S, R/2) or one row (R/2,)."""
-    real = _real(x)
+    real = real_type(x)
     if not rotary_dim:
         return x.to(real)
     rows = (row[..., None, :, :] if row.dim() == 3 else row for row in (cos, sin))
     return rotate(x.to(real), *(row.to(real) for row in rows), interleaved=interleaved)
 
 
-def _real(x: Tensor) -> torch.dtype:
+def real_type(x: Tensor) -> torch.dtype:
+    """Return what is computed in: float64 for float64, float32 for all else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -535,7 +406,7 @@ def _cap(logits: Tensor, softcap: float) -> Tensor:
 
 def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
     """Softmax over keys and an optional learned logit; rows that see nothing become zeros."""
-    real = _real(logits)
+    real = real_type(logits)
     logits = logits.to(real)
     top = logits.amax(dim=-1, keepdim=True)
     if sink_logits is not None:

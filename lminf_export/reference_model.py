@@ -22,7 +22,8 @@ from lminf_export.quantize.dequantize import (
     quantized_names,
     rounded_activations,
 )
-from lminf_export.reference import Rounding, round_to_int8
+from lminf_export.reference import Rounding
+from lminf_export.reference_int8 import round_to_int8
 from lminf_export.routing import Groups, Routed, experts_of, groups_of
 from lminf_export.source import Source, open_source
 

@@ -33,7 +33,7 @@ from lminf_export.quantize.dequantize import (
     is_made_of,
     with_tied_names,
 )
-from lminf_export.reference import INT8_LIMIT, round_to_int8
+from lminf_export.reference_int8 import INT8_LIMIT, round_to_int8
 from lminf_export.reference_model import (
     Reference,
     bundle_plan,

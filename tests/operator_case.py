@@ -115,8 +115,11 @@ class History:
             dtype
         )
 
-    def oracle(self) -> Tensor:
-        """Outputs (B, H, length, D) of every query, in float64, by distances alone."""
+    def oracle(self, rounded: reference.Rounding | None = None) -> Tensor:
+        """Outputs (B, H, length, D) of every query, in float64, by distances alone.
+
+        With ``rounded`` the ring keeps what that makes of keys and values.
+        """
         case = self.case
         length = self.query.shape[2]
         query_position = torch.tensor(self.bases)[:, None] + torch.arange(length)
@@ -136,6 +139,7 @@ class History:
             softcap=case.softcap,
             alibi_slopes=case.alibi_slopes,
             sink_logits=case.learned_logits,
+            rounded=rounded,
         )
 
     def caches(self, capacity: int) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import partial
 
 import pytest
@@ -13,28 +12,29 @@ from onnx import TensorProto
 
 from lminf_export import op, reference
 from lminf_export.onnx_function import BodyFeatures, function_body
-from lminf_export.reference import INT8_LIMIT, dequantize, quantize, round_to_int8
-from lminf_export.runtime.kernels import INSTALLED, open_library
+from lminf_export.reference_int8 import (
+    INT8_LIMIT,
+    dequantize,
+    lambda_attention_int8_cache,
+    quantize,
+    round_to_int8,
+)
+from lminf_export.runtime.kernels import INSTALLED
+from tests.kernel_sets import SETS, instruction_set
 from tests.operator_case import Case, History, shared_inputs
 from tests.test_operator import BASES, CASES, TOLERANCE, OnnxNode, cases, random_chunks, total
 
-SETS = ("body", "portable", "avx2", "avx512")
+FORMS = ("body", *SETS)
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=FORMS)
 def node(request):
     """Makes a node of a case: its function body, or the kernel on one instruction set."""
     if request.param == "body":
         yield partial(OnnxNode, int8_cache=True)
         return
-    if not INSTALLED.is_file():
-        pytest.skip("no C++ compiler, no kernels were built")
-    library = ctypes.CDLL(str(INSTALLED))
-    before = open_library(INSTALLED).instruction_set
-    if not library.lminfUseInstructionSet(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    yield partial(OnnxNode, int8_cache=True, kernels=INSTALLED)
-    assert library.lminfUseInstructionSet(before.encode())
+    with instruction_set(request.param):
+        yield partial(OnnxNode, int8_cache=True, kernels=INSTALLED)
 
 
 def test_rounding_takes_ties_to_even_and_the_largest_to_127():
@@ -105,7 +105,7 @@ def test_reference_ring_equals_distances(name):
         chunks = random_chunks(case, rows=3, steps=16, seed=base % 97)
         bases = [base, base + 5, base + 131 if base else 0]
         history = ExactHistory(case, bases, total(chunks), torch.float64)
-        wanted = rounded_oracle(history)
+        wanted = history.oracle(round_to_int8)
         past = torch.tensor(bases)
         caches, scales = rounded_caches(history, case.capacity)
         for new_lengths in chunks:
@@ -116,7 +116,7 @@ def test_reference_ring_equals_distances(name):
                 *exact_inputs(case, past, new, width, case.capacity),
                 *scales,
             ]
-            output, *present = reference.lambda_attention_int8_cache(*inputs, **case.attributes())
+            output, *present = lambda_attention_int8_cache(*inputs, **case.attributes())
             caches, scales = present[:4], present[4:]
             assert caches[0].dtype == caches[1].dtype == torch.int8
             for row in range(3):
@@ -125,28 +125,6 @@ def test_reference_ring_equals_distances(name):
                 # Sums in another order; the smallest float32 slope and logit are exact.
                 torch.testing.assert_close(output[row, :, :count], right, rtol=0, atol=1e-7)
             past = past + new
-
-
-def rounded_oracle(history):
-    case, length = history.case, history.query.shape[2]
-    return reference.attend_by_distance(
-        history.query,
-        history.key,
-        history.value,
-        torch.tensor(history.bases)[:, None] + torch.arange(length),
-        history.position,
-        window_size=case.window_size,
-        num_sink_tokens=case.num_sink_tokens,
-        distance_limit=case.limit,
-        scale=case.scale,
-        inv_freq=case.inv_freq if case.rotary_dim else None,
-        attention_factor=case.attention_factor,
-        interleaved=case.interleaved,
-        softcap=case.softcap,
-        alibi_slopes=case.alibi_slopes,
-        sink_logits=case.learned_logits,
-        rounded=round_to_int8,
-    )
 
 
 def test_the_result_does_not_depend_on_how_a_text_is_cut():
@@ -161,7 +139,7 @@ def test_the_result_does_not_depend_on_how_a_text_is_cut():
             new = torch.tensor([size])
             shared = exact_inputs(case, past, new, size, case.capacity)
             inputs = [*history.chunk(past, new, size), *caches, *shared, *scales]
-            output, *present = reference.lambda_attention_int8_cache(*inputs, **case.attributes())
+            output, *present = lambda_attention_int8_cache(*inputs, **case.attributes())
             caches, scales = present[:4], present[4:]
             outputs.append(output)
             past = past + new
@@ -183,7 +161,7 @@ def follow(form, case, history, chunks):
         new, width = torch.tensor(new_lengths), max(new_lengths)
         shared = shared_inputs(case, past, new, width, case.capacity)
         inputs = [*history.chunk(past, new, width), *caches, *shared, *scales]
-        wanted = reference.lambda_attention_int8_cache(*inputs, **case.attributes())
+        wanted = lambda_attention_int8_cache(*inputs, **case.attributes())
         before = caches
         output, *present = form(case, inputs)
         caches, scales = present[:4], present[4:]

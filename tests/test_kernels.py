@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +20,7 @@ import lminf_export
 from lminf_export.errors import SessionError
 from lminf_export.onnx_function import BodyFeatures, function_body
 from lminf_export.runtime.kernels import INSTALLED, find_kernels, open_library
+from tests.kernel_sets import HAS_COMPILER, SETS, instruction_set, needs_kernels
 from tests.operator_case import Case, History, shared_inputs
 from tests.test_operator import (
     BASES,
@@ -37,23 +36,15 @@ from tests.test_operator import (
 from tests.tiny_bundle import TinyModel
 from tests.tiny_models import save_llama
 
-HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-pytestmark = pytest.mark.skipif(
-    not HAS_COMPILER and not INSTALLED.is_file(), reason="no C++ compiler, no kernels were built"
-)
-SETS = ("portable", "avx2", "avx512")
+pytestmark = needs_kernels
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(params=SETS)
 def kernels(request):
     """The installed library, on one instruction set."""
-    library = ctypes.CDLL(str(INSTALLED))
-    before = open_library(INSTALLED).instruction_set
-    if not library.lminfUseInstructionSet(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    yield INSTALLED
-    assert library.lminfUseInstructionSet(before.encode())
+    with instruction_set(request.param):
+        yield INSTALLED
 
 
 def test_installing_with_a_compiler_builds_the_kernels():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 
 import numpy as np
@@ -15,14 +14,11 @@ import lminf_export
 from lminf_export.linear_function import LINEAR, LINEAR_ADD, linear_body
 from lminf_export.onnx_function import OPSET
 from lminf_export.op import DOMAIN
-from lminf_export.runtime.kernels import INSTALLED, open_library
+from lminf_export.runtime.kernels import INSTALLED
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
-from tests.test_kernels import HAS_COMPILER, SETS
+from tests.kernel_sets import SETS, instruction_set, needs_kernels
 from tests.tiny_models import save_llama
 
-needs_kernels = pytest.mark.skipif(
-    not HAS_COMPILER and not INSTALLED.is_file(), reason="no C++ compiler, no kernels were built"
-)
 TYPES = {np.float32: onnx.TensorProto.FLOAT, np.float16: onnx.TensorProto.FLOAT16}
 # Rows of few and of many tokens; features that no vector, strip, panel or depth divides.
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 31, 67)
@@ -31,14 +27,9 @@ FEATURES = ((1, 1), (5, 3), (67, 17), (131, 300), (64, 768), (3, 1031))
 
 @pytest.fixture(params=SETS)
 def kernels(request):
-    if not INSTALLED.is_file():
-        pytest.skip("no C++ compiler, no kernels were built")
-    library = ctypes.CDLL(str(INSTALLED))
-    before = open_library(INSTALLED).instruction_set
-    if not library.lminfUseInstructionSet(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    yield str(INSTALLED)
-    assert library.lminfUseInstructionSet(before.encode())
+    """The installed library, on one instruction set."""
+    with instruction_set(request.param):
+        yield str(INSTALLED)
 
 
 def one_node(op_type: str, weight: np.ndarray, rank: int = 0) -> bytes:

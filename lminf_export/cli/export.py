@@ -28,7 +28,7 @@ from lminf_export.config import (
 
 if TYPE_CHECKING:
     from lminf_export.bundle import Bundle
-    from lminf_export.exporter import ExportJob
+    from lminf_export.export_job import ExportJob
     from lminf_export.manifest import EngineRecipe, Manifest
 
 
@@ -169,7 +169,8 @@ def export_command(dry_run: bool, **options: Any) -> None:
     Writes a bundle: the model as ONNX with Λ-shaped attention over a bounded cache, its weights
     and tokenizer, an engine if OUT asks for one, and a manifest. Run it with `lminf generate`.
     """
-    from lminf_export.exporter import ExportOptions, prepare, run_job
+    from lminf_export.export_job import ExportOptions
+    from lminf_export.exporter import prepare, run_job
 
     quiet_transformers()
     with progress_bar(quiet=dry_run) as progress:
