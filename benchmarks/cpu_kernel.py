@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import environment, write_result
+from common import Stream, environment, write_result
 
 import lminf_export
 from lminf_export.bench.floor import streaming_bandwidth
@@ -68,41 +68,22 @@ def forms(before: Path | None) -> dict[str, Kernels]:
     return found
 
 
-class Ours:
-    """One form of the bundle; a stream of random tokens.
+class Ours(Stream):
+    """One form of the bundle.
 
     Instruction sets of one library share a loaded model: where its memory lies is a matter of
     luck, worth some percent.
     """
 
     def __init__(self, model: LanguageModel, kernels: Kernels) -> None:
-        self.model, self.kernels = model, kernels
-        self.token = np.array([[1]])
+        super().__init__(model, ready=kernels.use)
+        self.kernels = kernels
 
     @property
     def attention(self) -> str:
         """What computes the attention."""
         library = self.kernels.instruction_set
         return f"liblminf_ort.so ({library})" if library else self.model.session.attention
-
-    def stand_at(self, position: int) -> None:
-        self.state = self.model.new_state()
-        self.state.fill(np.random.default_rng(0), position)
-
-    def decode(self, count: int) -> float:
-        self.kernels.use()
-        start = time.perf_counter()
-        for _ in range(count):
-            self.model.forward(self.token, self.state, logits="last")
-        return (time.perf_counter() - start) / count
-
-    def prefill(self, count: int) -> float:
-        tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (1, count))
-        state = self.model.new_state()
-        self.kernels.use()
-        start = time.perf_counter()
-        self.model.forward(tokens, state, logits="last")
-        return count / (time.perf_counter() - start)
 
 
 class Genai:

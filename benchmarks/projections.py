@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from common import environment, write_result
+from common import Stream, environment, write_result
 
 from lminf_export.bench.floor import (
     cache_bytes_per_step,
@@ -59,29 +59,9 @@ def open_form(path: str, form: str, threads: int, **settings: Any) -> OnnxRuntim
     return OnnxRuntimeSession(bundle, threads=threads, kernels=kernels, graph=graph, **settings)
 
 
-class Ours:
-    """One form of the bundle; a stream of random tokens."""
-
-    def __init__(self, path: str, form: str, threads: int) -> None:
-        self.model = LanguageModel(Bundle.open(path), open_form(path, form, threads))
-        self.token = np.array([[1]])
-
-    def stand_at(self, position: int) -> None:
-        self.state = self.model.new_state()
-        self.state.fill(np.random.default_rng(0), position)
-
-    def decode(self, count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            self.model.forward(self.token, self.state, logits="last")
-        return (time.perf_counter() - start) / count
-
-    def prefill(self, count: int) -> float:
-        tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (1, count))
-        state = self.model.new_state()
-        start = time.perf_counter()
-        self.model.forward(tokens, state, logits="last")
-        return count / (time.perf_counter() - start)
+def stream(path: str, form: str, threads: int) -> Stream:
+    """Load one form of the bundle."""
+    return Stream(LanguageModel(Bundle.open(path), open_form(path, form, threads)))
 
 
 def nodes_of_a_step(path: str, form: str) -> dict[str, int]:
@@ -115,7 +95,7 @@ def read_anew(bundle: Bundle) -> None:
 
 def measure_memory(path: str, form: str, position: int) -> dict[str, float]:
     before, start = anonymous_bytes(), time.perf_counter()
-    ours = Ours(path, form, threads=1)
+    ours = stream(path, form, threads=1)
     ours.model.forward(ours.token, ours.model.new_state(), logits="last")
     seconds = time.perf_counter() - start
     ours.stand_at(position)
@@ -141,7 +121,7 @@ def file_huge_pages() -> int:
 
 
 def compare(
-    contestants: dict[str, Ours], position: int, rounds: int, bytes_read: int, threads: int
+    contestants: dict[str, Stream], position: int, rounds: int, bytes_read: int, threads: int
 ) -> dict[str, Any]:
     """Milliseconds a token at one position, taking turns, and ratios of each round."""
     for one in contestants.values():
@@ -173,7 +153,7 @@ def compare(
     return row
 
 
-def prefill_speeds(contestants: dict[str, Ours], count: int) -> dict[str, float]:
+def prefill_speeds(contestants: dict[str, Stream], count: int) -> dict[str, float]:
     """Tokens a second of reading a prompt, taking turns."""
     turns = [{name: one.prefill(count) for name, one in contestants.items()} for _ in range(3)]
     return {name: round(statistics.median(t[name] for t in turns), 1) for name in contestants}
@@ -203,7 +183,7 @@ def main() -> None:
     if arguments.cold:
         read_anew(bundle)
     memory = {form: memory_of(path, form, window) for form in FORMS}
-    contestants = {form: Ours(path, form, threads) for form in FORMS}
+    contestants = {form: stream(path, form, threads) for form in FORMS}
     prefill = prefill_speeds(contestants, arguments.prefill)
     rows = []
     for position in arguments.positions:
