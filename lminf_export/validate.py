@@ -8,7 +8,7 @@ ring, no digits and no ONNX: an agreement is an agreement of two different compu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lminf_export.manifest import Manifest, human_bytes
 from lminf_export.models import find_family
 from lminf_export.models.base import build_model
 from lminf_export.progress import Progress, silent
-from lminf_export.quantize.cost import PerplexityCost, perplexity_cost
+from lminf_export.quantize.cost import perplexity_cost
 from lminf_export.quantize.dequantize import (
     bundle_weights,
     is_made_of,
@@ -54,6 +54,7 @@ from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider
 from lminf_export.source import Source, open_source
+from lminf_export.validation_report import ValidationReport
 
 # The contract in float32: rounding of a few thousand terms, relative to the logits' range.
 FLOAT32_TOLERANCE = 2e-5
@@ -63,51 +64,6 @@ LOW_PRECISION_FACTOR = 2.0
 STOCK_LIMIT = 1024
 MIN_WINDOWS = 4
 CHUNK_PATTERN = (1, 7, 31, 2, 113, 3)
-
-
-@dataclass(frozen=True)
-class ValidationReport:
-    """All comparisons of one bundle.
-
-    Attributes:
-        bundle: the bundle's folder name.
-        dtype: its element type.
-        window_size: W.
-        reference_dtype: element type of the reference.
-        comparisons: one for each way of running.
-        differing_weights: tensors that are not the original model's, converted; None where no
-            model was given to compare with.
-        compared_with: the model whose weights the reference has, and an adapter merged into it;
-            None where they are the bundle's own.
-        quantization: how weights are stored, in words; None where they are not quantised.
-        kv_cache_dtype: element type of the rings where it is not dtype, else None.
-        perplexity_cost: what quantisation, of weights and caches, costs; None where there is no
-            text, or for quantised weights no original model, to measure it with.
-        routing: of a mixture of experts, how its choices compare with the reference's; for each
-            way of running. Logits are compared under the bundle's choices.
-    """
-
-    bundle: str
-    dtype: str
-    window_size: int
-    reference_dtype: str
-    comparisons: tuple[Comparison, ...]
-    differing_weights: tuple[str, ...] | None = None
-    compared_with: str | None = None
-    quantization: str | None = None
-    kv_cache_dtype: str | None = None
-    perplexity_cost: PerplexityCost | None = None
-    routing: tuple[RoutingReport, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether every comparison passed, no weight differs and experts differ by ties only."""
-        ties = all(row.passed for row in self.routing)
-        return ties and all(x.passed for x in self.comparisons) and not self.differing_weights
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON can hold it."""
-        return {**asdict(self), "passed": self.passed}
 
 
 def validate(

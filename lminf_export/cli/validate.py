@@ -19,7 +19,7 @@ from lminf_export.cli.common import (
 from lminf_export.cli.progress_bar import progress_bar
 
 if TYPE_CHECKING:
-    from lminf_export.validate import ValidationReport
+    from lminf_export.validation_report import ValidationReport
 
 EXIT_BEYOND_TOLERANCE = 1
 HELDOUT_NAME = "heldout.txt"

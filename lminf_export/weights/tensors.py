@@ -13,7 +13,7 @@ import torch
 from lminf_export.errors import ModelError
 from lminf_export.weights.types import STORED_TYPES
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 4 * 2**20
 _RAW_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
