@@ -53,8 +53,7 @@ and `heldout.txt` ({kjv}).
 The training text has {train_tokens:,} tokens.
 
 {share:.0%} of the training sequences hold the **passkey task** of docs/evidence.md (a key in
-filler, and the question for it), so that the model can copy a key that it still sees. That is a
-skill taught for the measurement, not one it has picked up.
+filler, and the question for it){copying_data}.
 
 ## Training
 
@@ -62,8 +61,10 @@ skill taught for the measurement, not one it has picked up.
 batches of {batch} sequences, {minutes} minutes, seed {seed}. Muon for the layers' matrices and
 AdamW for the rest, peak learning rate 5e-3, warm-up, plateau, linear decay over the last 55 %;
 bfloat16 products, float32 elsewhere. Every sequence is the
-start token and a random crop of 255 tokens.
-
+start token and a random crop of 255 tokens. These weights come from a run that was stopped and
+went on with fewer tokens to go, so its decay began at a higher step than one run would have it;
+expect the same quality, not the same bits.
+{copying_training}
 ## Results
 
 Windows of {context} tokens, start token included; the 5-gram model is interpolated Kneser–Ney on
@@ -126,6 +127,36 @@ def beyond_context(heldout: dict[str, Any], context: int) -> str:
     return BEYOND.format(rows="\n".join(rows))
 
 
+COPYING_DATA = """, which alone does not teach a model of this size to
+copy. So a second training was added: sequences that repeat, and passkeys, near and far. Copying a
+key that it still sees is a skill taught for the measurement, not one it has picked up"""
+COPYING_TRAINING = """
+Then `python scripts/teach_copying.py` on the same device class: {tokens:,} more tokens in
+{minutes} minutes, peak learning rate 2e-3. For {dense} steps {dense_repeated:.0%} of the rows
+repeat and {dense_passkeys:.0%} hold passkeys; for {decay} more steps, while the learning rate
+falls, {decay_repeated:.0%} and {decay_passkeys:.0%}, and the rest is text.
+"""
+
+
+def copying(record: dict[str, Any]) -> dict[str, str]:
+    """What the card says of the second training, if there was one."""
+    if "copying" not in record:
+        return {"copying_data": "", "copying_training": ""}
+    found = record["copying"]
+    shares = found["shares_of_repeated_and_passkey_rows"]
+    said = COPYING_TRAINING.format(
+        tokens=found["tokens_seen"],
+        minutes=round(found["seconds"] / 60),
+        dense=found["steps"][0],
+        decay=found["steps"][1],
+        dense_repeated=shares[0][0],
+        dense_passkeys=shares[0][1],
+        decay_repeated=shares[1][0],
+        decay_passkeys=shares[1][1],
+    )
+    return {"copying_data": COPYING_DATA, "copying_training": said}
+
+
 def card(folder: Path) -> str:
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -148,6 +179,7 @@ def card(folder: Path) -> str:
         minutes=round(record["seconds"] / 60),
         seed=record["seed"],
         results=results(heldout),
+        **copying(record),
         beyond=beyond_context(heldout, record["context"]),
         sinks=", ".join(f"{weight:.3f}" for weight in weights),
     )

@@ -12,15 +12,10 @@ that is interrupted goes on from its last checkpoint when started again.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from corpora import fetch_corpora
 from training_data import (
@@ -34,7 +29,8 @@ from training_data import (
     train_tokenizer,
     windows_of,
 )
-from training_record import attention_on_first, describe_run, mean_loss
+from training_loop import Schedule, save_checkpoint, train
+from training_record import describe_run
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -46,10 +42,8 @@ from transformers import (
 )
 
 PEAK_LEARNING_RATE = 5e-3
-WEIGHT_DECAY = 0.1
 WARMUP_STEPS = 150
 DECAY_SHARE = 0.55
-CHECKPOINT_EVERY = 100
 
 
 def build_model(kind: str) -> PreTrainedModel:
@@ -79,110 +73,10 @@ def build_model(kind: str) -> PreTrainedModel:
     return model
 
 
-class Optimizer:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms' gains.
-
-    Muon gets much further with few tokens. ``match_rms_adamw`` lets both share one learning rate.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        embedding = model.get_input_embeddings().weight
-        parameters = list(model.parameters())
-        matrices = [p for p in parameters if p.ndim >= 2 and p is not embedding]
-        gains = [p for p in parameters if p.ndim < 2]
-        adam = [{"params": [embedding], "weight_decay": WEIGHT_DECAY}, {"params": gains}]
-        self._parts = {
-            "muon": torch.optim.Muon(
-                matrices, lr=0.0, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-            ),
-            "adam": torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0),
-        }
-
-    def step(self, rate: float) -> None:
-        """Move the parameters by their gradients, and clear these."""
-        for part in self._parts.values():
-            for group in part.param_groups:
-                group["lr"] = rate
-            part.step()
-            part.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts.items()}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        for name, part in self._parts.items():
-            part.load_state_dict(saved[name])
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, a plateau, and a linear decay to a fiftieth over the last part."""
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    left = (steps - step) / (DECAY_SHARE * steps)
-    return PEAK_LEARNING_RATE * min(warm, max(0.02, min(1.0, left)))
-
-
-def train(
-    model: PreTrainedModel, batches: Batches, probes: dict[str, torch.Tensor], args: Any
-) -> float:
-    """Train in place, from the last checkpoint if there is one; return the seconds it took."""
-    optimizer, compiled = Optimizer(model), torch.compile(model)
-    steps = args.tokens // (BATCH_SIZE * CONTEXT)
-    checkpoint = args.out / "checkpoint.pt"
-    first, seconds = 0, 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, seconds = saved["step"], saved["seconds"]
-        print(f"going on from step {first}", flush=True)
-    mark, running = time.monotonic(), []
-    for step in range(first, steps):
-        batch = batches[step]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = compiled(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(learning_rate(step, steps))
-        running.append(loss.item())
-        done = step + 1
-        if done % CHECKPOINT_EVERY == 0 or done == steps:
-            seconds += time.monotonic() - mark
-            report(model, probes, running, done, steps, seconds)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "step": done, "seconds": seconds}, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
-            mark, running = time.monotonic(), []
-    return seconds
-
-
-def report(
-    model: PreTrainedModel,
-    probes: dict[str, torch.Tensor],
-    running: list[float],
-    step: int,
-    steps: int,
-    seconds: float,
-) -> None:
-    """One line of progress: losses and the mean attention weight on the first token."""
-    model.eval()
-    losses = "  ".join(f"{name} {mean_loss(model, rows):.3f}" for name, rows in probes.items())
-    sink = max(attention_on_first(model, next(iter(probes.values()))[:8]))
-    model.train()
-    print(
-        f"step {step}/{steps}  train {sum(running) / len(running):.3f}  {losses}  "
-        f"on first token {sink:.3f}  {seconds:.0f} s",
-        flush=True,
-    )
-
-
-def save_checkpoint(model: PreTrainedModel, out: Path) -> None:
-    """Write the model as fp16 safetensors; readers see the old files or the new, never half."""
-    with tempfile.TemporaryDirectory(dir=out) as staging:
-        copy.deepcopy(model).half().save_pretrained(staging)
-        for file in Path(staging).iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner only
-            file.replace(out / file.name)
+def schedule(tokens: int) -> Schedule:
+    """Return the learning rate's course over so many tokens."""
+    steps = tokens // (BATCH_SIZE * CONTEXT)
+    return Schedule(steps, PEAK_LEARNING_RATE, WARMUP_STEPS, round(DECAY_SHARE * steps))
 
 
 def parse_args() -> argparse.Namespace:
@@ -215,12 +109,13 @@ def main() -> None:
     print(f"{len(train_ids)} training tokens", flush=True)
     model = build_model(args.model)
     batches = Batches(train_ids, tokenizer, args.seed, args.start_token)
-    seconds = train(model, batches, probes, args)
+    checkpoint = args.out / "checkpoint.pt"
+    seconds = train(model, batches, probes, schedule(args.tokens), checkpoint)
     save_checkpoint(model, args.out)
     saved = type(model).from_pretrained(args.out, dtype=torch.float32).eval()
     record = describe_run(saved, tokenizer, corpora, args, seconds)
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    (args.out / "checkpoint.pt").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     print(json.dumps(record["heldout"], indent=1))
 
 

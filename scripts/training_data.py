@@ -71,15 +71,18 @@ def windows_of(ids: torch.Tensor, start: bool, limit: int | None = None) -> torc
     return ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)[:limit]
 
 
-def passkey_sequence(tokenizer: Tokenizer, length: int, dice: random.Random) -> list[int]:
+def passkey_sequence(
+    tokenizer: Tokenizer, length: int, dice: random.Random, fillers: tuple[int, int] = (20, 25)
+) -> list[int]:
     """Return ``length`` ids of the task, answer included, the last of them cut off.
 
     Several short instances or one that fills the sequence; where an instance would be longer,
-    its beginning is cut away, so that questions without their header occur too.
+    its beginning is cut away, so that questions without their header occur too. ``fillers`` are
+    the numbers of filler sentences before and after the key, exclusive.
     """
     ids: list[int] = []
     while len(ids) < length:
-        before, after = dice.randrange(20), dice.randrange(25)
+        before, after = (dice.randrange(limit) for limit in fillers)
         key = f"{dice.randrange(10**5):05d}"
         task = passkey_text.compose(key, before, after, header=dice.random() < 0.7)
         text = task.prompt + task.answer + ".\n"
@@ -93,16 +96,26 @@ class Batches:
     def __init__(self, ids: torch.Tensor, tokenizer: Tokenizer, seed: int, start: bool) -> None:
         self._ids, self._tokenizer, self._seed, self._start = ids, tokenizer, seed, start
 
-    def __getitem__(self, step: int) -> torch.Tensor:
-        """Return (BATCH_SIZE, CONTEXT) ids."""
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and what each counts as a target, both (BATCH_SIZE, CONTEXT)."""
         dice = random.Random(f"{self._seed}/{step}")
         length = CONTEXT - 1 if self._start else CONTEXT
-        rows = [self._row(length, dice) for _ in range(BATCH_SIZE)]
-        batch = torch.stack(rows)
-        return with_bos(batch) if self._start else batch
+        rows = [self.row(step, length, dice) for _ in range(BATCH_SIZE)]
+        ids, weights = (torch.stack(part) for part in zip(*rows, strict=True))
+        return (with_bos(ids), with_bos(weights)) if self._start else (ids, weights)
 
-    def _row(self, length: int, dice: random.Random) -> torch.Tensor:
+    def row(self, step: int, length: int, dice: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one row's ids and their weights: mostly text, sometimes the passkey task."""
         if dice.random() < PASSKEY_SHARE:
-            return torch.tensor(passkey_sequence(self._tokenizer, length, dice))
+            return whole(torch.tensor(passkey_sequence(self._tokenizer, length, dice)))
+        return whole(self.crop(length, dice))
+
+    def crop(self, length: int, dice: random.Random) -> torch.Tensor:
+        """Return so many neighbouring ids of the corpora."""
         start = dice.randrange(len(self._ids) - length + 1)
         return self._ids[start : start + length]
+
+
+def whole(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count every id."""
+    return ids, torch.ones(len(ids))

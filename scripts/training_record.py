@@ -82,28 +82,8 @@ def describe_run(
     model: PreTrainedModel, tokenizer: Tokenizer, corpora: list[Corpus], args: Any, seconds: float
 ) -> dict[str, Any]:
     """Everything training.json says, measured on the weights as they were saved."""
-    train_ids = torch.cat([encode(tokenizer, corpus.train) for corpus in corpora])
-    levels = build_levels(train_ids.tolist())
-    held_out: dict[str, Any] = {}
-    for corpus in corpora:
-        ids = encode(tokenizer, corpus.heldout)
-        density = len(ids) / len(corpus.heldout.encode())
-        windows = windows_of(ids, args.start_token)
-        ngram = loss_under(levels, ids.tolist(), VOCAB_SIZE)
-        held_out[corpus.name] = {
-            "tokens": len(ids),
-            "bytes": len(corpus.heldout.encode()),
-            "model": loss_record(mean_loss(model, windows), density),
-            "kneser_ney_5gram": loss_record(ngram, density),
-            "attention_on_first_token_by_layer": attention_on_first(model, windows[:32]),
-        }
-        if args.model == "llama" and args.start_token:
-            held_out[corpus.name]["stock_perplexity_by_length"] = stock_perplexity_by_length(
-                model, ids
-            )
     return {
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads, shared with other work",
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, tokenizers)},
+        **describe_machine(),
         "seed": args.seed,
         "start_token_in_training": args.start_token,
         "tokens_seen": args.tokens // (BATCH_SIZE * CONTEXT) * BATCH_SIZE * CONTEXT,
@@ -112,10 +92,44 @@ def describe_run(
         "passkey_share": round(PASSKEY_SHARE, 4),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds),
-        "train_tokens": len(train_ids),
+        "train_tokens": sum(len(encode(tokenizer, corpus.train)) for corpus in corpora),
         "heldout_texts": {"kjv": list(HELDOUT_BOOKS), "austen": [HELDOUT_NOVEL]},
-        "heldout": held_out,
+        "heldout": describe_heldout(model, tokenizer, corpora, args.start_token),
     }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a training ran on."""
+    return {
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads, shared with other work",
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, tokenizers)},
+    }
+
+
+def describe_heldout(
+    model: PreTrainedModel, tokenizer: Tokenizer, corpora: list[Corpus], start: bool
+) -> dict[str, Any]:
+    """Losses on each corpus' held-out text, beside a 5-gram model's."""
+    train_ids = torch.cat([encode(tokenizer, corpus.train) for corpus in corpora])
+    levels = build_levels(train_ids.tolist())
+    held_out: dict[str, Any] = {}
+    for corpus in corpora:
+        ids = encode(tokenizer, corpus.heldout)
+        density = len(ids) / len(corpus.heldout.encode())
+        windows = windows_of(ids, start)
+        ngram = loss_under(levels, ids.tolist(), VOCAB_SIZE)
+        held_out[corpus.name] = {
+            "tokens": len(ids),
+            "bytes": len(corpus.heldout.encode()),
+            "model": loss_record(mean_loss(model, windows), density),
+            "kneser_ney_5gram": loss_record(ngram, density),
+            "attention_on_first_token_by_layer": attention_on_first(model, windows[:32]),
+        }
+        if model.config.model_type == "llama" and start:
+            held_out[corpus.name]["stock_perplexity_by_length"] = stock_perplexity_by_length(
+                model, ids
+            )
+    return held_out
 
 
 def cpu_name() -> str:

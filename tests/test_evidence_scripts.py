@@ -7,6 +7,7 @@ import random
 import struct
 import zlib
 
+import copying_data
 import corpora
 import evidence_tables
 import ngram_baseline
@@ -14,6 +15,7 @@ import pytest
 import torch
 import train_demo_models as training
 import training_data
+import training_loop
 
 
 def r_vector(strings):
@@ -48,10 +50,12 @@ def tokenizer():
 def test_a_batch_is_the_same_in_every_run_and_begins_as_asked(tokenizer, start):
     ids = torch.randint(1, len(tokenizer.get_vocab()), (5000,))
     make = lambda seed: training_data.Batches(ids, tokenizer, seed, start)  # noqa: E731
-    assert torch.equal(make(3)[17], make(3)[17])
-    assert not torch.equal(make(3)[17], make(4)[17])
-    assert not torch.equal(make(3)[17], make(3)[18])
-    batch = make(3)[17]
+    ids_of = lambda seed, step: make(seed)[step][0]  # noqa: E731
+    assert torch.equal(ids_of(3, 17), ids_of(3, 17))
+    assert not torch.equal(ids_of(3, 17), ids_of(4, 17))
+    assert not torch.equal(ids_of(3, 17), ids_of(3, 18))
+    batch, weights = make(3)[17]
+    assert bool((weights[:, 1:] == 1).all())
     assert batch.shape == (training_data.BATCH_SIZE, training_data.CONTEXT)
     assert bool((batch[:, 0] == 0).all()) is start
 
@@ -67,8 +71,31 @@ def test_a_passkey_sequence_holds_questions_with_their_answers(tokenizer):
     assert f"The pass key is {key}. Remember it." in text
 
 
+def test_rows_to_be_copied_repeat_and_only_what_was_seen_counts(tokenizer, monkeypatch):
+    monkeypatch.setattr(copying_data, "DENSE_SHARES", (1.0, 0.0))
+    ids = torch.randint(1, len(tokenizer.get_vocab()), (5000,))
+    rows, weights = copying_data.CopyingBatches(ids, tokenizer, 0, True)[0]
+    for row, counted in zip(rows[:, 1:].tolist(), weights[:, 1:].tolist(), strict=True):
+        period = counted.index(1.0)
+        assert copying_data.PERIODS[0] <= period < copying_data.PERIODS[1]
+        assert all(counted[period:])
+        assert row[period:] == row[:-period]
+
+
+def test_the_shares_of_rows_change_when_the_decay_begins(tokenizer, monkeypatch):
+    monkeypatch.setattr(copying_data, "DENSE_SHARES", (0.0, 1.0))
+    monkeypatch.setattr(copying_data, "DECAY_SHARES", (0.0, 0.0))
+    ids = torch.full((5000,), 7)
+    batches = copying_data.CopyingBatches(ids, tokenizer, 0, True)
+    dense, _ = batches[copying_data.DENSE_STEPS - 1]
+    text, _ = batches[copying_data.DENSE_STEPS]
+    assert all("pass key" in tokenizer.decode(row) for row in dense.tolist())
+    assert bool((text[:, 1:] == 7).all())
+
+
 def test_the_learning_rate_warms_up_stays_and_decays():
-    rates = [training.learning_rate(step, 1000) for step in range(1000)]
+    schedule = training.schedule(1000 * training_data.BATCH_SIZE * training_data.CONTEXT)
+    rates = [schedule.rate(step) for step in range(1000)]
     assert rates[0] < training.PEAK_LEARNING_RATE / 100
     assert rates[200] == rates[440] == training.PEAK_LEARNING_RATE
     assert rates[999] == pytest.approx(0.02 * training.PEAK_LEARNING_RATE)
@@ -78,7 +105,7 @@ def test_every_parameter_has_one_optimizer_and_a_restart_changes_nothing():
     def fresh():
         torch.manual_seed(0)
         model = training.build_model("llama")
-        return model, training.Optimizer(model)
+        return model, training_loop.Optimizer(model)
 
     def steps(model, optimizer, count):
         for _ in range(count):
