@@ -100,6 +100,19 @@ def test_projections_are_measured_beside_the_bodies_and_onnxruntime_s_gemm(tmp_p
         assert "Gemm" not in nodes["kernel"]
 
 
+@pytest.mark.slow
+def test_int8_caches_are_timed_beside_float32_ones(tmp_path):
+    out = tmp_path / "caches.json"
+    tiny = ("--work", tmp_path / "work", "--shape", "tiny", "--window-size", 64)
+    settings = ("--positions", 64, 1_000_000, "--batch-sizes", 2, "--rounds", 2)
+    script("kv_cache.py", "decode", *tiny, *settings, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["position"] for row in rows] == [64, 1_000_000]
+    for row in rows:
+        assert row["live_cache_bytes"]["int8"] < row["live_cache_bytes"]["float32"]
+        assert set(row["ms_per_step"]) == {"float32", "int8"}
+
+
 def test_the_tables_of_the_documentation_are_those_of_the_results():
     command = [sys.executable, str(ROOT / "scripts" / "performance_tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
