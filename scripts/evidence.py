@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from training_data import HELDOUT_FILES
 import lminf_export
 from lminf_export.cli.eval import write_json
 from lminf_export.environment import environment
-from lminf_export.evaluate.buckets import estimate, ratio
+from lminf_export.evaluate.buckets import Bucket, estimate, log_buckets, ratio
+from lminf_export.evaluate.perplexity import DEFAULT_TARGETS, sampled_targets
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.text import read_stream
+from lminf_export.evaluate.torch_scorers import TorchModel, recompute
+from lminf_export.runtime.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -46,6 +50,9 @@ SINKS = (0, 1, 2, 4, 16, 64)
 WINDOWS = (128, 192, 256, 384)
 LIMITS = (256, 384, 512, 1024, 4096)
 THREADS = "1"
+# Streams that begin all over the held-out texts, for the buckets that one stream hardly fills.
+STREAMS = 40
+STREAM_TOKENS = 8 * CONTEXT + 1
 # Its cost per token grows with the text.
 STOCK_SECONDS = "600"
 
@@ -92,15 +99,66 @@ def losses_of(path: Path, model: str, tokens: int) -> np.ndarray:
     """Nats of each token behind the first training length of the held-out text."""
     loaded = lminf_export.load(path, threads=int(THREADS))
     stream = read_stream(loaded.codec, texts(model), max_tokens=tokens, repeat=True)
+    return losses_along(loaded, stream.ids)[2 * CONTEXT :]
+
+
+def losses_along(loaded: LanguageModel, ids: np.ndarray) -> np.ndarray:
+    """Nats of each token of a stream (T,); 0 for the first."""
     scorer = BundleScorer(loaded)
-    losses = np.zeros(len(stream.ids), np.float32)
-    last = len(stream.ids) - 1
+    losses = np.zeros(len(ids), np.float32)
+    last = len(ids) - 1
     for start in range(0, last, scorer.chunk_size):
         stop = min(start + scorer.chunk_size, last)
-        losses[start + 1 : stop + 1] = scorer.score(
-            stream.ids[start:stop], stream.ids[start + 1 : stop + 1]
-        )
-    return losses[2 * CONTEXT :]
+        losses[start + 1 : stop + 1] = scorer.score(ids[start:stop], ids[start + 1 : stop + 1])
+    return losses
+
+
+def against(*found: np.ndarray) -> dict[str, Any]:
+    """Pairs (2, n) of nats, ours first, as a bucket of `lminf eval perplexity` has them."""
+    ours, others = np.concatenate(found, axis=1)
+    return {
+        **estimate(others).to_dict(),
+        "lambda_on_the_same_targets": float(np.exp(ours.mean(dtype=np.float64))),
+        "lambda_over_this": ratio(ours, others),
+    }
+
+
+def starts(model: str) -> None:
+    """The first windows of many streams: one stream's first buckets are too small to say much."""
+    path = bundle(model)
+    loaded = lminf_export.load(path, threads=int(THREADS))
+    torch_model = TorchModel(loaded.bundle, None)
+    stream = read_stream(loaded.codec, texts(model))
+    edges = log_buckets(STREAM_TOKENS, CONTEXT)
+    pairs: dict[Bucket, list[np.ndarray]] = {edge: [] for edge in edges if edge.low >= CONTEXT}
+    head, places = stream.num_start_tokens, np.linspace(0, 1, STREAMS, endpoint=False)
+    for place in places:
+        begin = head + round(place * (len(stream.ids) - head - STREAM_TOKENS))
+        body = stream.ids[begin : begin + STREAM_TOKENS - head]
+        one = replace(stream, ids=np.concatenate([stream.ids[:head], body]))
+        ours = losses_along(loaded, one.ids)
+        for bucket, found in pairs.items():
+            targets = sampled_targets(one, [bucket], DEFAULT_TARGETS // STREAMS, begin)
+            afresh = [
+                losses for _, losses in recompute(torch_model, one.ids, head, targets, CONTEXT)
+            ]
+            found.append(np.stack([ours[targets], np.concatenate(afresh)]))
+        print(f"{model}: stream at {begin}", flush=True)
+    manifest = loaded.bundle.manifest
+    write_json(
+        {
+            "evaluation": "perplexity of many streams",
+            "model": manifest.source.name,
+            "bundle_sha256": manifest.manifest_sha256,
+            "lambda_config": manifest.lambda_config.model_dump(),
+            "streams": STREAMS,
+            "tokens_of_each": STREAM_TOKENS,
+            "buckets": [[bucket.low + 1, bucket.high] for bucket in pairs],
+            "methods": {"recompute": {"by_bucket": [against(*pair) for pair in pairs.values()]}},
+            **environment(),
+        },
+        RESULTS / f"starts-{model}.json",
+    )
 
 
 def ablation(model: str) -> None:
@@ -161,6 +219,8 @@ STAGES: dict[str, Callable[[], None]] = {
     "training": training,
     "perplexity-llama": lambda: perplexity("llama", "perplexity-llama", MILLION),
     "perplexity-mpt": lambda: perplexity("mpt", "perplexity-mpt", 128 * CONTEXT + 1),
+    "starts-llama": lambda: starts("llama"),
+    "starts-mpt": lambda: starts("mpt"),
     "ablation-llama": lambda: ablation("llama"),
     "ablation-mpt": lambda: ablation("mpt"),
     "ablation-no-start": lambda: ablation("no-start"),
