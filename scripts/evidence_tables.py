@@ -190,6 +190,7 @@ def models(*names: str) -> str:
     rows = []
     for name in names:
         record = load(f"training-{name}")
+        seen = record["tokens_seen"] + record.get("copying", {}).get("tokens_seen", 0)
         for text, values in record["heldout"].items():
             neural, ngram = values["model"], values["kneser_ney_5gram"]
             rows.append(
@@ -197,7 +198,7 @@ def models(*names: str) -> str:
                     name,
                     text,
                     f"{values['tokens']:,}",
-                    f"{record['tokens_seen'] / 1e6:.1f} M",
+                    f"{seen / 1e6:.1f} M",
                     f"{neural['perplexity_per_token']:.1f}",
                     f"{ngram['perplexity_per_token']:.1f}",
                     f"{neural['bits_per_byte']:.3f}",
