@@ -40,7 +40,7 @@ def write_text() -> None:
     state, start = model.new_state(), time.perf_counter()
     ids = list(
         model.generate(
-            model.codec.encode(PROMPT), max_new_tokens=count, temperature=0.8, top_p=0.95, seed=1,
+            model.codec.encode(PROMPT), max_new_tokens=count, temperature=1.0, top_p=0.95, seed=1,
             state=state,
         )
     )  # fmt: skip

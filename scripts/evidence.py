@@ -200,10 +200,13 @@ def passkey(model: str, name: str = "", **settings: int) -> None:
 
 
 def generation(model: str) -> None:
-    """100,000 tokens in one stream."""
+    """100,000 tokens in one stream.
+
+    A small model that copies falls into loops at lower temperatures, whatever its cache.
+    """
     options = [word for text in texts(model) for word in ("--reference", text)]
     run(
-        "lminf", "eval", "generate", bundle(model), *options, "--threads", THREADS,
+        "lminf", "eval", "generate", bundle(model), *options, "--threads", THREADS, "--temperature", "1",
         "--out", RESULTS / f"generation-{model}.json",
         "--plot", PICTURES / f"generation-{model}.png",
     )  # fmt: skip

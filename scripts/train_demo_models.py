@@ -68,7 +68,7 @@ def build_model(kind: str) -> PreTrainedModel:
         config = MptConfig(d_model=192, n_heads=6, n_layers=6, max_seq_len=CONTEXT, **shared)
         model = MptForCausalLM(config)
     model.generation_config = GenerationConfig(
-        bos_token_id=0, do_sample=True, temperature=0.8, top_p=0.95
+        bos_token_id=0, do_sample=True, temperature=1.0, top_p=0.95
     )
     return model
 
