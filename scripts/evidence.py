@@ -206,7 +206,8 @@ def generation(model: str) -> None:
     """
     options = [word for text in texts(model) for word in ("--reference", text)]
     run(
-        "lminf", "eval", "generate", bundle(model), *options, "--threads", THREADS, "--temperature", "1",
+        "lminf", "eval", "generate", bundle(model), *options, "--threads", THREADS,
+        "--temperature", "1",
         "--out", RESULTS / f"generation-{model}.json",
         "--plot", PICTURES / f"generation-{model}.png",
     )  # fmt: skip
