@@ -24,7 +24,7 @@ from tests.tiny_models import save_llama
 
 # Few tokens and many; features that no block, vector or panel divides, and some that all do.
 TOKENS = (0, 1, 2, 3, 5, 17, 64, 200)
-FEATURES = ((1, 1), (5, 37), (67, 1031), (131, 300), (64, 768))
+FEATURES = ((1, 1), (5, 37), (67, 1031), (131, 300), (64, 512))
 EXACT, ROUNDED = 1, 4
 
 

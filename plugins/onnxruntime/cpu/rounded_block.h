@@ -200,21 +200,36 @@ inline IntVec laneBlocks(int perChunk) {
   return v;
 }
 
-// The scales of a chunk's blocks, each in its lanes.
+// The scales of a chunk's blocks, each in its lanes. They are loaded at once: a vector put
+// together in memory would wait for what was stored.
 template <int kPerChunk>
 inline Vec spreadScales(const float* scales) {
   if constexpr (kPerChunk == 1) return splat(*scales);
-  Vec some{};
-  std::memcpy(&some, scales, kPerChunk * sizeof(float));
 #if defined(__AVX512F__)
+  __m512 some;
+  if constexpr (kPerChunk == 8) {
+    some = _mm512_castps256_ps512(_mm256_loadu_ps(scales));
+  } else if constexpr (kPerChunk == 4) {
+    some = _mm512_castps128_ps512(_mm_loadu_ps(scales));
+  } else {
+    some = _mm512_castps128_ps512(
+        _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
+  }
   const __m512i index = reinterpret_cast<__m512i>(laneBlocks(kPerChunk));
-  return reinterpret_cast<Vec>(_mm512_permutexvar_ps(index, reinterpret_cast<__m512>(some)));
+  return reinterpret_cast<Vec>(_mm512_permutexvar_ps(index, some));
 #elif defined(__AVX2__)
+  __m256 some;
+  if constexpr (kPerChunk == 4) {
+    some = _mm256_castps128_ps256(_mm_loadu_ps(scales));
+  } else {
+    some = _mm256_castps128_ps256(
+        _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
+  }
   const __m256i index = reinterpret_cast<__m256i>(laneBlocks(kPerChunk));
-  return reinterpret_cast<Vec>(_mm256_permutevar8x32_ps(reinterpret_cast<__m256>(some), index));
+  return reinterpret_cast<Vec>(_mm256_permutevar8x32_ps(some, index));
 #else
   Vec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = some[i * kPerChunk / kWidth];
+  for (int i = 0; i < kWidth; ++i) v[i] = scales[i * kPerChunk / kWidth];
   return v;
 #endif
 }
@@ -242,7 +257,10 @@ struct Row {
   const uint8_t* zeros;
 };
 
-template <int kBits, int kPerChunk, bool kZeros, int kTokens>
+// How often a vector of a token meets one of a row: sums kept in registers.
+constexpr int kMeetings = 4;
+
+template <int kBits, bool kZeros, int kTokens>
 inline void meetChunk(Bytes packed, Vec scales, IntVec zeros, int64_t chunk, const Token* tokens,
                       Vec* sums) {
   for (int t = 0; t < kTokens; ++t) {
@@ -255,33 +273,13 @@ inline void meetChunk(Bytes packed, Vec scales, IntVec zeros, int64_t chunk, con
   }
 }
 
-// One row with kTokens tokens; lanes are not summed yet. kPerChunk: blocks of a chunk, of which
-// larger blocks have several.
+// What is left of a row behind its whole chunks: fewer than kPerChunk blocks, read from copies.
 template <int kBits, int kPerChunk, bool kZeros, int kTokens>
-inline void meetRow(const Blocks& b, const Row& row, const Token* tokens, Vec* sums) {
-  const int64_t bytes = b.rowBytes(), whole = bytes / kChunk;
-  const int64_t chunksOfBlock = std::max<int64_t>(b.bytes() / kChunk, 1);
-  for (int t = 0; t < kTokens; ++t) sums[t] = Vec{};
-  int64_t block = 0, left = chunksOfBlock;
-  for (int64_t chunk = 0; chunk < whole; ++chunk) {
-    const uint8_t* packed = row.packed + chunk * kChunk;
-    __builtin_prefetch(packed + kAheadBytes, 0, 2);
-    __builtin_prefetch(reinterpret_cast<const char*>(row.scales + block) + kScalesAheadBytes, 0, 2);
-    IntVec zeros{};
-    if constexpr (kZeros) zeros = spreadZeros<kBits, kPerChunk>(row.zeros, block);
-    meetChunk<kBits, kPerChunk, kZeros, kTokens>(
-        loadBytes(packed), spreadScales<kPerChunk>(row.scales + block), zeros, chunk, tokens, sums);
-    if (kPerChunk > 1) {
-      block += kPerChunk;
-    } else if (--left == 0) {
-      ++block, left = chunksOfBlock;
-    }
-  }
-  if (whole * kChunk == bytes) return;
-  // Less than a chunk is left: fewer than kPerChunk blocks, read from copies.
+inline void meetRest(const Blocks& b, const Row& row, int64_t chunk, int64_t block,
+                     const Token* tokens, Vec* sums) {
   uint8_t packed[kChunk] = {}, lastZeros[4] = {};
   float scales[kWidth] = {};
-  std::memcpy(packed, row.packed + whole * kChunk, bytes - whole * kChunk);
+  std::memcpy(packed, row.packed + chunk * kChunk, b.rowBytes() - chunk * kChunk);
   std::memcpy(scales, row.scales + block, (b.perRow - block) * sizeof(float));
   IntVec zeros{};
   if constexpr (kZeros) {
@@ -289,8 +287,46 @@ inline void meetRow(const Blocks& b, const Row& row, const Token* tokens, Vec* s
     std::memcpy(lastZeros, row.zeros + first, b.zeroBytes() - first);
     zeros = spreadZeros<kBits, kPerChunk>(lastZeros, block % (8 / kBits));
   }
-  meetChunk<kBits, kPerChunk, kZeros, kTokens>(loadBytes(packed), spreadScales<kPerChunk>(scales),
-                                               zeros, whole, tokens, sums);
+  meetChunk<kBits, kZeros, kTokens>(loadBytes(packed), spreadScales<kPerChunk>(scales), zeros,
+                                    chunk, tokens, sums);
+}
+
+// kRows rows at once with kTokens tokens, whose vectors they share; lanes are not summed yet.
+// kPerChunk: blocks of a chunk, of which larger blocks have several.
+template <int kBits, int kPerChunk, bool kZeros, int kTokens, int kRows>
+inline void meetSome(const Blocks& b, const Row* rows, const Token* tokens, Vec* found) {
+  const int64_t bytes = b.rowBytes(), whole = bytes / kChunk;
+  const int64_t chunksOfBlock = std::max<int64_t>(b.bytes() / kChunk, 1);
+  Vec sums[kRows][kTokens] = {};
+  for (int r = 0; r < kRows; ++r) {
+    const char* scales = reinterpret_cast<const char*>(rows[r].scales);
+    for (int64_t i = 0; i < b.perRow * 4; i += 64) {
+      __builtin_prefetch(scales + i + kScalesAheadBytes, 0, 2);
+    }
+  }
+  int64_t block = 0, left = chunksOfBlock;
+  for (int64_t chunk = 0; chunk < whole; ++chunk) {
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* packed = rows[r].packed + chunk * kChunk;
+      __builtin_prefetch(packed + kAheadBytes, 0, 2);
+      IntVec zeros{};
+      if constexpr (kZeros) zeros = spreadZeros<kBits, kPerChunk>(rows[r].zeros, block);
+      meetChunk<kBits, kZeros, kTokens>(loadBytes(packed),
+                                        spreadScales<kPerChunk>(rows[r].scales + block), zeros,
+                                        chunk, tokens, sums[r]);
+    }
+    if (kPerChunk > 1) {
+      block += kPerChunk;
+    } else if (--left == 0) {
+      ++block, left = chunksOfBlock;
+    }
+  }
+  if (whole * kChunk < bytes) {
+    for (int r = 0; r < kRows; ++r) {
+      meetRest<kBits, kPerChunk, kZeros, kTokens>(b, rows[r], whole, block, tokens, sums[r]);
+    }
+  }
+  std::memcpy(found, sums, sizeof sums);
 }
 
 Row rowAt(const Linear& p, int64_t row, float* scratch) {
@@ -305,15 +341,16 @@ Row rowAt(const Linear& p, int64_t row, float* scratch) {
   return {b.packed + row * b.rowBytes(), scales, zeros};
 }
 
-// Up to four rows with kTokens tokens.
+// Four rows with kTokens tokens, of which `count` are written.
 template <int kBits, int kPerChunk, bool kZeros, int kTokens>
 __attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Row* rows,
                                         int64_t firstRow, int64_t count) {
+  constexpr int kRows = kMeetings / kTokens;
   Token tokens[kTokens];
   for (int t = 0; t < kTokens; ++t) tokens[t] = tokenAt(p, token + t);
-  Vec sums[4][kTokens] = {};
-  for (int64_t r = 0; r < count; ++r) {
-    meetRow<kBits, kPerChunk, kZeros, kTokens>(*p.blocks, rows[r], tokens, sums[r]);
+  Vec sums[4][kTokens];
+  for (int r = 0; r < 4; r += kRows) {
+    meetSome<kBits, kPerChunk, kZeros, kTokens, kRows>(*p.blocks, rows + r, tokens, sums[r]);
   }
   for (int t = 0; t < kTokens; ++t) {
     const Vec4 four = sumsOf(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
@@ -324,13 +361,16 @@ __attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Ro
   }
 }
 
-// Four rows meet all tokens before the next four are streamed.
+// Four rows meet all tokens before the next four are streamed; the last one stands in for rows
+// behind it.
 template <int kBits, int kPerChunk, bool kZeros>
 void streamRows(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
   for (int64_t row = firstRow; row < endRow; row += 4) {
     const int64_t count = std::min<int64_t>(4, endRow - row);
     Row rows[4];
-    for (int64_t r = 0; r < count; ++r) rows[r] = rowAt(p, row + r, scratch + r * p.blocks->perRow);
+    for (int64_t r = 0; r < 4; ++r) {
+      rows[r] = rowAt(p, std::min(row + r, endRow - 1), scratch + r * p.blocks->perRow);
+    }
     int64_t token = 0;
     const auto next = [&](auto size, auto function) {
       for (; token + size <= p.tokens; token += size) function(p, token, rows, row, count);
