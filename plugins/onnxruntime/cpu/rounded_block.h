@@ -61,15 +61,31 @@ inline float largestOf(const float* x, int64_t count) {
   return largest;
 }
 
-// Rounds one block (count ≤ size elements) to the nearest integers, ties to even; returns the scale.
+// Each lane's nearest integer, ties to even.
+inline IntVec nearest(Vec v) {
+#if defined(LMINF_SIMD)
+  return reinterpret_cast<IntVec>(LMINF_SIMD(cvtps_epi32)(v));
+#else
+  IntVec out;
+  for (int i = 0; i < kWidth; ++i) out[i] = static_cast<int32_t>(std::lrint(v[i]));
+  return out;
+#endif
+}
+
+// Rounds one block (count ≤ size elements) to the nearest integers; returns the scale. The product
+// is rounded before it is made an integer: ties, of which embeddings of few bits have many, then
+// fall as in onnxruntime.
 inline float roundBlock(const float* x, int64_t count, int8_t* out) {
   const float largest = largestOf(x, count);
   // Of numbers this small the reciprocal would be infinite.
   const float divisor = largest < 0x1p-100f ? 0.0f : 127.0f / largest;
-  constexpr float magic = 12582912.0f;  // 1.5·2²³: the sum has no room for a fraction
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = static_cast<int8_t>(static_cast<int32_t>((x[i] * divisor + magic) - magic));
+  typedef int8_t Narrow __attribute__((vector_size(kWidth)));
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    const Narrow narrow = __builtin_convertvector(nearest(load(x + i) * divisor), Narrow);
+    std::memcpy(out + i, &narrow, sizeof narrow);
   }
+  for (; i < count; ++i) out[i] = static_cast<int8_t>(nearest(splat(x[i] * divisor))[0]);
   return largest / 127.0f;
 }
 
