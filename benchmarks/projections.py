@@ -2,9 +2,9 @@
 
 The same bundle in three forms: the graph's function bodies alone, the CPU library's attention
 with projections put back to onnxruntime's Gemm or MatMulNBits, and the whole library. Decoding
-positions are set, not read: rings hold random numbers. Memory is that of fresh processes. With --cold the
-weights' file is dropped from the page cache first and read anew by the library, as after starting
-the machine: what reads a file first decides how large its pages are.
+positions are set, not read: rings hold random numbers. Memory is that of fresh processes. With
+--cold the weights' file is dropped from the page cache first and read anew by the library, as
+after starting the machine: what reads a file first decides how large its pages are.
 
     python benchmarks/projections.py --bundle B --cold --out benchmarks/results/projections.json
 """

@@ -36,7 +36,7 @@ def linear_body(op_type: str) -> onnx.FunctionProto:
 
 
 def nbits_body(op_type: str, *, zero_points: bool) -> onnx.FunctionProto:
-    """Return LinearNBits or LinearNBitsAdd as a model-local function, with or without zero points."""
+    """Return LinearNBits or LinearNBitsAdd, with or without zero points, as a function."""
     zeros = ", zero_points" if zero_points else ""
     attributes = ", ".join(f"{name}: int = @{name}" for name in NBITS_ATTRIBUTES)
     product = f"{CONTRIB_DOMAIN}.MatMulNBits <{attributes}> (x, weight, scales{zeros})"
