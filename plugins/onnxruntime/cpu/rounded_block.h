@@ -21,9 +21,9 @@ typedef uint32_t WordVec __attribute__((vector_size(4 * kWidth)));
 
 constexpr int64_t kChunk = 4 * kWidth;  // bytes
 constexpr int64_t kMostBlock = 256;
-// How far ahead weights and their scales are asked for: over the end of a page, where hardware
+// How far ahead weights and their scales are asked for: over the ends of pages, where hardware
 // stops.
-constexpr int64_t kAheadBytes = 4096, kScalesAheadBytes = 1024;
+constexpr int64_t kAheadBytes = 8192, kScalesAheadBytes = 2048;
 
 // --- the activations ----------------------------------------------------------------------------
 
@@ -266,11 +266,17 @@ inline IntVec spreadZeros(const uint8_t* zeros, int64_t block) {
 
 // --- few tokens ---------------------------------------------------------------------------------
 
-// One weight row; its scales are floats.
-struct Row {
+// Weight rows one behind the other, or one row for many (strides of 0); scales are floats.
+struct Rows {
   const uint8_t* packed;
   const float* scales;
   const uint8_t* zeros;
+  int64_t stride, scalesStride, zerosStride;
+
+  Rows at(int64_t r) const {
+    return {packed + r * stride, scales + r * scalesStride, zeros + r * zerosStride,
+            stride, scalesStride, zerosStride};
+  }
 };
 
 // How often a vector of a token meets one of a row: sums kept in registers.
@@ -291,7 +297,7 @@ inline void meetChunk(Bytes packed, Vec scales, IntVec zeros, int64_t chunk, con
 
 // What is left of a row behind its whole chunks: fewer than kPerChunk blocks, read from copies.
 template <int kBits, int kPerChunk, bool kZeros, int kTokens>
-inline void meetRest(const Blocks& b, const Row& row, int64_t chunk, int64_t block,
+inline void meetRest(const Blocks& b, const Rows& row, int64_t chunk, int64_t block,
                      const Token* tokens, Vec* sums) {
   uint8_t packed[kChunk] = {}, lastZeros[4] = {};
   float scales[kWidth] = {};
@@ -310,26 +316,28 @@ inline void meetRest(const Blocks& b, const Row& row, int64_t chunk, int64_t blo
 // kRows rows at once with kTokens tokens, whose vectors they share; lanes are not summed yet.
 // kPerChunk: blocks of a chunk, of which larger blocks have several.
 template <int kBits, int kPerChunk, bool kZeros, int kTokens, int kRows>
-inline void meetSome(const Blocks& b, const Row* rows, const Token* tokens, Vec* found) {
+inline void meetSome(const Blocks& b, const Rows& rows, const Token* tokens, Vec* found) {
   const int64_t bytes = b.rowBytes(), whole = bytes / kChunk;
   const int64_t chunksOfBlock = std::max<int64_t>(b.bytes() / kChunk, 1);
   Vec sums[kRows][kTokens] = {};
   for (int r = 0; r < kRows; ++r) {
-    const char* scales = reinterpret_cast<const char*>(rows[r].scales);
+    const char* scales = reinterpret_cast<const char*>(rows.at(r).scales);
     for (int64_t i = 0; i < b.perRow * 4; i += 64) {
       __builtin_prefetch(scales + i + kScalesAheadBytes, 0, 2);
     }
   }
   int64_t block = 0, left = chunksOfBlock;
-  for (int64_t chunk = 0; chunk < whole; ++chunk) {
+  const uint8_t* packed = rows.packed;
+  for (int64_t chunk = 0; chunk < whole; ++chunk, packed += kChunk) {
     for (int r = 0; r < kRows; ++r) {
-      const uint8_t* packed = rows[r].packed + chunk * kChunk;
-      __builtin_prefetch(packed + kAheadBytes, 0, 2);
+      __builtin_prefetch(packed + r * rows.stride + kAheadBytes, 0, 2);
       IntVec zeros{};
-      if constexpr (kZeros) zeros = spreadZeros<kBits, kPerChunk>(rows[r].zeros, block);
-      meetChunk<kBits, kZeros, kTokens>(loadBytes(packed),
-                                        spreadScales<kPerChunk>(rows[r].scales + block), zeros,
-                                        chunk, tokens, sums[r]);
+      if constexpr (kZeros) {
+        zeros = spreadZeros<kBits, kPerChunk>(rows.zeros + r * rows.zerosStride, block);
+      }
+      const Vec scales = spreadScales<kPerChunk>(rows.scales + r * rows.scalesStride + block);
+      meetChunk<kBits, kZeros, kTokens>(loadBytes(packed + r * rows.stride), scales, zeros, chunk,
+                                        tokens, sums[r]);
     }
     if (kPerChunk > 1) {
       block += kPerChunk;
@@ -339,34 +347,37 @@ inline void meetSome(const Blocks& b, const Row* rows, const Token* tokens, Vec*
   }
   if (whole * kChunk < bytes) {
     for (int r = 0; r < kRows; ++r) {
-      meetRest<kBits, kPerChunk, kZeros, kTokens>(b, rows[r], whole, block, tokens, sums[r]);
+      meetRest<kBits, kPerChunk, kZeros, kTokens>(b, rows.at(r), whole, block, tokens, sums[r]);
     }
   }
   std::memcpy(found, sums, sizeof sums);
 }
 
-Row rowAt(const Linear& p, int64_t row, float* scratch) {
+// `count` rows from `row` on, and scratch memory for their scales.
+Rows rowsAt(const Linear& p, int64_t row, int64_t count, float* scratch) {
   const Blocks& b = *p.blocks;
   const float* scales = static_cast<const float*>(b.scales) + row * b.perRow;
   if (p.element == Element::kHalf) {
     const Half* halves = static_cast<const Half*>(b.scales) + row * b.perRow;
-    for (int64_t i = 0; i < b.perRow; ++i) scratch[i] = toFloat(halves[i]);
+    for (int64_t i = 0; i < count * b.perRow; ++i) scratch[i] = toFloat(halves[i]);
     scales = scratch;
   }
-  const uint8_t* zeros = b.zeroPoints == nullptr ? nullptr : b.zeroPoints + row * b.zeroBytes();
-  return {b.packed + row * b.rowBytes(), scales, zeros};
+  const int64_t one = count > 1 ? 1 : 0;
+  const int64_t zeros = b.zeroPoints == nullptr ? 0 : b.zeroBytes();
+  return {b.packed + row * b.rowBytes(), scales, b.zeroPoints + row * zeros,
+          one * b.rowBytes(), one * b.perRow, one * zeros};
 }
 
 // Four rows with kTokens tokens, of which `count` are written.
 template <int kBits, int kPerChunk, bool kZeros, int kTokens>
-__attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Row* rows,
+__attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Rows& rows,
                                         int64_t firstRow, int64_t count) {
   constexpr int kRows = kMeetings / kTokens;
   Token tokens[kTokens];
   for (int t = 0; t < kTokens; ++t) tokens[t] = tokenAt(p, token + t);
   Vec sums[4][kTokens];
   for (int r = 0; r < 4; r += kRows) {
-    meetSome<kBits, kPerChunk, kZeros, kTokens, kRows>(*p.blocks, rows + r, tokens, sums[r]);
+    meetSome<kBits, kPerChunk, kZeros, kTokens, kRows>(*p.blocks, rows.at(r), tokens, sums[r]);
   }
   for (int t = 0; t < kTokens; ++t) {
     const Vec4 four = sumsOf(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
@@ -377,16 +388,12 @@ __attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Ro
   }
 }
 
-// Four rows meet all tokens before the next four are streamed; the last one stands in for rows
-// behind it.
+// Four rows meet all tokens before the next four are streamed; those left at the end come singly.
 template <int kBits, int kPerChunk, bool kZeros>
 void streamRows(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
-  for (int64_t row = firstRow; row < endRow; row += 4) {
-    const int64_t count = std::min<int64_t>(4, endRow - row);
-    Row rows[4];
-    for (int64_t r = 0; r < 4; ++r) {
-      rows[r] = rowAt(p, std::min(row + r, endRow - 1), scratch + r * p.blocks->perRow);
-    }
+  for (int64_t row = firstRow, count; row < endRow; row += count) {
+    count = endRow - row < 4 ? 1 : 4;
+    const Rows rows = rowsAt(p, row, count, scratch);
     int64_t token = 0;
     const auto next = [&](auto size, auto function) {
       for (; token + size <= p.tokens; token += size) function(p, token, rows, row, count);
