@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cpu_kernel.md"
-RESULTS = ("projections", "projections-int4", "projections-int8")
+RESULTS = ("projections", "projections-int4")
 NAMES = ("function_body", "attention_only", "kernel")
 
 
