@@ -18,11 +18,15 @@ COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 # One file per instruction set; which one runs is decided where it runs. CMakeLists.txt agrees.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
+AVX512_VNNI = ["-mavx512vnni", *AVX512]
 INSTRUCTION_SETS = {
     "block_avx2.cc": AVX2,
     "block_avx512.cc": AVX512,
     "linear_avx2.cc": AVX2,
     "linear_avx512.cc": AVX512,
+    "rounded_avx2.cc": AVX2,
+    "rounded_avx512.cc": AVX512,
+    "rounded_avx512vnni.cc": AVX512_VNNI,
 }
 KERNELS = Extension(
     "lminf_export.lib.lminf_ort",
@@ -33,6 +37,7 @@ KERNELS = Extension(
             "tensor.cc",
             "lambda_attention_op.cc",
             "linear_op.cc",
+            "linear_nbits_op.cc",
             "cpu_kernel.cc",
             "huge_pages.cc",
             "cpu/attention.cc",
@@ -43,6 +48,11 @@ KERNELS = Extension(
             "cpu/linear_portable.cc",
             "cpu/linear_avx2.cc",
             "cpu/linear_avx512.cc",
+            "cpu/rounded.cc",
+            "cpu/rounded_portable.cc",
+            "cpu/rounded_avx2.cc",
+            "cpu/rounded_avx512.cc",
+            "cpu/rounded_avx512vnni.cc",
         )
     ],
     depends=[str(path) for path in sorted(SOURCES.rglob("*.h"))],

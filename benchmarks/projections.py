@@ -1,10 +1,10 @@
 """What reading the weights of projections in place gains, in one run, taking turns.
 
 The same bundle in three forms: the graph's function bodies alone, the CPU library's attention
-with projections put back to onnxruntime's Gemm, and the whole library. Decoding positions are
-set, not read: rings hold random numbers. Memory is that of fresh processes. With --cold the
-weights' file is dropped from the page cache first and read anew by the library, as after starting
-the machine: what reads a file first decides how large its pages are.
+with projections put back to onnxruntime's Gemm or MatMulNBits, and the whole library. Decoding
+positions are set, not read: rings hold random numbers. Memory is that of fresh processes. With
+--cold the weights' file is dropped from the page cache first and read anew by the library, as
+after starting the machine: what reads a file first decides how large its pages are.
 
     python benchmarks/projections.py --bundle B --cold --out benchmarks/results/projections.json
 """
@@ -33,7 +33,13 @@ from lminf_export.bench.floor import (
     weight_bytes_per_step,
 )
 from lminf_export.bundle import Bundle
-from lminf_export.linear_function import LINEAR, LINEAR_ADD
+from lminf_export.linear_function import (
+    CONTRIB_DOMAIN,
+    LINEAR,
+    LINEAR_ADD,
+    LINEAR_NBITS,
+    LINEAR_NBITS_ADD,
+)
 from lminf_export.op import DOMAIN
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
@@ -42,19 +48,31 @@ FORMS = {"function_body": "none", "attention_only": "auto", "kernel": "auto"}
 STEPS = 6  # tokens decoded in one go before the next contestant's turn
 
 
-def projections_as_gemm(bundle: Bundle) -> bytes:
-    """The bundle's graph with the Gemm in place of lminf::Linear and LinearAdd."""
+def projections_as_onnxruntimes(bundle: Bundle) -> bytes:
+    """The bundle's graph with Gemm and MatMulNBits in place of the operators of lminf."""
     model = onnx.load(bundle.graph_path, load_external_data=False)
-    for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type in (LINEAR, LINEAR_ADD):
-            node.op_type, node.domain = "Gemm", ""
-            node.attribute.append(onnx.helper.make_attribute("transB", 1))
+    nodes = [new for node in model.graph.node for new in _as_onnxruntimes(node)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     return model.SerializeToString()
+
+
+def _as_onnxruntimes(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    if node.domain == DOMAIN and node.op_type in (LINEAR, LINEAR_ADD):
+        node.op_type, node.domain = "Gemm", ""
+        node.attribute.append(onnx.helper.make_attribute("transB", 1))
+    elif node.domain == DOMAIN and node.op_type in (LINEAR_NBITS, LINEAR_NBITS_ADD):
+        addend = node.input.pop(3) if node.op_type == LINEAR_NBITS_ADD else None
+        node.op_type, node.domain = "MatMulNBits", CONTRIB_DOMAIN
+        if addend is not None:
+            result, node.output[0] = node.output[0], f"{node.output[0]}.product"
+            return [node, onnx.helper.make_node("Add", [node.output[0], addend], [result])]
+    return [node]
 
 
 def open_form(path: str, form: str, threads: int, **settings: Any) -> OnnxRuntimeSession:
     bundle = Bundle.open(path)
-    graph = projections_as_gemm(bundle) if form == "attention_only" else None
+    graph = projections_as_onnxruntimes(bundle) if form == "attention_only" else None
     kernels = FORMS[form]
     return OnnxRuntimeSession(bundle, threads=threads, kernels=kernels, graph=graph, **settings)
 
@@ -159,6 +177,11 @@ def prefill_speeds(contestants: dict[str, Stream], count: int) -> dict[str, floa
     return {name: round(statistics.median(t[name] for t in turns), 1) for name in contestants}
 
 
+def _quantization(bundle: Bundle) -> dict[str, Any] | None:
+    record = bundle.manifest.quantization
+    return None if record is None else record.model_dump()
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", required=True)
@@ -197,6 +220,7 @@ def main() -> None:
         ),
         "lambda_config": bundle.manifest.lambda_config.model_dump(),
         "dtype": bundle.manifest.dtype,
+        "quantization": _quantization(bundle),
         "threads": threads,
         "weights_read_anew": arguments.cold,
         "attention": {n: one.model.session.attention for n, one in contestants.items()},

@@ -1,4 +1,4 @@
-"""Write the table of projections in docs/cpu_kernel.md from benchmarks/results/projections.json."""
+"""Write the tables of projections in docs/cpu_kernel.md from benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cpu_kernel.md"
-BEGIN, END = "<!-- projections -->\n", "<!-- end of projections -->\n"
-NAMES = {
-    "function_body": "function bodies",
-    "attention_only": "kernel, Gemm",
-    "kernel": "kernel",
-}
+RESULTS = ("projections", "projections-int4")
+NAMES = ("function_body", "attention_only", "kernel")
 
 
-def table(result: dict) -> str:
+def table(result: dict, file: str) -> str:
+    quantized = result.get("quantization")
+    weights = result["dtype"] if quantized is None else f"{quantized['weights']} weights"
+    product = "Gemm" if quantized is None else "MatMulNBits"
+    titles = ("function bodies", f"kernel, {product}", "kernel")
     size, window = result["parameters_bytes"] / 1e6, result["lambda_config"]["window_size"]
     anew = ", the weights read anew before it" if result["weights_read_anew"] else ""
     lines = [
         f"{result['device']}, {result['threads']} thread(s), onnxruntime "
-        f"{result['versions']['onnxruntime']}; a Llama of {size:.0f} MB in {result['dtype']}, "
+        f"{result['versions']['onnxruntime']}; a Llama of {size:.0f} MB in {weights}, "
         f"window {window}, taking turns in one run "
-        f"([projections.json](../benchmarks/results/projections.json)){anew}. In brackets: times "
+        f"([{file}](../benchmarks/results/{file})){anew}. In brackets: times "
         "the floor, which is a step's bytes over the best bandwidth measured between the turns.",
         "",
-        "| decode, ms a token at | " + " | ".join(NAMES.values()) + " | floor |",
+        "| decode, ms a token at | " + " | ".join(titles) + " | floor |",
         "|---|" + "---|" * (len(NAMES) + 1),
     ]
     for row in result["decode"]:
@@ -48,11 +48,15 @@ def _row(title: str, cells: list[str]) -> str:
 
 
 def main() -> None:
-    result = json.loads((ROOT / "benchmarks/results/projections.json").read_text(encoding="utf-8"))
     text = PAGE.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    PAGE.write_text(head + BEGIN + "\n" + table(result) + END + tail, encoding="utf-8")
+    for name in RESULTS:
+        result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+        head, rest = text.split(f"<!-- {name} -->\n")
+        end = f"<!-- end of {name} -->\n"
+        tail = rest.split(end)[1]
+        new = table(result, f"{name}.json")
+        text = f"{head}<!-- {name} -->\n\n{new}{end}{tail}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import pytest
 from lminf_export.runtime.kernels import INSTALLED, open_library
 
 SETS = ("portable", "avx2", "avx512")
+# Products of integers have kernels of their own where bytes are multiplied and summed at once.
+INTEGER_SETS = (*SETS, "avx512vnni")
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 needs_kernels = pytest.mark.skipif(
     not HAS_COMPILER and not INSTALLED.is_file(), reason="no C++ compiler, no kernels were built"
@@ -29,3 +31,12 @@ def instruction_set(name: str) -> Iterator[None]:
         pytest.skip(f"this processor has no {name}")
     yield
     assert library.lminfUseInstructionSet(before.encode())
+
+
+def available_sets(names: tuple[str, ...]) -> list[str]:
+    """Those of some instruction sets that this processor has."""
+    library = ctypes.CDLL(str(INSTALLED))
+    before = open_library(INSTALLED).instruction_set
+    found = [name for name in names if library.lminfUseInstructionSet(name.encode())]
+    assert library.lminfUseInstructionSet(before.encode())
+    return found

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from lminf_export.linear_function import CONTRIB_DOMAIN
 from lminf_export.quantize.blocks import BlockFormat
 from lminf_export.quantize.config import BITS, QuantizeConfig
 from lminf_export.quantize.stored import (
@@ -26,7 +27,6 @@ from lminf_export.quantize.stored import (
 )
 from lminf_export.weights import SourceTensor, StoredTensor
 
-CONTRIB_DOMAIN = "com.microsoft"
 # Which expert a token meets hangs on small differences, and routers are small.
 _ROUTER = re.compile(r"(^|[._])(gate|router)\.(\w+\.)?weight$")
 _KINDS = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}

@@ -30,13 +30,14 @@ class LinearKernel {
   std::once_flag advised_;
 };
 
-template <abi::ElementType element, bool adds>
-struct LinearOp : abi::CustomOp {
-  LinearOp() : abi::CustomOp{} {
+// What every product with a weight tells onnxruntime alike: one result, and inputs of its
+// element type.
+template <abi::ElementType element, size_t numInputs>
+struct MatrixOp : abi::CustomOp {
+  MatrixOp() : abi::CustomOp{} {
     version = abi::kApiVersion;
-    getName = [](const abi::CustomOp*) { return adds ? "LinearAdd" : "Linear"; };
     getExecutionProviderType = [](const abi::CustomOp*) { return "CPUExecutionProvider"; };
-    getInputTypeCount = [](const abi::CustomOp*) -> size_t { return adds ? 3 : 2; };
+    getInputTypeCount = [](const abi::CustomOp*) { return numInputs; };
     getInputType = [](const abi::CustomOp*, size_t) { return element; };
     getOutputTypeCount = [](const abi::CustomOp*) -> size_t { return 1; };
     getOutputType = [](const abi::CustomOp*, size_t) { return element; };
@@ -45,15 +46,22 @@ struct LinearOp : abi::CustomOp {
     getInputMemoryType = [](const abi::CustomOp*, size_t) { return abi::kMemoryDefault; };
     getStartVersion = [](const abi::CustomOp*) { return 1; };
     getEndVersion = [](const abi::CustomOp*) { return 1; };
-    createKernelV2 = [](const abi::CustomOp*, const abi::Api* api, const abi::KernelInfo*,
-                        void** kernel) -> abi::Status* {
+  }
+};
+
+template <abi::ElementType element, bool adds>
+struct LinearOp : MatrixOp<element, adds ? 3 : 2> {
+  LinearOp() {
+    this->getName = [](const abi::CustomOp*) { return adds ? "LinearAdd" : "Linear"; };
+    this->createKernelV2 = [](const abi::CustomOp*, const abi::Api* api, const abi::KernelInfo*,
+                              void** kernel) -> abi::Status* {
       *kernel = new LinearKernel(api, element, adds);
       return nullptr;
     };
-    kernelComputeV2 = [](void* kernel, abi::KernelContext* context) {
+    this->kernelComputeV2 = [](void* kernel, abi::KernelContext* context) {
       return static_cast<LinearKernel*>(kernel)->compute(context);
     };
-    kernelDestroy = [](void* kernel) { delete static_cast<LinearKernel*>(kernel); };
+    this->kernelDestroy = [](void* kernel) { delete static_cast<LinearKernel*>(kernel); };
   }
 };
 

@@ -34,9 +34,9 @@ struct MemoryInfo;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int {
-  kUndefined = 0, kFloat = 1, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16,
+  kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16,
 };
-enum Characteristic : int { kRequired = 0 };
+enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum LogLevel : int { kLogWarning = 2 };
 enum AllocatorType : int { kDeviceAllocator = 0 };
 enum MemoryType : int { kMemoryCpuInput = -2, kMemoryDefault = 0 };

@@ -5,6 +5,7 @@
 #include "cpu_kernel.h"
 #include "huge_pages.h"
 #include "lambda_attention_op.h"
+#include "linear_nbits_op.h"
 #include "linear_op.h"
 #if defined(LMINF_ORT_CUDA)
 #include "cuda_kernel.h"
@@ -33,9 +34,19 @@ const LinearOp<abi::kFloat, false> linearFloat;
 const LinearOp<abi::kFloat16, false> linearHalf;
 const LinearOp<abi::kFloat, true> linearAddFloat;
 const LinearOp<abi::kFloat16, true> linearAddHalf;
+#if defined(__x86_64__)
+const LinearNBitsOp<abi::kFloat, false> nbitsFloat;
+const LinearNBitsOp<abi::kFloat16, false> nbitsHalf;
+const LinearNBitsOp<abi::kFloat, true> nbitsAddFloat;
+const LinearNBitsOp<abi::kFloat16, true> nbitsAddHalf;
+#define LMINF_NBITS &nbitsFloat, &nbitsHalf, &nbitsAddFloat, &nbitsAddHalf
+#else
+// Elsewhere onnxruntime's MatMulNBits has vectors for integers, and ours has none.
+#define LMINF_NBITS
+#endif
 const abi::CustomOp* const kKernels[] = {
     &cpuFloat,    &cpuHalf,    &cpuFloatInt8Cache, &cpuHalfInt8Cache,
-    &linearFloat, &linearHalf, &linearAddFloat,    &linearAddHalf};
+    &linearFloat, &linearHalf, &linearAddFloat,    &linearAddHalf, LMINF_NBITS};
 constexpr const char* kProviders = "cpu";
 #endif
 

@@ -18,6 +18,17 @@ abi::Status* shapeOf(const abi::Api* api, const abi::Value* value, Shape* shape)
   return wrong;
 }
 
+abi::Status* readValue(const abi::Api* api, const abi::Value* value, Shape* shape,
+                       const void** data) {
+  abi::Status* wrong = shapeOf(api, value, shape);
+  void* found = nullptr;
+  if (wrong == nullptr) {
+    wrong = abi::call<abi::kGetTensorMutableData>(api, const_cast<abi::Value*>(value), &found);
+  }
+  *data = found;
+  return wrong;
+}
+
 // 0 lets onnxruntime deal the indices out as threads get free.
 void onPool(void* data, size_t count, abi::ParallelBody body, void* argument) {
   Pool* pool = static_cast<Pool*>(data);
@@ -40,13 +51,15 @@ abi::Status* readTensor(const abi::Api* api, const abi::KernelContext* context, 
                         Shape* shape, const void** data) {
   const abi::Value* value = nullptr;
   abi::Status* wrong = abi::call<abi::kKernelContextGetInput>(api, context, index, &value);
-  if (wrong == nullptr) wrong = shapeOf(api, value, shape);
-  void* found = nullptr;
-  if (wrong == nullptr) {
-    wrong = abi::call<abi::kGetTensorMutableData>(api, const_cast<abi::Value*>(value), &found);
-  }
-  *data = found;
-  return wrong;
+  return wrong == nullptr ? readValue(api, value, shape, data) : wrong;
+}
+
+abi::Status* readOptionalTensor(const abi::Api* api, const abi::KernelContext* context,
+                                size_t index, Shape* shape, const void** data) {
+  *data = nullptr;
+  const abi::Value* value = nullptr;
+  abi::Status* wrong = abi::call<abi::kKernelContextGetInput>(api, context, index, &value);
+  return wrong == nullptr && value != nullptr ? readValue(api, value, shape, data) : wrong;
 }
 
 abi::Status* findTensor(const abi::Api* api, abi::KernelContext* context, size_t index,

@@ -17,6 +17,10 @@ std::string text(const Shape& shape);
 abi::Status* readTensor(const abi::Api* api, const abi::KernelContext* context, size_t index,
                         Shape* shape, const void** data);
 
+// The same of an input that may be missing, whose data then are null.
+abi::Status* readOptionalTensor(const abi::Api* api, const abi::KernelContext* context,
+                                size_t index, Shape* shape, const void** data);
+
 // Allocates or finds an output; *data stays null where nobody reads it.
 abi::Status* findTensor(const abi::Api* api, abi::KernelContext* context, size_t index,
                         const Shape& shape, void** data);

@@ -99,12 +99,14 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;  // attention as kAvx512; products of integers gain
 #endif
 
 // The set in use: the fastest this processor can run, unless another was asked for.
 const Kernels& activeKernels();
 
-// Uses the set of this name ("portable", "avx2", "avx512") from now on, for tests and
+// Uses the set of this name ("portable", "avx2", "avx512",
+// "avx512vnni") from now on, for tests and
 // measurements. Returns whether this processor can.
 bool useKernels(const char* name);
 

@@ -10,8 +10,6 @@
 namespace lminf::cpu {
 namespace {
 
-// Up to here every weight row is streamed past the tokens; beyond, panels of rows are packed.
-constexpr int64_t kFewTokens = 8;
 // Bytes of weights worth a thread's while.
 constexpr int64_t kStreamBytes = int64_t{128} << 10;
 // Tokens of a piece: enough to pay for packing a panel, few enough for the cache.
@@ -20,31 +18,41 @@ constexpr int64_t kBlockTokens = 512;
 thread_local Arena wideArena;
 thread_local Arena panelArena;
 
-int64_t ceilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-void fewTokens(const Linear& p, const LinearKernels& kernels, const Parallel& parallel) {
-  const int64_t rowBytes = std::max<int64_t>(p.inFeatures, 1) * (p.element == Element::kFloat ? 4 : 2);
-  // A multiple of four rows: they are summed four at a time.
-  const int64_t rows = ceilDivide(ceilDivide(kStreamBytes, rowBytes), 4) * 4;
-  forEach(parallel, ceilDivide(p.outFeatures, rows), [&](size_t i) {
-    const int64_t first = static_cast<int64_t>(i) * rows;
-    kernels.few(p, first, std::min(first + rows, p.outFeatures));
-  });
+int64_t rowBytes(const Linear& p) {
+  if (p.blocks != nullptr) return std::max<int64_t>(p.blocks->rowBytes(), 1);
+  return std::max<int64_t>(p.inFeatures, 1) * (p.element == Element::kFloat ? 4 : 2);
 }
 
-bool manyTokens(const Linear& p, const LinearKernels& kernels, const Parallel& parallel) {
+bool fewTokens(const Linear& p, const Product& product, const Parallel& parallel) {
+  // A multiple of four rows: they are summed four at a time.
+  const int64_t rows = ceilDivide(ceilDivide(kStreamBytes, rowBytes(p)), 4) * 4;
+  std::atomic<bool> enough{true};
+  forEach(parallel, ceilDivide(p.outFeatures, rows), [&](size_t i) {
+    const int64_t first = static_cast<int64_t>(i) * rows;
+    const size_t floats = product.fewFloats(p);
+    float* scratch = floats == 0 ? nullptr : panelArena.take(floats);
+    if (floats > 0 && scratch == nullptr) {
+      enough = false;
+    } else {
+      product.few(p, first, std::min(first + rows, p.outFeatures), scratch);
+    }
+  });
+  return enough;
+}
+
+bool manyTokens(const Linear& p, const Product& product, const Parallel& parallel) {
   const int64_t blocks = ceilDivide(p.tokens, kBlockTokens);
   const int64_t tokens = ceilDivide(p.tokens, blocks);
-  const int64_t panels = ceilDivide(p.outFeatures, kernels.panelRows);
+  const int64_t panels = ceilDivide(p.outFeatures, product.panelRows);
   std::atomic<bool> enough{true};
   forEach(parallel, blocks * panels, [&](size_t i) {
     const int64_t item = static_cast<int64_t>(i);
     const int64_t first = item / panels * tokens, end = std::min(first + tokens, p.tokens);
-    float* scratch = panelArena.take(kernels.scratchFloats(end - first));
+    float* scratch = panelArena.take(product.manyFloats(tokens));
     if (scratch == nullptr) {
       enough = false;
     } else if (first < end) {
-      kernels.many(p, first, end, item % panels * kernels.panelRows, scratch);
+      product.many(p, first, end, item % panels * product.panelRows, scratch);
     }
   });
   return enough;
@@ -54,28 +62,36 @@ bool manyTokens(const Linear& p, const LinearKernels& kernels, const Parallel& p
 
 const LinearKernels& activeLinear() {
 #if defined(__x86_64__)
+  const char* name = activeKernels().name;
+  if (std::strcmp(name, "avx512vnni") == 0) return kLinearAvx512;
   for (const LinearKernels* kernels : {&kLinearAvx512, &kLinearAvx2}) {
-    if (std::strcmp(kernels->name, activeKernels().name) == 0) return *kernels;
+    if (std::strcmp(kernels->name, name) == 0) return *kernels;
   }
 #endif
   return kLinearPortable;
 }
 
+const char* widenInput(Linear* p, const void* x, const LinearKernels& kernels) {
+  p->x = static_cast<const float*>(x);
+  if (p->element == Element::kFloat) return nullptr;
+  float* wide = wideArena.take(std::max<int64_t>(p->tokens * p->inFeatures, 1));
+  if (wide == nullptr) return "no memory for the activations in float32";
+  kernels.widen(x, p->tokens * p->inFeatures, wide);
+  p->x = wide;
+  return nullptr;
+}
+
+const char* multiply(const Linear& p, const Product& product, const Parallel& parallel) {
+  const bool done = p.tokens <= kFewTokens ? fewTokens(p, product, parallel)
+                                           : manyTokens(p, product, parallel);
+  return done ? nullptr : "no memory for a panel of weights";
+}
+
 const char* linear(Linear p, const void* x, const LinearKernels& kernels,
                    const Parallel& parallel) {
   if (p.tokens == 0 || p.outFeatures == 0) return nullptr;
-  p.x = static_cast<const float*>(x);
-  if (p.element == Element::kHalf) {
-    float* wide = wideArena.take(std::max<int64_t>(p.tokens * p.inFeatures, 1));
-    if (wide == nullptr) return "no memory for the activations in float32";
-    kernels.widen(x, p.tokens * p.inFeatures, wide);
-    p.x = wide;
-  }
-  if (p.tokens <= kFewTokens) {
-    fewTokens(p, kernels, parallel);
-    return nullptr;
-  }
-  return manyTokens(p, kernels, parallel) ? nullptr : "no memory for a panel of weights";
+  if (const char* wrong = widenInput(&p, x, kernels)) return wrong;
+  return multiply(p, kernels.product, parallel);
 }
 
 }  // namespace lminf::cpu

@@ -1,37 +1,65 @@
 // x · weightᵀ (+ addend) on the CPU, described by plain pointers and sizes.
 //
-// The weight is read where it lies, in the layout of the checkpoint: (out, in), row after row. No
-// copy of it is made, so weights that a file backs stay on the file's pages.
+// The weight is read where it lies, in the layout of the checkpoint: (out, in), row after row, or
+// in blocks of integers. No copy of it is made, so weights that a file backs stay on the file's
+// pages.
 #pragma once
 
 #include "attention.h"
 
 namespace lminf::cpu {
 
-struct Linear {
-  int64_t tokens;        // M
-  int64_t outFeatures;   // N
-  int64_t inFeatures;    // K
-  Element element;       // of weight, addend and out
-  const float* x;        // (M, K)
-  const void* weight;    // (N, K)
-  const void* addend;    // (N) or (M, N); null for none
-  int64_t addendStride;  // elements from one token's addend to the next one's: 0 or N
-  void* out;             // (M, N)
+// A weight as integers of a few bits, laid out as onnxruntime's MatMulNBits has it. An element is
+// (integer − zero point) · scale of its block. Two integers of 4 bits share a byte, the first in
+// its low half, and so do two zero points.
+struct Blocks {
+  int64_t bits;               // 4 or 8
+  int64_t size;               // elements of a block: 16, 32, 64, 128 or 256
+  int64_t perRow;             // ⌈K / size⌉; the last one is padded
+  const uint8_t* packed;      // (N, perRow, size · bits / 8)
+  const void* scales;         // (N, perRow), elements
+  const uint8_t* zeroPoints;  // (N, ⌈perRow · bits / 8⌉); null: 2^(bits − 1) everywhere
+
+  int64_t bytes() const { return size * bits / 8; }
+  int64_t rowBytes() const { return perRow * bytes(); }
+  int64_t zeroBytes() const { return (perRow * bits + 7) / 8; }
 };
 
-// The same functions compiled for one instruction set; rows are those of the weight.
-struct LinearKernels {
-  const char* name;
-  void (*widen)(const void* halves, int64_t count, float* out);
+struct Linear {
+  int64_t tokens;         // M
+  int64_t outFeatures;    // N
+  int64_t inFeatures;     // K
+  Element element;        // of weight, scales, addend and out
+  const float* x;         // (M, K)
+  const uint8_t* rounded; // M tokens as integers, laid out by `RoundedKernels`; null for x
+  const void* weight;     // (N, K); null where the weight is in blocks
+  const Blocks* blocks;
+  const void* addend;     // (N) or (M, N); null for none
+  int64_t addendStride;   // elements from one token's addend to the next one's: 0 or N
+  void* out;              // (M, N)
+};
+
+// Pieces of a product that can run at once; rows are those of the weight.
+struct Product {
   // Few tokens: weight rows firstRow … endRow − 1, each streamed once.
-  void (*few)(const Linear&, int64_t firstRow, int64_t endRow);
+  void (*few)(const Linear&, int64_t firstRow, int64_t endRow, float* scratch);
   // Many tokens: up to panelRows weight rows, cut into panels that stay in the cache.
   void (*many)(const Linear&, int64_t firstToken, int64_t endToken, int64_t firstRow,
                float* scratch);
   int64_t panelRows;
-  // Floats of scratch memory that `many` needs for so many tokens.
-  size_t (*scratchFloats)(int64_t tokens);
+  // Floats of scratch memory that `few` needs, and `many` for so many tokens.
+  size_t (*fewFloats)(const Linear&);
+  size_t (*manyFloats)(int64_t tokens);
+};
+
+// Up to here every weight row is streamed past the tokens; beyond, panels of rows are packed.
+constexpr int64_t kFewTokens = 8;
+
+// The same functions compiled for one instruction set.
+struct LinearKernels {
+  const char* name;
+  void (*widen)(const void* halves, int64_t count, float* out);
+  Product product;
 };
 
 extern const LinearKernels kLinearPortable;
@@ -43,7 +71,13 @@ extern const LinearKernels kLinearAvx512;
 // The ones of the instruction set in use (`activeKernels`).
 const LinearKernels& activeLinear();
 
-// The whole operator; x is of the weight's element type. Returns null, or what is wrong.
-const char* linear(Linear, const void* x, const LinearKernels&, const Parallel&);
+// The whole operator; x is of type p.element. Returns null, or what is wrong.
+const char* linear(Linear p, const void* x, const LinearKernels&, const Parallel&);
+
+// Lets p.x be x (M, K) in float32, in memory of this thread. Returns null, or what is wrong.
+const char* widenInput(Linear* p, const void* x, const LinearKernels&);
+
+// All pieces of a product. Returns null, or what is wrong.
+const char* multiply(const Linear&, const Product&, const Parallel&);
 
 }  // namespace lminf::cpu

@@ -2,5 +2,5 @@
 #include "linear_block.h"
 
 namespace lminf::cpu {
-extern const LinearKernels kLinearAvx2 = {"avx2", widen, few, many, kPanelRows, linearScratch};
+extern const LinearKernels kLinearAvx2 = {"avx2", widen, kFloatProduct};
 }  // namespace lminf::cpu

@@ -2,15 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
+#include "dequantize.h"
 #include "linear.h"
+#include "linear_output.h"
 #include "simd.h"
 
 namespace {
-
-using lminf::cpu::Element;
-using lminf::cpu::Linear;
 
 // Sums kept in registers, of few tokens and of many: rows × vectors.
 constexpr int kSums = 8;
@@ -26,38 +24,11 @@ constexpr int64_t kPanelFloats = kPanelRows / kStrip * kStripFloats;
 // How far ahead weights are asked for: over the end of a page, where hardware stops.
 constexpr int64_t kAheadBytes = 4096;
 
-template <typename T>
-float addendAt(const Linear& p, int64_t token, int64_t row) {
-  const T* addend = static_cast<const T*>(p.addend);
-  return addend == nullptr ? 0.0f : toFloat(addend[token * p.addendStride + row]);
-}
-
-template <typename T>
-void write(const Linear& p, int64_t token, int64_t row, float sum) {
-  fromFloat(sum + addendAt<T>(p, token, row), static_cast<T*>(p.out) + token * p.outFeatures + row);
-}
-
-template <typename T>
-void writeRow(const Linear& p, int64_t token, int64_t row, int64_t count, const float* sums) {
-  if constexpr (std::is_same_v<T, float>) {
-    float* out = static_cast<float*>(p.out) + token * p.outFeatures + row;
-    const float* addend = static_cast<const float*>(p.addend);
-    if (addend == nullptr) {
-      std::memcpy(out, sums, count * sizeof(float));
-      return;
-    }
-    addend += token * p.addendStride + row;
-    for (int64_t r = 0; r < count; ++r) out[r] = sums[r] + addend[r];
-  } else {
-    for (int64_t r = 0; r < count; ++r) write<T>(p, token, row + r, sums[r]);
-  }
-}
-
 // --- few tokens ---------------------------------------------------------------------------------
 
 // One weight row with kTokens tokens; lanes are not summed yet.
-template <int kTokens, typename T>
-inline void meetRow(const Linear& p, int64_t token, const T* row, Vec* sums, float* rest) {
+template <int kTokens, typename W>
+inline void meetRow(const Linear& p, int64_t token, const W* row, Vec* sums, float* rest) {
   constexpr int kUnroll = kSums / kTokens;
   constexpr int64_t kStep = kUnroll * kWidth;
   const int64_t length = p.inFeatures;
@@ -65,8 +36,8 @@ inline void meetRow(const Linear& p, int64_t token, const T* row, Vec* sums, flo
   Vec sum[kTokens][kUnroll] = {};
   int64_t k = 0;
   for (; k + kStep <= length; k += kStep) {
-    if constexpr (kTokens == 1 || kStep * sizeof(T) >= 64) {
-      for (int64_t byte = 0; byte < static_cast<int64_t>(kStep * sizeof(T)); byte += 64) {
+    if constexpr (kTokens == 1 || kStep * sizeof(W) >= 64) {
+      for (int64_t byte = 0; byte < static_cast<int64_t>(kStep * sizeof(W)); byte += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(row + k) + byte + kAheadBytes, 0, 2);
       }
     }
@@ -92,45 +63,61 @@ inline void meetRow(const Linear& p, int64_t token, const T* row, Vec* sums, flo
   }
 }
 
-template <int kTokens, typename T>
-void meetRows(const Linear& p, int64_t token, int64_t firstRow, int64_t endRow) {
-  const T* weight = static_cast<const T*>(p.weight);
+// Weight rows firstRow … endRow − 1, which stand at `rows`, with kTokens tokens.
+template <int kTokens, typename W, typename T>
+void meetRows(const Linear& p, int64_t token, const W* rows, int64_t stride, int64_t firstRow,
+              int64_t endRow) {
   int64_t row = firstRow;
-  for (; row + 4 <= endRow; row += 4) {  // one after another, as they lie in memory
+  for (; row + 4 <= endRow; row += 4, rows += 4 * stride) {  // in the order of memory
     Vec sums[4][kTokens];
     float rest[4][kTokens];
-    for (int r = 0; r < 4; ++r) {
-      meetRow<kTokens>(p, token, weight + (row + r) * p.inFeatures, sums[r], rest[r]);
-    }
+    for (int r = 0; r < 4; ++r) meetRow<kTokens>(p, token, rows + r * stride, sums[r], rest[r]);
     for (int t = 0; t < kTokens; ++t) {
       const Vec4 four = sumsOf(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
       for (int r = 0; r < 4; ++r) write<T>(p, token + t, row + r, four[r] + rest[r][t]);
     }
   }
-  for (; row < endRow; ++row) {
+  for (; row < endRow; ++row, rows += stride) {
     Vec sums[kTokens];
     float rest[kTokens];
-    meetRow<kTokens>(p, token, weight + row * p.inFeatures, sums, rest);
+    meetRow<kTokens>(p, token, rows, sums, rest);
     for (int t = 0; t < kTokens; ++t) write<T>(p, token + t, row, sumOf(sums[t]) + rest[t]);
   }
 }
 
+// The same rows with all tokens.
+template <typename W, typename T>
+void meetTokens(const Linear& p, const W* rows, int64_t stride, int64_t firstRow, int64_t endRow) {
+  int64_t token = 0;
+  for (; token + 4 <= p.tokens; token += 4) meetRows<4, W, T>(p, token, rows, stride, firstRow, endRow);
+  for (; token + 2 <= p.tokens; token += 2) meetRows<2, W, T>(p, token, rows, stride, firstRow, endRow);
+  for (; token < p.tokens; ++token) meetRows<1, W, T>(p, token, rows, stride, firstRow, endRow);
+}
+
 // Four rows meet all tokens before the next four are streamed.
 template <typename T>
-void streamRows(const Linear& p, int64_t firstRow, int64_t endRow) {
-  if (p.tokens == 1) return meetRows<1, T>(p, 0, firstRow, endRow);
-  for (int64_t row = firstRow; row < endRow; row += 4) {
-    const int64_t end = std::min(row + 4, endRow);
-    int64_t token = 0;
-    for (; token + 4 <= p.tokens; token += 4) meetRows<4, T>(p, token, row, end);
-    for (; token + 2 <= p.tokens; token += 2) meetRows<2, T>(p, token, row, end);
-    for (; token < p.tokens; ++token) meetRows<1, T>(p, token, row, end);
+void streamRows(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
+  const int64_t length = p.inFeatures, step = p.tokens == 1 && p.blocks == nullptr ? endRow : 4;
+  for (int64_t row = firstRow; row < endRow; row += step) {
+    const int64_t end = std::min(row + step, endRow);
+    if (p.blocks == nullptr) {
+      const T* rows = static_cast<const T*>(p.weight) + row * length;
+      meetTokens<T, T>(p, rows, length, row, end);
+    } else {
+      const int64_t stride = p.blocks->perRow * p.blocks->size;
+      dequantizeRows<T>(*p.blocks, row, end - row, 0, p.blocks->perRow, scratch, stride);
+      meetTokens<float, T>(p, scratch, stride, row, end);
+    }
   }
 }
 
-void few(const Linear& p, int64_t firstRow, int64_t endRow) {
-  p.element == Element::kFloat ? streamRows<float>(p, firstRow, endRow)
-                               : streamRows<Half>(p, firstRow, endRow);
+void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
+  p.element == Element::kFloat ? streamRows<float>(p, firstRow, endRow, scratch)
+                               : streamRows<Half>(p, firstRow, endRow, scratch);
+}
+
+size_t fewFloats(const Linear& p) {
+  return p.blocks == nullptr ? 0 : static_cast<size_t>(4 * p.blocks->perRow * p.blocks->size);
 }
 
 // --- many tokens --------------------------------------------------------------------------------
@@ -148,43 +135,61 @@ inline float* columnOf(float* panel, int64_t r) {
   return panel + r / kStrip * kStripFloats + r % kStrip;
 }
 
-// The panel's column k of row r = weight[r][k] for count rows; zeros for the rows behind them.
-template <typename T>
-void pack(const T* weight, int64_t stride, int64_t count, int64_t depth, float* panel) {
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) {
-    const T* rows[4];
-    for (int i = 0; i < 4; ++i) rows[i] = weight + (r + i) * stride;
-    float* out = columnOf(panel, r);
-    int64_t k = 0;
-    for (; k + 4 <= depth; k += 4) {
-      if (k % kStrip == 0) {
-        for (int i = 4; i < 8; ++i) __builtin_prefetch(rows[0] + i * stride + k, 0, 2);
-      }
-      Vec4 a = load4(rows[0] + k), b = load4(rows[1] + k), c = load4(rows[2] + k),
-           d = load4(rows[3] + k);
+// The panel's column k of rows r … r + 3 = their element k; memory behind them is asked for.
+template <typename W>
+void packFour(const W* weight, int64_t stride, int64_t r, int64_t depth, float* panel) {
+  const W* rows[4];
+  for (int i = 0; i < 4; ++i) rows[i] = weight + i * stride;
+  float* out = columnOf(panel, r);
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) {
+    if (k % kStrip == 0) {
+      for (int i = 4; i < 8; ++i) __builtin_prefetch(rows[0] + i * stride + k, 0, 2);
+    }
+    Vec4 a = load4(rows[0] + k), b = load4(rows[1] + k), c = load4(rows[2] + k),
+         d = load4(rows[3] + k);
 #if defined(__x86_64__)
-      _MM_TRANSPOSE4_PS(a, b, c, d);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
 #else
-      const Vec4 a0 = a, b0 = b, c0 = c, d0 = d;
-      a = Vec4{a0[0], b0[0], c0[0], d0[0]};
-      b = Vec4{a0[1], b0[1], c0[1], d0[1]};
-      c = Vec4{a0[2], b0[2], c0[2], d0[2]};
-      d = Vec4{a0[3], b0[3], c0[3], d0[3]};
+    const Vec4 a0 = a, b0 = b, c0 = c, d0 = d;
+    a = Vec4{a0[0], b0[0], c0[0], d0[0]};
+    b = Vec4{a0[1], b0[1], c0[1], d0[1]};
+    c = Vec4{a0[2], b0[2], c0[2], d0[2]};
+    d = Vec4{a0[3], b0[3], c0[3], d0[3]};
 #endif
-      std::memcpy(out + (k + 0) * kStrip, &a, sizeof a);
-      std::memcpy(out + (k + 1) * kStrip, &b, sizeof b);
-      std::memcpy(out + (k + 2) * kStrip, &c, sizeof c);
-      std::memcpy(out + (k + 3) * kStrip, &d, sizeof d);
-    }
-    for (; k < depth; ++k) {
-      for (int i = 0; i < 4; ++i) out[k * kStrip + i] = toFloat(rows[i][k]);
-    }
+    std::memcpy(out + (k + 0) * kStrip, &a, sizeof a);
+    std::memcpy(out + (k + 1) * kStrip, &b, sizeof b);
+    std::memcpy(out + (k + 2) * kStrip, &c, sizeof c);
+    std::memcpy(out + (k + 3) * kStrip, &d, sizeof d);
   }
+  for (; k < depth; ++k) {
+    for (int i = 0; i < 4; ++i) out[k * kStrip + i] = toFloat(rows[i][k]);
+  }
+}
+
+// The panel's column k of row r = weight[r][k] for count rows; zeros for the rows behind them.
+template <typename W>
+void pack(const W* weight, int64_t stride, int64_t count, int64_t depth, float* panel) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) packFour(weight + r * stride, stride, r, depth, panel);
   for (; r < kPanelRows; ++r) {
     for (int64_t k = 0; k < depth; ++k) {
       columnOf(panel, r)[k * kStrip] = r < count ? toFloat(weight[r * stride + k]) : 0.0f;
     }
+  }
+}
+
+// The same of a weight in blocks, from its column `first` on.
+template <typename T>
+void packBlocks(const Blocks& b, int64_t firstRow, int64_t count, int64_t first, int64_t depth,
+                float* panel) {
+  alignas(64) float rows[4 * kDepth];
+  const int64_t block = first / b.size, blocks = (depth + b.size - 1) / b.size;
+  for (int64_t r = 0; r < kPanelRows; r += 4) {
+    const int64_t here = std::min<int64_t>(std::max<int64_t>(count - r, 0), 4);
+    dequantizeRows<T>(b, firstRow + r, here, block, blocks, rows, kDepth);
+    std::fill(rows + here * kDepth, rows + 4 * kDepth, 0.0f);
+    packFour(rows, kDepth, r, depth, panel);
   }
 }
 
@@ -212,7 +217,7 @@ __attribute__((noinline)) void tile(const float* x, int64_t stride, const float*
   }
 }
 
-void multiply(const float* x, int64_t stride, int64_t tokens, float* panel, int64_t depth,
+void multiplyPanel(const float* x, int64_t stride, int64_t tokens, float* panel, int64_t depth,
               float* sums) {
   for (int64_t c = 0; c < kPanelRows; c += kColumns * kWidth) {
     int64_t t = 0;
@@ -228,7 +233,7 @@ void multiply(const float* x, int64_t stride, int64_t tokens, float* panel, int6
   }
 }
 
-size_t linearScratch(int64_t tokens) {
+size_t manyFloats(int64_t tokens) {
   return static_cast<size_t>(kPanelFloats + tokens * kPanelRows);
 }
 
@@ -237,13 +242,16 @@ void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t
                   float* scratch) {
   const int64_t tokens = endToken - firstToken, length = p.inFeatures;
   const int64_t count = std::min(kPanelRows, p.outFeatures - firstRow);
-  const T* weight = static_cast<const T*>(p.weight) + firstRow * length;
   float *panel = scratch, *sums = scratch + kPanelFloats;
   std::fill_n(sums, tokens * kPanelRows, 0.0f);
   for (int64_t k = 0; k < length; k += kDepth) {
     const int64_t depth = std::min(kDepth, length - k);
-    pack(weight + k, length, count, depth, panel);
-    multiply(p.x + firstToken * length + k, length, tokens, panel, depth, sums);
+    if (p.blocks == nullptr) {
+      pack(static_cast<const T*>(p.weight) + firstRow * length + k, length, count, depth, panel);
+    } else {
+      packBlocks<T>(*p.blocks, firstRow, count, k, depth, panel);
+    }
+    multiplyPanel(p.x + firstToken * length + k, length, tokens, panel, depth, sums);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     writeRow<T>(p, firstToken + t, firstRow, count, sums + t * kPanelRows);
@@ -262,5 +270,7 @@ void widen(const void* halves, int64_t count, float* out) {
   for (; i + kWidth <= count; i += kWidth) store(out + i, load(source + i));
   for (; i < count; ++i) out[i] = toFloat(source[i]);
 }
+
+constexpr lminf::cpu::Product kFloatProduct = {few, many, kPanelRows, fewFloats, manyFloats};
 
 }  // namespace

@@ -2,5 +2,5 @@
 #include "linear_block.h"
 
 namespace lminf::cpu {
-extern const LinearKernels kLinearPortable = {"portable", widen, few, many, kPanelRows, linearScratch};
+extern const LinearKernels kLinearPortable = {"portable", widen, kFloatProduct};
 }  // namespace lminf::cpu

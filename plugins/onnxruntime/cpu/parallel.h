@@ -9,6 +9,8 @@
 
 namespace lminf::cpu {
 
+inline int64_t ceilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Memory of one thread that only grows.
 class Arena {
  public:

@@ -12,6 +12,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // gcc's own headers leave registers undefined on purpose, and gcc warns of them where inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #endif

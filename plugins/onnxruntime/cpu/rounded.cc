@@ -1,0 +1,74 @@
+// Rounds the activations, and chooses how they meet the weight.
+#include "rounded.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace lminf::cpu {
+namespace {
+
+// Tokens worth a thread's while.
+constexpr int64_t kRoundTokens = 16;
+
+thread_local Arena roundedArena;
+
+// Calls round(token) for every token.
+template <typename Round>
+void forTokens(const Linear& p, const Parallel& parallel, Round round) {
+  forEach(parallel, ceilDivide(p.tokens, kRoundTokens), [&](size_t i) {
+    const int64_t first = static_cast<int64_t>(i) * kRoundTokens;
+    const int64_t end = std::min(first + kRoundTokens, p.tokens);
+    for (int64_t token = first; token < end; ++token) round(token);
+  });
+}
+
+const char* asIntegers(Linear p, const RoundedKernels& kernels, const Parallel& parallel) {
+  const size_t bytes = kernels.tokenBytes(*p.blocks);
+  // One row more for each piece to round into.
+  const int64_t pieces = ceilDivide(p.tokens, kRoundTokens);
+  float* memory = roundedArena.take((p.tokens + pieces) * bytes / sizeof(float));
+  if (memory == nullptr) return "no memory for the activations as integers";
+  uint8_t* rounded = reinterpret_cast<uint8_t*>(memory);
+  forTokens(p, parallel, [&](int64_t token) {
+    uint8_t* spare = rounded + (p.tokens + token / kRoundTokens) * bytes;
+    kernels.round(*p.blocks, p.x + token * p.inFeatures, p.inFeatures, rounded + token * bytes,
+                  reinterpret_cast<int8_t*>(spare));
+  });
+  p.rounded = rounded;
+  return multiply(p, kernels.product, parallel);
+}
+
+const char* asFloats(Linear p, const LinearKernels& floats, const RoundedKernels& kernels,
+                     const Parallel& parallel) {
+  float* rounded = roundedArena.take(std::max<int64_t>(p.tokens * p.inFeatures, 1));
+  if (rounded == nullptr) return "no memory for the rounded activations";
+  forTokens(p, parallel, [&](int64_t token) {
+    kernels.roundFloats(*p.blocks, p.x + token * p.inFeatures, p.inFeatures,
+                        rounded + token * p.inFeatures);
+  });
+  p.x = rounded;
+  return multiply(p, floats.product, parallel);
+}
+
+}  // namespace
+
+const RoundedKernels& activeRounded() {
+#if defined(__x86_64__)
+  for (const RoundedKernels* kernels : {&kRoundedAvx512Vnni, &kRoundedAvx512, &kRoundedAvx2}) {
+    if (std::strcmp(kernels->name, activeKernels().name) == 0) return *kernels;
+  }
+#endif
+  return kRoundedPortable;
+}
+
+const char* roundedLinear(Linear p, const void* x, const LinearKernels& floats,
+                          const RoundedKernels& kernels, const Parallel& parallel) {
+  if (p.tokens == 0 || p.outFeatures == 0) return nullptr;
+  if (const char* wrong = widenInput(&p, x, floats)) return wrong;
+  const bool integers = p.tokens <= kFewTokens || kernels.product.many != nullptr;
+  return integers ? asIntegers(p, kernels, parallel) : asFloats(p, floats, kernels, parallel);
+}
+
+}  // namespace lminf::cpu

@@ -1,0 +1,114 @@
+#include "linear_nbits_op.h"
+
+#include <exception>
+#include <string>
+
+#include "cpu/rounded.h"
+#include "huge_pages.h"
+#include "tensor.h"
+
+namespace lminf {
+namespace {
+
+// At this level of accuracy MatMulNBits rounds activations to int8.
+constexpr int64_t kRoundedActivations = 4;
+
+abi::Status* failure(const abi::Api* api, const std::string& what) {
+  return abi::call<abi::kCreateStatus>(api, abi::kInvalidArgument, what.c_str());
+}
+
+}  // namespace
+
+abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info,
+                            NBitsAttributes* out) {
+  const std::pair<const char*, int64_t*> integers[] = {{"K", &out->inFeatures},
+                                                       {"N", &out->outFeatures},
+                                                       {"bits", &out->bits},
+                                                       {"block_size", &out->blockSize},
+                                                       {"accuracy_level", &out->accuracyLevel}};
+  for (const auto& [name, value] : integers) {
+    if (abi::Status* wrong = abi::call<abi::kKernelInfoGetAttributeInt64>(api, info, name, value)) {
+      return wrong;
+    }
+  }
+  if (out->bits != 4 && out->bits != 8) {
+    return failure(api, "lminf::LinearNBits: bits must be 4 or 8, found " + std::to_string(out->bits));
+  }
+  const int64_t size = out->blockSize;
+  if (size < 16 || size > 256 || (size & (size - 1)) != 0) {
+    return failure(api, "lminf::LinearNBits: block_size must be 16, 32, 64, 128 or 256, found " +
+                            std::to_string(size));
+  }
+  return nullptr;
+}
+
+abi::Status* LinearNBitsKernel::invalid(const std::string& what) const {
+  return failure(api_, (adds_ ? "lminf::LinearNBitsAdd: " : "lminf::LinearNBits: ") + what);
+}
+
+abi::Status* LinearNBitsKernel::compute(abi::KernelContext* context) noexcept {
+  try {
+    return run(context);
+  } catch (const std::exception& error) {
+    return invalid(error.what());
+  }
+}
+
+abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
+  constexpr size_t kX = 0, kWeight = 1, kScales = 2, kAddend = 3;
+  const size_t zeroPoints = adds_ ? 4 : 3;
+  Shape shapes[5];
+  const void* data[5] = {};
+  for (size_t i = 0; i <= zeroPoints; ++i) {
+    abi::Status* wrong = i == zeroPoints
+                             ? readOptionalTensor(api_, context, i, &shapes[i], &data[i])
+                             : readTensor(api_, context, i, &shapes[i], &data[i]);
+    if (wrong != nullptr) return wrong;
+  }
+  const auto& a = attributes_;
+  cpu::Blocks blocks{};
+  blocks.bits = a.bits, blocks.size = a.blockSize;
+  blocks.perRow = (a.inFeatures + a.blockSize - 1) / a.blockSize;
+  const Shape& x = shapes[kX];
+  if (x.size() != 2 || x[1] != a.inFeatures) {
+    return invalid("x has shape " + text(x) + ", expected (M, " + std::to_string(a.inFeatures) + ")");
+  }
+  const Shape weight = {a.outFeatures, blocks.perRow, blocks.bytes()};
+  const Shape scales = {a.outFeatures, blocks.perRow}, zeros = {a.outFeatures, blocks.zeroBytes()};
+  if (shapes[kWeight] != weight || shapes[kScales] != scales) {
+    return invalid("weight has shape " + text(shapes[kWeight]) + " and scales " +
+                   text(shapes[kScales]) + ", expected " + text(weight) + " and " + text(scales));
+  }
+  if (data[zeroPoints] != nullptr && shapes[zeroPoints] != zeros) {
+    return invalid("zero_points has shape " + text(shapes[zeroPoints]) + ", expected " + text(zeros));
+  }
+  const Shape result = {x[0], a.outFeatures};
+  const Shape& addend = shapes[kAddend];
+  if (adds_ && addend != result && addend != Shape{a.outFeatures}) {
+    return invalid("addend has shape " + text(addend) + ", expected " + text(result) + " or " +
+                   text({a.outFeatures}));
+  }
+  blocks.packed = static_cast<const uint8_t*>(data[kWeight]);
+  blocks.scales = data[kScales];
+  blocks.zeroPoints = static_cast<const uint8_t*>(data[zeroPoints]);
+  cpu::Linear p{};
+  p.tokens = x[0], p.outFeatures = a.outFeatures, p.inFeatures = a.inFeatures;
+  p.element = element_ == abi::kFloat16 ? cpu::Element::kHalf : cpu::Element::kFloat;
+  p.blocks = &blocks;
+  p.addend = adds_ ? data[kAddend] : nullptr;
+  p.addendStride = adds_ && addend.size() == 2 ? a.outFeatures : 0;
+  if (abi::Status* wrong = findTensor(api_, context, 0, result, &p.out)) return wrong;
+  std::call_once(advised_, [&] {
+    adviseHugePages(blocks.packed, static_cast<size_t>(a.outFeatures * blocks.rowBytes()));
+  });
+  Pool pool{api_, context, nullptr};
+  const cpu::Parallel parallel = pool.parallel();
+  const char* wrong = a.accuracyLevel == kRoundedActivations
+                          ? cpu::roundedLinear(p, data[kX], cpu::activeLinear(),
+                                               cpu::activeRounded(), parallel)
+                          : cpu::linear(p, data[kX], cpu::activeLinear(), parallel);
+  if (pool.wrong != nullptr) return pool.wrong;
+  return wrong == nullptr ? nullptr : invalid(wrong);
+}
+
+}  // namespace lminf
