@@ -138,6 +138,8 @@ def save_graph(
     function = ir.serde.deserialize_function(onnx_function.function_body(features))
     model.functions[function.identifier()] = function
     _declare_shapes(model, plan, dtype, kv_cache_dtype)
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()  # torch's notes on where it comes from
     ir.save(model, path)
     _check(path)
 
