@@ -9,7 +9,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 from onnx_ir.traversal import RecursiveGraphIterator
 
-_NUMBERS = re.compile(r"([._]\d+)+$")
+_NUMBERS = re.compile(r"([._]+\d+)+$")
 
 
 def number_names(model: ir.Model, kept: Collection[str]) -> None:
