@@ -20,6 +20,8 @@ NEW_LENGTH = "new_length"
 LOGITS_INDEX = "logits_index"
 LOGITS = "logits"
 
+PAST, PRESENT = "past_key_values.", "present."
+
 RING_KINDS = ("key", "value")
 SINK_KINDS = ("sink_key", "sink_value")
 # Of a ring of int8: one float32 for each token and key/value head.
@@ -93,12 +95,12 @@ class LayerSpec:
 
 def past_name(layer: int, kind: str) -> str:
     """Name of a cache input; kind is one of RING_KINDS or SINK_KINDS."""
-    return f"past_key_values.{layer}.{kind}"
+    return f"{PAST}{layer}.{kind}"
 
 
 def present_name(layer: int, kind: str) -> str:
     """Name of the cache output that continues `past_name(layer, kind)`."""
-    return f"present.{layer}.{kind}"
+    return f"{PRESENT}{layer}.{kind}"
 
 
 def layer_cache_specs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lminf_export.early_weights import EarlyWeights
 from lminf_export.errors import ExportError
 from lminf_export.models.base import AttentionPlan
 from lminf_export.passes import optimize
+from lminf_export.passes.number_names import number_names
 from lminf_export.passes.own_linear import own_linear
 from lminf_export.quantize import stored as quantized_weights
 from lminf_export.quantize.config import QuantizeConfig
@@ -128,6 +129,7 @@ def save_graph(
     model = trace.model
     own_linear(model)
     _attach_constants(model, trace.constants)
+    number_names(model, _stored_names(model, trace.constants))
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = PRODUCER, metadata.get("lminf_export", "")
     model.graph.name = "lambda_decoder"
@@ -136,6 +138,8 @@ def save_graph(
     function = ir.serde.deserialize_function(onnx_function.function_body(features))
     model.functions[function.identifier()] = function
     _declare_shapes(model, plan, dtype, kv_cache_dtype)
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()  # torch's notes on where it comes from
     ir.save(model, path)
     _check(path)
 
@@ -258,6 +262,15 @@ def _attach_constants(model: ir.Model, constants: Mapping[str, Tensor]) -> None:
     empty = [n for n, value in model.graph.initializers.items() if value.const_value is None]
     if empty:
         raise ExportError(f"the graph has constants without a value: {', '.join(empty[:3])}")
+
+
+def _stored_names(model: ir.Model, constants: Collection[str]) -> set[str]:
+    """Return the names of weights and of the plan's constants; others are the graph's own."""
+    return {
+        name
+        for name, value in model.graph.initializers.items()
+        if name in constants or isinstance(value.const_value, ir.ExternalTensor)
+    }
 
 
 def _declare_shapes(

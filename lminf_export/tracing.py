@@ -22,9 +22,21 @@ from torch import Tensor, nn
 from lminf_export import bindings, onnx_function, op, positions
 from lminf_export.conversion import Conversion
 from lminf_export.errors import ExportError
+from lminf_export.layers import UnlikeLayersError
+from lminf_export.layers.alike import (
+    Record,
+    check_first,
+    find_stack,
+    find_twins,
+    record,
+    shortened,
+)
+from lminf_export.layers.repeat import repeat_layers
 from lminf_export.models import experts
 from lminf_export.models.base import AttentionPlan, Family, build_model
 from lminf_export.models.steps import LambdaModel, PlanTables
+
+logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -80,21 +92,61 @@ def trace(
         ExportError: torch could not trace or translate the model.
     """
     model = model or meta_model(config, dtype)
-    tables = PlanTables(plan, TORCH_DTYPES[dtype])
-    constants = {f"tables.{name}": value for name, value in tables.named_buffers()}
-    wrapped = LambdaModel(model, plan, copy.deepcopy(tables).to("meta")).eval()
-    inputs = bindings.input_specs(plan.layers, dtype, kv_cache_dtype)
-    outputs = bindings.output_specs(plan.layers, dtype, config.vocab_size, kv_cache_dtype)
-    arguments = _example(inputs)
+    module = TracedModule(config, model, plan, dtype, kv_cache_dtype)
     with family.patched(model), _quiet_exporter(), _uncollected(), torch.no_grad():
+        onnx_model = _trace_alike(module) or module.to_onnx()
+    weight_names = _weight_names(model, onnx_model, module.constants)
+    for value in onnx_model.graph.initializers.values():
+        value.const_value = None  # a tensor without data must not look like a constant to passes
+    return Trace(onnx_model, weight_names, Conversion.of(model), module.constants)
+
+
+class TracedModule:
+    """A patched model as the module that is traced, and what crosses its border."""
+
+    def __init__(
+        self,
+        config: Any,
+        model: nn.Module,
+        plan: AttentionPlan,
+        dtype: str,
+        kv_cache_dtype: str | None,
+    ) -> None:
+        self.config, self.model, self.plan = config, model, plan
+        self.dtype, self.kv_cache_dtype = dtype, kv_cache_dtype
+        tables = PlanTables(plan, TORCH_DTYPES[dtype])
+        self.constants = {f"tables.{name}": value for name, value in tables.named_buffers()}
+        self.wrapped = LambdaModel(model, plan, copy.deepcopy(tables).to("meta")).eval()
+        self.inputs = bindings.input_specs(plan.layers, dtype, kv_cache_dtype)
+
+    def first(self, count: int) -> TracedModule:
+        """Return the same for a model that has only so many of the layers."""
+        plan = self.plan.of_first(count)
+        return TracedModule(self.config, self.model, plan, self.dtype, self.kv_cache_dtype)
+
+    def record(self, stack: str) -> Record:
+        """Write down what the module computes, on sizes that nothing else in it has."""
+        tensors = _example(self.inputs, smallest=10007)
+        names = [spec.name for spec in self.inputs]
+        return record(self.wrapped, dict(zip(names, tensors, strict=True)), _call(tensors), stack)
+
+    def to_onnx(self) -> ir.Model:
+        """Trace every layer.
+
+        Raises:
+            ExportError: torch could not trace or translate the model.
+        """
+        outputs = bindings.output_specs(
+            self.plan.layers, self.dtype, self.config.vocab_size, self.kv_cache_dtype
+        )
         try:
             program = torch.onnx.export(
-                wrapped,
-                (*arguments[:4], arguments[4:]),
+                self.wrapped,
+                _call(_example(self.inputs)),
                 dynamo=True,
                 opset_version=onnx_function.OPSET,
-                dynamic_shapes=_dynamic_shapes(inputs),
-                input_names=[spec.name for spec in inputs],
+                dynamic_shapes=_call(_dynamic_shapes(self.inputs)),
+                input_names=[spec.name for spec in self.inputs],
                 output_names=[spec.name for spec in outputs],
                 custom_translation_table={
                     **op.translation_table(),
@@ -107,18 +159,49 @@ def trace(
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ExportError(f"torch could not translate this model to ONNX: {reason}") from error
-    assert program is not None  # None is for exports straight to a file
-    onnx_model = program.model
-    weight_names = _weight_names(model, onnx_model, constants)
-    for value in onnx_model.graph.initializers.values():
-        value.const_value = None  # a tensor without data must not look like a constant to passes
-    return Trace(onnx_model, weight_names, Conversion.of(model), constants)
+        assert program is not None  # None is for exports straight to a file
+        return program.model
 
 
-def _example(specs: Sequence[bindings.TensorSpec]) -> list[Tensor]:
+def _trace_alike(module: TracedModule) -> ir.Model | None:
+    """Trace the first layer of every kind and copy it for those that are alike.
+
+    Returns:
+        What tracing every layer would, or None where that cannot be told.
+    """
+    if len(module.plan.layers) < 3:
+        return None
+    try:
+        stack = find_stack(module.wrapped, len(module.plan.layers))
+        whole = module.record(stack)
+        twins = find_twins(whole.layers)
+        with shortened(module.wrapped, stack, twins.traced):
+            first = module.first(twins.traced)
+            check_first(first.record(stack), whole)
+            onnx_model = first.to_onnx()
+        repeat_layers(onnx_model, stack, twins.of_later, _tensor_names(module.wrapped))
+    except UnlikeLayersError as error:
+        logger.info("every layer is traced by itself: %s", error)
+        return None
+    logger.info("%d of %d layers traced", twins.traced, len(module.plan.layers))
+    return onnx_model
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    """Return the names of weights and constants in the order in which a trace has them."""
+    parameters = module.named_parameters(remove_duplicate=False)  # tied ones go by either name
+    return [name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))]
+
+
+def _call(values: list[Any]) -> tuple[Any, ...]:
+    """Group what belongs to the inputs, one by one, as the module takes them."""
+    return (*values[:4], values[4:])
+
+
+def _example(specs: Sequence[bindings.TensorSpec], smallest: int = 2) -> list[Tensor]:
     """Make meta inputs; sizes that differ for every symbol and are never 0 or 1."""
     symbols = sorted({d for spec in specs for d in spec.shape if isinstance(d, str)})
-    sizes = {symbol: 2 + index for index, symbol in enumerate(symbols)}
+    sizes = {symbol: smallest + index for index, symbol in enumerate(symbols)}
     types = {**TORCH_DTYPES, "int64": torch.int64, "int8": torch.int8}
     return [
         torch.empty(
@@ -130,13 +213,12 @@ def _example(specs: Sequence[bindings.TensorSpec]) -> list[Tensor]:
     ]
 
 
-def _dynamic_shapes(specs: Sequence[bindings.TensorSpec]) -> tuple[Any, ...]:
+def _dynamic_shapes(specs: Sequence[bindings.TensorSpec]) -> list[dict[int, Any]]:
     names = {d for spec in specs for d in spec.shape if isinstance(d, str)}
     dims = {name: torch.export.Dim(name) for name in names}
-    shapes = [
+    return [
         {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs
     ]
-    return (*shapes[:4], shapes[4:])
 
 
 def _weight_names(

@@ -6,25 +6,20 @@ what an export decides by itself is compared with what is known of the model.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 
 from lminf_export import ConfigError, LambdaConfig
 from lminf_export.defaults import default_window
-from lminf_export.graph import save_graph
 from lminf_export.models import find_family
-from lminf_export.models.base import AttentionPlan
-from lminf_export.passes import optimize
 from lminf_export.source import open_source
-from lminf_export.tracing import Trace, trace
-from lminf_export.weights import FILE_NAME, StoredTensor, attach
+from lminf_export.tracing import trace
 from tests.memory import MIB
+from tests.weightless import export_without_weights
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 SINKS, CHUNK = 16, 256  # the defaults
@@ -154,26 +149,6 @@ def test_a_real_configuration_gets_the_right_defaults_and_exports(name, tmp_path
     assert logits[2] == config.vocab_size
     # Nothing as large as a weight was folded into the graph itself.
     assert (tmp_path / "model.onnx").stat().st_size < 24 * MIB
-
-
-def export_without_weights(traced: Trace, plan: AttentionPlan, folder: Path) -> onnx.GraphProto:
-    """Write a graph as an export does, checks and all, over a file of weights that is a hole."""
-    optimize(traced.model)
-    initializers, stored, offset = traced.model.graph.initializers, {}, 0
-    for name in (name for name in traced.weight_names if name in initializers):
-        shape = tuple(int(dim) for dim in initializers[name].shape.numpy())
-        length = math.prod(shape) * torch.float16.itemsize
-        stored[name] = StoredTensor(folder / FILE_NAME, "F16", shape, offset, length)
-        offset += length
-    with (folder / FILE_NAME).open("wb") as file:
-        file.truncate(offset)
-    attach(traced.model, stored)
-    save_graph(traced, plan, "float16", folder / "model.onnx", metadata={})
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
-    functions = {function.name for function in model.functions}
-    assert "LambdaAttention" in functions
-    assert functions <= {"LambdaAttention", "Linear", "LinearAdd"}
-    return model.graph
 
 
 def check_rotations(plan: Any, wanted: Real) -> None:

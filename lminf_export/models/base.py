@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -71,6 +71,15 @@ class AttentionPlan:
     sink_logits: bool = False
     sliding: tuple[bool, ...] = ()
     notices: tuple[str, ...] = ()
+
+    def of_first(self, count: int) -> AttentionPlan:
+        """Return the plan of the same model cut behind so many layers."""
+        return replace(
+            self,
+            layers=self.layers[:count],
+            layer_rotation=self.layer_rotation[:count],
+            sliding=self.sliding[:count],
+        )
 
 
 class AnyWeights:

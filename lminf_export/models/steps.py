@@ -103,10 +103,9 @@ class OperatorStep:
         self.past_length, self.new_length = past_length, new_length
         self.query_position = positions.token_positions(past_length, input_ids)
         self.rows = tables.rows(self.query_position)
-        rings = {
-            layer.ring_capacity: cache[0]
-            for layer, cache in zip(self.plan.layers, caches, strict=True)
-        }
+        rings: dict[int, Tensor] = {}
+        for layer, cache in zip(self.plan.layers, caches, strict=True):
+            rings.setdefault(layer.ring_capacity, cache[0])  # the first: it is always there
         self.slots = {
             capacity: positions.slot_positions(past_length, new_length, ring)
             for capacity, ring in rings.items()

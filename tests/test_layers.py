@@ -1,0 +1,286 @@
+"""Layers traced once and repeated: the very graph that tracing each of them makes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from lminf_export import LambdaConfig, tracing
+from lminf_export.layers import UnlikeLayersError
+from lminf_export.layers.alike import Twins, check_first, find_stack, find_twins, shortened
+from lminf_export.layers.repeat import repeat_layers
+from lminf_export.models import find_family
+from lminf_export.passes.number_names import number_names
+from tests.families import CASES, CHUNK, SINKS, WINDOW
+from tests.test_families_own import make_config
+from tests.tiny_models import llama_config
+from tests.weightless import export_without_weights
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A model of many layers, and which of the first ones stand for those behind them.
+
+    Attributes:
+        family: the name of its case in tests/families.py, or of one in test_families_own.py.
+        twins: what is expected.
+        changes: of its configuration.
+        dtype: element type of weights and caches.
+        kv_cache_dtype: "int8", or None.
+        lambda_layers: as of `LambdaConfig`.
+    """
+
+    family: str
+    twins: Twins
+    changes: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    kv_cache_dtype: str | None = None
+    lambda_layers: str = "full"
+
+    def config(self) -> Any:
+        """Make the configuration."""
+        case = next((case for case in CASES if case.model_type == self.family), None)
+        if case is None:
+            return make_config(self.family, **self.changes)
+        return replace(case, changes={**case.changes, **self.changes}).config()
+
+
+def layers(letters: str) -> dict[str, Any]:
+    """Return the settings of so many layers, sliding (s) or full (f)."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    return {"num_hidden_layers": len(letters), "layer_types": [names[x] for x in letters]}
+
+
+REPEATED = [
+    Repeated("llama", Twins(2, (1, 1)), {"num_hidden_layers": 4}, "float16", "int8"),
+    # Tied embeddings; a window and a rotation for each kind of layer.
+    Repeated(
+        "gemma3_text", Twins(4, (2, 2, 3)), {**layers("fssfssf"), "tie_word_embeddings": True}
+    ),
+    Repeated("cohere2", Twins(3, (1, 2)), layers("ssfsf"), lambda_layers="all"),
+    Repeated(
+        "smollm3", Twins(3, (1, 2)), {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 0, 1, 0]}
+    ),
+    # The first two have no experts.
+    Repeated("dots1", Twins(4, (2, 3)), {**layers("sffsfs"), "first_k_dense_replace": 2}),
+    Repeated("gpt_oss", Twins(3, (1, 2, 1)), layers("ssfsfs")),
+    Repeated("mpt", Twins(2, (1, 1)), {"n_layers": 4}),
+]
+
+
+def plan_of(config: Any, lambda_layers: str = "full") -> Any:
+    settings = LambdaConfig(WINDOW, SINKS, chunk_size=CHUNK, lambda_layers=lambda_layers)
+    return find_family(config.model_type).plan(config, settings)
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=lambda case: case.family)
+def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monkeypatch):
+    config = case.config()
+    plan = plan_of(config, case.lambda_layers)
+    family, graphs = find_family(config.model_type), []
+    for way in ("repeated", "traced"):
+        if way == "traced":
+            monkeypatch.setattr(tracing, "_trace_alike", lambda _: None)
+        traced = tracing.trace(config, family, plan, case.dtype, kv_cache_dtype=case.kv_cache_dtype)
+        folder = tmp_path / way
+        folder.mkdir()
+        export_without_weights(traced, plan, folder, case.dtype, case.kv_cache_dtype)
+        weights = [(name, traced.weight_names[name]) for name in traced.weight_names]
+        graphs.append((weights, (folder / "model.onnx").read_bytes()))
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=lambda case: case.family)
+def test_kinds_of_layers_are_seen(case):
+    config = case.config()
+    assert twins_of(config, plan_of(config, case.lambda_layers)) == case.twins
+
+
+def twins_of(config: Any, plan: Any, change: Callable[[nn.Module], object] = id) -> Twins:
+    """Return the twins found in a model that was changed after it was built."""
+    model = tracing.meta_model(config, "float32")
+    change(model)
+    with find_family(config.model_type).patched(model), torch.no_grad():
+        module = tracing.TracedModule(config, model, plan, "float32", None)
+        stack = find_stack(module.wrapped, len(plan.layers))
+        whole = module.record(stack)
+        twins = find_twins(whole.layers)
+        with shortened(module.wrapped, stack, twins.traced):
+            check_first(module.first(twins.traced).record(stack), whole)
+    return twins
+
+
+def scale_by_depth(model: nn.Module) -> None:
+    """Multiply what a layer's feed-forward part returns by a number made from its index."""
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *x, index=index: x[2] / (1 + index // 3))
+
+
+def other_epsilon(model: nn.Module) -> None:
+    model.model.layers[3].input_layernorm.variance_epsilon = 1e-3
+
+
+def other_scale(model: nn.Module) -> None:
+    model.model.layers[3].self_attn.scaling = 0.25
+
+
+def other_width(model: nn.Module) -> None:
+    mlp = model.model.layers[3].mlp
+    with torch.device("meta"):
+        mlp.gate_proj, mlp.up_proj = (nn.Linear(60, 88, bias=False) for _ in range(2))
+        mlp.down_proj = nn.Linear(88, 60, bias=False)
+
+
+def other_constant(model: nn.Module) -> None:
+    """Add a tensor that is no weight, of another value in one layer, to what layers compute."""
+    for index, layer in enumerate(model.model.layers):
+        added = torch.tensor(float(index == 3))
+        layer.mlp.register_forward_hook(lambda *x, added=added: x[2] + added)
+
+
+def tied_weight(model: nn.Module) -> None:
+    model.model.layers[3].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+
+
+@pytest.mark.parametrize(
+    "change", [other_epsilon, other_scale, other_width, other_constant, tied_weight]
+)
+def test_a_layer_that_differs_in_anything_stands_for_no_other(change):
+    config = llama_config(num_hidden_layers=6)
+    assert twins_of(config, plan_of(config), change) == Twins(4, (2, 2))
+
+
+def test_layers_are_scaled_by_their_depth_one_after_the_other():
+    config = llama_config(num_hidden_layers=6)
+    assert twins_of(config, plan_of(config), scale_by_depth) == Twins(4, (3, 3))
+
+
+def count_layers(model: nn.Module) -> None:
+    """Divide what leaves the last layer by how many there are."""
+    model.model.norm.register_forward_hook(lambda *x: x[2] / len(model.model.layers))
+
+
+def last_is_special(model: nn.Module) -> None:
+    model.model.layers[5].mlp.register_forward_hook(lambda *x: x[2] * 2)
+
+
+def second_stream(model: nn.Module) -> None:
+    """Let each layer read what the one before it computed on the way."""
+    before: list[Any] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *x: before.append(x[2]) or x[2] + before[-2:][0])
+
+
+def hidden_sum(model: nn.Module) -> None:
+    """Let all layers add to one tensor, in place."""
+    embedded: list[Any] = []
+    model.model.embed_tokens.register_forward_hook(lambda *x: embedded.append(x[2]))
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *x: embedded[-1].add_(x[2]))
+
+
+@pytest.mark.parametrize("change", [count_layers, last_is_special, second_stream, hidden_sum])
+def test_a_model_that_is_more_than_a_row_of_layers_is_traced_in_full(change):
+    config = llama_config(num_hidden_layers=6)
+    with pytest.raises(UnlikeLayersError):
+        twins_of(config, plan_of(config), change)
+
+
+def test_layers_that_cannot_be_told_alike_are_traced_and_the_log_says_why(
+    tmp_path, monkeypatch, caplog
+):
+    config = llama_config(num_hidden_layers=4)
+    plan, family = plan_of(config), find_family("llama")
+    model = tracing.meta_model(config, "float16")
+    model.model.layers[3].self_attn.scaling = 0.25
+    with caplog.at_level(logging.INFO):
+        traced = tracing.trace(config, family, plan, "float16", model=model)
+    assert "every layer is traced by itself: the last of its layers is the first" in caplog.text
+    graph = export_without_weights(traced, plan, tmp_path)
+    scales = [a.f for n in graph.node for a in n.attribute if a.name == "scale"]
+    assert scales == [pytest.approx(10**-0.5)] * 3 + [0.25]
+
+
+def toy(count: int, flaw: str = "") -> ir.Model:
+    """Build a trace of a model of so many layers `m.layers`, with something that must not be."""
+    number = ir.TensorType(ir.DataType.FLOAT)
+    nodes: list[ir.Node] = []
+
+    def value(name: str) -> ir.Value:
+        return ir.Value(name=name, type=number, shape=ir.Shape(["n"]))
+
+    def add(op_type: str, inputs: list[ir.Value], layer: int | None, name: str) -> ir.Value:
+        scopes = [""] if layer is None else ["", f"m.layers.{layer}", f"m.layers.{layer}.f"]
+        props = {"pkg.torch.onnx.name_scopes": repr(scopes)}
+        attributes = {"value_float": 2.0} if op_type == "Constant" else None
+        node = ir.node(op_type, inputs, attributes, metadata_props=props)
+        (result,) = node.outputs
+        result.name, result.type, result.shape = name, number, ir.Shape(["n"])
+        nodes.append(node)
+        return result
+
+    tokens = value("input_ids")
+    weights = [value(f"m.layers.{i}.w") for i in range(count)]
+    pasts = [value(f"past_key_values.{i}.key") for i in range(count)]
+    shared = add("Neg", [tokens], None, "neg")
+    stream, presents, streams = shared, [], []
+    for i in range(count):
+        if i == 0:
+            constant = add("Constant", [], 0, "val_0")
+        weight = weights[0] if flaw == "weight" and i else weights[i]
+        past = pasts[0] if flaw == "cache" and i else pasts[i]
+        first = add("Mul", [stream, weight], i, f"mul_{2 * i}")
+        if flaw == "order":
+            add("Neg", [shared], None, f"neg_{i + 1}")
+        scaled = add("Mul", [first, constant], i, f"mul_{2 * i + 1}")
+        presents.append(add("Sub", [past, scaled], i, f"present.{i}.key"))
+        if flaw == "far" and i > 1:
+            scaled = add("Max", [scaled, streams[i - 2]], i, f"max_{i}")
+        stream = add("Add", [scaled, shared], i, f"add_{i}")
+        streams.append(stream)
+    logits = add("Abs", [stream], None, "logits")
+    if flaw == "output":
+        presents.append(streams[0])
+    graph = ir.Graph(
+        [tokens, *pasts], [logits, *presents], nodes=nodes, opset_imports={"": 24}, name="toy"
+    )
+    for weight in weights:
+        weight.const_value = ir.tensor([1.0], name=weight.name)
+        graph.initializers[str(weight.name)] = weight
+    return ir.Model(graph, ir_version=11)
+
+
+def serialized(model: ir.Model) -> bytes:
+    return ir.to_proto(model).SerializeToString()
+
+
+def described(model: ir.Model) -> bytes:
+    for value in model.graph.initializers.values():
+        value.const_value = ir.tensor([1.0], name=value.name)
+    number_names(model, set(model.graph.initializers))
+    for node in model.graph:
+        node.metadata_props.clear()
+    return serialized(model)
+
+
+def test_copied_layers_get_weights_caches_and_a_place_of_their_own():
+    model, names = toy(2), [f"m.layers.{i}.w" for i in range(5)]
+    repeat_layers(model, "m.layers", (1, 1, 1), names)
+    assert list(model.graph.initializers) == names
+    assert described(model) == described(toy(5))
+
+
+@pytest.mark.parametrize("flaw", ["weight", "cache", "order", "far", "output"])
+def test_a_graph_whose_layers_share_more_than_a_stream_is_left_alone(flaw):
+    model = toy(3, flaw)
+    before = serialized(model)
+    with pytest.raises(UnlikeLayersError):
+        repeat_layers(model, "m.layers", (2, 2), [])
+    assert serialized(model) == before
