@@ -80,6 +80,7 @@ def plan_of(config: Any, lambda_layers: str = "full") -> Any:
     return find_family(config.model_type).plan(config, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REPEATED, ids=lambda case: case.family)
 def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monkeypatch):
     config = case.config()
