@@ -185,6 +185,13 @@ def _segment(label: str, row: dict[str, Any]) -> list[str]:
     ]
 
 
+def far(name: str) -> str:
+    """Attention of the stock models beyond the training length, by layer."""
+    shares = load(name)["share_by_layer"]
+    head = ["stock model", *(f"layer {i}" for i in range(len(next(iter(shares.values())))))]
+    return table(head, [[model, *(f"{x:.1%}" for x in row)] for model, row in shares.items()])
+
+
 def models(*names: str) -> str:
     """What the models know of held-out text, beside a 5-gram model on the same tokens."""
     rows = []
@@ -222,6 +229,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "passkey": passkey,
     "generation": generation,
     "models": models,
+    "far": far,
     "paper": paper,
 }
 
