@@ -5,7 +5,8 @@
 
 Each stage is one JSON in benchmarks/results/evidence/; most of them are one `lminf` command,
 which is printed. Bundles and half-done work are kept in build/evidence, so a stage that was
-interrupted goes on when started again. `scripts/evidence_tables.py` writes the tables.
+interrupted goes on when started again. `scripts/far_attention.py` measures what the stock models
+attend to; `scripts/evidence_tables.py` writes the tables.
 """
 
 from __future__ import annotations
