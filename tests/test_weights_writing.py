@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lminf_export import exporter, weights
 from lminf_export.conversion import Joined, Stacked
 from lminf_export.errors import ExportError, ModelError
-from lminf_export.weights import writing
+from lminf_export.weights import page_cache, writing
 from tests.tiny_models import save_llama
 
 SETTINGS = {"window_size": 23, "num_sink_tokens": 3, "chunk_size": 7}
@@ -72,8 +72,12 @@ def test_what_is_not_converted_is_copied_with_whatever_the_system_has(
         assert torch.equal(found[name], wanted), name
 
 
-def test_ranges_and_syncs_smaller_than_the_file_change_nothing(stored, tmp_path, monkeypatch):
+@pytest.mark.parametrize("too_large", [False, True])
+def test_ranges_and_syncs_smaller_than_the_file_change_nothing(
+    too_large, stored, tmp_path, monkeypatch
+):
     _, source = stored
+    monkeypatch.setattr(page_cache, "is_too_large", lambda _: too_large)
     monkeypatch.setattr(writing, "RANGE_BYTES", 97)
     monkeypatch.setattr(writing, "_SYNC_BYTES", 211)
     path = tmp_path / "out.safetensors"

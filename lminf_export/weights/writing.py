@@ -2,7 +2,8 @@
 
 Three things run side by side: pieces are read and converted, or copied by the system where their
 bytes lie in files as they are; what has been written is hashed from the system's own pages of it;
-and those are sent to the disk, so that the last `fsync` finds little left.
+and those are sent to the disk, so that the last `fsync` finds little left. Of a file too large for
+the memory the system is told to forget what is done with, on both sides.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
+from lminf_export.weights import page_cache
 from lminf_export.weights.pieces import Chunk, Piece
 from lminf_export.weights.reading import read_header
 from lminf_export.weights.tensors import BLOCK_BYTES, StoredTensor
@@ -62,10 +64,11 @@ def write_pieces(
         Stopped: it was told to give up.
     """
     chunks = (chunk for piece in pieces for chunk in piece.chunks())
-    with open(path, "w+b", buffering=0) as file, _Follower(file) as follower:
+    forgets = page_cache.is_too_large(sum(e.length for piece in pieces for e in piece.entries))
+    with open(path, "w+b", buffering=0) as file, _Follower(file, forgets) as follower:
         follower.wrote(_write(file, _header(pieces)))
         for chunk in _one_ahead(chunks):
-            for count in _put(file, chunk):
+            for count in _put(file, chunk, forgets):
                 follower.wrote(count)
                 progress(count)
                 if stopped():
@@ -100,7 +103,7 @@ def _one_ahead(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
             yield chunk
 
 
-def _put(file: FileIO, chunk: Chunk) -> Iterator[int]:
+def _put(file: FileIO, chunk: Chunk, forgets: bool) -> Iterator[int]:
     """Write a chunk at the end of a file; yield the bytes of each part once it is there."""
     if not isinstance(chunk, StoredTensor):
         yield _write(file, chunk)
@@ -108,11 +111,14 @@ def _put(file: FileIO, chunk: Chunk) -> Iterator[int]:
     with open(chunk.path, "rb", buffering=0) as source:
         done = 0
         while done < chunk.length:
+            start = chunk.offset + done
             count = min(RANGE_BYTES, chunk.length - done)
-            _expect(source, chunk.offset + done + count)
-            copied = _copy(source, file, chunk.offset + done, count)
+            page_cache.expect(source, start + count, RANGE_BYTES)
+            copied = _copy(source, file, start, count)
             if not copied:
                 raise ModelError(f"weights file {chunk.path.name} was cut while it was read")
+            if forgets:
+                page_cache.forget(source, start, copied)
             done += copied
             yield copied
 
@@ -122,12 +128,6 @@ def _write(file: FileIO, chunk: NDArray[np.uint8]) -> int:
     while left:
         left = left[file.write(left) :]
     return chunk.nbytes
-
-
-def _expect(file: FileIO, offset: int) -> None:
-    """Tell the system to read what follows an offset while what is before it is written."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), offset, RANGE_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _copy(source: FileIO, to: FileIO, offset: int, count: int) -> int:
@@ -143,14 +143,19 @@ def _copy(source: FileIO, to: FileIO, offset: int, count: int) -> int:
 
 
 class _Follower:
-    """Hashes a growing file and sends it to the disk, behind the one who writes it."""
+    """Hashes a growing file and sends it to the disk, behind the one who writes it.
 
-    def __init__(self, file: FileIO) -> None:
-        self._descriptor = file.fileno()
+    Args:
+        file: which is only ever appended to.
+        forgets: whether what is hashed and on the disk is to leave the memory.
+    """
+
+    def __init__(self, file: FileIO, forgets: bool) -> None:
+        self._file, self._forgets = file, forgets
         self._digest = hashlib.sha256()
         self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: deque[Future[None]] = deque()
-        self._end = self._unsynced = 0
+        self._end = self._unsynced = self._hashed = 0
         self._syncing: Future[None] | None = None
 
     def __enter__(self) -> _Follower:
@@ -170,7 +175,7 @@ class _Follower:
         if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
             if self._syncing is not None:
                 self._syncing.result()
-            self._syncing, self._unsynced = self._syncer.submit(os.fsync, self._descriptor), 0
+            self._syncing, self._unsynced = self._syncer.submit(self._sync), 0
 
     def digest(self) -> str:
         """Wait for everything; return the file's SHA-256."""
@@ -180,14 +185,21 @@ class _Follower:
             self._syncing.result()
         return self._digest.hexdigest()
 
+    def _sync(self) -> None:
+        hashed = self._hashed
+        os.fsync(self._file.fileno())
+        if self._forgets:
+            page_cache.forget(self._file, 0, hashed)
+
     def _hash(self, start: int, count: int) -> None:
         if not count:
             return
         page = start - start % mmap.ALLOCATIONGRANULARITY
         with (
             mmap.mmap(
-                self._descriptor, start + count - page, access=mmap.ACCESS_READ, offset=page
+                self._file.fileno(), start + count - page, access=mmap.ACCESS_READ, offset=page
             ) as pages,
             memoryview(pages)[start - page :] as written,
         ):
             self._digest.update(written)
+        self._hashed = start + count
