@@ -23,7 +23,14 @@ from lminf_export.quantize.blocks import (
     dequantize_rows,
     quantize_rows,
 )
-from lminf_export.weights import TORCH_TYPES, TYPE_NAMES, Entry, SourceTensor, StoredTensor
+from lminf_export.weights import (
+    TORCH_TYPES,
+    TYPE_NAMES,
+    Entry,
+    SourceTensor,
+    StoredTensor,
+    all_finite,
+)
 
 FILE_NAME = "weights.safetensors"
 QUANTIZED, SCALES, ZERO_POINTS = ".quantized", ".scales", ".zero_points"
@@ -73,7 +80,7 @@ class QuantizedWeight:
         """
         scales, zero_points = [], []
         for rows in row_blocks(self.tensor, max(1, _ELEMENTS // self.form.columns)):
-            if not bool(rows.isfinite().all()):
+            if not all_finite(rows):
                 raise ModelError(f"tensor {self.name} holds values that are not finite")
             blocks = quantize_rows(rows, self.form)
             yield as_signed(blocks.packed, self.form) if self.signed else blocks.packed
@@ -85,7 +92,7 @@ class QuantizedWeight:
 
     def _in_dtype(self, scales: NDArray[np.float32]) -> NDArray[np.uint8]:
         converted = torch.from_numpy(scales).to(_torch_type(self.dtype))
-        if not bool(converted.isfinite().all()):
+        if not all_finite(converted):
             raise ModelError(
                 f"tensor {self.name} has values beyond {self.dtype}'s range; export with "
                 f"--dtype float32"
@@ -125,7 +132,7 @@ class ChannelWeight:
         """
         scales = []
         for rows in row_blocks(self.tensor, max(1, _ELEMENTS // self.tensor.shape[1])):
-            if not bool(rows.isfinite().all()):
+            if not all_finite(rows):
                 raise ModelError(f"tensor {self.name} holds values that are not finite")
             rounded, scale = quantize_channels(rows, self.kind, _torch_type(self.dtype))
             yield rounded.view(torch.uint8).numpy()

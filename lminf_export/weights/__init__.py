@@ -7,7 +7,7 @@ any safetensors reader can open it, and the ONNX initializers point into it.
 """
 
 from lminf_export.weights.graph import attach, link_weights
-from lminf_export.weights.pieces import Converted, Entry, Piece, read_chunks
+from lminf_export.weights.pieces import Converted, Entry, Piece, all_finite, read_chunks
 from lminf_export.weights.reading import (
     FILE_NAME,
     INDEX_NAME,
@@ -47,6 +47,7 @@ __all__ = [
     "SourceTensor",
     "Stopped",
     "StoredTensor",
+    "all_finite",
     "attach",
     "find_weights",
     "item_size",

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
 from lminf_export.weights.types import STORED_TYPES
@@ -74,14 +75,19 @@ class StoredTensor:
     offset: int
     length: int
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """Yield the elements in order as flat tensors on pages of the file."""
+    def blocks(self, buffer: NDArray[np.uint8] | None = None) -> Iterator[torch.Tensor]:
+        """Yield the elements in order as flat tensors.
+
+        Args:
+            buffer: BLOCK_BYTES that every tensor lies in, each in the place of the one before; by
+                default each has memory of its own.
+        """
         with self.path.open("rb", buffering=0) as file:
             for start in range(0, self.length, BLOCK_BYTES):
                 count = min(BLOCK_BYTES, self.length - start)
+                piece = np.empty(count, np.uint8) if buffer is None else buffer[:count]
                 file.seek(self.offset + start)
-                piece = np.fromfile(file, np.uint8, count)
-                if len(piece) != count:
+                if file.readinto(piece.data) != count:
                     raise ModelError(f"weights file {self.path.name} was cut while it was read")
                 yield torch.from_numpy(piece).view(STORED_TYPES[self.dtype])
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
 from lminf_export.weights import page_cache
-from lminf_export.weights.pieces import Chunk, Piece
+from lminf_export.weights.pieces import Chunk, Piece, stored_parts
 from lminf_export.weights.reading import read_header
 from lminf_export.weights.tensors import BLOCK_BYTES, StoredTensor
 
@@ -63,11 +63,10 @@ def write_pieces(
             early.
         Stopped: it was told to give up.
     """
-    chunks = (chunk for piece in pieces for chunk in piece.chunks())
     forgets = page_cache.is_too_large(sum(e.length for piece in pieces for e in piece.entries))
     with open(path, "w+b", buffering=0) as file, _Follower(file, forgets) as follower:
         follower.wrote(_write(file, _header(pieces)))
-        for chunk in _one_ahead(chunks):
+        for chunk in _one_ahead(_chunks(pieces, forgets)):
             for count in _put(file, chunk, forgets):
                 follower.wrote(count)
                 progress(count)
@@ -91,6 +90,18 @@ def _header(pieces: Sequence[Piece]) -> NDArray[np.uint8]:
     encoded = json.dumps(header).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)  # tensors start aligned
     return np.frombuffer(struct.pack("<Q", len(encoded)) + encoded, np.uint8)
+
+
+def _chunks(pieces: Sequence[Piece], forgets: bool) -> Iterator[Chunk]:
+    for piece in pieces:
+        copied = False
+        for chunk in piece.chunks():
+            copied = isinstance(chunk, StoredTensor)
+            yield chunk
+        if forgets and not copied:  # what is copied is still to be read
+            for part in stored_parts(piece.tensor):
+                with open(part.path, "rb", buffering=0) as file:
+                    page_cache.forget(file, part.offset, part.length)
 
 
 def _one_ahead(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
