@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def decode(shape: str, group: str) -> str:
     contexts = list(next(iter(found["rows"].values())))
     rows = []
     for name, cells in found["rows"].items():
-        rows.append([name, *(cell(cells[c]) for c in contexts)])
+        rows.append([name, *(cell(cells[c], beside(found["rows"], name, c)) for c in contexts)])
     for name, cells in found["floor_ms"].items():
         if name in found["rows"]:
             rows.append([f"floor of {name}", *(f"{cells[c]:.1f}" for c in contexts)])
@@ -70,9 +71,17 @@ def decode(shape: str, group: str) -> str:
     return table(head, rows) + origin(found)
 
 
-def cell(found: dict[str, Any]) -> str:
+def beside(rows: dict[str, Any], name: str, context: str) -> list[float]:
+    """What a contestant's turns took in the heats of others, which their rows have."""
+    turns = (row[context].get("against", {}).get(name) or [] for row in rows.values())
+    return list(chain.from_iterable(turns))
+
+
+def cell(found: dict[str, Any], elsewhere: list[float]) -> str:
     if "refused" in found:
         return "–"
+    if elsewhere:
+        return f"{statistics.median([*found['turns_ms'], *elsewhere]):.1f}"
     return f"{found['ms_per_token']:.1f}"
 
 

@@ -16,12 +16,11 @@ import shutil
 from pathlib import Path
 
 import torch
-import transformers
 from copying_data import DECAY_SHARES, DECAY_STEPS, DENSE_SHARES, DENSE_STEPS, CopyingBatches
 from corpora import fetch_corpora
 from tokenizers import Tokenizer
 from training_data import BATCH_SIZE, CONTEXT, HELDOUT_FILES, encode, windows_of
-from training_loop import Schedule, save_checkpoint, train
+from training_loop import Schedule, add_options, finish, prepare, save_model, train
 from training_record import describe_heldout, describe_machine
 from transformers import AutoModelForCausalLM
 
@@ -32,21 +31,16 @@ KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", *HELDOUT_FILES.values()
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder that train_demo_models.py wrote")
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_options(parser, seed=1)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    transformers.utils.logging.disable_progress_bar()
     before = json.loads((args.source / "training.json").read_text(encoding="utf-8"))
     if not before["start_token_in_training"]:
         raise SystemExit(f"{args.source} was trained without a start token; copying needs one here")
-    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(args)
     for name in KEPT_FILES:
         if not (args.out / name).exists():
             shutil.copy(args.source / name, args.out / name)
@@ -56,9 +50,8 @@ def main() -> None:
     probes = {c.name: windows_of(encode(tokenizer, c.heldout), True, limit=32) for c in corpora}
     model = AutoModelForCausalLM.from_pretrained(args.source, dtype=torch.float32)
     batches = CopyingBatches(train_ids, tokenizer, args.seed, start=True)
-    checkpoint = args.out / "checkpoint.pt"
-    seconds = train(model, batches, probes, SCHEDULE, checkpoint)
-    save_checkpoint(model, args.out)
+    seconds = train(model, batches, probes, SCHEDULE, args.out)
+    save_model(model, args.out)
     saved = type(model).from_pretrained(args.out, dtype=torch.float32).eval()
     record = {
         **before,
@@ -72,9 +65,7 @@ def main() -> None:
             "seconds": round(seconds),
         },
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    checkpoint.unlink(missing_ok=True)
-    print(json.dumps(record["heldout"], indent=1))
+    finish(args.out, record)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ that is interrupted goes on from its last checkpoint when started again.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
-import transformers
 from corpora import fetch_corpora
 from training_data import (
     BATCH_SIZE,
@@ -29,7 +26,7 @@ from training_data import (
     train_tokenizer,
     windows_of,
 )
-from training_loop import Schedule, save_checkpoint, train
+from training_loop import Schedule, add_options, finish, prepare, save_model, train
 from training_record import describe_run
 from transformers import (
     GenerationConfig,
@@ -82,20 +79,15 @@ def schedule(tokens: int) -> Schedule:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=("llama", "mpt"))
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--tokens", type=int, default=7_000_000, help="training tokens to see")
     parser.add_argument("--no-start-token", dest="start_token", action="store_false")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_options(parser, seed=0)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    transformers.utils.logging.disable_progress_bar()
-    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(args)
     corpora = fetch_corpora()
     tokenizer = train_tokenizer([corpus.train for corpus in corpora])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS).save_pretrained(args.out)
@@ -109,14 +101,11 @@ def main() -> None:
     print(f"{len(train_ids)} training tokens", flush=True)
     model = build_model(args.model)
     batches = Batches(train_ids, tokenizer, args.seed, args.start_token)
-    checkpoint = args.out / "checkpoint.pt"
-    seconds = train(model, batches, probes, schedule(args.tokens), checkpoint)
-    save_checkpoint(model, args.out)
+    seconds = train(model, batches, probes, schedule(args.tokens), args.out)
+    save_model(model, args.out)
     saved = type(model).from_pretrained(args.out, dtype=torch.float32).eval()
     record = describe_run(saved, tokenizer, corpora, args, seconds)
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    checkpoint.unlink(missing_ok=True)
-    print(json.dumps(record["heldout"], indent=1))
+    finish(args.out, record)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -11,11 +13,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+import transformers
 from training_record import attention_on_first, mean_loss
 from transformers import PreTrainedModel
 
 WEIGHT_DECAY = 0.1
 CHECKPOINT_EVERY = 100
+CHECKPOINT = "checkpoint.pt"
 
 
 class Batches(Protocol):
@@ -82,14 +86,30 @@ class Optimizer:
             part.load_state_dict(saved[name])
 
 
+def add_options(parser: argparse.ArgumentParser, seed: int) -> None:
+    """Add what every training takes."""
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--seed", type=int, default=seed)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Set threads and seed, and make the folder."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    transformers.utils.logging.disable_progress_bar()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
 def train(
     model: PreTrainedModel,
     batches: Batches,
     probes: dict[str, torch.Tensor],
     schedule: Schedule,
-    checkpoint: Path,
+    out: Path,
 ) -> float:
-    """Train in place, from the checkpoint if there is one; return the seconds it took."""
+    """Train in place, from the folder's checkpoint if it has one; return the seconds it took."""
+    checkpoint = out / CHECKPOINT
     optimizer, compiled = Optimizer(model), torch.compile(model)
     first, seconds = 0, 0.0
     if checkpoint.exists():
@@ -144,10 +164,17 @@ def report(
     )
 
 
-def save_checkpoint(model: PreTrainedModel, out: Path) -> None:
+def save_model(model: PreTrainedModel, out: Path) -> None:
     """Write the model as fp16 safetensors; readers see the old files or the new, never half."""
     with tempfile.TemporaryDirectory(dir=out) as staging:
         copy.deepcopy(model).half().save_pretrained(staging)
         for file in Path(staging).iterdir():
             file.chmod(0o644)  # safetensors writes for the owner only
             file.replace(out / file.name)
+
+
+def finish(out: Path, record: dict[str, Any]) -> None:
+    """Write what was measured of the saved model; a next start would begin anew."""
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    print(json.dumps(record["heldout"], indent=1))
