@@ -72,6 +72,49 @@ def test_what_is_not_converted_is_copied_with_whatever_the_system_has(
         assert torch.equal(found[name], wanted), name
 
 
+KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("stored_as", KINDS)
+@pytest.mark.parametrize("wanted", KINDS)
+def test_conversion_rounds_as_torch_does_across_blocks(stored_as, wanted, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(3 * weights.BLOCK_BYTES // 4 + 5, generator=generator)
+    values[:6] = torch.tensor([1e-7, -1e-8, 0.0, -0.0, float("inf"), float("nan")])
+    values = values.to(KINDS[stored_as])
+    save_file({"a": values, "none": values[:0]}, tmp_path / "source.safetensors")
+    source = weights.read_header(tmp_path / "source.safetensors")
+    pieces = [weights.Converted(name, tensor, wanted) for name, tensor in source.items()]
+    path = tmp_path / "out.safetensors"
+    _, digest = weights.write_pieces(path, pieces)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    expected = values.to(KINDS[wanted])
+    found = load_file(path)["a"]
+    assert found.dtype == expected.dtype
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path):
+    values = torch.ones(weights.BLOCK_BYTES // 2 + 9, dtype=torch.bfloat16)
+    values[-1] = 70000.0
+    save_file({"a": values}, tmp_path / "source.safetensors")
+    (tensor,) = weights.read_header(tmp_path / "source.safetensors").values()
+    with pytest.raises(ModelError, match="65504"):
+        weights.write_pieces(tmp_path / "out", [weights.Converted("a", tensor, "float16")])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_whatever_is_not_finite_is_found(value):
+    for dtype in KINDS.values():
+        for place in (0, 500, 1000):
+            tensor = torch.linspace(-3, 3, 1001).to(dtype)
+            assert weights.all_finite(tensor)
+            tensor[place] = value
+            assert not weights.all_finite(tensor)
+    assert weights.all_finite(torch.empty(0))
+
+
 @pytest.mark.parametrize("too_large", [False, True])
 def test_ranges_and_syncs_smaller_than_the_file_change_nothing(
     too_large, stored, tmp_path, monkeypatch

@@ -87,8 +87,11 @@ class StoredTensor:
                 count = min(BLOCK_BYTES, self.length - start)
                 piece = np.empty(count, np.uint8) if buffer is None else buffer[:count]
                 file.seek(self.offset + start)
-                if file.readinto(piece.data) != count:
-                    raise ModelError(f"weights file {self.path.name} was cut while it was read")
+                left = piece.data
+                while left:
+                    if not (read := file.readinto(left)):
+                        raise ModelError(f"weights file {self.path.name} was cut while it was read")
+                    left = left[read:]
                 yield torch.from_numpy(piece).view(STORED_TYPES[self.dtype])
 
     def stored(self) -> list[StoredTensor]:
