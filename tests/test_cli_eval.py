@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MptConfig, MptForCausalLM
 
 from lminf_export import export, load
 from lminf_export.cli.eval import eval_group
+from lminf_export.cli.main import main
 from lminf_export.evaluate import perplexity
 from lminf_export.evaluate.baselines import CachedStep
 from lminf_export.evaluate.likelihood import negative_log_likelihood
@@ -430,3 +431,15 @@ def test_every_evaluation_lets_its_kernels_be_chosen(command, bundle, words):
     assert missing.exit_code == 2
     assert missing.stderr.count("\n") == 1
     assert "nowhere.so" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [(["eval", "passkey", "b", "--trails", "3"], "lminf eval passkey"), (["nosuch"], "lminf")],
+)
+def test_a_mistake_names_the_help_of_its_own_command(words, command, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lminf", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"(see {command} --help)")

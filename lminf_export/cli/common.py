@@ -61,7 +61,9 @@ def run_command(command: click.Command, name: str) -> NoReturn:
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
-        fail(f"{error.format_message()} (see {name} --help)")
+        # The command that was being read, such as "lminf eval perplexity".
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        fail(f"{error.format_message()} (see {context.command_path if context else name} --help)")
     except click.Abort:
         raise SystemExit(EXIT_INTERRUPTED) from None
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -1,7 +1,7 @@
 """Telling the system what of a file it will need in memory soon, and what no more.
 
 Files about as large as the memory, read and written once, push out what the system holds of all
-others, and finding pages for them takes the processor longer than moving their bytes does.
+others, and finding pages for them takes the processor's time.
 """
 
 from __future__ import annotations
