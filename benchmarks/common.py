@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lminf_export.environment import environment
+from lminf_export.runtime.environment import environment
 from lminf_export.runtime.language_model import LanguageModel
 
 __all__ = ["Stream", "environment", "write_result"]

@@ -28,7 +28,7 @@ from common import Stream, environment, write_result
 
 import lminf_export
 from lminf_export.bench.floor import streaming_bandwidth
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.kernels import INSTALLED
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession

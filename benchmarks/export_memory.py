@@ -21,7 +21,7 @@ import torch
 from checkpoints import SHAPES, write_checkpoint
 from common import environment, write_result
 
-IMPORTS = "import lminf_export.exporter, torch.onnx, transformers.models.llama.modeling_llama"
+IMPORTS = "import lminf_export.export.run, torch.onnx, transformers.models.llama.modeling_llama"
 
 
 def anonymous_bytes(pid: int) -> int:

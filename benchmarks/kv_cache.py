@@ -25,10 +25,10 @@ from common import environment, write_result
 
 import lminf_export
 from lminf_export.bench.floor import cache_bytes_per_step, streaming_bandwidth
-from lminf_export.bundle import Bundle
-from lminf_export.quantize.cost import perplexity_cost
+from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeState
+from lminf_export.verify.perplexity_cost import perplexity_cost
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CACHES = {"float32": "auto", "int8": "int8"}

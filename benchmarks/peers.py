@@ -37,7 +37,7 @@ from lminf_export.bench.floor import (
     streaming_bandwidth,
     weight_bytes_per_step,
 )
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
 
 GROUPS = {
     "fp32": [name for name in CONTESTANTS if "32" in name],

@@ -32,15 +32,15 @@ from lminf_export.bench.floor import (
     streaming_bandwidth,
     weight_bytes_per_step,
 )
-from lminf_export.bundle import Bundle
-from lminf_export.linear_function import (
+from lminf_export.bundle.folder import Bundle
+from lminf_export.operator.contract import DOMAIN
+from lminf_export.operator.linear_bodies import (
     CONTRIB_DOMAIN,
     LINEAR,
     LINEAR_ADD,
     LINEAR_NBITS,
     LINEAR_NBITS_ADD,
 )
-from lminf_export.op import DOMAIN
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
 

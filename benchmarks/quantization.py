@@ -19,7 +19,7 @@ from common import environment, write_result
 
 import lminf_export
 from lminf_export.quantize.config import QuantizeConfig
-from lminf_export.quantize.cost import perplexity_cost
+from lminf_export.verify.perplexity_cost import perplexity_cost
 
 MODEL = Path(__file__).parents[1] / "examples" / "demo-llama"
 SETTINGS: dict[str, QuantizeConfig] = {

@@ -10,8 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lminf_export.bundle import Bundle
-    from lminf_export.config import LambdaConfig
+    from lminf_export.bundle.folder import Bundle
     from lminf_export.errors import (
         BundleError,
         ConfigError,
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
         ModelError,
         SessionError,
     )
-    from lminf_export.exporter import export
+    from lminf_export.export.run import export
+    from lminf_export.operator.settings import LambdaConfig
     from lminf_export.runtime.language_model import LanguageModel
     from lminf_export.runtime.load import load
 
@@ -57,10 +57,9 @@ _ERRORS = (
 )
 _HOMES = {
     **dict.fromkeys(_ERRORS, "lminf_export.errors"),
-    "Bundle": "lminf_export.bundle",
-    "LambdaConfig": "lminf_export.config",
+    "Bundle": "lminf_export.bundle.folder",
+    "LambdaConfig": "lminf_export.operator.settings",
     "LanguageModel": "lminf_export.runtime.language_model",
-    "export": "lminf_export.exporter",
     "load": "lminf_export.runtime.load",
 }
 
@@ -68,6 +67,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _version()
+    elif name == "export":
+        # The package of this name, which can be called: see its docstring.
+        value = importlib.import_module("lminf_export.export")
     elif name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     else:

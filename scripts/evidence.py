@@ -25,12 +25,12 @@ from training_data import HELDOUT_FILES
 
 import lminf_export
 from lminf_export.cli.eval import write_json
-from lminf_export.environment import environment
 from lminf_export.evaluate.buckets import Bucket, estimate, log_buckets, ratio
 from lminf_export.evaluate.perplexity import DEFAULT_TARGETS, sampled_targets
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.text import read_stream
 from lminf_export.evaluate.torch_scorers import TorchModel, recompute
+from lminf_export.runtime.environment import environment
 from lminf_export.runtime.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lminf_export.cli.eval import write_json
-from lminf_export.environment import environment
+from lminf_export.runtime.environment import environment
 
 TOKENS = 8 * CONTEXT
 QUERIES = 256

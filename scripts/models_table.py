@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from lminf_export import LminfError, export, load  # noqa: E402
 from tests import test_families_own as own  # noqa: E402
-from tests.families import CASES, FamilyCase  # noqa: E402
+from tests.support.families import CASES, FamilyCase  # noqa: E402
 from tests.test_families import check_family, stock_error  # noqa: E402
 
 # What the families without the attention interface have, beside what their tests measure.

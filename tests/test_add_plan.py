@@ -7,17 +7,17 @@ import struct
 
 import pytest
 
-from lminf_export.build import EngineFacts, tensorrt
-from lminf_export.build import add_plan as module
-from lminf_export.build.add_plan import add_plan, read_version
-from lminf_export.build.common import profiles
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
 from lminf_export.cli.export import export_command
 from lminf_export.cli.main import cli
+from lminf_export.engine import add_plan as module
+from lminf_export.engine import tensorrt
+from lminf_export.engine.add_plan import add_plan, read_version
+from lminf_export.engine.common import EngineFacts, profiles
 from lminf_export.errors import BundleError, EngineError, SessionError
-from lminf_export.exporter import EngineOptions, export
+from lminf_export.export.run import EngineOptions, export
 from lminf_export.runtime.gpu import Gpu
-from tests.tiny_models import save_llama
+from tests.support.tiny_models import save_llama
 
 LIBRARY = b"\x7fELF getCreators LambdaAttention"
 
@@ -213,7 +213,7 @@ def test_the_commands_print_what_to_do_next(source, tmp_path, plan, library, cap
     ],
 )
 def test_settings_without_use_are_refused(source, tmp_path, settings, words, monkeypatch):
-    monkeypatch.setattr("lminf_export.build.importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("lminf_export.engine.builders.importlib.util.find_spec", lambda name: True)
     settings["out"] = tmp_path / settings["out"]
     with pytest.raises(Exception, match=words):
         export(source, **settings)
@@ -222,7 +222,7 @@ def test_settings_without_use_are_refused(source, tmp_path, settings, words, mon
 
 def test_a_build_here_puts_plan_plugin_and_recipe_into_the_bundle(tmp_path, library, monkeypatch):
     model = save_llama(tmp_path / "model", num_hidden_layers=2, head_dim=64)
-    monkeypatch.setattr("lminf_export.build.importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("lminf_export.engine.builders.importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("a card", (9, 0)))
     asked = []
 
@@ -257,7 +257,7 @@ def test_a_build_here_puts_plan_plugin_and_recipe_into_the_bundle(tmp_path, libr
 def test_layers_without_kernels_are_refused_before_anything_is_written(
     source, tmp_path, library, monkeypatch
 ):
-    monkeypatch.setattr("lminf_export.build.importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("lminf_export.engine.builders.importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("a card", (9, 0)))
     options = EngineOptions(plugin=library)
     with pytest.raises(EngineError, match=r"head_dim \d+: the plugin's kernels take 64"):

@@ -12,7 +12,7 @@ import pytest
 
 import lminf_export
 from lminf_export.runtime.kernels import INSTALLED
-from tests.tiny_models import save_llama
+from tests.support.tiny_models import save_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,23 +12,16 @@ from types import SimpleNamespace
 import onnx_ir as ir
 import pytest
 
-from lminf_export import bindings
-from lminf_export import build as lminf_build
-from lminf_export.build import (
-    available_builders,
-    build_engine,
-    child,
-    compiler,
-    select_builder,
-    tensorrt,
-    tensorrt_rtx,
-)
-from lminf_export.build.common import prepare_for_engine, profiles
+from lminf_export.engine import builders as lminf_build
+from lminf_export.engine import child, compiler, tensorrt, tensorrt_rtx
+from lminf_export.engine.builders import available_builders, build_engine, select_builder
+from lminf_export.engine.common import prepare_for_engine, profiles
 from lminf_export.errors import EngineError
+from lminf_export.operator import bindings
 from lminf_export.progress import silent
 from lminf_export.runtime.tensorrt import message_log
+from tests.support.tiny_bundle import TinyModel
 from tests.test_build_prepare import request_of
-from tests.tiny_bundle import TinyModel
 
 RTX = "tensorrt-rtx"
 needs_rtx = pytest.mark.skipif(
@@ -102,8 +95,8 @@ def test_odd_settings_build_too(tmp_path, tiny):
 
 @needs_rtx
 def test_an_exported_llama_becomes_a_bundle_with_a_plan(tmp_path):
-    from lminf_export.exporter import export
-    from tests.tiny_models import save_llama
+    from lminf_export.export.run import export
+    from tests.support.tiny_models import save_llama
 
     model = save_llama(tmp_path / "model", num_hidden_layers=2)
     bundle = export(
@@ -167,7 +160,7 @@ def test_progress_names_phases_and_fractions(tmp_path):
 @needs_rtx
 def test_the_builders_messages_go_to_the_log(tmp_path, caplog):
     _, request = written(TINY, tmp_path)
-    with caplog.at_level(logging.INFO, "lminf_export.build"):
+    with caplog.at_level(logging.INFO, "lminf_export.engine.builders"):
         build_engine(RTX, request)
     assert any("input_ids" in record.message for record in caplog.records)
     assert all(record.levelno <= logging.INFO for record in caplog.records)
@@ -347,7 +340,7 @@ def test_a_choice_that_cannot_be_made_says_what_to_do(monkeypatch, installed, as
 
 def test_installed_builders_are_found_without_importing_them():
     code = (
-        "import sys; from lminf_export.build import available_builders; available_builders();"
+        "import sys; from lminf_export.engine.builders import available_builders as b; b();"
         "sys.exit(bool({'tensorrt', 'tensorrt_rtx', 'torch'} & sys.modules.keys()))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=child._environment())

@@ -7,10 +7,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from lminf_export import bindings
-from lminf_export.build.common import EngineRequest, prepare_for_engine, profiles
+from lminf_export.engine.common import EngineRequest, prepare_for_engine, profiles
 from lminf_export.errors import EngineError
-from tests.tiny_bundle import TinyModel
+from lminf_export.operator import bindings
+from tests.support.tiny_bundle import TinyModel
 
 TINY = TinyModel(sliding_window=5)
 # Rings of 21 and 14 slots: no chunk crosses either end, and both wrap several times.

@@ -16,23 +16,24 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from lminf_export import bindings as tensors
-from lminf_export.build import compiler, plugin, tensorrt_rtx
-from lminf_export.build import tensorrt as tensorrt_builder
-from lminf_export.build.child import Task
-from lminf_export.build.common import EngineRequest, profiles
-from lminf_export.build.options import EngineOptions
-from lminf_export.build.plugin_graph import NUM_INPUTS, prepare_for_plugin
-from lminf_export.build.recipe import make_recipe
-from lminf_export.build.settings import require_aliases
+from lminf_export.engine import compiler, plugin, tensorrt_rtx
+from lminf_export.engine import tensorrt as tensorrt_builder
+from lminf_export.engine.child import Task
+from lminf_export.engine.common import EngineRequest, profiles
+from lminf_export.engine.options import EngineOptions
+from lminf_export.engine.plugin_graph import prepare_for_plugin
+from lminf_export.engine.recipe import make_recipe
+from lminf_export.engine.settings import require_aliases
 from lminf_export.errors import EngineError, SessionError
-from lminf_export.onnx_function import BodyFeatures, function_body
+from lminf_export.operator import bindings as tensors
+from lminf_export.operator import contract
+from lminf_export.operator.attention_body import BodyFeatures, function_body
 from lminf_export.progress import silent
-from tests.kernel_build import PLUGINS
-from tests.tensorrt_doubles import IPluginRegistry, Severity
-from tests.tensorrt_here import bindings_folders, run_python, stub_libraries
+from tests.support.kernel_build import PLUGINS
+from tests.support.tensorrt_doubles import IPluginRegistry, Severity
+from tests.support.tensorrt_here import bindings_folders, run_python, stub_libraries
+from tests.support.tiny_bundle import TinyModel
 from tests.test_build_prepare import CHUNKS, request_of, run
-from tests.tiny_bundle import TinyModel
 
 TINY = TinyModel(sliding_window=5, dtype="float16", head_dim=64)
 
@@ -77,8 +78,8 @@ def test_an_exported_llamas_norms_are_written_out_and_stay_the_same(tmp_path):
     import numpy as np
     import onnxruntime as ort
 
-    from lminf_export.exporter import export
-    from tests.tiny_models import save_llama
+    from lminf_export.export.run import export
+    from tests.support.tiny_models import save_llama
 
     model = save_llama(tmp_path / "model", num_hidden_layers=2)
     bundle = export(model, tmp_path / "out", window_size=11, chunk_size=7)
@@ -118,7 +119,7 @@ def test_nothing_but_the_plugin_can_take_the_nodes(written):
     assert not model.functions
     nodes = [node for node in model.graph.node if node.domain]
     assert [node.name for node in nodes] == ["lambda_attention.0", "lambda_attention.1"]
-    assert {len(node.input) for node in nodes} == {NUM_INPUTS}
+    assert {len(node.input) for node in nodes} == {len(contract.INPUTS)}
 
 
 def test_a_batch_of_one_is_fixed_in_the_graph_and_a_larger_one_stays_open(tmp_path, written):
@@ -497,7 +498,7 @@ import json, logging, sys
 from pathlib import Path
 import tensorrt_bindings as trt
 from tests.test_build_tensorrt import DOUBLES, IBuilderConfig, written_here
-from tests import tensorrt_doubles as session
+from tests.support import tensorrt_doubles as session
 from lminf_export.build import compiler, settings
 from lminf_export.build.options import EngineOptions
 from lminf_export.progress import silent

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lminf_export import manifest as manifest_module
-from lminf_export.bundle import Bundle, BundleWriter, OutTarget, parse_out
+from lminf_export.bundle import manifest as manifest_module
+from lminf_export.bundle.folder import Bundle, BundleWriter, OutTarget, parse_out
+from lminf_export.bundle.manifest import MANIFEST_NAME, Engine, Source, content_sha256
 from lminf_export.errors import BundleError, ExportError
-from lminf_export.manifest import MANIFEST_NAME, Engine, Source, content_sha256
-from tests.signals import default_signals
-from tests.tiny_bundle import TinyModel
+from tests.support.signals import default_signals
+from tests.support.tiny_bundle import TinyModel
 
 TINY = TinyModel()
 
@@ -398,7 +398,7 @@ def test_full_cache_grows_with_length_and_the_bounded_one_does_not():
 
 
 def test_reading_a_manifest_needs_no_torch():
-    code = "import sys, lminf_export.bundle; assert 'torch' not in sys.modules"
+    code = "import sys, lminf_export.bundle.folder; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 

@@ -23,8 +23,8 @@ from lminf_export.evaluate.progress_file import ProgressFile
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.torch_scorers import TorchModel, recompute
 from lminf_export.runtime.kernels import find_kernels
-from tests.tiny_bundle import TinyModel
-from tests.tiny_models import save_llama, save_tokenizer
+from tests.support.tiny_bundle import TinyModel
+from tests.support.tiny_models import save_llama, save_tokenizer
 
 WINDOW, SINKS, CHUNK, VOCAB = 19, 3, 7, 131
 

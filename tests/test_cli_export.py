@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lminf_export import export
 from lminf_export.cli.export import export_command
-from tests.tiny_models import save_llama
+from tests.support.tiny_models import save_llama
 
 
 @pytest.fixture(scope="module")
@@ -286,19 +286,19 @@ def test_a_folder_that_is_no_bundle_is_left_alone(llama, tmp_path):
 def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
     import errno
 
-    from lminf_export import weights
-
     def no_space(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, "write_pieces", no_space)
+    from lminf_export.export import background_weights
+
+    monkeypatch.setattr(background_weights, "write_pieces", no_space)
     fails(tmp_path, "--model", llama, words=["space"])
 
 
 def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path):
     code = (
         "import os, signal; from lminf_export import weights, export;"
-        "weights.write_pieces = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        "write_pieces = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"export({str(llama)!r}, {str(tmp_path / 'b')!r})"
     )
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)

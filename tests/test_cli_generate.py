@@ -17,8 +17,8 @@ from lminf_export.cli.common import handle_errors
 from lminf_export.cli.main import cli
 from lminf_export.errors import BundleError
 from lminf_export.runtime.load import load
-from tests.signals import default_signals
-from tests.tiny_bundle import TinyModel
+from tests.support.signals import default_signals
+from tests.support.tiny_bundle import TinyModel
 
 LMINF = [sys.executable, "-m", "lminf_export.cli.main"]
 

@@ -7,11 +7,11 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from lminf_export.bundle import BundleWriter
+from lminf_export.bundle.folder import BundleWriter
+from lminf_export.bundle.manifest import Engine
 from lminf_export.cli.main import cli
-from lminf_export.manifest import Engine
 from lminf_export.runtime.kernels import find_kernels
-from tests.tiny_bundle import TinyModel
+from tests.support.tiny_bundle import TinyModel
 
 TINY = TinyModel(sliding_window=5)
 

@@ -18,7 +18,7 @@ from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.evaluate.passkey import wilson
 from lminf_export.evaluate.progress_file import ProgressFile
 from lminf_export.runtime.text import TextCodec
-from tests.tiny_bundle import byte_tokenizer
+from tests.support.tiny_bundle import byte_tokenizer
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lminf_export import ModelError, export, load
-from lminf_export.conversion import Conversion, Transposed
+from lminf_export.checkpoint.conversion import Conversion, Transposed
 from lminf_export.models.experts import block_shape, dispatch_to_experts, experts_forward
-from lminf_export.validate import validate
-from lminf_export.weights import read_checkpoint, read_header
-from tests.memory import MIB, peak_of_export
+from lminf_export.tensors.files import read_checkpoint, read_header
+from lminf_export.verify.validate import validate
+from tests.support.memory import MIB, peak_of_export
 
 WINDOW, SINKS, CHUNK, VOCAB = 23, 5, 7, 131
 TOLERANCE = 2e-5  # of the logits' range: the contract for float32

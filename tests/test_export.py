@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lminf_export import export, load
-from lminf_export.models import find_family
-from lminf_export.source import open_source
-from tests.llama_oracle import lambda_llama_logits
-from tests.tiny_models import ROPE_SCALINGS, llama_config, save_llama
+from lminf_export.checkpoint.source import open_source
+from lminf_export.models.registry import find_family
+from tests.support.llama_oracle import lambda_llama_logits
+from tests.support.tiny_models import ROPE_SCALINGS, llama_config, save_llama
 
 WINDOW, SINKS, CHUNK = 23, 5, 7
 TOLERANCE = 2e-5  # of the logits' range: the contract for float32

@@ -15,10 +15,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lminf_export import ConfigError, LambdaConfig, ModelError, export, load
 from lminf_export.cli.export import export_command
-from lminf_export.models import FAMILIES, find_family
 from lminf_export.models.probe import ProbedFamily
-from tests.families import CASES, CHUNK, SINKS, SIZES, SLIDING, WINDOW, FamilyCase
-from tests.family_oracle import Rule, oracle_logits
+from lminf_export.models.registry import FAMILIES, find_family
+from tests.support.families import CASES, CHUNK, SINKS, SIZES, SLIDING, WINDOW, FamilyCase
+from tests.support.family_oracle import Rule, oracle_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 2e-5  # of the logits' range: the contract for float32

@@ -14,9 +14,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from lminf_export import LambdaConfig, export, load
 from lminf_export.errors import ConfigError, ModelError
-from lminf_export.models import find_family
 from lminf_export.models.alibi import bloom_slopes, mpt_slopes
-from tests.own_oracle import Rule, own_logits, paper_slopes
+from lminf_export.models.registry import find_family
+from tests.support.own_oracle import Rule, own_logits, paper_slopes
 
 WINDOW, SINKS, LIMIT, CHUNK, TRAINED, VOCAB = 23, 5, 37, 7, 29, 131
 LENGTHS = (5 * WINDOW + 2, 6 * WINDOW + 1)  # of the two texts of a batch

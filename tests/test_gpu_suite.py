@@ -11,7 +11,7 @@ from scripts import gpu_suite
 from scripts.gpu import report, steps, timings
 from scripts.gpu.emulated_device import TimedEmulation
 from scripts.gpu.kernel_library import KernelLibrary
-from tests import kernel_build
+from tests.support import kernel_build
 
 needs_compiler = pytest.mark.skipif(
     kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER

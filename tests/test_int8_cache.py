@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from lminf_export import op, reference
-from lminf_export.onnx_function import BodyFeatures, function_body
-from lminf_export.reference_int8 import (
+from lminf_export.operator import contract, reference
+from lminf_export.operator.attention_body import BodyFeatures, function_body
+from lminf_export.operator.reference_int8 import (
     INT8_LIMIT,
     dequantize,
     lambda_attention_int8_cache,
@@ -20,8 +20,8 @@ from lminf_export.reference_int8 import (
     round_to_int8,
 )
 from lminf_export.runtime.kernels import INSTALLED
-from tests.kernel_sets import SETS, instruction_set
-from tests.operator_case import Case, History, shared_inputs
+from tests.support.kernel_sets import SETS, instruction_set
+from tests.support.operator_case import Case, History, shared_inputs
 from tests.test_operator import BASES, CASES, TOLERANCE, OnnxNode, cases, random_chunks, total
 
 FORMS = ("body", *SETS)
@@ -289,7 +289,7 @@ def test_torch_op_passes_opcheck(name):
 
 def test_the_old_ring_is_read_by_nothing_but_the_write():
     function = function_body(BodyFeatures(int8_cache=True))
-    for past in ("past_key", "past_value", *op.SCALE_INPUT_NAMES):
+    for past in ("past_key", "past_value", *(x.name for x in contract.SCALE_INPUTS)):
         readers = [node.op_type for node in function.node if past in node.input]
         assert readers == ["TensorScatter"]
 

@@ -11,15 +11,15 @@ import pytest
 from click.testing import CliRunner
 
 import lminf_export
-from lminf_export.bindings import SCALE_KINDS, past_name
 from lminf_export.cli.export import export_command
 from lminf_export.cli.main import cli
 from lminf_export.errors import ConfigError, SessionError
-from lminf_export.op import INT8_CACHE_OP_TYPE, OP_TYPE
+from lminf_export.operator.bindings import SCALE_KINDS, past_name
+from lminf_export.operator.contract import INT8_CACHE_OP_TYPE, OP_TYPE
 from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.runtime.kernels import INSTALLED, find_kernels
-from lminf_export.validate import validate
-from tests.tiny_models import save_llama
+from lminf_export.verify.validate import validate
+from tests.support.tiny_models import save_llama
 
 KERNELS = [
     "none",

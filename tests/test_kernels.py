@@ -18,10 +18,12 @@ from onnx import TensorProto
 
 import lminf_export
 from lminf_export.errors import SessionError
-from lminf_export.onnx_function import BodyFeatures, function_body
+from lminf_export.operator.attention_body import BodyFeatures, function_body
 from lminf_export.runtime.kernels import INSTALLED, find_kernels, open_library
-from tests.kernel_sets import HAS_COMPILER, SETS, instruction_set, needs_kernels
-from tests.operator_case import Case, History, shared_inputs
+from tests.support.kernel_sets import HAS_COMPILER, SETS, instruction_set, needs_kernels
+from tests.support.operator_case import Case, History, shared_inputs
+from tests.support.tiny_bundle import TinyModel
+from tests.support.tiny_models import save_llama
 from tests.test_operator import (
     BASES,
     CASES,
@@ -33,8 +35,6 @@ from tests.test_operator import (
     stream,
     total,
 )
-from tests.tiny_bundle import TinyModel
-from tests.tiny_models import save_llama
 
 pytestmark = needs_kernels
 ROOT = Path(__file__).parents[1]

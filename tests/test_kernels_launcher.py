@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from scripts.gpu.kernel_library import KernelError, KernelLibrary, Params
-from tests import kernel_build
+from tests.support import kernel_build
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
 POINTERS = [name for name, kind in Params._fields_ if kind is ctypes.c_void_p]
@@ -176,7 +176,7 @@ def test_every_plan_fits_the_smallest_shared_memory(library):
 @pytest.fixture(scope="session")
 def arithmetic(tmp_path_factory):
     target = tmp_path_factory.mktemp("arithmetic") / "arithmetic.so"
-    source = kernel_build.ROOT / "tests" / "kernel_arithmetic.cpp"
+    source = kernel_build.ROOT / "tests" / "support" / "kernel_arithmetic.cpp"
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
     includes = ["-I", str(kernel_build.KERNELS)]
     command = [str(kernel_build.compiler()), *flags, *includes, str(source), "-o", str(target)]

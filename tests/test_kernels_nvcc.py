@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from scripts import kernels_ptxas
-from tests.kernel_build import ROOT
+from tests.support.kernel_build import ROOT
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc: registers and spills are not checked"

@@ -12,16 +12,23 @@ import pytest
 import torch
 from torch import nn
 
-from lminf_export import LambdaConfig, tracing
-from lminf_export.layers import UnlikeLayersError
-from lminf_export.layers.alike import Twins, check_first, find_stack, find_twins, shortened
-from lminf_export.layers.repeat import repeat_layers
-from lminf_export.models import find_family
-from lminf_export.passes.number_names import number_names
-from tests.families import CASES, CHUNK, SINKS, WINDOW
+from lminf_export import LambdaConfig
+from lminf_export.export.passes.number_names import number_names
+from lminf_export.export.passes.repeat_layers import repeat_layers
+from lminf_export.export.trace import tracing
+from lminf_export.export.trace.layer_records import (
+    Twins,
+    UnlikeLayersError,
+    check_first,
+    find_stack,
+    find_twins,
+    shortened,
+)
+from lminf_export.models.registry import find_family
+from tests.support.families import CASES, CHUNK, SINKS, WINDOW
+from tests.support.tiny_models import llama_config
+from tests.support.weightless import export_without_weights
 from tests.test_families_own import make_config
-from tests.tiny_models import llama_config
-from tests.weightless import export_without_weights
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import onnxruntime as ort
 import pytest
 
 import lminf_export
-from lminf_export.linear_function import LINEAR, LINEAR_ADD, linear_body
-from lminf_export.onnx_function import OPSET
-from lminf_export.op import DOMAIN
+from lminf_export.operator.attention_body import OPSET
+from lminf_export.operator.contract import DOMAIN
+from lminf_export.operator.linear_bodies import LINEAR, LINEAR_ADD, linear_body
 from lminf_export.runtime.kernels import INSTALLED
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
-from tests.kernel_sets import SETS, instruction_set, needs_kernels
-from tests.tiny_models import save_llama
+from tests.support.kernel_sets import SETS, instruction_set, needs_kernels
+from tests.support.tiny_models import save_llama
 
 TYPES = {np.float32: onnx.TensorProto.FLOAT, np.float16: onnx.TensorProto.FLOAT16}
 # Rows of few and of many tokens; features that no vector, strip, panel or depth divides.

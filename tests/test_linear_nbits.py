@@ -12,17 +12,23 @@ import pytest
 import torch
 
 import lminf_export
-from lminf_export.linear_function import LINEAR_NBITS, LINEAR_NBITS_ADD, nbits_body
-from lminf_export.onnx_function import OPSET
-from lminf_export.op import DOMAIN
-from lminf_export.quantize.blocks import BlockFormat, dequantize_rows, quantize_rows
+from lminf_export.operator.attention_body import OPSET
+from lminf_export.operator.contract import DOMAIN
+from lminf_export.operator.linear_bodies import LINEAR_NBITS, LINEAR_NBITS_ADD, nbits_body
 from lminf_export.quantize.config import BLOCK_SIZES, QuantizeConfig
+from lminf_export.quantize.formats import BlockFormat, dequantize_rows, quantize_rows
 from lminf_export.runtime.kernels import INSTALLED
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
-from tests.kernel_sets import INTEGER_SETS, SETS, available_sets, instruction_set, needs_kernels
+from tests.support.kernel_sets import (
+    INTEGER_SETS,
+    SETS,
+    available_sets,
+    instruction_set,
+    needs_kernels,
+)
+from tests.support.tiny_models import save_llama
 from tests.test_linear import TYPES, numbers, session, steps_events
-from tests.tiny_models import save_llama
 
 # Few tokens and many; features that no block, vector or panel divides, and some that all do.
 TOKENS = (0, 1, 2, 3, 5, 17, 64, 200)

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from lminf_export import Bundle, ConfigError, ModelError, export, load
 from lminf_export.cli.export import export_command
 from lminf_export.cli.validate import validate_command
-from tests.families import CASES
-from tests.tiny_models import save_llama
+from tests.support.families import CASES
+from tests.support.tiny_models import save_llama
 
 SETTINGS = {"window_size": 19, "num_sink_tokens": 3, "chunk_size": 7}
 

@@ -10,7 +10,7 @@ import pytest
 
 from lminf_export import export
 from tests import test_families_own as own
-from tests.families import CASES
+from tests.support.families import CASES
 from tests.test_build_engine import RTX, needs_rtx
 
 ROOT = Path(__file__).resolve().parents[1]

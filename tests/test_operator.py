@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from lminf_export import op, reference
-from lminf_export.onnx_function import OPSET, BodyFeatures, function_body
-from tests.operator_case import Case, History, shared_inputs
+from lminf_export.operator import contract, reference, torch_operator
+from lminf_export.operator.attention_body import OPSET, BodyFeatures, function_body
+from tests.support.operator_case import Case, History, shared_inputs
 
 BASES = (0, 10**6, 2 * 10**8, 10**12)
 
@@ -25,7 +25,7 @@ def run_reference(case, inputs):
 
 
 def run_torch_op(case, inputs):
-    return op.lambda_attention(*inputs, **case.attributes())
+    return torch_operator.lambda_attention(*inputs, **case.attributes())
 
 
 class OnnxNode:
@@ -59,10 +59,10 @@ class OnnxNode:
         arrays = [np.ascontiguousarray(x.numpy()) for x in inputs]
         values = [ort.OrtValue.ortvalue_from_numpy(x) for x in arrays]
         binding = self.session.io_binding()
-        named = dict(zip(op.input_names(int8_cache=self.int8_cache), values, strict=True))
+        named = dict(zip(contract.input_names(int8_cache=self.int8_cache), values, strict=True))
         for name, value in named.items():
             binding.bind_ortvalue_input(name, value)
-        for name in op.output_names(int8_cache=self.int8_cache):
+        for name in contract.output_names(int8_cache=self.int8_cache):
             is_constant = "sink" in name and not case.num_sink_tokens
             if self.in_place and name.startswith("present") and not is_constant:
                 binding.bind_ortvalue_output(name, named[name.replace("present", "past")])
@@ -76,31 +76,36 @@ class OnnxNode:
 
 
 def one_node_model(case: Case, function, element) -> onnx.ModelProto:
-    int8_cache = function.name == op.INT8_CACHE_OP_TYPE
-    inputs, outputs = (f(int8_cache=int8_cache) for f in (op.input_names, op.output_names))
+    int8_cache = function.name == contract.INT8_CACHE_OP_TYPE
+    inputs = contract.inputs(int8_cache=int8_cache)
+    outputs = contract.outputs(int8_cache=int8_cache)
+    kinds = {
+        "model": element,
+        "ring": TensorProto.INT8 if int8_cache else element,
+        "int64": TensorProto.INT64,
+        "float32": TensorProto.FLOAT,
+    }
 
-    def info(name):
-        kind = TensorProto.FLOAT if name in op.FLOAT32_INPUTS or "_scale" in name else element
-        if int8_cache and name in op.RING_NAMES:
-            kind = TensorProto.INT8
-        if name in op.INTEGER_INPUTS:
-            kind = TensorProto.INT64
-        return helper.make_tensor_value_info(name, kind, None)
+    def infos(operands):
+        return [helper.make_tensor_value_info(x.name, kinds[x.element], None) for x in operands]
 
     attributes = {**case.attributes(), "rotary_interleaved": int(case.interleaved)}
     node = helper.make_node(
         function.name,
-        inputs,
-        outputs,
-        domain=op.DOMAIN,
-        plugin_namespace=op.DOMAIN,
+        [x.name for x in inputs],
+        [x.name for x in outputs],
+        domain=contract.DOMAIN,
+        plugin_namespace=contract.DOMAIN,
         **attributes,
     )
-    graph = helper.make_graph([node], "one", [info(n) for n in inputs], [info(n) for n in outputs])
+    graph = helper.make_graph([node], "one", infos(inputs), infos(outputs))
     return helper.make_model(
         graph,
         functions=[function],
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(op.DOMAIN, 1)],
+        opset_imports=[
+            helper.make_opsetid("", OPSET),
+            helper.make_opsetid(contract.DOMAIN, 1),
+        ],
         ir_version=11,
     )
 

@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pytest
 
 from lminf_export import export
-from lminf_export.passes.fuse_rms_norm import fuse_rms_norm
-from lminf_export.passes.linear_to_gemm import linear_to_gemm
-from lminf_export.passes.reshape_targets import constant_reshape_targets
-from lminf_export.passes.stay_flat import stay_flat
-from tests.tiny_models import save_llama
+from lminf_export.export.passes.fuse_rms_norm import fuse_rms_norm
+from lminf_export.export.passes.keep_tokens_flat import stay_flat
+from lminf_export.export.passes.linear_to_gemm import linear_to_gemm
+from lminf_export.export.passes.reshape_targets import constant_reshape_targets
+from tests.support.tiny_models import save_llama
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
 LINEAR = (

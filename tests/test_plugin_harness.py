@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from scripts.gpu.plugin_harness import Feed, Harness, streams
-from tests.kernel_build import shared_folder
-from tests.plugin_build import emulated_plugin, needs_compiler, needs_headers
+from tests.support.kernel_build import shared_folder
+from tests.support.plugin_build import emulated_plugin, needs_compiler, needs_headers
 
 pytestmark = [needs_headers, needs_compiler]
 

@@ -16,19 +16,19 @@ from lminf_export import Bundle, ConfigError, ModelError, export, load
 from lminf_export.cli.export import export_command
 from lminf_export.cli.inspect import inspect_command
 from lminf_export.cli.validate import validate_command
-from lminf_export.quantize.blocks import (
+from lminf_export.quantize.config import QuantizeConfig
+from lminf_export.quantize.formats import (
     BlockFormat,
     as_signed,
     as_unsigned,
     dequantize_rows,
     quantize_rows,
 )
-from lminf_export.quantize.config import QuantizeConfig
-from lminf_export.quantize.cost import perplexity_cost
 from lminf_export.quantize.stored import row_blocks
-from lminf_export.weights import read_header
-from tests.families import CASES
-from tests.tiny_models import save_llama
+from lminf_export.tensors.files import read_header
+from lminf_export.verify.perplexity_cost import perplexity_cost
+from tests.support.families import CASES
+from tests.support.tiny_models import save_llama
 
 SETTINGS = {"window_size": 19, "num_sink_tokens": 3, "chunk_size": 7}
 

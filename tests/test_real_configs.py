@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from lminf_export import ConfigError, LambdaConfig
-from lminf_export.defaults import default_window
-from lminf_export.models import find_family
-from lminf_export.source import open_source
-from lminf_export.tracing import trace
-from tests.memory import MIB
-from tests.weightless import export_without_weights
+from lminf_export.checkpoint.source import open_source
+from lminf_export.export.decisions import default_window
+from lminf_export.export.trace.tracing import trace
+from lminf_export.models.registry import find_family
+from tests.support.memory import MIB
+from tests.support.weightless import export_without_weights
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 SINKS, CHUNK = 16, 256  # the defaults

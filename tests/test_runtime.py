@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lminf_export
-from lminf_export import bindings
 from lminf_export.errors import InputError, SessionError
+from lminf_export.operator import bindings
 from lminf_export.runtime import onnxruntime as runtime_onnxruntime
 from lminf_export.runtime.cache import grown_capacity
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
-from tests.tiny_bundle import TinyModel
+from tests.support.tiny_bundle import TinyModel
 
 TINY = TinyModel(sliding_window=5)
 LENGTH = 90  # more than four laps of the larger ring
@@ -123,7 +123,7 @@ def test_onnxruntime_copies_no_cache():
         from lminf_export.runtime import load as _, onnxruntime as ort_session
         ort_session._LOG_FATAL = 2
         from lminf_export import load
-        from tests.tiny_bundle import TinyModel
+        from tests.support.tiny_bundle import TinyModel
         with tempfile.TemporaryDirectory() as folder:
             lm = load(TinyModel().write(pathlib.Path(folder) / "b").path, threads=1)
             state = lm.new_state(2)
@@ -322,7 +322,7 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(lm, monkeypatch):
 
 def written_with(tmp_path, change):
     """A bundle whose graph was changed before it was sealed."""
-    from lminf_export.bundle import Bundle, BundleWriter
+    from lminf_export.bundle.folder import Bundle, BundleWriter
 
     tiny = TinyModel()
     model = tiny.graph

@@ -9,7 +9,7 @@ import pytest
 
 from lminf_export.errors import ConfigError, InputError
 from lminf_export.runtime.load import load
-from tests.tiny_bundle import TinyModel
+from tests.support.tiny_bundle import TinyModel
 
 TINY = TinyModel()
 

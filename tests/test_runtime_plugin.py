@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import BundleError, SessionError
 from lminf_export.runtime.language_model import LanguageModel
-from tests.tensorrt_doubles import TINY, Setup, bundle_with_plan
-from tests.tiny_bundle import TinyModel
+from tests.support.tensorrt_doubles import TINY, Setup, bundle_with_plan
+from tests.support.tiny_bundle import TinyModel
 
 LENGTH = 90  # more than four laps of the larger ring
 TOLERANCE = 1e-4  # as in test_runtime: float32 sums of a few dozen terms in another order

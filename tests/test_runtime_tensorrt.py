@@ -19,7 +19,7 @@ from lminf_export.runtime.gpu import Gpu, find_gpu
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.tensorrt import TensorRTSession
-from tests.tensorrt_doubles import (
+from tests.support.tensorrt_doubles import (
     ADA,
     TINY,
     Cudart,

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from lminf_export.errors import BundleError, InputError
 from lminf_export.runtime.text import StopStrings, StreamDecoder, TextCodec
-from tests.tiny_bundle import TinyModel, byte_tokenizer
+from tests.support.tiny_bundle import TinyModel, byte_tokenizer
 
 
 @pytest.fixture(scope="module")

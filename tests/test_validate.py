@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from lminf_export import Bundle, export
-from lminf_export.bundle_writer import BundleWriter
+from lminf_export.bundle.writer import BundleWriter
 from lminf_export.cli.validate import validate_command
-from tests.tiny_models import save_llama
+from tests.support.tiny_models import save_llama
 
 
 @pytest.fixture(scope="module")

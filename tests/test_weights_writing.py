@@ -11,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lminf_export import exporter, weights
-from lminf_export.conversion import Joined, Stacked
+from lminf_export.checkpoint.conversion import Joined, Stacked
 from lminf_export.errors import ExportError, ModelError
-from lminf_export.weights import page_cache, writing
-from tests.tiny_models import save_llama
+from lminf_export.export import background_weights, run
+from lminf_export.tensors import page_cache, writing
+from lminf_export.tensors.files import read_header
+from lminf_export.tensors.pieces import Converted, all_finite
+from lminf_export.tensors.stored import BLOCK_BYTES
+from lminf_export.tensors.writing import Stopped, write_pieces
+from tests.support.tiny_models import save_llama
 
 SETTINGS = {"window_size": 23, "num_sink_tokens": 3, "chunk_size": 7}
 
@@ -28,7 +32,7 @@ def stored(tmp_path):
         for name, shape in {"a": (37, 19), "b": (11, 19), "c": (11, 19), "d": (1,)}.items()
     }
     save_file(tensors, tmp_path / "source.safetensors")
-    return tensors, weights.read_header(tmp_path / "source.safetensors")
+    return tensors, read_header(tmp_path / "source.safetensors")
 
 
 @pytest.mark.parametrize("system", ["copies", "refuses", "copies little at a time"])
@@ -48,16 +52,16 @@ def test_what_is_not_converted_is_copied_with_whatever_the_system_has(
             pytest.skip("this system has no copy_file_range")
         monkeypatch.setattr(os, "copy_file_range", lambda a, b, n, o: real(a, b, min(n, 101), o))
     pieces = [
-        weights.Converted("wide", source["a"], "float32"),
-        weights.Converted("a", source["a"], "float16"),
-        weights.Converted("stack", Stacked((source["b"], source["c"])), "float16"),
-        weights.Converted("joined", Joined((source["a"], source["c"]), 0), "float16"),
-        weights.Converted("beside", Joined((source["b"], source["c"]), 1), "float16"),
-        weights.Converted("d", source["d"], "float16"),
+        Converted("wide", source["a"], "float32"),
+        Converted("a", source["a"], "float16"),
+        Converted("stack", Stacked((source["b"], source["c"])), "float16"),
+        Converted("joined", Joined((source["a"], source["c"]), 0), "float16"),
+        Converted("beside", Joined((source["b"], source["c"]), 1), "float16"),
+        Converted("d", source["d"], "float16"),
     ]
     told = []
     path = tmp_path / "out.safetensors"
-    _, digest = weights.write_pieces(path, pieces, told.append)
+    _, digest = write_pieces(path, pieces, told.append)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     found = load_file(path)
     assert sum(told) == sum(tensor.nbytes for tensor in found.values())
@@ -79,14 +83,14 @@ KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.b
 @pytest.mark.parametrize("wanted", KINDS)
 def test_conversion_rounds_as_torch_does_across_blocks(stored_as, wanted, tmp_path):
     generator = torch.Generator().manual_seed(1)
-    values = torch.randn(3 * weights.BLOCK_BYTES // 4 + 5, generator=generator)
+    values = torch.randn(3 * BLOCK_BYTES // 4 + 5, generator=generator)
     values[:6] = torch.tensor([1e-7, -1e-8, 0.0, -0.0, float("inf"), float("nan")])
     values = values.to(KINDS[stored_as])
     save_file({"a": values, "none": values[:0]}, tmp_path / "source.safetensors")
-    source = weights.read_header(tmp_path / "source.safetensors")
-    pieces = [weights.Converted(name, tensor, wanted) for name, tensor in source.items()]
+    source = read_header(tmp_path / "source.safetensors")
+    pieces = [Converted(name, tensor, wanted) for name, tensor in source.items()]
     path = tmp_path / "out.safetensors"
-    _, digest = weights.write_pieces(path, pieces)
+    _, digest = write_pieces(path, pieces)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     expected = values.to(KINDS[wanted])
     found = load_file(path)["a"]
@@ -96,12 +100,12 @@ def test_conversion_rounds_as_torch_does_across_blocks(stored_as, wanted, tmp_pa
 
 
 def test_what_float16_cannot_hold_is_refused(tmp_path):
-    values = torch.ones(weights.BLOCK_BYTES // 2 + 9, dtype=torch.bfloat16)
+    values = torch.ones(BLOCK_BYTES // 2 + 9, dtype=torch.bfloat16)
     values[-1] = 70000.0
     save_file({"a": values}, tmp_path / "source.safetensors")
-    (tensor,) = weights.read_header(tmp_path / "source.safetensors").values()
+    (tensor,) = read_header(tmp_path / "source.safetensors").values()
     with pytest.raises(ModelError, match="65504"):
-        weights.write_pieces(tmp_path / "out", [weights.Converted("a", tensor, "float16")])
+        write_pieces(tmp_path / "out", [Converted("a", tensor, "float16")])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -109,10 +113,10 @@ def test_whatever_is_not_finite_is_found(value):
     for dtype in KINDS.values():
         for place in (0, 500, 1000):
             tensor = torch.linspace(-3, 3, 1001).to(dtype)
-            assert weights.all_finite(tensor)
+            assert all_finite(tensor)
             tensor[place] = value
-            assert not weights.all_finite(tensor)
-    assert weights.all_finite(torch.empty(0))
+            assert not all_finite(tensor)
+    assert all_finite(torch.empty(0))
 
 
 @pytest.mark.parametrize("too_large", [False, True])
@@ -124,8 +128,8 @@ def test_ranges_and_syncs_smaller_than_the_file_change_nothing(
     monkeypatch.setattr(writing, "RANGE_BYTES", 97)
     monkeypatch.setattr(writing, "_SYNC_BYTES", 211)
     path = tmp_path / "out.safetensors"
-    pieces = [weights.Converted(name, tensor, "float16") for name, tensor in source.items()]
-    _, digest = weights.write_pieces(path, pieces)
+    pieces = [Converted(name, tensor, "float16") for name, tensor in source.items()]
+    _, digest = write_pieces(path, pieces)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -133,17 +137,15 @@ def test_a_checkpoint_cut_while_it_is_read_is_one_line(stored, tmp_path):
     _, source = stored
     os.truncate(tmp_path / "source.safetensors", source["d"].offset)
     with pytest.raises(ModelError, match=r"source\.safetensors was cut"):
-        weights.write_pieces(
-            tmp_path / "out.safetensors", [weights.Converted("d", source["d"], "float16")]
-        )
+        write_pieces(tmp_path / "out.safetensors", [Converted("d", source["d"], "float16")])
 
 
 def test_writing_can_be_called_off(stored, tmp_path):
     _, source = stored
     before = set(threading.enumerate())
-    pieces = [weights.Converted(name, tensor, "float16") for name, tensor in source.items()]
-    with pytest.raises(weights.Stopped):
-        weights.write_pieces(tmp_path / "out.safetensors", pieces, stopped=lambda: True)
+    pieces = [Converted(name, tensor, "float16") for name, tensor in source.items()]
+    with pytest.raises(Stopped):
+        write_pieces(tmp_path / "out.safetensors", pieces, stopped=lambda: True)
     assert set(threading.enumerate()) <= before
 
 
@@ -154,7 +156,7 @@ def llama(tmp_path_factory):
 
 def test_weights_are_written_while_the_model_is_traced(llama, tmp_path, monkeypatch):
     """Tracing waits for them here, which would take for ever if they came after it."""
-    started, real_write, real_trace = threading.Event(), weights.write_pieces, exporter.trace
+    started, real_write, real_trace = threading.Event(), write_pieces, run.trace
 
     def write(*arguments):
         started.set()
@@ -164,16 +166,16 @@ def test_weights_are_written_while_the_model_is_traced(llama, tmp_path, monkeypa
         assert started.wait(60)
         return real_trace(*arguments, **settings)
 
-    monkeypatch.setattr(weights, "write_pieces", write)
-    monkeypatch.setattr(exporter, "trace", trace)
-    exporter.export(llama, tmp_path / "b", **SETTINGS)
+    monkeypatch.setattr(background_weights, "write_pieces", write)
+    monkeypatch.setattr(run, "trace", trace)
+    run.export(llama, tmp_path / "b", **SETTINGS)
 
 
 def test_wrong_foresight_costs_time_and_nothing_else(llama, tmp_path, monkeypatch):
-    right = exporter.export(llama, tmp_path / "right", **SETTINGS)
-    real = exporter.foreseen_pieces
-    monkeypatch.setattr(exporter, "foreseen_pieces", lambda *a: real(*a)[:-1])
-    wrong = exporter.export(llama, tmp_path / "wrong", **SETTINGS)
+    right = run.export(llama, tmp_path / "right", **SETTINGS)
+    real = run.foreseen_pieces
+    monkeypatch.setattr(run, "foreseen_pieces", lambda *a: real(*a)[:-1])
+    wrong = run.export(llama, tmp_path / "wrong", **SETTINGS)
     (name,) = right.manifest.files_of("weights")
     first, second = load_file(right.path / name), load_file(wrong.path / name)
     assert first.keys() == second.keys()
@@ -185,8 +187,8 @@ def test_what_fails_meanwhile_stops_the_writing_and_leaves_nothing(llama, tmp_pa
         raise ExportError("torch could not translate this model")
 
     before = set(threading.enumerate())
-    monkeypatch.setattr(exporter, "trace", fail)
+    monkeypatch.setattr(run, "trace", fail)
     with pytest.raises(ExportError, match="could not translate"):
-        exporter.export(llama, tmp_path / "b", **SETTINGS)
+        run.export(llama, tmp_path / "b", **SETTINGS)
     assert not list(tmp_path.iterdir())
     assert set(threading.enumerate()) <= before

@@ -10,7 +10,7 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
 
 _BUFFER_BYTES = 2**28  # far larger than any cache of a processor
 _ROUNDS = 7

@@ -20,11 +20,11 @@ from lminf_export.bench.floor import (
 from lminf_export.bench.outside import outside_run
 from lminf_export.bench.profile import profile_decoding
 from lminf_export.bench.report import BenchReport, Decode, Prefill
-from lminf_export.bundle import Bundle
-from lminf_export.config import MAX_POSITION, as_integer
-from lminf_export.environment import environment
+from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import InputError
+from lminf_export.operator.settings import MAX_POSITION, as_integer
 from lminf_export.progress import Progress, silent
+from lminf_export.runtime.environment import environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load

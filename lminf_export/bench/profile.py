@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lminf_export.bench.report import OperatorTime
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, Provider
 
 _WARM_UP = 3

@@ -32,7 +32,7 @@ def add_plan_command(
     The recipe comes from lminf-export --builder none. Files and hashes go into the manifest; a
     plan is executable code, so add only one you or somebody you trust has built.
     """
-    from lminf_export.build.add_plan import add_plan
+    from lminf_export.engine.add_plan import add_plan
 
     opened = add_plan(bundle, plan, target=target, plugin=plugin, force=force)
     engine = opened.manifest.engine

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from lminf_export.bundle.manifest import human_bytes
 from lminf_export.cli.common import KERNELS_HELP, handle_errors, verbosity_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.errors import InputError
-from lminf_export.manifest import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lminf_export.bench import BenchReport
+    from lminf_export.bench.report import BenchReport
 
 
 def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ def bench_command(
     memory once, at the bandwidth found in the same run. Decoding positions are set, not read:
     the rings hold random numbers, which cost what real keys cost.
     """
-    from lminf_export.bench import BenchOptions, bench
+    from lminf_export.bench.measure import BenchOptions, bench
 
     if not batch_sizes:
         raise InputError("--batch-sizes: give at least one")

@@ -46,7 +46,7 @@ def engine_options(function: Callable[P, R]) -> Callable[..., R]:
     )
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        from lminf_export.build.options import EngineOptions
+        from lminf_export.engine.options import EngineOptions
 
         chosen: dict[str, Any] = {name: kwargs.pop(name) for name in _NAMES}
         kwargs["engine_options"] = EngineOptions(**chosen)

@@ -18,7 +18,7 @@ from lminf_export.cli.common import (
 from lminf_export.cli.engine_options import engine_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.quantize_options import quantize_options
-from lminf_export.config import (
+from lminf_export.operator.settings import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
     KV_CACHE_DTYPES,
@@ -27,9 +27,9 @@ from lminf_export.config import (
 )
 
 if TYPE_CHECKING:
-    from lminf_export.bundle import Bundle
-    from lminf_export.export_job import ExportJob
-    from lminf_export.manifest import EngineRecipe, Manifest
+    from lminf_export.bundle.folder import Bundle
+    from lminf_export.bundle.manifest import EngineRecipe, Manifest
+    from lminf_export.export.job import ExportJob
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -169,8 +169,8 @@ def export_command(dry_run: bool, **options: Any) -> None:
     Writes a bundle: the model as ONNX with Λ-shaped attention over a bounded cache, its weights
     and tokenizer, an engine if OUT asks for one, and a manifest. Run it with `lminf generate`.
     """
-    from lminf_export.export_job import ExportOptions
-    from lminf_export.exporter import prepare, run_job
+    from lminf_export.export.job import ExportOptions
+    from lminf_export.export.run import prepare, run_job
 
     quiet_transformers()
     with progress_bar(quiet=dry_run) as progress:
@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def _print_plan(job: ExportJob) -> None:
-    from lminf_export.manifest import human_bytes
+    from lminf_export.bundle.manifest import human_bytes
 
     draft, settings = job.manifest(), job.settings
     cache = human_bytes(draft.cache_bytes_per_sequence)
@@ -226,7 +226,7 @@ def _engine_plan(job: ExportJob) -> str:
 
 
 def _print_result(bundle: Bundle) -> None:
-    from lminf_export.manifest import human_bytes
+    from lminf_export.bundle.manifest import human_bytes
 
     manifest = bundle.manifest
     settings = manifest.settings
@@ -249,7 +249,7 @@ def _print_result(bundle: Bundle) -> None:
 
 def _print_recipe(bundle: Bundle, recipe: EngineRecipe) -> None:
     """Say how TensorRT's own command builds the plan, and what to do with it then."""
-    from lminf_export.build import PLUGIN_FILE
+    from lminf_export.engine.plugin import PLUGIN_FILE
 
     built = bundle.manifest.engine is not None
     click.echo("the same engine, built by hand in this folder:" if built else "build the engine:")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import click
 
+from lminf_export.bundle.manifest import human_bytes
 from lminf_export.cli.common import KERNELS_HELP, handle_errors, read_text, verbosity_options
 from lminf_export.errors import InputError
-from lminf_export.manifest import human_bytes
 
 
 @dataclass

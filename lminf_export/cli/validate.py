@@ -19,7 +19,7 @@ from lminf_export.cli.common import (
 from lminf_export.cli.progress_bar import progress_bar
 
 if TYPE_CHECKING:
-    from lminf_export.validation_report import ValidationReport
+    from lminf_export.verify.report import ValidationReport
 
 EXIT_BEYOND_TOLERANCE = 1
 HELDOUT_NAME = "heldout.txt"
@@ -77,9 +77,9 @@ def validate_command(
     The reference is the model's own code with the written-out mathematics of Λ-attention, in
     float64. Exits 1 if an error is beyond its tolerance.
     """
-    from lminf_export.bundle import Bundle
+    from lminf_export.bundle.folder import Bundle
     from lminf_export.runtime.text import TextCodec
-    from lminf_export.validate import default_length, validate
+    from lminf_export.verify.validate import default_length, validate
 
     quiet_transformers()
     with progress_bar() as progress:

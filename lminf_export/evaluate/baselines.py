@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lminf_export import reference
 from lminf_export.models.base import AttentionCall, AttentionPlan, Rotation
+from lminf_export.operator import reference
 
 UNBOUNDED = 2**62
 

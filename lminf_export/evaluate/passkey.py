@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lminf_export.config import as_integer
-from lminf_export.environment import environment
 from lminf_export.errors import InputError
 from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.evaluate.passkey_text import Passkey, compose
 from lminf_export.evaluate.text import special_prefix
+from lminf_export.operator.settings import as_integer
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.environment import environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load

@@ -13,16 +13,16 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from lminf_export.bundle import Bundle
-from lminf_export.config import as_integer
-from lminf_export.environment import environment
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.manifest import human_bytes
 from lminf_export.errors import InputError
 from lminf_export.evaluate.buckets import Bucket, estimate, log_buckets, ratio
 from lminf_export.evaluate.progress_file import ProgressFile, Track
 from lminf_export.evaluate.scorers import BundleScorer, Scorer
 from lminf_export.evaluate.text import TokenStream, read_stream
-from lminf_export.manifest import human_bytes
+from lminf_export.operator.settings import as_integer
 from lminf_export.progress import Progress, silent
+from lminf_export.runtime.environment import environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider

@@ -20,19 +20,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
+from lminf_export.checkpoint.source import Source, open_source
 from lminf_export.evaluate.baselines import UNBOUNDED, CachedStep
 from lminf_export.evaluate.scorers import Arrays
-from lminf_export.models import find_family
 from lminf_export.models.base import ATTENTION_NAME, Step
+from lminf_export.models.registry import find_family
 from lminf_export.models.steps import HistoryStep, run
-from lminf_export.reference_model import (
+from lminf_export.verify.reference_model import (
     bundle_plan,
     load_torch_model,
     reference_source,
     rounding_of,
 )
-from lminf_export.source import Source, open_source
 
 CHUNK_SIZE = 256
 # A snapshot is written many times; a history larger than this is read again instead.

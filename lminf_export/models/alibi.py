@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lminf_export.config import LambdaConfig
 from lminf_export.errors import ModelError
 from lminf_export.models.base import AnyWeights, AttentionPlan, attend, lambda_layers, replaced
+from lminf_export.operator.settings import LambdaConfig
 
 
 def alibi_plan(

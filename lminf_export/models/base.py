@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lminf_export.bindings import LayerSpec
-from lminf_export.config import LambdaConfig, ring_capacity
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.experts import EXPERTS_NAME, register_experts
-from lminf_export.weights import SourceTensor
+from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.settings import LambdaConfig, ring_capacity
+from lminf_export.tensors.stored import SourceTensor
 
 ATTENTION_NAME = "lambda_attention"
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lminf_export.config import LambdaConfig
 from lminf_export.errors import ModelError
 from lminf_export.models.alibi import alibi_plan, bloom_slopes, nothing
 from lminf_export.models.base import (
@@ -26,6 +25,7 @@ from lminf_export.models.base import (
     lambda_layers,
     replaced,
 )
+from lminf_export.operator.settings import LambdaConfig
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that do not depend on the length
 _TURN = Turn("transformer.rotary_emb")

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lminf_export.config import LambdaConfig
 from lminf_export.errors import ModelError
 from lminf_export.models.base import (
     AnyWeights,
@@ -26,6 +25,7 @@ from lminf_export.models.base import (
     lambda_layers,
     replaced,
 )
+from lminf_export.operator.settings import LambdaConfig
 
 _THETA = 10000  # written into transformers' code, not into the configuration
 _CODEGEN_PARTS = 4  # CodeGen's fused projection keeps the split over four devices of its training

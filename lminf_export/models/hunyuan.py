@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from lminf_export.config import LambdaConfig
 from lminf_export.errors import ModelError
 from lminf_export.models.base import AttentionPlan
 from lminf_export.models.rotary import RotaryFamily
-from lminf_export.weights import SourceTensor
+from lminf_export.operator.settings import LambdaConfig
+from lminf_export.tensors.stored import SourceTensor
 
 _NORMS = ("query_layernorm.weight", "key_layernorm.weight")
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lminf_export import reference
-from lminf_export.config import LambdaConfig
 from lminf_export.errors import LminfError, ModelError
 from lminf_export.models.base import AttentionCall, AttentionPlan, build_model, use_step
 from lminf_export.models.rotary import RotaryFamily, in_layer_order, keep_call
 from lminf_export.models.steps import HistoryStep, run
+from lminf_export.operator import reference
+from lminf_export.operator.settings import LambdaConfig
 
 # Sizes that mean cost and nothing else, under the names configurations have for them.
 _SMALL = {

@@ -18,9 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lminf_export import reference
-from lminf_export.bindings import LayerSpec
-from lminf_export.config import LambdaConfig, ring_capacity
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.base import (
     AnyWeights,
@@ -34,6 +31,9 @@ from lminf_export.models.base import (
     replaced,
     use_step,
 )
+from lminf_export.operator import reference
+from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.settings import LambdaConfig, ring_capacity
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 # Scalings that change with the length of the text; one regime is frozen at export.

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lminf_export import op, positions, reference
-from lminf_export.bindings import LayerSpec
 from lminf_export.models.base import AttentionCall, AttentionPlan, Rotation, Step, use_step
-from lminf_export.rope import rotary_tables
+from lminf_export.operator import positions, reference, torch_operator
+from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.rope import rotary_tables
 
 
 class PlanTables(nn.Module):
@@ -121,7 +121,11 @@ class OperatorStep:
         caches, scales = (caches[:-2], caches[-2:]) if int8_cache else (caches, [])
         if not spec.num_sink_tokens:
             caches = [*caches, *(self.tables.no_sinks(spec),) * 2]
-        operator = op.lambda_attention_int8_cache if int8_cache else op.lambda_attention
+        operator = (
+            torch_operator.lambda_attention_int8_cache
+            if int8_cache
+            else torch_operator.lambda_attention
+        )
         output, *present = operator(
             call.query,
             call.key,

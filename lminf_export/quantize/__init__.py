@@ -1,1 +1,1 @@
-"""Weight-only quantisation: projections are stored in blocks of 4 or 8 bits, not activations."""
+"""Quantised weights: what may be asked for, how they are stored and what room they take."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from lminf_export.quantize.blocks import BlockFormat
 from lminf_export.quantize.config import BITS, QuantizeConfig
+from lminf_export.quantize.formats import BlockFormat
 
 
 def weight_bytes(

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
-from lminf_export.quantize.blocks import (
+from lminf_export.quantize.formats import (
     BlockFormat,
     Blocks,
     as_signed,
@@ -23,14 +23,9 @@ from lminf_export.quantize.blocks import (
     dequantize_rows,
     quantize_rows,
 )
-from lminf_export.weights import (
-    TORCH_TYPES,
-    TYPE_NAMES,
-    Entry,
-    SourceTensor,
-    StoredTensor,
-    all_finite,
-)
+from lminf_export.tensors.dtypes import TORCH_TYPES, TYPE_NAMES
+from lminf_export.tensors.pieces import Entry, all_finite
+from lminf_export.tensors.stored import SourceTensor, StoredTensor
 
 FILE_NAME = "weights.safetensors"
 QUANTIZED, SCALES, ZERO_POINTS = ".quantized", ".scales", ".zero_points"

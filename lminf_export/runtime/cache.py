@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lminf_export.bindings import LayerSpec
+from lminf_export.operator.bindings import LayerSpec
 
 # A ring is bound no larger than needed so far: attention reads all of it at every step.
 GROWTH = 1.25

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lminf_export import bindings
+from lminf_export.bundle.manifest import Engine, Manifest, Tensor, describe
 from lminf_export.errors import SessionError
-from lminf_export.manifest import Engine, Manifest, Tensor, describe
+from lminf_export.operator import bindings
 from lminf_export.runtime.gpu import Gpu
 
 # How the plugin's messages begin, in a library's log.

@@ -9,9 +9,9 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from lminf_export.bundle import Bundle
-from lminf_export.config import as_integer
+from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import InputError, SessionError
+from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.sampling import Sampler, SamplingConfig

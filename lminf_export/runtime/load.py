@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lminf_export.bundle import Bundle, Verify
+from lminf_export.bundle.folder import Bundle, Verify
 from lminf_export.errors import SessionError
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel

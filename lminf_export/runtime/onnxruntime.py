@@ -12,10 +12,10 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from lminf_export.bundle import Bundle
-from lminf_export.config import as_integer
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError
-from lminf_export.manifest import Manifest
+from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState, Provider

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from lminf_export import bindings
-from lminf_export.bindings import LayerSpec, TensorSpec
+from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError
-from lminf_export.manifest import Manifest
+from lminf_export.operator import bindings
+from lminf_export.operator.bindings import LayerSpec, TensorSpec
 from lminf_export.runtime.cache import State, grown_capacity, ring_capacities
 from lminf_export.runtime.memory import zeros_together
 

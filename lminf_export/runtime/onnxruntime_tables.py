@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lminf_export.bundle.manifest import Tensor, describe
 from lminf_export.errors import SessionError
-from lminf_export.manifest import Tensor, describe
 
 _ORT_TYPES = {
     "tensor(int64)": "int64",

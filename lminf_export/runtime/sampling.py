@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lminf_export.config import as_integer
 from lminf_export.errors import ConfigError
+from lminf_export.operator.settings import as_integer
 
 _FEW = 1024
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lminf_export import bindings
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import SessionError
+from lminf_export.operator import bindings
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.engine import (
     INSTEAD,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lminf_export import bindings
+from lminf_export.bundle.manifest import Manifest, human_bytes
 from lminf_export.errors import SessionError
-from lminf_export.manifest import Manifest, human_bytes
+from lminf_export.operator import bindings
 from lminf_export.runtime.cache import State, ring_capacities
 from lminf_export.runtime.gpu import Buffers, Cuda, Graph
 

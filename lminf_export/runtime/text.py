@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from lminf_export.bundle import Bundle
+from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import BundleError, InputError
 
 # Tokens of the prompt a stream is started with, so that its first word is spaced as it should.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lminf_export import op
+from lminf_export.operator import contract
 
 DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128")
@@ -140,7 +140,7 @@ def params_of(
     """Describe one call of the operator.
 
     Args:
-        inputs: the operator's 17 inputs in order (lminf_export/op.py), contiguous.
+        inputs: the operator's 17 inputs in order (lminf_export/torch_operator.py), contiguous.
         outputs: its 5 outputs; a present tensor that is its past is updated in place.
         attributes: num_sink_tokens, window_size, distance_limit, scale, softcap, rotary_dim,
             rotary_interleaved.
@@ -149,7 +149,7 @@ def params_of(
     Returns:
         The struct; it holds addresses only, so the tensors must outlive it.
     """
-    names = (*op.INPUT_NAMES, *op.OUTPUT_NAMES)
+    names = (*contract.input_names(), *contract.output_names())
     tensors = dict(zip(names, (*inputs, *outputs), strict=True))
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():

@@ -9,10 +9,10 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto
 
-from lminf_export import op
-from lminf_export.onnx_function import BodyFeatures, function_body
+from lminf_export.operator import contract
+from lminf_export.operator.attention_body import BodyFeatures, function_body
 from scripts.gpu.streams import SMALL
-from tests.operator_case import History, shared_inputs
+from tests.support.operator_case import History, shared_inputs
 from tests.test_operator import one_node_model
 
 # float32: the error of the rotation's tables and of products summed in any order (TF32 is off).
@@ -48,9 +48,11 @@ def largest_error(provider: str, library: Path | None) -> float:
         inputs = [*state, *shared_inputs(case, past, new, width, case.capacity)]
         feed = {
             name: np.ascontiguousarray(x.numpy())
-            for name, x in zip(op.INPUT_NAMES, inputs, strict=True)
+            for name, x in zip(contract.input_names(), inputs, strict=True)
         }
-        output, *caches = (torch.from_numpy(x) for x in session.run(list(op.OUTPUT_NAMES), feed))
+        output, *caches = (
+            torch.from_numpy(x) for x in session.run(list(contract.output_names()), feed)
+        )
         for row, base in enumerate(bases):
             count, start = int(new[row]), int(past[row]) - base
             if count:

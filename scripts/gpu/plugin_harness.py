@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lminf_export import op, reference
+from lminf_export.operator import contract, reference
 from scripts.gpu.check import Outcome, Stream
-from tests.operator_case import Case, History, shared_inputs
+from tests.support.operator_case import Case, History, shared_inputs
 
 MAX_RATIO = 2.0  # the error allowed, in units of torch's in the same precision
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_CACHES = op.INPUT_NAMES[3:7]
+_CACHES = contract.input_names()[3:7]
 _RING = 2
 _SMALL = Case(window_size=13, num_sink_tokens=5, chunk_size=7, head_dim=64, rotary_dim=64)
 _FEW_STEPS = ((1, 1, 1), (1, 0, 1), (3, 1, 2))
@@ -159,7 +159,7 @@ class Feed:
         ]
         for number, inputs in enumerate(self.steps):
             lines.append(f"step {int(inputs[0].shape[2] > 1)}")
-            for name, tensor in zip(op.INPUT_NAMES, inputs, strict=True):
+            for name, tensor in zip(contract.input_names(), inputs, strict=True):
                 lines.append(f"tensor {name} {' '.join(map(str, tensor.shape))}")
                 if name not in _CACHES or number == 0:
                     path = folder / f"{number}.{name}.bin"
@@ -172,7 +172,7 @@ class Feed:
             past, new = inputs[7], inputs[8]
             output = self._read(folder, number, "output", inputs[0].shape)
             self._compare_output(number, output, expected[0], outcome)
-            names = op.OUTPUT_NAMES[1 : 5 if self.stream.case.num_sink_tokens else 3]
+            names = contract.output_names()[1 : 5 if self.stream.case.num_sink_tokens else 3]
             for name, want in zip(names, expected[1:], strict=False):
                 got = self._read(folder, number, name, want.shape)
                 if not self._same_cache(name, got, want, past + new):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scripts.gpu.check import Stream
-from tests.operator_case import Case
+from tests.support.operator_case import Case
 
 BASES = (0, 10**6, 2 * 10**8, 10**12)
 HALF_TYPES = (torch.float16, torch.bfloat16)

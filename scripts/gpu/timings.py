@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lminf_export.config import ring_capacity
+from lminf_export.operator.settings import ring_capacity
 from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
 
 ROUNDS = 7

@@ -1,0 +1,1 @@
+"""The exported folder: its files, its manifest, and how it is written in one step."""

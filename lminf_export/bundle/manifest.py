@@ -1,0 +1,373 @@
+"""`lminf.json`: what a bundle holds, checked field by field when it is read.
+
+The manifest names every file with its size and SHA-256, and carries its own hash over the
+canonical JSON of all other fields, so that an altered manifest is noticed too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from lminf_export.bundle.records import (
+    MANIFEST_NAME,
+    NOT_EXECUTED,
+    Count,
+    Dtype,
+    Engine,
+    EngineRecipe,
+    FileEntry,
+    FileName,
+    KvCacheDtype,
+    LambdaSettings,
+    Layer,
+    LayerKind,
+    Plugin,
+    Positive,
+    Quantization,
+    Record,
+    RingWrites,
+    Role,
+    Sha256,
+    Source,
+    Tensor,
+    check_file_name,
+    check_source_name,
+)
+from lminf_export.errors import BundleError, ConfigError
+from lminf_export.operator.bindings import LayerSpec, TensorSpec, input_specs, output_specs
+from lminf_export.operator.settings import MAX_POSITION, LambdaConfig, ring_capacity
+
+__all__ = [
+    "HASH_BLOCK",
+    "ITEM_SIZES",
+    "MANIFEST_NAME",
+    "NOT_EXECUTED",
+    "SCHEMA_VERSION",
+    "Count",
+    "Dtype",
+    "Engine",
+    "EngineRecipe",
+    "FileEntry",
+    "FileName",
+    "KvCacheDtype",
+    "LambdaSettings",
+    "Layer",
+    "LayerKind",
+    "Manifest",
+    "Plugin",
+    "Positive",
+    "Progress",
+    "Quantization",
+    "Record",
+    "RingWrites",
+    "Role",
+    "Sha256",
+    "Source",
+    "Tensor",
+    "check_file_name",
+    "check_source_name",
+    "content_sha256",
+    "describe",
+    "file_sha256",
+    "human_bytes",
+    "io_tables",
+    "new_manifest",
+    "read_manifest",
+]
+
+SCHEMA_VERSION: Literal[1] = 1
+
+# Called with a file's name and the bytes just read of it.
+Progress = Callable[[str, int], None]
+HASH_BLOCK = 2**20
+ITEM_SIZES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Manifest(Record):
+    """Everything `lminf.json` says; `new_manifest` starts one, `BundleWriter.commit` seals it.
+
+    `kv_cache_dtype` is there only where the rings are not of `dtype`.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model_type: str
+    source: Source
+    lambda_config: LambdaSettings
+    dtype: Dtype
+    quantization: Quantization | None = None
+    kv_cache_dtype: KvCacheDtype | None = None
+    vocab_size: Positive
+    max_position: Annotated[int, Field(ge=1, le=MAX_POSITION)] = MAX_POSITION
+    num_attention_heads: Positive
+    training_length: Positive | None = None
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    bos_token_id: Count | None = None
+    eos_token_ids: tuple[Count, ...] = ()
+    graph: FileName
+    files: dict[FileName, FileEntry] = Field(default_factory=dict)
+    linked_files: tuple[FileName, ...] = ()
+    tools: dict[str, str] = Field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    engine: Engine | None = None
+    engine_recipe: EngineRecipe | None = None
+    manifest_sha256: Sha256 | Literal[""] = ""
+
+    @model_validator(mode="after")
+    def _tables_follow_from_the_layers(self) -> Manifest:
+        inputs, outputs = io_tables(
+            self.layer_specs, self.dtype, self.vocab_size, self.kv_cache_dtype
+        )
+        for what, found, expected in (
+            ("inputs", self.inputs, inputs),
+            ("outputs", self.outputs, outputs),
+        ):
+            if found != expected:
+                raise ValueError(f"{what}: {_first_difference(found, expected)}")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_follow_the_settings(self) -> Manifest:
+        settings = self.lambda_config
+        for index, layer in enumerate(self.layers):
+            if layer.kind == "lambda" and layer.window_size != settings.window_size:
+                raise ValueError(
+                    f"layers[{index}].window_size={layer.window_size}: lambda_config has "
+                    f"{settings.window_size}"
+                )
+            if layer.kind == "lambda" and layer.num_sink_tokens != settings.num_sink_tokens:
+                raise ValueError(
+                    f"layers[{index}].num_sink_tokens={layer.num_sink_tokens}: lambda_config has "
+                    f"{settings.num_sink_tokens}"
+                )
+        if any(token >= self.vocab_size for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids: outside the vocabulary of {self.vocab_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _rings_hold_window_and_chunk(self) -> Manifest:
+        chunk_size = self.lambda_config.chunk_size
+        for index, layer in enumerate(self.layers):
+            wanted = ring_capacity(layer.window_size, chunk_size)
+            if layer.ring_capacity != wanted:
+                raise ValueError(
+                    f"layers[{index}].ring_capacity={layer.ring_capacity}: window "
+                    f"{layer.window_size} and chunk {chunk_size} need {wanted}"
+                )
+        return self
+
+    @property
+    def settings(self) -> LambdaConfig:
+        """The Λ configuration."""
+        return self.lambda_config.to_config()
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """The layers' caches, in order."""
+        return tuple(layer.spec for layer in self.layers)
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of one cache element."""
+        return ITEM_SIZES[self.dtype]
+
+    @property
+    def cache_bytes_per_sequence(self) -> int:
+        """Bytes of one sequence's caches when every ring is full: the most they ever take."""
+        sizes = (x.cache_bytes(self.item_size, self.kv_cache_dtype) for x in self.layer_specs)
+        return sum(sizes)
+
+    def full_cache_bytes(self, num_tokens: int) -> int:
+        """Bytes the unmodified model's cache takes for one sequence of num_tokens tokens."""
+        total = 0
+        for layer in self.layers:
+            tokens = num_tokens if layer.kind == "lambda" else min(num_tokens, layer.window_size)
+            total += 2 * layer.num_kv_heads * layer.head_dim * tokens
+        return total * self.item_size
+
+    def files_of(self, *roles: Role) -> list[str]:
+        """Names of the files with one of these roles."""
+        return [name for name, entry in self.files.items() if entry.role in roles]
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.kv_cache_dtype is None:  # a bundle without one is what it always was
+            fields.pop("kv_cache_dtype", None)
+        return fields
+
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of every field but the hash itself."""
+        return content_sha256(self.model_dump(mode="json"))
+
+    def sealed(self, files: dict[str, FileEntry]) -> Manifest:
+        """Return the manifest with its file table and its own hash filled in."""
+        draft = self.model_copy(update={"files": dict(sorted(files.items()))})
+        return draft.model_copy(update={"manifest_sha256": draft.digest()})
+
+    def to_json(self) -> str:
+        """Return the text of `lminf.json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def new_manifest(
+    *,
+    model_type: str,
+    source: Source,
+    settings: LambdaConfig,
+    dtype: Dtype,
+    vocab_size: int,
+    num_attention_heads: int,
+    layers: Sequence[LayerSpec],
+    layer_kinds: Sequence[LayerKind] | None = None,
+    graph: str = "model.onnx",
+    training_length: int | None = None,
+    bos_token_id: int | None = None,
+    eos_token_ids: Iterable[int] = (),
+    tools: dict[str, str] | None = None,
+    notices: Iterable[str] = (),
+    engine: Engine | None = None,
+    quantization: Quantization | None = None,
+    kv_cache_dtype: KvCacheDtype | None = None,
+    engine_recipe: EngineRecipe | None = None,
+) -> Manifest:
+    """Start a manifest; the I/O tables follow from the layers, files come at commit.
+
+    Args:
+        layer_kinds: for each layer "lambda" or "sliding"; all "lambda" by default.
+        graph: file name of the ONNX graph.
+
+    The other arguments are the manifest's fields.
+    """
+    kinds: Sequence[LayerKind] = layer_kinds or ["lambda"] * len(layers)
+    inputs, outputs = io_tables(layers, dtype, vocab_size, kv_cache_dtype)
+    return Manifest(
+        model_type=model_type,
+        source=source,
+        lambda_config=LambdaSettings(**asdict(settings)),
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        vocab_size=vocab_size,
+        num_attention_heads=num_attention_heads,
+        training_length=training_length,
+        layers=tuple(
+            Layer(kind=kind, **vars(layer)) for kind, layer in zip(kinds, layers, strict=True)
+        ),
+        inputs=inputs,
+        outputs=outputs,
+        bos_token_id=bos_token_id,
+        eos_token_ids=tuple(eos_token_ids),
+        graph=graph,
+        tools=tools or {},
+        notices=tuple(notices),
+        engine=engine,
+        engine_recipe=engine_recipe,
+    )
+
+
+def io_tables(
+    layers: Sequence[LayerSpec], dtype: str, vocab_size: int, kv_cache_dtype: str | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the inputs and outputs `bindings` derives from the layers."""
+    return (
+        tuple(_row(spec) for spec in input_specs(layers, dtype, kv_cache_dtype)),
+        tuple(_row(spec) for spec in output_specs(layers, dtype, vocab_size, kv_cache_dtype)),
+    )
+
+
+def read_manifest(text: bytes, where: str) -> Manifest:
+    """Parse and check `lminf.json`.
+
+    Args:
+        text: the file's bytes.
+        where: its path, for messages.
+
+    Raises:
+        BundleError: damaged JSON, another schema version, a wrong field or a wrong hash.
+    """
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{where} is damaged: {error}; export the model again") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION or type(version) is not int:
+        raise BundleError(
+            f"{where}: schema version {version!r}, this lminf-export reads {SCHEMA_VERSION}; "
+            "export the model again or use the version that wrote it"
+        )
+    if raw.get("manifest_sha256") != content_sha256(raw):
+        raise BundleError(
+            f"{where} was altered: it does not match its own manifest_sha256; "
+            "export the model again"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except (ValidationError, ConfigError) as error:
+        raise BundleError(f"{where}: {_first_problem(error)}; export the model again") from None
+
+
+def content_sha256(fields: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's canonical JSON: sorted keys, no spaces, without its own hash."""
+    rest = {key: value for key, value in fields.items() if key != "manifest_sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_sha256(path: Path, progress: Progress | None = None) -> str:
+    """Return a file's SHA-256 in hexadecimal, reading it block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+            if progress:
+                progress(path.name, len(block))
+    return digest.hexdigest()
+
+
+def human_bytes(count: float) -> str:
+    """Return a size as people write it, such as "1.5 GiB"."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    power = min(int(math.log(count, 1024)), 5)
+    return f"{count / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
+
+
+def _row(spec: TensorSpec) -> Tensor:
+    return Tensor(name=spec.name, dtype=spec.dtype, shape=spec.shape)
+
+
+def _first_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    for index, (left, right) in enumerate(zip(found, expected, strict=False)):
+        if left != right:
+            return f"entry {index} is {describe(left)}, the layers ask for {describe(right)}"
+    return f"{len(found)} entries, the layers ask for {len(expected)}"
+
+
+def describe(tensor: Tensor) -> str:
+    """Return a tensor as one word group: name dtype[shape]."""
+    return f"{tensor.name} {tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _first_problem(error: ValidationError | ConfigError) -> str:
+    if isinstance(error, ConfigError):
+        return str(error)
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message

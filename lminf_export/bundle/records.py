@@ -1,0 +1,222 @@
+"""The parts of `lminf.json`, each checked field by field: files, layers, engines, quantisation."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.settings import LambdaConfig
+
+MANIFEST_NAME = "lminf.json"
+NOT_EXECUTED = "built, not executed here"
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Role = Literal["graph", "weights", "plan", "plugin", "engine_graph", "tokenizer", "config", "other"]
+RingWrites = Literal["linear", "circular"]
+LayerKind = Literal["lambda", "sliding"]
+KvCacheDtype = Literal["int8"]
+
+
+def check_file_name(name: str) -> str:
+    """Return a bundle's file name, or raise ValueError if it could point outside the bundle."""
+    path = PurePosixPath(name)
+    plain = (
+        name == str(path)
+        and not path.is_absolute()
+        and not any(part == ".." for part in path.parts)
+    )
+    if not plain or name in ("", ".", MANIFEST_NAME) or any(c in name for c in "\\\0\n"):
+        raise ValueError(f"{name!r} is not a plain relative file name")
+    return name
+
+
+def check_source_name(name: str) -> str:
+    """Return a model's name, or raise ValueError for a path of some machine."""
+    if not name or name.startswith(("/", "~")) or "\\" in name or ".." in name.split("/"):
+        raise ValueError(f"{name!r} is neither a model id nor a folder's name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(check_file_name)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Record(BaseModel):
+    """A frozen part of the manifest: no conversions, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Source(Record):
+    """Where the weights came from: a model id or a folder's name, and the revision asked for.
+
+    Attributes:
+        name: of the model.
+        revision: of the hub.
+        adapter: name of a LoRA adapter merged into them, or None.
+    """
+
+    name: Annotated[str, AfterValidator(check_source_name)]
+    revision: str | None = None
+    adapter: Annotated[str, AfterValidator(check_source_name)] | None = None
+
+
+class LambdaSettings(Record):
+    """The fields of `LambdaConfig`."""
+
+    window_size: int
+    num_sink_tokens: int
+    distance_limit: int
+    chunk_size: int
+    lambda_layers: Literal["full", "all"] = "full"
+    rope_regime: Literal["short", "long"] | None = None
+
+    @model_validator(mode="after")
+    def _follows_the_rules(self) -> LambdaSettings:
+        self.to_config()
+        return self
+
+    def to_config(self) -> LambdaConfig:
+        """Return the validated configuration."""
+        return LambdaConfig(**self.model_dump())
+
+
+class Layer(Record):
+    """One layer's cache, as `bindings.LayerSpec`, and whether Λ or its own window rules it."""
+
+    kind: LayerKind
+    num_kv_heads: Positive
+    head_dim: Positive
+    window_size: Positive
+    num_sink_tokens: Count
+    distance_limit: Positive
+    ring_capacity: Positive
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The layer as the graph's contract describes it."""
+        return LayerSpec(**self.model_dump(exclude={"kind"}))
+
+
+class Tensor(Record):
+    """One row of the I/O table."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class FileEntry(Record):
+    """Size in bytes, SHA-256 in hexadecimal and purpose of one file."""
+
+    bytes: Count
+    sha256: Sha256
+    role: Role
+
+
+class Plugin(Record):
+    """The library an engine's `LambdaAttention` layers run in.
+
+    Attributes:
+        file: its name in the bundle.
+        sha256: of the library.
+        embedded: the plan carries the library itself; a session loads no file.
+    """
+
+    file: FileName
+    sha256: Sha256
+    embedded: bool = False
+
+
+class Engine(Record):
+    """A compiled engine.
+
+    Attributes:
+        builder: "tensorrt" or "tensorrt-rtx".
+        version: of the builder, as it says itself.
+        target: what it was built for, such as "sm_89" or "any".
+        file: the plan's name in the bundle.
+        dtype: element type of weights and caches.
+        profiles: for each optimisation profile, symbol → (minimum, optimum, maximum).
+        plugin: the library the plan needs, None if it needs none.
+        ring_writes: "linear" if a chunk must not cross a ring's end, "circular" if it may.
+        sinks_in_place: past and present sinks must be one buffer; otherwise they must be two.
+        options: settings of the builder the user chose, in its words.
+        executed: whether the plan ran on the machine that built it.
+        note: the same in words.
+    """
+
+    builder: str
+    version: str
+    target: str
+    file: FileName
+    dtype: Dtype
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    plugin: Plugin | None = None
+    ring_writes: RingWrites = "linear"
+    sinks_in_place: bool = False
+    options: dict[str, str] = {}
+    executed: bool = False
+    note: str = NOT_EXECUTED
+
+
+class Quantization(Record):
+    """The fields of `QuantizeConfig`, its form decided."""
+
+    weights: Literal["int4", "int8", "fp8"]
+    block_size: Literal[16, 32, 64, 128, 256]
+    symmetric: bool
+    accuracy_level: Literal[1, 4]
+    lm_head: Literal["same", "int8", "full"]
+    embeddings: Literal["auto", "quantized", "full"]
+    form: Literal["matmul_nbits", "qdq"]
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether onnxruntime rounds what quantised weights are multiplied by to int8."""
+        return self.form == "matmul_nbits" and self.accuracy_level == 4
+
+    @property
+    def in_words(self) -> str:
+        """The settings in one line."""
+        head = "" if self.lm_head == "same" else f", lm_head {self.lm_head}"
+        if self.form == "qdq" and self.weights != "int4":
+            return f"{self.weights} with a scale for each output feature{head}, Q/DQ form"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        rounding = ", activations rounded to int8" if self.rounds_activations else ""
+        form = ", Q/DQ form" if self.form == "qdq" else ""
+        return f"{self.weights} in {kind} blocks of {self.block_size}{head}{rounding}{form}"
+
+
+class EngineRecipe(Record):
+    """How TensorRT builds the plan from files of the bundle, on another machine too.
+
+    Attributes:
+        graph: the ONNX file to build from.
+        file: the name the plan will have in the bundle.
+        profiles: as in `Engine`.
+        needs_plugin: the graph has `LambdaAttention` nodes, which only the plugin takes.
+        embed_plugin: the command puts the plugin into the plan.
+        options: as in `Engine`.
+        command: the `trtexec` line, to be run in the bundle's folder.
+    """
+
+    graph: FileName
+    file: FileName
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    needs_plugin: bool
+    embed_plugin: bool = False
+    options: dict[str, str] = {}
+    command: str

@@ -1,0 +1,1 @@
+"""Models of Hugging Face on disk: configuration and tensors, decoded, with adapters merged."""

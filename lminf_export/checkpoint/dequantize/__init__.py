@@ -1,0 +1,1 @@
+"""Quantised checkpoints, decoded tensor by tensor while they are read."""

@@ -1,0 +1,125 @@
+"""Quantised checkpoints as plain ones: every tensor decoded when it is written, a block at a time.
+
+What a checkpoint's `quantization_config` says decides how it is read. Only weights are decoded;
+where a model would also have quantised its activations, it computes with them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lminf_export.checkpoint.dequantize import bitnet, mxfp4, packed, scaled
+from lminf_export.checkpoint.dequantize.common import Found
+from lminf_export.errors import ModelError
+from lminf_export.tensors.stored import RawTensor, SourceTensor
+
+Finder = Callable[[Mapping[str, RawTensor], Mapping[str, Any]], Found]
+
+
+def _find_fp8(checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any]) -> Found:
+    if any(tensor.dtype == "I8" for tensor in checkpoint.values()):
+        raise ModelError(
+            "this FP8 checkpoint also has 4-bit floats packed into int8, which are not read; "
+            "export the unquantised checkpoint instead"
+        )
+    return scaled.find(checkpoint, settings)
+
+
+def _find_compressed(checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any]) -> Found:
+    groups = (settings.get("config_groups") or {}).values()
+    formats = {settings.get("format"), *(group.get("format") for group in groups)}
+    formats -= {None, "dense", "mixed-precision"}
+    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    unread = sorted(formats - _COMPRESSED.keys())
+    if unread or sparsity != "dense" or settings.get("transform_config"):
+        what = ", ".join(unread) or (
+            f"sparsity {sparsity}" if sparsity != "dense" else "transforms"
+        )
+        raise ModelError(
+            f"compressed-tensors checkpoints are read as {', '.join(sorted(_COMPRESSED))}; this "
+            f"one has {what}: export the unquantised checkpoint instead"
+        )
+    found = Found()
+    for finder in {_COMPRESSED[name] for name in formats} or {scaled.find}:
+        more = finder(checkpoint, {})
+        found.tensors.update(more.tensors)
+        found.used.update(more.used)
+    return found
+
+
+_COMPRESSED: dict[str, Finder] = {
+    "float-quantized": scaled.find,
+    "int-quantized": scaled.find,
+    "naive-quantized": scaled.find,
+    "pack-quantized": packed.find_pack_quantized,
+}
+_FINDERS: dict[str, Finder] = {
+    "awq": packed.find_awq,
+    "bitnet": bitnet.find,
+    "compressed-tensors": _find_compressed,
+    "fbgemm_fp8": _find_fp8,
+    "fp8": _find_fp8,
+    "gptq": packed.find_gptq,
+    "mxfp4": mxfp4.find,
+}
+
+
+def check_quantization(settings: object, model: str) -> None:
+    """Check what a configuration says under `quantization_config`.
+
+    Args:
+        settings: the entry.
+        model: what the user calls the model, for messages.
+
+    Raises:
+        ModelError: it is a method that is not read.
+    """
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if not isinstance(settings, Mapping) or not isinstance(method, str) or method not in _FINDERS:
+        if isinstance(settings, Mapping) and any(
+            map(settings.get, ("load_in_4bit", "load_in_8bit"))
+        ):
+            method = "bitsandbytes"
+        raise ModelError(
+            f"model {model!r} is quantised ({method or 'unknown'}), which is not read (read are "
+            f"{', '.join(sorted(_FINDERS))}); export the unquantised checkpoint instead"
+        )
+
+    block = settings.get("weight_block_size")
+    is_pair = isinstance(block, list) and len(block) == 2
+    if block is not None and not (is_pair and all(isinstance(x, int) and x > 0 for x in block)):
+        raise ModelError(
+            f"weight_block_size={block!r} in the quantization_config of model {model!r}: must be "
+            f"two whole numbers, rows and columns of a block"
+        )
+    groups = settings.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(x, Mapping) for x in groups.values()):
+        raise ModelError(f"config_groups in the quantization_config of model {model!r} is damaged")
+
+
+def dequantized(
+    checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any] | None
+) -> dict[str, SourceTensor]:
+    """Return a checkpoint with its quantised tensors under the names of the plain ones.
+
+    Args:
+        checkpoint: tensors by name.
+        settings: its checked `quantization_config`, or None for a plain checkpoint.
+
+    Raises:
+        ModelError: parts are missing, do not fit, or are stored in a way that is not read.
+    """
+    if settings is None:
+        return dict(checkpoint)
+    found = _FINDERS[settings["quant_method"]](checkpoint, settings)
+    plain = {name: x for name, x in checkpoint.items() if name not in found.used}
+    return {**plain, **found.tensors}
+
+
+def notice(settings: Mapping[str, Any]) -> str:
+    """Return what the user should know about a quantised checkpoint."""
+    return (
+        f"the checkpoint is quantised ({settings['quant_method']}): its weights are decoded, so "
+        f"they take the room of --dtype, and activations are not quantised"
+    )

@@ -1,0 +1,130 @@
+"""Numbers of 8 bits times a scale: FP8 (DeepSeek, Qwen, compressed-tensors …) and plain int8.
+
+The scale is one number, one for each row, or a grid with one for each block of rows and columns.
+What static activation scales a checkpoint has is left out: activations are not quantised here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lminf_export.checkpoint.conversion import Stacked
+from lminf_export.checkpoint.dequantize.common import Found, require
+from lminf_export.errors import ModelError
+from lminf_export.tensors.lazy import ComputedTensor
+from lminf_export.tensors.stored import RawTensor, SourceTensor
+
+NARROW = ("F8_E4M3", "F8_E5M2", "I8")
+# DeepSeek calls the scale an inverse (of what the weights were multiplied by); both are factors.
+_FACTORS = ("_scale_inv", "_scale")
+_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale")
+_E8M0_BIAS = 127
+
+
+def find(checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any]) -> Found:
+    """Describe every 8-bit tensor of a checkpoint.
+
+    Args:
+        checkpoint: its tensors.
+        settings: `weight_block_size`, rows and columns of a block; else the scales' shape says it.
+
+    Raises:
+        ModelError: a tensor has no scale, or one that does not fit.
+    """
+    found, asked = Found(), settings.get("weight_block_size")
+    for name, weight in checkpoint.items():
+        if name.rpartition(".")[2] in _ACTIVATIONS:
+            found.used.add(name)
+        if weight.dtype not in NARROW or not weight.shape:
+            continue
+        factor = next((name + x for x in _FACTORS if name + x in checkpoint), name + _FACTORS[1])
+        scale = require(checkpoint, factor, name)
+        if len(weight.shape) > 3 or _grid(weight, scale, asked) is None:
+            found.check(False, name, factor, checkpoint)
+        zero_point = name + "_zero_point"
+        if zero_point in checkpoint and weight.dtype == "I8":
+            raise ModelError(f"{name} has zero points ({zero_point}), which int8 is not read with")
+        found.add(name, scaled(weight, scale, asked), name, factor, zero_point)
+    return found
+
+
+def scaled(weight: RawTensor, scale: RawTensor, asked: Sequence[int] | None) -> SourceTensor:
+    """Describe a matrix, or a stack of them, times its scale."""
+    grid = _grid(weight, scale, asked)
+    assert grid is not None
+    block = _block(weight, grid, asked)
+    if len(weight.shape) == 2:
+        return ScaledMatrix(weight, scale, grid, block)
+    return Stacked(
+        tuple(ScaledMatrix(weight, scale, grid, block, index) for index in range(weight.shape[0]))
+    )
+
+
+def _grid(
+    weight: RawTensor, scale: RawTensor, asked: Sequence[int] | None
+) -> tuple[int, int] | None:
+    """Return how many scales each matrix has down and across; None if they do not fit."""
+    if len(weight.shape) not in (2, 3):
+        return None
+    rows, columns = weight.shape[-2:]
+    stack = weight.shape[0] if len(weight.shape) == 3 else 1
+    shape = scale.shape[1:] if stack > 1 and scale.shape[:1] == (stack,) else scale.shape
+    if stack > 1 and math.prod(scale.shape) != 1 and shape == scale.shape:
+        return None
+    if math.prod(shape) == 1:
+        return 1, 1
+    down, across = (*shape, 1) if len(shape) == 1 else shape[-2:]
+    if len(shape) > 2 or not asked:
+        return (down, across) if rows % down == 0 and columns % across == 0 else None
+    wanted = -(-rows // asked[0]), -(-columns // asked[1])
+    if (down, across) == wanted or (down, across) == (rows, 1):
+        return down, across
+    return None
+
+
+def _block(
+    weight: RawTensor, grid: tuple[int, int], asked: Sequence[int] | None
+) -> tuple[int, int]:
+    rows, columns = weight.shape[-2:]
+    if asked and grid == (-(-rows // asked[0]), -(-columns // asked[1])):
+        return asked[0], asked[1]
+    return -(-rows // grid[0]), -(-columns // grid[1])
+
+
+@dataclass(frozen=True)
+class ScaledMatrix(ComputedTensor):
+    """A matrix (out, in), or one of a stack, times a grid of scales."""
+
+    weight: RawTensor
+    scale: RawTensor
+    grid: tuple[int, int]
+    block: tuple[int, int]
+    index: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
+        return self.weight.shape[-2:]
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Read the rows and multiply each by its scales."""
+        stack = () if self.index is None else (self.index,)
+        values = self.weight.part(*stack, slice(start, stop)).to(torch.float32)
+        if math.prod(self.scale.shape) == 1:
+            return values * as_factor(self.scale.part()).reshape(())
+        grid = as_factor(self.scale.part(*stack)).reshape(self.grid)
+        down = torch.arange(start, stop) // self.block[0]
+        across = torch.arange(self.shape[1]) // self.block[1]
+        return values * grid[down][:, across]
+
+
+def as_factor(scale: torch.Tensor) -> torch.Tensor:
+    """Return scales in float32; bytes are exponents of two (E8M0)."""
+    if scale.dtype == torch.uint8:
+        return torch.exp2(scale.to(torch.float32) - _E8M0_BIAS)
+    return scale.to(torch.float32)

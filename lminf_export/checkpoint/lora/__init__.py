@@ -1,0 +1,1 @@
+"""LoRA adapters of PEFT, merged into a checkpoint tensor by tensor."""

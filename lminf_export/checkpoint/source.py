@@ -1,0 +1,192 @@
+"""Where a model comes from: a local folder or a hub id, its configuration and its tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lminf_export.checkpoint.dequantize.methods import check_quantization
+from lminf_export.errors import ModelError
+
+QUANTIZATION = "quantization_config"
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+# Copied into the bundle where they exist.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine's disk.
+
+    Attributes:
+        folder: where its files are.
+        name: hub id, or the folder's own name; never a path of this machine.
+        revision: commit of the hub, or None for a folder.
+        config: the model's configuration as transformers reads it, of the unquantised model.
+        quantization: how its checkpoint is quantised, checked, or None.
+        is_untied: the model's files tie its embeddings, its tensors (with an adapter) do not.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: Any
+    quantization: dict[str, Any] | None = None
+    is_untied: bool = False
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the family."""
+        return self.config.model_type
+
+
+def open_source(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Source:
+    """Find a model; an id that is no folder here is fetched from the Hugging Face hub.
+
+    Args:
+        model: folder, or hub id such as "meta-llama/Llama-2-7b-hf".
+        revision: branch, tag or commit of the hub.
+        cache_dir: where the hub's files are kept.
+        trust_remote_code: run Python that a model repository brings; off by default.
+        allow_pickle: fetch `.bin` weights too.
+
+    Raises:
+        ModelError: the model is not there, not readable, or not a language model.
+    """
+    folder = Path(model).expanduser()
+    commit = None
+    if folder.is_dir():
+        name = folder.resolve().name
+        if revision is not None:
+            raise ModelError(
+                f"--revision {revision} is for hub models; {str(model)!r} is a local folder"
+            )
+    elif folder.is_file():
+        raise ModelError(f"model {str(model)!r} is a file; give the folder that holds config.json")
+    else:
+        weights = (*WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ()))
+        folder = _download(str(model), revision, cache_dir, weights)
+        name, commit = str(model), folder.name
+    quantization = read_config_file(folder, str(model)).get(QUANTIZATION)
+    if quantization is not None:
+        check_quantization(quantization, str(model))
+    config = _load_config(folder, str(model), trust_remote_code)
+    if hasattr(config, QUANTIZATION):
+        delattr(config, QUANTIZATION)
+    return Source(folder, name, commit, config, quantization)
+
+
+def _download(
+    name: str, revision: str | None, cache_dir: str | Path | None, weights: Iterable[str]
+) -> Path:
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
+
+    patterns = [*weights, *TOKENIZER_FILES, *CONFIG_FILES]
+    try:
+        folder = snapshot_download(
+            name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
+        )
+    except hub_errors.HFValidationError as error:
+        raise ModelError(f"model {name!r}: no such folder, and not a valid hub id") from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise ModelError(f"model {name!r}: the hub has no revision {revision!r}") from error
+    except hub_errors.GatedRepoError as error:
+        raise ModelError(
+            f"model {name!r} is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise ModelError(f"model {name!r}: no such folder, and the hub does not know it") from error
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model {name!r}: no such folder, and the hub could not be reached; "
+            f"check the spelling, the network or HF_HUB_OFFLINE"
+        ) from error
+    return Path(folder)
+
+
+def read_config_file(folder: Path, model: str) -> dict[str, Any]:
+    """Read a model's config.json.
+
+    Args:
+        folder: the model's.
+        model: what the user calls it, for messages.
+
+    Raises:
+        ModelError: it is missing, damaged, or names no model type.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model {model!r} is an adapter; give the model it was trained on as --model, "
+                f"and the adapter as --lora"
+            )
+        raise ModelError(f"model {model!r} has no {path.name}; is it a Hugging Face model folder?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} of model {model!r} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise ModelError(f"{path.name} of model {model!r} names no model_type")
+    return content
+
+
+def plain_config(source: Source) -> str:
+    """Return the text of config.json for the tensors in a bundle.
+
+    As it is, but for quantisation, which is undone there, and tied embeddings, which an adapter
+    may have set apart.
+    """
+    text = (source.folder / "config.json").read_text(encoding="utf-8")
+    if source.quantization is None and not source.is_untied:
+        return text
+    content = json.loads(text)
+    content.pop(QUANTIZATION, None)
+    if source.is_untied:
+        content["tie_word_embeddings"] = False
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _load_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from lminf_export.models.registry import FAMILIES
+
+    kind = read_config_file(folder, model)["model_type"]
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        raise ModelError(
+            f"model type {kind!r} is unknown to this version of transformers; tested are: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (
+        *(ValueError, KeyError, TypeError, OSError, AttributeError, ArithmeticError),
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"config.json of model {model!r} cannot be used: {reason}") from error

@@ -1,0 +1,266 @@
+"""A plan that was built elsewhere becomes part of the bundle whose recipe it was built by."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.manifest import (
+    MANIFEST_NAME,
+    Engine,
+    EngineRecipe,
+    FileEntry,
+    Manifest,
+    Plugin,
+    Role,
+    file_sha256,
+)
+from lminf_export.engine.common import LOGGER_NAME
+from lminf_export.engine.plugin import PLUGIN_FILE, check_plugin
+from lminf_export.errors import EngineError
+from lminf_export.runtime.gpu import find_gpu
+from lminf_export.runtime.tensorrt import TensorRTSession
+
+logger = logging.getLogger(LOGGER_NAME)
+
+BUILT_ELSEWHERE = "built elsewhere, not executed here"
+LOADED = "built elsewhere, loaded here, not executed"
+
+# How a plan begins, as NVIDIA's trtexec reads it (--getPlanVersionOnly): a tag, a version of the
+# layout, and in bytes 24 … 27 the release that built it.
+_HEADER = struct.Struct("<4sI16x4B")
+_TAG, _RTX_TAG, _LAYOUT = b"ftrt", b"vtrt", 0
+_OLDEST = (10, 3)
+_TARGET = re.compile(r"sm_\d{2,3}")
+
+
+@dataclass(frozen=True)
+class _NewFile:
+    """A file on its way into the bundle: where it lies now, and what it will be."""
+
+    name: str
+    role: Role
+    source: Path
+    entry: FileEntry
+
+
+def add_plan(
+    bundle_path: str | Path,
+    plan_path: str | Path,
+    *,
+    target: str | None = None,
+    plugin: str | Path | None = None,
+    force: bool = False,
+) -> Bundle:
+    """Register a plan that TensorRT built from a bundle's recipe.
+
+    Where this machine has the GPU and the release the plan is for, it is loaded and compared
+    with the manifest first; elsewhere only its header is read.
+
+    Args:
+        bundle_path: a bundle with a recipe, as `--builder none` writes it.
+        plan_path: the plan; it may lie in the bundle's folder already.
+        target: the GPU it was built on, such as "sm_90"; by default this machine's.
+        plugin: the library it was built with; by default the one in the bundle's folder.
+        force: replace a plan the bundle has.
+
+    Returns:
+        The bundle, opened again.
+
+    Raises:
+        LminfError: with one line; the bundle is as it was.
+    """
+    bundle = Bundle.open(bundle_path)
+    recipe = _recipe(bundle, force=force)
+    plan = Path(plan_path)
+    version = read_version(plan)
+    target = _checked_target(target)
+    files = [_new_file(recipe.file, "plan", plan)]
+    library = _library(bundle, recipe, plugin)
+    if library is not None:
+        files.append(_new_file(PLUGIN_FILE, "plugin", library))
+    engine = Engine(
+        builder="tensorrt",
+        version=version,
+        target=target,
+        file=recipe.file,
+        dtype=bundle.manifest.dtype,
+        profiles=recipe.profiles,
+        plugin=Plugin(file=PLUGIN_FILE, sha256=files[-1].entry.sha256, embedded=recipe.embed_plugin)
+        if library is not None
+        else None,
+        ring_writes="circular" if recipe.needs_plugin else "linear",
+        sinks_in_place=recipe.needs_plugin,
+        options=recipe.options,
+        note=BUILT_ELSEWHERE,
+    )
+    with _partial_copies(bundle, files) as copies:
+        engine = _loaded_if_possible(bundle, engine, copies)
+        _put(bundle, engine, files, copies)
+    return Bundle.open(bundle.path)
+
+
+def read_version(path: Path) -> str:
+    """Return the release of TensorRT that built a plan, such as "10.16.1.11".
+
+    Raises:
+        EngineError: the file cannot be read, is no plan, or one that cannot be used.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(_HEADER.size)
+    except OSError as error:
+        raise EngineError(f"cannot read the plan {path}: {error.strerror}") from None
+    tag, layout, *numbers = (
+        _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0, 0)
+    )
+    if tag == _RTX_TAG:
+        raise EngineError(
+            f"{path} is a plan of TensorRT for RTX; this bundle's recipe is for TensorRT: export "
+            "with --builder tensorrt-rtx instead"
+        )
+    if tag != _TAG or layout != _LAYOUT:
+        raise EngineError(f"{path} is not a plan of TensorRT 10.3 or later")
+    version = ".".join(map(str, numbers))
+    if tuple(numbers[:2]) < _OLDEST:
+        raise EngineError(f"{path} was built by TensorRT {version}; 10.3 is the least that serves")
+    return version
+
+
+def _recipe(bundle: Bundle, *, force: bool) -> EngineRecipe:
+    recipe = bundle.manifest.engine_recipe
+    if recipe is None:
+        raise EngineError(
+            f"{bundle.path} has no recipe of a TensorRT engine; export with --builder none"
+        )
+    engine = bundle.manifest.engine
+    if engine is not None and not force:
+        raise EngineError(
+            f"{bundle.path} has a plan already ({engine.builder} {engine.version} for "
+            f"{engine.target}); --force replaces it"
+        )
+    return recipe
+
+
+def _checked_target(asked: str | None) -> str:
+    if asked is None:
+        gpu = find_gpu()
+        if isinstance(gpu, str):
+            raise EngineError(
+                f"which GPU is the plan for? None is usable here to ask ({gpu}); name it with "
+                "--target, such as sm_90"
+            )
+        return gpu.target
+    if not _TARGET.fullmatch(asked):
+        raise EngineError(
+            f"target={asked!r}: must be a compute capability without its dot, such as sm_90"
+        )
+    return asked
+
+
+def _library(bundle: Bundle, recipe: EngineRecipe, asked: str | Path | None) -> Path | None:
+    if not recipe.needs_plugin:
+        if asked is not None:
+            raise EngineError("plugin: this bundle's recipe is of standard operators, without one")
+        return None
+    if asked is not None:
+        library = Path(asked)
+    elif (bundle.path / PLUGIN_FILE).is_file():
+        # Where the recipe's command has it, in the bundle already or put there for the build.
+        library = bundle.path / PLUGIN_FILE
+    else:
+        raise EngineError(
+            f"{bundle.path} lacks {PLUGIN_FILE}, the library the plan was built with; name it "
+            "with --plugin PATH"
+        )
+    check_plugin(library)
+    return library
+
+
+def _new_file(name: str, role: Role, source: Path) -> _NewFile:
+    entry = FileEntry(bytes=source.stat().st_size, sha256=file_sha256(source), role=role)
+    return _NewFile(name, role, source, entry)
+
+
+@contextmanager
+def _partial_copies(bundle: Bundle, files: list[_NewFile]) -> Iterator[dict[str, Path]]:
+    """Copy files into the bundle's folder under names nobody reads; what is left over goes."""
+    copies: dict[str, Path] = {}
+    try:
+        for file in files:
+            place = bundle.path / file.name
+            if place.exists() and place.resolve() == file.source.resolve():
+                continue  # it lies there already
+            copies[file.name] = bundle.path / f".{file.name}.{os.getpid()}.partial"
+            shutil.copyfile(file.source, copies[file.name])
+            if file_sha256(copies[file.name]) != file.entry.sha256:
+                raise EngineError(f"{file.source} changed while it was copied; try again")
+            _sync(copies[file.name])
+        yield copies
+    except OSError as error:
+        raise EngineError(f"cannot add to {bundle.path}: {error.strerror}") from error
+    finally:
+        for path in copies.values():
+            path.unlink(missing_ok=True)
+
+
+def _loaded_if_possible(bundle: Bundle, engine: Engine, copies: dict[str, Path]) -> Engine:
+    """Load the plan where that can succeed, so that a wrong one is found now."""
+    gpu = find_gpu()
+    if isinstance(gpu, str) or gpu.target != engine.target:
+        logger.info("the plan is not loaded here: it is for %s", engine.target)
+        return engine
+    try:
+        installed = importlib.import_module("tensorrt").__version__
+    except (ImportError, OSError) as error:
+        logger.warning("the plan is not loaded here, since TensorRT is not: %s", error)
+        return engine
+    if installed != engine.version:
+        logger.warning(
+            "the plan is not loaded here: TensorRT %s is installed, it is of %s",
+            installed,
+            engine.version,
+        )
+        return engine
+    names = {name: path.name for name, path in copies.items()}
+    plugin = engine.plugin
+    if plugin is not None:
+        plugin = plugin.model_copy(update={"file": names.get(plugin.file, plugin.file)})
+    trial = engine.model_copy(
+        update={"file": names.get(engine.file, engine.file), "plugin": plugin}
+    )
+    TensorRTSession(Bundle(bundle.path, _with_engine(bundle.manifest, trial, {})))
+    return engine.model_copy(update={"note": LOADED})
+
+
+def _with_engine(manifest: Manifest, engine: Engine, files: dict[str, FileEntry]) -> Manifest:
+    draft = manifest.model_copy(update={"engine": engine})
+    return draft.sealed({**manifest.files, **files})
+
+
+def _put(bundle: Bundle, engine: Engine, files: list[_NewFile], copies: dict[str, Path]) -> None:
+    """Rename the files into place, the manifest last."""
+    manifest = _with_engine(bundle.manifest, engine, {file.name: file.entry for file in files})
+    draft = bundle.path / f".{MANIFEST_NAME}.{os.getpid()}.partial"
+    try:
+        draft.write_text(manifest.to_json(), encoding="utf-8")
+        _sync(draft)
+        for name, path in copies.items():
+            os.replace(path, bundle.path / name)
+        os.replace(draft, bundle.path / MANIFEST_NAME)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,85 @@
+"""Where the plugin's library is, and whether a file can be one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lminf_export
+from lminf_export.engine.options import NO_PLUGIN, EngineOptions
+from lminf_export.errors import EngineError
+from lminf_export.operator.bindings import LayerSpec
+
+PLUGIN_FILE = "liblminf_tensorrt.so"
+
+# What the kernels are compiled for; the plugin itself refuses the rest.
+HEAD_DIMS = (64, 80, 96, 128, 256)
+
+_ELF = b"\x7fELF"
+# What TensorRT looks up in a library of plugins; ours has a creator of this name besides.
+_MARKS = (b"getCreators", b"LambdaAttention")
+_HOW = (
+    "build it with cmake (docs/engines.md) or name it with --plugin PATH; "
+    f"--plugin {NO_PLUGIN} builds an engine of standard operators"
+)
+
+
+def default_places() -> tuple[Path, ...]:
+    """Return where the library is looked for: installed with the package, or built beside it."""
+    package = Path(next(iter(lminf_export.__path__)))
+    return (
+        package / "lib" / PLUGIN_FILE,
+        package.parent / "build" / "plugins" / PLUGIN_FILE,
+    )
+
+
+def find_plugin(options: EngineOptions, *, required: bool = True) -> Path | None:
+    """Return the library to build with, or None for an engine of standard operators.
+
+    Args:
+        options: whose `plugin` names a file, or "none", or leaves the choice.
+        required: a library that was not named must be there all the same.
+
+    Raises:
+        EngineError: no library was found, or the file named is none.
+    """
+    if options.without_plugin:
+        return None
+    if options.plugin is not None:
+        path = Path(options.plugin)
+        check_plugin(path)
+        return path
+    found = next((path for path in default_places() if path.is_file()), None)
+    if found is None:
+        if not required:
+            return None
+        places = " or ".join(str(path) for path in default_places())
+        raise EngineError(f"the plugin's library is not at {places}; {_HOW}")
+    check_plugin(found)
+    return found
+
+
+def check_plugin(path: Path) -> None:
+    """Check that a file looks like the plugin's library; nothing of it is run.
+
+    Raises:
+        EngineError: it cannot be read, or is something else.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"cannot read the plugin {path}: {error.strerror}; {_HOW}") from None
+    if not content.startswith(_ELF) or not all(mark in content for mark in _MARKS):
+        raise EngineError(f"{path} is not the library of the LambdaAttention plugin; {_HOW}")
+
+
+def head_dim_problem(layers: Sequence[LayerSpec]) -> str | None:
+    """Say which layers the plugin's kernels cannot run, None if they run all."""
+    odd = sorted({layer.head_dim for layer in layers} - set(HEAD_DIMS))
+    if not odd:
+        return None
+    return (
+        f"head_dim {', '.join(map(str, odd))}: the plugin's kernels take "
+        f"{', '.join(map(str, HEAD_DIMS))}; --plugin {NO_PLUGIN} builds an engine of standard "
+        "operators"
+    )

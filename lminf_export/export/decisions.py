@@ -1,0 +1,127 @@
+"""What an export decides where its user did not, and what it tells about that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import psutil
+
+from lminf_export.bundle.manifest import Dtype, human_bytes
+from lminf_export.bundle.writer import OutTarget
+from lminf_export.errors import ConfigError
+from lminf_export.export.graph import WrittenWeights
+from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.settings import DEFAULT_WINDOW_CAP, KV_CACHE_DTYPES
+from lminf_export.quantize.config import QuantizeConfig
+from lminf_export.tensors.dtypes import item_size
+
+DTYPES: tuple[str, ...] = get_args(Dtype)
+WEIGHTS = ("copy", "link")
+LINK_NOTICE = (
+    "the weights are hard links to the source model's files, the same bytes on the same disk: "
+    "changing those files in place changes the bundle; copying the bundle frees it from them"
+)
+BFLOAT16_NOTICE = (
+    "bfloat16 graphs are for engines and GPUs: onnxruntime's CPU provider does not run them"
+)
+
+
+def default_window(asked: int | None, training_length: int | None) -> tuple[int, list[str]]:
+    """Return the window to use, and what to tell the user about it."""
+    if asked is not None:
+        return asked, list(_long_window_notices(asked, training_length))
+    if training_length is None:
+        raise ConfigError(
+            "window_size: this model's configuration names no training length; "
+            "give --window-size, at most the length it was trained on"
+        )
+    if training_length <= DEFAULT_WINDOW_CAP:
+        return training_length, []
+    notice = (
+        f"the window is {DEFAULT_WINDOW_CAP} tokens, not the training length of "
+        f"{training_length}: every token pays for the window; --window-size sets it"
+    )
+    return DEFAULT_WINDOW_CAP, [notice]
+
+
+def _long_window_notices(window: int, training_length: int | None) -> Iterable[str]:
+    if training_length is not None and window > training_length:
+        yield (
+            f"the window of {window} tokens is longer than the {training_length} the model was "
+            f"first trained on: distances beyond that are new to it, unless it was trained further"
+        )
+
+
+def check_weights(asked: str, quantize: QuantizeConfig | None) -> None:
+    """Raise ConfigError where weights cannot be written in the way asked for."""
+    if asked not in WEIGHTS:
+        raise ConfigError(f"weights={asked!r}: must be one of {', '.join(WEIGHTS)}")
+    if asked == "link" and quantize is not None:
+        raise ConfigError(
+            "weights='link': quantised weights are new ones and must be written; use 'copy'"
+        )
+
+
+def default_dtype(asked: str | None, target: OutTarget) -> Any:
+    """Return the element type to use: the one asked for, or what the products need."""
+    if asked is None:
+        return "float16" if target.engine_name else "float32"
+    if asked not in DTYPES:
+        raise ConfigError(f"dtype={asked!r}: must be one of {', '.join(DTYPES)}")
+    return asked
+
+
+def decide_kv_cache_dtype(asked: str, dtype: str, target: OutTarget) -> Any:
+    """Return the element type of the rings where it is not the export's, else None.
+
+    Raises:
+        ConfigError: an unknown type, or one that the products cannot have.
+    """
+    if asked not in KV_CACHE_DTYPES:
+        raise ConfigError(f"kv_cache_dtype={asked!r}: must be one of {', '.join(KV_CACHE_DTYPES)}")
+    if asked == "auto":
+        return None
+    if target.engine_name is not None:
+        raise ConfigError(
+            f"kv_cache_dtype={asked!r}: engines keep caches in float32, float16 or bfloat16 "
+            "(TensorRT's cache update and the plugin take nothing else); leave it out, or export "
+            f"without an engine: --out {target.directory}"
+        )
+    if dtype == "bfloat16":
+        raise ConfigError(
+            f"kv_cache_dtype={asked!r}: is for graphs in float32 or float16, found "
+            "dtype='bfloat16'; choose one of them or leave it out"
+        )
+    return asked
+
+
+def dtype_notices(asked: str | None, chosen: str) -> Iterable[str]:
+    """Yield what to tell the user about the element type."""
+    if chosen == "bfloat16":
+        yield BFLOAT16_NOTICE
+    if asked is None and chosen == "float16":
+        yield "an engine is asked for, so weights and caches are float16; --dtype sets it"
+
+
+def weight_notices(written: WrittenWeights) -> Iterable[str]:
+    """Yield what to tell the user about weights that were asked to be quantised."""
+    if written.full_stacks:
+        yield (
+            f"the experts' weights are not quantised: {human_bytes(written.full_bytes)} of the "
+            f"{human_bytes(written.num_bytes)} of weights stay as they are"
+        )
+
+
+def memory_notices(
+    layers: Iterable[LayerSpec], dtype: str, kv_cache_dtype: str | None = None
+) -> Iterable[str]:
+    """Yield what to tell the user about caches that this machine could not hold."""
+    width = item_size(dtype)
+    needed = sum(layer.cache_bytes(width, kv_cache_dtype) for layer in layers)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        yield (
+            f"one sequence's cache takes {human_bytes(needed)}, the machine that exported it had "
+            f"{human_bytes(available)} of memory available; a smaller --window-size helps"
+        )

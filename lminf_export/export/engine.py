@@ -1,0 +1,108 @@
+"""The engine of an export: which builder and plugin, and building it or writing its recipe."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from lminf_export.bundle.manifest import Engine, EngineRecipe
+from lminf_export.bundle.writer import BundleWriter, OutTarget, parse_out
+from lminf_export.engine.builders import (
+    ELSEWHERE,
+    ENGINE_GRAPH_NAME,
+    build_engine,
+    check_options,
+    has_recipe,
+    require_machine,
+    select_builder,
+    uses_plugin,
+    write_recipe,
+)
+from lminf_export.engine.common import EngineRequest
+from lminf_export.engine.plugin import PLUGIN_FILE, find_plugin, head_dim_problem
+from lminf_export.errors import ConfigError, EngineError
+from lminf_export.export.job import ExportJob, ExportOptions
+from lminf_export.models.base import AttentionPlan
+from lminf_export.progress import Progress
+
+DEFAULT_ENGINE_NAME = "engine.plan"
+
+
+def out_target(options: ExportOptions) -> OutTarget:
+    """Return where the bundle goes; for a build elsewhere a plan needs no name of the user's."""
+    target = parse_out(options.out)
+    if options.builder == ELSEWHERE and target.engine_name is None:
+        return replace(target, engine_name=DEFAULT_ENGINE_NAME)
+    return target
+
+
+def choose_builder(options: ExportOptions, target: OutTarget) -> tuple[str | None, Path | None]:
+    """Return the engine's builder and the library of its plugin, both None if not needed."""
+    asked = options.engine_options
+    if target.engine_name is None:
+        useless = ["builder"] if options.builder is not None else list(asked.asked_for)
+        if useless:
+            raise ConfigError(
+                f"{useless[0]}: no engine is asked for; name one, such as "
+                f"--out {target.directory / 'engine.plan'}"
+            )
+        return None, None
+    builder = select_builder(options.builder)
+    check_options(builder, asked)
+    require_machine(builder)
+    if not uses_plugin(builder, asked):
+        return builder, None
+    return builder, find_plugin(asked, required=builder != ELSEWHERE)
+
+
+def plugin_notices(
+    builder: str | None, options: ExportOptions, plan: AttentionPlan
+) -> Iterable[str]:
+    """Refuse layers the plugin cannot run; where nothing is built here, say so."""
+    if builder is None or not uses_plugin(builder, options.engine_options):
+        return
+    problem = head_dim_problem(plan.layers)
+    if problem is None:
+        return
+    if builder != ELSEWHERE:
+        raise EngineError(problem)
+    yield f"TensorRT will refuse this graph: {problem}"
+
+
+def add_engine(
+    job: ExportJob, writer: BundleWriter, graph: Path, progress: Progress
+) -> tuple[Engine | None, EngineRecipe | None]:
+    """Build the engine, or write what builds it elsewhere."""
+    if job.builder is None or job.target.engine_name is None:
+        return None, None
+    request = EngineRequest(
+        onnx_path=graph,
+        # Announced to the writer only if it is built here.
+        plan_path=graph.with_name(job.target.engine_name),
+        dtype=job.dtype,
+        layers=job.plan.layers,
+        chunk_size=job.settings.chunk_size,
+        max_batch_size=job.options.max_batch_size,
+        with_plugin=uses_plugin(job.builder, job.options.engine_options),
+        plugin_path=_copy_plugin(job, writer),
+        options=job.options.engine_options,
+    )
+    recipe = None
+    if has_recipe(job.builder):
+        request = replace(request, onnx_path=writer.add(ENGINE_GRAPH_NAME, "engine_graph"))
+        recipe = write_recipe(graph, request)
+    if job.builder == ELSEWHERE:
+        return None, recipe
+    writer.add(job.target.engine_name, "plan")
+    return build_engine(job.builder, request, progress), recipe
+
+
+def _copy_plugin(job: ExportJob, writer: BundleWriter) -> Path | None:
+    """Put the plugin's library into the bundle: what the plan is built with is what it loads."""
+    if job.plugin is None:
+        return None
+    path = writer.add(PLUGIN_FILE, "plugin")
+    shutil.copyfile(job.plugin, path)
+    return path

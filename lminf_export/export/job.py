@@ -1,0 +1,146 @@
+"""What a user asks of an export, and everything that is decided before a byte is written."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lminf_export.bundle.manifest import (
+    Dtype,
+    Engine,
+    EngineRecipe,
+    KvCacheDtype,
+    Manifest,
+    Quantization,
+    new_manifest,
+)
+from lminf_export.bundle.manifest import Source as ManifestSource
+from lminf_export.bundle.writer import OutTarget
+from lminf_export.checkpoint.opening import Checkpoint
+from lminf_export.checkpoint.source import Source
+from lminf_export.engine.options import EngineOptions
+from lminf_export.export.tokenizer_files import eos_ids
+from lminf_export.models.base import AttentionPlan, Family
+from lminf_export.operator.settings import DEFAULT_CHUNK_SIZE, DEFAULT_NUM_SINK_TOKENS, LambdaConfig
+from lminf_export.quantize.config import QuantizeConfig
+from lminf_export.quantize.estimate import weight_bytes
+from lminf_export.tensors.dtypes import item_size
+
+TOOLS = ("lminf-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may ask for; see `export` for the meaning of each field."""
+
+    model: str | Path
+    out: str | Path
+    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
+    window_size: int | None = None
+    distance_limit: int | None = None
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    lambda_layers: str = "full"
+    rope_regime: str | None = None
+    dtype: str | None = None
+    quantize: str | QuantizeConfig | None = None
+    kv_cache_dtype: str = "auto"
+    weights: str = "copy"
+    builder: str | None = None
+    max_batch_size: int = 1
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    lora: str | Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """Everything decided before anything is written.
+
+    Attributes:
+        options: what was asked for.
+        source: the model on disk.
+        family: its adapter.
+        settings: Λ settings, defaults filled in.
+        plan: how every layer attends.
+        dtype: element type of weights and caches.
+        quantize: how weights are quantised, None for not at all.
+        kv_cache_dtype: element type of the rings where it is not dtype, else None.
+        target: where the bundle goes.
+        builder: the engine's builder, "none" for a build elsewhere, or None for no engine.
+        plugin: library of the plugin the engine is made with, if there is one.
+        checkpoint: the source's tensors, decoded, an adapter merged.
+        notices: what the user should know.
+    """
+
+    options: ExportOptions
+    source: Source
+    family: Family
+    settings: LambdaConfig
+    plan: AttentionPlan
+    dtype: Dtype
+    quantize: QuantizeConfig | None
+    kv_cache_dtype: KvCacheDtype | None
+    target: OutTarget
+    builder: str | None
+    plugin: Path | None
+    checkpoint: Checkpoint
+    notices: tuple[str, ...]
+
+    @property
+    def links_weights(self) -> bool:
+        """Whether the bundle gets hard links to the source's weights."""
+        return self.options.weights == "link"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the bundle; an estimate where they are quantised."""
+        shapes = [tensor.shape for tensor in self.checkpoint.tensors.values()]
+        width = item_size(self.dtype)
+        return weight_bytes(shapes, width, self.source.config.vocab_size, self.quantize)
+
+    def manifest(
+        self,
+        engine: Engine | None = None,
+        recipe: EngineRecipe | None = None,
+        notices: Iterable[str] = (),
+    ) -> Manifest:
+        """Return the bundle's manifest, before its files are known."""
+        config = self.source.config
+        return new_manifest(
+            model_type=self.source.model_type,
+            source=ManifestSource(
+                name=self.source.name,
+                revision=self.source.revision,
+                adapter=self.checkpoint.adapter,
+            ),
+            settings=self.settings,
+            dtype=self.dtype,
+            quantization=Quantization(**asdict(self.quantize)) if self.quantize else None,
+            kv_cache_dtype=self.kv_cache_dtype,
+            vocab_size=config.vocab_size,
+            num_attention_heads=self.plan.num_attention_heads,
+            layers=self.plan.layers,
+            layer_kinds=["sliding" if own else "lambda" for own in self.plan.sliding],
+            graph=self.target.graph_name,
+            training_length=self.family.training_length(config),
+            bos_token_id=getattr(config, "bos_token_id", None),
+            eos_token_ids=eos_ids(self.source),
+            tools={name: package_version(name) for name in TOOLS},
+            notices=(*self.notices, *notices),
+            engine=engine,
+            engine_recipe=recipe,
+        )
+
+
+def package_version(package: str) -> str:
+    """Return the installed version of a package, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Every edit of a graph: one pass in a file, and the pipelines that run them."""

@@ -1,0 +1,207 @@
+"""From a graph of a model's first layers to that of all: copies of a layer's nodes for its twins.
+
+A layer's nodes stand together, as traced. What they read from outside is the stream of tokens
+(one tensor, from the layer before), the layer's own weights and caches, and what all layers
+share: results from before the layers, and constants. That is checked, not assumed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Sequence
+
+import onnx_ir as ir
+
+from lminf_export.export.trace.layer_records import UnlikeLayersError
+from lminf_export.operator import bindings
+
+# Where torch's exporter keeps the paths of the modules that a node comes from.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def repeat_layers(model: ir.Model, stack: str, twins: Sequence[int], order: Sequence[str]) -> None:
+    """Append copies of layers to those a graph has, in place.
+
+    Args:
+        model: a trace, not optimised, of the first layers of a model.
+        stack: path of the list of layers in the module that was traced.
+        twins: for each layer that follows, which of the graph's is copied; not the first.
+        order: names of initializers in the order in which a trace of all layers has them.
+
+    Raises:
+        UnlikeLayersError: the graph does not fall into layers as it should; it is as it was.
+    """
+    graph = model.graph
+    layers, behind = _split(graph, stack)
+    entries = _entries(graph, layers, behind)
+    for twin in set(twins):
+        _check_inputs(layers[twin], twin, stack)
+    readers = set(_walk(behind))
+    end = entries[len(layers)]
+    uses = [use for use in end.uses() if use.node in readers]
+    stream, last = end, layers[-1][-1]
+    for index, twin in enumerate(twins, len(layers)):
+        copies = _own_tensors(graph, twin, index, stack)
+        copies[entries[twin]] = stream
+        nodes = _copy(layers[twin], copies, str(index))
+        graph.insert_after(last, nodes)
+        _add_outputs(graph, twin, index, copies)
+        stream, last = copies[entries[twin + 1]], nodes[-1]
+    for use in uses:
+        use.node.replace_input_with(use.idx, stream)
+    _sort_initializers(graph, order)
+
+
+def _split(graph: ir.Graph, stack: str) -> tuple[list[list[ir.Node]], list[ir.Node]]:
+    """Return the nodes of each layer, and those behind all layers."""
+    layers: list[list[ir.Node]] = []
+    behind: list[ir.Node] = []
+    for node in graph:
+        layer = _layer_of(node, stack)
+        if layer is None:
+            if layers:
+                behind.append(node)
+            continue
+        if behind or layer not in (len(layers) - 1, len(layers)):
+            raise UnlikeLayersError(f"{node.name} of layer {layer} stands among other nodes")
+        if layer == len(layers):
+            layers.append([])
+        layers[layer].append(node)
+    return layers, behind
+
+
+def _layer_of(node: ir.Node, stack: str) -> int | None:
+    for scope in ast.literal_eval(node.metadata_props.get(_SCOPES, "[]")):
+        path, _, number = scope.rpartition(".")
+        if path == stack and number.isdecimal():
+            return int(number)
+    return None
+
+
+def _entries(
+    graph: ir.Graph, layers: list[list[ir.Node]], behind: list[ir.Node]
+) -> dict[int, ir.Value]:
+    """Return the one tensor that each layer but the first gets, and what is behind all of them."""
+    home = {v: layer for layer, nodes in enumerate(layers) for node in nodes for v in node.outputs}
+    for output in graph.outputs:
+        if output in home and not _belongs(output, bindings.present_name(home[output], "")):
+            raise UnlikeLayersError(f"{output.name} comes from layer {home[output]}")
+    entries = {}
+    for layer, nodes in enumerate([*layers[1:], behind], 1):
+        read = [v for v in _read(nodes) if v in home and not _is_constant(v)]
+        if [home[value] for value in read] != [layer - 1]:
+            raise UnlikeLayersError(f"{len(read)} tensors of other layers lead to layer {layer}")
+        (entries[layer],) = read
+    kinds = {(value.dtype, str(value.shape)) for value in entries.values()}
+    if len(kinds) != 1:
+        raise UnlikeLayersError(f"the stream changes from layer to layer: {kinds}")
+    return entries
+
+
+def _check_inputs(nodes: Iterable[ir.Node], layer: int, stack: str) -> None:
+    """Check that a layer reads no other layer's weights or caches."""
+    own = f"{stack}.{layer}.", bindings.past_name(layer, "")
+    for value in _read(nodes):
+        of_a_layer = _belongs(value, f"{stack}.") or _belongs(value, bindings.PAST)
+        if of_a_layer and not any(_belongs(value, prefix) for prefix in own):
+            raise UnlikeLayersError(f"layer {layer} reads {value.name}")
+
+
+def _own_tensors(graph: ir.Graph, layer: int, index: int, stack: str) -> dict[ir.Value, ir.Value]:
+    """Give a layer weights and caches like another's; return the other's → its own."""
+    copies = {}
+    for old, new in (
+        (f"{stack}.{layer}.", f"{stack}.{index}."),
+        (bindings.past_name(layer, ""), bindings.past_name(index, "")),
+    ):
+        for value in (*graph.initializers.values(), *graph.inputs):
+            if _belongs(value, old):
+                assert value.name is not None
+                name = new + value.name.removeprefix(old)
+                copy = ir.Value(name=name, shape=value.shape, type=value.type)
+                copies[value] = copy
+                if value.is_initializer():
+                    graph.initializers[name] = copy
+                else:
+                    graph.inputs.append(copy)
+    return copies
+
+
+def _add_outputs(graph: ir.Graph, layer: int, index: int, copies: dict[ir.Value, ir.Value]) -> None:
+    """Make caches that a copied layer writes outputs of the graph, named as its own."""
+    old, new = bindings.present_name(layer, ""), bindings.present_name(index, "")
+    for value in list(graph.outputs):
+        if _belongs(value, old):
+            assert value.name is not None
+            copies[value].name = new + value.name.removeprefix(old)
+            graph.outputs.append(copies[value])
+
+
+def _copy(nodes: Sequence[ir.Node], copies: dict[ir.Value, ir.Value], mark: str) -> list[ir.Node]:
+    """Copy nodes.
+
+    Args:
+        nodes: of one graph.
+        copies: what takes the place of what they read from elsewhere, where that differs; gets
+            their results too.
+        mark: told the copies' names from theirs.
+    """
+    outside = _read(nodes)
+    # A copied graph stands alone; its inputs are then the values of the graph it goes to.
+    copied = ir.GraphView(outside, [], nodes=nodes).clone()
+    for value, stand_in in zip(outside, list(copied.inputs), strict=True):
+        ir.convenience.replace_all_uses_with(stand_in, copies.get(value, value))
+    fresh = list(copied)
+    copied.remove(fresh)
+    for old, new in zip(nodes, fresh, strict=True):
+        new.name = f"{old.name}.{mark}"
+        for result, copy in zip(old.outputs, new.outputs, strict=True):
+            copy.name = f"{result.name}.{mark}"
+            copies[result] = copy
+    return fresh
+
+
+def _sort_initializers(graph: ir.Graph, order: Sequence[str]) -> None:
+    place = {name: number for number, name in enumerate(order)}
+    values = sorted(graph.initializers.values(), key=lambda v: place.get(str(v.name), len(place)))
+    graph.initializers.clear()
+    for value in values:
+        graph.initializers[str(value.name)] = value
+
+
+def _read(nodes: Iterable[ir.Node]) -> list[ir.Value]:
+    """Return the values that nodes, and the graphs within them, take from elsewhere, in order."""
+    read: dict[ir.Value, None] = {}
+    made: set[ir.Value] = set()
+    for node in _walk(nodes):
+        read |= {value: None for value in node.inputs if value is not None}
+        made |= {*node.outputs}
+        for graph in _graphs(node):
+            made |= {*graph.inputs}
+            read |= dict.fromkeys(graph.outputs)
+    return [value for value in read if value not in made]
+
+
+def _walk(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """Yield nodes and those of the graphs within them."""
+    for node in nodes:
+        yield node
+        for graph in _graphs(node):
+            yield from _walk(graph)
+
+
+def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _is_constant(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == "Constant" and not node.domain
+
+
+def _belongs(value: ir.Value, prefix: str) -> bool:
+    return value.name is not None and value.name.startswith(prefix)

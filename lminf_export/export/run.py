@@ -1,0 +1,286 @@
+"""One model in, one bundle out: load → adapt → trace → optimise → weights → engine → manifest."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import nn
+
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.writer import BundleWriter, check_destination
+from lminf_export.checkpoint.opening import open_checkpoint
+from lminf_export.checkpoint.source import open_source
+from lminf_export.engine.options import EngineOptions
+from lminf_export.export.background_weights import EarlyWeights, foreseen_pieces
+from lminf_export.export.decisions import (
+    LINK_NOTICE,
+    check_weights,
+    decide_kv_cache_dtype,
+    default_dtype,
+    default_window,
+    dtype_notices,
+    memory_notices,
+    weight_notices,
+)
+from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
+from lminf_export.export.graph import WrittenWeights, weights_name, write_graph
+from lminf_export.export.job import ExportJob, ExportOptions, package_version
+from lminf_export.export.tokenizer_files import copy_companions, eos_notices
+from lminf_export.export.trace.tracing import meta_model, trace
+from lminf_export.models.registry import find_family
+from lminf_export.operator.settings import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_NUM_SINK_TOKENS,
+    LambdaConfig,
+    as_integer,
+)
+from lminf_export.progress import Progress, byte_counter, silent
+from lminf_export.quantize.config import QuantizeConfig, decide_form
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+    window_size: int | None = None,
+    distance_limit: int | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    lambda_layers: str = "full",
+    rope_regime: str | None = None,
+    dtype: str | None = None,
+    quantize: str | QuantizeConfig | None = None,
+    kv_cache_dtype: str = "auto",
+    weights: str = "copy",
+    builder: str | None = None,
+    max_batch_size: int = 1,
+    engine_options: EngineOptions | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    lora: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Bundle:
+    """Export a model of Hugging Face to a bundle that decodes for ever.
+
+    Args:
+        model: folder, or hub id.
+        out: the bundle's folder, or DIR/NAME.plan or DIR/NAME.onnx for a bundle DIR with that
+            as its last product.
+        num_sink_tokens: N, starting tokens that stay visible for ever; may be 0.
+        window_size: W, keys a query sees, its own included; by default the model's original
+            training length, at most 4096.
+        distance_limit: L ≥ W, distance at which the starting tokens appear; default W.
+        chunk_size: most new tokens in one step.
+        lambda_layers: "full" gives sinks to layers that see everything by training; "all" also
+            to layers trained with a sliding window, within that window.
+        rope_regime: "short" or "long", what a rotary scaling that depends on the length of the
+            text (dynamic NTK, longrope) is frozen to; by default what the window fits.
+        dtype: "float32", "float16" or "bfloat16"; by default float16 with an engine and
+            float32 without.
+        quantize: "int4" or "int8" stores the weights of projections in blocks of so many bits;
+            a `QuantizeConfig` says it in detail. By default they are not quantised.
+        kv_cache_dtype: "int8" keeps the caches of the window as integers with a scale for each
+            token and key/value head, about a quarter of float32's bytes; "auto" in dtype.
+        weights: "copy" writes them into the bundle; "link" puts hard links to the model's own
+            files there, which must be of the same type and on the same disk.
+        builder: "tensorrt" or "tensorrt-rtx", needed only where both are installed; "none"
+            writes what TensorRT needs to build the engine on another machine.
+        max_batch_size: largest batch of the engine (the ONNX graph takes any).
+        engine_options: what else is asked of TensorRT's builder.
+        revision: branch, tag or commit of a hub model.
+        cache_dir: where files of the hub are kept.
+        trust_remote_code: run Python a model repository brings; off by default.
+        allow_pickle: read `.bin` weights where there are no safetensors; off by default.
+        lora: folder of a PEFT LoRA adapter to merge into the weights.
+        force: replace an existing bundle.
+        progress: told which phase runs.
+
+    Returns:
+        The written bundle.
+
+    Raises:
+        LminfError: with one line of what was expected, what was found and what to do; nothing
+            is left behind.
+    """
+    options = ExportOptions(
+        model,
+        out,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        distance_limit=distance_limit,
+        chunk_size=chunk_size,
+        lambda_layers=lambda_layers,
+        rope_regime=rope_regime,
+        dtype=dtype,
+        quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype,
+        weights=weights,
+        builder=builder,
+        max_batch_size=max_batch_size,
+        engine_options=engine_options or EngineOptions(),
+        revision=revision,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        lora=lora,
+        force=force,
+    )
+    return run_job(prepare(options, progress), progress)
+
+
+def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
+    """Check every setting and the model, and decide all that is left open; write nothing.
+
+    Raises:
+        LminfError: as `export`.
+    """
+    target = out_target(options)
+    check_destination(target.directory, force=options.force)
+    dtype = default_dtype(options.dtype, target)
+    kv_cache_dtype = decide_kv_cache_dtype(options.kv_cache_dtype, dtype, target)
+    builder, plugin = choose_builder(options, target)
+    quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
+    check_weights(options.weights, quantize)
+    as_integer("max_batch_size", options.max_batch_size, 1)
+    progress("reading the model", None)
+    source = open_source(
+        options.model,
+        revision=options.revision,
+        cache_dir=options.cache_dir,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+    )
+    family = find_family(source.model_type)
+    window, notices = default_window(options.window_size, family.training_length(source.config))
+    settings = LambdaConfig(
+        window_size=window,
+        num_sink_tokens=options.num_sink_tokens,
+        distance_limit=options.distance_limit,  # type: ignore[arg-type]  # None means the window
+        chunk_size=options.chunk_size,
+        lambda_layers=options.lambda_layers,
+        rope_regime=options.rope_regime,
+    )
+    plan = family.plan(source.config, settings)
+    notices += plugin_notices(builder, options, plan)
+    checkpoint = open_checkpoint(
+        source,
+        options.lora,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
+    family.check_weights(checkpoint.source.config, checkpoint.tensors)
+    notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
+    notices += [LINK_NOTICE] if options.weights == "link" else []
+    notices += [*memory_notices(plan.layers, dtype, kv_cache_dtype), *eos_notices(source)]
+    job = ExportJob(
+        options=options,
+        source=checkpoint.source,
+        family=family,
+        settings=settings,
+        plan=plan,
+        dtype=dtype,
+        quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype,
+        target=target,
+        builder=builder,
+        plugin=plugin,
+        checkpoint=checkpoint,
+        notices=tuple(notices),
+    )
+    job.manifest()  # what the configuration gets wrong shows here, not after the work
+    return job
+
+
+def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
+    """Write the bundle of a prepared job.
+
+    Raises:
+        LminfError: as `export`.
+    """
+    with BundleWriter(job.target.directory, force=job.options.force) as writer:
+        writer.require_space(0 if job.links_weights else job.weight_bytes)
+        written, graph = _write_model(job, writer, progress)
+        for name, digest in written.files.items():
+            writer.add(name, "weights")
+            if digest is not None:
+                writer.set_digest(name, digest)
+        copy_companions(job.source, writer, with_index=job.links_weights)
+        engine, recipe = add_engine(job, writer, graph, progress)
+        progress("hashing", None)
+        linked = tuple(written.files) if job.links_weights else ()
+        draft = job.manifest(engine, recipe, weight_notices(written))
+        manifest = writer.commit(draft.model_copy(update={"linked_files": linked}))
+    for notice in manifest.notices:
+        logger.warning(notice)
+    return Bundle.open(job.target.directory)
+
+
+def _write_model(
+    job: ExportJob, writer: BundleWriter, progress: Progress
+) -> tuple[WrittenWeights, Path]:
+    """Trace the model and write graph and weights, side by side where that can be."""
+    progress("tracing", None)
+    graph = writer.add(job.target.graph_name, "graph")
+    config, checkpoint = job.source.config, job.checkpoint.tensors
+    model = meta_model(config, job.dtype, trust_remote_code=job.options.trust_remote_code)
+    with ExitStack() as stack:
+        early = _early_weights(job, model, graph)
+        if early is not None:
+            stack.enter_context(early)
+        traced = trace(
+            config,
+            job.family,
+            job.plan,
+            job.dtype,
+            model=model,
+            kv_cache_dtype=job.kv_cache_dtype,
+        )
+        written = write_graph(
+            traced,
+            job.plan,
+            job.dtype,
+            checkpoint,
+            graph,
+            metadata=_metadata(job),
+            quantize=job.quantize,
+            kv_cache_dtype=job.kv_cache_dtype,
+            link=job.links_weights,
+            early=early,
+            progress=byte_counter(progress, "writing weights", job.weight_bytes),
+        )
+    return written, graph
+
+
+def _early_weights(job: ExportJob, model: nn.Module, graph: Path) -> EarlyWeights | None:
+    """Start to write weights that are stored as they come; others wait for the graph."""
+    if job.quantize is not None or job.links_weights:
+        return None
+    pieces = foreseen_pieces(model, job.checkpoint.tensors)
+    return EarlyWeights(graph.with_name(weights_name(None)), pieces) if pieces else None
+
+
+def _metadata(job: ExportJob) -> dict[str, str]:
+    """Return the essentials of the manifest as ONNX metadata_props."""
+    settings = job.settings
+    cache = {"lminf.kv_cache_dtype": job.kv_cache_dtype} if job.kv_cache_dtype else {}
+    return {
+        "lminf_export": package_version("lminf-export"),
+        "lminf.model_type": job.source.model_type,
+        "lminf.source": job.source.name,
+        "lminf.dtype": job.dtype,
+        "lminf.quantize": job.quantize.weights if job.quantize else "none",
+        **cache,
+        "lminf.window_size": str(settings.window_size),
+        "lminf.num_sink_tokens": str(settings.num_sink_tokens),
+        "lminf.distance_limit": str(settings.distance_limit),
+        "lminf.chunk_size": str(settings.chunk_size),
+        "lminf.layers": json.dumps([vars(layer) for layer in job.plan.layers]),
+    }

@@ -1,0 +1,62 @@
+"""The small files of a model that a bundle takes along, and what is read from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+
+from lminf_export.bundle.writer import BundleWriter
+from lminf_export.checkpoint.source import CONFIG_FILES, TOKENIZER_FILES, Source, plain_config
+from lminf_export.errors import ModelError
+from lminf_export.operator.settings import as_integer
+from lminf_export.tensors.files import INDEX_NAME
+
+
+def copy_companions(source: Source, writer: BundleWriter, *, with_index: bool) -> None:
+    """Copy tokenizer, chat template and configuration, the last without quantisation.
+
+    For linked shards their index, too.
+    """
+    configs = (*CONFIG_FILES, *([INDEX_NAME] if with_index else []))
+    for names, role in ((TOKENIZER_FILES, "tokenizer"), (configs, "config")):
+        for name in names:
+            if name != "config.json" and (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]
+    writer.add("config.json", "config").write_text(plain_config(source), encoding="utf-8")
+
+
+def eos_ids(source: Source) -> list[int]:
+    """Return the stop tokens that the model can write, of those its files name.
+
+    Raises:
+        ModelError: what the files name are no token ids.
+    """
+    return [token for token in _named_eos_ids(source) if token < source.config.vocab_size]
+
+
+def eos_notices(source: Source) -> Iterable[str]:
+    """Yield what to tell the user about stop tokens that the model cannot write."""
+    size = source.config.vocab_size
+    strange = [str(token) for token in _named_eos_ids(source) if token >= size]
+    if strange:
+        yield (
+            f"eos_token_id {', '.join(strange)} is outside the vocabulary of {size}: "
+            f"it is never written and does not stop a text"
+        )
+
+
+def _named_eos_ids(source: Source) -> list[int]:
+    """Return the stop tokens; generation_config.json overrules config.json, as in transformers."""
+    configured = getattr(source.config, "eos_token_id", None)
+    path = source.folder / "generation_config.json"
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            configured = content.get("eos_token_id", configured)
+        except (ValueError, AttributeError) as error:
+            raise ModelError(f"generation_config.json of {source.name!r} is damaged") from error
+    if configured is None:
+        return []
+    ids = configured if isinstance(configured, list) else [configured]
+    return [as_integer("eos_token_id", token, 0, ModelError) for token in ids]

@@ -1,0 +1,266 @@
+"""From a model's configuration to an ONNX graph, without its weights.
+
+The model is built on the meta device, so tracing costs the same for 1 million parameters as
+for 70 billion. Weights are named placeholders in the graph until `weights.attach`.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from lminf_export.checkpoint.conversion import Conversion
+from lminf_export.errors import ExportError
+from lminf_export.export.passes.repeat_layers import repeat_layers
+from lminf_export.export.trace.layer_records import (
+    Record,
+    UnlikeLayersError,
+    check_first,
+    find_stack,
+    find_twins,
+    record,
+    shortened,
+)
+from lminf_export.models import experts
+from lminf_export.models.base import AttentionPlan, Family, build_model
+from lminf_export.models.steps import LambdaModel, PlanTables
+from lminf_export.operator import attention_body, bindings, positions, torch_operator
+
+logger = logging.getLogger(__name__)
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph whose weights are still names.
+
+    Attributes:
+        model: the ONNX model, not yet optimised.
+        weight_names: initializer name → every name the model has for it.
+        conversion: how a checkpoint's tensors become the model's.
+        constants: initializer name → its value (rotary tables and the like).
+    """
+
+    model: ir.Model
+    weight_names: dict[str, tuple[str, ...]]
+    conversion: Conversion
+    constants: dict[str, Tensor]
+
+
+def meta_model(config: Any, dtype: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """Build the model to be traced: shapes and element types without numbers."""
+    return build_model(
+        config, TORCH_DTYPES[dtype], device="meta", trust_remote_code=trust_remote_code
+    )
+
+
+def trace(
+    config: Any,
+    family: Family,
+    plan: AttentionPlan,
+    dtype: str,
+    *,
+    model: nn.Module | None = None,
+    kv_cache_dtype: str | None = None,
+) -> Trace:
+    """Trace one step of the model into ONNX.
+
+    Args:
+        config: the model's.
+        family: its adapter.
+        plan: how its layers attend.
+        dtype: element type of weights and caches.
+        model: of `meta_model`, if it is built already.
+        kv_cache_dtype: "int8" for rings of int8; None for dtype.
+
+    Raises:
+        ExportError: torch could not trace or translate the model.
+    """
+    model = model or meta_model(config, dtype)
+    module = TracedModule(config, model, plan, dtype, kv_cache_dtype)
+    with family.patched(model), _quiet_exporter(), _uncollected(), torch.no_grad():
+        onnx_model = _trace_alike(module) or module.to_onnx()
+    weight_names = _weight_names(model, onnx_model, module.constants)
+    for value in onnx_model.graph.initializers.values():
+        value.const_value = None  # a tensor without data must not look like a constant to passes
+    return Trace(onnx_model, weight_names, Conversion.of(model), module.constants)
+
+
+class TracedModule:
+    """A patched model as the module that is traced, and what crosses its border."""
+
+    def __init__(
+        self,
+        config: Any,
+        model: nn.Module,
+        plan: AttentionPlan,
+        dtype: str,
+        kv_cache_dtype: str | None,
+    ) -> None:
+        self.config, self.model, self.plan = config, model, plan
+        self.dtype, self.kv_cache_dtype = dtype, kv_cache_dtype
+        tables = PlanTables(plan, TORCH_DTYPES[dtype])
+        self.constants = {f"tables.{name}": value for name, value in tables.named_buffers()}
+        self.wrapped = LambdaModel(model, plan, copy.deepcopy(tables).to("meta")).eval()
+        self.inputs = bindings.input_specs(plan.layers, dtype, kv_cache_dtype)
+
+    def first(self, count: int) -> TracedModule:
+        """Return the same for a model that has only so many of the layers."""
+        plan = self.plan.of_first(count)
+        return TracedModule(self.config, self.model, plan, self.dtype, self.kv_cache_dtype)
+
+    def record(self, stack: str) -> Record:
+        """Write down what the module computes, on sizes that nothing else in it has."""
+        tensors = _example(self.inputs, smallest=10007)
+        names = [spec.name for spec in self.inputs]
+        return record(self.wrapped, dict(zip(names, tensors, strict=True)), _call(tensors), stack)
+
+    def to_onnx(self) -> ir.Model:
+        """Trace every layer.
+
+        Raises:
+            ExportError: torch could not trace or translate the model.
+        """
+        outputs = bindings.output_specs(
+            self.plan.layers, self.dtype, self.config.vocab_size, self.kv_cache_dtype
+        )
+        try:
+            program = torch.onnx.export(
+                self.wrapped,
+                _call(_example(self.inputs)),
+                dynamo=True,
+                opset_version=attention_body.OPSET,
+                dynamic_shapes=_call(_dynamic_shapes(self.inputs)),
+                input_names=[spec.name for spec in self.inputs],
+                output_names=[spec.name for spec in outputs],
+                custom_translation_table={
+                    **torch_operator.translation_table(),
+                    **positions.translation_table(),
+                    **experts.translation_table(),
+                },
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ExportError(f"torch could not translate this model to ONNX: {reason}") from error
+        assert program is not None  # None is for exports straight to a file
+        return program.model
+
+
+def _trace_alike(module: TracedModule) -> ir.Model | None:
+    """Trace the first layer of every kind and copy it for those that are alike.
+
+    Returns:
+        What tracing every layer would, or None where that cannot be told.
+    """
+    if len(module.plan.layers) < 3:
+        return None
+    try:
+        stack = find_stack(module.wrapped, len(module.plan.layers))
+        whole = module.record(stack)
+        twins = find_twins(whole.layers)
+        with shortened(module.wrapped, stack, twins.traced):
+            first = module.first(twins.traced)
+            check_first(first.record(stack), whole)
+            onnx_model = first.to_onnx()
+        repeat_layers(onnx_model, stack, twins.of_later, _tensor_names(module.wrapped))
+    except UnlikeLayersError as error:
+        logger.info("every layer is traced by itself: %s", error)
+        return None
+    logger.info("%d of %d layers traced", twins.traced, len(module.plan.layers))
+    return onnx_model
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    """Return the names of weights and constants in the order in which a trace has them."""
+    parameters = module.named_parameters(remove_duplicate=False)  # tied ones go by either name
+    return [name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))]
+
+
+def _call(values: list[Any]) -> tuple[Any, ...]:
+    """Group what belongs to the inputs, one by one, as the module takes them."""
+    return (*values[:4], values[4:])
+
+
+def _example(specs: Sequence[bindings.TensorSpec], smallest: int = 2) -> list[Tensor]:
+    """Make meta inputs; sizes that differ for every symbol and are never 0 or 1."""
+    symbols = sorted({d for spec in specs for d in spec.shape if isinstance(d, str)})
+    sizes = {symbol: smallest + index for index, symbol in enumerate(symbols)}
+    types = {**TORCH_DTYPES, "int64": torch.int64, "int8": torch.int8}
+    return [
+        torch.empty(
+            [sizes[d] if isinstance(d, str) else d for d in spec.shape],
+            dtype=types[spec.dtype],
+            device="meta",
+        )
+        for spec in specs
+    ]
+
+
+def _dynamic_shapes(specs: Sequence[bindings.TensorSpec]) -> list[dict[int, Any]]:
+    names = {d for spec in specs for d in spec.shape if isinstance(d, str)}
+    dims = {name: torch.export.Dim(name) for name in names}
+    return [
+        {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs
+    ]
+
+
+def _weight_names(
+    model: nn.Module, onnx_model: ir.Model, constants: dict[str, Tensor]
+) -> dict[str, tuple[str, ...]]:
+    """Find, for each initializer, the model's names of it; tied weights have several."""
+    by_identity: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_identity.setdefault(id(tensor), []).append(name)
+    names = {name: tuple(group) for group in by_identity.values() for name in group}
+    found = {}
+    for initializer in onnx_model.graph.initializers:
+        name = initializer.removeprefix("model.")
+        if initializer in constants:
+            continue
+        if name not in names:
+            raise ExportError(f"the traced graph holds a constant {initializer!r} nobody can fill")
+        found[initializer] = names[name]
+    return found
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python from looking for garbage among millions of objects that all stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep torch's exporter from telling users about torchvision and its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,1 @@
+"""The operator `lminf::LambdaAttention`: its contract, its specification and its ONNX body."""

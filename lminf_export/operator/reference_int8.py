@@ -1,0 +1,151 @@
+"""Λ-attention over a ring of int8: the specification of the operator that rounds what it keeps.
+
+The format (`quantize`) and `lambda_attention_int8_cache`, which is `reference.lambda_attention`
+over a ring in it. Letters as in `reference`; docs/operator.md, "Rings of int8", says why.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lminf_export.operator.reference import (
+    attend_caches,
+    real_type,
+    turned,
+    write_ring,
+    write_sinks,
+)
+
+INT8_LIMIT = 127  # symmetric: −128 is not used
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to int8, symmetrically, with a scale for each: the format of an int8 ring.
+
+    scale = max |x| / 127 and q = x / scale, rounded to the nearest integer, ties to even; a row
+    of zeros has scale 0 and zeros. Both divisions are done in the scale's type.
+
+    Args:
+        x: (…, D): of one token and key/value head a key, rotated at its position, or a value.
+
+    Returns:
+        q (…, D) int8 in −127 … 127 and scale (…, 1) float32, or float64 where x is float64.
+    """
+    x = x.to(real_type(x))
+    scale = x.abs().amax(dim=-1, keepdim=True) / INT8_LIMIT
+    steps = (x / scale.masked_fill(scale == 0, 1.0)).round()
+    # Only a scale that has lost its bits, below the normal numbers, leaves the limits.
+    return steps.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8), scale
+
+
+def round_to_int8(x: Tensor, *, tie_margin: float = 0.0) -> Tensor:
+    """Return what remains of rows (…, D) in an int8 ring, in float32 or float64.
+
+    Args:
+        x: (…, D).
+        tie_margin: what lies nearer to a tie than this, in steps of the scale, is rounded to the
+            other side: as right for a computation that errs so much.
+    """
+    q, scale = quantize(x)
+    if tie_margin:
+        beyond = x.to(scale.dtype) / scale.masked_fill(scale == 0, 1.0) - q
+        near = (beyond.abs() > 0.5 - tie_margin) & (q.abs() < INT8_LIMIT)
+        q = torch.where(near, q + beyond.sign().to(torch.int8), q)
+    return dequantize(q, scale)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """Return what `quantize` stands for: q · scale, (…, D) in the scale's type."""
+    return q.to(scale.dtype) * scale
+
+
+def lambda_attention_int8_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_key: Tensor,
+    past_sink_value: Tensor,
+    past_length: Tensor,
+    new_length: Tensor,
+    query_position: Tensor,
+    slot_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    limit_cos: Tensor,
+    limit_sin: Tensor,
+    alibi_slopes: Tensor,
+    sink_logits: Tensor,
+    past_key_scale: Tensor,
+    past_value_scale: Tensor,
+    *,
+    num_sink_tokens: int,
+    window_size: int,
+    distance_limit: int,
+    scale: float,
+    softcap: float,
+    rotary_dim: int,
+    rotary_interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`lambda_attention` over a ring of int8: new keys and values are rounded, then attended.
+
+    Every query, those of the same chunk included, meets what the ring holds, so the result does
+    not depend on how a text is cut into chunks. Sinks stay in the model's type.
+
+    Args:
+        past_key: (B, G, C, D) int8; slot p mod C holds the key of position p, rotated at p and
+            rounded by `quantize`.
+        past_value: (B, G, C, D) int8.
+        past_key_scale: (B, G, C, 1) float32 (or float64 where T is), the scales of the keys.
+        past_value_scale: like past_key_scale.
+
+    The other arguments are those of `lambda_attention`.
+
+    Returns:
+        The five of `lambda_attention`, then present_key_scale and present_value_scale.
+    """
+    turn = partial(turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
+    local_query, local_key = turn(query, cos, sin), turn(key, cos, sin)
+    sink_query = turn(query, limit_cos, limit_sin)
+
+    presents = []
+    for past, past_scale, new in (
+        (past_key, past_key_scale, local_key),
+        (past_value, past_value_scale, value.to(real_type(query))),
+    ):
+        q, q_scale = quantize(new)
+        presents.append(write_ring(past, q, past_length))
+        presents.append(write_ring(past_scale, q_scale, past_length))
+    present_key, present_key_scale, present_value, present_value_scale = presents
+    present_sink_key = write_sinks(past_sink_key, key, past_length, new_length)
+    present_sink_value = write_sinks(past_sink_value, value, past_length, new_length)
+    output = attend_caches(
+        local_query,
+        sink_query,
+        dequantize(present_key, present_key_scale),
+        dequantize(present_value, present_value_scale),
+        present_sink_key,
+        present_sink_value,
+        query_position,
+        slot_position,
+        alibi_slopes,
+        sink_logits,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        distance_limit=distance_limit,
+        scale=scale,
+        softcap=softcap,
+    )
+    return (
+        output.to(query.dtype),
+        present_key,
+        present_value,
+        present_sink_key,
+        present_sink_value,
+        present_key_scale,
+        present_value_scale,
+    )

@@ -1,0 +1,1 @@
+"""Tensors of checkpoints and weights files: read, described and written block by block."""

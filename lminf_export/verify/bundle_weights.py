@@ -1,0 +1,173 @@
+"""A quantised bundle as the model its weights stand for: what `validate` takes as reference."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lminf_export.bundle.folder import Bundle
+from lminf_export.checkpoint.conversion import Conversion
+from lminf_export.quantize.stored import (
+    QUANTIZED,
+    ChannelWeight,
+    DequantizedChannels,
+    DequantizedWeight,
+    QuantizedWeight,
+    dequantized,
+)
+from lminf_export.tensors.dtypes import TYPE_NAMES
+from lminf_export.tensors.files import FILE_NAME as CHECKPOINT_NAME
+from lminf_export.tensors.files import read_header
+from lminf_export.tensors.pieces import Converted, Piece, read_chunks
+from lminf_export.tensors.stored import SourceTensor, StoredTensor
+from lminf_export.tensors.writing import write_pieces
+
+
+def stored_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
+    """Return the tensors of a bundle's weights files, by the names they have there."""
+    files = bundle.manifest.files_of("weights")
+    return {n: t for file in files for n, t in read_header(bundle.path / file).items()}
+
+
+def quantized_names(bundle: Bundle) -> frozenset[str]:
+    """Return the names of the weights that a bundle stores quantised."""
+    return frozenset(
+        n.removesuffix(QUANTIZED) for n in stored_tensors(bundle) if n.endswith(QUANTIZED)
+    )
+
+
+def bundle_weights(bundle: Bundle, skeleton: nn.Module) -> dict[str, SourceTensor]:
+    """Return a bundle's weights by the model's names, quantised ones as what they stand for.
+
+    Args:
+        bundle: quantised or not.
+        skeleton: its model, on the meta device.
+
+    Raises:
+        ModelError: the weights file does not fit the model.
+    """
+    stored, quantization = stored_tensors(bundle), bundle.manifest.quantization
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if bundle.manifest.linked_files:
+        # They have the source's own names, and perhaps tensors no model asks for.
+        named = Conversion.of(skeleton).apply(dict(stored))
+        return {name: tensor for name, tensor in named.items() if name in shapes}
+    if quantization is None:
+        return dict(stored)
+    signed = quantization.form == "qdq"
+    return dequantized(stored, shapes, quantization.block_size, signed)
+
+
+def with_tied_names(
+    tensors: Mapping[str, SourceTensor], skeleton: nn.Module
+) -> dict[str, SourceTensor]:
+    """Return a checkpoint's tensors under every name the model has for them."""
+    named = dict(tensors)
+    for group in _tied_groups(skeleton):
+        known = [name for name in group if name in tensors]
+        named.update(dict.fromkeys(group, tensors[known[0]]) if len(known) == 1 else {})
+    return named
+
+
+def _are_stored_apart(tensors: Mapping[str, SourceTensor], skeleton: nn.Module) -> bool:
+    """Say whether weights that the model ties are two: one quantised and one in full."""
+    return any(sum(name in tensors for name in group) > 1 for group in _tied_groups(skeleton))
+
+
+def _tied_groups(skeleton: nn.Module) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str) -> bool:
+    """Say whether a bundle's weight is, bit for bit, what an export makes of a source tensor.
+
+    Args:
+        name: of the weight.
+        stored: of `bundle_weights`.
+        source: the original.
+        dtype: the bundle's.
+    """
+    if stored.shape != source.shape:
+        return False
+    kinds = {kind: name for name, kind in TYPE_NAMES.items()}
+    piece: Piece = Converted(name, source, kinds.get(stored.dtype, dtype))  # some stay float32
+    first = stored
+    if isinstance(stored, DequantizedWeight):
+        piece = QuantizedWeight(name, source, stored.form, dtype, stored.signed)
+        first = stored.packed
+    if isinstance(stored, DequantizedChannels):
+        piece = ChannelWeight(name, source, stored.kind, dtype)
+        first = stored.packed
+    assert isinstance(first, StoredTensor)
+    found = np.memmap(first.path, np.uint8, "r", first.offset)
+    start = 0
+    for chunk in read_chunks(piece):
+        wanted = chunk.reshape(-1)
+        if not np.array_equal(found[start : start + wanted.size], wanted):
+            return False
+        start += wanted.size
+    return True
+
+
+@contextmanager
+def dequantized_folder(bundle: Bundle, skeleton: nn.Module) -> Iterator[Path]:
+    """Write a model folder of float32 weights for a while: each the value the bundle stands for.
+
+    Raises:
+        ModelError: the weights file does not fit the model.
+    """
+    tensors = bundle_weights(bundle, skeleton)
+    with tempfile.TemporaryDirectory(prefix="lminf-") as name:
+        folder = Path(name)
+        config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = "float32"
+        if _are_stored_apart(tensors, skeleton):
+            config["tie_word_embeddings"] = False
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        pieces = [Converted(n, tensor, "float32") for n, tensor in tensors.items()]
+        write_pieces(folder / CHECKPOINT_NAME, pieces)
+        yield folder
+
+
+@contextmanager
+def rounded_activations(model: Any, names: frozenset[str], block_size: int) -> Iterator[None]:
+    """Let a model's projections round what they multiply as accuracy level 4 does.
+
+    Args:
+        model: of transformers, its weights dequantised.
+        names: the weights that are quantised.
+        block_size: of the weights; activations are cut alike.
+    """
+    quantized = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args: (round_blocks(args[0], block_size), *args[1:])
+        )
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and id(module.weight) in quantized
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def round_blocks(x: Tensor, block_size: int) -> Tensor:
+    """Round activations (…, K) to int8, each block of K by its largest element."""
+    columns = x.shape[-1]
+    padded = nn.functional.pad(x, (0, -columns % block_size)).unflatten(-1, (-1, block_size))
+    scale = padded.abs().amax(-1, keepdim=True) / 127
+    integers = torch.where(scale > 0, padded / scale, torch.zeros_like(padded)).round()
+    return (integers * scale).flatten(-2)[..., :columns].to(x.dtype)

@@ -1,0 +1,55 @@
+"""What `validate` found out about a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lminf_export.verify.comparison import Comparison
+from lminf_export.verify.perplexity_cost import PerplexityCost
+from lminf_export.verify.routing_check import RoutingReport
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """All comparisons of one bundle.
+
+    Attributes:
+        bundle: the bundle's folder name.
+        dtype: its element type.
+        window_size: W.
+        reference_dtype: element type of the reference.
+        comparisons: one for each way of running.
+        differing_weights: tensors that are not the original model's, converted; None where no
+            model was given to compare with.
+        compared_with: the model whose weights the reference has, and an adapter merged into it;
+            None where they are the bundle's own.
+        quantization: how weights are stored, in words; None where they are not quantised.
+        kv_cache_dtype: element type of the rings where it is not dtype, else None.
+        perplexity_cost: what quantisation, of weights and caches, costs; None where there is no
+            text, or for quantised weights no original model, to measure it with.
+        routing: of a mixture of experts, how its choices compare with the reference's; for each
+            way of running. Logits are compared under the bundle's choices.
+    """
+
+    bundle: str
+    dtype: str
+    window_size: int
+    reference_dtype: str
+    comparisons: tuple[Comparison, ...]
+    differing_weights: tuple[str, ...] | None = None
+    compared_with: str | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
+    perplexity_cost: PerplexityCost | None = None
+    routing: tuple[RoutingReport, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison passed, no weight differs and experts differ by ties only."""
+        ties = all(row.passed for row in self.routing)
+        return ties and all(x.passed for x in self.comparisons) and not self.differing_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it."""
+        return {**asdict(self), "passed": self.passed}

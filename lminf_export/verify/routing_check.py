@@ -1,0 +1,317 @@
+"""Which experts a bundle's tokens meet, so that a reference can be sent to the same ones.
+
+A router takes the experts with the best scores. Where two scores nearly tie, another precision
+rightly takes the other one, and everything after it differs by far more than rounding. So logits
+are compared under one routing, the bundle's; and each choice that is not the reference's own must
+have been a near-tie, which is a claim with a bound of its own (`RoutingReport`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lminf_export.bundle.folder import Bundle
+from lminf_export.models.experts import CHOICE_PREFIX
+from lminf_export.runtime.cache import State
+from lminf_export.runtime.kernels import AUTO
+from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, OnnxRuntimeState, Provider
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Routers that take the best groups of experts first, and experts of those groups only.
+
+    A group's score is the sum of its two best experts'.
+    """
+
+    number: int = 1
+    top_k: int = 1
+
+
+NO_GROUPS = Groups()
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """How a bundle's choice of experts compares with the reference's own.
+
+    Attributes:
+        choices: experts chosen, over all tokens and layers.
+        differing: of them not the reference's.
+        largest_gap: by how much the reference's router scored a differing choice below its own;
+            for a differing group, half of that, since its score is a sum of two.
+        allowed_gap: largest gap that is rounding: twice, for each of the two scores that are
+            compared, the largest error that torch makes in the bundle's precision.
+    """
+
+    choices: int
+    differing: int
+    largest_gap: float
+    allowed_gap: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every differing choice was a near-tie."""
+        return self.largest_gap <= self.allowed_gap
+
+
+def find_choices(bundle: Bundle) -> list[str]:
+    """Return the graph's values that hold chosen experts, layer by layer; none without experts."""
+    graph = onnx.load(str(bundle.graph_path), load_external_data=False).graph
+    names = (name for node in graph.node for name in node.output)
+    return [name for name in names if name.startswith(CHOICE_PREFIX)]
+
+
+class WatchedSession(OnnxRuntimeSession):
+    """A bundle's graph in onnxruntime, with the chosen experts as outputs too.
+
+    Attributes:
+        seen: for each step, the experts of each layer with experts, (S, k) int64.
+    """
+
+    def __init__(self, bundle: Bundle, provider: Provider, kernels: str | Path = AUTO) -> None:
+        self.watched = find_choices(bundle)
+        self.seen: list[list[NDArray[np.int64]]] = []
+        model = onnx.load(str(bundle.graph_path), load_external_data=False)
+        for name in self.watched:
+            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None])
+            model.graph.output.append(value)
+        super().__init__(
+            bundle, provider=provider, kernels=kernels, graph=model.SerializeToString()
+        )
+
+    def new_state(self, batch_size: int) -> OnnxRuntimeState:
+        """Return the state of B streams that have seen nothing; what was seen is forgotten."""
+        self.seen.clear()
+        return _WatchedState(self._session, self.manifest, batch_size, self.provider)
+
+    def step(
+        self,
+        state: State,
+        input_ids: np.ndarray,
+        new_length: np.ndarray,
+        logits_index: np.ndarray,
+    ) -> np.ndarray:
+        """Run S tokens of every stream: see `Session.step`."""
+        assert isinstance(state, _WatchedState)
+        state.watched = self.watched
+        logits = super().step(state, input_ids, new_length, logits_index)
+        tokens = input_ids.shape[1]
+        self.seen.append([choice.reshape(tokens, -1) for choice in state.latest])
+        return logits
+
+    def routing(self) -> list[Tensor]:
+        """Return for each layer with experts the experts (T, k) of all tokens of one stream."""
+        return [torch.from_numpy(np.concatenate(layer)) for layer in zip(*self.seen, strict=True)]
+
+
+class _WatchedState(OnnxRuntimeState):
+    """A state whose calls also return what is watched."""
+
+    watched: list[str]
+    latest: list[NDArray[np.int64]]
+
+    def _remember(self, width: int, count: int) -> Any:
+        call = super()._remember(width, count)
+        for name in self.watched:
+            call.binding.bind_output(name)
+        return call
+
+    def run(
+        self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray
+    ) -> np.ndarray:
+        """Run one step; keep what is watched."""
+        logits = super().run(input_ids, new_length, logits_index)
+        call = self._calls[input_ids.shape[1], logits_index.shape[1]]
+        outputs = call.binding.get_outputs()[-len(self.watched) :]
+        self.latest = [value.numpy().copy() for value in outputs]
+        return logits
+
+
+@dataclass(eq=False)
+class Routed(TorchFunctionMode):
+    """Sends a model's tokens to given experts, and keeps what its routers thought of them.
+
+    Routers choose by `topk`, or expert by expert by `max`. Within this mode both return the given
+    experts, with their scores; where none are given, their own, which are kept.
+
+    Attributes:
+        num_experts: E.
+        chosen: for each layer (T, k) int64, or None.
+        start: first token of the present forward pass.
+        scores: for each layer and pass (tokens, E), float64; of routers that take groups first,
+            before that.
+        taken: for each layer and pass (tokens, k), the experts taken.
+    """
+
+    num_experts: int
+    top_k: int
+    chosen: list[Tensor] | None = None
+    start: int = 0
+    scores: list[list[Tensor]] = field(default_factory=list)
+    taken: list[list[Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._picked: list[Tensor] = []
+        self._ungrouped: Tensor | None = None
+        self._layer = 0
+
+    def begin(self, start: int) -> None:
+        """Announce a forward pass whose first token is the start-th of the text."""
+        self.start, self._layer, self._picked = start, 0, []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        result = func(*args, **keywords)
+        scores: Any = args[0] if args else None
+        is_scores = isinstance(scores, Tensor) and scores.dim() in (2, 3)
+        is_scores = is_scores and scores.shape[1:].numel() == self.num_experts
+        is_choice = is_scores and scores.dim() == 2
+        if is_scores and not is_choice and func in (torch.topk, Tensor.topk):
+            self._ungrouped = scores.flatten(1)  # of groups; the scores of others are masked next
+        if is_choice and func in (torch.topk, Tensor.topk):
+            if result[1].shape[1] != self.top_k:
+                return result
+            index = self._given(len(scores))
+            if index is None:
+                index = result[1]
+            return self._take(result, scores, index)
+        if is_choice and func in (torch.max, Tensor.max) and keywords.get("keepdim"):
+            given = self._given(len(scores))
+            place = len(self._picked)
+            index = result[1] if given is None else given[:, place : place + 1]
+            if not place:
+                self._first = scores
+            self._picked.append(index)
+            if len(self._picked) == self.top_k:
+                self._keep(self._first, torch.cat(self._picked, 1))
+                self._picked = []
+            return type(result)((scores.gather(1, index), index))
+        return result
+
+    def _take(self, result: Any, scores: Tensor, index: Tensor) -> Any:
+        self._keep(scores if self._ungrouped is None else self._ungrouped, index)
+        self._ungrouped = None
+        return type(result)((scores.gather(1, index), index))
+
+    def _given(self, count: int) -> Tensor | None:
+        if self.chosen is None:
+            return None
+        return self.chosen[self._layer][self.start : self.start + count]
+
+    def _keep(self, scores: Tensor, index: Tensor) -> None:
+        if len(self.scores) == self._layer:
+            self.scores.append([])
+            self.taken.append([])
+        self.scores[self._layer].append(scores.to(torch.float64))
+        self.taken[self._layer].append(index)
+        self._layer += 1
+
+    def all_scores(self) -> list[Tensor]:
+        """Return for each layer the scores (T, E) of all tokens."""
+        return [torch.cat(layer) for layer in self.scores]
+
+    def all_taken(self) -> list[Tensor]:
+        """Return for each layer the experts (T, k) of all tokens."""
+        return [torch.cat(layer) for layer in self.taken]
+
+
+def experts_of(model: nn.Module) -> tuple[int, int] | None:
+    """Return how many experts a model's layers have, and how many a token meets; or None."""
+    config: Any = model.config
+    counts: set[Any] = {
+        module.num_experts
+        for module in model.modules()
+        if hasattr(module, "num_experts") and hasattr(module, "down_proj")
+    }
+    top_k = next(
+        (
+            getattr(config, name)
+            for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+            if isinstance(getattr(config, name, None), int)
+        ),
+        None,
+    )
+    return (counts.pop(), top_k) if len(counts) == 1 and top_k else None
+
+
+def groups_of(model: nn.Module) -> Groups:
+    """Return the groups a model's routers choose from before they choose experts."""
+    config: Any = model.config
+    count = getattr(config, "n_group", None) or 1
+    return Groups(count, getattr(config, "topk_group", None) or count)
+
+
+def compare_routing(
+    scores: list[Tensor], taken: list[Tensor], error: float, groups: Groups = NO_GROUPS
+) -> RoutingReport:
+    """Compare the experts taken with those a reference's routers scored best.
+
+    Args:
+        scores: for each layer (T, E) of the reference, under the routing that was taken, before
+            groups are.
+        taken: for each layer (T, k).
+        error: largest error of a score in the bundle's precision.
+        groups: how the routers choose groups.
+    """
+    choices = differing = 0
+    largest = 0.0
+    for score, index in zip(scores, taken, strict=True):
+        count, gap = _gap(score, index, groups)
+        choices, differing = choices + index.numel(), differing + count
+        largest = max(largest, gap)
+    return RoutingReport(choices, differing, largest, 4 * error)
+
+
+def _gap(score: Tensor, taken: Tensor, groups: Groups) -> tuple[int, float]:
+    """Return how many of a layer's choices differ from the best, and the largest gap.
+
+    Which groups a token's experts were chosen from is not known. It is enough that some choice of
+    groups explains the experts: the one that needs the smallest gap does.
+    """
+    size = score.shape[1] // groups.number
+    by_group = score.unflatten(1, (groups.number, size))
+    value = by_group.topk(min(2, size)).values.sum(-1)
+    explained = torch.full((len(score),), torch.inf, dtype=score.dtype)
+    differing = torch.zeros(len(score), dtype=torch.int64)
+    for inside in combinations(range(groups.number), groups.top_k):
+        outside = [group for group in range(groups.number) if group not in inside]
+        group_gap = torch.zeros_like(explained)
+        if outside:
+            excess = value[:, outside].amax(1) - value[:, list(inside)].amin(1)
+            group_gap = excess.clamp(min=0.0) / 2
+        reachable = by_group.index_fill(1, torch.tensor(outside, dtype=torch.int64), -torch.inf)
+        strange, gap = _gap_within(reachable.flatten(1), taken)
+        differing = torch.where(group_gap == 0, strange, differing)
+        explained = torch.minimum(explained, torch.maximum(group_gap, gap))
+    return int(differing.sum()), float(explained.max())
+
+
+def _gap_within(score: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each token how many experts taken are not its best, and the largest gap."""
+    own = score.topk(taken.shape[1]).indices
+    strange = ~(taken[:, :, None] == own[:, None, :]).any(-1)
+    least = score.gather(1, own).amin(1, keepdim=True)
+    gap = (least - score.gather(1, taken)).masked_fill(~strange, 0.0)
+    return strange.sum(1), gap.amax(1)
+
+
+def largest_difference(left: list[Tensor], right: list[Tensor]) -> float:
+    """Return the largest difference of two lists of scores."""
+    return max(
+        float((x - y).abs().masked_fill(x == y, 0.0).max())  # what is masked is infinite in both
+        for x, y in zip(left, right, strict=True)
+    )

@@ -1,0 +1,79 @@
+"""Builds the kernels for this CPU on the block emulation, once per test run."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = ROOT / "plugins"
+KERNELS = PLUGINS / "lambda_attention"
+HOST_SOURCES = ("params.cpp", "plan.cpp", "c_api.cpp")
+KERNEL_SOURCES = (
+    *("launch.cu", "rows.cu", "decode_float16.cu", "decode_bfloat16.cu"),
+    *("tiles_float16.cu", "tiles_bfloat16.cu"),
+)
+NO_COMPILER = "no C++ compiler (g++): the kernels are not built for the block emulation"
+FLAGS = (
+    *("-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"),
+    *("-Wno-unknown-pragmas", "-DLMINF_EMULATE"),
+)
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine, if there is one."""
+    return shutil.which("g++")
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all of xdist's workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if base.name.startswith("popen-") else base) / "emulated_kernels"
+
+
+def emulated_library(folder: Path) -> Path:
+    """Build liblminf_kernels.so in a folder that test workers share; only the first one builds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "liblminf_kernels.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(folder, library)
+    return library
+
+
+def compile_object(plugins: Path, source: str, target: Path) -> None:
+    """Compile one file of plugins/lambda_attention or plugins/emulation."""
+    folder = "emulation" if source == "emulation.cpp" else "lambda_attention"
+    includes = ["-I", str(plugins / "emulation"), "-I", str(plugins / "lambda_attention")]
+    path = str(plugins / folder / source)
+    _run([str(compiler()), *FLAGS, *includes, "-x", "c++", "-c", path, "-o", str(target)])
+
+
+def link(objects: list[Path], library: Path) -> Path:
+    """Link objects to a shared library, which appears when it is whole."""
+    unfinished = library.with_suffix(".part")
+    _run([str(compiler()), "-shared", *map(str, objects), "-o", str(unfinished)])
+    return unfinished.rename(library)
+
+
+def _build(folder: Path, library: Path) -> None:
+    sources = [*HOST_SOURCES, *KERNEL_SOURCES, "emulation.cpp"]
+    objects = [folder / Path(source).with_suffix(".o") for source in sources]
+    with ThreadPoolExecutor(2) as pool:
+        list(
+            pool.map(
+                lambda pair: compile_object(PLUGINS, *pair), zip(sources, objects, strict=True)
+            )
+        )
+    link(objects, library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"

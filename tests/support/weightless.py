@@ -1,0 +1,47 @@
+"""A graph as an export writes it, over weights that are not there."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import onnx
+
+from lminf_export.export.graph import save_graph
+from lminf_export.export.passes.attach_weights import attach
+from lminf_export.export.passes.pipelines import optimize
+from lminf_export.export.trace.tracing import Trace
+from lminf_export.models.base import AttentionPlan
+from lminf_export.operator import contract
+from lminf_export.tensors.dtypes import TYPE_NAMES, item_size
+from lminf_export.tensors.files import FILE_NAME
+from lminf_export.tensors.stored import StoredTensor
+
+
+def export_without_weights(
+    traced: Trace,
+    plan: AttentionPlan,
+    folder: Path,
+    dtype: str = "float16",
+    kv_cache_dtype: str | None = None,
+) -> onnx.GraphProto:
+    """Write a graph as an export does, checks and all, over a file of weights that is a hole."""
+    optimize(traced.model)
+    initializers, stored, offset = traced.model.graph.initializers, {}, 0
+    for name in (name for name in traced.weight_names if name in initializers):
+        shape = tuple(int(dim) for dim in initializers[name].shape.numpy())
+        length = math.prod(shape) * item_size(dtype)
+        stored[name] = StoredTensor(folder / FILE_NAME, TYPE_NAMES[dtype], shape, offset, length)
+        offset += length
+    with (folder / FILE_NAME).open("wb") as file:
+        file.truncate(offset)
+    attach(traced.model, stored)
+    save_graph(
+        traced, plan, dtype, folder / "model.onnx", metadata={}, kv_cache_dtype=kv_cache_dtype
+    )
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    functions = {function.name for function in model.functions}
+    attention = contract.OP_TYPE if kv_cache_dtype is None else contract.INT8_CACHE_OP_TYPE
+    assert attention in functions
+    assert functions <= {attention, "Linear", "LinearAdd"}
+    return model.graph
