@@ -499,8 +499,8 @@ from pathlib import Path
 import tensorrt_bindings as trt
 from tests.test_build_tensorrt import DOUBLES, IBuilderConfig, written_here
 from tests.support import tensorrt_doubles as session
-from lminf_export.build import compiler, settings
-from lminf_export.build.options import EngineOptions
+from lminf_export.engine import compiler, settings
+from lminf_export.engine.options import EngineOptions
 from lminf_export.progress import silent
 from lminf_export.runtime.engine import message_log
 missing = []

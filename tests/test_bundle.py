@@ -124,7 +124,7 @@ def test_an_interrupted_replacement_keeps_the_old_bundle(bundle_path):
 
 _EXPORT_AND_WAIT = """
 import sys, time
-from lminf_export.bundle import BundleWriter
+from lminf_export.bundle.writer import BundleWriter
 with BundleWriter(sys.argv[1]) as writer:
     writer.add("model.onnx", "graph").write_bytes(b"half")
     print("ready", flush=True)

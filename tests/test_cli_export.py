@@ -297,8 +297,9 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
 
 def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path):
     code = (
-        "import os, signal; from lminf_export import weights, export;"
-        "write_pieces = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+        "import os, signal; from lminf_export import export;"
+        "from lminf_export.export import background_weights;"
+        "background_weights.write_pieces = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"export({str(llama)!r}, {str(tmp_path / 'b')!r})"
     )
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)

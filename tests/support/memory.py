@@ -12,7 +12,7 @@ MIB = 2**20
 # Samples its own anonymous memory, before and while it exports.
 _MEASURE = """
     import importlib, sys, threading, time
-    import lminf_export, lminf_export.exporter, torch.onnx
+    import lminf_export, lminf_export.export.run, torch.onnx
     importlib.import_module(sys.argv[3])
 
     def anonymous():
