@@ -17,11 +17,11 @@ from lminf_export.export.passes.number_names import number_names
 from lminf_export.export.passes.repeat_layers import repeat_layers
 from lminf_export.export.trace import tracing
 from lminf_export.export.trace.layer_records import (
-    Twins,
+    Templates,
     UnlikeLayersError,
     check_first,
     find_stack,
-    find_twins,
+    find_templates,
     shortened,
 )
 from lminf_export.models.registry import find_family
@@ -37,7 +37,7 @@ class Repeated:
 
     Attributes:
         family: the name of its case in tests/families.py, or of one in test_families_own.py.
-        twins: what is expected.
+        templates: what is expected.
         changes: of its configuration.
         dtype: element type of weights and caches.
         kv_cache_dtype: "int8", or None.
@@ -45,7 +45,7 @@ class Repeated:
     """
 
     family: str
-    twins: Twins
+    templates: Templates
     changes: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     kv_cache_dtype: str | None = None
@@ -66,19 +66,19 @@ def layers(letters: str) -> dict[str, Any]:
 
 
 REPEATED = [
-    Repeated("llama", Twins(2, (1, 1)), {"num_hidden_layers": 4}, "float16", "int8"),
+    Repeated("llama", Templates(2, (1, 1)), {"num_hidden_layers": 4}, "float16", "int8"),
     # Tied embeddings; a window and a rotation for each kind of layer.
     Repeated(
-        "gemma3_text", Twins(4, (2, 2, 3)), {**layers("fssfssf"), "tie_word_embeddings": True}
+        "gemma3_text", Templates(4, (2, 2, 3)), {**layers("fssfssf"), "tie_word_embeddings": True}
     ),
-    Repeated("cohere2", Twins(3, (1, 2)), layers("ssfsf"), lambda_layers="all"),
+    Repeated("cohere2", Templates(3, (1, 2)), layers("ssfsf"), lambda_layers="all"),
     Repeated(
-        "smollm3", Twins(3, (1, 2)), {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 0, 1, 0]}
+        "smollm3", Templates(3, (1, 2)), {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 0, 1, 0]}
     ),
     # The first two have no experts.
-    Repeated("dots1", Twins(4, (2, 3)), {**layers("sffsfs"), "first_k_dense_replace": 2}),
-    Repeated("gpt_oss", Twins(3, (1, 2, 1)), layers("ssfsfs")),
-    Repeated("mpt", Twins(2, (1, 1)), {"n_layers": 4}),
+    Repeated("dots1", Templates(4, (2, 3)), {**layers("sffsfs"), "first_k_dense_replace": 2}),
+    Repeated("gpt_oss", Templates(3, (1, 2, 1)), layers("ssfsfs")),
+    Repeated("mpt", Templates(2, (1, 1)), {"n_layers": 4}),
 ]
 
 
@@ -95,7 +95,7 @@ def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monke
     family, graphs = find_family(config.model_type), []
     for way in ("repeated", "traced"):
         if way == "traced":
-            monkeypatch.setattr(tracing, "_trace_alike", lambda _: None)
+            monkeypatch.setattr(tracing, "_trace_templates", lambda _: None)
         traced = tracing.trace(config, family, plan, case.dtype, kv_cache_dtype=case.kv_cache_dtype)
         folder = tmp_path / way
         folder.mkdir()
@@ -108,21 +108,21 @@ def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monke
 @pytest.mark.parametrize("case", REPEATED, ids=lambda case: case.family)
 def test_kinds_of_layers_are_seen(case):
     config = case.config()
-    assert twins_of(config, plan_of(config, case.lambda_layers)) == case.twins
+    assert templates_of(config, plan_of(config, case.lambda_layers)) == case.templates
 
 
-def twins_of(config: Any, plan: Any, change: Callable[[nn.Module], object] = id) -> Twins:
-    """Return the twins found in a model that was changed after it was built."""
+def templates_of(config: Any, plan: Any, change: Callable[[nn.Module], object] = id) -> Templates:
+    """Return the templates found in a model that was changed after it was built."""
     model = tracing.meta_model(config, "float32")
     change(model)
     with find_family(config.model_type).patched(model), torch.no_grad():
         module = tracing.TracedModule(config, model, plan, "float32", None)
         stack = find_stack(module.wrapped, len(plan.layers))
         whole = module.record(stack)
-        twins = find_twins(whole.layers)
-        with shortened(module.wrapped, stack, twins.traced):
-            check_first(module.first(twins.traced).record(stack), whole)
-    return twins
+        templates = find_templates(whole.layers)
+        with shortened(module.wrapped, stack, templates.traced):
+            check_first(module.first(templates.traced).record(stack), whole)
+    return templates
 
 
 def scale_by_depth(model: nn.Module) -> None:
@@ -162,12 +162,12 @@ def tied_weight(model: nn.Module) -> None:
 )
 def test_a_layer_that_differs_in_anything_stands_for_no_other(change):
     config = llama_config(num_hidden_layers=6)
-    assert twins_of(config, plan_of(config), change) == Twins(4, (2, 2))
+    assert templates_of(config, plan_of(config), change) == Templates(4, (2, 2))
 
 
 def test_layers_are_scaled_by_their_depth_one_after_the_other():
     config = llama_config(num_hidden_layers=6)
-    assert twins_of(config, plan_of(config), scale_by_depth) == Twins(4, (3, 3))
+    assert templates_of(config, plan_of(config), scale_by_depth) == Templates(4, (3, 3))
 
 
 def count_layers(model: nn.Module) -> None:
@@ -198,7 +198,7 @@ def hidden_sum(model: nn.Module) -> None:
 def test_a_model_that_is_more_than_a_row_of_layers_is_traced_in_full(change):
     config = llama_config(num_hidden_layers=6)
     with pytest.raises(UnlikeLayersError):
-        twins_of(config, plan_of(config), change)
+        templates_of(config, plan_of(config), change)
 
 
 def test_layers_that_cannot_be_told_alike_are_traced_and_the_log_says_why(

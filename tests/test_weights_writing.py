@@ -1,4 +1,4 @@
-"""Weights on their way to the disk: copied or converted, early or late, the same file."""
+"""Writing weights: copied or converted, during or after tracing, the file is the same."""
 
 from __future__ import annotations
 
@@ -171,10 +171,10 @@ def test_weights_are_written_while_the_model_is_traced(llama, tmp_path, monkeypa
     run.export(llama, tmp_path / "b", **SETTINGS)
 
 
-def test_wrong_foresight_costs_time_and_nothing_else(llama, tmp_path, monkeypatch):
+def test_a_wrong_prediction_of_the_weights_costs_time_only(llama, tmp_path, monkeypatch):
     right = run.export(llama, tmp_path / "right", **SETTINGS)
-    real = run.foreseen_pieces
-    monkeypatch.setattr(run, "foreseen_pieces", lambda *a: real(*a)[:-1])
+    real = run.expected_pieces
+    monkeypatch.setattr(run, "expected_pieces", lambda *a: real(*a)[:-1])
     wrong = run.export(llama, tmp_path / "wrong", **SETTINGS)
     (name,) = right.manifest.files_of("weights")
     first, second = load_file(right.path / name), load_file(wrong.path / name)

@@ -1,8 +1,9 @@
-"""Weights under way to the disk while their model is still being traced.
+"""Writes the weights file in a thread while the model is traced.
 
-Tracing takes as long as copying the weights, one is bound by a processor and the other by the
-disk. Which weights the graph will ask for can be told from the model; where that is wrong (some
-models hold weights that nothing depends on) they are written again, afterwards.
+Tracing takes about as long as copying the weights: the processor limits the one, the disk the
+other. The weights that the graph will need are predicted from the model's parameters. Some models
+hold parameters that nothing depends on; the prediction is then wrong, and the file is written
+again after tracing.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from lminf_export.tensors.writing import write_pieces
 
 logger = logging.getLogger(__name__)
 
-_TICK = 0.1  # seconds between two looks at how far it has come
+_TICK = 0.1  # seconds between two progress reports
 _DTYPES = {kind: name for name, kind in TYPE_NAMES.items()}
 _TYPES = {torch_type: _DTYPES[name] for name, torch_type in TORCH_TYPES.items()}
 
 
-class EarlyWeights:
-    """A weights file that a thread writes; leaving the context stops it.
+class BackgroundWeights:
+    """A weights file that a thread writes; leaving the context stops the thread.
 
     Args:
         path: the file.
-        pieces: what it is to hold.
+        pieces: its tensors.
     """
 
     def __init__(self, path: Path, pieces: Sequence[Piece]) -> None:
@@ -45,23 +46,23 @@ class EarlyWeights:
             write_pieces, path, pieces, self._count, self._stop.is_set
         )
 
-    def __enter__(self) -> EarlyWeights:
+    def __enter__(self) -> BackgroundWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
     def holds(self, pieces: Sequence[Piece]) -> bool:
-        """Say whether the file is what these pieces make, but for the order of tensors."""
+        """Return whether the file consists of these pieces, in any order."""
         return self._entries == _entries(pieces)
 
     def stop(self) -> None:
-        """Give up if it is not done; the file is nobody's then."""
+        """Stop an unfinished write; the file is then incomplete and must not be used."""
         self._stop.set()
         self._pool.shutdown()
 
     def result(self, progress: Callable[[int], None]) -> tuple[dict[str, StoredTensor], str]:
-        """Wait for the file; return, and raise, what `write_pieces` does."""
+        """Wait for the file, and report progress; returns and raises as `write_pieces`."""
         told = 0
         while not self._writing.done():
             wait([self._writing], _TICK)
@@ -73,19 +74,19 @@ class EarlyWeights:
         self._written += written
 
 
-def foreseen_pieces(
+def expected_pieces(
     model: nn.Module, checkpoint: Mapping[str, SourceTensor]
 ) -> list[Converted] | None:
-    """Return the weights that the graph of a model will ask for, by its parameters.
+    """Return the weights that the graph of a model is expected to need: all its parameters.
 
     Args:
         model: on the meta device, in the element types it is to have.
         checkpoint: the source's tensors.
 
     Returns:
-        One piece for each, named as in the bundle; None where the checkpoint lacks one, which
-        is for others to say, or where some are computed (dequantised, merged), which takes the
-        processors and the memory that tracing needs.
+        One piece for each, named as in the bundle. None where the checkpoint lacks a tensor
+        (`write_graph` raises the error), and where tensors are computed (dequantised, merged):
+        that would take the processors and the memory that tracing needs.
     """
     named = Conversion.of(model).apply(checkpoint)
     groups: dict[int, list[str]] = {}

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from lminf_export.errors import ExportError
-from lminf_export.export.background_weights import EarlyWeights
+from lminf_export.export.background_weights import BackgroundWeights
 from lminf_export.export.passes.attach_weights import attach
 from lminf_export.export.passes.fuse_linear_operators import own_linear
 from lminf_export.export.passes.number_names import number_names
@@ -75,7 +75,7 @@ def write_graph(
     quantize: QuantizeConfig | None = None,
     kv_cache_dtype: str | None = None,
     link: bool = False,
-    early: EarlyWeights | None = None,
+    background: BackgroundWeights | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> WrittenWeights:
     """Write a graph, and its weights beside it.
@@ -90,7 +90,7 @@ def write_graph(
         quantize: how weights are quantised, its form decided; None for not at all.
         kv_cache_dtype: "int8" for rings of int8, as it was traced; None for dtype.
         link: put hard links to the checkpoint's files beside the graph instead of a copy.
-        early: the weights file, if it is being written already.
+        background: the weights file, if it is being written already.
         progress: told the bytes of weights written.
 
     Raises:
@@ -105,7 +105,7 @@ def write_graph(
     else:
         pieces = _weight_pieces(model, sources, aliases, dtype, quantize)
         file = path.with_name(weights_name(quantize))
-        written = _write_weights(model, *pieces, file, early, progress)
+        written = _write_weights(model, *pieces, file, background, progress)
     save_graph(trace, plan, dtype, path, metadata=metadata, kv_cache_dtype=kv_cache_dtype)
     return written
 
@@ -215,16 +215,16 @@ def _write_weights(
     full: Sequence[Converted],
     quantized: Sequence[Quantized] | None,
     path: Path,
-    early: EarlyWeights | None,
+    background: BackgroundWeights | None,
     progress: Callable[[int], None],
 ) -> WrittenWeights:
     pieces = [*full, *(quantized or ())]
-    if early is not None and early.holds(pieces):
-        stored, digest = early.result(progress)
+    if background is not None and background.holds(pieces):
+        stored, digest = background.result(progress)
     else:
-        if early is not None:
+        if background is not None:
             logger.info("the graph asks for other weights than foreseen; they are written again")
-            early.stop()
+            background.stop()
         stored, digest = write_pieces(path, pieces, progress)
     attach(model, {piece.name: stored[piece.name] for piece in full})
     attach_quantized(model, quantized or (), stored)

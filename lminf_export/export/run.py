@@ -14,7 +14,7 @@ from lminf_export.bundle.writer import BundleWriter, check_destination
 from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.source import open_source
 from lminf_export.engine.options import EngineOptions
-from lminf_export.export.background_weights import EarlyWeights, foreseen_pieces
+from lminf_export.export.background_weights import BackgroundWeights, expected_pieces
 from lminf_export.export.decisions import (
     LINK_NOTICE,
     check_weights,
@@ -28,7 +28,7 @@ from lminf_export.export.decisions import (
 from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
 from lminf_export.export.graph import WrittenWeights, weights_name, write_graph
 from lminf_export.export.job import ExportJob, ExportOptions, package_version
-from lminf_export.export.tokenizer_files import copy_companions, eos_notices
+from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import meta_model, trace
 from lminf_export.models.registry import find_family
 from lminf_export.operator.settings import (
@@ -212,7 +212,7 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             writer.add(name, "weights")
             if digest is not None:
                 writer.set_digest(name, digest)
-        copy_companions(job.source, writer, with_index=job.links_weights)
+        copy_tokenizer_files(job.source, writer, with_index=job.links_weights)
         engine, recipe = add_engine(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
@@ -232,9 +232,9 @@ def _write_model(
     config, checkpoint = job.source.config, job.checkpoint.tensors
     model = meta_model(config, job.dtype, trust_remote_code=job.options.trust_remote_code)
     with ExitStack() as stack:
-        early = _early_weights(job, model, graph)
-        if early is not None:
-            stack.enter_context(early)
+        background = _background_weights(job, model, graph)
+        if background is not None:
+            stack.enter_context(background)
         traced = trace(
             config,
             job.family,
@@ -253,18 +253,18 @@ def _write_model(
             quantize=job.quantize,
             kv_cache_dtype=job.kv_cache_dtype,
             link=job.links_weights,
-            early=early,
+            background=background,
             progress=byte_counter(progress, "writing weights", job.weight_bytes),
         )
     return written, graph
 
 
-def _early_weights(job: ExportJob, model: nn.Module, graph: Path) -> EarlyWeights | None:
+def _background_weights(job: ExportJob, model: nn.Module, graph: Path) -> BackgroundWeights | None:
     """Start to write weights that are stored as they come; others wait for the graph."""
     if job.quantize is not None or job.links_weights:
         return None
-    pieces = foreseen_pieces(model, job.checkpoint.tensors)
-    return EarlyWeights(graph.with_name(weights_name(None)), pieces) if pieces else None
+    pieces = expected_pieces(model, job.checkpoint.tensors)
+    return BackgroundWeights(graph.with_name(weights_name(None)), pieces) if pieces else None
 
 
 def _metadata(job: ExportJob) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The small files of a model that a bundle takes along, and what is read from them."""
+"""The small files of a model that are copied into its bundle, and the stop tokens they name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lminf_export.operator.settings import as_integer
 from lminf_export.tensors.files import INDEX_NAME
 
 
-def copy_companions(source: Source, writer: BundleWriter, *, with_index: bool) -> None:
-    """Copy tokenizer, chat template and configuration, the last without quantisation.
+def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bool) -> None:
+    """Copy the tokenizer, chat template and configuration into a bundle.
 
-    For linked shards their index, too.
+    `config.json` is that of the unquantised model. With `with_index` (linked weights) the index
+    of the shards is copied too.
     """
     configs = (*CONFIG_FILES, *([INDEX_NAME] if with_index else []))
     for names, role in ((TOKENIZER_FILES, "tokenizer"), (configs, "config")):
@@ -27,16 +28,16 @@ def copy_companions(source: Source, writer: BundleWriter, *, with_index: bool) -
 
 
 def eos_ids(source: Source) -> list[int]:
-    """Return the stop tokens that the model can write, of those its files name.
+    """Return the stop tokens that a model's files name, those outside its vocabulary left out.
 
     Raises:
-        ModelError: what the files name are no token ids.
+        ModelError: the files name something else than token ids.
     """
     return [token for token in _named_eos_ids(source) if token < source.config.vocab_size]
 
 
 def eos_notices(source: Source) -> Iterable[str]:
-    """Yield what to tell the user about stop tokens that the model cannot write."""
+    """Yield a notice if stop tokens are outside the vocabulary."""
     size = source.config.vocab_size
     strange = [str(token) for token in _named_eos_ids(source) if token >= size]
     if strange:

@@ -1,12 +1,13 @@
-"""Which layers of a model are alike? What each of them computes, written down, tells.
+"""Finds layers that compute the same over different weights, by recording their operations.
 
-The whole model runs once on the meta device, where that costs little, and every operation that
-reaches a tensor is written down in words that do not name the layer: weights and caches relative
-to the layer they belong to, results by the place where they were made. Two layers with equal
-records are one computation over other weights. Whatever sets a layer apart (a constant made from
-its index, another window or rotation, experts) shows in its record, whether a configuration, a
-module or a line of code is the reason. The first layers of the model then run alone, and have to
-leave the same record as within the whole: then nothing they do depends on how many follow.
+The whole model runs once on the meta device, where that costs little. Every operation on a tensor
+is recorded, and the operations of a layer form its signature. A signature does not name its layer:
+weights and caches are named relative to the layer they belong to, results by the operation that
+made them. Layers with equal signatures are the same computation over different weights. Whatever
+makes a layer different (a constant made from its index, another window or rotation, experts) is
+part of its signature, whether the cause is the configuration, a module or a line of code. The
+first layers of the model then run alone and must give the same record as within the whole model;
+that shows that nothing in them depends on the number of layers.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lminf_export.models.base import replaced
 from lminf_export.operator import bindings
 
-Words = tuple[Any, ...]
+Signature = tuple[Any, ...]
 
-# A tensor that is no weight, no input and no result, such as a constant in a model's code.
+# Of a constant in a model's code: a tensor that is no weight, no input and no result.
 _MOST_CONSTANT_ELEMENTS = 4096
 
 
 class UnlikeLayersError(Exception):
-    """Why a model's layers are traced one by one instead; never reaches a user."""
+    """The layers must be traced one by one; says why. Caught in `trace`, never shown to users."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,24 @@ class Record:
     """What a model computes, operation by operation.
 
     Attributes:
-        before: ahead of its layers.
-        layers: in each layer, in words that do not name it.
-        after: behind them.
+        before: operations before the first layer.
+        layers: signature of each layer.
+        after: operations after the last layer.
     """
 
-    before: Words
-    layers: tuple[Words, ...]
-    after: Words
+    before: Signature
+    layers: tuple[Signature, ...]
+    after: Signature
 
 
 @dataclass(frozen=True)
-class Twins:
-    """How many layers have to be traced, and which of them stands for each of the others.
+class Templates:
+    """How many layers have to be traced, and which of them is the template of each other layer.
 
     Attributes:
-        traced: the first so many layers show every kind there is.
-        of_later: for each layer behind them one of them, not the first, that is alike.
+        traced: number of first layers that are traced; they have every signature there is.
+        of_later: for each layer after them, the index of the traced layer, never 0, with the same
+            signature.
     """
 
     traced: int
@@ -80,7 +82,7 @@ def find_stack(model: nn.Module, num_layers: int) -> str:
 
 @contextmanager
 def shortened(model: nn.Module, path: str, count: int) -> Iterator[None]:
-    """Leave a model only the first layers for a while."""
+    """Cut a model behind its first layers, within the context."""
     parent, _, name = path.rpartition(".")
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
@@ -88,10 +90,10 @@ def shortened(model: nn.Module, path: str, count: int) -> Iterator[None]:
         yield
 
 
-def find_twins(layers: Sequence[Words]) -> Twins:
-    """Find the fewest first layers that show every later kind, in a place behind the first.
+def find_templates(layers: Sequence[Signature]) -> Templates:
+    """Find the smallest number of first layers that have the signature of every later layer.
 
-    The first layer stands for no other: what all layers share is made in it.
+    Layer 0 is no template: values that all layers share are computed in it.
 
     Raises:
         UnlikeLayersError: every layer has to be traced.
@@ -99,12 +101,12 @@ def find_twins(layers: Sequence[Words]) -> Twins:
     for traced in range(2, len(layers)):
         place = {kind: layer for layer, kind in enumerate(layers[:traced]) if layer}
         if all(kind in place for kind in layers[traced:]):
-            return Twins(traced, tuple(place[kind] for kind in layers[traced:]))
+            return Templates(traced, tuple(place[kind] for kind in layers[traced:]))
     raise UnlikeLayersError("the last of its layers is the first of its kind")
 
 
 def check_first(first: Record, whole: Record) -> None:
-    """Check that the first layers do alone what they do within the whole.
+    """Check that the first layers compute alone what they compute within the whole model.
 
     Raises:
         UnlikeLayersError: something depends on how many layers there are.
@@ -119,7 +121,7 @@ def check_first(first: Record, whole: Record) -> None:
 def record(
     wrapped: nn.Module, arguments: Mapping[str, Tensor], call: Sequence[Any], stack: str
 ) -> Record:
-    """Run a model once and write down all it computes.
+    """Run a model once and record its operations.
 
     Args:
         wrapped: the module that is traced.
@@ -146,7 +148,7 @@ def record(
 
 
 class _Made(NamedTuple):
-    """Where a tensor was made: section, number of the operation in it, which of its results."""
+    """Where a tensor was made: section, index of the operation in it, index of the result."""
 
     section: int
     operation: int
@@ -154,7 +156,7 @@ class _Made(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down every operation. Section 0 is before the layers, i + 1 is layer i."""
+    """Records every operation. Section 0 is before the layers, section i + 1 is layer i."""
 
     def __init__(self, names: Mapping[int, str], stack: str, num_layers: int) -> None:
         super().__init__()
@@ -165,15 +167,15 @@ class _Recorder(TorchDispatchMode):
         self.made: dict[int, _Made] = {}
         self.carried: dict[int, _Made] = {}
         self.strangers = 0
-        self.alive: list[Any] = []  # an id belongs to one tensor while that lives
+        self.alive: list[Any] = []  # keeps tensors alive: the id of a freed one is used again
 
     def watch(self, index: int, layer: nn.Module) -> Iterator[Any]:
-        """Be told when a layer begins and ends; yield the hooks."""
+        """Register hooks on a layer that follow where it begins and ends; yield their handles."""
         yield layer.register_forward_pre_hook(lambda *_: self._enter(index))
         yield layer.register_forward_hook(lambda *_: self._leave(index))
 
     def record(self) -> Record:
-        """Return what was written down."""
+        """Return the record of the run."""
         before, *layers, after = (tuple(section) for section in self.sections)
         if self.finished != len(layers):
             raise UnlikeLayersError(f"only {self.finished} of {len(layers)} layers run")
@@ -185,7 +187,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.section == self.finished and self.section:
             raise UnlikeLayersError(f"{func} runs between layers")
-        words = (str(func), self._word(args), self._word(kwargs))
+        call = (str(func), self._describe(args), self._describe(kwargs))
         if func._schema.is_mutable and not self._is_made_here((args, kwargs)):
             raise UnlikeLayersError(f"{func} changes what it was given")
         result = func(*args, **kwargs)
@@ -193,7 +195,7 @@ class _Recorder(TorchDispatchMode):
         for number, tensor in enumerate(_tensors(result)):
             self.made[id(tensor)] = _Made(self.section, place, number)
         self.alive.append((args, kwargs, result))
-        self.sections[self.section].append((*words, self._word(result)))
+        self.sections[self.section].append((*call, self._describe(result)))
         return result
 
     def _enter(self, index: int) -> None:
@@ -212,14 +214,14 @@ class _Recorder(TorchDispatchMode):
         found = (self.made.get(id(tensor)) for tensor in _tensors(values))
         return all(made is not None and made.section == self.section for made in found)
 
-    def _word(self, value: Any) -> Any:
+    def _describe(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             form = str(value.dtype), tuple(value.shape), value.stride()
             return (*self._origin(value), *form)
         if isinstance(value, (list, tuple)):
-            return tuple(map(self._word, value))
+            return tuple(map(self._describe, value))
         if isinstance(value, dict):
-            return tuple((key, self._word(value[key])) for key in sorted(value))
+            return tuple((key, self._describe(value[key])) for key in sorted(value))
         return type(value).__name__, repr(value)  # 1, 1.0 and True are three things
 
     def _origin(self, tensor: Tensor) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ from lminf_export.export.trace.layer_records import (
     UnlikeLayersError,
     check_first,
     find_stack,
-    find_twins,
+    find_templates,
     record,
     shortened,
 )
@@ -94,7 +94,7 @@ def trace(
     model = model or meta_model(config, dtype)
     module = TracedModule(config, model, plan, dtype, kv_cache_dtype)
     with family.patched(model), _quiet_exporter(), _uncollected(), torch.no_grad():
-        onnx_model = _trace_alike(module) or module.to_onnx()
+        onnx_model = _trace_templates(module) or module.to_onnx()
     weight_names = _weight_names(model, onnx_model, module.constants)
     for value in onnx_model.graph.initializers.values():
         value.const_value = None  # a tensor without data must not look like a constant to passes
@@ -163,7 +163,7 @@ class TracedModule:
         return program.model
 
 
-def _trace_alike(module: TracedModule) -> ir.Model | None:
+def _trace_templates(module: TracedModule) -> ir.Model | None:
     """Trace the first layer of every kind and copy it for those that are alike.
 
     Returns:
@@ -174,16 +174,16 @@ def _trace_alike(module: TracedModule) -> ir.Model | None:
     try:
         stack = find_stack(module.wrapped, len(module.plan.layers))
         whole = module.record(stack)
-        twins = find_twins(whole.layers)
-        with shortened(module.wrapped, stack, twins.traced):
-            first = module.first(twins.traced)
+        templates = find_templates(whole.layers)
+        with shortened(module.wrapped, stack, templates.traced):
+            first = module.first(templates.traced)
             check_first(first.record(stack), whole)
             onnx_model = first.to_onnx()
-        repeat_layers(onnx_model, stack, twins.of_later, _tensor_names(module.wrapped))
+        repeat_layers(onnx_model, stack, templates.of_later, _tensor_names(module.wrapped))
     except UnlikeLayersError as error:
         logger.info("every layer is traced by itself: %s", error)
         return None
-    logger.info("%d of %d layers traced", twins.traced, len(module.plan.layers))
+    logger.info("%d of %d layers traced", templates.traced, len(module.plan.layers))
     return onnx_model
 
 
