@@ -1,7 +1,8 @@
 """Export decoder language models with Λ-shaped attention, so that a stream never has to end.
 
-`export` turns a Hugging Face model into a bundle, `load` runs one. Names are imported when
-first used: running a bundle never pays for what exporting needs.
+`export` turns a Hugging Face model into a bundle, `validate` compares a bundle with a float64
+reference, `load` runs one. Every public name is imported when it is first used, so that running a
+bundle does not load what exporting needs. Reference: docs/api.md.
 """
 
 from __future__ import annotations
@@ -10,68 +11,70 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lminf_export.bundle.folder import Bundle
-    from lminf_export.errors import (
-        BundleError,
-        ConfigError,
-        EngineError,
-        ExportError,
-        InputError,
-        LminfError,
-        ModelError,
-        SessionError,
-    )
-    from lminf_export.export.run import export
-    from lminf_export.operator.settings import LambdaConfig
-    from lminf_export.runtime.language_model import LanguageModel
-    from lminf_export.runtime.load import load
+    from lminf_export.bundle.folder import Bundle as Bundle
+    from lminf_export.bundle.manifest import Manifest as Manifest
+    from lminf_export.engine.options import EngineOptions as EngineOptions
+    from lminf_export.errors import BundleError as BundleError
+    from lminf_export.errors import ConfigError as ConfigError
+    from lminf_export.errors import EngineError as EngineError
+    from lminf_export.errors import ExportError as ExportError
+    from lminf_export.errors import InputError as InputError
+    from lminf_export.errors import LminfError as LminfError
+    from lminf_export.errors import ModelError as ModelError
+    from lminf_export.errors import SessionError as SessionError
+    from lminf_export.export.job import ExportOptions as ExportOptions
+    from lminf_export.export.run import export as export
+    from lminf_export.operator.settings import LambdaConfig as LambdaConfig
+    from lminf_export.progress import Progress as Progress
+    from lminf_export.quantize.config import QuantizeConfig as QuantizeConfig
+    from lminf_export.runtime.cache import State as State
+    from lminf_export.runtime.language_model import LanguageModel as LanguageModel
+    from lminf_export.runtime.load import load as load
+    from lminf_export.runtime.sampling import SamplingConfig as SamplingConfig
+    from lminf_export.runtime.session import Session as Session
+    from lminf_export.runtime.text import TextCodec as TextCodec
+    from lminf_export.verify.report import ValidationReport as ValidationReport
+    from lminf_export.verify.validate import validate as validate
 
     __version__: str
 
-__all__ = [
-    "Bundle",
-    "BundleError",
-    "ConfigError",
-    "EngineError",
-    "ExportError",
-    "InputError",
-    "LambdaConfig",
-    "LanguageModel",
-    "LminfError",
-    "ModelError",
-    "SessionError",
-    "__version__",
-    "export",
-    "load",
-]
-
-_ERRORS = (
-    "BundleError",
-    "ConfigError",
-    "EngineError",
-    "ExportError",
-    "InputError",
-    "LminfError",
-    "ModelError",
-    "SessionError",
-)
+# Public name → the module it is defined in. A test compares this with the imports above.
 _HOMES = {
-    **dict.fromkeys(_ERRORS, "lminf_export.errors"),
-    "Bundle": "lminf_export.bundle.folder",
-    "LambdaConfig": "lminf_export.operator.settings",
-    "LanguageModel": "lminf_export.runtime.language_model",
-    "load": "lminf_export.runtime.load",
+    "Bundle": "bundle.folder",
+    "BundleError": "errors",
+    "ConfigError": "errors",
+    "EngineError": "errors",
+    "EngineOptions": "engine.options",
+    "ExportError": "errors",
+    "ExportOptions": "export.job",
+    "InputError": "errors",
+    "LambdaConfig": "operator.settings",
+    "LanguageModel": "runtime.language_model",
+    "LminfError": "errors",
+    "Manifest": "bundle.manifest",
+    "ModelError": "errors",
+    "Progress": "progress",
+    "QuantizeConfig": "quantize.config",
+    "SamplingConfig": "runtime.sampling",
+    "Session": "runtime.session",
+    "SessionError": "errors",
+    "State": "runtime.cache",
+    "TextCodec": "runtime.text",
+    "ValidationReport": "verify.report",
+    "load": "runtime.load",
+    "validate": "verify.validate",
 }
+__all__ = [*_HOMES, "__version__", "export"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _version()
     elif name == "export":
-        # The package of this name, which can be called: see its docstring.
+        # The package of that name, which can be called: see its docstring.
         value = importlib.import_module("lminf_export.export")
     elif name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+        value = getattr(importlib.import_module(f"lminf_export.{_HOMES[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
