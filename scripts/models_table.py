@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "models.json"
 PAGE = ROOT / "docs" / "models.md"
 sys.path.insert(0, str(ROOT))
 
-from lminf_export import LminfError, export, load  # noqa: E402
-from tests import test_families_own as own  # noqa: E402
-from tests.support.families import CASES, FamilyCase  # noqa: E402
-from tests.test_families import check_family, stock_error  # noqa: E402
+from benchmarks.support import own_families as own  # noqa: E402
+from benchmarks.support.families import CASES, FamilyCase  # noqa: E402
+from benchmarks.support.family_check import check_family, stock_error  # noqa: E402
+from lminf_export import LminfError, export  # noqa: E402
 
 # What the families without the attention interface have, beside what their tests measure.
 OWN = {
@@ -186,7 +185,7 @@ def measure_case(case: FamilyCase, folder: Path) -> dict[str, Any]:
 
 
 def measure_own(name: str, folder: Path) -> dict[str, Any]:
-    exported = export_own(name, folder)
+    exported = own.export_case(name, folder)
     rng = np.random.default_rng(3)
     streams = [
         own.decode(exported, lambda remaining: np.array([1, 1])),
@@ -206,23 +205,6 @@ def measure_own(name: str, folder: Path) -> dict[str, Any]:
         ),
         "oracle": max(errors),
     }
-
-
-def export_own(name: str, folder: Path) -> own.Exported:
-    source = own.save(name, folder / "m")
-    bundle = export(
-        source,
-        folder / "b",
-        window_size=own.WINDOW,
-        num_sink_tokens=own.SINKS,
-        distance_limit=own.LIMIT,
-        chunk_size=own.CHUNK,
-    )
-    rng = np.random.default_rng(7)
-    texts = [rng.integers(0, own.VOCAB, length) for length in own.LENGTHS]
-    rule = own.Rule(own.WINDOW, own.SINKS, own.LIMIT)
-    wanted = [own.own_logits(source, rule, torch.from_numpy(text)).numpy() for text in texts]
-    return own.Exported(source, bundle.graph_path, load(folder / "b"), texts, wanted)
 
 
 def try_engine(folder: Path) -> str:

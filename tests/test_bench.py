@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.support.families import CASES
 from lminf_export import Bundle, export, load
 from lminf_export.bench.floor import cache_bytes_per_step, weight_bytes_per_step
 from lminf_export.bench.profile import summarize
 from lminf_export.cli.bench import bench_command
 from lminf_export.tensors.files import read_header
-from tests.support.families import CASES
 from tests.support.tiny_models import save_llama
 
 SETTINGS = {"window_size": 19, "num_sink_tokens": 3, "chunk_size": 7}

@@ -20,14 +20,10 @@ from lminf_export.errors import EngineError
 from lminf_export.operator import bindings
 from lminf_export.progress import silent
 from lminf_export.runtime.tensorrt import message_log
+from tests.support.rtx import RTX, needs_rtx
 from tests.support.tiny_bundle import TinyModel
 from tests.test_build_prepare import request_of
 
-RTX = "tensorrt-rtx"
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None,
-    reason="tensorrt-rtx is not installed (pip install 'lminf-export[rtx]')",
-)
 TINY = TinyModel(sliding_window=5, dtype="float16", head_dim=16)
 
 

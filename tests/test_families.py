@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,95 +13,14 @@ import torch
 from click.testing import CliRunner
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from benchmarks.support.families import CASES, CHUNK, SINKS, SIZES, SLIDING, WINDOW, FamilyCase
+from benchmarks.support.family_check import TOLERANCE, check_family, stock_error
 from lminf_export import ConfigError, LambdaConfig, ModelError, export, load
 from lminf_export.cli.export import export_command
 from lminf_export.models.probe import ProbedFamily
 from lminf_export.models.registry import FAMILIES, find_family
-from tests.support.families import CASES, CHUNK, SINKS, SIZES, SLIDING, WINDOW, FamilyCase
-from tests.support.family_oracle import Rule, oracle_logits
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLERANCE = 2e-5  # of the logits' range: the contract for float32
-LENGTHS = (6 * WINDOW + 3, 5 * WINDOW + 1)  # of the batch's two texts
-CHUNKS = ((3, 1), (1, 7), (7, 2), (0, 5), (19, 3), (2, 0), (5, 31), (1, 1), (41, 2))
-
-
-@dataclass(frozen=True)
-class FamilyErrors:
-    """Largest differences of a logit, each relative to the range of what it is compared with."""
-
-    stock: float
-    token_by_token: float
-    in_chunks: float
-
-
-def check_family(case: FamilyCase, folder: Path, lambda_layers: str = "full") -> FamilyErrors:
-    """Export a family's model once and measure everything on it."""
-    source = case.save(folder / "m")
-    export(
-        source,
-        folder / "b",
-        window_size=WINDOW,
-        num_sink_tokens=SINKS,
-        chunk_size=CHUNK,
-        lambda_layers=lambda_layers,
-    )
-    own_sinks = SINKS if lambda_layers == "all" else 0
-    rules = [
-        Rule(WINDOW, SINKS, WINDOW) if own is None else Rule(own, own_sinks, own)
-        for own in case.windows
-    ]
-    layers = json.loads((folder / "b" / "lminf.json").read_text())["layers"]
-    names = ("window_size", "num_sink_tokens", "distance_limit")
-    assert [Rule(*(layer[name] for name in names)) for layer in layers] == rules
-    model = load(folder / "b")
-    rng = np.random.default_rng(1)
-    texts = [rng.integers(3, model.vocab_size, length) for length in LENGTHS]
-    wanted = [oracle_logits(source, rules, torch.from_numpy(text)).numpy() for text in texts]
-    return FamilyErrors(
-        stock=stock_error(model, source, case.stock, texts[0][: _common_length(rules)]),
-        token_by_token=stream_error(model, texts, wanted, [(1, 1)]),
-        in_chunks=stream_error(model, texts, wanted, CHUNKS),
-    )
-
-
-def _common_length(rules):
-    """Up to here nothing is a sink, so the model must equal the unmodified one."""
-    return min([WINDOW, *(rule.window for rule in rules if rule.sinks)])
-
-
-@torch.no_grad()
-def stock_error(model, source, attention, tokens):
-    stock = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=torch.float32,
-        attn_implementation=attention,
-        experts_implementation="eager",
-    )
-    wanted = stock.eval()(torch.from_numpy(tokens[None]), use_cache=False).logits[0].numpy()
-    got = model.forward(tokens[None], model.new_state())[0]
-    return float(np.abs(got - wanted).max() / np.ptp(wanted))
-
-
-def stream_error(model, texts, wanted, pattern):
-    """Feed a batch of two texts in pieces of different lengths; both end where they end."""
-    state, error, step = model.new_state(2), 0.0, 0
-    while True:
-        before = state.past_length.copy()
-        left = [len(text) - int(done) for text, done in zip(texts, before, strict=True)]
-        if not any(left):
-            return error
-        lengths = np.minimum(left, pattern[step % len(pattern)])
-        step += 1
-        ids = np.full((2, max(1, int(lengths.max()))), 3)
-        for row, text in enumerate(texts):
-            ids[row, : lengths[row]] = text[before[row] : before[row] + lengths[row]]
-        logits = model.forward(ids, state, lengths=lengths)
-        for row in range(2):
-            right = wanted[row][before[row] : before[row] + lengths[row]]
-            if lengths[row]:
-                difference = np.abs(logits[row, : lengths[row]] - right).max()
-                error = max(error, float(difference / np.ptp(wanted[row])))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)

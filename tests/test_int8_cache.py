@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
+from benchmarks.support.operator_case import Case, History, shared_inputs
+from benchmarks.support.operator_node import OnnxNode
 from lminf_export.operator import contract, reference
 from lminf_export.operator.attention_body import BodyFeatures, function_body
 from lminf_export.operator.reference_int8 import (
@@ -21,8 +23,7 @@ from lminf_export.operator.reference_int8 import (
 )
 from lminf_export.runtime.kernels import INSTALLED
 from tests.support.kernel_sets import SETS, instruction_set
-from tests.support.operator_case import Case, History, shared_inputs
-from tests.test_operator import BASES, CASES, TOLERANCE, OnnxNode, cases, random_chunks, total
+from tests.support.operator_streams import BASES, CASES, TOLERANCE, cases, random_chunks, total
 
 FORMS = ("body", *SETS)
 

@@ -17,24 +17,23 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 import lminf_export
+from benchmarks.support.operator_case import Case, History, shared_inputs
+from benchmarks.support.operator_node import OnnxNode, one_node_model
 from lminf_export.errors import SessionError
 from lminf_export.operator.attention_body import BodyFeatures, function_body
 from lminf_export.runtime.kernels import INSTALLED, find_kernels, open_library
 from tests.support.kernel_sets import HAS_COMPILER, SETS, instruction_set, needs_kernels
-from tests.support.operator_case import Case, History, shared_inputs
-from tests.support.tiny_bundle import TinyModel
-from tests.support.tiny_models import save_llama
-from tests.test_operator import (
+from tests.support.operator_streams import (
     BASES,
     CASES,
     TOLERANCE,
-    OnnxNode,
     cases,
-    one_node_model,
     random_chunks,
     stream,
     total,
 )
+from tests.support.tiny_bundle import TinyModel
+from tests.support.tiny_models import save_llama
 
 pytestmark = needs_kernels
 ROOT = Path(__file__).parents[1]

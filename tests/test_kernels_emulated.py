@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.support.operator_case import Case, History, shared_inputs
 from scripts.gpu import streams
 from scripts.gpu.check import Guarded, Stream, run_stream
 from scripts.gpu.emulated_device import EmulatedDevice, counters, reset_counters
 from scripts.gpu.kernel_library import KernelLibrary, params_of
 from tests.support import kernel_build
-from tests.support.operator_case import Case, History, shared_inputs
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
 DEVICE = EmulatedDevice()

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.families import CASES, CHUNK, SINKS, WINDOW
+from benchmarks.support.own_families import make_config
 from lminf_export import LambdaConfig
 from lminf_export.export.passes.number_names import number_names
 from lminf_export.export.passes.repeat_layers import repeat_layers
@@ -25,10 +27,8 @@ from lminf_export.export.trace.layer_records import (
     shortened,
 )
 from lminf_export.models.registry import find_family
-from tests.support.families import CASES, CHUNK, SINKS, WINDOW
 from tests.support.tiny_models import llama_config
 from tests.support.weightless import export_without_weights
-from tests.test_families_own import make_config
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import onnx
 import onnx.helper as oh
-import onnxruntime as ort
 import pytest
 
 import lminf_export
@@ -15,11 +12,10 @@ from lminf_export.operator.attention_body import OPSET
 from lminf_export.operator.contract import DOMAIN
 from lminf_export.operator.linear_bodies import LINEAR, LINEAR_ADD, linear_body
 from lminf_export.runtime.kernels import INSTALLED
-from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
 from tests.support.kernel_sets import SETS, instruction_set, needs_kernels
+from tests.support.linear_sessions import TYPES, numbers, session, steps_events
 from tests.support.tiny_models import save_llama
 
-TYPES = {np.float32: onnx.TensorProto.FLOAT, np.float16: onnx.TensorProto.FLOAT16}
 # Rows of few and of many tokens; features that no vector, strip, panel or depth divides.
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 31, 67)
 FEATURES = ((1, 1), (5, 3), (67, 17), (131, 300), (64, 768), (3, 1031))
@@ -49,19 +45,6 @@ def one_node(op_type: str, weight: np.ndarray, rank: int = 0) -> bytes:
         graph, opset_imports=imports, functions=[linear_body(op_type)], ir_version=10
     )
     return model.SerializeToString()
-
-
-def session(model: bytes, library: str | None, threads: int = 1) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    if library is not None:
-        options.register_custom_ops_library(library)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def numbers(seed: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2], ids=["plain", "bias", "residual"])
@@ -119,17 +102,6 @@ def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("linear")
     source = save_llama(folder / "m", num_hidden_layers=2)
     return lminf_export.export(source, folder / "b", window_size=256, chunk_size=64)
-
-
-def steps_events(bundle, kernels: str, folder) -> list[dict]:
-    """The operators of one step at a position where every ring is full."""
-    session = OnnxRuntimeSession(bundle, threads=1, kernels=kernels, profile=folder / "p")
-    state = session.new_state(1)
-    state.stand_at(1000)
-    one, zero = np.ones(1, np.int64), np.zeros((1, 1), np.int64)
-    session.step(state, zero, one, zero)
-    events = json.loads(session.end_profiling().read_text())
-    return [e["args"] for e in events if str(e.get("name", "")).endswith("_kernel_time")]
 
 
 @pytest.mark.parametrize(

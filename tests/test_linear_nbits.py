@@ -27,8 +27,8 @@ from tests.support.kernel_sets import (
     instruction_set,
     needs_kernels,
 )
+from tests.support.linear_sessions import TYPES, numbers, session, steps_events
 from tests.support.tiny_models import save_llama
-from tests.test_linear import TYPES, numbers, session, steps_events
 
 # Few tokens and many; features that no block, vector or panel divides, and some that all do.
 TOKENS = (0, 1, 2, 3, 5, 17, 64, 200)

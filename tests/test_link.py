@@ -11,10 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.support.families import CASES
 from lminf_export import Bundle, ConfigError, ModelError, export, load
 from lminf_export.cli.export import export_command
 from lminf_export.cli.validate import validate_command
-from tests.support.families import CASES
 from tests.support.tiny_models import save_llama
 
 SETTINGS = {"window_size": 19, "num_sink_tokens": 3, "chunk_size": 7}

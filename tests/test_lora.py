@@ -14,6 +14,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.support.families import CASES, WINDOW
 from lminf_export import InputError, ModelError, export
 from lminf_export.checkpoint.conversion import Conversion
 from lminf_export.checkpoint.opening import open_checkpoint
@@ -21,7 +22,6 @@ from lminf_export.checkpoint.source import open_source
 from lminf_export.cli.export import export_command
 from lminf_export.models.base import build_model
 from lminf_export.verify.validate import validate
-from tests.support.families import CASES, WINDOW
 
 BY_NAME = {case.model_type: case for case in CASES}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.support import own_families as own
+from benchmarks.support.families import CASES
 from lminf_export import export
-from tests import test_families_own as own
-from tests.support.families import CASES
-from tests.test_build_engine import RTX, needs_rtx
+from tests.support.rtx import RTX, needs_rtx
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_NAME = {case.model_type: case for case in CASES}

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.bitnet import pack_weights
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from benchmarks.support.families import CASES, CHUNK, SINKS, WINDOW
 from lminf_export import ModelError, export, load
 from lminf_export.checkpoint.dequantize.methods import check_quantization, dequantized
 from lminf_export.tensors.files import read_checkpoint, read_header
 from lminf_export.verify.validate import validate
-from tests.support.families import CASES, CHUNK, SINKS, WINDOW
 from tests.support.memory import MIB, peak_of_export
 
 TOLERANCE = 2e-5  # of the logits' range: the contract for float32

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from benchmarks.support.families import CASES
 from lminf_export import Bundle, ConfigError, ModelError, export, load
 from lminf_export.cli.export import export_command
 from lminf_export.cli.inspect import inspect_command
@@ -27,7 +28,6 @@ from lminf_export.quantize.formats import (
 from lminf_export.quantize.stored import row_blocks
 from lminf_export.tensors.files import read_header
 from lminf_export.verify.perplexity_cost import perplexity_cost
-from tests.support.families import CASES
 from tests.support.tiny_models import save_llama
 
 SETTINGS = {"window_size": 19, "num_sink_tokens": 3, "chunk_size": 7}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.support.families import CASES, CHUNK, WINDOW
 from lminf_export import export, load
 from lminf_export.bundle.folder import Bundle
 from lminf_export.cli.validate import validate_command
@@ -16,7 +17,6 @@ from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.verify.comparison import run_in_pieces
 from lminf_export.verify.routing_check import Groups, WatchedSession, compare_routing, find_choices
 from lminf_export.verify.validate import validate
-from tests.support.families import CASES, CHUNK, WINDOW
 
 BY_NAME = {case.model_type: case for case in CASES}
 

@@ -69,8 +69,8 @@ def main() -> None:
 def write_models(folder: Path) -> None:
     """Save a model of every tested family, under its name in the tests."""
     sys.path.insert(0, str(ROOT))
-    from tests import test_families_own as own
-    from tests.support.families import CASES
+    from benchmarks.support import own_families as own
+    from benchmarks.support.families import CASES
 
     for case in CASES:
         case.save(folder / case.model_type)

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.support.operator_case import Case, History, shared_inputs
 from lminf_export.operator import reference
 from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
-from tests.support.operator_case import Case, History, shared_inputs
 
 GUARD_BYTES = 256
 GUARD = 0xFF  # NaN in every floating type, −1 in an integer

@@ -9,11 +9,11 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto
 
+from benchmarks.support.operator_case import History, shared_inputs
+from benchmarks.support.operator_node import one_node_model
 from lminf_export.operator import contract
 from lminf_export.operator.attention_body import BodyFeatures, function_body
 from scripts.gpu.streams import SMALL
-from tests.support.operator_case import History, shared_inputs
-from tests.test_operator import one_node_model
 
 # float32: the error of the rotation's tables and of products summed in any order (TF32 is off).
 TOLERANCE = 2e-5

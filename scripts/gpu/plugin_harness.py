@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.support.operator_case import Case, History, shared_inputs
 from lminf_export.operator import contract, reference
 from scripts.gpu.check import Outcome, Stream
-from tests.support.operator_case import Case, History, shared_inputs
 
 MAX_RATIO = 2.0  # the error allowed, in units of torch's in the same precision
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.support.operator_case import Case
 from scripts.gpu.check import Stream
-from tests.support.operator_case import Case
 
 BASES = (0, 10**6, 2 * 10**8, 10**12)
 HALF_TYPES = (torch.float16, torch.bfloat16)
