@@ -64,8 +64,9 @@ def main() -> None:
     show("lminf", "validate", str(BUNDLE))
     write_text()
     show(
-        "python", "benchmarks/perplexity.py", "--bundle", str(BUNDLE), "--model", str(MODEL),
-        "--text", str(MODEL / "heldout.txt"), "--factors", "1", "16", "--blocks", "12", "--table",
+        "python", "-m", "benchmarks.evaluation.perplexity", "--bundle", str(BUNDLE),
+        "--model", str(MODEL), "--text", str(MODEL / "heldout.txt"), "--factors", "1", "16",
+        "--blocks", "12", "--table",
     )  # fmt: skip
     if has_builder:
         print("\nengine.plan was built, not executed: this demo needs no GPU.")

@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.common import environment, write_result  # noqa: E402
+from benchmarks.support.result import write_result  # noqa: E402
+from lminf_export.runtime.environment import environment  # noqa: E402
 from scripts.gpu import report, timings  # noqa: E402
 from scripts.gpu.cuda_device import CudaDevice  # noqa: E402
 from scripts.gpu.emulated_device import TimedEmulation  # noqa: E402
@@ -96,7 +97,7 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
         return
     write_result(folder / f"gpu-{gpu}.json", result)
     page = (ROOT / "docs" if options.results is None else folder) / "gpu.md"
-    page.write_text(report.page(result), encoding="utf-8")
+    page.write_text(report.page(report.results_in(folder)), encoding="utf-8")
 
 
 if __name__ == "__main__":

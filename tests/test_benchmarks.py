@@ -1,4 +1,4 @@
-"""The benchmark scripts run, at tiny sizes; what they measure is nobody's claim here."""
+"""The benchmarks run, at tiny sizes; what they measure is nobody's claim here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from tests.support.tiny_models import save_llama
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def script(name, *arguments):
+def benchmark(name, *arguments):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -31,12 +32,12 @@ def test_peers_race_in_turns_and_say_who_is_missing(tmp_path):
     """Peers that are not installed are named in the result, with the reason."""
     tiny = ("--shape", "tiny", "--work", tmp_path / "work")
     names = ("transformers fp32", "ours fp32")
-    script("peers.py", "prepare", *tiny, "--contestants", *names)
+    benchmark("peers.race", "prepare", *tiny, "--contestants", *names)
     out = tmp_path / "peers.json"
     settings = ("--contexts", 64, 1_000_000, "--rounds", 2, "--tokens", 3, "--prefill-tokens", 65)
     settings += ("--linear-tokens", 520, "--twin-rounds", 2)
     for section in ("decode-fp32", "prefill-fp32", "linear", "twin"):
-        script("peers.py", "run", *tiny, *settings, "--sections", section,
+        benchmark("peers.race", "run", *tiny, *settings, "--sections", section,
                "--contestants", *names, "llama.cpp f32", "--out", out)  # fmt: skip
     sections = json.loads(out.read_text())["sections"]
     added = {"decode-fp32", "prefill-fp32", "linear", "twin"}
@@ -58,7 +59,7 @@ def test_peers_race_in_turns_and_say_who_is_missing(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc/self/io on this system")
 def test_large_export_measures_memory_traffic_and_copying(tmp_path):
     out = tmp_path / "large.json"
-    script("large_export.py", "--shapes", "tiny", "--work", tmp_path, "--out", out)
+    benchmark("export.large_export", "--shapes", "tiny", "--work", tmp_path, "--out", out)
     (model,) = json.loads(out.read_text())["models"]
     assert [row["export"] for row in model["exports"]] == ["float16", "int4"]
     for row in model["exports"]:
@@ -66,16 +67,16 @@ def test_large_export_measures_memory_traffic_and_copying(tmp_path):
         assert row["write_bytes"] >= row["bundle_bytes"] > 0
     assert [p.name for p in tmp_path.iterdir()] == ["large.json"], "it deletes what it wrote"
     small = ("--shapes", "tiny", "--exports", "int4", "--work", tmp_path, "--out", out)
-    script("large_export.py", *small)
+    benchmark("export.large_export", *small)
     (model,) = json.loads(out.read_text())["models"]
     assert [row["export"] for row in model["exports"]] == ["float16", "int4"], "others stay"
 
 
 @pytest.mark.slow
 def test_the_paper_s_experiment_runs_on_a_cpu(tmp_path):
-    output = script(
-        "paper.py", "--work", tmp_path, "--device", "cpu", "--shape", "tiny", "--context", 257,
-        "--window-size", 33, "--decode-tokens", 3,
+    output = benchmark(
+        "decoding.paper", "--work", tmp_path, "--device", "cpu", "--shape", "tiny",
+        "--context", 257, "--window-size", 33, "--decode-tokens", 3,
     )  # fmt: skip
     found = json.loads(output.splitlines()[-1])
     assert set(found["contestants"]) == {"full", "lambda"}
@@ -87,7 +88,7 @@ def test_projections_are_measured_beside_the_bodies_and_onnxruntime_s_gemm(tmp_p
     bundle = lminf_export.export(save_llama(tmp_path / "m"), tmp_path / "b", window_size=29)
     settings = ("--cold", "--positions", 5, 1000, "--rounds", 1, "--prefill", 31)
     found = json.loads(
-        script("projections.py", "--bundle", bundle.path, *settings).splitlines()[-1]
+        benchmark("kernels.projections", "--bundle", bundle.path, *settings).splitlines()[-1]
     )
     forms = {"function_body", "attention_only", "kernel"}
     assert set(found["memory"]) == set(found["prefill_tokens_per_second"]) == forms
@@ -105,15 +106,9 @@ def test_int8_caches_are_timed_beside_float32_ones(tmp_path):
     out = tmp_path / "caches.json"
     tiny = ("--work", tmp_path / "work", "--shape", "tiny", "--window-size", 64)
     settings = ("--positions", 64, 1_000_000, "--batch-sizes", 2, "--rounds", 2)
-    script("kv_cache.py", "decode", *tiny, *settings, "--out", out)
+    benchmark("decoding.kv_cache", "decode", *tiny, *settings, "--out", out)
     rows = json.loads(out.read_text())["rows"]
     assert [row["position"] for row in rows] == [64, 1_000_000]
     for row in rows:
         assert row["live_cache_bytes"]["int8"] < row["live_cache_bytes"]["float32"]
         assert set(row["ms_per_step"]) == {"float32", "int8"}
-
-
-def test_the_tables_of_the_documentation_are_those_of_the_results():
-    command = [sys.executable, str(ROOT / "scripts" / "performance_tables.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

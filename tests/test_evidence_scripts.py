@@ -1,4 +1,4 @@
-"""The scripts behind docs/evidence.md: corpora, training data, the 5-gram bar, the document."""
+"""The scripts behind docs/evidence.md: corpora, training data, the 5-gram bar, tables."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import random
 import struct
 import zlib
 
-import copying_data
-import corpora
-import evidence_tables
-import ngram_baseline
 import pytest
 import torch
-import train_demo_models as training
-import training_data
-import training_loop
+
+from scripts.docs import evidence
+from scripts.train import copying_data, corpora, ngram_baseline, training_data, training_loop
+from scripts.train import train_demo_models as training
 
 
 def r_vector(strings):
@@ -137,9 +134,9 @@ def test_the_paper_and_ours_stand_in_one_table(monkeypatch):
             "stock": {"by_bucket": [{"perplexity": 20.0}, {"perplexity": 4321.4}, None]},
         },
     }
-    paper = evidence_tables.load("paper")
-    monkeypatch.setattr(evidence_tables, "load", lambda name: paper if name == "paper" else ours)
-    lines = evidence_tables.paper("perplexity-tiny").splitlines()
+    paper = evidence.result_of("paper")
+    monkeypatch.setattr(evidence, "result_of", lambda name: paper if name == "paper" else ours)
+    lines = evidence.paper("perplexity-tiny").splitlines()
     assert "| MPT-7B | ArXiv | stock | 5.49 | 247.6 | 1,122 | 1,672 | 1,601 | – |" in lines
     assert "| Llama-2 | ArXiv | stock | 3.76 | 8,461 | NaN | NaN | – | – |" in lines
     assert lines[-2:] == [
@@ -164,8 +161,3 @@ def test_the_ngram_model_gives_probabilities_and_learns_what_follows_what():
     unigrams = ngram_baseline.build_levels(train, order=1)
     found = ngram_baseline.loss_under(levels, fresh, 200)
     assert found < 0.7 * ngram_baseline.loss_under(unigrams, fresh, 200)
-
-
-def test_the_document_says_what_the_results_say():
-    text = evidence_tables.DOCUMENT.read_text(encoding="utf-8")
-    assert evidence_tables.filled(text) == text

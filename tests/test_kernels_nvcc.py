@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from scripts import kernels_ptxas
+from scripts.gpu import kernels_ptxas
 from tests.support.kernel_build import ROOT
 
 needs_nvcc = pytest.mark.skipif(

@@ -1,28 +1,21 @@
-"""Write docs/api.md, the reference of the public names, from their docstrings and signatures.
+"""docs/api.md, the reference of the public names, from their docstrings and signatures.
 
-    api_reference.py [--check]
-
-`--check` writes nothing and exits with 1 where the page is not what would be written. Docstrings
-are parsed by griffe.
+`scripts/docs/write_all.py` writes it. Docstrings are parsed by griffe.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from griffe import Docstring, DocstringSection
 
 import lminf_export
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "api.md"
 GROUPS = {
     "Functions": ("export", "load", "validate"),
     "Running a bundle": ("LanguageModel", "State", "SamplingConfig", "TextCodec", "Session"),
@@ -36,7 +29,7 @@ GROUPS = {
 }
 HEAD = """# Public names
 
-<!-- Written by scripts/docs/api_reference.py; do not edit. -->
+<!-- Written by scripts/docs/write_all.py; do not edit. -->
 
 All of these are imported from `lminf_export`, each when it is first used. What is not on this page
 may change in any release (see [CHANGELOG.md](../CHANGELOG.md) for what is promised).
@@ -45,16 +38,6 @@ Letters in shapes: B batch, S new tokens, K rows of logits, V vocabulary, H quer
 G key/value heads, C ring slots, N sink tokens, D head dimension.
 """
 WIDTH = 100
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare only")
-    wanted = page()
-    if not parser.parse_args().check:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != wanted:
-        sys.exit(f"{PAGE.relative_to(ROOT)} is not current: run {Path(__file__).name}")
 
 
 def page() -> str:
@@ -189,7 +172,3 @@ def _whole(item: Any) -> str:
 
 def _joined(text: str) -> str:
     return " ".join(text.split())
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from scripts.docs.tables import RESULTS, table
 
 NOT_MEASURED = "not yet measured"
 HEAD = """# On a GPU
@@ -19,24 +23,41 @@ TARGETS = (
 )
 
 
+def current_page() -> str:
+    """Return docs/gpu.md as the committed results make it."""
+    results = results_in(RESULTS)
+    return page(results) if results else empty_page()
+
+
+def results_in(folder: Path) -> list[dict[str, Any]]:
+    """Read the results of every GPU in a folder."""
+    paths = sorted(folder.glob("gpu-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
 def empty_page() -> str:
     """Return the page as long as no GPU was at hand."""
-    rows = [f"| {what} | {target} | {NOT_MEASURED} |" for what, target in TARGETS]
-    return "\n".join([HEAD, "| | target | measured |", "|---|---|---|", *rows, ""])
+    rows = [[what, target, NOT_MEASURED] for what, target in TARGETS]
+    return f"{HEAD}\n{table(['', 'target', 'measured'], rows, numbers=False)}\n"
 
 
-def page(result: dict[str, Any]) -> str:
-    """Return the page of a result."""
+def page(results: list[dict[str, Any]]) -> str:
+    """Return the page of the results of one GPU or several."""
+    return "\n".join([HEAD, *map(_section, results)])
+
+
+def _section(result: dict[str, Any]) -> str:
     steps = result["steps"]
-    lines = [HEAD, f"Measured on {result['environment']['gpu']}:", ""]
-    lines += ["| step | | |", "|---|---|---|"]
-    for name, step in steps.items():
-        lines.append(f"| {name} | {step['status']} | {_remark(step)} |")
+    rows = [[name, step["status"], _remark(step)] for name, step in steps.items()]
+    parts = [
+        f"Measured on {result['environment']['gpu']}:",
+        table(["step", "", ""], rows, numbers=False),
+    ]
     workloads = steps.get("timing", {}).get("workloads", [])
     if workloads:
-        lines += ["", "| workload | µs a layer | of copy bandwidth | TFLOP/s | times faster than |"]
-        lines += ["|---|---|---|---|---|", *(_row(w) for w in workloads)]
-    return "\n".join([*lines, ""])
+        head = ["workload", "µs a layer", "of copy bandwidth", "TFLOP/s", "times faster than"]
+        parts.append(table(head, map(_row, workloads), numbers=False))
+    return "\n\n".join(parts) + "\n"
 
 
 def _remark(step: dict[str, Any]) -> str:
@@ -48,13 +69,16 @@ def _remark(step: dict[str, Any]) -> str:
     return str(step.get("said", "")).splitlines()[-1] if step.get("said") else ""
 
 
-def _row(workload: dict[str, Any]) -> str:
+def _row(workload: dict[str, Any]) -> list[str]:
     seconds = workload["seconds"]["lambda kernels"]["median"]
     share = workload.get("of_copy_bandwidth")
     faster = workload.get("times_faster_than", {})
     failed = [f"{name}: failed" for name in workload["failed"]]
     compared = [f"{name}: {value:.2f}" for name, value in faster.items()]
-    return (
-        f"| {workload['workload']} | {seconds * 1e6:.1f} | {f'{share:.0%}' if share else ''} "
-        f"| {workload['flops_per_second'] / 1e12:.1f} | {', '.join([*compared, *failed])} |"
-    )
+    return [
+        workload["workload"],
+        f"{seconds * 1e6:.1f}",
+        f"{share:.0%}" if share else "",
+        f"{workload['flops_per_second'] / 1e12:.1f}",
+        ", ".join([*compared, *failed]),
+    ]

@@ -193,7 +193,7 @@ def _dequantize_first(graph: ir.Graph, piece: Quantized, products: Sequence[ir.N
     """Put a DequantizeLinear between the weight and its products.
 
     TensorRT for RTX keeps INT4 with a scale for each block, and INT8 and fp8 with one for each
-    row, as they are in its plans (`benchmarks/quantized_plans.py`).
+    row, as they are in its plans (`benchmarks/export/quantized_plans.py`).
     """
     if not products:
         return

@@ -1,0 +1,131 @@
+"""What the compiler makes of the kernels: registers, spills and shared memory per architecture.
+
+python -m scripts.gpu.kernels_ptxas --out benchmarks/results/kernels-ptxas.json
+
+Needs nvcc, no GPU. `blocks_per_multiprocessor` is what registers allow (64 Ki of them), before
+shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "plugins" / "lambda_attention"
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+DECODE_SOURCES = ("decode_float16.cu", "decode_bfloat16.cu")
+SOURCES = (*DECODE_SOURCES, "tiles_float16.cu", "tiles_bfloat16.cu", "rows.cu")
+REGISTERS = 65536
+_FUNCTION = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_NAME = re.compile(r"5lminf\d+(\w+?Kernel)I(.*?)EEv")
+_TYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16"}
+_THREADS = {"decodeKernel": 128, "appendKernel": 128, "combineKernel": 128, "simpleKernel": 128}
+
+
+def kernel_name(mangled: str) -> tuple[str, str, list[int]]:
+    """Return function, element type and integer template arguments of a mangled kernel."""
+    found = _NAME.search(mangled)
+    if found is None:
+        raise ValueError(f"{mangled}: not a kernel of this project")
+    function, arguments = found.groups()
+    kind = next(name for code, name in _TYPES.items() if arguments.startswith(code))
+    return function, kind, [int(n) for n in re.findall(r"Li(\d+)", arguments + "E")]
+
+
+def parse(output: str) -> list[dict[str, Any]]:
+    """Read what `ptxas -v` said: one entry for each kernel."""
+    kernels: list[dict[str, Any]] = []
+    for line in output.splitlines():
+        if found := _FUNCTION.search(line):
+            function, kind, numbers = kernel_name(found[1])
+            head_dim, *rest = numbers
+            threads = rest[0] * 32 if function == "tilesKernel" else _THREADS[function]
+            kernels.append(
+                {"architecture": found[2], "kernel": function, "dtype": kind, "head_dim": head_dim}
+            )
+            if function == "decodeKernel":
+                kernels[-1]["query_rows"] = rest[0] * 8
+            kernels[-1]["threads"] = threads
+        elif found := _SPILLS.search(line):
+            kernels[-1]["stack_bytes"] = int(found[1])
+            kernels[-1]["spill_bytes"] = int(found[2]) + int(found[3])
+        elif found := _REGISTERS.search(line):
+            registers = int(found[1])
+            warps = kernels[-1]["threads"] // 32
+            per_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256 a warp
+            kernels[-1]["registers"] = registers
+            kernels[-1]["blocks_per_multiprocessor"] = REGISTERS // (per_warp * warps)
+    return kernels
+
+
+def compile_one(nvcc: str, source: str, architecture: str, folder: Path) -> list[dict[str, Any]]:
+    """Compile one file for one architecture and return its kernels.
+
+    Raises:
+        RuntimeError: with the compiler's messages, warnings included.
+    """
+    target = folder / f"{source}.{architecture}.cubin"
+    command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+    done = subprocess.run(
+        [*command, str(KERNELS / source), "-o", str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode or "warning" in done.stderr:
+        raise RuntimeError(f"{source} for sm_{architecture}:\n{done.stderr[-4000:]}")
+    return parse(done.stderr)
+
+
+def report(
+    sources: tuple[str, ...] = SOURCES, architectures: tuple[str, ...] = ARCHITECTURES
+) -> list[dict[str, Any]]:
+    """Compile files for architectures, two at a time, and return every kernel."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError("nvcc is not on the path")
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(compile_one, nvcc, source, architecture, Path(name))
+            for architecture in architectures
+            for source in sources
+        ]
+        return [kernel for job in jobs for kernel in job.result()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES))
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    kernels = report(architectures=tuple(arguments.architectures))
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    result = {
+        "benchmark": "kernels-ptxas",
+        "nvcc": re.search(r"V([\d.]+)", version.stdout)[1],  # type: ignore[index]
+        "kernels": kernels,
+    }
+    spilling = [k for k in kernels if k["spill_bytes"]]
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(kernels)} kernels in {time.monotonic() - start:.0f} s, {len(spilling)} spill")
+    for kernel in spilling:
+        print(kernel)
+    return int(any(k["kernel"] == "decodeKernel" for k in spilling))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
