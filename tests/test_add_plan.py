@@ -230,7 +230,7 @@ def test_a_build_here_puts_plan_plugin_and_recipe_into_the_bundle(tmp_path, libr
         asked.append(request)
         request.plan_path.write_bytes(b"a plan")
         return EngineFacts(
-            *("tensorrt", "11.4.0.106", "sm_90", request.dtype, profiles(request)),
+            *("tensorrt", "11.4.0.106", "sm_90", request.contract.dtype, profiles(request)),
             cache_updates=len(request.updated_in_place),
             seconds=1.0,
             bytes=6,

@@ -17,7 +17,7 @@ from lminf_export.engine import child, compiler, tensorrt, tensorrt_rtx
 from lminf_export.engine.builders import available_builders, build_engine, select_builder
 from lminf_export.engine.common import prepare_for_engine, profiles
 from lminf_export.errors import EngineError
-from lminf_export.operator import bindings
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.progress import silent
 from lminf_export.runtime.tensorrt import message_log
 from tests.support.rtx import RTX, needs_rtx
@@ -116,13 +116,11 @@ def test_every_ring_is_updated_in_place(tmp_path, trt, parse):
 
 def test_a_ring_that_would_be_copied_is_an_error(trt):
     updates = {"past_key_values.0.key": "present.0.key"}
-    request = SimpleNamespace(
-        layers=TINY.layers, dtype="float16", with_plugin=False, updated_in_place=updates
-    )
+    contract = GraphContract(TINY.layers, "float16", TINY.vocab_size)
+    request = SimpleNamespace(contract=contract, with_plugin=False, updated_in_place=updates)
     types = {"int64": trt.DataType.INT64, "float16": trt.DataType.HALF}
     inputs = [
-        SimpleNamespace(name=spec.name, dtype=types[spec.dtype])
-        for spec in bindings.input_specs(TINY.layers, "float16")
+        SimpleNamespace(name=spec.name, dtype=types[spec.dtype]) for spec in contract.inputs()
     ]
     network = SimpleNamespace(num_inputs=len(inputs), get_input=inputs.__getitem__, num_layers=0)
     with pytest.raises(EngineError, match=r"1 of 1 caches .* past_key_values\.0\.key"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -21,8 +23,7 @@ def request_of(tiny, folder, **changes):
     settings = {
         "onnx_path": folder / "model.onnx",
         "plan_path": folder / "engine.plan",
-        "dtype": tiny.dtype,
-        "layers": tiny.layers,
+        "contract": tiny.contract,
         "chunk_size": tiny.chunk_size,
     }
     return EngineRequest(**(settings | changes))
@@ -45,12 +46,9 @@ def run(path, tiny, batch_size=2):
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    rings = {layer.ring_symbol: layer.ring_capacity for layer in tiny.layers}
-    specs = list(bindings.cache_specs(tiny.layers, tiny.dtype, present=False))
-    caches = {
-        spec.name: np.zeros([batch_size, *(rings.get(d, d) for d in spec.shape[1:])], spec.dtype)
-        for spec in specs
-    }
+    sizes = {**tiny.contract.ring_sizes(), bindings.BATCH: batch_size}
+    specs = list(tiny.contract.caches(present=False))
+    caches = {spec.name: np.zeros(spec.sized(sizes), spec.dtype) for spec in specs}
     ids = np.random.default_rng(3).integers(0, tiny.vocab_size, (batch_size, sum(CHUNKS)))
     parts, past = [], 0
     for size in CHUNKS:
@@ -82,10 +80,9 @@ def test_a_model_without_sinks_is_prepared_to_the_same_numbers(tmp_path):
 def test_rings_are_numbers_and_everything_else_stays_a_symbol(graphs):
     model = ir.load(graphs[1])
     shapes = {v.name: v.shape.dims for v in (*model.graph.inputs, *model.graph.outputs)}
-    rings = {layer.ring_symbol: layer.ring_capacity for layer in TINY.layers}
-    specs = bindings.input_specs(TINY.layers, TINY.dtype)
-    specs += bindings.output_specs(TINY.layers, TINY.dtype, TINY.vocab_size)
-    for spec in specs:
+    contract = TINY.contract
+    rings = contract.ring_sizes()
+    for spec in (*contract.inputs(), *contract.outputs()):
         found = [d if isinstance(d, int) else d.value for d in shapes[spec.name]]
         assert found == [rings.get(d, d) for d in spec.shape]
 
@@ -117,7 +114,8 @@ def test_a_node_is_named_after_what_it_makes(graphs):
 
 
 def test_a_graph_of_other_layers_is_refused(graphs, tmp_path):
-    request = request_of(TINY, graphs[0].parent, layers=TINY.layers[:1])
+    contract = replace(TINY.contract, layers=TINY.layers[:1])
+    request = request_of(TINY, graphs[0].parent, contract=contract)
     out = graphs[0].parent / "other.onnx"
     with pytest.raises(EngineError, match=r"writes 4 rings .* have 2"):
         prepare_for_engine(graphs[0], out, request)

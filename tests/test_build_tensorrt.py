@@ -86,8 +86,7 @@ def test_an_exported_llamas_norms_are_written_out_and_stay_the_same(tmp_path):
     request = EngineRequest(
         bundle.graph_path,
         bundle.path / "engine.plan",
-        "float32",
-        bundle.manifest.layer_specs,
+        bundle.manifest.contract,
         7,
         2,
         with_plugin=True,
@@ -102,9 +101,9 @@ def test_an_exported_llamas_norms_are_written_out_and_stay_the_same(tmp_path):
         "new_length": np.array([5, 4]),
         "logits_index": np.array([[0, 1, 4]] * 2),
     }
-    rings = {layer.ring_symbol: layer.ring_capacity for layer in request.layers}
-    for spec in tensors.cache_specs(request.layers, "float32", present=False):
-        feed[spec.name] = np.zeros([2, *(rings.get(d, d) for d in spec.shape[1:])], np.float32)
+    sizes = {**request.contract.ring_sizes(), tensors.BATCH: 2}
+    for spec in request.contract.caches(present=False):
+        feed[spec.name] = np.zeros(spec.sized(sizes), np.float32)
     found = [
         ort.InferenceSession(str(path)).run(["logits"], feed)[0]
         for path in (bundle.graph_path, with_body(ready, bundle.path / "body.onnx"))
@@ -137,8 +136,9 @@ def test_a_batch_of_one_is_fixed_in_the_graph_and_a_larger_one_stays_open(tmp_pa
 def test_a_graph_of_other_layers_is_refused(written, tmp_path):
     bundle, request = written
     out = bundle.path / "other.onnx"
+    other = replace(request, contract=replace(request.contract, layers=TINY.layers[:1]))
     with pytest.raises(EngineError, match="2 LambdaAttention nodes for 1 layers"):
-        prepare_for_plugin(bundle.graph_path, out, replace(request, layers=TINY.layers[:1]))
+        prepare_for_plugin(bundle.graph_path, out, other)
     assert not out.exists()
 
 

@@ -27,6 +27,7 @@ from lminf_export.export.trace.layer_records import (
     shortened,
 )
 from lminf_export.models.registry import find_family
+from lminf_export.operator.graph_contract import GraphContract
 from tests.support.tiny_models import llama_config
 from tests.support.weightless import export_without_weights
 
@@ -96,10 +97,11 @@ def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monke
     for way in ("repeated", "traced"):
         if way == "traced":
             monkeypatch.setattr(tracing, "_trace_templates", lambda _: None)
-        traced = tracing.trace(config, family, plan, case.dtype, kv_cache_dtype=case.kv_cache_dtype)
+        contract = GraphContract(plan.layers, case.dtype, config.vocab_size, case.kv_cache_dtype)
+        traced = tracing.trace(config, family, plan, contract)
         folder = tmp_path / way
         folder.mkdir()
-        export_without_weights(traced, plan, folder, case.dtype, case.kv_cache_dtype)
+        export_without_weights(traced, plan, folder)
         weights = [(name, traced.weight_names[name]) for name in traced.weight_names]
         graphs.append((weights, (folder / "model.onnx").read_bytes()))
     assert graphs[0] == graphs[1]
@@ -116,7 +118,8 @@ def templates_of(config: Any, plan: Any, change: Callable[[nn.Module], object] =
     model = tracing.meta_model(config, "float32")
     change(model)
     with find_family(config.model_type).patched(model), torch.no_grad():
-        module = tracing.TracedModule(config, model, plan, "float32", None)
+        contract = GraphContract(plan.layers, "float32", config.vocab_size)
+        module = tracing.TracedModule(model, plan, contract)
         stack = find_stack(module.wrapped, len(plan.layers))
         whole = module.record(stack)
         templates = find_templates(whole.layers)
@@ -209,7 +212,8 @@ def test_layers_that_cannot_be_told_alike_are_traced_and_the_log_says_why(
     model = tracing.meta_model(config, "float16")
     model.model.layers[3].self_attn.scaling = 0.25
     with caplog.at_level(logging.INFO):
-        traced = tracing.trace(config, family, plan, "float16", model=model)
+        contract = GraphContract(plan.layers, "float16", config.vocab_size)
+        traced = tracing.trace(config, family, plan, contract, model=model)
     assert "every layer is traced by itself: the last of its layers is the first" in caplog.text
     graph = export_without_weights(traced, plan, tmp_path)
     scales = [a.f for n in graph.node for a in n.attribute if a.name == "scale"]

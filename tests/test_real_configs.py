@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lminf_export import ConfigError, LambdaConfig
 from lminf_export.checkpoint.source import open_source
 from lminf_export.export.decisions import default_window
 from lminf_export.export.trace.tracing import trace
 from lminf_export.models.registry import find_family
+from lminf_export.operator.graph_contract import GraphContract
 from tests.support.memory import MIB
 from tests.support.weightless import export_without_weights
 
@@ -130,14 +130,15 @@ def test_a_real_configuration_gets_the_right_defaults_and_exports(name, tmp_path
     assert [layer.num_sink_tokens for layer in plan.layers] == [
         0 if own else SINKS for own in wanted.own
     ]
-    assert cache_bytes(plan) == sum(
+    assert GraphContract(plan.layers, "float16", config.vocab_size).cache_bytes() == sum(
         2 * 2 * groups * head_dim * (ring(own or window) + (0 if own else SINKS))
         for own in wanted.own
     )
     assert plan.softcap == wanted.softcap
     assert wanted.notice in " ".join(plan.notices)
     check_rotations(plan, wanted)
-    graph = export_without_weights(trace(config, family, plan, "float16"), plan, tmp_path)
+    contract = GraphContract(plan.layers, "float16", config.vocab_size)
+    graph = export_without_weights(trace(config, family, plan, contract), plan, tmp_path)
     nodes = [node for node in graph.node if node.op_type == "LambdaAttention"]
     assert len(nodes) == len(wanted.own)
     for node, layer in zip(nodes, plan.layers, strict=True):
@@ -165,10 +166,6 @@ def check_rotations(plan: Any, wanted: Real) -> None:
 def ring(window: int) -> int:
     """Slots of a ring: window and chunk, in whole chunks."""
     return (window + CHUNK - 1 + CHUNK - 1) // CHUNK * CHUNK
-
-
-def cache_bytes(plan: Any) -> int:
-    return sum(layer.cache_bytes(torch.float16.itemsize) for layer in plan.layers)
 
 
 def read_config(name: str, folder: Path) -> Any:

@@ -60,12 +60,11 @@ def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:
 
 def cache_bytes_per_step(bundle: Bundle, position: int) -> int:
     """Return the live cache bytes one stream's step reads: what is visible, and no more."""
-    manifest, total = bundle.manifest, 0
-    for layer in manifest.layer_specs:
+    contract, total = bundle.manifest.contract, 0
+    for layer in contract.layers:
         visible = min(position + 1, layer.window_size)
         sinks = min(layer.num_sink_tokens, max(position + 1 - layer.window_size, 0))
-        total += visible * layer.ring_slot_bytes(manifest.item_size, manifest.kv_cache_dtype)
-        total += sinks * layer.sink_bytes(manifest.item_size)
+        total += contract.layer_bytes(layer, visible, sinks)
     return total
 
 

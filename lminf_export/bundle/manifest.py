@@ -48,12 +48,12 @@ from lminf_export.bundle.records import (
     check_source_name,
 )
 from lminf_export.errors import BundleError, ConfigError
-from lminf_export.operator.bindings import LayerSpec, TensorSpec, input_specs, output_specs
+from lminf_export.operator.bindings import ITEM_SIZES, LayerSpec, TensorSpec
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION, LambdaConfig, ring_capacity
 
 __all__ = [
     "HASH_BLOCK",
-    "ITEM_SIZES",
     "MANIFEST_NAME",
     "NOT_EXECUTED",
     "SCHEMA_VERSION",
@@ -94,7 +94,6 @@ SCHEMA_VERSION: Literal[1] = 1
 # Called with a file's name and the bytes just read of it.
 Progress = Callable[[str, int], None]
 HASH_BLOCK = 2**20
-ITEM_SIZES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Manifest(Record):
@@ -130,9 +129,7 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _tables_follow_from_the_layers(self) -> Manifest:
-        inputs, outputs = io_tables(
-            self.layer_specs, self.dtype, self.vocab_size, self.kv_cache_dtype
-        )
+        inputs, outputs = io_tables(self.contract)
         for what, found, expected in (
             ("inputs", self.inputs, inputs),
             ("outputs", self.outputs, outputs),
@@ -183,14 +180,18 @@ class Manifest(Record):
 
     @property
     def item_size(self) -> int:
-        """Bytes of one cache element."""
+        """Bytes of one element of the model's type."""
         return ITEM_SIZES[self.dtype]
+
+    @property
+    def contract(self) -> GraphContract:
+        """The graph's inputs and outputs, and its caches."""
+        return GraphContract(self.layer_specs, self.dtype, self.vocab_size, self.kv_cache_dtype)
 
     @property
     def cache_bytes_per_sequence(self) -> int:
         """Bytes of one sequence's caches when every ring is full: the most they ever take."""
-        sizes = (x.cache_bytes(self.item_size, self.kv_cache_dtype) for x in self.layer_specs)
-        return sum(sizes)
+        return self.contract.cache_bytes()
 
     def full_cache_bytes(self, num_tokens: int) -> int:
         """Bytes the unmodified model's cache takes for one sequence of num_tokens tokens."""
@@ -230,10 +231,8 @@ def new_manifest(
     model_type: str,
     source: Source,
     settings: LambdaConfig,
-    dtype: Dtype,
-    vocab_size: int,
+    contract: GraphContract,
     num_attention_heads: int,
-    layers: Sequence[LayerSpec],
     layer_kinds: Sequence[LayerKind] | None = None,
     graph: str = "model.onnx",
     training_length: int | None = None,
@@ -243,31 +242,32 @@ def new_manifest(
     notices: Iterable[str] = (),
     engine: Engine | None = None,
     quantization: Quantization | None = None,
-    kv_cache_dtype: KvCacheDtype | None = None,
     engine_recipe: EngineRecipe | None = None,
 ) -> Manifest:
-    """Start a manifest; the I/O tables follow from the layers, files come at commit.
+    """Start a manifest; the I/O tables follow from the contract, files come at commit.
 
     Args:
+        contract: element types, vocabulary, layers and caches.
         layer_kinds: for each layer "lambda" or "sliding"; all "lambda" by default.
         graph: file name of the ONNX graph.
 
     The other arguments are the manifest's fields.
     """
-    kinds: Sequence[LayerKind] = layer_kinds or ["lambda"] * len(layers)
-    inputs, outputs = io_tables(layers, dtype, vocab_size, kv_cache_dtype)
+    kinds: Sequence[LayerKind] = layer_kinds or ["lambda"] * len(contract.layers)
+    inputs, outputs = io_tables(contract)
     return Manifest(
         model_type=model_type,
         source=source,
         lambda_config=LambdaSettings(**asdict(settings)),
-        dtype=dtype,
+        dtype=contract.dtype,  # type: ignore[arg-type]  # validated by the record
         quantization=quantization,
-        kv_cache_dtype=kv_cache_dtype,
-        vocab_size=vocab_size,
+        kv_cache_dtype=contract.kv_cache_dtype,  # type: ignore[arg-type]  # the same
+        vocab_size=contract.vocab_size,
         num_attention_heads=num_attention_heads,
         training_length=training_length,
         layers=tuple(
-            Layer(kind=kind, **vars(layer)) for kind, layer in zip(kinds, layers, strict=True)
+            Layer(kind=kind, **vars(layer))
+            for kind, layer in zip(kinds, contract.layers, strict=True)
         ),
         inputs=inputs,
         outputs=outputs,
@@ -281,13 +281,11 @@ def new_manifest(
     )
 
 
-def io_tables(
-    layers: Sequence[LayerSpec], dtype: str, vocab_size: int, kv_cache_dtype: str | None = None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the inputs and outputs `bindings` derives from the layers."""
+def io_tables(contract: GraphContract) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return a contract's inputs and outputs as the manifest writes them."""
     return (
-        tuple(_row(spec) for spec in input_specs(layers, dtype, kv_cache_dtype)),
-        tuple(_row(spec) for spec in output_specs(layers, dtype, vocab_size, kv_cache_dtype)),
+        tuple(_row(spec) for spec in contract.inputs()),
+        tuple(_row(spec) for spec in contract.outputs()),
     )
 
 

@@ -26,6 +26,7 @@ from lminf_export.engine.common import LOGGER_NAME, EngineFacts, EngineRequest
 from lminf_export.engine.options import EngineOptions
 from lminf_export.errors import EngineError
 from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.progress import Progress, silent
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -66,13 +67,14 @@ class Task:
         """Read what `to_json` wrote."""
         raw = json.loads(text)
         request = raw["request"]
+        contract = request["contract"]
+        layers = tuple(LayerSpec(**layer) for layer in contract.pop("layers"))
         return cls(
             builder=raw["builder"],
             request=EngineRequest(
                 onnx_path=Path(request["onnx_path"]),
                 plan_path=Path(request["plan_path"]),
-                dtype=request["dtype"],
-                layers=tuple(LayerSpec(**layer) for layer in request["layers"]),
+                contract=GraphContract(layers, **contract),
                 chunk_size=request["chunk_size"],
                 max_batch_size=request["max_batch_size"],
                 with_plugin=request["with_plugin"],
@@ -126,7 +128,7 @@ def build_in_child(
     )
     return EngineFacts(
         builder=builder,
-        dtype=request.dtype,
+        dtype=request.contract.dtype,
         cache_updates=len(request.updated_in_place),
         seconds=time.monotonic() - begun,
         bytes=size,

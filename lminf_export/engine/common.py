@@ -12,7 +12,7 @@ from onnx_ir.passes import common as ir_passes
 from lminf_export.engine.options import EngineOptions
 from lminf_export.errors import EngineError
 from lminf_export.operator import bindings
-from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import as_integer
 
 LOGGER_NAME = "lminf_export.engine.builders"
@@ -31,8 +31,7 @@ class EngineRequest:
         onnx_path: the exported graph, or for "tensorrt" the one `write_recipe` makes of it; its
             weights lie in the same folder.
         plan_path: the plan to write; its folder exists.
-        dtype: element type of weights and caches, as exported.
-        layers: the caches of the layers, in order.
+        contract: the exported graph's inputs and outputs.
         chunk_size: largest S, new tokens in one step.
         max_batch_size: largest B, streams side by side.
         with_plugin: the plugin runs the attention; otherwise standard operators do.
@@ -42,8 +41,7 @@ class EngineRequest:
 
     onnx_path: Path
     plan_path: Path
-    dtype: str
-    layers: tuple[LayerSpec, ...]
+    contract: GraphContract
     chunk_size: int
     max_batch_size: int = 1
     with_plugin: bool = False
@@ -56,29 +54,11 @@ class EngineRequest:
             object.__setattr__(self, name, number)
 
     @property
-    def ring_updates(self) -> dict[str, str]:
-        """Past name → present name of every ring, which an engine must update in place."""
-        return {
-            bindings.past_name(index, kind): bindings.present_name(index, kind)
-            for index in range(len(self.layers))
-            for kind in bindings.RING_KINDS
-        }
-
-    @property
     def updated_in_place(self) -> dict[str, str]:
         """Past name → present name of every cache the engine must update in place."""
         # The function body reads old sinks, and nothing promises that it does so in time.
-        return self.ring_updates | (self.sink_updates if self.with_plugin else {})
-
-    @property
-    def sink_updates(self) -> dict[str, str]:
-        """Past name → present name of every sink tensor."""
-        return {
-            bindings.past_name(index, kind): bindings.present_name(index, kind)
-            for index, layer in enumerate(self.layers)
-            if layer.num_sink_tokens
-            for kind in bindings.SINK_KINDS
-        }
+        sinks = self.contract.sink_updates() if self.with_plugin else {}
+        return self.contract.ring_updates() | sinks
 
 
 @dataclass(frozen=True)
@@ -139,7 +119,7 @@ def fixed_sizes(request: EngineRequest) -> dict[str, int]:
 
     Rings always; with the plugin also what all profiles agree on, such as a batch of one.
     """
-    fixed = {layer.ring_symbol: layer.ring_capacity for layer in request.layers}
+    fixed = request.contract.ring_sizes()
     if not request.with_plugin:
         return fixed
     ranges = profiles(request)
@@ -157,7 +137,7 @@ def input_ranges(
     fixed = fixed_sizes(request)
     table = {**ranges, **{symbol: (size, size, size) for symbol, size in fixed.items()}}
     found = {}
-    for spec in bindings.input_specs(request.layers, request.dtype):
+    for spec in request.contract.inputs():
         if all(isinstance(dim, int) or dim in fixed for dim in spec.shape):
             continue
         low, usual, high = (
@@ -231,10 +211,11 @@ def _write_linearly(model: ir.Model, path: Path, request: EngineRequest) -> None
         if past is not None and past.is_graph_input() and present.is_graph_output():
             writes[past.name] = present.name
         node.attributes["mode"] = ir.AttrString("mode", "linear")
-    if writes != request.ring_updates:
+    updates = request.contract.ring_updates()
+    if writes != updates:
         raise EngineError(
             f"{path}: the graph writes {len(writes)} rings from input to output, its layers "
-            f"have {len(request.ring_updates)}; export the model again"
+            f"have {len(updates)}; export the model again"
         )
 
 
@@ -242,7 +223,7 @@ def freeze_sizes(model: ir.Model, path: Path, request: EngineRequest) -> None:
     """Make every symbolic dimension that has one size in an engine a number."""
     sizes = fixed_sizes(request)
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
-    for name in (x for pair in request.ring_updates.items() for x in pair):
+    for name in (x for pair in request.contract.ring_updates().items() for x in pair):
         shape = values[name].shape
         if shape is None or len(shape) != 4:
             raise EngineError(f"{path}: {name} has no shape of rank 4; export the model again")

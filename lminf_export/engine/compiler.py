@@ -16,7 +16,7 @@ from lminf_export.engine import settings
 from lminf_export.engine.common import LOGGER_NAME, EngineRequest, Profile, input_ranges, profiles
 from lminf_export.engine.plugin_graph import cache_updates
 from lminf_export.errors import EngineError
-from lminf_export.operator import bindings, contract
+from lminf_export.operator import contract
 from lminf_export.progress import Progress
 from lminf_export.runtime.engine import PLUGIN_VOICE, load_plugin, message_log
 
@@ -130,7 +130,7 @@ def check_network(trt: Any, network: Any, request: EngineRequest) -> None:
         EngineError: naming the first tensor that differs, or the caches that would be copied.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    wanted = bindings.input_specs(request.layers, request.dtype)
+    wanted = request.contract.inputs()
     if [tensor.name for tensor in inputs] != [spec.name for spec in wanted]:
         raise EngineError("the parsed network has other inputs than the exported graph")
     for tensor, spec in zip(inputs, wanted, strict=True):
@@ -159,10 +159,10 @@ def _plugin_updates(trt: Any, layers: list[Any], request: EngineRequest) -> dict
     """Past name → present name of the plugin's caches; there must be a plugin for every layer."""
     plugins = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
     ours = [layer for layer in plugins if layer.num_inputs == len(contract.INPUTS)]
-    if len(ours) != len(request.layers):
+    if len(ours) != len(request.contract.layers):
         raise EngineError(
             f"the parsed network has {len(ours)} layers of the LambdaAttention plugin, the model "
-            f"has {len(request.layers)}"
+            f"has {len(request.contract.layers)}"
         )
     found: dict[str, str] = {}
     for layer in ours:

@@ -71,13 +71,13 @@ def _check_nodes(model: ir.Model, path: Path, request: EngineRequest) -> None:
             [value.name if value is not None else None for value in node.inputs],
             [value.name for value in node.outputs],
         )
-    wanted = request.ring_updates | request.sink_updates
+    wanted = request.contract.ring_updates() | request.contract.sink_updates()
     missing = wanted.items() - found.items()
-    if missing or len(nodes) != len(request.layers):
+    if missing or len(nodes) != len(request.contract.layers):
         what = f", {min(missing)[0]} is not updated by one" if missing else ""
         raise EngineError(
             f"{path}: the graph has {len(nodes)} {contract.OP_TYPE} nodes for "
-            f"{len(request.layers)} layers{what}; export the model again"
+            f"{len(request.contract.layers)} layers{what}; export the model again"
         )
 
 

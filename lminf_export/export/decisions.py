@@ -11,10 +11,9 @@ from lminf_export.bundle.manifest import Dtype, human_bytes
 from lminf_export.bundle.writer import OutTarget
 from lminf_export.errors import ConfigError
 from lminf_export.export.graph import WrittenWeights
-from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import DEFAULT_WINDOW_CAP, KV_CACHE_DTYPES
 from lminf_export.quantize.config import QuantizeConfig
-from lminf_export.tensors.dtypes import item_size
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 WEIGHTS = ("copy", "link")
@@ -113,12 +112,9 @@ def weight_notices(written: WrittenWeights) -> Iterable[str]:
         )
 
 
-def memory_notices(
-    layers: Iterable[LayerSpec], dtype: str, kv_cache_dtype: str | None = None
-) -> Iterable[str]:
+def memory_notices(contract: GraphContract) -> Iterable[str]:
     """Yield what to tell the user about caches that this machine could not hold."""
-    width = item_size(dtype)
-    needed = sum(layer.cache_bytes(width, kv_cache_dtype) for layer in layers)
+    needed = contract.cache_bytes()
     available = psutil.virtual_memory().available
     if needed > available:
         yield (

@@ -81,8 +81,7 @@ def add_engine(
         onnx_path=graph,
         # Announced to the writer only if it is built here.
         plan_path=graph.with_name(job.target.engine_name),
-        dtype=job.dtype,
-        layers=job.plan.layers,
+        contract=job.contract,
         chunk_size=job.settings.chunk_size,
         max_batch_size=job.options.max_batch_size,
         with_plugin=uses_plugin(job.builder, job.options.engine_options),

@@ -25,7 +25,8 @@ from lminf_export.export.passes.quantize_projections import (
 )
 from lminf_export.export.trace.tracing import Trace
 from lminf_export.models.base import AttentionPlan
-from lminf_export.operator import attention_body, bindings, torch_operator
+from lminf_export.operator import attention_body, torch_operator
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.quantize import stored as quantized_weights
 from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.tensors.files import FILE_NAME, find_weights
@@ -67,13 +68,11 @@ class WrittenWeights:
 def write_graph(
     trace: Trace,
     plan: AttentionPlan,
-    dtype: str,
     checkpoint: Mapping[str, SourceTensor],
     path: Path,
     *,
     metadata: Mapping[str, str],
     quantize: QuantizeConfig | None = None,
-    kv_cache_dtype: str | None = None,
     link: bool = False,
     background: BackgroundWeights | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -83,12 +82,10 @@ def write_graph(
     Args:
         trace: the traced model; it is changed and used up.
         plan: how its layers attend.
-        dtype: element type of weights and caches.
         checkpoint: the source's tensors.
         path: the graph's file, in an existing folder.
         metadata: ONNX metadata_props.
         quantize: how weights are quantised, its form decided; None for not at all.
-        kv_cache_dtype: "int8" for rings of int8, as it was traced; None for dtype.
         link: put hard links to the checkpoint's files beside the graph instead of a copy.
         background: the weights file, if it is being written already.
         progress: told the bytes of weights written.
@@ -97,7 +94,7 @@ def write_graph(
         ModelError: the checkpoint does not fit the configuration.
         ExportError: the graph is not what the contract asks for.
     """
-    model = trace.model
+    model, dtype = trace.model, trace.contract.dtype
     optimize(model)
     sources, aliases = _find_weights(trace, checkpoint)
     if link:
@@ -106,28 +103,24 @@ def write_graph(
         pieces = _weight_pieces(model, sources, aliases, dtype, quantize)
         file = path.with_name(weights_name(quantize))
         written = _write_weights(model, *pieces, file, background, progress)
-    save_graph(trace, plan, dtype, path, metadata=metadata, kv_cache_dtype=kv_cache_dtype)
+    save_graph(trace, plan, path, metadata=metadata)
     return written
 
 
 def save_graph(
     trace: Trace,
     plan: AttentionPlan,
-    dtype: str,
     path: Path,
     *,
     metadata: Mapping[str, str],
-    kv_cache_dtype: str | None = None,
 ) -> None:
     """Write an optimised graph whose weights are attached, with all else it is made of.
 
     Args:
         trace: its model is changed.
         plan: how its layers attend.
-        dtype: element type of weights and caches.
         path: the graph's file; its weights are in the same folder.
         metadata: ONNX metadata_props.
-        kv_cache_dtype: see `write_graph`.
 
     Raises:
         ExportError: the graph is not what the contract asks for.
@@ -140,10 +133,10 @@ def save_graph(
     model.producer_name, model.producer_version = PRODUCER, metadata.get("lminf_export", "")
     model.graph.name = "lambda_decoder"
     model.metadata_props.update(metadata)
-    features = _features(plan, int8_cache=kv_cache_dtype is not None)
+    features = _features(plan, int8_cache=trace.contract.int8_cache)
     function = ir.serde.deserialize_function(attention_body.function_body(features))
     model.functions[function.identifier()] = function
-    _declare_shapes(model, plan, dtype, kv_cache_dtype)
+    _declare_shapes(model, trace.contract)
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()  # torch's notes on where it comes from
     ir.save(model, path)
@@ -277,15 +270,10 @@ def _stored_names(model: ir.Model, constants: Collection[str]) -> set[str]:
     }
 
 
-def _declare_shapes(
-    model: ir.Model, plan: AttentionPlan, dtype: str, kv_cache_dtype: str | None
-) -> None:
+def _declare_shapes(model: ir.Model, contract: GraphContract) -> None:
     """Give inputs and outputs exactly the shapes and types of the contract."""
-    inputs = bindings.input_specs(plan.layers, dtype, kv_cache_dtype)
-    vocab_size = int(model.graph.outputs[0].shape[2])  # type: ignore[index, arg-type]
-    outputs = bindings.output_specs(plan.layers, dtype, vocab_size, kv_cache_dtype)
-    pairs = [*zip(model.graph.inputs, inputs, strict=True)]
-    pairs += zip(model.graph.outputs, outputs, strict=True)
+    pairs = [*zip(model.graph.inputs, contract.inputs(), strict=True)]
+    pairs += zip(model.graph.outputs, contract.outputs(), strict=True)
     for value, spec in pairs:
         if value.name != spec.name or value.dtype != ELEMENT_TYPES[spec.dtype]:
             raise ExportError(

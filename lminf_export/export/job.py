@@ -23,6 +23,7 @@ from lminf_export.checkpoint.source import Source
 from lminf_export.engine.options import EngineOptions
 from lminf_export.export.tokenizer_files import eos_ids
 from lminf_export.models.base import AttentionPlan, Family
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import DEFAULT_CHUNK_SIZE, DEFAULT_NUM_SINK_TOKENS, LambdaConfig
 from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.quantize.estimate import weight_bytes
@@ -93,6 +94,12 @@ class ExportJob:
     notices: tuple[str, ...]
 
     @property
+    def contract(self) -> GraphContract:
+        """The graph's inputs and outputs, and its caches."""
+        vocab_size = self.source.config.vocab_size
+        return GraphContract(self.plan.layers, self.dtype, vocab_size, self.kv_cache_dtype)
+
+    @property
     def links_weights(self) -> bool:
         """Whether the bundle gets hard links to the source's weights."""
         return self.options.weights == "link"
@@ -120,12 +127,9 @@ class ExportJob:
                 adapter=self.checkpoint.adapter,
             ),
             settings=self.settings,
-            dtype=self.dtype,
+            contract=self.contract,
             quantization=Quantization(**asdict(self.quantize)) if self.quantize else None,
-            kv_cache_dtype=self.kv_cache_dtype,
-            vocab_size=config.vocab_size,
             num_attention_heads=self.plan.num_attention_heads,
-            layers=self.plan.layers,
             layer_kinds=["sliding" if own else "lambda" for own in self.plan.sliding],
             graph=self.target.graph_name,
             training_length=self.family.training_length(config),

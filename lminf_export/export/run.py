@@ -31,6 +31,7 @@ from lminf_export.export.job import ExportJob, ExportOptions, package_version
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import meta_model, trace
 from lminf_export.models.registry import find_family
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
@@ -178,8 +179,9 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     )
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
+    contract = GraphContract(plan.layers, dtype, source.config.vocab_size, kv_cache_dtype)
     notices += [LINK_NOTICE] if options.weights == "link" else []
-    notices += [*memory_notices(plan.layers, dtype, kv_cache_dtype), *eos_notices(source)]
+    notices += [*memory_notices(contract), *eos_notices(source)]
     job = ExportJob(
         options=options,
         source=checkpoint.source,
@@ -239,19 +241,16 @@ def _write_model(
             config,
             job.family,
             job.plan,
-            job.dtype,
+            job.contract,
             model=model,
-            kv_cache_dtype=job.kv_cache_dtype,
         )
         written = write_graph(
             traced,
             job.plan,
-            job.dtype,
             checkpoint,
             graph,
             metadata=_metadata(job),
             quantize=job.quantize,
-            kv_cache_dtype=job.kv_cache_dtype,
             link=job.links_weights,
             background=background,
             progress=byte_counter(progress, "writing weights", job.weight_bytes),

@@ -88,7 +88,7 @@ class OperatorStep:
     Rings of int8 are recognised by their type; their scales stand behind the sinks.
 
     Attributes:
-        present: for each layer its new caches, in the order of `bindings.layer_cache_specs`.
+        present: for each layer its new caches, in the order of `GraphContract.layer_caches`.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class LambdaModel(nn.Module):
         logits_index: Tensor,
         caches: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """One step: see `bindings.input_specs` and `bindings.output_specs`."""
+        """One step: see `GraphContract.inputs` and `outputs`."""
         step = OperatorStep(self.tables, input_ids, past_length, new_length, self._by_layer(caches))
         logits = run(self.model, input_ids, step, logits_index).to(torch.float32)
         present = [x for layer in range(len(self.plan.layers)) for x in step.present[layer]]

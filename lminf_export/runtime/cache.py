@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.graph_contract import GraphContract
 
 # A ring is bound no larger than needed so far: attention reads all of it at every step.
 GROWTH = 1.25
@@ -20,25 +20,16 @@ class State:
     are bound: rings of equal full capacity C share one number, which is at most C.
 
     Args:
-        layers: the model's caches.
+        contract: the graph's, with its caches.
         batch_size: B, streams side by side.
-        item_size: bytes of an element of the model's type.
         capacities: full capacity → slots bound at the start.
-        kv_cache_dtype: "int8" for rings of int8; None for rings in the model's type.
     """
 
     def __init__(
-        self,
-        layers: Sequence[LayerSpec],
-        batch_size: int,
-        item_size: int,
-        capacities: Mapping[int, int],
-        kv_cache_dtype: str | None = None,
+        self, contract: GraphContract, batch_size: int, capacities: Mapping[int, int]
     ) -> None:
-        self.layers = tuple(layers)
+        self.contract = contract
         self.batch_size = batch_size
-        self.item_size = item_size
-        self.kv_cache_dtype = kv_cache_dtype
         self.capacities = dict(capacities)
         # Bound to the graph as it is: only ever changed in place.
         self._past_length = np.zeros(batch_size, np.int64)
@@ -57,31 +48,17 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes of the caches bound now."""
-        return self._bytes(self.capacities)
+        return self.contract.cache_bytes(self.capacities) * self.batch_size
 
     @property
     def max_nbytes(self) -> int:
         """Bytes of the caches when every ring is full; they never take more."""
-        return self._bytes({})
+        return self.contract.cache_bytes() * self.batch_size
 
     def advance(self, new_length: np.ndarray) -> None:
         """Count the real tokens (B,) of a step that has succeeded."""
         self._past_length += new_length
         self._furthest = max(self._past_length.tolist())
-
-    def _bytes(self, capacities: Mapping[int, int]) -> int:
-        sizes = (
-            layer.cache_bytes(
-                self.item_size, self.kv_cache_dtype, capacities.get(layer.ring_capacity)
-            )
-            for layer in self.layers
-        )
-        return sum(sizes) * self.batch_size
-
-
-def ring_capacities(layers: Sequence[LayerSpec]) -> tuple[int, ...]:
-    """Return the full capacities of a model's rings, each once."""
-    return tuple(sorted({layer.ring_capacity for layer in layers}))
 
 
 def grown_capacity(bound: int, full: int, needed: int) -> int:

@@ -190,7 +190,7 @@ def _sizes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Symbol → what an engine may have there: −1 while it is open, or its only size."""
     assert manifest.engine is not None
     sizes: dict[str, tuple[int, ...]] = {
-        layer.ring_symbol: (layer.ring_capacity,) for layer in manifest.layer_specs
+        symbol: (size,) for symbol, size in manifest.contract.ring_sizes().items()
     }
     for symbol in (bindings.BATCH, bindings.SEQUENCE, bindings.NUM_LOGITS):
         asked = {size for profile in manifest.engine.profiles for size in profile[symbol]}
@@ -200,11 +200,9 @@ def _sizes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 def check_aliases(engine: Any, manifest: Manifest, path: Path) -> None:
     """Every ring must be updated in place: one address serves past and present."""
-    for index in range(len(manifest.layer_specs)):
-        for kind in bindings.RING_KINDS:
-            past, present = bindings.past_name(index, kind), bindings.present_name(index, kind)
-            if engine.get_aliased_input_tensor(present) != past:
-                raise SessionError(f"{path} does not update {past} in place; build it again")
+    for past, present in manifest.contract.ring_updates().items():
+        if engine.get_aliased_input_tensor(present) != past:
+            raise SessionError(f"{path} does not update {past} in place; build it again")
 
 
 def reason(errors: Sequence[str]) -> str:

@@ -13,8 +13,7 @@ import onnxruntime as ort
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
-from lminf_export.operator.bindings import LayerSpec, TensorSpec
-from lminf_export.runtime.cache import State, grown_capacity, ring_capacities
+from lminf_export.runtime.cache import State, grown_capacity
 from lminf_export.runtime.memory import zeros_together
 
 Provider = Literal["cpu", "cuda"]
@@ -35,16 +34,13 @@ class OnnxRuntimeState(State):
     def __init__(
         self, session: ort.InferenceSession, manifest: Manifest, batch_size: int, provider: Provider
     ) -> None:
-        full = ring_capacities(manifest.layer_specs)
+        contract = manifest.contract
+        full = contract.ring_capacities
         start = dict.fromkeys(full, 0) if provider == "cpu" else {size: size for size in full}
-        super().__init__(
-            manifest.layer_specs, batch_size, manifest.item_size, start, manifest.kv_cache_dtype
-        )
+        super().__init__(contract, batch_size, start)
         self.session = session
         self.run_seconds = 0.0
-        self._vocab_size = manifest.vocab_size
         self._on_device = provider != "cpu"
-        self._dtype = manifest.dtype
         self._provider = provider
         self._caches = self._new_caches()
         self._calls: dict[tuple[int, int], _Call] = {}
@@ -132,7 +128,7 @@ class OnnxRuntimeState(State):
     def _remember(self, width: int, count: int) -> _Call:
         """Prepare a call of this shape; single tokens and the latest other shape are kept."""
         self._calls = {shape: call for shape, call in self._calls.items() if shape == (1, 1)}
-        call = _Call(self.session, self._past_length, width, count, self._vocab_size)
+        call = _Call(self.session, self._past_length, width, count, self.contract.vocab_size)
         for index, caches in enumerate(self._caches):
             for cache in caches:
                 call.binding.bind_ortvalue_input(bindings.past_name(index, cache.kind), cache.value)
@@ -159,31 +155,19 @@ class OnnxRuntimeState(State):
 
     def _new_caches(self) -> list[list[_Cache]]:
         """Make the caches of all layers, of the present capacities."""
-        specs = [
-            list(bindings.layer_cache_specs(layer, self._dtype, self.kv_cache_dtype))
-            for layer in self.layers
+        specs = [self.contract.layer_caches(layer) for layer in self.contract.layers]
+        sizes = {**self.contract.ring_sizes(self.capacities), bindings.BATCH: self.batch_size}
+        # numpy has no bfloat16.
+        shapes = [
+            (spec.sized(sizes), spec.dtype.replace("bfloat16", "uint16"))
+            for own in specs
+            for spec in own
         ]
-        arrays = iter(
-            zeros_together(
-                [
-                    # numpy has no bfloat16.
-                    (self._shape(spec, layer), spec.dtype.replace("bfloat16", "uint16"))
-                    for layer, own in zip(self.layers, specs, strict=True)
-                    for spec in own
-                ]
-            )
-        )
+        arrays = iter(zeros_together(shapes))
         return [
             [_Cache(spec.name, next(arrays), spec.dtype, self._provider) for spec in own]
             for own in specs
         ]
-
-    def _shape(self, spec: TensorSpec, layer: LayerSpec) -> tuple[int, ...]:
-        sizes = {
-            bindings.BATCH: self.batch_size,
-            layer.ring_symbol: self.capacities[layer.ring_capacity],
-        }
-        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
 
 
 class _Cache:

@@ -11,7 +11,7 @@ import numpy as np
 from lminf_export.bundle.manifest import Manifest, human_bytes
 from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
-from lminf_export.runtime.cache import State, ring_capacities
+from lminf_export.runtime.cache import State
 from lminf_export.runtime.gpu import Buffers, Cuda, Graph
 
 _SMALL = (bindings.INPUT_IDS, bindings.PAST_LENGTH, bindings.NEW_LENGTH, bindings.LOGITS_INDEX)
@@ -87,13 +87,10 @@ class TensorRTState(State):
     """
 
     def __init__(self, cuda: Cuda, manifest: Manifest, batch_size: int) -> None:
-        full = ring_capacities(manifest.layer_specs)
-        super().__init__(
-            manifest.layer_specs, batch_size, manifest.item_size, {size: size for size in full}
-        )
+        contract = manifest.contract
+        super().__init__(contract, batch_size, {size: size for size in contract.ring_capacities})
         assert manifest.engine is not None
         self.cuda = cuda
-        self._vocab_size = manifest.vocab_size
         self._double_sinks = not manifest.engine.sinks_in_place
         self._require_memory()
         self._buffers = Buffers(cuda)
@@ -102,8 +99,8 @@ class TensorRTState(State):
         self._past: dict[str, int] = {}
         self._present: dict[str, int] = {}
         for past, present in zip(
-            bindings.cache_specs(self.layers, manifest.dtype, present=False),
-            bindings.cache_specs(self.layers, manifest.dtype, present=True),
+            contract.caches(present=False),
+            contract.caches(present=True),
             strict=True,
         ):
             self._add_cache(past, present.name)
@@ -120,7 +117,7 @@ class TensorRTState(State):
         """Take a step's small inputs; returns whether it is one of single tokens."""
         single = input_ids.shape[1] == 1 and logits_index.shape[1] == 1
         self._blocks[single].write(input_ids, self._past_length, new_length, logits_index)
-        shape = (*logits_index.shape, self._vocab_size)
+        shape = (*logits_index.shape, self.contract.vocab_size)
         logits = self._logits.get(single)
         if logits is None or logits.shape != shape:
             nbytes = prod(shape) * np.dtype(np.float32).itemsize
@@ -162,14 +159,12 @@ class TensorRTState(State):
         self._buffers.graphs.append(graph)
 
     def _add_cache(self, past: bindings.TensorSpec, present: str) -> None:
-        sizes = {layer.ring_symbol: layer.ring_capacity for layer in self.layers}
-        sizes[bindings.BATCH] = self.batch_size
-        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in past.shape)
-        nbytes = prod(shape) * self.item_size
-        self._shapes[past.name] = shape
+        sizes = {**self.contract.ring_sizes(), bindings.BATCH: self.batch_size}
+        nbytes = past.nbytes(sizes)
+        self._shapes[past.name] = past.sized(sizes)
         self._past[past.name] = self._buffers.reserve(past.name, nbytes, zeroed=True)
         self._present[present] = self._past[past.name]
-        if self._double_sinks and past.name.rpartition(".")[2] in bindings.SINK_KINDS:
+        if self._double_sinks and past.name in self.contract.sink_updates():
             self._present[present] = self._buffers.reserve(present, nbytes, zeroed=True)
 
     def _require_memory(self) -> None:

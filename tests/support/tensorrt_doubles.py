@@ -189,12 +189,8 @@ class ICudaEngine:
         self._plugin = manifest.engine.plugin
         self._inputs, self._outputs = manifest.inputs, manifest.outputs
         self._profiles = manifest.engine.profiles
-        self._rings = {layer.ring_symbol: layer.ring_capacity for layer in manifest.layer_specs}
-        self._aliases = {
-            bindings.past_name(index, kind): bindings.present_name(index, kind)
-            for index in range(len(manifest.layer_specs))
-            for kind in bindings.RING_KINDS
-        }
+        self._rings = manifest.contract.ring_sizes()
+        self._aliases = manifest.contract.ring_updates()
         options = ort.SessionOptions()
         options.log_severity_level = 4
         self._session = ort.InferenceSession(

@@ -21,6 +21,7 @@ from lminf_export.bundle.manifest import Engine, Manifest, Source, new_manifest
 from lminf_export.operator import bindings, contract
 from lminf_export.operator.attention_body import OPSET, BodyFeatures, function_body
 from lminf_export.operator.bindings import LayerSpec
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import LambdaConfig, ring_capacity
 
 _ELEMENTS = {
@@ -63,6 +64,10 @@ class TinyModel:
         last = full if self.sliding_window is None else self._layer(self.sliding_window, 0)
         return (full,) * (self.num_layers - 1) + (last,)
 
+    @property
+    def contract(self) -> GraphContract:
+        return GraphContract(self.layers, self.dtype, self.vocab_size)
+
     def _layer(self, window: int, sinks: int) -> LayerSpec:
         capacity = ring_capacity(window, self.chunk_size)
         return LayerSpec(self.num_kv_heads, self.head_dim, window, sinks, window, capacity)
@@ -75,11 +80,9 @@ class TinyModel:
             model_type="llama",
             source=Source(name="somebody/tiny", revision="main"),
             settings=self.settings,
-            dtype=self.dtype,
-            vocab_size=self.vocab_size,
+            contract=self.contract,
             num_attention_heads=self.num_heads,
             training_length=self.window_size,
-            layers=self.layers,
             layer_kinds=kinds,
             eos_token_ids=self.eos_token_ids,
             tools={"onnx": onnx.__version__},
@@ -120,11 +123,10 @@ class TinyModel:
 
     def reference_logits(self, token_ids: np.ndarray) -> np.ndarray:
         """(T, V) of one stream (T,), token by token, full rings, past and present apart."""
-        specs = bindings.cache_specs(self.layers, self.dtype, present=False)
-        full = {layer.ring_symbol: layer.ring_capacity for layer in self.layers}
+        sizes = {**self.contract.ring_sizes(), bindings.BATCH: 1}
         caches = {
-            spec.name: np.zeros([1, *(full.get(d, d) for d in spec.shape[1:])], spec.dtype)
-            for spec in specs
+            spec.name: np.zeros(spec.sized(sizes), spec.dtype)
+            for spec in self.contract.caches(present=False)
         }
         rows = []
         for position, token in enumerate(token_ids):
@@ -170,8 +172,8 @@ class _Builder:
         graph = helper.make_graph(
             self.nodes,
             "tiny",
-            [_info(s) for s in bindings.input_specs(tiny.layers, tiny.dtype)],
-            [_info(s) for s in bindings.output_specs(tiny.layers, tiny.dtype, tiny.vocab_size)],
+            [_info(s) for s in tiny.contract.inputs()],
+            [_info(s) for s in tiny.contract.outputs()],
             self.initializers,
         )
         return helper.make_model(

@@ -18,15 +18,10 @@ from lminf_export.tensors.files import FILE_NAME
 from lminf_export.tensors.stored import StoredTensor
 
 
-def export_without_weights(
-    traced: Trace,
-    plan: AttentionPlan,
-    folder: Path,
-    dtype: str = "float16",
-    kv_cache_dtype: str | None = None,
-) -> onnx.GraphProto:
+def export_without_weights(traced: Trace, plan: AttentionPlan, folder: Path) -> onnx.GraphProto:
     """Write a graph as an export does, checks and all, over a file of weights that is a hole."""
     optimize(traced.model)
+    dtype = traced.contract.dtype
     initializers, stored, offset = traced.model.graph.initializers, {}, 0
     for name in (name for name in traced.weight_names if name in initializers):
         shape = tuple(int(dim) for dim in initializers[name].shape.numpy())
@@ -36,12 +31,10 @@ def export_without_weights(
     with (folder / FILE_NAME).open("wb") as file:
         file.truncate(offset)
     attach(traced.model, stored)
-    save_graph(
-        traced, plan, dtype, folder / "model.onnx", metadata={}, kv_cache_dtype=kv_cache_dtype
-    )
+    save_graph(traced, plan, folder / "model.onnx", metadata={})
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     functions = {function.name for function in model.functions}
-    attention = contract.OP_TYPE if kv_cache_dtype is None else contract.INT8_CACHE_OP_TYPE
+    attention = contract.op_type(int8_cache=traced.contract.int8_cache)
     assert attention in functions
     assert functions <= {attention, "Linear", "LinearAdd"}
     return model.graph

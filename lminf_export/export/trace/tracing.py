@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -34,7 +34,9 @@ from lminf_export.export.trace.layer_records import (
 from lminf_export.models import experts
 from lminf_export.models.base import AttentionPlan, Family, build_model
 from lminf_export.models.steps import LambdaModel, PlanTables
-from lminf_export.operator import attention_body, bindings, positions, torch_operator
+from lminf_export.operator import attention_body, positions, torch_operator
+from lminf_export.operator.bindings import TensorSpec
+from lminf_export.operator.graph_contract import GraphContract
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Trace:
     weight_names: dict[str, tuple[str, ...]]
     conversion: Conversion
     constants: dict[str, Tensor]
+    contract: GraphContract
 
 
 def meta_model(config: Any, dtype: str, *, trust_remote_code: bool = False) -> nn.Module:
@@ -73,10 +76,9 @@ def trace(
     config: Any,
     family: Family,
     plan: AttentionPlan,
-    dtype: str,
+    contract: GraphContract,
     *,
     model: nn.Module | None = None,
-    kv_cache_dtype: str | None = None,
 ) -> Trace:
     """Trace one step of the model into ONNX.
 
@@ -84,45 +86,36 @@ def trace(
         config: the model's.
         family: its adapter.
         plan: how its layers attend.
-        dtype: element type of weights and caches.
+        contract: its inputs and outputs.
         model: of `meta_model`, if it is built already.
-        kv_cache_dtype: "int8" for rings of int8; None for dtype.
 
     Raises:
         ExportError: torch could not trace or translate the model.
     """
-    model = model or meta_model(config, dtype)
-    module = TracedModule(config, model, plan, dtype, kv_cache_dtype)
+    model = model or meta_model(config, contract.dtype)
+    module = TracedModule(model, plan, contract)
     with family.patched(model), _quiet_exporter(), _uncollected(), torch.no_grad():
         onnx_model = _trace_templates(module) or module.to_onnx()
     weight_names = _weight_names(model, onnx_model, module.constants)
     for value in onnx_model.graph.initializers.values():
         value.const_value = None  # a tensor without data must not look like a constant to passes
-    return Trace(onnx_model, weight_names, Conversion.of(model), module.constants)
+    return Trace(onnx_model, weight_names, Conversion.of(model), module.constants, contract)
 
 
 class TracedModule:
     """A patched model as the module that is traced, and what crosses its border."""
 
-    def __init__(
-        self,
-        config: Any,
-        model: nn.Module,
-        plan: AttentionPlan,
-        dtype: str,
-        kv_cache_dtype: str | None,
-    ) -> None:
-        self.config, self.model, self.plan = config, model, plan
-        self.dtype, self.kv_cache_dtype = dtype, kv_cache_dtype
-        tables = PlanTables(plan, TORCH_DTYPES[dtype])
+    def __init__(self, model: nn.Module, plan: AttentionPlan, contract: GraphContract) -> None:
+        self.model, self.plan, self.contract = model, plan, contract
+        tables = PlanTables(plan, TORCH_DTYPES[contract.dtype])
         self.constants = {f"tables.{name}": value for name, value in tables.named_buffers()}
         self.wrapped = LambdaModel(model, plan, copy.deepcopy(tables).to("meta")).eval()
-        self.inputs = bindings.input_specs(plan.layers, dtype, kv_cache_dtype)
+        self.inputs = contract.inputs()
 
     def first(self, count: int) -> TracedModule:
         """Return the same for a model that has only so many of the layers."""
         plan = self.plan.of_first(count)
-        return TracedModule(self.config, self.model, plan, self.dtype, self.kv_cache_dtype)
+        return TracedModule(self.model, plan, replace(self.contract, layers=plan.layers))
 
     def record(self, stack: str) -> Record:
         """Write down what the module computes, on sizes that nothing else in it has."""
@@ -136,9 +129,6 @@ class TracedModule:
         Raises:
             ExportError: torch could not trace or translate the model.
         """
-        outputs = bindings.output_specs(
-            self.plan.layers, self.dtype, self.config.vocab_size, self.kv_cache_dtype
-        )
         try:
             program = torch.onnx.export(
                 self.wrapped,
@@ -147,7 +137,7 @@ class TracedModule:
                 opset_version=attention_body.OPSET,
                 dynamic_shapes=_call(_dynamic_shapes(self.inputs)),
                 input_names=[spec.name for spec in self.inputs],
-                output_names=[spec.name for spec in outputs],
+                output_names=[spec.name for spec in self.contract.outputs()],
                 custom_translation_table={
                     **torch_operator.translation_table(),
                     **positions.translation_table(),
@@ -198,7 +188,7 @@ def _call(values: list[Any]) -> tuple[Any, ...]:
     return (*values[:4], values[4:])
 
 
-def _example(specs: Sequence[bindings.TensorSpec], smallest: int = 2) -> list[Tensor]:
+def _example(specs: Sequence[TensorSpec], smallest: int = 2) -> list[Tensor]:
     """Make meta inputs; sizes that differ for every symbol and are never 0 or 1."""
     symbols = sorted({d for spec in specs for d in spec.shape if isinstance(d, str)})
     sizes = {symbol: smallest + index for index, symbol in enumerate(symbols)}
@@ -213,7 +203,7 @@ def _example(specs: Sequence[bindings.TensorSpec], smallest: int = 2) -> list[Te
     ]
 
 
-def _dynamic_shapes(specs: Sequence[bindings.TensorSpec]) -> list[dict[int, Any]]:
+def _dynamic_shapes(specs: Sequence[TensorSpec]) -> list[dict[int, Any]]:
     names = {d for spec in specs for d in spec.shape if isinstance(d, str)}
     dims = {name: torch.export.Dim(name) for name in names}
     return [
