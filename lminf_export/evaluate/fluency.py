@@ -15,7 +15,7 @@ from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.text import read_stream, special_prefix
 from lminf_export.operator.settings import as_integer
 from lminf_export.progress import Progress, silent
-from lminf_export.runtime.environment import environment
+from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
@@ -86,12 +86,7 @@ def evaluate_generation(
     rows = describe_segments(stream[len(first) :], losses[len(first) :], segment)
     result = {
         "evaluation": "generation",
-        "model": manifest.source.name,
-        "bundle_sha256": manifest.manifest_sha256,
-        "training_length": manifest.training_length,
-        "lambda_config": manifest.lambda_config.model_dump(),
-        "dtype": manifest.dtype,
-        "kv_cache_dtype": manifest.kv_cache_dtype,
+        **describe_bundle(manifest),
         "attention": model.session.attention,
         "prompt_tokens": len(first),
         "tokens": num_tokens,

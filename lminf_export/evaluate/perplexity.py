@@ -22,7 +22,7 @@ from lminf_export.evaluate.scorers import BundleScorer, Scorer
 from lminf_export.evaluate.text import TokenStream, read_stream
 from lminf_export.operator.settings import as_integer
 from lminf_export.progress import Progress, silent
-from lminf_export.runtime.environment import environment
+from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.load import load
 from lminf_export.runtime.onnxruntime import Provider
@@ -287,12 +287,7 @@ def _result(
     }
     return {
         "evaluation": "perplexity",
-        "model": manifest.source.name,
-        "bundle_sha256": manifest.manifest_sha256,
-        "training_length": manifest.training_length,
-        "lambda_config": manifest.lambda_config.model_dump(),
-        "dtype": manifest.dtype,
-        "kv_cache_dtype": manifest.kv_cache_dtype,
+        **describe_bundle(manifest),
         "texts": list(stream.names),
         "text_sha256": stream.sha256,
         "text_tokens": stream.text_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from lminf_export.bundle.manifest import (
     new_manifest,
 )
 from lminf_export.bundle.manifest import Source as ManifestSource
+from lminf_export.bundle.versions import package_version
 from lminf_export.bundle.writer import OutTarget
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.source import Source
@@ -140,11 +140,3 @@ class ExportJob:
             engine=engine,
             engine_recipe=recipe,
         )
-
-
-def package_version(package: str) -> str:
-    """Return the installed version of a package, or that there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.versions import package_version
 from lminf_export.bundle.writer import BundleWriter, check_destination
 from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.source import open_source
@@ -27,7 +28,7 @@ from lminf_export.export.decisions import (
 )
 from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
 from lminf_export.export.graph import WrittenWeights, weights_name, write_graph
-from lminf_export.export.job import ExportJob, ExportOptions, package_version
+from lminf_export.export.job import ExportJob, ExportOptions
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import meta_model, trace
 from lminf_export.models.registry import find_family
