@@ -69,7 +69,9 @@ __all__ = [*_HOMES, "__version__", "export"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        from lminf_export.bundle.versions import package_version
+
+        value: Any = package_version("lminf-export", missing="0+unknown")
     elif name == "export":
         # The package of that name, which can be called: see its docstring.
         value = importlib.import_module("lminf_export.export")
@@ -83,12 +85,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("lminf-export")
-    except PackageNotFoundError:
-        return "0+unknown"
