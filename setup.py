@@ -14,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("plugins/onnxruntime")
+OPERATOR = Path("plugins/operator")
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 # One file per instruction set; which one runs is decided where it runs. CMakeLists.txt agrees.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -54,8 +55,9 @@ KERNELS = Extension(
             "cpu/rounded_avx512.cc",
             "cpu/rounded_avx512vnni.cc",
         )
-    ],
-    depends=[str(path) for path in sorted(SOURCES.rglob("*.h"))],
+    ]
+    + [str(OPERATOR / "rules.cpp")],
+    depends=[str(path) for folder in (SOURCES, OPERATOR) for path in sorted(folder.rglob("*.h"))],
     language="c++",
     optional=True,
 )

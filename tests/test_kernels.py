@@ -174,7 +174,13 @@ def test_threads_do_not_change_the_result():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x[:3] + [c[:, :, :9].clone() for c in x[3:5]] + x[5:], "ring is too small"),
+        (
+            lambda x: [
+                *(*x[:3], *(ring[:, :, :9].clone() for ring in x[3:5]), *x[5:10]),
+                *(x[10][:, :9].clone(), *x[11:]),
+            ],
+            r"ring slots C = 9: must be at least window_size \+ S - 1 = 13 \+ 2 - 1",
+        ),
         (lambda x: [*x[:2], x[2][:, :1].clone(), *x[3:]], r"value has shape \(1, 1, 2, 12\)"),
         (lambda x: [*x[:7], torch.tensor([-1]), *x[8:]], "past_length is negative"),
         (lambda x: [*x[:8], torch.tensor([3]), *x[9:]], "new_length is outside"),

@@ -3,12 +3,14 @@
 #include <cstring>
 
 #include "plan.h"
+#include "validate.h"
 
 std::size_t lminfParamsSize() { return sizeof(lminf::LambdaAttentionParams); }
 
 std::size_t lminfValidate(const lminf::LambdaAttentionParams* params, char* message,
                           std::size_t messageBytes) {
-  const std::string problem = lminf::validate(*params);
+  std::string problem = lminf::validate(*params);
+  if (!problem.empty()) problem = std::string(lminf::kName) + ": " + problem;
   if (messageBytes > 0) {
     const std::size_t count = problem.size() < messageBytes ? problem.size() : messageBytes - 1;
     std::memcpy(message, problem.data(), count);

@@ -1,29 +1,13 @@
-// What every kernel gets: the params of the call with sizes narrowed to int, plus the plan's parts.
+// What every kernel gets: the tensors of the call, sizes narrowed to int, and the plan's parts.
 #pragma once
 
 #include <cstdint>
 
+#include "../operator/contract.h"
+
 namespace lminf {
 
-struct KernelArguments {
-  const void* query;
-  const void* key;
-  const void* value;
-  const void* pastSinkKey;
-  const void* pastSinkValue;
-  const std::int64_t* pastLength;
-  const std::int64_t* newLength;
-  const float* cos;
-  const float* sin;
-  const float* limitCos;
-  const float* limitSin;
-  const float* alibiSlopes;
-  const float* sinkLogits;
-  void* output;
-  void* presentKey;
-  void* presentValue;
-  void* presentSinkKey;
-  void* presentSinkValue;
+struct KernelArguments : Tensors {
   float* partialOutput;  // (splits, B, H, S, D)
   float* partialStats;   // (splits, B, H, S, 2): maximum in units of log2, total
 

@@ -6,7 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "params.h"
+#include "../operator/params.h"
 
 namespace lminf {
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "validate.h"
 
 namespace lminf {
 namespace {
@@ -11,24 +12,7 @@ std::size_t elementBytes(DataType type) { return type == DataType::kFloat32 ? 4 
 
 KernelArguments argumentsOf(const LambdaAttentionParams& p) {
   KernelArguments a{};
-  a.query = p.query;
-  a.key = p.key;
-  a.value = p.value;
-  a.pastSinkKey = p.pastSinkKey;
-  a.pastSinkValue = p.pastSinkValue;
-  a.pastLength = p.pastLength;
-  a.newLength = p.newLength;
-  a.cos = p.cos;
-  a.sin = p.sin;
-  a.limitCos = p.limitCos;
-  a.limitSin = p.limitSin;
-  a.alibiSlopes = p.alibiSlopes;
-  a.sinkLogits = p.sinkLogits;
-  a.output = p.output;
-  a.presentKey = p.presentKey;
-  a.presentValue = p.presentValue;
-  a.presentSinkKey = p.presentSinkKey;
-  a.presentSinkValue = p.presentSinkValue;
+  static_cast<Tensors&>(a) = p;
   a.windowSize = p.windowSize;
   a.batchSize = static_cast<int>(p.batchSize);
   a.numKvHeads = static_cast<int>(p.numKvHeads);
@@ -40,7 +24,7 @@ KernelArguments argumentsOf(const LambdaAttentionParams& p) {
   a.sinkBatch = p.sinkBatchSize == 0 ? a.batchSize : static_cast<int>(p.sinkBatchSize);
   a.windowLimit = static_cast<int>(smaller<std::int64_t>(p.windowSize, kLargestWindow));
   a.rotaryDim = static_cast<int>(p.rotaryDim);
-  a.rotaryInterleaved = p.rotaryInterleaved;
+  a.rotaryInterleaved = p.rotaryInterleaved != 0;
   a.copySinkKey = p.presentSinkKey != nullptr && p.presentSinkKey != p.pastSinkKey;
   a.copySinkValue = p.presentSinkValue != nullptr && p.presentSinkValue != p.pastSinkValue;
   // Without sink tokens a shared constant may stand on both sides: it stays as it is.

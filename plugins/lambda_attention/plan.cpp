@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "tile_shapes.h"
+#include "validate.h"
 
 namespace lminf {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "params.h"
+#include "../operator/params.h"
 
 namespace lminf {
 
@@ -42,6 +42,11 @@ std::size_t sharedBytes(AttentionKernel kernel, int headDim);
 
 // Bytes that `splits` parts of every query row take: D + 2 floats each.
 std::size_t partialBytes(const LambdaAttentionParams& params, int splits);
+
+// Bytes of scratch memory `launch` can make use of. Grows with every size, so the answer for the
+// largest shapes of a profile covers the smaller ones. Needs no device. With less memory (even
+// none) launch still computes the same, with fewer splits of the keys, more slowly.
+std::size_t workspaceSize(const LambdaAttentionParams& params);
 
 // The plan of valid params. Splits are chosen so that the last wave of blocks is not a small
 // rest, and fit into workspaceBytes.

@@ -7,8 +7,7 @@ namespace lminf {
 
 class CpuKernel {
  public:
-  CpuKernel(const abi::Api* api, const Attributes& attributes, abi::ElementType element)
-      : api_(api), attributes_(attributes), element_(element) {}
+  CpuKernel(const abi::Api* api, const LambdaAttentionParams& layer) : api_(api), layer_(layer) {}
 
   static abi::MemoryType memoryType(size_t) { return abi::kMemoryDefault; }
 
@@ -16,8 +15,7 @@ class CpuKernel {
 
  private:
   const abi::Api* api_;
-  Attributes attributes_;
-  abi::ElementType element_;
+  const LambdaAttentionParams layer_;  // attributes and types
 };
 
 }  // namespace lminf

@@ -7,46 +7,11 @@
 #include <mutex>
 
 #include "lambda_attention.h"
+#include "plan.h"
+#include "validate.h"
 
 namespace lminf {
 namespace {
-
-DataType dataTypeOf(abi::ElementType element) {
-  if (element == abi::kFloat16) return DataType::kFloat16;
-  return element == abi::kBFloat16 ? DataType::kBfloat16 : DataType::kFloat32;
-}
-
-LambdaAttentionParams paramsOf(const Call& call, const Attributes& a, abi::ElementType element) {
-  const Shape &query = call.shapes[kQuery], &ring = call.shapes[kPastKey];
-  const auto floats = [&](Input i) { return static_cast<const float*>(call.inputs[i]); };
-  const auto integers = [&](Input i) { return static_cast<const int64_t*>(call.inputs[i]); };
-  LambdaAttentionParams p;
-  p.query = call.inputs[kQuery], p.key = call.inputs[kKey], p.value = call.inputs[kValue];
-  p.pastKey = call.inputs[kPastKey], p.pastValue = call.inputs[kPastValue];
-  p.pastSinkKey = call.inputs[kPastSinkKey], p.pastSinkValue = call.inputs[kPastSinkValue];
-  p.pastLength = integers(kPastLength), p.newLength = integers(kNewLength);
-  p.queryPosition = integers(kQueryPosition), p.slotPosition = integers(kSlotPosition);
-  p.cos = floats(kCos), p.sin = floats(kSin);
-  p.limitCos = floats(kLimitCos), p.limitSin = floats(kLimitSin);
-  p.alibiSlopes = floats(kAlibiSlopes), p.sinkLogits = floats(kSinkLogits);
-  p.output = call.outputs[kOutput];
-  p.presentKey = call.outputs[kPresentKey], p.presentValue = call.outputs[kPresentValue];
-  p.presentSinkKey = call.outputs[kPresentSinkKey];
-  p.presentSinkValue = call.outputs[kPresentSinkValue];
-  if (a.numSinkTokens == 0 && !(p.presentSinkKey && p.presentSinkValue)) {
-    p.presentSinkKey = p.presentSinkValue = nullptr;  // nobody asked for the constants
-  }
-  p.dataType = dataTypeOf(element);
-  p.batchSize = query[0], p.numHeads = query[1], p.numKvHeads = ring[1];
-  p.sequenceLength = query[2], p.capacity = ring[2], p.headDim = query[3];
-  p.sinkBatchSize = call.shapes[kPastSinkKey][0];
-  p.numSinkTokens = a.numSinkTokens, p.windowSize = a.windowSize;
-  p.distanceLimit = a.distanceLimit, p.rotaryDim = a.rotaryDim;
-  p.rotaryInterleaved = a.rotaryInterleaved != 0, p.scale = a.scale, p.softcap = a.softcap;
-  // A smaller ring is one that the session grows before it wraps (docs/operator.md).
-  p.growingRing = p.capacity < p.windowSize + p.sequenceLength - 1;
-  return p;
-}
 
 // Scratch memory in the order of the stream, from a pool of our own that keeps what it has: after
 // the first steps nothing is asked of the driver, and a CUDA graph can capture it.
@@ -90,10 +55,14 @@ cudaError_t launchWithScratch(const LambdaAttentionParams& params, cudaStream_t 
 
 abi::Status* CudaKernel::compute(abi::KernelContext* context) noexcept {
   try {
-    Call call;
-    if (abi::Status* wrong = readCall(api_, context, attributes_, &call)) return wrong;
-    if (call.shapes[kQuery][0] == 0) return nullptr;
-    const LambdaAttentionParams params = paramsOf(call, attributes_, element_);
+    LambdaAttentionParams params = layer_;
+    if (abi::Status* wrong = readCall(api_, context, &params)) return wrong;
+    if (params.batchSize == 0) return nullptr;
+    if (params.numSinkTokens == 0 && !(params.presentSinkKey && params.presentSinkValue)) {
+      params.presentSinkKey = params.presentSinkValue = nullptr;  // nobody asked for the constants
+    }
+    // A smaller ring is one that the session grows before it wraps (docs/operator.md).
+    params.growingRing = params.capacity < leastSlots(params.windowSize, params.sequenceLength);
     const std::string problem = validate(params);
     if (!problem.empty()) return invalid(api_, problem);
     void* stream = nullptr;

@@ -7,8 +7,7 @@ namespace lminf {
 
 class CudaKernel {
  public:
-  CudaKernel(const abi::Api* api, const Attributes& attributes, abi::ElementType element)
-      : api_(api), attributes_(attributes), element_(element) {}
+  CudaKernel(const abi::Api* api, const LambdaAttentionParams& layer) : api_(api), layer_(layer) {}
 
   // Everything stays on the device, lengths included: the host reads none of it.
   static abi::MemoryType memoryType(size_t) { return abi::kMemoryDefault; }
@@ -17,8 +16,7 @@ class CudaKernel {
 
  private:
   const abi::Api* api_;
-  Attributes attributes_;
-  abi::ElementType element_;
+  const LambdaAttentionParams layer_;  // attributes and types
 };
 
 }  // namespace lminf

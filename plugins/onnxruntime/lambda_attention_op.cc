@@ -1,58 +1,31 @@
 #include "lambda_attention_op.h"
 
-#include <utility>
+#include <array>
+
+#include "../operator/message.h"
 
 namespace lminf {
 namespace {
 
-constexpr std::array<const char*, kNumInt8CacheInputs> kInputNames = {
-    "query", "key", "value", "past_key", "past_value", "past_sink_key", "past_sink_value",
-    "past_length", "new_length", "query_position", "slot_position", "cos", "sin", "limit_cos",
-    "limit_sin", "alibi_slopes", "sink_logits", "past_key_scale", "past_value_scale"};
+abi::Status* readInputs(const abi::Api* api, const abi::KernelContext* context, size_t count,
+                        Shape* shapes, const void** data) {
+  for (size_t i = 0; i < count; ++i) {
+    if (abi::Status* wrong = readTensor(api, context, i, &shapes[i], &data[i])) return wrong;
+  }
+  return nullptr;
+}
 
-// The shapes the contract asks for; the first difference ends the step.
-abi::Status* checkShapes(const abi::Api* api, const Attributes& a, const Call& call) {
-  const auto& shapes = call.shapes;
-  const Shape &query = shapes[kQuery], &key = shapes[kKey], &ring = shapes[kPastKey];
-  for (const Input input : {kQuery, kKey, kPastKey}) {
-    if (shapes[input].size() != 4) {
-      return invalid(api, std::string(kInputNames[input]) + " has shape " + text(shapes[input]) +
-                              ", expected four dimensions");
-    }
-  }
-  const int64_t b = query[0], h = query[1], s = query[2], d = query[3], g = key[1];
-  if (g < 1 || h % g != 0) {
-    return invalid(api, "query has " + std::to_string(h) + " heads, which key's " +
-                            std::to_string(g) + " do not divide");
-  }
-  if (a.rotaryDim > d) {
-    return invalid(api, "rotary_dim " + std::to_string(a.rotaryDim) + " exceeds head_dim " +
-                            std::to_string(d));
-  }
-  const Shape& sinks = shapes[kPastSinkKey];
-  const int64_t slots = a.numSinkTokens > 0 ? a.numSinkTokens : 1;
-  const bool constant = a.numSinkTokens == 0 && !sinks.empty() && sinks[0] == 1;
-  const Shape sinkShape = {constant ? 1 : b, g, slots, d};
-  const Shape newShape = {b, g, s, d}, ringShape = {b, g, ring[2], d};
-  std::vector<std::pair<Input, Shape>> wanted = {
-      {kKey, newShape},           {kValue, newShape},          {kPastKey, ringShape},
-      {kPastValue, ringShape},    {kPastSinkKey, sinkShape},   {kPastSinkValue, sinkShape},
-      {kPastLength, {b}},         {kNewLength, {b}},           {kAlibiSlopes, {h}},
-      {kSinkLogits, {h}},
-  };
-  if (a.rotaryDim > 0) {
-    const int64_t half = a.rotaryDim / 2;
-    wanted.insert(wanted.end(), {{kCos, {b, s, half}}, {kSin, {b, s, half}},
-                                 {kLimitCos, {half}}, {kLimitSin, {half}}});
-  }
-  if (a.int8Cache) {
-    const Shape scales = {b, g, ring[2], 1};
-    wanted.insert(wanted.end(), {{kPastKeyScale, scales}, {kPastValueScale, scales}});
-  }
-  for (const auto& [input, shape] : wanted) {
-    if (shapes[input] != shape) {
-      return invalid(api, std::string(kInputNames[input]) + " has shape " + text(shapes[input]) +
-                              ", expected " + text(shape));
+abi::Status* findOutputs(const abi::Api* api, abi::KernelContext* context,
+                         const LambdaAttentionParams& p, size_t count, const Shape* inputs,
+                         void** data) {
+  for (size_t i = 0; i < count; ++i) {
+    const auto output = static_cast<std::int32_t>(i);
+    Shape shape = inputs[shapeSource(output)];
+    shape[0] = p.batchSize;
+    if (abi::Status* wrong = findTensor(api, context, i, shape, &data[i])) return wrong;
+    const bool needed = (!isSinkOutput(output) || p.numSinkTokens > 0) && p.batchSize > 0;
+    if (needed && data[i] == nullptr) {
+      return invalid(api, message("output ", kOutputs[i].name, " must be used"));
     }
   }
   return nullptr;
@@ -66,74 +39,48 @@ abi::Status* invalid(const abi::Api* api, const std::string& message) {
 }
 
 abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, Attributes* out) {
-  const std::pair<const char*, int64_t*> integers[] = {
-      {"num_sink_tokens", &out->numSinkTokens}, {"window_size", &out->windowSize},
-      {"distance_limit", &out->distanceLimit},  {"rotary_dim", &out->rotaryDim},
-      {"rotary_interleaved", &out->rotaryInterleaved}};
-  for (const auto& [name, value] : integers) {
-    if (abi::Status* wrong =
-            abi::call<abi::kKernelInfoGetAttributeInt64>(api, info, name, value)) {
-      return wrong;
-    }
+  for (const AttributeField& field : kAttributes) {
+    abi::Status* wrong =
+        field.integer != nullptr
+            ? abi::call<abi::kKernelInfoGetAttributeInt64>(api, info, field.name,
+                                                           &(out->*field.integer))
+            : abi::call<abi::kKernelInfoGetAttributeFloat>(api, info, field.name,
+                                                           &(out->*field.number));
+    if (wrong != nullptr) return wrong;
   }
-  const std::pair<const char*, float*> floats[] = {{"scale", &out->scale},
-                                                   {"softcap", &out->softcap}};
-  for (const auto& [name, value] : floats) {
-    if (abi::Status* wrong =
-            abi::call<abi::kKernelInfoGetAttributeFloat>(api, info, name, value)) {
-      return wrong;
-    }
+  const std::string problem = checkAttributes(*out);
+  return problem.empty() ? nullptr : invalid(api, problem);
+}
+
+abi::Status* readCall(const abi::Api* api, abi::KernelContext* context,
+                      LambdaAttentionParams* params) {
+  const size_t numInputs = params->int8Cache ? kNumInt8CacheInputs : kNumInputs;
+  const size_t numOutputs = params->int8Cache ? kNumInt8CacheOutputs : kNumOutputs;
+  std::array<Shape, kNumInt8CacheInputs> shapes;
+  std::array<const void*, kNumInt8CacheInputs> inputs{};
+  std::array<void*, kNumInt8CacheOutputs> outputs{};
+  if (abi::Status* wrong = readInputs(api, context, numInputs, shapes.data(), inputs.data())) {
+    return wrong;
   }
-  if (out->windowSize < 1) return invalid(api, "window_size must be at least 1");
-  if (out->numSinkTokens < 0) return invalid(api, "num_sink_tokens must not be negative");
-  if (out->distanceLimit < out->windowSize) {
-    return invalid(api, "distance_limit must be at least window_size");
+  std::string problem = readShapes(shapes.data(), *params);
+  if (problem.empty()) problem = checkSizes(*params);
+  if (!problem.empty()) return invalid(api, problem);
+  if (abi::Status* wrong =
+          findOutputs(api, context, *params, numOutputs, shapes.data(), outputs.data())) {
+    return wrong;
   }
-  if (out->rotaryDim < 0 || out->rotaryDim % 2 != 0) {
-    return invalid(api, "rotary_dim must be even and not negative");
-  }
+  setTensors(*params, inputs.data(), outputs.data(), params->int8Cache);
   return nullptr;
 }
 
-abi::Status* readCall(const abi::Api* api, abi::KernelContext* context, const Attributes& a,
-                      Call* call) {
-  const size_t numInputs = a.int8Cache ? kNumInt8CacheInputs : kNumInputs;
-  for (size_t i = 0; i < numInputs; ++i) {
-    if (abi::Status* wrong =
-            readTensor(api, context, i, &call->shapes[i], &call->inputs[i])) {
-      return wrong;
-    }
+abi::ElementType typeOf(const Operand& operand, abi::ElementType element, bool int8Cache) {
+  switch (operand.element) {
+    case ElementKind::kModel: return element;
+    case ElementKind::kRing: return int8Cache ? abi::kInt8 : element;
+    case ElementKind::kInt64: return abi::kInt64;
+    case ElementKind::kFloat32: return abi::kFloat;
   }
-  if (abi::Status* wrong = checkShapes(api, a, *call)) return wrong;
-  Shape sinks = call->shapes[kPastSinkKey];
-  sinks[0] = call->shapes[kQuery][0];
-  const auto& shape = call->shapes;
-  const Shape* shapes[kNumInt8CacheOutputs] = {
-      &shape[kQuery], &shape[kPastKey],      &shape[kPastValue],     &sinks,
-      &sinks,         &shape[kPastKeyScale], &shape[kPastValueScale]};
-  const size_t numOutputs = a.int8Cache ? kNumInt8CacheOutputs : kNumOutputs;
-  for (size_t i = 0; i < numOutputs; ++i) {
-    if (abi::Status* wrong = findTensor(api, context, i, *shapes[i], &call->outputs[i])) {
-      return wrong;
-    }
-    const bool sink = i == kPresentSinkKey || i == kPresentSinkValue;
-    const bool needed = !sink || a.numSinkTokens > 0;
-    if (needed && call->outputs[i] == nullptr && call->shapes[kQuery][0] > 0) {
-      return invalid(api, "output " + std::to_string(i) + " must be used or empty, found missing");
-    }
-  }
-  return nullptr;
-}
-
-abi::ElementType inputType(size_t index, abi::ElementType element, bool int8Cache) {
-  if (int8Cache && (index == kPastKey || index == kPastValue)) return abi::kInt8;
-  if (index <= kPastSinkValue) return element;
-  return index <= kSlotPosition ? abi::kInt64 : abi::kFloat;
-}
-
-abi::ElementType outputType(size_t index, abi::ElementType element, bool int8Cache) {
-  if (int8Cache && (index == kPresentKey || index == kPresentValue)) return abi::kInt8;
-  return index < kNumOutputs ? element : abi::kFloat;
+  return abi::kUndefined;
 }
 
 }  // namespace lminf

@@ -93,7 +93,7 @@ abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
   blocks.zeroPoints = static_cast<const uint8_t*>(data[zeroPoints]);
   cpu::Linear p{};
   p.tokens = x[0], p.outFeatures = a.outFeatures, p.inFeatures = a.inFeatures;
-  p.element = element_ == abi::kFloat16 ? cpu::Element::kHalf : cpu::Element::kFloat;
+  p.dataType = dataTypeOf(element_);
   p.blocks = &blocks;
   p.addend = adds_ ? data[kAddend] : nullptr;
   p.addendStride = adds_ && addend.size() == 2 ? a.outFeatures : 0;

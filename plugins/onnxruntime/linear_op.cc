@@ -42,11 +42,11 @@ abi::Status* LinearKernel::run(abi::KernelContext* context) {
   }
   cpu::Linear p{};
   p.tokens = x[0], p.outFeatures = weight[0], p.inFeatures = x[1];
-  p.element = element_ == abi::kFloat16 ? cpu::Element::kHalf : cpu::Element::kFloat;
+  p.dataType = dataTypeOf(element_);
   p.weight = data[1], p.addend = data[2];
   p.addendStride = addend.size() == 2 ? weight[0] : 0;
   if (abi::Status* wrong = findTensor(api_, context, 0, result, &p.out)) return wrong;
-  const int64_t itemSize = p.element == cpu::Element::kHalf ? 2 : 4;
+  const int64_t itemSize = p.dataType == DataType::kFloat16 ? 2 : 4;
   std::call_once(advised_, [&] {
     adviseHugePages(p.weight, static_cast<size_t>(weight[0] * weight[1] * itemSize));
   });

@@ -81,7 +81,7 @@ LMINF_ORT_EXPORT abi::Status* LMINF_ORT_CALL RegisterCustomOps(abi::SessionOptio
 
 // The operator's version this library implements, the providers it has kernels for (separated by
 // blanks), and the instructions its CPU kernel runs on here.
-LMINF_ORT_EXPORT int lminfOperatorVersion() { return 1; }
+LMINF_ORT_EXPORT int lminfOperatorVersion() { return kVersion; }
 LMINF_ORT_EXPORT const char* lminfProviders() { return kProviders; }
 // The same for rings of int8.
 LMINF_ORT_EXPORT const char* lminfInt8CacheProviders() { return "cpu"; }

@@ -39,12 +39,9 @@ void onPool(void* data, size_t count, abi::ParallelBody body, void* argument) {
 
 }  // namespace
 
-std::string text(const Shape& shape) {
-  std::string out = "(";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    out += (i ? ", " : "") + std::to_string(shape[i]);
-  }
-  return out + ")";
+DataType dataTypeOf(abi::ElementType element) {
+  if (element == abi::kFloat16) return DataType::kFloat16;
+  return element == abi::kBFloat16 ? DataType::kBfloat16 : DataType::kFloat32;
 }
 
 abi::Status* readTensor(const abi::Api* api, const abi::KernelContext* context, size_t index,

@@ -1,17 +1,14 @@
 // Tensors as an operator of ours meets them in a call.
 #pragma once
 
-#include <string>
-#include <vector>
-
-#include "cpu/attention.h"
+#include "../operator/rules.h"
+#include "cpu/parallel.h"
 #include "ort_abi.h"
 
 namespace lminf {
 
-using Shape = std::vector<int64_t>;
-
-std::string text(const Shape& shape);
+// The type of tensors of floats; float32 for any other.
+DataType dataTypeOf(abi::ElementType element);
 
 // One input's shape and data.
 abi::Status* readTensor(const abi::Api* api, const abi::KernelContext* context, size_t index,

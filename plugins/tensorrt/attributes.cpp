@@ -1,38 +1,17 @@
 #include "attributes.h"
 
-#include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <set>
 
-#include "message.h"
+#include "../operator/message.h"
+#include "../operator/rules.h"
 
 namespace lminf::tensorrt {
 namespace {
 
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
-
-struct IntegerField {
-  const char* name;
-  std::int64_t Attributes::* member;
-};
-
-struct FloatField {
-  const char* name;
-  float Attributes::* member;
-};
-
-constexpr std::array<IntegerField, 5> kIntegers{{
-    {"num_sink_tokens", &Attributes::numSinkTokens},
-    {"window_size", &Attributes::windowSize},
-    {"distance_limit", &Attributes::distanceLimit},
-    {"rotary_dim", &Attributes::rotaryDim},
-    {"rotary_interleaved", &Attributes::rotaryInterleaved},
-}};
-constexpr std::array<FloatField, 2> kFloats{{
-    {"scale", &Attributes::scale},
-    {"softcap", &Attributes::softcap},
-}};
 
 template <class Number>
 Number read(const PluginField& field) {
@@ -70,60 +49,45 @@ std::string readField(const PluginField& field, Attributes& attributes) {
   if (field.data == nullptr || field.length != 1) {
     return message(field.name, ": must be one number, the field has ", field.length);
   }
-  for (const IntegerField& known : kIntegers) {
-    if (std::strcmp(known.name, field.name) == 0) {
-      return readInteger(field, attributes.*known.member);
-    }
-  }
-  for (const FloatField& known : kFloats) {
-    if (std::strcmp(known.name, field.name) == 0) {
-      return readFloat(field, attributes.*known.member);
-    }
+  for (const AttributeField& known : kAttributes) {
+    if (std::strcmp(known.name, field.name) != 0) continue;
+    return known.integer != nullptr ? readInteger(field, attributes.*known.integer)
+                                    : readFloat(field, attributes.*known.number);
   }
   return message(field.name, ": no such attribute");
 }
 
 std::string checkComplete(const std::set<std::string>& seen) {
-  for (const IntegerField& known : kIntegers) {
-    if (seen.count(known.name) == 0) return message(known.name, ": attribute missing");
-  }
-  for (const FloatField& known : kFloats) {
+  for (const AttributeField& known : kAttributes) {
     if (seen.count(known.name) == 0) return message(known.name, ": attribute missing");
   }
   return {};
 }
 
-// The rules that need no shapes are those of the kernels, asked with the smallest tensors that
-// could carry these attributes.
-std::string checkRules(const Attributes& attributes) {
-  if (attributes.rotaryInterleaved != 0 && attributes.rotaryInterleaved != 1) {
-    return message("rotary_interleaved = ", attributes.rotaryInterleaved, ": must be 0 or 1");
+// A field without a value where `attributes` is null.
+PluginField fieldOf(const AttributeField& known, const Attributes* attributes) {
+  if (known.integer != nullptr) {
+    const void* value = attributes != nullptr ? &(attributes->*known.integer) : nullptr;
+    return {known.name, value, PluginFieldType::kINT64, 1};
   }
-  LambdaAttentionParams params;
-  params.batchSize = params.numHeads = params.numKvHeads = params.sequenceLength = 1;
-  params.capacity = 1;
-  params.growingRing = true;  // the ring is checked where its size is known
-  params.headDim = 256;
-  attributes.writeTo(params);
-  return validateSettings(params);
+  const void* value = attributes != nullptr ? &(attributes->*known.number) : nullptr;
+  return {known.name, value, PluginFieldType::kFLOAT32, 1};
+}
+
+FieldArray fieldsOf(const Attributes* attributes) {
+  FieldArray fields;
+  for (std::size_t index = 0; index < fields.size(); ++index) {
+    fields[index] = fieldOf(kAttributes[index], attributes);
+  }
+  return fields;
 }
 
 }  // namespace
 
-void Attributes::writeTo(LambdaAttentionParams& params) const {
-  params.numSinkTokens = numSinkTokens;
-  params.windowSize = windowSize;
-  params.distanceLimit = distanceLimit;
-  params.rotaryDim = rotaryDim;
-  params.rotaryInterleaved = rotaryInterleaved != 0;
-  params.scale = scale;
-  params.softcap = softcap;
-}
-
 std::string readFields(const nvinfer1::PluginFieldCollection* fields, Attributes& attributes) {
   if (fields == nullptr || fields->nbFields < 0 ||
       (fields->nbFields > 0 && fields->fields == nullptr)) {
-    return message("no attributes were passed");
+    return "no attributes were passed";
   }
   std::set<std::string> seen;
   for (std::int32_t index = 0; index < fields->nbFields; ++index) {
@@ -134,37 +98,35 @@ std::string readFields(const nvinfer1::PluginFieldCollection* fields, Attributes
     if (!problem.empty()) return problem;
   }
   std::string problem = checkComplete(seen);
-  return problem.empty() ? checkRules(attributes) : problem;
+  return problem.empty() ? checkAttributes(attributes) : problem;
 }
 
-SerializedFields::SerializedFields(const Attributes& attributes) : attributes_(attributes) {
-  static_assert(kIntegers.size() + kFloats.size() == kCount, "every attribute is serialised");
-  PluginField* next = fields_.data();
-  for (const IntegerField& known : kIntegers) {
-    *next++ = PluginField(known.name, &(attributes_.*known.member), PluginFieldType::kINT64, 1);
-  }
-  for (const FloatField& known : kFloats) {
-    *next++ = PluginField(known.name, &(attributes_.*known.member), PluginFieldType::kFLOAT32, 1);
-  }
+SerializedFields::SerializedFields(const Attributes& attributes)
+    : attributes_(attributes), fields_(fieldsOf(&attributes_)) {
   collection_.nbFields = static_cast<std::int32_t>(fields_.size());
   collection_.fields = fields_.data();
 }
 
 const nvinfer1::PluginFieldCollection* fieldNames() {
-  static const std::array<PluginField, kIntegers.size() + kFloats.size()> names = [] {
-    std::array<PluginField, kIntegers.size() + kFloats.size()> all{};
-    PluginField* next = all.data();
-    for (const IntegerField& known : kIntegers) {
-      *next++ = PluginField(known.name, nullptr, PluginFieldType::kINT64, 1);
-    }
-    for (const FloatField& known : kFloats) {
-      *next++ = PluginField(known.name, nullptr, PluginFieldType::kFLOAT32, 1);
-    }
-    return all;
-  }();
+  static const FieldArray names = fieldsOf(nullptr);
   static const nvinfer1::PluginFieldCollection collection{
       static_cast<std::int32_t>(names.size()), names.data()};
   return &collection;
+}
+
+std::string describe(const Attributes& attributes) {
+  std::ostringstream text;
+  const char* separator = "";
+  for (const AttributeField& known : kAttributes) {
+    text << separator << known.name << '=';
+    if (known.integer != nullptr) {
+      text << attributes.*known.integer;
+    } else {
+      text << attributes.*known.number;
+    }
+    separator = " ";
+  }
+  return text.str();
 }
 
 }  // namespace lminf::tensorrt

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "attributes.h"
-#include "message.h"
+#include "guarded.h"
 #include "plugin.h"
 
 #if NV_TENSORRT_MAJOR < 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR < 3)
@@ -37,11 +37,9 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
     return guarded<nvinfer1::PluginFieldCollection const*>("getFieldNames", nullptr,
                                                            [] { return fieldNames(); });
   }
-  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return kPluginName; }
+  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return kName; }
   nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
-  nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override {
-    return kPluginNamespace;
-  }
+  nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kDomain; }
 };
 
 }  // namespace

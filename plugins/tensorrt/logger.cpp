@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "../operator/contract.h"
+
 namespace lminf::tensorrt {
 namespace {
 
@@ -60,12 +62,12 @@ void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
   loggerFinder.store(finder);
 }
 
-void logError(const std::string& text) noexcept {
+void logError(const std::string& problem) noexcept {
   try {
-    if (logThroughTensorRT(text)) return;
+    if (logThroughTensorRT(std::string(kName) + ": " + problem)) return;
   } catch (...) {  // findLogger is not noexcept; the message still has somewhere to go
   }
-  std::fprintf(stderr, "%s\n", text.c_str());
+  std::fprintf(stderr, "%s: %s\n", kName, problem.c_str());
 }
 
 }  // namespace lminf::tensorrt

@@ -14,7 +14,8 @@ namespace lminf::tensorrt {
 // Remember TensorRT's finder, which it passes when it loads the library.
 void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-// Tell the user what went wrong: through TensorRT's logger, or on stderr where there is none.
-void logError(const std::string& text) noexcept;
+// Tell the user what went wrong, with the operator's name before it: through TensorRT's logger, or
+// on stderr where there is none.
+void logError(const std::string& problem) noexcept;
 
 }  // namespace lminf::tensorrt

@@ -5,8 +5,12 @@
 #include <array>
 #include <memory>
 
+#include "../operator/rules.h"
+#include "guarded.h"
 #include "lambda_attention.h"
-#include "message.h"
+#include "plan.h"
+#include "tensors.h"
+#include "validate.h"
 
 namespace lminf::tensorrt {
 namespace {
@@ -34,15 +38,6 @@ std::string checkCounts(int32_t nbInputs, int32_t nbOutputs) {
                  "; export the model again");
 }
 
-std::string describe(const Attributes& a) {
-  std::ostringstream text;
-  text << "num_sink_tokens=" << a.numSinkTokens << " window_size=" << a.windowSize
-       << " distance_limit=" << a.distanceLimit << " rotary_dim=" << a.rotaryDim
-       << " rotary_interleaved=" << a.rotaryInterleaved << " scale=" << a.scale
-       << " softcap=" << a.softcap;
-  return text.str();
-}
-
 // Dimensions of an expression that are known while the network is built; -1 for the others.
 Dims knownDims(const nvinfer1::DimsExprs& exprs) {
   Dims dims{};
@@ -66,36 +61,15 @@ Shapes shapesOf(const PluginTensorDesc* inputs) {
   return shapes;
 }
 
-const float* floats(const void* address) { return static_cast<const float*>(address); }
-
-const std::int64_t* integers(const void* address) {
-  return static_cast<const std::int64_t*>(address);
+// Without sink tokens nobody reads the present sinks, and nothing is written there.
+void setPointers(LambdaAttentionParams& params, const void* const* inputs, void* const* outputs) {
+  setTensors(params, inputs, outputs, params.int8Cache);
+  if (params.numSinkTokens == 0) params.presentSinkKey = params.presentSinkValue = nullptr;
 }
 
-// Without sink tokens nobody reads the present sinks, and nothing is written there.
-void setPointers(LambdaAttentionParams& params, void const* const* inputs, void* const* outputs) {
-  params.query = inputs[kQuery];
-  params.key = inputs[kKey];
-  params.value = inputs[kValue];
-  params.pastKey = inputs[kPastKey];
-  params.pastValue = inputs[kPastValue];
-  params.pastSinkKey = inputs[kPastSinkKey];
-  params.pastSinkValue = inputs[kPastSinkValue];
-  params.pastLength = integers(inputs[kPastLength]);
-  params.newLength = integers(inputs[kNewLength]);
-  params.queryPosition = integers(inputs[kQueryPosition]);
-  params.slotPosition = integers(inputs[kSlotPosition]);
-  params.cos = floats(inputs[kCos]);
-  params.sin = floats(inputs[kSin]);
-  params.limitCos = floats(inputs[kLimitCos]);
-  params.limitSin = floats(inputs[kLimitSin]);
-  params.alibiSlopes = floats(inputs[kAlibiSlopes]);
-  params.sinkLogits = floats(inputs[kSinkLogits]);
-  params.output = outputs[kAttended];
-  params.presentKey = outputs[kPresentKey];
-  params.presentValue = outputs[kPresentValue];
-  params.presentSinkKey = params.numSinkTokens > 0 ? outputs[kPresentSinkKey] : nullptr;
-  params.presentSinkValue = params.numSinkTokens > 0 ? outputs[kPresentSinkValue] : nullptr;
+// Place counts inputs, then outputs.
+const Operand& operandAt(int32_t place) {
+  return place < kNumInputs ? kInputs[place] : kOutputs[place - kNumInputs];
 }
 
 }  // namespace
@@ -123,14 +97,10 @@ nvinfer1::IPluginV3* Plugin::clone() noexcept {
 }
 
 int32_t Plugin::getAliasedInput(int32_t outputIndex) noexcept {
-  if (outputIndex == kPresentKey) return kPastKey;
-  if (outputIndex == kPresentValue) return kPastValue;
+  if (outputIndex < 0 || outputIndex >= kNumOutputs) return kNone;
   // Without sink tokens the pasts are constants that all such layers share: nothing to update.
-  if (attributes_.numSinkTokens > 0) {
-    if (outputIndex == kPresentSinkKey) return kPastSinkKey;
-    if (outputIndex == kPresentSinkValue) return kPastSinkValue;
-  }
-  return -1;
+  const bool constant = isSinkOutput(outputIndex) && attributes_.numSinkTokens == 0;
+  return constant ? kNone : kUpdatedInput[outputIndex];
 }
 
 int32_t Plugin::getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOutputs,
@@ -140,8 +110,8 @@ int32_t Plugin::getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOu
     const std::string problem = checkCounts(nbInputs, nbOutputs);
     if (!problem.empty()) return report(problem);
     for (int32_t input = 0; input < nbInputs; ++input) {
-      if (!isTypeAllowed(input, inputTypes[input], inputTypes[kQuery])) {
-        return report(message(tensorName(input), " has element type ",
+      if (!isTypeAllowed(kInputs[input], inputTypes[input], inputTypes[kQuery])) {
+        return report(message(kInputs[input].name, " has element type ",
                               static_cast<int32_t>(inputTypes[input]),
                               " of nvinfer1::DataType, query has ",
                               static_cast<int32_t>(inputTypes[kQuery])));
@@ -171,14 +141,10 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInp
     // Element types are not known here; any of them has the same rules for shapes.
     problem = checkOpenShapes(attributes_, known.data(), nvinfer1::DataType::kHALF);
     if (!problem.empty()) return report(problem);
-    outputs[kAttended] = inputs[kQuery];
-    outputs[kPresentKey] = inputs[kPastKey];
-    outputs[kPresentValue] = inputs[kPastValue];
-    outputs[kPresentSinkKey] = inputs[kPastSinkKey];
-    outputs[kPresentSinkValue] = inputs[kPastSinkValue];
-    if (attributes_.numSinkTokens == 0) {
-      outputs[kPresentSinkKey].d[0] = inputs[kQuery].d[0];
-      outputs[kPresentSinkValue].d[0] = inputs[kQuery].d[0];
+    for (int32_t output = 0; output < nbOutputs; ++output) {
+      outputs[output] = inputs[shapeSource(output)];
+      const bool constant = isSinkOutput(output) && attributes_.numSinkTokens == 0;
+      if (constant) outputs[output].d[0] = inputs[kQuery].d[0];
     }
     return kOk;
   });
@@ -192,7 +158,7 @@ bool Plugin::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc cons
   }
   const PluginTensorDesc& asked = inOut[pos].desc;
   return asked.format == nvinfer1::TensorFormat::kLINEAR &&
-         isTypeAllowed(pos, asked.type, inOut[kQuery].desc.type);
+         isTypeAllowed(operandAt(pos), asked.type, inOut[kQuery].desc.type);
 }
 
 int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,

@@ -5,14 +5,13 @@
 
 #include <string>
 
+#include "../operator/params.h"
 #include "attributes.h"
-#include "tensors.h"
 
 namespace lminf::tensorrt {
 
-inline constexpr const char* kPluginName = "LambdaAttention";
 inline constexpr const char* kPluginVersion = "1";
-inline constexpr const char* kPluginNamespace = "lminf";
+static_assert(kVersion == 1, "kPluginVersion is the operator's version as text");
 
 // One node. All four caches are updated in place where TensorRT binds past and present to one
 // address; where it does not, the past is copied first.
@@ -29,11 +28,9 @@ class Plugin final : public nvinfer1::IPluginV3,
   nvinfer1::IPluginV3* clone() noexcept override;
 
   // IPluginV3OneCore
-  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return kPluginName; }
+  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return kName; }
   nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
-  nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override {
-    return kPluginNamespace;
-  }
+  nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kDomain; }
 
   // IPluginV3OneBuildV2
   int32_t getNbOutputs() const noexcept override { return kNumOutputs; }

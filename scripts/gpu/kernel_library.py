@@ -20,28 +20,24 @@ DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128")
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 
-_POINTERS = (
-    *("query", "key", "value", "past_key", "past_value", "past_sink_key", "past_sink_value"),
-    *("past_length", "new_length", "query_position", "slot_position"),
-    *("cos", "sin", "limit_cos", "limit_sin", "alibi_slopes", "sink_logits"),
-    *("output", "present_key", "present_value", "present_sink_key", "present_sink_value"),
-)
+# Tensors an operator with an int8 cache has behind the others: the CUDA kernels take none of them.
+_TENSORS = (*contract.input_names(int8_cache=True), *contract.output_names(int8_cache=True))
+_ATTRIBUTE_TYPES = {"int": ctypes.c_int64, "float": ctypes.c_float}
 _SIZES = (
     *("batch_size", "num_heads", "num_kv_heads", "sequence_length", "capacity", "head_dim"),
-    *("sink_batch_size", "num_sink_tokens", "window_size", "distance_limit", "rotary_dim"),
+    "sink_batch_size",
 )
 
 
 class Params(ctypes.Structure):
-    """`lminf::LambdaAttentionParams` of plugins/lambda_attention/params.h, field by field."""
+    """`lminf::LambdaAttentionParams` of plugins/operator/params.h, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_void_p) for name in _TENSORS),
+        *((x.name, _ATTRIBUTE_TYPES[x.kind]) for x in contract.ATTRIBUTES),
         ("data_type", ctypes.c_int32),
+        ("int8_cache", ctypes.c_bool),
         *((name, ctypes.c_int64) for name in _SIZES),
-        ("rotary_interleaved", ctypes.c_bool),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
         ("growing_ring", ctypes.c_bool),
     )
 
@@ -140,7 +136,7 @@ def params_of(
     """Describe one call of the operator.
 
     Args:
-        inputs: the operator's 17 inputs in order (lminf_export/torch_operator.py), contiguous.
+        inputs: the operator's 17 inputs in order (lminf_export/operator/contract.py), contiguous.
         outputs: its 5 outputs; a present tensor that is its past is updated in place.
         attributes: num_sink_tokens, window_size, distance_limit, scale, softcap, rotary_dim,
             rotary_interleaved.

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 KERNELS = PLUGINS / "lambda_attention"
-HOST_SOURCES = ("params.cpp", "plan.cpp", "c_api.cpp")
+HOST_SOURCES = ("rules.cpp", "validate.cpp", "plan.cpp", "c_api.cpp")
 KERNEL_SOURCES = (
     *("launch.cu", "rows.cu", "decode_float16.cu", "decode_bfloat16.cu"),
     *("tiles_float16.cu", "tiles_bfloat16.cu"),
@@ -48,8 +48,9 @@ def emulated_library(folder: Path) -> Path:
 
 
 def compile_object(plugins: Path, source: str, target: Path) -> None:
-    """Compile one file of plugins/lambda_attention or plugins/emulation."""
-    folder = "emulation" if source == "emulation.cpp" else "lambda_attention"
+    """Compile one file of plugins/lambda_attention, plugins/emulation or plugins/operator."""
+    folders = {"emulation.cpp": "emulation", "rules.cpp": "operator"}
+    folder = folders.get(source, "lambda_attention")
     includes = ["-I", str(plugins / "emulation"), "-I", str(plugins / "lambda_attention")]
     path = str(plugins / folder / source)
     _run([str(compiler()), *FLAGS, *includes, "-x", "c++", "-c", path, "-o", str(target)])

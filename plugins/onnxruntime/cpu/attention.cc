@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "parallel.h"
+#include "../../operator/rules.h"
 
 namespace lminf::cpu {
 namespace {
@@ -23,30 +23,30 @@ constexpr int64_t kLargeAppend = 1 << 15;
 thread_local Arena scratchArena;
 thread_local Arena partialArena;
 
-size_t elementSize(const Params& p) { return p.element == Element::kFloat ? 4 : 2; }
+size_t elementSize(const Params& p) { return p.dataType == DataType::kFloat32 ? 4 : 2; }
 
 // The old cache, where it is not the new one already. (1, G, 1, D) sinks serve every row.
 void carryOver(const Params& p, const Parallel& parallel) {
   const auto copy = [&](const void* past, void* present, size_t slot) {
     if (past == present) return;
     const size_t ring = static_cast<size_t>(p.capacity) * slot;
-    forEach(parallel, p.batch * p.kvHeads, [&](size_t pair) {
+    forEach(parallel, p.batchSize * p.numKvHeads, [&](size_t pair) {
       std::memcpy(static_cast<char*>(present) + pair * ring,
                   static_cast<const char*>(past) + pair * ring, ring);
     });
   };
-  const size_t slot = static_cast<size_t>(p.headDim) * (p.int8Rings ? 1 : elementSize(p));
+  const size_t slot = static_cast<size_t>(p.headDim) * (p.int8Cache ? 1 : elementSize(p));
   copy(p.pastKey, p.presentKey, slot);
   copy(p.pastValue, p.presentValue, slot);
-  if (p.int8Rings) {
+  if (p.int8Cache) {
     copy(p.pastKeyScale, p.presentKeyScale, sizeof(float));
     copy(p.pastValueScale, p.presentValueScale, sizeof(float));
   }
-  const size_t sinks = static_cast<size_t>(p.kvHeads * p.sinkSlots * p.headDim) * elementSize(p);
+  const size_t sinks = static_cast<size_t>(p.numKvHeads * p.sinkSlots() * p.headDim) * elementSize(p);
   const auto copySinks = [&](const void* past, void* present) {
     if (present == nullptr || past == present) return;
-    for (int64_t row = 0; row < p.batch; ++row) {
-      const int64_t source = p.pastSinkBatch == 1 ? 0 : row;
+    for (int64_t row = 0; row < p.batchSize; ++row) {
+      const int64_t source = p.sinkBatchSize == 1 ? 0 : row;
       std::memcpy(static_cast<char*>(present) + row * sinks,
                   static_cast<const char*>(past) + source * sinks, sinks);
     }
@@ -56,18 +56,18 @@ void carryOver(const Params& p, const Parallel& parallel) {
 }
 
 void append(const Params& p, const Kernels& kernels, const Parallel& parallel) {
-  const int64_t pairs = p.batch * p.kvHeads;
-  const auto one = [&](size_t pair) { kernels.append(p, pair / p.kvHeads, pair % p.kvHeads); };
-  if (pairs * p.steps * p.headDim >= kLargeAppend) return forEach(parallel, pairs, one);
+  const int64_t pairs = p.batchSize * p.numKvHeads;
+  const auto one = [&](size_t pair) { kernels.append(p, pair / p.numKvHeads, pair % p.numKvHeads); };
+  if (pairs * p.sequenceLength * p.headDim >= kLargeAppend) return forEach(parallel, pairs, one);
   for (int64_t pair = 0; pair < pairs; ++pair) one(pair);
 }
 
 void clearPadding(const Params& p) {
   const size_t row = static_cast<size_t>(p.headDim) * elementSize(p);
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t padding = p.steps - p.newLength[b];
-    for (int64_t h = 0; padding > 0 && h < p.heads; ++h) {
-      const size_t start = (b * p.heads + h) * p.steps + p.newLength[b];
+  for (int64_t b = 0; b < p.batchSize; ++b) {
+    const int64_t padding = p.sequenceLength - p.newLength[b];
+    for (int64_t h = 0; padding > 0 && h < p.numHeads; ++h) {
+      const size_t start = (b * p.numHeads + h) * p.sequenceLength + p.newLength[b];
       std::memset(static_cast<char*>(p.output) + start * row, 0, padding * row);
     }
   }
@@ -76,11 +76,11 @@ void clearPadding(const Params& p) {
 // Items in order; those of equal queries stand together, the first of them takes the sinks.
 std::vector<Item> plan(const Params& p) {
   std::vector<Item> items;
-  const int64_t blockSteps = std::max<int64_t>(1, kBlockRows / (p.heads / p.kvHeads));
-  const int64_t blocks = (p.steps + blockSteps - 1) / blockSteps;
-  const int64_t unsplit = std::max<int64_t>(1, p.batch * p.kvHeads * blocks);
+  const int64_t blockSteps = std::max<int64_t>(1, kBlockRows / (p.numHeads / p.numKvHeads));
+  const int64_t blocks = (p.sequenceLength + blockSteps - 1) / blockSteps;
+  const int64_t unsplit = std::max<int64_t>(1, p.batchSize * p.numKvHeads * blocks);
   const int64_t mostSplits = std::clamp<int64_t>(kEnoughItems / unsplit, 1, kMaxSplits);
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (int64_t b = 0; b < p.batchSize; ++b) {
     const int64_t past = p.pastLength[b];
     for (int64_t step = 0; step < p.newLength[b]; step += blockSteps) {
       const int64_t steps = std::min(blockSteps, p.newLength[b] - step);
@@ -88,7 +88,7 @@ std::vector<Item> plan(const Params& p) {
       const int64_t end = past + step + steps;
       const int64_t splits = std::clamp((end - begin) / kSplitKeys, int64_t{1}, mostSplits);
       const int64_t length = (end - begin + splits - 1) / splits;
-      for (int64_t g = 0; g < p.kvHeads; ++g) {
+      for (int64_t g = 0; g < p.numKvHeads; ++g) {
         for (int64_t first = begin; first < end; first += length) {
           items.push_back({b, g, step, steps, first, std::min(end, first + length),
                            first == begin, nullptr});
@@ -144,19 +144,19 @@ bool attend(const Params& p, const Kernels& kernels, const Parallel& parallel) {
   return true;
 }
 
-const char* problem(const Params& p) {
-  for (int64_t b = 0; b < p.batch; ++b) {
+// What the host must know of the lengths before anything is written.
+std::string checkLengths(const Params& p) {
+  for (int64_t b = 0; b < p.batchSize; ++b) {
     const int64_t past = p.pastLength[b], count = p.newLength[b];
     if (past < 0) return "past_length is negative";
-    if (count < 0 || count > p.steps) return "new_length is outside 0 … S";
-    if (past > (int64_t{1} << 40) - count) return "positions go beyond 2^40";
-    // A ring that has not wrapped holds every position; one that has must hold every window.
-    if (past + count > p.capacity && count > 0 && p.capacity < p.windowSize + count - 1) {
-      return "the ring is too small for its window and this step: it needs window_size + S - 1 "
-             "slots";
-    }
+    if (count < 0 || count > p.sequenceLength) return "new_length is outside 0 … S";
+    if (past > kMaxPosition - count) return "positions go beyond 2^40";
+    // A ring that has not wrapped holds every position.
+    if (past + count <= p.capacity || count == 0) continue;
+    const std::string problem = checkRing(p.capacity, p.windowSize, count);
+    if (!problem.empty()) return problem;
   }
-  return nullptr;
+  return {};
 }
 
 // Fastest first.
@@ -196,12 +196,13 @@ bool useKernels(const char* name) {
   return false;
 }
 
-const char* lambdaAttention(const Params& p, const Kernels& kernels, const Parallel& parallel) {
-  if (const char* wrong = problem(p)) return wrong;
+std::string lambdaAttention(const Params& p, const Kernels& kernels, const Parallel& parallel) {
+  std::string problem = checkLengths(p);
+  if (!problem.empty()) return problem;
   carryOver(p, parallel);
   append(p, kernels, parallel);
   clearPadding(p);
-  return attend(p, kernels, parallel) ? nullptr : "no memory for attention's scratch space";
+  return attend(p, kernels, parallel) ? "" : "no memory for attention's scratch space";
 }
 
 }  // namespace lminf::cpu

@@ -13,7 +13,7 @@
 
 namespace {
 
-using lminf::cpu::Element;
+using lminf::DataType;
 using lminf::cpu::Item;
 using lminf::cpu::Params;
 
@@ -31,7 +31,7 @@ constexpr float kHidden = -1e30f;
 
 inline int64_t roundUp(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 inline int64_t paddedDim(const Params& p) { return roundUp(p.headDim, kWidth); }
-inline int64_t group(const Params& p) { return p.heads / p.kvHeads; }
+inline int64_t group(const Params& p) { return p.numHeads / p.numKvHeads; }
 
 // --- rotation -----------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ void rotate(const Params& p, const In* x, const float* cos, const float* sin, fl
             Out* out) {
   const int64_t half = p.rotaryDim / 2;
   for (int64_t i = 0; i < half; ++i) {
-    const int64_t first = p.interleaved ? 2 * i : i, second = p.interleaved ? 2 * i + 1 : i + half;
+    const int64_t first = p.rotaryInterleaved != 0 ? 2 * i : i, second = p.rotaryInterleaved != 0 ? 2 * i + 1 : i + half;
     const float a = toFloat(x[first]), b = toFloat(x[second]);
     fromFloat((a * cos[i] - b * sin[i]) * factor, out + first);
     fromFloat((b * cos[i] + a * sin[i]) * factor, out + second);
@@ -53,17 +53,17 @@ void rotate(const Params& p, const In* x, const float* cos, const float* sin, fl
 
 template <typename T>
 void appendHead(const Params& p, int64_t batch, int64_t kvHead) {
-  const int64_t pair = batch * p.kvHeads + kvHead, dim = p.headDim, half = p.rotaryDim / 2;
-  const T* key = static_cast<const T*>(p.key) + pair * p.steps * dim;
-  const T* value = static_cast<const T*>(p.value) + pair * p.steps * dim;
+  const int64_t pair = batch * p.numKvHeads + kvHead, dim = p.headDim, half = p.rotaryDim / 2;
+  const T* key = static_cast<const T*>(p.key) + pair * p.sequenceLength * dim;
+  const T* value = static_cast<const T*>(p.value) + pair * p.sequenceLength * dim;
   T* sinkKey = static_cast<T*>(p.presentSinkKey);
   T* sinkValue = static_cast<T*>(p.presentSinkValue);
   const int64_t past = p.pastLength[batch];
   for (int64_t step = 0; step < p.newLength[batch]; ++step) {
     const int64_t position = past + step, slot = pair * p.capacity + position % p.capacity;
-    const int64_t row = (batch * p.steps + step) * half;
+    const int64_t row = (batch * p.sequenceLength + step) * half;
     const T *newKey = key + step * dim, *newValue = value + step * dim;
-    if (p.int8Rings) {
+    if (p.int8Cache) {
       int8_t* ringKey = static_cast<int8_t*>(p.presentKey) + slot * dim;
       int8_t* ringValue = static_cast<int8_t*>(p.presentValue) + slot * dim;
       p.presentKeyScale[slot] = quantizeRotated(p, newKey, p.cos + row, p.sin + row, ringKey);
@@ -74,7 +74,7 @@ void appendHead(const Params& p, int64_t batch, int64_t kvHead) {
       std::memcpy(static_cast<T*>(p.presentValue) + slot * dim, newValue, dim * sizeof(T));
     }
     if (position < p.numSinkTokens && sinkKey != nullptr && sinkValue != nullptr) {
-      const int64_t sink = (pair * p.sinkSlots + position) * dim;
+      const int64_t sink = (pair * p.sinkSlots() + position) * dim;
       std::memcpy(sinkKey + sink, newKey, dim * sizeof(T));
       std::memcpy(sinkValue + sink, newValue, dim * sizeof(T));
     }
@@ -82,7 +82,7 @@ void appendHead(const Params& p, int64_t batch, int64_t kvHead) {
 }
 
 void append(const Params& p, int64_t batch, int64_t kvHead) {
-  p.element == Element::kFloat ? appendHead<float>(p, batch, kvHead)
+  p.dataType == DataType::kFloat32 ? appendHead<float>(p, batch, kvHead)
                                : appendHead<Half>(p, batch, kvHead);
 }
 
@@ -323,8 +323,8 @@ inline size_t layOut(const Params& p, int64_t numSteps, float* memory, Scratch* 
   out.keys = take(tile * dim);
   out.keysT = take(tile * dim);
   out.values = take(tile * dim);
-  out.ringKeys = take(p.int8Rings ? kInt8Tile * p.headDim : 0);
-  out.ringValues = take(p.int8Rings ? kInt8Tile * p.headDim : 0);
+  out.ringKeys = take(p.int8Cache ? kInt8Tile * p.headDim : 0);
+  out.ringValues = take(p.int8Cache ? kInt8Tile * p.headDim : 0);
   out.output = take(rows * dim);
   out.top = take(rows);
   out.sum = take(rows);
@@ -375,7 +375,7 @@ class Block {
   int64_t head(int64_t row) const { return item_.kvHead * group_ + row % group_; }
   int64_t queryOffset(int64_t row) const {
     const int64_t step = item_.firstStep + row / group_;
-    return ((item_.batch * p_.heads + head(row)) * p_.steps + step) * p_.headDim;
+    return ((item_.batch * p_.numHeads + head(row)) * p_.sequenceLength + step) * p_.headDim;
   }
 
   void gatherQueries() {
@@ -384,7 +384,7 @@ class Block {
     const bool sinksSeen = item_.first && numSeenSinks(rows_ - 1) > 0;
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t step = item_.firstStep + r / group_;
-      const int64_t row = (item_.batch * p_.steps + step) * half;
+      const int64_t row = (item_.batch * p_.sequenceLength + step) * half;
       const T* x = query + queryOffset(r);
       padded(x, p_.cos + row, p_.sin + row, s_.localQuery + r * dim_);
       if (sinksSeen) padded(x, p_.limitCos, p_.limitSin, s_.sinkQuery + r * dim_);
@@ -410,7 +410,7 @@ class Block {
     const int64_t seen = numSeenSinks(rows_ - 1);
     const bool ours = p_.presentSinkKey != nullptr;  // else nobody stores them: no sink tokens
     if (seen == 0 || !ours) return;
-    const int64_t base = (item_.batch * p_.kvHeads + item_.kvHead) * p_.sinkSlots * p_.headDim;
+    const int64_t base = (item_.batch * p_.numKvHeads + item_.kvHead) * p_.sinkSlots() * p_.headDim;
     const T* key = static_cast<const T*>(p_.presentSinkKey) + base;
     const T* value = static_cast<const T*>(p_.presentSinkValue) + base;
     for (int64_t start = 0; start < seen; start += tile_) {
@@ -421,13 +421,13 @@ class Block {
 
   // Positions become slots; a tile ends at the latest where the ring does.
   void ring() {
-    const int64_t base = (item_.batch * p_.kvHeads + item_.kvHead) * p_.capacity;
+    const int64_t base = (item_.batch * p_.numKvHeads + item_.kvHead) * p_.capacity;
     const bool few = rows_ < kManyRows && p_.headDim == dim_;
-    const int64_t most = p_.int8Rings && !few ? std::min(tile_, kInt8Tile) : tile_;
+    const int64_t most = p_.int8Cache && !few ? std::min(tile_, kInt8Tile) : tile_;
     for (int64_t position = item_.firstKey; position < item_.endKey;) {
       const int64_t slot = position % p_.capacity;
       const int64_t count = std::min({most, item_.endKey - position, p_.capacity - slot});
-      if (p_.int8Rings) {
+      if (p_.int8Cache) {
         few ? takeInt8(base + slot, count, position) : takeWidened(base + slot, count, position);
       } else {
         const int64_t offset = (base + slot) * p_.headDim;
@@ -595,7 +595,7 @@ class Block {
 };
 
 void attend(const Params& p, const Item& item, float* scratch) {
-  p.element == Element::kFloat ? Block<float>(p, item, scratch).run()
+  p.dataType == DataType::kFloat32 ? Block<float>(p, item, scratch).run()
                                : Block<Half>(p, item, scratch).run();
 }
 
@@ -614,7 +614,7 @@ void combineRows(const Params& p, const Item* items, size_t count) {
     const int64_t head = item.kvHead * group(p) + r % group(p);
     const int64_t step = item.firstStep + r / group(p);
     T* out = static_cast<T*>(p.output) +
-             ((item.batch * p.heads + head) * p.steps + step) * p.headDim;
+             ((item.batch * p.numHeads + head) * p.sequenceLength + step) * p.headDim;
     for (int64_t d = 0; d < p.headDim; ++d) {
       float value = 0.0f;
       for (size_t i = 0; i < count; ++i) value += weights[i] * items[i].partial[r * dim + d];
@@ -624,7 +624,7 @@ void combineRows(const Params& p, const Item* items, size_t count) {
 }
 
 void combine(const Params& p, const Item* items, size_t count) {
-  p.element == Element::kFloat ? combineRows<float>(p, items, count)
+  p.dataType == DataType::kFloat32 ? combineRows<float>(p, items, count)
                                : combineRows<Half>(p, items, count);
 }
 

@@ -21,7 +21,7 @@ inline void visitRotated(const lminf::cpu::Params& p, const In* x, const float* 
                          const float* sin, Visit visit) {
   const int64_t half = p.rotaryDim / 2;
   for (int64_t i = 0; i < half; ++i) {
-    const int64_t first = p.interleaved ? 2 * i : i, second = p.interleaved ? 2 * i + 1 : i + half;
+    const int64_t first = p.rotaryInterleaved != 0 ? 2 * i : i, second = p.rotaryInterleaved != 0 ? 2 * i + 1 : i + half;
     const float a = toFloat(x[first]), b = toFloat(x[second]);
     visit(first, a * cos[i] - b * sin[i]);
     visit(second, b * cos[i] + a * sin[i]);

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "parallel.h"
+#include "attention.h"
 
 namespace lminf::cpu {
 namespace {
@@ -20,7 +20,7 @@ thread_local Arena panelArena;
 
 int64_t rowBytes(const Linear& p) {
   if (p.blocks != nullptr) return std::max<int64_t>(p.blocks->rowBytes(), 1);
-  return std::max<int64_t>(p.inFeatures, 1) * (p.element == Element::kFloat ? 4 : 2);
+  return std::max<int64_t>(p.inFeatures, 1) * (p.dataType == DataType::kFloat32 ? 4 : 2);
 }
 
 bool fewTokens(const Linear& p, const Product& product, const Parallel& parallel) {
@@ -73,7 +73,7 @@ const LinearKernels& activeLinear() {
 
 const char* widenInput(Linear* p, const void* x, const LinearKernels& kernels) {
   p->x = static_cast<const float*>(x);
-  if (p->element == Element::kFloat) return nullptr;
+  if (p->dataType == DataType::kFloat32) return nullptr;
   float* wide = wideArena.take(std::max<int64_t>(p->tokens * p->inFeatures, 1));
   if (wide == nullptr) return "no memory for the activations in float32";
   kernels.widen(x, p->tokens * p->inFeatures, wide);

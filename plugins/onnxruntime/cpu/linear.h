@@ -5,7 +5,8 @@
 // pages.
 #pragma once
 
-#include "attention.h"
+#include "../../operator/params.h"
+#include "parallel.h"
 
 namespace lminf::cpu {
 
@@ -29,7 +30,7 @@ struct Linear {
   int64_t tokens;         // M
   int64_t outFeatures;    // N
   int64_t inFeatures;     // K
-  Element element;        // of weight, scales, addend and out
+  DataType dataType;      // of weight, scales, addend and out; float32 or float16
   const float* x;         // (M, K)
   const uint8_t* rounded; // M tokens as integers, laid out by `RoundedKernels`; null for x
   const void* weight;     // (N, K); null where the weight is in blocks
@@ -71,7 +72,7 @@ extern const LinearKernels kLinearAvx512;
 // The ones of the instruction set in use (`activeKernels`).
 const LinearKernels& activeLinear();
 
-// The whole operator; x is of type p.element. Returns null, or what is wrong.
+// The whole operator; x is of type p.dataType. Returns null, or what is wrong.
 const char* linear(Linear p, const void* x, const LinearKernels&, const Parallel&);
 
 // Lets p.x be x (M, K) in float32, in memory of this thread. Returns null, or what is wrong.

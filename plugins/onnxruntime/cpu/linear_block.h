@@ -112,7 +112,7 @@ void streamRows(const Linear& p, int64_t firstRow, int64_t endRow, float* scratc
 }
 
 void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
-  p.element == Element::kFloat ? streamRows<float>(p, firstRow, endRow, scratch)
+  p.dataType == DataType::kFloat32 ? streamRows<float>(p, firstRow, endRow, scratch)
                                : streamRows<Half>(p, firstRow, endRow, scratch);
 }
 
@@ -260,7 +260,7 @@ void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t
 
 void many(const Linear& p, int64_t firstToken, int64_t endToken, int64_t firstRow,
           float* scratch) {
-  p.element == Element::kFloat ? panelProduct<float>(p, firstToken, endToken, firstRow, scratch)
+  p.dataType == DataType::kFloat32 ? panelProduct<float>(p, firstToken, endToken, firstRow, scratch)
                                : panelProduct<Half>(p, firstToken, endToken, firstRow, scratch);
 }
 

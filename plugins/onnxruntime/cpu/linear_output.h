@@ -8,7 +8,7 @@
 
 namespace {
 
-using lminf::cpu::Element;
+using lminf::DataType;
 using lminf::cpu::Linear;
 
 template <typename T>

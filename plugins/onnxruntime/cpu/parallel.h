@@ -2,12 +2,17 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 
-#include "attention.h"
-
 namespace lminf::cpu {
+
+// Runs body(data, i) for i = 0 … count − 1, in any order, possibly at once.
+struct Parallel {
+  void* context;
+  void (*run)(void* context, size_t count, void (*body)(void* data, size_t index), void* data);
+};
 
 inline int64_t ceilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "parallel.h"
+#include "attention.h"
 
 namespace lminf::cpu {
 namespace {

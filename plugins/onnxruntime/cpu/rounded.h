@@ -32,7 +32,7 @@ extern const RoundedKernels kRoundedAvx512Vnni;
 // The ones of the instruction set in use (`activeKernels`).
 const RoundedKernels& activeRounded();
 
-// The whole operator; x is of type p.element. Returns null, or what is wrong.
+// The whole operator; x is of type p.dataType. Returns null, or what is wrong.
 const char* roundedLinear(Linear p, const void* x, const LinearKernels&, const RoundedKernels&,
                           const Parallel&);
 

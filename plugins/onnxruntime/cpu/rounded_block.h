@@ -357,7 +357,7 @@ inline void meetSome(const Blocks& b, const Rows& rows, const Token* tokens, Vec
 Rows rowsAt(const Linear& p, int64_t row, int64_t count, float* scratch) {
   const Blocks& b = *p.blocks;
   const float* scales = static_cast<const float*>(b.scales) + row * b.perRow;
-  if (p.element == Element::kHalf) {
+  if (p.dataType == DataType::kFloat16) {
     const Half* halves = static_cast<const Half*>(b.scales) + row * b.perRow;
     for (int64_t i = 0; i < count * b.perRow; ++i) scratch[i] = toFloat(halves[i]);
     scales = scratch;
@@ -383,7 +383,7 @@ __attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Ro
     const Vec4 four = sumsOf(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
     float found[4];
     std::memcpy(found, &four, sizeof found);
-    p.element == Element::kFloat ? writeRow<float>(p, token + t, firstRow, count, found)
+    p.dataType == DataType::kFloat32 ? writeRow<float>(p, token + t, firstRow, count, found)
                                  : writeRow<Half>(p, token + t, firstRow, count, found);
   }
 }
@@ -425,7 +425,7 @@ void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
 }
 
 size_t fewFloats(const Linear& p) {
-  return p.element == Element::kFloat ? 0 : static_cast<size_t>(4 * p.blocks->perRow);
+  return p.dataType == DataType::kFloat32 ? 0 : static_cast<size_t>(4 * p.blocks->perRow);
 }
 
 }  // namespace

@@ -180,7 +180,7 @@ void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t
 }
 
 void many(const Linear& p, int64_t firstToken, int64_t endToken, int64_t firstRow, float* scratch) {
-  const bool half = p.element == Element::kHalf;
+  const bool half = p.dataType == DataType::kFloat16;
   const auto product = p.blocks->bits == 4 ? (half ? panelProduct<4, Half> : panelProduct<4, float>)
                                            : (half ? panelProduct<8, Half> : panelProduct<8, float>);
   product(p, firstToken, endToken, firstRow, scratch);

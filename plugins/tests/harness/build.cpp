@@ -1,5 +1,6 @@
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "life_cycle.h"
@@ -37,17 +38,18 @@ struct OpenAxes {
 };
 
 OpenAxes openAxes(std::int32_t input, const Case& task) {
-  const bool constantSinks = task.integers.at("num_sink_tokens") == 0;
-  const bool rotates = task.integers.at("rotary_dim") > 0;
-  switch (input) {
-    case 0: case 1: case 2: return {0, 2};
-    case 3: case 4: return {0, -1};
-    case 5: case 6: return {constantSinks ? -1 : 0, -1};
-    case 7: case 8: case 10: return {0, -1};
-    case 9: return {0, 1};
-    case 11: case 12: return rotates ? OpenAxes{0, 1} : OpenAxes{-1, -1};
-    default: return {-1, -1};
-  }
+  const lminf::Operand& operand = kInputs[input];
+  const auto axisOf = [&](lminf::Letter letter) {
+    const auto* end = operand.shape + operand.rank;
+    const auto* found = std::find(operand.shape, end, letter);
+    return found == end ? -1 : static_cast<std::int32_t>(found - operand.shape);
+  };
+  const bool constantSinks = (input == lminf::kPastSinkKey || input == lminf::kPastSinkValue) &&
+                             task.integers.at("num_sink_tokens") == 0;
+  const bool constantRows =
+      (input == lminf::kCos || input == lminf::kSin) && task.integers.at("rotary_dim") == 0;
+  if (constantSinks || constantRows) return {-1, -1};
+  return {axisOf(lminf::Letter::kB), axisOf(lminf::Letter::kS)};
 }
 
 Dims shapeIn(const Case& task, std::int32_t input, std::int64_t batch, std::int64_t sequence) {
@@ -59,8 +61,7 @@ Dims shapeIn(const Case& task, std::int32_t input, std::int64_t batch, std::int6
 }
 
 Dims outputShape(const std::vector<Dims>& inputs, std::int32_t output) {
-  static const std::int32_t source[kNumOutputs] = {0, 3, 4, 5, 6};
-  return inputs[static_cast<std::size_t>(source[output])];
+  return inputs[static_cast<std::size_t>(shapeSource(output))];
 }
 
 PluginTensorDesc describe(const Case& task, std::int32_t place, const Dims& dims) {
@@ -91,9 +92,9 @@ void checkIdentity(nvinfer1::IPluginV3& plugin) {
   auto* core = static_cast<nvinfer1::IPluginV3OneCore*>(
       plugin.getCapabilityInterface(nvinfer1::PluginCapabilityType::kCORE));
   require(core != nullptr, "capabilities", "there is no core");
-  require(std::strcmp(core->getPluginName(), "LambdaAttention") == 0 &&
+  require(std::strcmp(core->getPluginName(), lminf::kName) == 0 &&
               std::strcmp(core->getPluginVersion(), "1") == 0 &&
-              std::strcmp(core->getPluginNamespace(), "lminf") == 0,
+              std::strcmp(core->getPluginNamespace(), lminf::kDomain) == 0,
           "capabilities", "name, version or namespace differ from the creator's");
 }
 
@@ -135,9 +136,9 @@ void checkShapes(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task) {
   require(builder.getOutputShapes(inputs.data(), kNumInputs, nullptr, 0, outputs.data(),
                                   kNumOutputs, exprs) == 0,
           "shapes", "refused");
-  static const std::size_t source[kNumOutputs] = {0, 3, 4, 5, 6};
   for (std::size_t output = 0; output < outputs.size(); ++output) {
-    const DimsExprs& wanted = inputs[source[output]];
+    const auto source = shapeSource(static_cast<std::int32_t>(output));
+    const DimsExprs& wanted = inputs[static_cast<std::size_t>(source)];
     require(outputs[output].nbDims == wanted.nbDims, "shapes", "an output has another rank");
     for (std::int32_t axis = 1; axis < wanted.nbDims; ++axis) {
       require(outputs[output].d[axis] == wanted.d[axis], "shapes", "an output has another shape");

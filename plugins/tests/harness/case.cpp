@@ -10,14 +10,6 @@ namespace harness {
 using nvinfer1::DataType;
 using nvinfer1::Dims;
 
-const std::vector<std::string> kInputNames{
-    "query",          "key",           "value",      "past_key",       "past_value",
-    "past_sink_key",  "past_sink_value", "past_length", "new_length",    "query_position",
-    "slot_position",  "cos",           "sin",        "limit_cos",      "limit_sin",
-    "alibi_slopes",   "sink_logits"};
-const std::vector<std::string> kOutputNames{"output", "present_key", "present_value",
-                                            "present_sink_key", "present_sink_value"};
-
 namespace {
 
 DataType readType(const std::string& name) {
@@ -32,7 +24,7 @@ void readTensor(std::istringstream& words, std::vector<Step>& steps) {
   words >> name;
   if (steps.empty()) throw std::runtime_error("a tensor before the first step");
   std::vector<Dims>& shapes = steps.back().shapes;
-  if (shapes.size() >= kInputNames.size() || kInputNames[shapes.size()] != name) {
+  if (shapes.size() >= kNumInputs || kInputs[shapes.size()].name != name) {
     throw std::runtime_error("tensor " + name + " out of order");
   }
   Dims dims{};
@@ -89,7 +81,7 @@ Case readCase(const std::filesystem::path& folder) {
     throw std::runtime_error("case.txt has no profile or no step");
   }
   for (const Step& step : result.steps) {
-    if (step.profile >= result.profiles.size() || step.shapes.size() != kInputNames.size()) {
+    if (step.profile >= result.profiles.size() || step.shapes.size() != kNumInputs) {
       throw std::runtime_error("case.txt: a step lacks tensors or names an unknown profile");
     }
   }
@@ -97,8 +89,13 @@ Case readCase(const std::filesystem::path& folder) {
 }
 
 DataType Case::typeOf(std::int32_t place) const {
-  if (place >= kNumInputs || place < 7) return type;
-  return place <= 10 ? DataType::kINT64 : DataType::kFLOAT;
+  const lminf::Operand& operand =
+      place < kNumInputs ? kInputs[place] : kOutputs[place - kNumInputs];
+  switch (operand.element) {
+    case lminf::ElementKind::kInt64: return DataType::kINT64;
+    case lminf::ElementKind::kFloat32: return DataType::kFLOAT;
+    default: return type;
+  }
 }
 
 std::size_t Case::bytesOf(std::int32_t place, const Dims& shape) const {

@@ -9,15 +9,23 @@
 #include <string>
 #include <vector>
 
+#include "../../operator/contract.h"
+
 namespace harness {
 
-inline constexpr std::int32_t kNumInputs = 17;
-inline constexpr std::int32_t kNumOutputs = 5;
-inline constexpr std::int32_t kFirstCache = 3;  // past_key, past_value, past_sink_key, past_sink_value
-inline constexpr std::int32_t kNumCaches = 4;
+using lminf::kInputs;
+using lminf::kNumInputs;
+using lminf::kNumOutputs;
+using lminf::kOutputs;
 
-extern const std::vector<std::string> kInputNames;
-extern const std::vector<std::string> kOutputNames;
+// The input that an output has the shape of, but for the rows of sinks without sink tokens.
+inline std::int32_t shapeSource(std::int32_t output) {
+  return output == lminf::kOutput ? lminf::kQuery : lminf::kUpdatedInput[output];
+}
+
+inline bool isSinkOutput(std::int32_t output) {
+  return output == lminf::kPresentSinkKey || output == lminf::kPresentSinkValue;
+}
 
 // Smallest, usual and largest value of the two open dimensions.
 struct Profile {

@@ -51,12 +51,10 @@ class Runner {
 
  private:
   void describe(const Step& step) {
-    static const std::size_t source[kNumOutputs] = {0, 3, 4, 5, 6};
     descs_.clear();
     for (std::int32_t place = 0; place < kNumInputs + kNumOutputs; ++place) {
-      const std::size_t from = place < kNumInputs ? static_cast<std::size_t>(place)
-                                                  : source[place - kNumInputs];
-      Dims dims = step.shapes[from];
+      const std::int32_t from = place < kNumInputs ? place : shapeSource(place - kNumInputs);
+      Dims dims = step.shapes[static_cast<std::size_t>(from)];
       // Without sink tokens the past is one row for all streams, the present one for each.
       if (place >= kNumInputs) dims.d[0] = step.shapes[0].d[0];
       descs_.push_back({dims, task_.typeOf(place), nvinfer1::TensorFormat::kLINEAR, -1.0F});
@@ -66,7 +64,7 @@ class Runner {
   void load(std::size_t number) {
     for (std::int32_t input = 0; input < kNumInputs; ++input) {
       if (isCache(input) && number > 0) continue;  // the last step's present is this one's past
-      const std::string& name = kInputNames[static_cast<std::size_t>(input)];
+      const std::string name = kInputs[input].name;
       Buffer& buffer = place(inputs_, input, task_.bytesOf(input, descOf(input)));
       buffer.write(readBytes(task_.folder / (std::to_string(number) + "." + name + ".bin")));
     }
@@ -85,8 +83,7 @@ class Runner {
     }
     if (options_.misaligned) inputs[0] = static_cast<const char*>(inputs[0]) + 2;
     for (std::int32_t output = 0; output < kNumOutputs; ++output) {
-      Buffer& buffer = inPlace(output) ? *inputs_.at(kFirstCache + output - 1)
-                                       : *outputs_.at(output);
+      Buffer& buffer = bufferOf(output);
       outputs[static_cast<std::size_t>(output)] = buffer.data();
     }
     if (options_.graph) device_.beginCapture();
@@ -101,13 +98,12 @@ class Runner {
   // Writes every output, and makes what is present the next step's past.
   void store(std::size_t number) {
     for (std::int32_t output = 0; output < kNumOutputs; ++output) {
-      if (output > 2 && !hasSinks()) continue;
-      Buffer& buffer = inPlace(output) ? *inputs_.at(kFirstCache + output - 1)
-                                       : *outputs_.at(output);
-      const std::string& name = kOutputNames[static_cast<std::size_t>(output)];
+      if (isSinkOutput(output) && !hasSinks()) continue;
+      Buffer& buffer = bufferOf(output);
+      const std::string name = kOutputs[output].name;
       writeBytes(task_.folder / (std::to_string(number) + "." + name + ".bin"), buffer.read());
-      if (output > 0 && !inPlace(output)) {
-        std::swap(inputs_.at(kFirstCache + output - 1), outputs_.at(output));
+      if (output != lminf::kOutput && !inPlace(output)) {
+        std::swap(inputs_.at(lminf::kUpdatedInput[output]), outputs_.at(output));
       }
     }
   }
@@ -124,10 +120,14 @@ class Runner {
 
   bool hasSinks() const { return task_.integers.at("num_sink_tokens") > 0; }
   static bool isCache(std::int32_t input) {
-    return input >= kFirstCache && input < kFirstCache + kNumCaches;
+    const auto* end = lminf::kUpdatedInput + kNumOutputs;
+    return std::find(lminf::kUpdatedInput, end, input) != end;
   }
   bool inPlace(std::int32_t output) const {
-    return output > 0 && !options_.apart && (output <= 2 || hasSinks());
+    return output != lminf::kOutput && !options_.apart && (!isSinkOutput(output) || hasSinks());
+  }
+  Buffer& bufferOf(std::int32_t output) const {
+    return inPlace(output) ? *inputs_.at(lminf::kUpdatedInput[output]) : *outputs_.at(output);
   }
   const Dims& descOf(std::int32_t place) const {
     return descs_[static_cast<std::size_t>(place)].dims;

@@ -1,21 +1,12 @@
-// One-line messages, and callbacks nothing is thrown through.
+// Callbacks nothing is thrown through.
 #pragma once
 
 #include <exception>
-#include <sstream>
-#include <string>
 
+#include "../operator/message.h"
 #include "logger.h"
 
 namespace lminf::tensorrt {
-
-template <class... Parts>
-std::string message(const Parts&... parts) {
-  std::ostringstream text;
-  text << "LambdaAttention: ";
-  (text << ... << parts);
-  return text.str();
-}
 
 // Run a callback of TensorRT's: nothing may be thrown through it.
 // Returns what `body` returns, or `failure` after logging the exception's text.

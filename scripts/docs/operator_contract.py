@@ -1,0 +1,266 @@
+"""Write what follows from the operator's contract: a C++ header and the tables of docs/operator.md.
+
+    operator_contract.py [--check]
+
+`--check` writes nothing and exits with 1 where a file is not what would be written. The contract
+is lminf_export/operator/contract.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lminf_export.operator import contract
+from lminf_export.operator.contract import Operand
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADER = ROOT / "plugins" / "operator" / "contract.h"
+PAGE = ROOT / "docs" / "operator.md"
+BEGIN, END = "<!-- operator contract -->", "<!-- end of operator contract -->"
+POINTEES = {"model": "void", "ring": "void", "int64": "std::int64_t", "float32": "float"}
+FIELDS = {"int": ("std::int64_t", "0"), "float": ("float", "0.0f")}
+LETTERS = {"R/2": "kRotaryPairs", "1": "kOne"}
+ELEMENTS = {"model": "T", "ring": "T or int8"}
+MOST_DIMENSIONS = max(
+    operand.rank
+    for operand in (*contract.inputs(int8_cache=True), *contract.outputs(int8_cache=True))
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare only")
+    wanted = {HEADER: header(), PAGE: page(PAGE.read_text(encoding="utf-8"))}
+    if parser.parse_args().check:
+        stale = [
+            str(path.relative_to(ROOT))
+            for path, text in wanted.items()
+            if not path.is_file() or path.read_text(encoding="utf-8") != text
+        ]
+        if stale:
+            sys.exit(f"not current: {', '.join(stale)}; run {Path(__file__).name}")
+        return
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+
+
+def header() -> str:
+    """Return the text of plugins/operator/contract.h."""
+    inputs, outputs = contract.inputs(int8_cache=True), contract.outputs(int8_cache=True)
+    return _HEADER.format(
+        domain=contract.DOMAIN,
+        version=contract.VERSION,
+        name=contract.OP_TYPE,
+        int8_name=contract.INT8_CACHE_OP_TYPE,
+        most_dimensions=MOST_DIMENSIONS,
+        letters=", ".join(_letter(letter) for letter in _letters((*inputs, *outputs))),
+        inputs=_enumerators(inputs, len(contract.INPUTS), "Inputs"),
+        outputs=_enumerators(outputs, len(contract.OUTPUTS), "Outputs"),
+        input_table=_table(inputs),
+        output_table=_table(outputs),
+        sources="\n".join(f"    {_source(operand)}," for operand in outputs),
+        attributes="\n".join(_attributes()),
+        attribute_table="\n".join(_attribute_table()),
+        fields="\n".join((*_fields(inputs, "const "), *_fields(outputs, ""))),
+        assignments="\n".join(
+            (
+                *_assignments(contract.INPUTS, "inputs", "const "),
+                *_assignments(contract.OUTPUTS, "outputs", ""),
+                "  if (!int8Cache) return;",
+                *_assignments(contract.SCALE_INPUTS, "inputs", "const "),
+                *_assignments(contract.SCALE_OUTPUTS, "outputs", ""),
+            )
+        ),
+    )
+
+
+def page(text: str) -> str:
+    """Return docs/operator.md with its tables written anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        sys.exit(f"{PAGE.name}: {BEGIN} … {END} is missing")
+    parts = [
+        _rows("input", contract.INPUTS, contract.SCALE_INPUTS),
+        _rows("output", contract.OUTPUTS, contract.SCALE_OUTPUTS),
+        "\n".join(
+            (
+                "| attribute | type | |\n|---|---|---|",
+                *(f"| `{x.name}` | {x.kind} | {x.meaning} |" for x in contract.ATTRIBUTES),
+            )
+        ),
+    ]
+    return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
+
+
+def _rows(title: str, always: Iterable[Operand], scales: Iterable[Operand]) -> str:
+    lines = [f"| {title} | type, shape | |", "|---|---|---|"]
+    for operands, note in ((always, ""), (scales, "; only with an int8 cache")):
+        for operand in operands:
+            kind = ELEMENTS.get(operand.element, operand.element)
+            shape = ", ".join(operand.shape)
+            lines.append(f"| `{operand.name}` | {kind} ({shape}) | {operand.meaning}{note} |")
+    return "\n".join(lines)
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def _constant(name: str) -> str:
+    return "k" + "".join(word.capitalize() for word in name.split("_"))
+
+
+def _letter(letter: str) -> str:
+    return LETTERS.get(letter, f"k{letter}")
+
+
+def _letters(operands: Iterable[Operand]) -> list[str]:
+    return list(dict.fromkeys(letter for operand in operands for letter in operand.shape))
+
+
+def _enumerators(operands: tuple[Operand, ...], without_scales: int, kind: str) -> str:
+    names = [_constant(operand.name) for operand in operands]
+    names[without_scales] += f" = kNum{kind}"
+    names.insert(without_scales, f"kNum{kind}")
+    names.append(f"kNumInt8Cache{kind}")
+    return "\n".join(f"  {name}," for name in names)
+
+
+def _table(operands: Iterable[Operand]) -> str:
+    return "\n".join(
+        f'    {{"{x.name}", ElementKind::{_constant(x.element)}, {x.rank},\n'
+        f"     {{{', '.join(f'Letter::{_letter(letter)}' for letter in x.shape)}}}}},"
+        for x in operands
+    )
+
+
+def _source(output: Operand) -> str:
+    past = output.name.replace("present_", "past_")
+    return _constant(past) if past != output.name else "kNone"
+
+
+def _attributes() -> Iterator[str]:
+    for attribute in contract.ATTRIBUTES:
+        kind, zero = FIELDS[attribute.kind]
+        yield f"  // {attribute.meaning}\n  {kind} {_camel(attribute.name)} = {zero};"
+
+
+def _attribute_table() -> Iterator[str]:
+    for attribute in contract.ATTRIBUTES:
+        member = f"&Attributes::{_camel(attribute.name)}"
+        members = f"{member}, nullptr" if attribute.kind == "int" else f"nullptr, {member}"
+        yield f'    {{"{attribute.name}", {members}}},'
+
+
+def _fields(operands: Iterable[Operand], constant: str) -> Iterator[str]:
+    for operand in operands:
+        kind = ELEMENTS.get(operand.element, operand.element)
+        yield f"  // {kind} ({', '.join(operand.shape)}): {operand.meaning}"
+        yield f"  {constant}{POINTEES[operand.element]}* {_camel(operand.name)} = nullptr;"
+
+
+def _assignments(operands: Iterable[Operand], array: str, constant: str) -> Iterator[str]:
+    for operand in operands:
+        address = f"{array}[{_constant(operand.name)}]"
+        pointee = POINTEES[operand.element]
+        if pointee != "void":
+            address = f"static_cast<{constant}{pointee}*>({address})"
+        yield f"  tensors.{_camel(operand.name)} = {address};"
+
+
+_HEADER = """\
+// The operator's inputs, outputs and attributes, in order.
+//
+// Written by scripts/docs/operator_contract.py from lminf_export/operator/contract.py, which says
+// what the letters of shapes mean; do not edit.
+#pragma once
+
+#include <cstdint>
+
+// clang-format off
+
+namespace lminf {{
+
+inline constexpr const char* kDomain = "{domain}";
+inline constexpr int kVersion = {version};
+inline constexpr const char* kName = "{name}";
+// The same operator over rings of int8. Its scales follow the other inputs and outputs.
+inline constexpr const char* kInt8CacheName = "{int8_name}";
+
+enum Input : std::int32_t {{
+{inputs}
+}};
+
+enum Output : std::int32_t {{
+{outputs}
+}};
+
+// kModel is T, the type of activations; kRing is T too, but int8 with an int8 cache.
+enum class ElementKind : std::int32_t {{ kModel, kRing, kInt64, kFloat32 }};
+
+// Dimensions by name. kRotaryPairs is R/2; sinks have max(N, 1) slots.
+enum class Letter : std::int32_t {{ {letters} }};
+
+inline constexpr int kMostDimensions = {most_dimensions};
+
+struct Operand {{
+  const char* name;
+  ElementKind element;
+  int rank;
+  Letter shape[kMostDimensions];
+}};
+
+inline constexpr Operand kInputs[kNumInt8CacheInputs] = {{
+{input_table}
+}};
+
+inline constexpr Operand kOutputs[kNumInt8CacheOutputs] = {{
+{output_table}
+}};
+
+// The input that an output is the updated state of, or kNone.
+inline constexpr std::int32_t kNone = -1;
+inline constexpr std::int32_t kUpdatedInput[kNumInt8CacheOutputs] = {{
+{sources}
+}};
+
+// As on the node.
+struct Attributes {{
+{attributes}
+}};
+
+// One of the two members is null.
+struct AttributeField {{
+  const char* name;
+  std::int64_t Attributes::*integer;
+  float Attributes::*number;
+}};
+
+inline constexpr AttributeField kAttributes[] = {{
+{attribute_table}
+}};
+
+// Addresses of the tensors of one call.
+struct Tensors {{
+{fields}
+}};
+
+// Takes addresses in the operator's order; those of scales only with an int8 cache.
+inline void setTensors(Tensors& tensors, const void* const* inputs, void* const* outputs,
+                       bool int8Cache) {{
+{assignments}
+}}
+
+}}  // namespace lminf
+
+// clang-format on
+"""
+
+
+if __name__ == "__main__":
+    main()
