@@ -37,7 +37,7 @@ class Repeated:
     """A model of many layers, and which of the first ones stand for those behind them.
 
     Attributes:
-        family: the name of its case in tests/families.py, or of one in test_families_own.py.
+        family: the name of its case in benchmarks/support/families.py or own_families.py.
         templates: what is expected.
         changes: of its configuration.
         dtype: element type of weights and caches.

@@ -1,4 +1,4 @@
-"""Who takes part in `peers.py`, and the process each of them has to itself."""
+"""Who takes part in `race.py`, and the process each of them has to itself."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Side by side: transformers, onnxruntime-genai, llama.cpp and this project on the same weights.
 
-Every contestant is a process of its own (`peers_worker.py`) with the same number of threads; who
+Every contestant is a process of its own (`worker.py`) with the same number of threads; who
 is not being timed is stopped (SIGSTOP). Contestants take turns, a few tokens each, so all feel the
 same machine, and ratios are of turns that follow each other. Peers come with
 `pip install '.[peers]'` (llama-cpp-python is built from source). Two steps:

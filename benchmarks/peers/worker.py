@@ -1,4 +1,4 @@
-"""One contestant of `peers.py` in a process of its own: orders as JSON lines in, answers out.
+"""One contestant of `race.py` in a process of its own: orders as JSON lines in, answers out.
 
 Orders: load, first, prefill (tokens), stand (context), decode (tokens), memory. Between orders it
 waits on stdin and is stopped by its parent, so that it takes nothing from who is being timed.

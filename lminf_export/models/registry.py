@@ -10,7 +10,7 @@ from lminf_export.models.hunyuan import HunyuanFamily
 from lminf_export.models.probe import ProbedFamily
 from lminf_export.models.rotary import RotaryFamily
 
-# Dense models; each is proved by a case of the same name in tests/families.py.
+# Dense models; each is proved by a case of the same name in benchmarks/support/families.py.
 _DENSE = RotaryFamily(
     "apertus",
     "arcee",
@@ -46,7 +46,7 @@ _DENSE = RotaryFamily(
     "starcoder2",
     "vaultgemma",
 )
-# Mixtures of experts; each is proved by a case in tests/families.py.
+# Mixtures of experts; each is proved by a case in benchmarks/support/families.py.
 _EXPERTS = RotaryFamily(
     "dots1",
     "ernie4_5_moe",
@@ -63,7 +63,7 @@ _EXPERTS = RotaryFamily(
 )
 # Families without the attention interface; proved in tests/test_families_own.py.
 _OWN = (GptjFamily(), MptFamily(), BloomFamily(), FalconFamily())
-# Proved by a case in tests/families.py, as the dense ones.
+# Proved by a case in benchmarks/support/families.py, as the dense ones.
 _HUNYUAN = HunyuanFamily("hunyuan_v1_dense", "hunyuan_v1_moe")
 _FAMILIES: tuple[Family, ...] = (_DENSE, _EXPERTS, _HUNYUAN, *_OWN)
 FAMILIES: dict[str, Family] = {
