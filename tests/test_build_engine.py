@@ -20,9 +20,9 @@ from lminf_export.errors import EngineError
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.progress import silent
 from lminf_export.runtime.tensorrt import message_log
+from tests.support.engine_graphs import request_of
 from tests.support.rtx import RTX, needs_rtx
 from tests.support.tiny_bundle import TinyModel
-from tests.test_build_prepare import request_of
 
 TINY = TinyModel(sliding_window=5, dtype="float16", head_dim=16)
 

@@ -6,27 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 
-from lminf_export.engine.common import EngineRequest, prepare_for_engine, profiles
+from lminf_export.engine.common import prepare_for_engine, profiles
 from lminf_export.errors import EngineError
 from lminf_export.operator import bindings
+from tests.support.engine_graphs import request_of, run
 from tests.support.tiny_bundle import TinyModel
 
 TINY = TinyModel(sliding_window=5)
-# Rings of 21 and 14 slots: no chunk crosses either end, and both wrap several times.
-CHUNKS = [7, 3, 4, 7, 1, 6, *[1] * 7, 7, 2, 5, 7, 7, 7]
-
-
-def request_of(tiny, folder, **changes):
-    settings = {
-        "onnx_path": folder / "model.onnx",
-        "plan_path": folder / "engine.plan",
-        "contract": tiny.contract,
-        "chunk_size": tiny.chunk_size,
-    }
-    return EngineRequest(**(settings | changes))
 
 
 def prepared(tiny, folder):
@@ -39,30 +27,6 @@ def prepared(tiny, folder):
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
     return prepared(TINY, tmp_path_factory.mktemp("prepare"))
-
-
-def run(path, tiny, batch_size=2):
-    """Logits of a stream in CHUNKS, caches full-sized and apart."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    sizes = {**tiny.contract.ring_sizes(), bindings.BATCH: batch_size}
-    specs = list(tiny.contract.caches(present=False))
-    caches = {spec.name: np.zeros(spec.sized(sizes), spec.dtype) for spec in specs}
-    ids = np.random.default_rng(3).integers(0, tiny.vocab_size, (batch_size, sum(CHUNKS)))
-    parts, past = [], 0
-    for size in CHUNKS:
-        feed = {
-            bindings.INPUT_IDS: ids[:, past : past + size],
-            bindings.PAST_LENGTH: np.full(batch_size, past),
-            bindings.NEW_LENGTH: np.full(batch_size, size),
-            bindings.LOGITS_INDEX: np.tile(np.arange(size), (batch_size, 1)),
-        }
-        logits, *present = session.run(None, feed | caches)
-        caches = dict(zip(caches, present, strict=True))
-        parts.append(logits)
-        past += size
-    return np.concatenate(parts, axis=1)
 
 
 def test_the_prepared_graph_equals_the_exported_one_while_no_chunk_crosses_a_rings_end(graphs):

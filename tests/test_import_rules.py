@@ -30,3 +30,12 @@ def test_scripts_and_benchmarks_import_no_tests(path):
 def test_benchmarks_import_no_scripts():
     for path in (ROOT / "benchmarks").rglob("*.py"):
         assert not [name for name in imports(path) if name.partition(".")[0] == "scripts"], path
+
+
+def test_no_test_module_imports_another():
+    """Shared helpers are in tests/support and benchmarks/support; fixtures may be in conftest."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for name in imports(path):
+            parts = name.split(".")
+            assert parts[0] != "tests" or not any(x.startswith("test_") for x in parts), path
+        assert "from tests.test_" not in path.read_text().replace('"from tests.test_"', ""), path

@@ -10,11 +10,11 @@ import pytest
 
 from lminf_export.engine.plugin import default_places
 from lminf_export.engine.plugin_graph import prepare_for_plugin
+from tests.support.engine_graphs import request_of
 from tests.support.kernel_build import shared_folder
 from tests.support.plugin_build import emulated_plugin, needs_compiler, needs_headers
 from tests.support.tensorrt_here import lean_folders, run_python
 from tests.support.tiny_bundle import TinyModel
-from tests.test_build_prepare import request_of
 
 TINY = TinyModel(dtype="float16", head_dim=64)
 

@@ -23,8 +23,8 @@ from lminf_export.runtime import tensorrt as runtime
 from lminf_export.runtime.engine import Libraries
 from lminf_export.runtime.gpu import Gpu
 from lminf_export.runtime.tensorrt import TensorRTSession
+from tests.support.engine_graphs import request_of
 from tests.support.tiny_bundle import TinyModel
-from tests.test_build_prepare import request_of
 
 TINY = TinyModel(sliding_window=5)
 VERSION = "1.7.1.116"
