@@ -1,6 +1,6 @@
 // The operator's inputs, outputs and attributes, in order.
 //
-// Written by scripts/docs/operator_contract.py from lminf_export/operator/contract.py, which says
+// Written by scripts/docs/write_all.py from lminf_export/operator/contract.py, which says
 // what the letters of shapes mean; do not edit.
 #pragma once
 

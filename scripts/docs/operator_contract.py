@@ -1,25 +1,16 @@
-"""Write what follows from the operator's contract: a C++ header and the tables of docs/operator.md.
+"""What follows from the operator's contract: a C++ header and the tables of docs/operator.md.
 
-    operator_contract.py [--check]
-
-`--check` writes nothing and exits with 1 where a file is not what would be written. The contract
-is lminf_export/operator/contract.py.
+The contract is lminf_export/operator/contract.py; `scripts/docs/write_all.py` writes both files.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 from lminf_export.operator import contract
 from lminf_export.operator.contract import Operand
+from scripts.docs.tables import table
 
-ROOT = Path(__file__).resolve().parents[2]
-HEADER = ROOT / "plugins" / "operator" / "contract.h"
-PAGE = ROOT / "docs" / "operator.md"
-BEGIN, END = "<!-- operator contract -->", "<!-- end of operator contract -->"
 POINTEES = {"model": "void", "ring": "void", "int64": "std::int64_t", "float32": "float"}
 FIELDS = {"int": ("std::int64_t", "0"), "float": ("float", "0.0f")}
 LETTERS = {"R/2": "kRotaryPairs", "1": "kOne"}
@@ -28,23 +19,6 @@ MOST_DIMENSIONS = max(
     operand.rank
     for operand in (*contract.inputs(int8_cache=True), *contract.outputs(int8_cache=True))
 )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare only")
-    wanted = {HEADER: header(), PAGE: page(PAGE.read_text(encoding="utf-8"))}
-    if parser.parse_args().check:
-        stale = [
-            str(path.relative_to(ROOT))
-            for path, text in wanted.items()
-            if not path.is_file() or path.read_text(encoding="utf-8") != text
-        ]
-        if stale:
-            sys.exit(f"not current: {', '.join(stale)}; run {Path(__file__).name}")
-        return
-    for path, text in wanted.items():
-        path.write_text(text, encoding="utf-8")
 
 
 def header() -> str:
@@ -77,33 +51,28 @@ def header() -> str:
     )
 
 
-def page(text: str) -> str:
-    """Return docs/operator.md with its tables written anew."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        sys.exit(f"{PAGE.name}: {BEGIN} … {END} is missing")
-    parts = [
-        _rows("input", contract.INPUTS, contract.SCALE_INPUTS),
-        _rows("output", contract.OUTPUTS, contract.SCALE_OUTPUTS),
-        "\n".join(
-            (
-                "| attribute | type | |\n|---|---|---|",
-                *(f"| `{x.name}` | {x.kind} | {x.meaning} |" for x in contract.ATTRIBUTES),
-            )
-        ),
-    ]
-    return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
-
-
-def _rows(title: str, always: Iterable[Operand], scales: Iterable[Operand]) -> str:
-    lines = [f"| {title} | type, shape | |", "|---|---|---|"]
-    for operands, note in ((always, ""), (scales, "; only with an int8 cache")):
-        for operand in operands:
-            kind = ELEMENTS.get(operand.element, operand.element)
+def operands(kind: str) -> str:
+    """The table of the operator's inputs or outputs, by `kind`: "input" or "output"."""
+    always, scales = {
+        "input": (contract.INPUTS, contract.SCALE_INPUTS),
+        "output": (contract.OUTPUTS, contract.SCALE_OUTPUTS),
+    }[kind]
+    rows = []
+    for listed, note in ((always, ""), (scales, "; only with an int8 cache")):
+        for operand in listed:
+            element = ELEMENTS.get(operand.element, operand.element)
             shape = ", ".join(operand.shape)
-            lines.append(f"| `{operand.name}` | {kind} ({shape}) | {operand.meaning}{note} |")
-    return "\n".join(lines)
+            rows.append([f"`{operand.name}`", f"{element} ({shape})", operand.meaning + note])
+    return table([kind, "type, shape", ""], rows, numbers=False)
+
+
+def attributes() -> str:
+    """The table of the operator's attributes."""
+    rows = [[f"`{x.name}`", x.kind, x.meaning] for x in contract.ATTRIBUTES]
+    return table(["attribute", "type", ""], rows, numbers=False)
+
+
+TABLES: dict[str, Callable[..., str]] = {"operands": operands, "attributes": attributes}
 
 
 def _camel(name: str) -> str:
@@ -176,7 +145,7 @@ def _assignments(operands: Iterable[Operand], array: str, constant: str) -> Iter
 _HEADER = """\
 // The operator's inputs, outputs and attributes, in order.
 //
-// Written by scripts/docs/operator_contract.py from lminf_export/operator/contract.py, which says
+// Written by scripts/docs/write_all.py from lminf_export/operator/contract.py, which says
 // what the letters of shapes mean; do not edit.
 #pragma once
 
@@ -260,7 +229,3 @@ inline void setTensors(Tensors& tensors, const void* const* inputs, void* const*
 
 // clang-format on
 """
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from scripts.docs import api_reference, cpu_kernel, evidence, models, performance
+from scripts.docs import (
+    api_reference,
+    cpu_kernel,
+    evidence,
+    models,
+    operator_contract,
+    performance,
+)
 from scripts.docs.tables import ROOT, page
 from scripts.gpu import report
 from scripts.train.model_card import card
@@ -25,9 +32,11 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/evidence.md": partial(page, "evidence.md", evidence.TABLES),
     "docs/gpu.md": report.current_page,
     "docs/models.md": partial(page, "models.md", models.TABLES),
+    "docs/operator.md": partial(page, "operator.md", operator_contract.TABLES),
     "docs/performance.md": partial(page, "performance.md", performance.TABLES),
     "examples/demo-llama/README.md": partial(card, ROOT / "examples" / "demo-llama"),
     "examples/demo-mpt/README.md": partial(card, ROOT / "examples" / "demo-mpt"),
+    "plugins/operator/contract.h": operator_contract.header,
 }
 
 
