@@ -105,11 +105,12 @@ def test_a_state_set_to_a_position_goes_on_as_one_that_has_read_so_far(bundle):
     read, put = model.new_state(2), model.new_state(2)
     tokens = np.random.default_rng(0).integers(0, 131, (2, 90))
     model.forward(tokens, read, logits="none")
-    put.fill(np.random.default_rng(0), 90)
+    model.session.stand_at(put, 90)
+    model.session.fill(put, np.random.default_rng(0))
     assert put.past_length.tolist() == read.past_length.tolist() == [90, 90]
     assert (put.nbytes, put.capacities) == (read.nbytes, read.capacities)
     # The window's tokens read again behind it make both streams see the same, but for the sinks.
-    put.stand_at(10**6)
+    model.session.stand_at(put, 10**6)
     assert np.isfinite(model.forward(tokens[:, :30], put)).all()
     assert put.past_length.tolist() == [10**6 + 30] * 2
 

@@ -140,12 +140,12 @@ def test_a_snapshot_goes_on_where_it_was_taken(bundle, kernels):
     ids = np.random.default_rng(3).integers(0, 131, (1, 70))
     state = model.new_state()
     model.forward(ids[:, :50], state)
-    saved = state.snapshot()
-    assert saved[past_name(1, "value")].dtype == np.int8
-    assert saved[past_name(1, "value_scale")].shape[-1] == 1
+    saved = model.session.snapshot(state)
+    assert saved.caches[past_name(1, "value")].dtype == np.int8
+    assert saved.caches[past_name(1, "value_scale")].shape[-1] == 1
     wanted = model.forward(ids[:, 50:], state).copy()
     again = model.new_state()
-    again.restore(saved)
+    model.session.restore(again, saved)
     np.testing.assert_array_equal(model.forward(ids[:, 50:], again), wanted)
 
 

@@ -15,7 +15,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.cli.validate import validate_command
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.verify.comparison import run_in_pieces
-from lminf_export.verify.routing_check import Groups, WatchedSession, compare_routing, find_choices
+from lminf_export.verify.routing_check import Groups, RoutingWatch, compare_routing, find_choices
 from lminf_export.verify.validate import validate
 
 BY_NAME = {case.model_type: case for case in CASES}
@@ -44,12 +44,12 @@ def test_half_precision_is_compared_under_its_own_routing(half):
 def test_the_watched_graph_gives_the_logits_of_the_bundle(half):
     bundle = Bundle.open(half)
     assert len(find_choices(bundle)) == 3
-    watched = WatchedSession(bundle, "cpu")
+    watch = RoutingWatch(load(half).session, bundle)
     tokens = np.random.default_rng(2).integers(0, 131, 101)
     sizes = (1, 5, 2)
     plain = run_in_pieces(load(half), tokens, sizes)
-    assert np.array_equal(run_in_pieces(LanguageModel(bundle, watched), tokens, sizes), plain)
-    routing = watched.routing()
+    assert np.array_equal(run_in_pieces(LanguageModel(bundle, watch.session), tokens, sizes), plain)
+    routing = watch.take(len(tokens))
     assert [tuple(layer.shape) for layer in routing] == [(101, 2)] * 3
     assert all(int(layer.max()) == 4 and int(layer.min()) == 0 for layer in routing)
 

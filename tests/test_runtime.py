@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import lminf_export
 from lminf_export.errors import InputError, SessionError
-from lminf_export.operator import bindings
 from lminf_export.runtime import onnxruntime as runtime_onnxruntime
 from lminf_export.runtime.cache import grown_capacity
 from lminf_export.runtime.language_model import LanguageModel
@@ -109,10 +108,9 @@ def test_past_and_present_are_one_buffer(lm, streams):
     call = state._calls[1, 1]
     present = call.binding.get_outputs()
     names = [row.name for row in lm.bundle.manifest.outputs]
-    for index, caches in enumerate(state._caches):
-        for cache in caches:
-            value = present[names.index(bindings.present_name(index, cache.kind))]
-            assert value.data_ptr() == cache.value.data_ptr() == cache.array.ctypes.data
+    for cache in state._caches:
+        value = present[names.index(cache.present)]
+        assert value.data_ptr() == cache.value.data_ptr() == cache.array.ctypes.data
 
 
 def test_onnxruntime_copies_no_cache():
@@ -146,8 +144,7 @@ def test_a_ring_grows_as_needed_up_to_its_full_size(lm):
     assert sizes[-1] == state.max_nbytes
     slots = tiny[0].ring_capacity + TINY.num_sink_tokens + tiny[1].ring_capacity
     assert state.max_nbytes == 2 * 2 * TINY.num_kv_heads * TINY.head_dim * slots * 4
-    arrays = [cache.array for caches in state._caches for cache in caches]
-    assert sum(array.nbytes for array in arrays) == state.nbytes
+    assert lm.session.snapshot(state).nbytes == state.nbytes
 
 
 @settings(max_examples=300, deadline=None)

@@ -73,7 +73,7 @@ def test_a_chunk_may_cross_a_rings_end(setup):
     session = setup.open()
     state = session.new_state(2)
     for past in ([0, 0], [1, 0], [13, 20], [20, 41]):
-        state._past_length[:] = past
+        session.stand_at(state, np.array(past))
         assert session.step_limit(state) == TINY.chunk_size
 
 

@@ -90,7 +90,7 @@ def test_no_chunk_crosses_a_rings_end(setup, streams):
     state = session.new_state(2)
     rings = sorted({layer.ring_capacity for layer in TINY.layers})
     for past in ([0, 0], [1, 0], [13, 20], [20, 41], [14, 21]):
-        state._past_length[:] = past
+        session.stand_at(state, np.array(past))
         room = min(capacity - p % capacity for capacity in rings for p in past)
         assert session.step_limit(state) == min(7, room)
 

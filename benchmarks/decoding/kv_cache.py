@@ -30,7 +30,6 @@ from lminf_export.bench.floor import cache_bytes_per_step, streaming_bandwidth
 from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.environment import environment
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.onnxruntime import OnnxRuntimeState
 from lminf_export.verify.perplexity_cost import perplexity_cost
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -109,14 +108,14 @@ class Stream:
 
     def __init__(self, bundle: Bundle, threads: int, batch_size: int, position: int) -> None:
         self.model, self.position = lminf_export.load(bundle.path, threads=threads), position
-        state = self.model.new_state(batch_size)
-        assert isinstance(state, OnnxRuntimeState)
-        self.state, self.token = state, np.zeros((batch_size, 1), np.int64)
-        state.fill(np.random.default_rng(1), position)
+        self.state = self.model.new_state(batch_size)
+        self.token = np.zeros((batch_size, 1), np.int64)
+        self.model.session.stand_at(self.state, position)
+        self.model.session.fill(self.state, np.random.default_rng(1))
 
     def decode(self, count: int) -> float:
         """Milliseconds of a step, the mean of a few."""
-        self.state.stand_at(self.position)
+        self.model.session.stand_at(self.state, self.position)
         start = time.perf_counter()
         for _ in range(count):
             self.model.forward(self.token, self.state, logits="last")

@@ -79,9 +79,10 @@ class Ours:
 
     def stand(self, context: int) -> str:
         # The ring is as large as it would be here; what it holds costs the same whatever it is.
-        if self.state.furthest < context:
-            self.state.fill(np.random.default_rng(SEED), context)
-        self.state.stand_at(context)
+        is_new = self.state.furthest < context
+        self.model.session.stand_at(self.state, context)
+        if is_new:
+            self.model.session.fill(self.state, np.random.default_rng(SEED))
         return "set"
 
     def step(self) -> None:

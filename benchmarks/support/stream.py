@@ -26,7 +26,8 @@ class Stream:
     def stand_at(self, position: int) -> None:
         """Fill the caches as if so many tokens had been read."""
         self.state = self.model.new_state()
-        self.state.fill(np.random.default_rng(0), position)
+        self.model.session.stand_at(self.state, position)
+        self.model.session.fill(self.state, np.random.default_rng(0))
 
     def decode(self, count: int) -> float:
         """Return the seconds one token takes."""

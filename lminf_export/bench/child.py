@@ -50,10 +50,9 @@ def main() -> None:
     state = model.new_state()
     model.forward([[0]], state, logits="last")
     done, first_token_at = time.perf_counter(), time.time()
-    if hasattr(state, "stand_at"):
-        state.stand_at(10**6)
-        for _ in range(_STEPS):
-            model.forward([[0]], state, logits="last")
+    model.session.stand_at(state, 10**6)
+    for _ in range(_STEPS):
+        model.forward([[0]], state, logits="last")
     memory = {"imports_anonymous": before, **process_memory()}
     seconds = {
         "imports": imported - start,

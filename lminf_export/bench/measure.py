@@ -28,7 +28,7 @@ from lminf_export.runtime.environment import environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
-from lminf_export.runtime.onnxruntime import OnnxRuntimeState, Provider
+from lminf_export.runtime.session import Provider
 
 WINDOWS = (1, 8, 64)
 FAR = 1_000_000
@@ -207,14 +207,14 @@ class _Stream:
 
     def __init__(self, model: LanguageModel, batch_size: int, position: int) -> None:
         state = model.new_state(batch_size)
-        assert isinstance(state, OnnxRuntimeState)  # plans are refused before
         self.model, self.state, self.position = model, state, position
         self.token: NDArray[np.int64] = np.zeros((batch_size, 1), np.int64)
-        state.fill(np.random.default_rng(1), position)
+        model.session.stand_at(state, position)
+        model.session.fill(state, np.random.default_rng(1))
 
     def steps(self, count: int) -> list[float]:
         """Decode from the position; return the seconds of each step."""
-        self.state.stand_at(self.position)
+        self.model.session.stand_at(self.state, self.position)
         found = []
         for _ in range(count):
             start = time.perf_counter()

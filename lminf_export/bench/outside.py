@@ -11,7 +11,6 @@ import numpy as np
 
 from lminf_export.bench.report import OutsideRun
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.onnxruntime import OnnxRuntimeState
 
 _WARM_UP = 3
 _SAMPLING: dict[str, Any] = {
@@ -32,8 +31,8 @@ def outside_run(model: LanguageModel, position: int, count: int) -> OutsideRun:
         count: tokens of each way.
     """
     state = model.new_state()
-    assert isinstance(state, OnnxRuntimeState)  # bench refuses plans
-    state.fill(np.random.default_rng(1), position)
+    model.session.stand_at(state, position)
+    model.session.fill(state, np.random.default_rng(1))
     token = np.zeros((1, 1), np.int64)
 
     def seconds(step: Callable[[], Any]) -> float:
@@ -45,7 +44,7 @@ def outside_run(model: LanguageModel, position: int, count: int) -> OutsideRun:
         return statistics.median(found[_WARM_UP:])
 
     def generating(**settings: Any) -> float:
-        state.stand_at(position)
+        model.session.stand_at(state, position)
         # It must not end, so no token ends it.
         text = model.generate([0], max_new_tokens=None, stop_token_ids=(), state=state, **settings)
         next(text)

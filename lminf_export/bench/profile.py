@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lminf_export.bench.report import OperatorTime
 from lminf_export.bundle.folder import Bundle
-from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, Provider
+from lminf_export.runtime.profiling import record_profile
+from lminf_export.runtime.session import Provider, Session
 
 _WARM_UP = 3
 
@@ -29,17 +27,15 @@ def profile_decoding(
 
     Profiling costs time itself, so the sum is more than a step takes without it.
     """
-    with tempfile.TemporaryDirectory(prefix="lminf-") as folder:
-        prefix = Path(folder) / "profile"
-        session = OnnxRuntimeSession(
-            bundle, provider=provider, threads=threads, kernels=kernels, profile=prefix
-        )
+    token, one, index = np.zeros((1, 1), np.int64), np.ones(1, np.int64), np.zeros((1, 1), np.int64)
+
+    def decode(session: Session) -> None:
         state = session.new_state(1)
-        state.stand_at(position)
-        token, one, index = np.zeros((1, 1), np.int64), np.ones(1, np.int64), np.zeros((1, 1), int)
+        session.stand_at(state, position)
         for _ in range(_WARM_UP + steps):
             session.step(state, token, one, index)
-        events = json.loads(session.end_profiling().read_text(encoding="utf-8"))
+
+    events = record_profile(bundle, decode, provider=provider, threads=threads, kernels=kernels)
     return summarize(events, steps)
 
 

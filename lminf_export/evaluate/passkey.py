@@ -26,7 +26,7 @@ from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
-from lminf_export.runtime.onnxruntime import OnnxRuntimeState, Provider
+from lminf_export.runtime.session import Provider
 from lminf_export.runtime.text import TextCodec
 
 FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -147,7 +147,7 @@ def ask(model: LanguageModel, instances: Sequence[Instance]) -> list[tuple[bool,
     ids, lengths = _padded([prompt[:-1] for prompt in prompts])
     state = model.new_state(rows)
     model.forward(ids, state, lengths=lengths, logits="none")
-    forked = _fork(model, state, width, ids, lengths)
+    forked = _fork(model, state, width)
     # The last token of the prompt predicts the first of the answer.
     tails = [
         [prompt[-1], *candidate]
@@ -270,21 +270,9 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[n
     return ids, lengths
 
 
-def _fork(
-    model: LanguageModel,
-    state: State,
-    copies: int,
-    ids: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-) -> State:
+def _fork(model: LanguageModel, state: State, copies: int) -> State:
     """Return a state in which every stream stands ``copies`` times, side by side."""
-    fork = model.new_state(len(ids) * copies)
-    if isinstance(state, OnnxRuntimeState) and state.on_host:
-        assert isinstance(fork, OnnxRuntimeState)
-        fork.restore({n: np.repeat(a, copies, axis=0) for n, a in state.snapshot().items()})
-    else:
-        model.forward(
-            np.repeat(ids, copies, axis=0), fork,
-            lengths=np.repeat(lengths, copies), logits="none",
-        )  # fmt: skip
+    fork = model.new_state(state.batch_size * copies)
+    rows = np.repeat(np.arange(state.batch_size), copies)
+    model.session.restore(fork, model.session.snapshot(state).rows(rows))
     return fork

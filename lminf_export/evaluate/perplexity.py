@@ -25,7 +25,7 @@ from lminf_export.progress import Progress, silent
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.load import load
-from lminf_export.runtime.onnxruntime import Provider
+from lminf_export.runtime.session import Provider
 
 LAMBDA = "lambda"
 LABELS = {

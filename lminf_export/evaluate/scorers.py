@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.snapshot import Snapshot
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -50,28 +51,20 @@ class BundleScorer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes its cache takes now."""
+        """See `Scorer.nbytes`."""
         return self._state.nbytes
 
     def score(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read tokens (S,) and return the nats (S,) of the token behind each."""
+        """See `Scorer.score`."""
         logits = self._model.forward(tokens[None], self._state)
         assert logits is not None
         return negative_log_likelihood(logits[0], targets)
 
     def snapshot(self) -> Arrays | None:
-        """Return the caches, where they lie in main memory."""
-        from lminf_export.runtime.onnxruntime import OnnxRuntimeState
-
-        if isinstance(self._state, OnnxRuntimeState) and self._state.on_host:
-            return self._state.snapshot()
-        return None
+        """See `Scorer.snapshot`."""
+        return self._model.session.snapshot(self._state).to_arrays()
 
     def restore(self, arrays: Arrays) -> None:
-        """Go on from a snapshot."""
-        from lminf_export.runtime.onnxruntime import OnnxRuntimeState
-
-        state = self._model.new_state()
-        assert isinstance(state, OnnxRuntimeState)
-        state.restore(arrays)
-        self._state = state
+        """See `Scorer.restore`."""
+        snapshot = Snapshot.from_arrays(self._state.contract, arrays)
+        self._model.session.restore(self._state, snapshot)

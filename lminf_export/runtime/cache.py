@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from lminf_export.errors import SessionError
+from lminf_export.operator.bindings import BATCH
 from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.runtime.snapshot import Snapshot, random_cache
 
 # A ring is bound no larger than needed so far: attention reads all of it at every step.
 GROWTH = 1.25
@@ -23,6 +26,9 @@ class State:
         contract: the graph's, with its caches.
         batch_size: B, streams side by side.
         capacities: full capacity → slots bound at the start.
+
+    Attributes:
+        run_seconds: time spent inside the engine's runs since the state was made.
     """
 
     def __init__(
@@ -31,6 +37,7 @@ class State:
         self.contract = contract
         self.batch_size = batch_size
         self.capacities = dict(capacities)
+        self.run_seconds = 0.0
         # Bound to the graph as it is: only ever changed in place.
         self._past_length = np.zeros(batch_size, np.int64)
         self._furthest = 0
@@ -57,8 +64,61 @@ class State:
 
     def advance(self, new_length: np.ndarray) -> None:
         """Count the real tokens (B,) of a step that has succeeded."""
-        self._past_length += new_length
+        self._move_to(self._past_length + new_length)
+
+    def snapshot(self) -> Snapshot:
+        """See `Session.snapshot`."""
+        return Snapshot(self.contract, self.past_length, self._read_caches())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Session.restore`."""
+        if snapshot.contract != self.contract:
+            raise SessionError(
+                "this snapshot is of another bundle: its layers, element types or vocabulary "
+                "differ; restore it in a state of the bundle it was taken from"
+            )
+        if snapshot.batch_size != self.batch_size:
+            raise SessionError(
+                f"this snapshot has {snapshot.batch_size} streams, the state has "
+                f"{self.batch_size}; make a state of as many, or choose some with Snapshot.rows"
+            )
+        self._bind(snapshot.capacities)
+        self._write_caches(snapshot.caches)
+        self._move_to(snapshot.past_length)
+
+    def stand_at(self, position: int | np.ndarray) -> None:
+        """See `Session.stand_at`."""
+        lengths = np.broadcast_to(np.asarray(position, np.int64), self._past_length.shape)
+        self._reserve(int(lengths.max()) + 1)
+        self._move_to(lengths)
+
+    def fill(self, rng: np.random.Generator) -> None:
+        """See `Session.fill`."""
+        sizes = {**self.contract.ring_sizes(self.capacities), BATCH: self.batch_size}
+        self._write_caches(
+            {
+                spec.name: random_cache(rng, spec.sized(sizes), spec.dtype)
+                for spec in self.contract.caches(present=False)
+            }
+        )
+
+    def _move_to(self, past_length: np.ndarray) -> None:
+        self._past_length[...] = past_length
         self._furthest = max(self._past_length.tolist())
+
+    def _reserve(self, needed: int) -> None:
+        """Bind enough slots for positions 0 … needed − 1; caches keep their tokens."""
+
+    def _bind(self, capacities: Mapping[int, int]) -> None:
+        """Bind rings of at least these slots; the content of the caches is lost."""
+
+    def _read_caches(self) -> dict[str, np.ndarray]:
+        """Return copies of the caches by input name, in main memory."""
+        raise NotImplementedError
+
+    def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
+        """Replace the content of the caches; slots behind a shorter ring become zeros."""
+        raise NotImplementedError
 
 
 def grown_capacity(bound: int, full: int, needed: int) -> int:

@@ -43,16 +43,16 @@ _HUGE_PAGE = 2 * 2**20
 _ALIGNMENT = 64
 
 
-def zeros_together(arrays: Sequence[tuple[tuple[int, ...], str]]) -> list[np.ndarray]:
+def zeros_together(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[np.ndarray]:
     """Return arrays of zeros that stand side by side, on huge pages where the system has them.
 
     A step reads all of its caches; with pages of 4 KiB address translation takes a good part of
     that time.
 
     Args:
-        arrays: of each the shape, and numpy's name of its element type.
+        arrays: shape and element type of each.
     """
-    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays]
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in arrays]
     starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]).tolist()
     whole = _zeros(starts[-1])
     return [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -18,10 +19,9 @@ from lminf_export.errors import SessionError
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
-from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState, Provider
-from lminf_export.runtime.onnxruntime_tables import require_table
-
-__all__ = ["OnnxRuntimeSession", "OnnxRuntimeState", "Provider"]
+from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState
+from lminf_export.runtime.onnxruntime_tables import require_table, with_outputs
+from lminf_export.runtime.session import Provider, Receiver, Session
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MESSAGE_LENGTH = 600
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Session):
     """One graph, many states.
 
     Args:
@@ -49,6 +49,8 @@ class OnnxRuntimeSession:
         profile: beginning of the name of a file for onnxruntime's profile; None for no profile.
         graph: a serialised graph to run in the place of the bundle's, with the same inputs, and
             outputs that begin with its own.
+        watched: values of the graph to return from every step.
+        receive: called after every step with the watched values.
 
     Raises:
         SessionError: the provider is missing or cannot run the type, the graph does not load,
@@ -64,13 +66,24 @@ class OnnxRuntimeSession:
         kernels: str | Path = AUTO,
         profile: Path | None = None,
         graph: bytes | None = None,
+        watched: Sequence[str] = (),
+        receive: Receiver | None = None,
     ) -> None:
         self.manifest = bundle.manifest
         self.provider = provider
+        self._watched, self._receive = tuple(watched), receive
+        self._reopen = partial(
+            OnnxRuntimeSession, bundle, provider=provider, threads=threads, kernels=kernels
+        )
+        self._graph = graph
         _check_provider(provider, self.manifest)
         self.kernels = find_kernels(kernels, provider, self.manifest.kv_cache_dtype)
         logger.info("attention: %s", self.attention)
         options = _session_options(threads, self.kernels, profile)
+        if watched:
+            graph = with_outputs(
+                bundle.graph_path.read_bytes() if graph is None else graph, watched
+            )
         self._session = _open_session(bundle.graph_path, provider, options, graph)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
@@ -88,12 +101,12 @@ class OnnxRuntimeSession:
 
     @property
     def caches_in_main_memory(self) -> bool:
-        """Whether states take this machine's main memory."""
+        """See `Session.caches_in_main_memory`."""
         return self.provider == "cpu"
 
     @property
     def attention(self) -> str:
-        """What computes the attention, for people."""
+        """See `Session.attention`."""
         return self.kernels.description if self.kernels else "the graph's function body"
 
     def end_profiling(self) -> Path:
@@ -101,12 +114,14 @@ class OnnxRuntimeSession:
         return Path(self._session.end_profiling())
 
     def new_state(self, batch_size: int) -> OnnxRuntimeState:
-        """Return the state of B streams that have seen nothing."""
+        """See `Session.new_state`."""
         with _as_session_error("cannot allocate the caches"):
-            return OnnxRuntimeState(self._session, self.manifest, batch_size, self.provider)
+            return OnnxRuntimeState(
+                self._session, self.manifest.contract, batch_size, self.provider, self._watched
+            )
 
     def owns(self, state: State) -> bool:
-        """Say whether a state was made by this session."""
+        """See `Session.owns`."""
         return isinstance(state, OnnxRuntimeState) and state.session is self._session
 
     def step_limit(self, state: State) -> int:
@@ -120,14 +135,21 @@ class OnnxRuntimeSession:
         new_length: np.ndarray,
         logits_index: np.ndarray,
     ) -> np.ndarray:
-        """Run S tokens of every stream: see `Session.step`."""
+        """See `Session.step`."""
         assert isinstance(state, OnnxRuntimeState)
         try:
-            return state.run(input_ids, new_length, logits_index)
+            logits = state.run(input_ids, new_length, logits_index)
         except _ERRORS as error:
             raise SessionError(
                 f"the step at token {state.furthest} failed: {_line(error)}"
             ) from error
+        if self._receive is not None:
+            self._receive(state.watched_values())
+        return logits
+
+    def watch(self, names: Sequence[str], receive: Receiver) -> OnnxRuntimeSession:
+        """See `Session.watch`; the graph is loaded once more, its weights stay mapped."""
+        return self._reopen(graph=self._graph, watched=names, receive=receive)
 
 
 def _check_provider(provider: str, manifest: Manifest) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from lminf_export.bundle.manifest import Manifest
-from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
+from lminf_export.operator.bindings import TensorSpec
+from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.runtime.cache import State, grown_capacity
 from lminf_export.runtime.memory import zeros_together
-
-Provider = Literal["cpu", "cuda"]
+from lminf_export.runtime.session import Provider
+from lminf_export.runtime.snapshot import numpy_dtype
 
 _ONNX_BFLOAT16 = 16
 
@@ -26,24 +26,32 @@ class OnnxRuntimeState(State):
 
     On a CPU the rings start small and grow; on a GPU they are bound in full from the start.
 
-    Attributes:
+    Args:
         session: onnxruntime's.
-        run_seconds: spent inside its runs since the state was made.
+        contract: of its graph.
+        batch_size: B.
+        provider: where the caches are.
+        watched: outputs of the graph behind those of the contract, kept after every step.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, manifest: Manifest, batch_size: int, provider: Provider
+        self,
+        session: ort.InferenceSession,
+        contract: GraphContract,
+        batch_size: int,
+        provider: Provider,
+        watched: Sequence[str] = (),
     ) -> None:
-        contract = manifest.contract
-        full = contract.ring_capacities
-        start = dict.fromkeys(full, 0) if provider == "cpu" else {size: size for size in full}
+        on_device = provider != "cpu"
+        start = {full: full if on_device else 0 for full in contract.ring_capacities}
         super().__init__(contract, batch_size, start)
         self.session = session
-        self.run_seconds = 0.0
-        self._on_device = provider != "cpu"
+        self._on_device = on_device
         self._provider = provider
+        self._watched = tuple(watched)
         self._caches = self._new_caches()
         self._calls: dict[tuple[int, int], _Call] = {}
+        self._latest: _Call | None = None
         self._room = _room(start)
 
     def run(
@@ -54,7 +62,7 @@ class OnnxRuntimeState(State):
         self._reserve(self._furthest + width)
         call = self._calls.get((width, count))
         if call is None:
-            call = self._remember(width, count)
+            call = self._prepare_call(width, count)
         np.copyto(call.input_ids, input_ids)
         np.copyto(call.new_length, new_length)
         np.copyto(call.logits_index, logits_index)
@@ -64,123 +72,109 @@ class OnnxRuntimeState(State):
         start = time.perf_counter()
         self.session.run_with_iobinding(call.binding)
         self.run_seconds += time.perf_counter() - start
+        self._latest = call
         return call.logits
 
-    def stand_at(self, position: int) -> None:
-        """Go to a position, in every stream, without reading what comes before it.
-
-        For measurements: caches keep what they hold, and a step costs what it would.
-        """
-        self._reserve(position + 1)
-        self._past_length[...] = position
-        self._furthest = position
-
-    def fill(self, rng: np.random.Generator, position: int) -> None:
-        """Go to a position with rings and sinks full of random numbers (main memory only)."""
-        self.stand_at(position)
-        for cache in (cache for caches in self._caches for cache in caches):
-            if not self._on_device:
-                step = 1 if cache.array.dtype == np.int8 else 8
-                cache.array[...] = rng.integers(-8, 9, cache.array.shape) / step
-
-    @property
-    def on_host(self) -> bool:
-        """Whether the caches lie in main memory, so that they can be saved."""
-        return not self._on_device
-
-    def snapshot(self) -> dict[str, np.ndarray]:
-        """Return copies of everything the streams have left behind, to go on from later.
-
-        Raises:
-            SessionError: the caches are on a device.
-        """
-        self._require_host()
-        arrays = {
-            bindings.past_name(index, cache.kind): cache.array.copy()
-            for index, caches in enumerate(self._caches)
-            for cache in caches
+    def watched_values(self) -> dict[str, np.ndarray]:
+        """Return copies of the watched outputs of the latest step, by name."""
+        if not self._watched or self._latest is None:
+            return {}
+        outputs = self._latest.binding.get_outputs()[-len(self._watched) :]
+        return {
+            name: value.numpy().copy() for name, value in zip(self._watched, outputs, strict=True)
         }
-        return {bindings.PAST_LENGTH: self.past_length, **arrays}
 
-    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Stand where a snapshot of the same bundle was taken; this state must be new.
-
-        Raises:
-            SessionError: the caches are on a device, or the arrays are not of this bundle.
-        """
-        self._require_host()
-        assert self._furthest == 0, "only a new state can be restored"
-        filled = int(arrays[bindings.PAST_LENGTH].max())
-        self._reserve(filled)
-        for index, caches in enumerate(self._caches):
-            for cache in caches:
-                saved = arrays[bindings.past_name(index, cache.kind)]
-                if cache.array.shape[:2] != saved.shape[:2] or cache.array.dtype != saved.dtype:
-                    raise SessionError("the snapshot is of another bundle")
-                slots = min(cache.array.shape[2], saved.shape[2])
-                cache.array[:, :, :slots] = saved[:, :, :slots]
-        self.advance(arrays[bindings.PAST_LENGTH])
-
-    def _require_host(self) -> None:
-        if not self.on_host:
-            raise SessionError("only caches in main memory can be saved and restored")
-
-    def _remember(self, width: int, count: int) -> _Call:
-        """Prepare a call of this shape; single tokens and the latest other shape are kept."""
+    def _prepare_call(self, width: int, count: int) -> _Call:
+        """Bind a call of this shape; single tokens and the latest other shape are kept."""
         self._calls = {shape: call for shape, call in self._calls.items() if shape == (1, 1)}
         call = _Call(self.session, self._past_length, width, count, self.contract.vocab_size)
-        for index, caches in enumerate(self._caches):
-            for cache in caches:
-                call.binding.bind_ortvalue_input(bindings.past_name(index, cache.kind), cache.value)
-                call.binding.bind_ortvalue_output(
-                    bindings.present_name(index, cache.kind), cache.value
-                )
+        for cache in self._caches:
+            call.binding.bind_ortvalue_input(cache.past, cache.value)
+            call.binding.bind_ortvalue_output(cache.present, cache.value)
+        for name in self._watched:
+            call.binding.bind_output(name)
         self._calls[width, count] = call
         return call
 
     def _reserve(self, needed: int) -> None:
-        """Bind larger rings if the step would not fit the present ones without wrapping."""
+        """Bind larger rings if positions would not fit the present ones without wrapping."""
         if needed <= self._room:
             return
-        wanted = {
-            full: grown_capacity(bound, full, needed) for full, bound in self.capacities.items()
-        }
-        self._calls.clear()
-        old, self.capacities = self._caches, wanted
-        self._caches = self._new_caches()
+        old = self._caches
+        self._bind(
+            {full: grown_capacity(bound, full, needed) for full, bound in self.capacities.items()}
+        )
         for before, after in zip(old, self._caches, strict=True):
-            for source, target in zip(before, after, strict=True):
-                target.take_over(source)
-        self._room = _room(wanted)
+            after.write(before.array)
 
-    def _new_caches(self) -> list[list[_Cache]]:
-        """Make the caches of all layers, of the present capacities."""
-        specs = [self.contract.layer_caches(layer) for layer in self.contract.layers]
+    def _bind(self, capacities: Mapping[int, int]) -> None:
+        if self._on_device or capacities == self.capacities:
+            return
+        self._calls.clear()
+        self._latest = None
+        self.capacities = dict(capacities)
+        self._caches = self._new_caches()
+        self._room = _room(self.capacities)
+
+    def _read_caches(self) -> dict[str, np.ndarray]:
+        return {cache.past: cache.read() for cache in self._caches}
+
+    def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
+        for cache in self._caches:
+            cache.write(caches[cache.past])
+
+    def _new_caches(self) -> list[_Cache]:
+        """Make the caches of all layers, of the present capacities, in graph order."""
         sizes = {**self.contract.ring_sizes(self.capacities), bindings.BATCH: self.batch_size}
-        # numpy has no bfloat16.
-        shapes = [
-            (spec.sized(sizes), spec.dtype.replace("bfloat16", "uint16"))
-            for own in specs
-            for spec in own
-        ]
-        arrays = iter(zeros_together(shapes))
+        past, present = (list(self.contract.caches(present=which)) for which in (False, True))
+        arrays = zeros_together([(spec.sized(sizes), numpy_dtype(spec.dtype)) for spec in past])
         return [
-            [_Cache(spec.name, next(arrays), spec.dtype, self._provider) for spec in own]
-            for own in specs
+            _Cache(spec, output.name, array, self._provider)
+            for spec, output, array in zip(past, present, arrays, strict=True)
         ]
 
 
 class _Cache:
-    """One cache tensor (B, G, slots, D), or scales (B, G, slots, 1); zeros at first."""
+    """One cache tensor (B, G, slots, D), or scales (B, G, slots, 1); zeros at first.
 
-    def __init__(self, kind: str, array: np.ndarray, dtype: str, provider: Provider) -> None:
-        self.kind = kind
-        self.array = array  # behind a CPU value it is shared, not copied
-        self.value = _ort_value(array, dtype, provider)
+    Attributes:
+        past: name of the graph's input.
+        present: name of the graph's output, which is the same memory.
+        array: of the cache's shape and type; on a CPU the cache's memory itself.
+        value: what is bound.
+    """
 
-    def take_over(self, old: _Cache) -> None:
-        """Keep the tokens of a smaller cache: while it has not wrapped, slot = position."""
-        self.array[:, :, : old.array.shape[2]] = old.array
+    def __init__(
+        self, spec: TensorSpec, present: str, array: np.ndarray, provider: Provider
+    ) -> None:
+        self.past, self.present = spec.name, present
+        self.array = array
+        self.value = _ort_value(array, spec.dtype, provider)
+        self._is_shared = provider == "cpu"
+        self._dtype = spec.dtype
+
+    def read(self) -> np.ndarray:
+        """Return a copy of the content."""
+        if self._dtype != "bfloat16":
+            return self.array.copy() if self._is_shared else self.value.numpy()
+        copy = np.empty_like(self.array)
+        ort.copy_tensors([self.value], [_bfloat16_value(copy)])
+        return copy
+
+    def write(self, content: np.ndarray) -> None:
+        """Replace the first slots; the others become zeros.
+
+        While a ring has not wrapped, slot = position, so a ring of other size keeps its tokens.
+        """
+        slots = min(content.shape[2], self.array.shape[2])
+        self.array[:, :, :slots] = content[:, :, :slots]
+        self.array[:, :, slots:] = 0
+        if self._is_shared:
+            return
+        if self._dtype == "bfloat16":
+            ort.copy_tensors([_bfloat16_value(self.array)], [self.value])
+        else:
+            self.value.update_inplace(self.array)
 
 
 class _Call:
@@ -222,9 +216,13 @@ def _room(capacities: dict[int, int]) -> float:
 
 
 def _ort_value(array: np.ndarray, dtype: str, provider: Provider) -> Any:
-    if dtype == "bfloat16":
-        host = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
-        device = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, _ONNX_BFLOAT16, provider)
-        ort.copy_tensors([host], [device])
-        return device
-    return ort.OrtValue.ortvalue_from_numpy(array, provider)
+    if dtype != "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy(array, provider)
+    device = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, _ONNX_BFLOAT16, provider)
+    ort.copy_tensors([_bfloat16_value(array)], [device])
+    return device
+
+
+def _bfloat16_value(array: np.ndarray) -> Any:
+    """Return a value over the memory of a uint16 array."""
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)

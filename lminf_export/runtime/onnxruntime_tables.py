@@ -1,4 +1,4 @@
-"""Whether a graph that onnxruntime has loaded has the inputs and outputs of its manifest."""
+"""The inputs and outputs of a graph in onnxruntime: checked by the manifest, or more of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _ORT_TYPES = {
     "tensor(bfloat16)": "bfloat16",
     "tensor(int8)": "int8",
 }
+# Fields of onnx.proto: ModelProto.graph, GraphProto.output, ValueInfoProto.name.
+_MODEL_GRAPH, _GRAPH_OUTPUT, _VALUE_NAME = 7, 12, 1
 
 
 def require_table(path: Path, what: str, found: Sequence[Any], expected: Sequence[Tensor]) -> None:
@@ -43,6 +45,29 @@ def require_table(path: Path, what: str, found: Sequence[Any], expected: Sequenc
             f"{path}: {what} {len(expected)} is {describe(table[len(expected)])}, the manifest "
             "has none there; export the model again"
         )
+
+
+def with_outputs(graph: bytes, names: Sequence[str]) -> bytes:
+    """Return a serialised ONNX model with more of its values as outputs, behind its own.
+
+    The outputs are appended as a second graph message. Parsers of protocol buffers merge two
+    messages in the same field, and join repeated fields within them.
+
+    Args:
+        graph: the model.
+        names: of values; onnxruntime infers their types.
+    """
+    outputs = (_message(_GRAPH_OUTPUT, _message(_VALUE_NAME, name.encode())) for name in names)
+    return graph + _message(_MODEL_GRAPH, b"".join(outputs))
+
+
+def _message(field: int, content: bytes) -> bytes:
+    """Encode a length-delimited field of a protocol buffer; fields 1 … 15."""
+    head, length = bytearray([field << 3 | 2]), len(content)
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*head, length]) + content
 
 
 def _as_tensor(found: Any) -> Tensor:

@@ -1,16 +1,27 @@
-"""What every engine offers the language model: states, and one step of a few tokens."""
+"""What every engine offers the language model: states, steps, and access to a state's content."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.snapshot import Snapshot
+
+# Where onnxruntime runs.
+Provider = Literal["cpu", "cuda"]
+# Takes the watched values of a step, by name.
+Receiver = Callable[[Mapping[str, np.ndarray]], None]
 
 
 class Session(Protocol):
-    """A loaded graph or engine. Letters: B batch, S new tokens, K logit rows, V vocabulary."""
+    """A loaded graph or engine. Letters: B batch, S new tokens, K logit rows, V vocabulary.
+
+    A session inherits this class for `snapshot`, `restore`, `stand_at` and `fill`, which only
+    need the state.
+    """
 
     @property
     def attention(self) -> str:
@@ -58,5 +69,51 @@ class Session(Protocol):
 
         Raises:
             SessionError: if the step fails.
+        """
+        ...
+
+    def snapshot(self, state: State) -> Snapshot:
+        """Return a copy of a state's lengths and caches; the state does not change.
+
+        It takes `State.nbytes` of main memory.
+        """
+        return state.snapshot()
+
+    def restore(self, state: State, snapshot: Snapshot) -> None:
+        """Put a state where a snapshot was taken; the steps after it yield the same logits.
+
+        Args:
+            state: one of this session's, of as many streams; what it has read is lost.
+            snapshot: of any session of a graph with an equal contract.
+
+        Raises:
+            SessionError: another contract, or another number of streams.
+        """
+        state.restore(snapshot)
+
+    def stand_at(self, state: State, position: int | np.ndarray) -> None:
+        """Put a state where it would be after reading so many tokens; caches keep their content.
+
+        For measurements: a step costs what it would cost there.
+
+        Args:
+            state: one of this session's.
+            position: tokens of every stream, or (B,) of each.
+        """
+        state.stand_at(position)
+
+    def fill(self, state: State, rng: np.random.Generator) -> None:
+        """Fill a state's caches, as they are bound now, with random finite numbers."""
+        state.fill(rng)
+
+    def watch(self, names: Sequence[str], receive: Receiver) -> Session:
+        """Return a session of the same bundle that also returns named values of the graph.
+
+        Args:
+            names: of values in the graph.
+            receive: called after every step with copies of the values, by name.
+
+        Raises:
+            SessionError: a name is not in the graph, or the engine cannot return other values.
         """
         ...

@@ -11,6 +11,8 @@ after each step, since nothing promises that the engine reads a sink before it w
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,13 +35,14 @@ from lminf_export.runtime.engine import (
     reason,
 )
 from lminf_export.runtime.gpu import Cuda, find_gpu
+from lminf_export.runtime.session import Receiver, Session
 from lminf_export.runtime.tensorrt_state import Decoder, TensorRTState
 
 logger = logging.getLogger(__name__)
 
 
-class TensorRTSession:
-    """One engine, many states; see `lminf_export.runtime.session.Session`.
+class TensorRTSession(Session):
+    """One engine, many states.
 
     Args:
         bundle: opened and checked; plan and plugin match the manifest's SHA-256. Both are
@@ -91,16 +94,16 @@ class TensorRTSession:
 
     @property
     def attention(self) -> str:
-        """What computes the attention, for people."""
+        """See `Session.attention`."""
         return "the engine"
 
     @property
     def caches_in_main_memory(self) -> bool:
-        """Whether states take this machine's main memory."""
+        """See `Session.caches_in_main_memory`."""
         return False
 
     def new_state(self, batch_size: int) -> TensorRTState:
-        """Return the state of B streams that have seen nothing."""
+        """See `Session.new_state`."""
         if batch_size > self.max_batch_size:
             raise SessionError(
                 f"batch_size={batch_size}: this plan takes at most {self.max_batch_size}; "
@@ -109,7 +112,7 @@ class TensorRTSession:
         return TensorRTState(self._cuda, self.manifest, batch_size)
 
     def owns(self, state: State) -> bool:
-        """Say whether a state was made by this session."""
+        """See `Session.owns`."""
         return isinstance(state, TensorRTState) and state.cuda is self._cuda
 
     def step_limit(self, state: State) -> int:
@@ -131,7 +134,7 @@ class TensorRTSession:
         new_length: np.ndarray,
         logits_index: np.ndarray,
     ) -> np.ndarray:
-        """Run S tokens of every stream: see `Session.step`."""
+        """See `Session.step`."""
         assert isinstance(state, TensorRTState)
         assert input_ids.shape[1] <= self.step_limit(state), "a linear write would leave the ring"
         wanted = logits_index.shape[1]
@@ -140,6 +143,7 @@ class TensorRTSession:
             logits_index = np.zeros((state.batch_size, 1), np.int64)
         single = state.load(input_ids, new_length, logits_index)
         self._messages.errors.clear()
+        start = time.perf_counter()
         if single and self._has_decoders:
             self._decode(state)
         else:
@@ -147,7 +151,16 @@ class TensorRTSession:
             context = self._contexts[0 if single else -1]
             self._bind(context, state, single)
             self._enqueue(context, state, single)
-        return state.finish(single)[:, :wanted]
+        logits = state.finish(single)
+        state.run_seconds += time.perf_counter() - start
+        return logits[:, :wanted]
+
+    def watch(self, names: Sequence[str], receive: Receiver) -> Session:
+        """See `Session.watch`; an engine has no other values."""
+        raise SessionError(
+            f"an engine returns its outputs only, not {', '.join(names)}; load the bundle's "
+            "folder to watch values of its graph in onnxruntime"
+        )
 
     def _decode(self, state: TensorRTState) -> None:
         """Run single tokens: the first as it is, the second recorded, then played."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -13,6 +14,7 @@ from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.gpu import Buffers, Cuda, Graph
+from lminf_export.runtime.snapshot import numpy_dtype
 
 _SMALL = (bindings.INPUT_IDS, bindings.PAST_LENGTH, bindings.NEW_LENGTH, bindings.LOGITS_INDEX)
 # TensorRT asks this of every tensor's address.
@@ -153,6 +155,22 @@ class TensorRTState(State):
                     self._past[past],
                 )
         return self._logits[single]
+
+    def _read_caches(self) -> dict[str, np.ndarray]:
+        sizes = {**self.contract.ring_sizes(), bindings.BATCH: self.batch_size}
+        caches = {}
+        for spec in self.contract.caches(present=False):
+            caches[spec.name] = np.empty(spec.sized(sizes), numpy_dtype(spec.dtype))
+            self.cuda.receive(caches[spec.name], self._past[spec.name])
+        self.cuda.synchronize()
+        return caches
+
+    def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
+        for name, shape in self._shapes.items():
+            whole = np.zeros(shape, caches[name].dtype)
+            whole[:, :, : caches[name].shape[2]] = caches[name]
+            self.cuda.send(self._past[name], whole)
+            self.cuda.synchronize()  # the array goes with the next one
 
     def keep_graph(self, graph: Graph) -> None:
         """Own a recorded step, which goes before the memory it works on."""

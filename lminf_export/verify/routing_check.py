@@ -8,9 +8,9 @@ have been a near-tie, which is a claim with a bound of its own (`RoutingReport`)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.models.experts import CHOICE_PREFIX
-from lminf_export.runtime.cache import State
-from lminf_export.runtime.kernels import AUTO
-from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, OnnxRuntimeState, Provider
+from lminf_export.runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -72,70 +70,31 @@ def find_choices(bundle: Bundle) -> list[str]:
     return [name for name in names if name.startswith(CHOICE_PREFIX)]
 
 
-class WatchedSession(OnnxRuntimeSession):
-    """A bundle's graph in onnxruntime, with the chosen experts as outputs too.
+class RoutingWatch:
+    """Records the experts that the tokens of one stream meet.
+
+    Args:
+        session: of the bundle.
+        bundle: one whose graph chooses experts.
 
     Attributes:
-        seen: for each step, the experts of each layer with experts, (S, k) int64.
+        session: one whose steps are recorded.
     """
 
-    def __init__(self, bundle: Bundle, provider: Provider, kernels: str | Path = AUTO) -> None:
-        self.watched = find_choices(bundle)
-        self.seen: list[list[NDArray[np.int64]]] = []
-        model = onnx.load(str(bundle.graph_path), load_external_data=False)
-        for name in self.watched:
-            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None])
-            model.graph.output.append(value)
-        super().__init__(
-            bundle, provider=provider, kernels=kernels, graph=model.SerializeToString()
-        )
+    def __init__(self, session: Session, bundle: Bundle) -> None:
+        self._names = find_choices(bundle)
+        self._steps: list[Mapping[str, NDArray[np.int64]]] = []
+        self.session = session.watch(self._names, self._steps.append)
 
-    def new_state(self, batch_size: int) -> OnnxRuntimeState:
-        """Return the state of B streams that have seen nothing; what was seen is forgotten."""
-        self.seen.clear()
-        return _WatchedState(self._session, self.manifest, batch_size, self.provider)
+    def take(self, num_tokens: int) -> list[Tensor]:
+        """Return for each layer with experts those of the T tokens (T, k) read since the last call.
 
-    def step(
-        self,
-        state: State,
-        input_ids: np.ndarray,
-        new_length: np.ndarray,
-        logits_index: np.ndarray,
-    ) -> np.ndarray:
-        """Run S tokens of every stream: see `Session.step`."""
-        assert isinstance(state, _WatchedState)
-        state.watched = self.watched
-        logits = super().step(state, input_ids, new_length, logits_index)
-        tokens = input_ids.shape[1]
-        self.seen.append([choice.reshape(tokens, -1) for choice in state.latest])
-        return logits
-
-    def routing(self) -> list[Tensor]:
-        """Return for each layer with experts the experts (T, k) of all tokens of one stream."""
-        return [torch.from_numpy(np.concatenate(layer)) for layer in zip(*self.seen, strict=True)]
-
-
-class _WatchedState(OnnxRuntimeState):
-    """A state whose calls also return what is watched."""
-
-    watched: list[str]
-    latest: list[NDArray[np.int64]]
-
-    def _remember(self, width: int, count: int) -> Any:
-        call = super()._remember(width, count)
-        for name in self.watched:
-            call.binding.bind_output(name)
-        return call
-
-    def run(
-        self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray
-    ) -> np.ndarray:
-        """Run one step; keep what is watched."""
-        logits = super().run(input_ids, new_length, logits_index)
-        call = self._calls[input_ids.shape[1], logits_index.shape[1]]
-        outputs = call.binding.get_outputs()[-len(self.watched) :]
-        self.latest = [value.numpy().copy() for value in outputs]
-        return logits
+        Args:
+            num_tokens: T.
+        """
+        layers = [np.concatenate([step[name] for step in self._steps]) for name in self._names]
+        self._steps.clear()
+        return [torch.from_numpy(layer.reshape(num_tokens, -1)) for layer in layers]
 
 
 @dataclass(eq=False)

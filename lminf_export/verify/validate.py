@@ -31,7 +31,7 @@ from lminf_export.progress import Progress, silent
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
-from lminf_export.runtime.onnxruntime import Provider
+from lminf_export.runtime.session import Provider
 from lminf_export.verify.bundle_weights import bundle_weights, is_made_of, with_tied_names
 from lminf_export.verify.comparison import Comparison, Logits, compare, run_in_pieces
 from lminf_export.verify.perplexity_cost import perplexity_cost
@@ -45,7 +45,7 @@ from lminf_export.verify.report import ValidationReport
 from lminf_export.verify.routing_check import (
     Routed,
     RoutingReport,
-    WatchedSession,
+    RoutingWatch,
     compare_routing,
     experts_of,
     find_choices,
@@ -110,20 +110,18 @@ def validate(
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
     dtype = _reference_dtype(original.source)
-    watched = _watched(opened, provider, kernels, original.source)
-    language_model = (
-        load(opened.path, provider=provider, kernels=kernels)
-        if watched is None
-        else LanguageModel(opened, watched)
-    )
+    language_model = load(opened.path, provider=provider, kernels=kernels)
+    watch = _routing_watch(language_model, original.source)
+    if watch is not None:
+        language_model = LanguageModel(opened, watch.session)
     run = _Run(opened, language_model, tokens, progress)
     routing: list[RoutingReport] = []
     with reference_checkpoint(opened, original) as checkpoint:
         reference = Reference(checkpoint, family, plan, tokens, progress, rounding_of(opened))
-        if watched is None:
+        if watch is None:
             comparisons, logits = _compare_dense(run, reference, dtype)
         else:
-            comparisons, logits, routing = _compare_routed(run, reference, dtype, watched)
+            comparisons, logits, routing = _compare_routed(run, reference, dtype, watch)
         comparisons.append(_compare_with_stock(reference, dtype, opened))
     cost, quantization = None, opened.manifest.quantization
     measurable = model is not None if quantization is not None else run.int8_cache
@@ -219,13 +217,13 @@ def _compare_dense(
 
 
 def _compare_routed(
-    run: _Run, reference: Reference, dtype: torch.dtype, watched: WatchedSession
+    run: _Run, reference: Reference, dtype: torch.dtype, watch: RoutingWatch
 ) -> tuple[list[Comparison], Logits, list[RoutingReport]]:
     """Compare a mixture of experts under the bundle's own routing."""
     comparisons, reports = [], []
     for name, sizes in WAYS:
         logits = run.logits(name, sizes)
-        chosen = watched.routing()
+        chosen = watch.take(len(run.tokens))
         routed = reference.routed(chosen)
         wanted = reference.logits(dtype, routed)
         scores = routed.all_scores()
@@ -246,14 +244,12 @@ def _range(score: torch.Tensor) -> float:
     return float(finite.max() - finite.min())
 
 
-def _watched(
-    bundle: Bundle, provider: Provider, kernels: str | Path, source: Source
-) -> WatchedSession | None:
-    """Return a session that tells the experts chosen, of a bundle that has some."""
-    if not find_choices(bundle):
+def _routing_watch(model: LanguageModel, source: Source) -> RoutingWatch | None:
+    """Return a watch of the experts that are chosen, None if the graph chooses none."""
+    if not find_choices(model.bundle):
         return None
     skeleton = build_model(source.config, torch.float32, device="meta")
-    return WatchedSession(bundle, provider, kernels) if experts_of(skeleton) else None
+    return RoutingWatch(model.session, model.bundle) if experts_of(skeleton) else None
 
 
 def _check_adapter(bundle: Bundle, model: str | None, lora: str | Path | None) -> None:
