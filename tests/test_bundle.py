@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lminf_export.bundle import manifest as manifest_module
-from lminf_export.bundle.folder import Bundle, BundleWriter, OutTarget, parse_out
-from lminf_export.bundle.manifest import MANIFEST_NAME, Engine, Source, content_sha256
+from lminf_export.bundle.files import human_bytes
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.manifest import content_sha256
+from lminf_export.bundle.out import OutTarget, parse_out
+from lminf_export.bundle.records import MANIFEST_NAME, Engine, SourceRecord
+from lminf_export.bundle.writer import BundleWriter
 from lminf_export.errors import BundleError, ExportError
 from tests.support.signals import default_signals
 from tests.support.tiny_bundle import TinyModel
@@ -249,7 +252,7 @@ def test_file_names_stay_inside_the_bundle(tmp_path, name):
 @pytest.mark.parametrize("name", ["/home/me/llama", "~/llama", "..", "a/../b", "C:\\llama", ""])
 def test_the_source_is_never_a_path_of_this_machine(name):
     with pytest.raises(ValidationError, match="neither a model id"):
-        Source(name=name)
+        SourceRecord(name=name)
 
 
 def test_fast_opening_notices_a_changed_graph_and_a_truncated_weight_file(bundle_path):
@@ -407,7 +410,7 @@ def test_reading_a_manifest_needs_no_torch():
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1.5 * 2**30, "1.5 GiB"), (2**50, "1.0 PiB")],
 )
 def test_sizes_are_written_as_people_do(count, text):
-    assert manifest_module.human_bytes(count) == text
+    assert human_bytes(count) == text
 
 
 def test_hashing_reports_progress(bundle_path):

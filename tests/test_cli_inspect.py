@@ -7,8 +7,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from lminf_export.bundle.folder import BundleWriter
-from lminf_export.bundle.manifest import Engine
+from lminf_export.bundle.records import Engine
+from lminf_export.bundle.writer import BundleWriter
 from lminf_export.cli.main import cli
 from lminf_export.runtime.kernels import find_kernels
 from tests.support.tiny_bundle import TinyModel

@@ -319,7 +319,8 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(lm, monkeypatch):
 
 def written_with(tmp_path, change):
     """A bundle whose graph was changed before it was sealed."""
-    from lminf_export.bundle.folder import Bundle, BundleWriter
+    from lminf_export.bundle.folder import Bundle
+    from lminf_export.bundle.writer import BundleWriter
 
     tiny = TinyModel()
     model = tiny.graph

@@ -1,4 +1,4 @@
-"""The exported folder as it is read; `bundle_writer` is how it is written."""
+"""An exported folder, opened and checked; `writer` writes one."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lminf_export.bundle.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    Progress,
-    file_sha256,
-    read_manifest,
-)
-from lminf_export.bundle.writer import BundleWriter, OutTarget, parse_out
+from lminf_export.bundle.files import HashProgress, file_sha256
+from lminf_export.bundle.manifest import Manifest, read_manifest
+from lminf_export.bundle.records import MANIFEST_NAME, FileEntry
 from lminf_export.errors import BundleError
-
-__all__ = ["Bundle", "BundleWriter", "OutTarget", "Verify", "bundle_folder", "parse_out"]
 
 Verify = Literal["fast", "full"]
 # What decides what runs is hashed on every opening; weights only on request.
@@ -38,7 +30,7 @@ class Bundle:
 
     @classmethod
     def open(
-        cls, path: str | Path, verify: Verify = "fast", progress: Progress | None = None
+        cls, path: str | Path, verify: Verify = "fast", progress: HashProgress | None = None
     ) -> Bundle:
         """Open a bundle and check it.
 
@@ -121,7 +113,7 @@ class Bundle:
             )
 
     def _check_file(
-        self, name: str, entry: FileEntry, hashed: bool, progress: Progress | None
+        self, name: str, entry: FileEntry, hashed: bool, progress: HashProgress | None
     ) -> None:
         path = self.path / name
         if not path.is_file():

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,8 +21,6 @@ from pydantic import (
 )
 
 from lminf_export.bundle.records import (
-    MANIFEST_NAME,
-    NOT_EXECUTED,
     Count,
     Dtype,
     Engine,
@@ -35,65 +31,20 @@ from lminf_export.bundle.records import (
     LambdaSettings,
     Layer,
     LayerKind,
-    Plugin,
     Positive,
     Quantization,
     Record,
-    RingWrites,
     Role,
     Sha256,
-    Source,
+    SourceRecord,
     Tensor,
-    check_file_name,
-    check_source_name,
 )
 from lminf_export.errors import BundleError, ConfigError
 from lminf_export.operator.bindings import ITEM_SIZES, LayerSpec, TensorSpec
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION, LambdaConfig, ring_capacity
 
-__all__ = [
-    "HASH_BLOCK",
-    "MANIFEST_NAME",
-    "NOT_EXECUTED",
-    "SCHEMA_VERSION",
-    "Count",
-    "Dtype",
-    "Engine",
-    "EngineRecipe",
-    "FileEntry",
-    "FileName",
-    "KvCacheDtype",
-    "LambdaSettings",
-    "Layer",
-    "LayerKind",
-    "Manifest",
-    "Plugin",
-    "Positive",
-    "Progress",
-    "Quantization",
-    "Record",
-    "RingWrites",
-    "Role",
-    "Sha256",
-    "Source",
-    "Tensor",
-    "check_file_name",
-    "check_source_name",
-    "content_sha256",
-    "describe",
-    "file_sha256",
-    "human_bytes",
-    "io_tables",
-    "new_manifest",
-    "read_manifest",
-]
-
 SCHEMA_VERSION: Literal[1] = 1
-
-# Called with a file's name and the bytes just read of it.
-Progress = Callable[[str, int], None]
-HASH_BLOCK = 2**20
 
 
 class Manifest(Record):
@@ -104,7 +55,7 @@ class Manifest(Record):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     model_type: str
-    source: Source
+    source: SourceRecord
     lambda_config: LambdaSettings
     dtype: Dtype
     quantization: Quantization | None = None
@@ -229,7 +180,7 @@ class Manifest(Record):
 def new_manifest(
     *,
     model_type: str,
-    source: Source,
+    source: SourceRecord,
     settings: LambdaConfig,
     contract: GraphContract,
     num_attention_heads: int,
@@ -325,25 +276,6 @@ def content_sha256(fields: dict[str, Any]) -> str:
     rest = {key: value for key, value in fields.items() if key != "manifest_sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def file_sha256(path: Path, progress: Progress | None = None) -> str:
-    """Return a file's SHA-256 in hexadecimal, reading it block by block."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-            if progress:
-                progress(path.name, len(block))
-    return digest.hexdigest()
-
-
-def human_bytes(count: float) -> str:
-    """Return a size as people write it, such as "1.5 GiB"."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    power = min(int(math.log(count, 1024)), 5)
-    return f"{count / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
 
 
 def _row(spec: TensorSpec) -> Tensor:

@@ -59,7 +59,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class Source(Record):
+class SourceRecord(Record):
     """Where the weights came from: a model id or a folder's name, and the revision asked for.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from lminf_export.bundle.manifest import human_bytes
+from lminf_export.bundle.files import human_bytes
 from lminf_export.cli.common import KERNELS_HELP, handle_errors, verbosity_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.errors import InputError

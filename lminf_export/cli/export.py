@@ -28,7 +28,8 @@ from lminf_export.operator.settings import (
 
 if TYPE_CHECKING:
     from lminf_export.bundle.folder import Bundle
-    from lminf_export.bundle.manifest import EngineRecipe, Manifest
+    from lminf_export.bundle.manifest import Manifest
+    from lminf_export.bundle.records import EngineRecipe
     from lminf_export.export.job import ExportJob
 
 
@@ -189,7 +190,7 @@ def main() -> None:
 
 
 def _print_plan(job: ExportJob) -> None:
-    from lminf_export.bundle.manifest import human_bytes
+    from lminf_export.bundle.files import human_bytes
 
     draft, settings = job.manifest(), job.settings
     cache = human_bytes(draft.cache_bytes_per_sequence)
@@ -226,7 +227,7 @@ def _engine_plan(job: ExportJob) -> str:
 
 
 def _print_result(bundle: Bundle) -> None:
-    from lminf_export.bundle.manifest import human_bytes
+    from lminf_export.bundle.files import human_bytes
 
     manifest = bundle.manifest
     settings = manifest.settings

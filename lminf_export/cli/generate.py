@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import click
 
-from lminf_export.bundle.manifest import human_bytes
+from lminf_export.bundle.files import human_bytes
 from lminf_export.cli.common import KERNELS_HELP, handle_errors, read_text, verbosity_options
 from lminf_export.errors import InputError
 

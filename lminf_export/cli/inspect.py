@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
-from lminf_export.bundle.manifest import Layer, Manifest, Plugin, human_bytes
+from lminf_export.bundle.manifest import Manifest
+from lminf_export.bundle.records import Layer, Plugin
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.errors import SessionError
 from lminf_export.runtime.kernels import INSTALLED, open_library

@@ -13,17 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lminf_export.bundle.files import file_sha256
 from lminf_export.bundle.folder import Bundle
-from lminf_export.bundle.manifest import (
-    MANIFEST_NAME,
-    Engine,
-    EngineRecipe,
-    FileEntry,
-    Manifest,
-    Plugin,
-    Role,
-    file_sha256,
-)
+from lminf_export.bundle.manifest import Manifest
+from lminf_export.bundle.records import MANIFEST_NAME, Engine, EngineRecipe, FileEntry, Plugin, Role
 from lminf_export.engine.common import LOGGER_NAME
 from lminf_export.engine.plugin import PLUGIN_FILE, check_plugin
 from lminf_export.errors import EngineError

@@ -11,7 +11,8 @@ import logging
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 
-from lminf_export.bundle.manifest import Engine, EngineRecipe, Plugin, file_sha256, human_bytes
+from lminf_export.bundle.files import file_sha256, human_bytes
+from lminf_export.bundle.records import Engine, EngineRecipe, Plugin
 from lminf_export.engine import tensorrt, tensorrt_rtx
 from lminf_export.engine.common import (
     LOGGER_NAME,

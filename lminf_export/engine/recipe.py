@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from lminf_export.bundle.manifest import EngineRecipe
+from lminf_export.bundle.records import EngineRecipe
 from lminf_export.engine.common import EngineRequest, Profile, input_ranges, profiles
 from lminf_export.engine.plugin import PLUGIN_FILE
 

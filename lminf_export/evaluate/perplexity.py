@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
-from lminf_export.bundle.manifest import human_bytes
 from lminf_export.errors import InputError
 from lminf_export.evaluate.buckets import Bucket, estimate, log_buckets, ratio
 from lminf_export.evaluate.progress_file import ProgressFile, Track

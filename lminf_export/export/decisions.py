@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 import psutil
 
-from lminf_export.bundle.manifest import Dtype, human_bytes
-from lminf_export.bundle.writer import OutTarget
+from lminf_export.bundle.files import human_bytes
+from lminf_export.bundle.out import OutTarget
+from lminf_export.bundle.records import Dtype
 from lminf_export.errors import ConfigError
 from lminf_export.export.graph import WrittenWeights
 from lminf_export.operator.graph_contract import GraphContract

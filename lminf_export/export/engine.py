@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from lminf_export.bundle.manifest import Engine, EngineRecipe
-from lminf_export.bundle.writer import BundleWriter, OutTarget, parse_out
+from lminf_export.bundle.out import OutTarget, parse_out
+from lminf_export.bundle.records import Engine, EngineRecipe
+from lminf_export.bundle.writer import BundleWriter
 from lminf_export.engine.builders import (
     ELSEWHERE,
     ENGINE_GRAPH_NAME,

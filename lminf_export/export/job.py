@@ -6,18 +6,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lminf_export.bundle.manifest import (
+from lminf_export.bundle.manifest import Manifest, new_manifest
+from lminf_export.bundle.out import OutTarget
+from lminf_export.bundle.records import (
     Dtype,
     Engine,
     EngineRecipe,
     KvCacheDtype,
-    Manifest,
     Quantization,
-    new_manifest,
+    SourceRecord,
 )
-from lminf_export.bundle.manifest import Source as ManifestSource
 from lminf_export.bundle.versions import package_version
-from lminf_export.bundle.writer import OutTarget
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.source import Source
 from lminf_export.engine.options import EngineOptions
@@ -121,7 +120,7 @@ class ExportJob:
         config = self.source.config
         return new_manifest(
             model_type=self.source.model_type,
-            source=ManifestSource(
+            source=SourceRecord(
                 name=self.source.name,
                 revision=self.source.revision,
                 adapter=self.checkpoint.adapter,

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
+from lminf_export.bundle.destination import check_destination
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.versions import package_version
-from lminf_export.bundle.writer import BundleWriter, check_destination
+from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.source import open_source
 from lminf_export.engine.options import EngineOptions

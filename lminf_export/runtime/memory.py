@@ -10,7 +10,8 @@ from contextlib import suppress
 import numpy as np
 import psutil
 
-from lminf_export.bundle.manifest import Manifest, human_bytes
+from lminf_export.bundle.files import human_bytes
+from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError
 from lminf_export.runtime.session import Session
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lminf_export.bundle.manifest import Manifest, human_bytes
+from lminf_export.bundle.files import human_bytes
+from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
 from lminf_export.runtime.cache import State

@@ -18,8 +18,9 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
-from lminf_export.bundle.manifest import Manifest, human_bytes
+from lminf_export.bundle.manifest import Manifest
 from lminf_export.checkpoint.conversion import Conversion
 from lminf_export.checkpoint.opening import Checkpoint, open_checkpoint
 from lminf_export.checkpoint.source import Source, open_source

@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 
-from lminf_export.bundle.folder import Bundle, BundleWriter
-from lminf_export.bundle.manifest import Engine, Plugin, file_sha256
+from lminf_export.bundle.files import file_sha256
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.records import Engine, Plugin
+from lminf_export.bundle.writer import BundleWriter
 from lminf_export.engine.common import prepare_for_engine, profiles
 from lminf_export.operator import bindings
 from lminf_export.runtime import tensorrt as runtime

@@ -16,8 +16,10 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lminf_export.bundle.folder import Bundle, BundleWriter
-from lminf_export.bundle.manifest import Engine, Manifest, Source, new_manifest
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.manifest import Manifest, new_manifest
+from lminf_export.bundle.records import Engine, SourceRecord
+from lminf_export.bundle.writer import BundleWriter
 from lminf_export.operator import bindings, contract
 from lminf_export.operator.attention_body import OPSET, BodyFeatures, function_body
 from lminf_export.operator.bindings import LayerSpec
@@ -78,7 +80,7 @@ class TinyModel:
             kinds[-1] = "sliding"
         return new_manifest(
             model_type="llama",
-            source=Source(name="somebody/tiny", revision="main"),
+            source=SourceRecord(name="somebody/tiny", revision="main"),
             settings=self.settings,
             contract=self.contract,
             num_attention_heads=self.num_heads,

@@ -1,0 +1,32 @@
+"""Hashes and sizes of files."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+HASH_BLOCK = 2**20
+
+# Called with a file's name and the bytes just read of it.
+HashProgress = Callable[[str, int], None]
+
+
+def file_sha256(path: Path, progress: HashProgress | None = None) -> str:
+    """Return a file's SHA-256 in hexadecimal, reading it block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+            if progress:
+                progress(path.name, len(block))
+    return digest.hexdigest()
+
+
+def human_bytes(count: float) -> str:
+    """Return a size in binary units, such as "1.5 GiB"."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    power = min(int(math.log(count, 1024)), 5)
+    return f"{count / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
