@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, MptConfig, MptForCausalLM
 from lminf_export import export, load
 from lminf_export.cli.eval import eval_group
 from lminf_export.cli.main import main
-from lminf_export.evaluate import perplexity
+from lminf_export.evaluate import perplexity_reading
 from lminf_export.evaluate.baselines import CachedStep
 from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.evaluate.passkey import ask, make_instance
-from lminf_export.evaluate.progress_file import ProgressFile
+from lminf_export.evaluate.resume_file import ResumeFile
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.torch_scorers import TorchModel, recompute
 from lminf_export.runtime.kernels import find_kernels
@@ -94,7 +94,7 @@ def compared(bundle, words, tmp_path_factory):
 
 
 def losses_in(state, method):
-    file = ProgressFile(None, {})
+    file = ResumeFile(None, {})
     file._read(state)
     return file.tracks[method].losses
 
@@ -208,7 +208,7 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(bundle, words, tmp_path, 
         return original(self, tokens, targets)
 
     monkeypatch.setattr(BundleScorer, "score", stopping)
-    monkeypatch.setattr(perplexity, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(perplexity_reading, "SAVE_SECONDS", 0.0)
     options = ("--text", words, "--compare", "window", "--state", tmp_path / "s")
     assert run("perplexity", bundle, *options).exit_code == 130
     assert run("perplexity", bundle, *options).exit_code == 0

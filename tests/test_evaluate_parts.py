@@ -16,7 +16,7 @@ from lminf_export.evaluate.buckets import estimate, log_buckets, ratio
 from lminf_export.evaluate.fluency import distinct, longest_repeat, near_repetition
 from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.evaluate.passkey import wilson
-from lminf_export.evaluate.progress_file import ProgressFile
+from lminf_export.evaluate.resume_file import ResumeFile
 from lminf_export.runtime.text import TextCodec
 from tests.support.tiny_bundle import byte_tokenizer
 
@@ -127,12 +127,12 @@ def test_a_text_that_cannot_be_used_is_refused(content, words, codec, tmp_path):
 
 def test_a_state_file_gives_back_what_was_saved(tmp_path):
     path = tmp_path / "state"
-    first = ProgressFile.open(path, {"text": "x"})
+    first = ResumeFile.open(path, {"text": "x"})
     track = first.track("lambda", 7)
     track.losses[1:4] = (1, 2, 3)
     track.done, track.snapshot = 3, {"cache": np.arange(5, dtype=np.float16)}
     first.save()
-    again = ProgressFile.open(path, {"text": "x"}).track("lambda", 9)
+    again = ResumeFile.open(path, {"text": "x"}).track("lambda", 9)
     assert again.losses[1:4].tolist() == [1, 2, 3]
     assert np.isnan(again.losses[4:]).all()
     assert len(again.losses) == 9
@@ -143,16 +143,16 @@ def test_a_state_file_gives_back_what_was_saved(tmp_path):
 
 def test_a_state_file_of_another_evaluation_is_refused(tmp_path):
     path = tmp_path / "state"
-    ProgressFile.open(path, {"bundle": "a", "text": "x"}).save()
+    ResumeFile.open(path, {"bundle": "a", "text": "x"}).save()
     with pytest.raises(InputError, match="its text is not this one's"):
-        ProgressFile.open(path, {"bundle": "a", "text": "y"})
+        ResumeFile.open(path, {"bundle": "a", "text": "y"})
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut off"])
 def test_a_damaged_state_file_is_refused(content, tmp_path):
     (tmp_path / "state").write_bytes(content)
     with pytest.raises(InputError, match="not a readable state file"):
-        ProgressFile.open(tmp_path / "state", {})
+        ResumeFile.open(tmp_path / "state", {})
 
 
 def test_measures_of_repetition_on_texts_whose_answer_is_known():

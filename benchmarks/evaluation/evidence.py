@@ -26,7 +26,8 @@ import lminf_export
 from benchmarks.support.demo_models import HELDOUT_FILES
 from benchmarks.support.result import write_result
 from lminf_export.evaluate.buckets import Bucket, estimate, log_buckets, ratio
-from lminf_export.evaluate.perplexity import DEFAULT_TARGETS, sampled_targets
+from lminf_export.evaluate.perplexity_options import DEFAULT_TARGETS
+from lminf_export.evaluate.perplexity_reading import sampled_targets
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.text import read_stream
 from lminf_export.evaluate.torch_scorers import TorchModel, recompute

@@ -102,7 +102,8 @@ def perplexity_command(
     long it is. Perplexities come with 95 % bootstrap intervals over runs of 64 tokens. What is
     compared with it sees the same tokens.
     """
-    from lminf_export.evaluate.perplexity import Options, evaluate_perplexity
+    from lminf_export.evaluate.perplexity import evaluate_perplexity
+    from lminf_export.evaluate.perplexity_options import Options
 
     quiet_transformers()
     check_outputs(out, plot)

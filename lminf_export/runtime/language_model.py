@@ -13,6 +13,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import InputError, SessionError
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.inputs import checked_chunk, checked_prompt, integers
 from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.sampling import Sampler, SamplingConfig
 from lminf_export.runtime.session import Session
@@ -21,7 +22,6 @@ from lminf_export.runtime.text import TextCodec
 Logits = Literal["all", "last", "none"]
 
 DEFAULT_MAX_NEW_TOKENS = 256
-_FEW = 16
 
 
 class LanguageModel:
@@ -92,7 +92,8 @@ class LanguageModel:
             SessionError: a step failed or yielded logits that are not finite.
         """
         self._check_state(state)
-        ids, counts = self._checked(token_ids, lengths, state)
+        ids, counts = checked_chunk(token_ids, lengths, state.batch_size, self._vocab_size)
+        self._check_end(ids, counts, state)
         if logits not in ("all", "last", "none"):
             raise InputError(f"logits={logits!r}: must be 'all', 'last' or 'none'")
         rows, width = ids.shape
@@ -193,12 +194,12 @@ class LanguageModel:
             SessionError: see `forward`.
         """
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        ids = self._checked_prompt(prompt_ids)
+        ids = checked_prompt(prompt_ids, self._vocab_size)
         if max_new_tokens is not None:
             max_new_tokens = as_integer("max_new_tokens", max_new_tokens, 0, InputError)
         if stop_token_ids is None:
             stop_token_ids = self.bundle.manifest.eos_token_ids
-        stops = _integers(list(stop_token_ids), "stop_token_ids").tolist()
+        stops = integers(list(stop_token_ids), "stop_token_ids").tolist()
         if state is None:
             state = self.new_state()
         self._check_state(state)
@@ -235,51 +236,17 @@ class LanguageModel:
         if not isinstance(state, State) or not self.session.owns(state):
             raise InputError("this state is not from this model's new_state()")
 
-    def _checked_prompt(self, prompt_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        ids = _integers(prompt_ids, "prompt_ids")
-        if ids.size == 0:
-            raise InputError("the prompt is empty; give at least one token id")
-        if ids.ndim != 1:
-            raise InputError(f"prompt_ids has shape {ids.shape}; expected (P,), one stream's ids")
-        self._check_range(ids)
-        return ids[None].astype(np.int64)
-
-    def _checked(self, token_ids: Any, lengths: Any, state: State) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids (B, S) int64, zeros where padding stands, and lengths (B,) int64."""
-        ids = _integers(token_ids, "token_ids")
-        if ids.ndim != 2 or ids.shape[1] < 1 or ids.shape[0] != state.batch_size:
-            raise InputError(
-                f"token_ids has shape {ids.shape}; expected ({state.batch_size}, S) with S ≥ 1, "
-                f"a row for each of the state's {state.batch_size} streams"
-            )
-        rows, width = ids.shape
-        counts = np.full(rows, width, np.int64)
-        if lengths is not None:
-            counts = _checked_lengths(lengths, rows, width)
-            ids = np.where(np.arange(width) < counts[:, None], ids, 0)
-        self._check_range(ids)
-        if state.furthest + width > self._max_position:
+    def _check_end(self, ids: np.ndarray, counts: np.ndarray, state: State) -> None:
+        if state.furthest + ids.shape[1] > self._max_position:
             furthest = int((state.past_length + counts).max())
             if furthest > self._max_position:
                 self._refuse_end(furthest)
-        return ids.astype(np.int64, copy=False), counts
 
     def _refuse_end(self, furthest: int) -> NoReturn:
         raise InputError(
             f"the stream would reach token {furthest}; positions are exact up to "
             f"{self._max_position} only: start a new state"
         )
-
-    def _check_range(self, ids: np.ndarray) -> None:
-        # Python is faster than numpy on the few ids of a decoding step.
-        values = ids.ravel().tolist() if ids.size <= _FEW else (int(ids.min()), int(ids.max()))
-        low, high = min(values), max(values)
-        if low < 0 or high >= self._vocab_size:
-            wrong = low if low < 0 else high
-            raise InputError(
-                f"token id {wrong} is outside the vocabulary of {self._vocab_size} "
-                f"(0 … {self._vocab_size - 1}); was it made by another tokenizer?"
-            )
 
     def _refuse_infinite(self, logits: np.ndarray, state: State) -> None:
         """Raise SessionError if any of these logits is not finite."""
@@ -290,22 +257,3 @@ class LanguageModel:
             f"are damaged or overflow {self.bundle.manifest.dtype}: try --dtype float32, and "
             "check the model with lminf validate"
         )
-
-
-def _checked_lengths(lengths: Any, rows: int, width: int) -> np.ndarray:
-    counts = _integers(lengths, "lengths")
-    if counts.shape != (rows,) or counts.min() < 0 or counts.max() > width:
-        raise InputError(
-            f"lengths={counts.tolist()}: must be {rows} numbers of real tokens, 0 … {width}"
-        )
-    return counts.astype(np.int64)
-
-
-def _integers(values: Any, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise InputError(f"{name}: rows of different lengths; pad them and pass lengths=") from None
-    if array.size and array.dtype.kind not in "iu":
-        raise InputError(f"{name} has type {array.dtype}; expected integers")
-    return array

@@ -41,7 +41,7 @@ class Track:
 
 
 @dataclass
-class ProgressFile:
+class ResumeFile:
     """Tracks by method, kept in a file if there is a path.
 
     Attributes:
@@ -55,7 +55,7 @@ class ProgressFile:
     tracks: dict[str, Track] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path | None, identity: dict[str, Any]) -> ProgressFile:
+    def open(cls, path: Path | None, identity: dict[str, Any]) -> ResumeFile:
         """Go on from a file, or start one.
 
         Raises:

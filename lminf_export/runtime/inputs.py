@@ -1,0 +1,85 @@
+"""Checks of the token ids that callers pass in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lminf_export.errors import InputError
+
+_FEW = 16
+
+
+def checked_prompt(prompt_ids: Any, vocab_size: int) -> np.ndarray:
+    """Return a prompt (P,) as (1, P) int64.
+
+    Raises:
+        InputError: it is empty, of another shape or type, or has ids outside the vocabulary.
+    """
+    ids = integers(prompt_ids, "prompt_ids")
+    if ids.size == 0:
+        raise InputError("the prompt is empty; give at least one token id")
+    if ids.ndim != 1:
+        raise InputError(f"prompt_ids has shape {ids.shape}; expected (P,), one stream's ids")
+    _check_range(ids, vocab_size)
+    return ids[None].astype(np.int64)
+
+
+def checked_chunk(
+    token_ids: Any, lengths: Any, batch_size: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids (B, S) int64, zeros in the padding, and the real tokens of each row (B,) int64.
+
+    Raises:
+        InputError: another shape or type, ids outside the vocabulary, or wrong lengths.
+    """
+    ids = integers(token_ids, "token_ids")
+    if ids.ndim != 2 or ids.shape[1] < 1 or ids.shape[0] != batch_size:
+        raise InputError(
+            f"token_ids has shape {ids.shape}; expected ({batch_size}, S) with S ≥ 1, "
+            f"a row for each of the state's {batch_size} streams"
+        )
+    rows, width = ids.shape
+    counts = np.full(rows, width, np.int64)
+    if lengths is not None:
+        counts = _checked_lengths(lengths, rows, width)
+        ids = np.where(np.arange(width) < counts[:, None], ids, 0)
+    _check_range(ids, vocab_size)
+    return ids.astype(np.int64, copy=False), counts
+
+
+def integers(values: Any, name: str) -> np.ndarray:
+    """Return values as an array of integers.
+
+    Raises:
+        InputError: rows of different lengths, or another type.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InputError(f"{name}: rows of different lengths; pad them and pass lengths=") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"{name} has type {array.dtype}; expected integers")
+    return array
+
+
+def _checked_lengths(lengths: Any, rows: int, width: int) -> np.ndarray:
+    counts = integers(lengths, "lengths")
+    if counts.shape != (rows,) or counts.min() < 0 or counts.max() > width:
+        raise InputError(
+            f"lengths={counts.tolist()}: must be {rows} numbers of real tokens, 0 … {width}"
+        )
+    return counts.astype(np.int64)
+
+
+def _check_range(ids: np.ndarray, vocab_size: int) -> None:
+    # Python is faster than numpy on the few ids of a decoding step.
+    values = ids.ravel().tolist() if ids.size <= _FEW else (int(ids.min()), int(ids.max()))
+    low, high = min(values), max(values)
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise InputError(
+            f"token id {wrong} is outside the vocabulary of {vocab_size} "
+            f"(0 … {vocab_size - 1}); was it made by another tokenizer?"
+        )
