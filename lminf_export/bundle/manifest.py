@@ -39,8 +39,9 @@ from lminf_export.bundle.records import (
     SourceRecord,
     Tensor,
 )
+from lminf_export.bundle.tables import first_difference, io_tables
 from lminf_export.errors import BundleError, ConfigError
-from lminf_export.operator.bindings import ITEM_SIZES, LayerSpec, TensorSpec
+from lminf_export.operator.bindings import ITEM_SIZES, LayerSpec
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION, LambdaConfig, ring_capacity
 
@@ -86,7 +87,7 @@ class Manifest(Record):
             ("outputs", self.outputs, outputs),
         ):
             if found != expected:
-                raise ValueError(f"{what}: {_first_difference(found, expected)}")
+                raise ValueError(f"{what}: {first_difference(found, expected)}")
         return self
 
     @model_validator(mode="after")
@@ -232,14 +233,6 @@ def new_manifest(
     )
 
 
-def io_tables(contract: GraphContract) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return a contract's inputs and outputs as the manifest writes them."""
-    return (
-        tuple(_row(spec) for spec in contract.inputs()),
-        tuple(_row(spec) for spec in contract.outputs()),
-    )
-
-
 def read_manifest(text: bytes, where: str) -> Manifest:
     """Parse and check `lminf.json`.
 
@@ -276,22 +269,6 @@ def content_sha256(fields: dict[str, Any]) -> str:
     rest = {key: value for key, value in fields.items() if key != "manifest_sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _row(spec: TensorSpec) -> Tensor:
-    return Tensor(name=spec.name, dtype=spec.dtype, shape=spec.shape)
-
-
-def _first_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
-    for index, (left, right) in enumerate(zip(found, expected, strict=False)):
-        if left != right:
-            return f"entry {index} is {describe(left)}, the layers ask for {describe(right)}"
-    return f"{len(found)} entries, the layers ask for {len(expected)}"
-
-
-def describe(tensor: Tensor) -> str:
-    """Return a tensor as one word group: name dtype[shape]."""
-    return f"{tensor.name} {tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
 
 
 def _first_problem(error: ValidationError | ConfigError) -> str:

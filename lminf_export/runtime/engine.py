@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lminf_export.bundle.manifest import Manifest, describe
+from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import Engine, Tensor
+from lminf_export.bundle.tables import describe
 from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
 from lminf_export.runtime.gpu import Gpu

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lminf_export.bundle.manifest import describe
 from lminf_export.bundle.records import Tensor
+from lminf_export.bundle.tables import describe
 from lminf_export.errors import SessionError
 
 _ORT_TYPES = {
