@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,10 +14,14 @@ from lminf_export import Bundle, export, load
 from lminf_export.bench.floor import cache_bytes_per_step, weight_bytes_per_step
 from lminf_export.bench.profile import summarize
 from lminf_export.cli.bench import bench_command
+from lminf_export.models.expert_facts import experts_per_token
+from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.tensors.files import read_header
+from lminf_export.verify.routing_check import RoutingWatch
 from tests.support.tiny_models import save_llama
 
 SETTINGS = {"window_size": 19, "num_sink_tokens": 3, "chunk_size": 7}
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -128,17 +133,43 @@ def test_the_floor_counts_what_a_step_reads(bundle):
     assert cache_bytes_per_step(bundle, 10**6) == (19 + 3) * row
 
 
-def test_the_floor_counts_chosen_experts_only(tmp_path):
-    case = next(case for case in CASES if case.model_type == "mixtral")
+EXPERT_CASES = [case for case in CASES if "experts" in case.special]
+# These two name their number of chosen experts as no other family does.
+QUICK = ("hunyuan_v1_moe", "ernie4_5_moe")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.model_type, marks=() if case.model_type in QUICK else SLOW)
+        for case in EXPERT_CASES
+    ],
+)
+def test_the_floor_counts_the_experts_that_a_token_takes(case, tmp_path):
     bundle = Bundle.open(export(case.save(tmp_path / "m"), tmp_path / "b", **SETTINGS).path)
+    watch = RoutingWatch(load(bundle.path).session, bundle)
+    LanguageModel(bundle, watch.session).forward(np.array([[5]]), watch.session.new_state(1))
+    taken = {layer.shape for layer in watch.take(1)}
+    assert taken == {(1, experts_per_token(case.config()))}
+    ((_, top_k),) = taken
+    assert top_k > 1, "with one expert a token this test shows nothing"
+
     stored = read_header(bundle.path / "model.safetensors")
-    stacks = [tensor for tensor in stored.values() if len(tensor.shape) == 3]
-    experts = stacks[0].shape[0]
-    one, many = weight_bytes_per_step(bundle, 1), weight_bytes_per_step(bundle, 100)
-    chosen = 2 / experts
+    stacks = [tensor for name, tensor in stored.items() if is_expert_tensor(name)]
+    assert len({tensor.shape[0] for tensor in stacks}) == 1
+    expert = sum(tensor.length for tensor in stacks) // stacks[0].shape[0]
     table = stored["model.embed_tokens.weight"]
-    rows = 99 * table.length // table.shape[0]
-    assert many - one - rows == pytest.approx((1 - chosen) * sum(t.length for t in stacks))
+    whole = sum(tensor.length for tensor in stored.values())
+    rest = whole - sum(tensor.length for tensor in stacks) - table.length
+    row = table.length // table.shape[0]
+    assert weight_bytes_per_step(bundle, 1) == rest + top_k * expert + row
+    every = stacks[0].shape[0] * expert
+    assert weight_bytes_per_step(bundle, 100) == rest + every + 100 * row
+
+
+def is_expert_tensor(name):
+    """Whether a stack of experts' matrices, or a table of their biases."""
+    return re.search(r"\.experts\.\w+$", name) is not None and "correction" not in name
 
 
 def test_a_profile_counts_the_last_steps_only():

@@ -13,9 +13,10 @@ from benchmarks.support.families import CASES, CHUNK, WINDOW
 from lminf_export import export, load
 from lminf_export.bundle.folder import Bundle
 from lminf_export.cli.validate import validate_command
+from lminf_export.models.expert_facts import Groups
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.verify.comparison import run_in_pieces
-from lminf_export.verify.routing_check import Groups, RoutingWatch, compare_routing, find_choices
+from lminf_export.verify.routing_check import RoutingWatch, compare_routing, find_choices
 from lminf_export.verify.validate import validate
 
 BY_NAME = {case.model_type: case for case in CASES}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
 from lminf_export.bundle.folder import Bundle
+from lminf_export.models.expert_facts import CHOICE_PREFIX
 
 _BUFFER_BYTES = 2**28  # far larger than any cache of a processor
 _ROUNDS = 7
@@ -33,28 +32,29 @@ def streaming_bandwidth(threads: int) -> float:
 def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:
     """Return the bytes of weights one decoding step reads, each once.
 
-    Of a table that is only looked up, a row for each stream counts; of a stack of experts, as
-    many as the step's tokens choose at most.
+    Of a table that is only looked up, a row for each stream counts; of a stack of experts, or a
+    table of their biases, as many rows as the step's tokens choose at most.
     """
     total = 0
-    chosen = _experts_per_token(bundle) * batch_size
-    model = ir.load(bundle.graph_path)
+    graph = ir.load(bundle.graph_path).graph
+    chosen = experts_per_token(graph) * batch_size
     seen: set[tuple[str, int]] = set()
-    for value in model.graph.initializers.values():
+    for value in graph.initializers.values():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         place = (str(tensor.location), tensor.offset or 0)
         rows = int(tensor.shape.numpy()[0]) if tensor.shape.rank() else 1
+        lookups = {node.inputs[1] for node, index in value.uses() if _is_lookup(node, index)}
         if not all(_is_lookup(node, index) for node, index in value.uses()):
             # The same bytes under two names are read once.
             total += 0 if place in seen else tensor.nbytes
-        elif len(tensor.shape) > 2:
-            total += tensor.nbytes * min(chosen, rows) // rows
+            seen.add(place)
+        elif all(index is not None and index.is_graph_input() for index in lookups):
+            total += tensor.nbytes // rows * batch_size  # an embedding, by token
         else:
-            total += tensor.nbytes // rows * batch_size
-            continue
-        seen.add(place)
+            total += tensor.nbytes // rows * min(chosen, rows)
+            seen.add(place)
     return total
 
 
@@ -72,7 +72,14 @@ def _is_lookup(node: ir.Node, index: int) -> bool:
     return node.op_type in _LOOKUPS and index in (0, 2, 3)
 
 
-def _experts_per_token(bundle: Bundle) -> int:
-    config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
-    counts = [config.get(name) for name in ("num_experts_per_tok", "num_experts_per_token")]
-    return prod(count for count in counts if isinstance(count, int)) or 1
+def experts_per_token(graph: ir.Graph) -> int:
+    """Return how many experts each token of a graph meets in a layer; 1 without experts."""
+    chosen = [node for node in graph for x in node.outputs if _holds_choice(x)]
+    shapes = (node.inputs[0].shape for node in chosen if node.inputs[0] is not None)
+    # (T, k): the exporter writes k into the graph, whatever the family's configuration calls it.
+    counts = [shape[-1] for shape in shapes if shape is not None]
+    return max((count for count in counts if isinstance(count, int)), default=1)
+
+
+def _holds_choice(value: ir.Value) -> bool:
+    return (value.name or "").startswith(CHOICE_PREFIX)

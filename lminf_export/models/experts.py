@@ -29,9 +29,9 @@ from onnxscript import evaluator
 from onnxscript.values import Opset
 from torch import Tensor
 
+from lminf_export.models.expert_facts import CHOICE_PREFIX
+
 EXPERTS_NAME = "lambda_experts"
-# Begins the names of the values in a graph that hold each token's chosen experts, (T · k,).
-CHOICE_PREFIX = "chosen_experts."
 _ONNX = Opset("", 24)
 
 

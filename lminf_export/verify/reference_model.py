@@ -16,6 +16,7 @@ from lminf_export.checkpoint.opening import Checkpoint, load_model, open_checkpo
 from lminf_export.checkpoint.source import Source, open_source
 from lminf_export.errors import BundleError
 from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, build_model
+from lminf_export.models.expert_facts import Groups, expert_groups
 from lminf_export.models.steps import HistoryStep, run
 from lminf_export.operator.reference import Rounding
 from lminf_export.operator.reference_int8 import round_to_int8
@@ -25,7 +26,7 @@ from lminf_export.verify.bundle_weights import (
     quantized_names,
     rounded_activations,
 )
-from lminf_export.verify.routing_check import Groups, Routed, experts_of, groups_of
+from lminf_export.verify.routing_check import Routed, experts_of
 
 
 def bundle_plan(bundle: Bundle, family: Family, source: Source) -> AttentionPlan:
@@ -153,7 +154,7 @@ class Reference:
 
     def groups(self) -> Groups:
         """Return the groups of experts that the model's routers choose from first."""
-        return groups_of(self._skeleton())
+        return expert_groups(self.checkpoint.source.config)
 
     def own_routing(self) -> Routed | None:
         """Return a mode that keeps the model's own choice of experts, if it has any."""

@@ -21,22 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.models.experts import CHOICE_PREFIX
+from lminf_export.models.expert_facts import CHOICE_PREFIX, NO_GROUPS, Groups, experts_per_token
 from lminf_export.runtime.session import Session
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Routers that take the best groups of experts first, and experts of those groups only.
-
-    A group's score is the sum of its two best experts'.
-    """
-
-    number: int = 1
-    top_k: int = 1
-
-
-NO_GROUPS = Groups()
 
 
 @dataclass(frozen=True)
@@ -190,28 +176,13 @@ class Routed(TorchFunctionMode):
 
 def experts_of(model: nn.Module) -> tuple[int, int] | None:
     """Return how many experts a model's layers have, and how many a token meets; or None."""
-    config: Any = model.config
     counts: set[Any] = {
         module.num_experts
         for module in model.modules()
         if hasattr(module, "num_experts") and hasattr(module, "down_proj")
     }
-    top_k = next(
-        (
-            getattr(config, name)
-            for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
-            if isinstance(getattr(config, name, None), int)
-        ),
-        None,
-    )
+    top_k = experts_per_token(model.config)
     return (counts.pop(), top_k) if len(counts) == 1 and top_k else None
-
-
-def groups_of(model: nn.Module) -> Groups:
-    """Return the groups a model's routers choose from before they choose experts."""
-    config: Any = model.config
-    count = getattr(config, "n_group", None) or 1
-    return Groups(count, getattr(config, "topk_group", None) or count)
 
 
 def compare_routing(

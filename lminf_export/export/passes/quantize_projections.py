@@ -6,7 +6,6 @@ without data. That holds for fused projections as well, whose weight is one init
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from lminf_export.models.expert_facts import is_router_weight
 from lminf_export.operator.linear_bodies import CONTRIB_DOMAIN
 from lminf_export.quantize.config import BITS, QuantizeConfig
 from lminf_export.quantize.formats import BlockFormat
@@ -27,8 +27,6 @@ from lminf_export.quantize.stored import (
 )
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
 
-# Which expert a token meets hangs on small differences, and routers are small.
-_ROUTER = re.compile(r"(^|[._])(gate|router)\.(\w+\.)?weight$")
 _KINDS = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 Quantized: TypeAlias = QuantizedWeight | ChannelWeight
 _TYPES = {
@@ -78,7 +76,8 @@ def choose_weights(
         rows, columns = value.shape.numpy()
         is_head = bool(products) and rows == vocab_size
         kind = config.lm_head_kind if is_head else config.weights
-        if kind is None or _ROUTER.search(name):
+        # The choice of experts depends on small differences, and routers are small.
+        if kind is None or is_router_weight(name):
             continue
         if config.form == "qdq" and kind == "int4" and columns % 2:
             continue  # two share a byte, and rows begin with one
