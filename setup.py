@@ -25,9 +25,9 @@ INSTRUCTION_SETS = {
     "block_avx512.cc": AVX512,
     "linear_avx2.cc": AVX2,
     "linear_avx512.cc": AVX512,
-    "rounded_avx2.cc": AVX2,
-    "rounded_avx512.cc": AVX512,
-    "rounded_avx512vnni.cc": AVX512_VNNI,
+    "int8_linear_avx2.cc": AVX2,
+    "int8_linear_avx512.cc": AVX512,
+    "int8_linear_avx512vnni.cc": AVX512_VNNI,
 }
 KERNELS = Extension(
     "lminf_export.lib.lminf_ort",
@@ -49,11 +49,11 @@ KERNELS = Extension(
             "cpu/linear_portable.cc",
             "cpu/linear_avx2.cc",
             "cpu/linear_avx512.cc",
-            "cpu/rounded.cc",
-            "cpu/rounded_portable.cc",
-            "cpu/rounded_avx2.cc",
-            "cpu/rounded_avx512.cc",
-            "cpu/rounded_avx512vnni.cc",
+            "cpu/int8_linear.cc",
+            "cpu/int8_linear_portable.cc",
+            "cpu/int8_linear_avx2.cc",
+            "cpu/int8_linear_avx512.cc",
+            "cpu/int8_linear_avx512vnni.cc",
         )
     ]
     + [str(OPERATOR / "rules.cpp")],

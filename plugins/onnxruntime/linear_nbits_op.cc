@@ -3,7 +3,7 @@
 #include <exception>
 #include <string>
 
-#include "cpu/rounded.h"
+#include "cpu/int8_linear.h"
 #include "huge_pages.h"
 #include "tensor.h"
 
@@ -104,8 +104,8 @@ abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
   Pool pool{api_, context, nullptr};
   const cpu::Parallel parallel = pool.parallel();
   const char* wrong = a.accuracyLevel == kRoundedActivations
-                          ? cpu::roundedLinear(p, data[kX], cpu::activeLinear(),
-                                               cpu::activeRounded(), parallel)
+                          ? cpu::int8Linear(p, data[kX], cpu::activeLinear(),
+                                               cpu::activeInt8Linear(), parallel)
                           : cpu::linear(p, data[kX], cpu::activeLinear(), parallel);
   if (pool.wrong != nullptr) return pool.wrong;
   return wrong == nullptr ? nullptr : invalid(wrong);

@@ -32,7 +32,7 @@ struct Linear {
   int64_t inFeatures;     // K
   DataType dataType;      // of weight, scales, addend and out; float32 or float16
   const float* x;         // (M, K)
-  const uint8_t* rounded; // M tokens as integers, laid out by `RoundedKernels`; null for x
+  const uint8_t* int8Tokens;  // M tokens as integers, laid out by `Int8LinearKernels`; null for x
   const void* weight;     // (N, K); null where the weight is in blocks
   const Blocks* blocks;
   const void* addend;     // (N) or (M, N); null for none

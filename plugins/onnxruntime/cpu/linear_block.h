@@ -148,15 +148,7 @@ void packFour(const W* weight, int64_t stride, int64_t r, int64_t depth, float* 
     }
     Vec4 a = load4(rows[0] + k), b = load4(rows[1] + k), c = load4(rows[2] + k),
          d = load4(rows[3] + k);
-#if defined(__x86_64__)
-    _MM_TRANSPOSE4_PS(a, b, c, d);
-#else
-    const Vec4 a0 = a, b0 = b, c0 = c, d0 = d;
-    a = Vec4{a0[0], b0[0], c0[0], d0[0]};
-    b = Vec4{a0[1], b0[1], c0[1], d0[1]};
-    c = Vec4{a0[2], b0[2], c0[2], d0[2]};
-    d = Vec4{a0[3], b0[3], c0[3], d0[3]};
-#endif
+    transpose4(&a, &b, &c, &d);
     std::memcpy(out + (k + 0) * kStrip, &a, sizeof a);
     std::memcpy(out + (k + 1) * kStrip, &b, sizeof b);
     std::memcpy(out + (k + 2) * kStrip, &c, sizeof c);

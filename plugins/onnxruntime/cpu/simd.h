@@ -106,6 +106,33 @@ inline Vec load(const Half* p) {
 #endif
 }
 
+inline Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+// Rows become columns, four by four.
+inline void transpose4(Vec4* a, Vec4* b, Vec4* c, Vec4* d) {
+#if defined(__x86_64__)
+  _MM_TRANSPOSE4_PS(*a, *b, *c, *d);
+#else
+  const Vec4 a0 = *a, b0 = *b, c0 = *c, d0 = *d;
+  *a = Vec4{a0[0], b0[0], c0[0], d0[0]};
+  *b = Vec4{a0[1], b0[1], c0[1], d0[1]};
+  *c = Vec4{a0[2], b0[2], c0[2], d0[2]};
+  *d = Vec4{a0[3], b0[3], c0[3], d0[3]};
+#endif
+}
+
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 // Reductions: halves are added until four lanes remain.

@@ -1,5 +1,5 @@
 // Rounds the activations, and chooses how they meet the weight.
-#include "rounded.h"
+#include "int8_linear.h"
 
 #include <algorithm>
 #include <cstring>
@@ -12,7 +12,7 @@ namespace {
 // Tokens worth a thread's while.
 constexpr int64_t kRoundTokens = 16;
 
-thread_local Arena roundedArena;
+thread_local Arena int8Arena;
 
 // Calls round(token) for every token.
 template <typename Round>
@@ -24,11 +24,11 @@ void forTokens(const Linear& p, const Parallel& parallel, Round round) {
   });
 }
 
-const char* asIntegers(Linear p, const RoundedKernels& kernels, const Parallel& parallel) {
+const char* asIntegers(Linear p, const Int8LinearKernels& kernels, const Parallel& parallel) {
   const size_t bytes = kernels.tokenBytes(*p.blocks);
   // One row more for each piece to round into.
   const int64_t pieces = ceilDivide(p.tokens, kRoundTokens);
-  float* memory = roundedArena.take((p.tokens + pieces) * bytes / sizeof(float));
+  float* memory = int8Arena.take((p.tokens + pieces) * bytes / sizeof(float));
   if (memory == nullptr) return "no memory for the activations as integers";
   uint8_t* rounded = reinterpret_cast<uint8_t*>(memory);
   forTokens(p, parallel, [&](int64_t token) {
@@ -36,13 +36,13 @@ const char* asIntegers(Linear p, const RoundedKernels& kernels, const Parallel& 
     kernels.round(*p.blocks, p.x + token * p.inFeatures, p.inFeatures, rounded + token * bytes,
                   reinterpret_cast<int8_t*>(spare));
   });
-  p.rounded = rounded;
+  p.int8Tokens = rounded;
   return multiply(p, kernels.product, parallel);
 }
 
-const char* asFloats(Linear p, const LinearKernels& floats, const RoundedKernels& kernels,
+const char* asFloats(Linear p, const LinearKernels& floats, const Int8LinearKernels& kernels,
                      const Parallel& parallel) {
-  float* rounded = roundedArena.take(std::max<int64_t>(p.tokens * p.inFeatures, 1));
+  float* rounded = int8Arena.take(std::max<int64_t>(p.tokens * p.inFeatures, 1));
   if (rounded == nullptr) return "no memory for the rounded activations";
   forTokens(p, parallel, [&](int64_t token) {
     kernels.roundFloats(*p.blocks, p.x + token * p.inFeatures, p.inFeatures,
@@ -54,17 +54,17 @@ const char* asFloats(Linear p, const LinearKernels& floats, const RoundedKernels
 
 }  // namespace
 
-const RoundedKernels& activeRounded() {
+const Int8LinearKernels& activeInt8Linear() {
 #if defined(__x86_64__)
-  for (const RoundedKernels* kernels : {&kRoundedAvx512Vnni, &kRoundedAvx512, &kRoundedAvx2}) {
+  for (const Int8LinearKernels* kernels : {&kInt8LinearAvx512Vnni, &kInt8LinearAvx512, &kInt8LinearAvx2}) {
     if (std::strcmp(kernels->name, activeKernels().name) == 0) return *kernels;
   }
 #endif
-  return kRoundedPortable;
+  return kInt8LinearPortable;
 }
 
-const char* roundedLinear(Linear p, const void* x, const LinearKernels& floats,
-                          const RoundedKernels& kernels, const Parallel& parallel) {
+const char* int8Linear(Linear p, const void* x, const LinearKernels& floats,
+                          const Int8LinearKernels& kernels, const Parallel& parallel) {
   if (p.tokens == 0 || p.outFeatures == 0) return nullptr;
   if (const char* wrong = widenInput(&p, x, floats)) return wrong;
   const bool integers = p.tokens <= kFewTokens || kernels.product.many != nullptr;

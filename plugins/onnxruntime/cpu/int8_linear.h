@@ -10,7 +10,7 @@
 namespace lminf::cpu {
 
 // The same functions compiled for one instruction set.
-struct RoundedKernels {
+struct Int8LinearKernels {
   const char* name;
   // Bytes of a token's activations in `round`'s layout, a multiple of 64.
   size_t (*tokenBytes)(const Blocks&);
@@ -22,18 +22,18 @@ struct RoundedKernels {
   Product product;
 };
 
-extern const RoundedKernels kRoundedPortable;
+extern const Int8LinearKernels kInt8LinearPortable;
 #if defined(__x86_64__)
-extern const RoundedKernels kRoundedAvx2;
-extern const RoundedKernels kRoundedAvx512;
-extern const RoundedKernels kRoundedAvx512Vnni;
+extern const Int8LinearKernels kInt8LinearAvx2;
+extern const Int8LinearKernels kInt8LinearAvx512;
+extern const Int8LinearKernels kInt8LinearAvx512Vnni;
 #endif
 
 // The ones of the instruction set in use (`activeKernels`).
-const RoundedKernels& activeRounded();
+const Int8LinearKernels& activeInt8Linear();
 
 // The whole operator; x is of type p.dataType. Returns null, or what is wrong.
-const char* roundedLinear(Linear p, const void* x, const LinearKernels&, const RoundedKernels&,
+const char* int8Linear(Linear p, const void* x, const LinearKernels&, const Int8LinearKernels&,
                           const Parallel&);
 
 }  // namespace lminf::cpu

@@ -1,12 +1,12 @@
 // Rings of int8 with a float scale for each token and key/value head: rounding and reading back.
 //
-// lminf_export/reference.py, `quantize`: scale = max |x| / 127, q = x / scale to the nearest
-// integer, ties to even. Compiled once per instruction set, like all of block.h.
+// lminf_export/operator/reference_int8.py, `quantize`: scale = max |x| / 127, q = x / scale to the nearest
+// integer, ties to even. Compiled once per instruction set.
 #pragma once
 
 #include <algorithm>
 
-#include "attention.h"
+#include "rotate.h"
 #include "simd.h"
 
 namespace {
@@ -14,20 +14,6 @@ namespace {
 constexpr float kInt8Limit = 127.0f;
 // Keys and values of a tile that are made floats at a time: they stay in the first-level cache.
 constexpr int64_t kInt8Tile = 64;
-
-// Calls visit(i, value) for every element of x rotated by one row of cos and sin.
-template <typename In, typename Visit>
-inline void visitRotated(const lminf::cpu::Params& p, const In* x, const float* cos,
-                         const float* sin, Visit visit) {
-  const int64_t half = p.rotaryDim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const int64_t first = p.rotaryInterleaved != 0 ? 2 * i : i, second = p.rotaryInterleaved != 0 ? 2 * i + 1 : i + half;
-    const float a = toFloat(x[first]), b = toFloat(x[second]);
-    visit(first, a * cos[i] - b * sin[i]);
-    visit(second, b * cos[i] + a * sin[i]);
-  }
-  for (int64_t i = p.rotaryDim; i < p.headDim; ++i) visit(i, toFloat(x[i]));
-}
 
 // The nearest integer of −127 … 127, ties to even.
 inline int8_t toInt8(float x) {
@@ -48,7 +34,7 @@ inline float quantize(VisitElements visitElements, int8_t* out) {
 }
 
 template <typename In>
-inline float quantizeRotated(const lminf::cpu::Params& p, const In* x, const float* cos,
+inline float quantizeRotated(const Params& p, const In* x, const float* cos,
                              const float* sin, int8_t* out) {
   return quantize([&](auto visit) { visitRotated(p, x, cos, sin, visit); }, out);
 }
@@ -59,20 +45,6 @@ inline float quantizeRow(const In* x, int64_t dim, int8_t* out) {
     for (int64_t i = 0; i < dim; ++i) visit(i, toFloat(x[i]));
   };
   return quantize(elements, out);
-}
-
-inline Vec load(const int8_t* p) {
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
-#elif defined(__AVX2__)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
-#else
-  Vec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
-  return v;
-#endif
 }
 
 // out[k][d] = rows[k][d] · scales[k], (count, dim).

@@ -2,7 +2,7 @@
 // (AVX-512 VNNI).
 #pragma once
 
-#include "rounded_block.h"
+#include "int8_linear_block.h"
 
 namespace {
 

@@ -1,0 +1,7 @@
+// int8_linear_block.h for one instruction set; the build gives this file its flags.
+#include "int8_linear_block.h"
+
+namespace lminf::cpu {
+extern const Int8LinearKernels kInt8LinearAvx2 = {
+    "avx2", tokenBytes, roundToken, roundFloats, {few, nullptr, 0, fewFloats, nullptr}};
+}  // namespace lminf::cpu

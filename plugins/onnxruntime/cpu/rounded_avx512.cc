@@ -1,7 +1,0 @@
-// rounded_block.h for one instruction set; the build gives this file its flags.
-#include "rounded_block.h"
-
-namespace lminf::cpu {
-extern const RoundedKernels kRoundedAvx512 = {
-    "avx512", tokenBytes, roundToken, roundFloats, {few, nullptr, 0, fewFloats, nullptr}};
-}  // namespace lminf::cpu
