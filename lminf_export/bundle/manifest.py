@@ -22,12 +22,10 @@ from pydantic import (
 
 from lminf_export.bundle.records import (
     Count,
-    Dtype,
     Engine,
     EngineRecipe,
     FileEntry,
     FileName,
-    KvCacheDtype,
     LambdaSettings,
     Layer,
     LayerKind,
@@ -43,7 +41,13 @@ from lminf_export.bundle.tables import first_difference, io_tables
 from lminf_export.errors import BundleError, ConfigError
 from lminf_export.operator.bindings import ITEM_SIZES, LayerSpec
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.operator.settings import MAX_POSITION, LambdaConfig, ring_capacity
+from lminf_export.operator.settings import (
+    MAX_POSITION,
+    Dtype,
+    KvCacheDtype,
+    LambdaConfig,
+    ring_capacity,
+)
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -211,9 +215,9 @@ def new_manifest(
         model_type=model_type,
         source=source,
         lambda_config=LambdaSettings(**asdict(settings)),
-        dtype=contract.dtype,  # type: ignore[arg-type]  # validated by the record
+        dtype=contract.dtype,
         quantization=quantization,
-        kv_cache_dtype=contract.kv_cache_dtype,  # type: ignore[arg-type]  # the same
+        kv_cache_dtype=contract.kv_cache_dtype,
         vocab_size=contract.vocab_size,
         num_attention_heads=num_attention_heads,
         training_length=training_length,

@@ -15,16 +15,14 @@ from pydantic import (
 )
 
 from lminf_export.operator.bindings import LayerSpec
-from lminf_export.operator.settings import LambdaConfig
+from lminf_export.operator.settings import Dtype, LambdaConfig, LambdaLayers, RopeRegime
 
 MANIFEST_NAME = "lminf.json"
 NOT_EXECUTED = "built, not executed here"
 
-Dtype = Literal["float32", "float16", "bfloat16"]
 Role = Literal["graph", "weights", "plan", "plugin", "engine_graph", "tokenizer", "config", "other"]
 RingWrites = Literal["linear", "circular"]
 LayerKind = Literal["lambda", "sliding"]
-KvCacheDtype = Literal["int8"]
 
 
 def check_file_name(name: str) -> str:
@@ -80,8 +78,8 @@ class LambdaSettings(Record):
     num_sink_tokens: int
     distance_limit: int
     chunk_size: int
-    lambda_layers: Literal["full", "all"] = "full"
-    rope_regime: Literal["short", "long"] | None = None
+    lambda_layers: LambdaLayers = "full"
+    rope_regime: RopeRegime | None = None
 
     @model_validator(mode="after")
     def _follows_the_rules(self) -> LambdaSettings:

@@ -210,7 +210,7 @@ def engine_record(
         version=version,
         target=target,
         file=request.plan_path.name,
-        dtype=request.contract.dtype,  # type: ignore[arg-type]  # validated by the record
+        dtype=request.contract.dtype,
         profiles=profiles,
         plugin=plugin,
         # The plugin writes circularly; TensorRT's own cache update knows no such mode.

@@ -8,14 +8,7 @@ from pathlib import Path
 
 from lminf_export.bundle.manifest import Manifest, new_manifest
 from lminf_export.bundle.out import OutTarget
-from lminf_export.bundle.records import (
-    Dtype,
-    Engine,
-    EngineRecipe,
-    KvCacheDtype,
-    Quantization,
-    SourceRecord,
-)
+from lminf_export.bundle.records import Engine, EngineRecipe, Quantization, SourceRecord
 from lminf_export.bundle.versions import package_version
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.source import Source
@@ -23,7 +16,13 @@ from lminf_export.engine.options import EngineOptions
 from lminf_export.export.tokenizer_files import eos_ids
 from lminf_export.models.base import AttentionPlan, Family
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.operator.settings import DEFAULT_CHUNK_SIZE, DEFAULT_NUM_SINK_TOKENS, LambdaConfig
+from lminf_export.operator.settings import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_NUM_SINK_TOKENS,
+    Dtype,
+    KvCacheDtype,
+    LambdaConfig,
+)
 from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.quantize.estimate import weight_bytes
 from lminf_export.tensors.dtypes import item_size

@@ -29,6 +29,7 @@ from lminf_export.operator.bindings import (
     past_name,
     present_name,
 )
+from lminf_export.operator.settings import Dtype, KvCacheDtype
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class GraphContract:
     """
 
     layers: tuple[LayerSpec, ...]
-    dtype: str
+    dtype: Dtype
     vocab_size: int
-    kv_cache_dtype: str | None = None
+    kv_cache_dtype: KvCacheDtype | None = None
 
     @property
     def int8_cache(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lminf_export.errors import ConfigError, LminfError
 
@@ -15,10 +15,16 @@ DEFAULT_CHUNK_SIZE = 256
 DEFAULT_WINDOW_CAP = 4096
 # Four base-1024 digits: positions from here on have no exact rotation (docs/operator.md).
 MAX_POSITION = 2**40
-LAMBDA_LAYERS = ("full", "all")
-ROPE_REGIMES = ("short", "long")
-# What a user may say of the caches; "auto" is the element type of the export.
-KV_CACHE_DTYPES = ("auto", "int8")
+LambdaLayers = Literal["full", "all"]
+LAMBDA_LAYERS: tuple[str, ...] = get_args(LambdaLayers)
+RopeRegime = Literal["short", "long"]
+ROPE_REGIMES: tuple[str, ...] = get_args(RopeRegime)
+# Element types of weights, activations and caches.
+Dtype = Literal["float32", "float16", "bfloat16"]
+# Element types of rings that are not of the model's type.
+KvCacheDtype = Literal["int8"]
+# Choices of the option; "auto" is the element type of the export.
+KV_CACHE_DTYPES: tuple[str, ...] = ("auto", *get_args(KvCacheDtype))
 _MINIMUM = {"window_size": 1, "num_sink_tokens": 0, "distance_limit": 1, "chunk_size": 1}
 
 

@@ -54,7 +54,7 @@ def bundle_plan(bundle: Bundle, family: Family, source: Source) -> AttentionPlan
 
 def rounding_of(bundle: Bundle) -> Rounding | None:
     """Return what a bundle's rings make of keys and values, None if they hold them as they are."""
-    return round_to_int8 if bundle.manifest.kv_cache_dtype == "int8" else None
+    return round_to_int8 if bundle.manifest.contract.int8_cache else None
 
 
 @contextmanager

@@ -169,7 +169,7 @@ class _Run:
     @property
     def int8_cache(self) -> bool:
         """Whether its rings hold int8."""
-        return self.bundle.manifest.kv_cache_dtype == "int8"
+        return self.bundle.manifest.contract.int8_cache
 
     @property
     def low_precision(self) -> torch.dtype | None:
