@@ -16,7 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from benchmarks.support.families import CASES, CHUNK, SINKS, WINDOW
 from lminf_export import ModelError, export, load
-from lminf_export.checkpoint.dequantize.methods import check_quantization, dequantized
+from lminf_export.checkpoint.dequantize.methods import check_quantization, dequantize_checkpoint
 from lminf_export.tensors.files import read_checkpoint, read_header
 from lminf_export.verify.validate import validate
 from tests.support.memory import MIB, peak_of_export
@@ -108,7 +108,7 @@ def test_mxfp4_numbers_are_those_of_transformers_in_any_slice(tmp_path):
     packed = torch.randint(0, 256, (3, 10, 5, 16), dtype=torch.uint8)
     scales = torch.randint(90, 160, (3, 10, 5), dtype=torch.uint8)
     save_file({"x_blocks": packed, "x_scales": scales}, tmp_path / "x.safetensors")
-    found = dequantized(read_header(tmp_path / "x.safetensors"), MXFP4)["x"]
+    found = dequantize_checkpoint(read_header(tmp_path / "x.safetensors"), MXFP4)["x"]
     wanted = convert_moe_packed_tensors(packed, scales, dtype=torch.float32)
     assert torch.equal(whole(found), wanted)
     for start, stop in ((0, 1), (31, 33), (33, 64), (7, 160)):
@@ -206,7 +206,9 @@ def to_awq(packed: Packed) -> dict[str, torch.Tensor]:
 
 def decode(parts: dict[str, torch.Tensor], settings: dict, folder: Path):
     save_file({f"a.{name}": tensor for name, tensor in parts.items()}, folder / "x.safetensors")
-    [(name, tensor)] = dequantized(read_header(folder / "x.safetensors"), settings).items()
+    [(name, tensor)] = dequantize_checkpoint(
+        read_header(folder / "x.safetensors"), settings
+    ).items()
     assert name == "a.weight"
     return tensor
 
@@ -319,7 +321,7 @@ def test_master_weights_of_bitnet_are_rounded_as_transformers_does_at_each_use(t
         "linear_class": "autobitlinear",
         "quantization_mode": "online",
     }
-    found = dequantized(read_header(tmp_path / "x.safetensors"), settings)
+    found = dequantize_checkpoint(read_header(tmp_path / "x.safetensors"), settings)
     scale = 1.0 / master.abs().mean().clamp(min=1e-5)
     wanted = (master * scale).round().clamp(-1, 1) / scale
     torch.testing.assert_close(whole(found["a.q_proj.weight"]), wanted)
@@ -426,7 +428,7 @@ def test_a_quantised_pickle_is_read_only_when_asked_for(tmp_path):
     torch.save(parts, tmp_path / "pytorch_model.bin")
     raw = read_checkpoint(tmp_path, allow_pickle=True)
     assert torch.equal(
-        whole(dequantized(raw, {"quant_method": "awq"})["a.weight"]), packed.weight()
+        whole(dequantize_checkpoint(raw, {"quant_method": "awq"})["a.weight"]), packed.weight()
     )
 
 

@@ -27,7 +27,7 @@ class Stacked:
     parts: tuple[SourceTensor, ...]
 
     def __post_init__(self) -> None:
-        _check_alike(self.parts, [part.shape for part in self.parts])
+        _require_equal_types(self.parts, [part.shape for part in self.parts])
 
     @property
     def dtype(self) -> str:
@@ -61,7 +61,7 @@ class Joined:
 
     def __post_init__(self) -> None:
         rest = [(*p.shape[: self.dim], *p.shape[self.dim + 1 :]) for p in self.parts]
-        _check_alike(self.parts, rest)
+        _require_equal_types(self.parts, rest)
 
     @property
     def dtype(self) -> str:
@@ -141,7 +141,7 @@ def _in_files(parts: Sequence[SourceTensor]) -> list[StoredTensor] | None:
     return found
 
 
-def _check_alike(parts: Sequence[SourceTensor], shapes: Sequence[tuple[int, ...]]) -> None:
+def _require_equal_types(parts: Sequence[SourceTensor], shapes: Sequence[tuple[int, ...]]) -> None:
     kinds = {(part.dtype, shape) for part, shape in zip(parts, shapes, strict=True)}
     if len(kinds) != 1:
         found = " and ".join(f"{dtype} {list(shape)}" for dtype, shape in sorted(kinds)[:2])

@@ -70,7 +70,7 @@ def open_checkpoint(
     """
     found = read_adapter(adapter, allow_pickle=allow_pickle) if adapter is not None else None
     raw = read_checkpoint(source.folder, allow_pickle=allow_pickle)
-    tensors = methods.dequantized(raw, source.quantization)
+    tensors = methods.dequantize_checkpoint(raw, source.quantization)
     notices = (methods.notice(source.quantization),) if source.quantization else ()
     if found is None:
         return Checkpoint(source, tensors, None, notices)

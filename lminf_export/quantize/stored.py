@@ -276,7 +276,7 @@ def _rows(tensor: StoredTensor, rows: slice) -> torch.Tensor:
     return part.load()
 
 
-def dequantized(
+def dequantize_stored(
     stored: Mapping[str, StoredTensor],
     shapes: Mapping[str, tuple[int, ...]],
     block_size: int,

@@ -1,4 +1,4 @@
-"""Tensors that are computed when they are written, some rows at a time."""
+"""Lazy tensors: computed while they are written, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Of float32 results in one block; what is computed on the way to them takes a few times as much.
+# float32 elements of one block; intermediate results take a few times as much memory.
 BLOCK_ELEMENTS = 2**21
 
 
-class ComputedTensor:
-    """A `SourceTensor` in float32 made of its rows; children say its shape and compute them."""
+class LazyTensor:
+    """A float32 `SourceTensor` computed on demand; a subclass gives `shape` and `rows`."""
 
     dtype = "F32"
 
@@ -33,16 +33,16 @@ class ComputedTensor:
         for start in range(0, count, step):
             yield self.rows(start, min(count, start + step)).flatten()
 
-    def at(self, index: int) -> Row:
+    def at(self, index: int) -> LazyRow:
         """Return the sub-tensor at an index of the first dimension."""
-        return Row(self, index)
+        return LazyRow(self, index)
 
 
 @dataclass(frozen=True)
-class Row(ComputedTensor):
-    """One row of a computed tensor."""
+class LazyRow(LazyTensor):
+    """One row of a lazy tensor."""
 
-    whole: ComputedTensor
+    whole: LazyTensor
     index: int
 
     @property

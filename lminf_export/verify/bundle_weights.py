@@ -21,7 +21,7 @@ from lminf_export.quantize.stored import (
     DequantizedChannels,
     DequantizedWeight,
     QuantizedWeight,
-    dequantized,
+    dequantize_stored,
 )
 from lminf_export.tensors.dtypes import TYPE_NAMES
 from lminf_export.tensors.files import FILE_NAME as CHECKPOINT_NAME
@@ -63,7 +63,7 @@ def bundle_weights(bundle: Bundle, skeleton: nn.Module) -> dict[str, SourceTenso
     if quantization is None:
         return dict(stored)
     signed = quantization.form == "qdq"
-    return dequantized(stored, shapes, quantization.block_size, signed)
+    return dequantize_stored(stored, shapes, quantization.block_size, signed)
 
 
 def with_tied_names(

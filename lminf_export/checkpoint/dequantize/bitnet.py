@@ -18,7 +18,7 @@ import torch
 
 from lminf_export.checkpoint.dequantize.common import Found, require
 from lminf_export.errors import ModelError
-from lminf_export.tensors.lazy import ComputedTensor
+from lminf_export.tensors.lazy import LazyTensor
 from lminf_export.tensors.stored import RawTensor
 
 _PER_BYTE, _LEAST_MEAN = 4, 1e-5
@@ -60,7 +60,7 @@ def _is_ternary(name: str, weight: RawTensor, kept: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class PackedTernary(ComputedTensor):
+class PackedTernary(LazyTensor):
     """A packed matrix (out, in) times its scale."""
 
     packed: RawTensor
@@ -87,7 +87,7 @@ class PackedTernary(ComputedTensor):
 
 
 @dataclass(frozen=True)
-class OnlineTernary(ComputedTensor):
+class OnlineTernary(LazyTensor):
     """Master weights (out, in), rounded as they are before each use."""
 
     master: RawTensor

@@ -98,7 +98,7 @@ def check_quantization(settings: object, model: str) -> None:
         raise ModelError(f"config_groups in the quantization_config of model {model!r} is damaged")
 
 
-def dequantized(
+def dequantize_checkpoint(
     checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any] | None
 ) -> dict[str, SourceTensor]:
     """Return a checkpoint with its quantised tensors under the names of the plain ones.

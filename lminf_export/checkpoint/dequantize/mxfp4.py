@@ -16,7 +16,7 @@ import torch
 
 from lminf_export.checkpoint.conversion import Stacked
 from lminf_export.checkpoint.dequantize.common import Found, require
-from lminf_export.tensors.lazy import ComputedTensor
+from lminf_export.tensors.lazy import LazyTensor
 from lminf_export.tensors.stored import RawTensor
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -49,7 +49,7 @@ def find(checkpoint: Mapping[str, RawTensor], _: Mapping[str, Any]) -> Found:
 
 
 @dataclass(frozen=True)
-class Mxfp4Matrix(ComputedTensor):
+class Mxfp4Matrix(LazyTensor):
     """The matrix of one expert, (in, out)."""
 
     packed: RawTensor

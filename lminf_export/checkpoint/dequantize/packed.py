@@ -27,7 +27,7 @@ import torch
 
 from lminf_export.checkpoint.dequantize.common import Found, require
 from lminf_export.errors import ModelError
-from lminf_export.tensors.lazy import ComputedTensor
+from lminf_export.tensors.lazy import LazyTensor
 from lminf_export.tensors.stored import RawTensor
 
 _WORD = 32
@@ -158,7 +158,7 @@ def unpacked(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class GptqMatrix(ComputedTensor):
+class GptqMatrix(LazyTensor):
     """A weight (out, in); `added` is what the format's zeros are short of."""
 
     words: RawTensor
@@ -194,7 +194,7 @@ class GptqMatrix(ComputedTensor):
 
 
 @dataclass(frozen=True)
-class AwqMatrix(ComputedTensor):
+class AwqMatrix(LazyTensor):
     """A weight (out, in) of 4 bits."""
 
     words: RawTensor
@@ -225,7 +225,7 @@ def _awq(words: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PackedMatrix(ComputedTensor):
+class PackedMatrix(LazyTensor):
     """A weight (out, in) of compressed-tensors."""
 
     words: RawTensor

@@ -16,7 +16,7 @@ import torch
 from lminf_export.checkpoint.conversion import Stacked
 from lminf_export.checkpoint.dequantize.common import Found, require
 from lminf_export.errors import ModelError
-from lminf_export.tensors.lazy import ComputedTensor
+from lminf_export.tensors.lazy import LazyTensor
 from lminf_export.tensors.stored import RawTensor, SourceTensor
 
 NARROW = ("F8_E4M3", "F8_E5M2", "I8")
@@ -97,7 +97,7 @@ def _block(
 
 
 @dataclass(frozen=True)
-class ScaledMatrix(ComputedTensor):
+class ScaledMatrix(LazyTensor):
     """A matrix (out, in), or one of a stack, times a grid of scales."""
 
     weight: RawTensor
