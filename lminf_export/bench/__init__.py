@@ -1,1 +1,1 @@
-"""How fast a bundle runs here, and how far that is from what the memory allows."""
+"""Measures how fast a bundle runs here, and compares it with the memory's bandwidth."""

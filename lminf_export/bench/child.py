@@ -1,6 +1,6 @@
 """A fresh process that loads a bundle and makes one token: `python -m lminf_export.bench.child`.
 
-Prints one JSON object. It imports what a program that generates text imports, and no more.
+Prints one JSON object. It imports only what a program that generates text imports.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def process_memory() -> dict[str, int]:
 
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # elsewhere: what is not shared
+    except OSError:  # not Linux: unique memory stands for anonymous memory
         info = psutil.Process().memory_full_info()
         return {"anonymous": info.uss, "total": info.rss}
     table = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}

@@ -17,7 +17,7 @@ _LOOKUPS = ("Gather", "GatherBlockQuantized")
 
 
 def streaming_bandwidth(threads: int) -> float:
-    """Return the bytes per second at which so many threads read main memory, the best of a few."""
+    """Return the bytes per second at which threads read main memory, the best of several runs."""
     buffer = np.arange(_BUFFER_BYTES // 8)
     parts = np.array_split(buffer, threads)
     best = float("inf")
@@ -59,7 +59,7 @@ def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:
 
 
 def cache_bytes_per_step(bundle: Bundle, position: int) -> int:
-    """Return the live cache bytes one stream's step reads: what is visible, and no more."""
+    """Return the cache bytes one stream's step must read: those of the visible tokens only."""
     contract, total = bundle.manifest.contract, 0
     for layer in contract.layers:
         visible = min(position + 1, layer.window_size)

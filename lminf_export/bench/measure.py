@@ -38,7 +38,7 @@ _WARM_UP = 2
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
         batch_sizes: each is measured by itself.
@@ -86,7 +86,7 @@ def bench(
     Args:
         bundle: the bundle's folder, or its graph.
         options: what to measure.
-        progress: told which measurement runs.
+        progress: called with the name of each measurement.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -130,7 +130,7 @@ def bench(
         bundle=opened.path.resolve().name,
         model_type=manifest.model_type,
         dtype=manifest.dtype,
-        quantization=manifest.quantization.in_words if manifest.quantization else None,
+        quantization=manifest.quantization.description if manifest.quantization else None,
         kv_cache_dtype=manifest.kv_cache_dtype,
         window_size=manifest.settings.window_size,
         provider=options.provider,

@@ -1,4 +1,4 @@
-"""What a token costs outside onnxruntime's run: checks, bindings, choosing the next token."""
+"""Measures the time of a token outside onnxruntime's run: checks, bindings, sampling."""
 
 from __future__ import annotations
 

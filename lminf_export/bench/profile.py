@@ -1,4 +1,4 @@
-"""Where a decoding step spends its time, from onnxruntime's own profile."""
+"""Summarises onnxruntime's profile of a decoding step by kind of operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `bench` found, in records that JSON can hold."""
+"""The results of `bench`, in records that JSON can hold."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class OutsideRun:
-    """What a token of one stream costs outside onnxruntime's run, in seconds; medians.
+    """Time of a token of one stream outside onnxruntime's run, in seconds; medians.
 
     Attributes:
         forward: reading a token with `LanguageModel.forward`.
@@ -97,7 +97,7 @@ class OutsideRun:
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """Where a decoding step spends its time, by kind of operator."""
+    """Time of a decoding step in one kind of operator."""
 
     kind: str
     ms_per_step: float
@@ -113,7 +113,7 @@ class BenchReport:
         bundle: its folder's name.
         model_type: its family.
         dtype: element type of caches and of weights that are not quantised.
-        quantization: how weights are stored, in words; None where they are not quantised.
+        quantization: description of the stored weights; None where they are not quantised.
         kv_cache_dtype: element type of the rings where it is not dtype, else None.
         window_size: W.
         provider: onnxruntime's.

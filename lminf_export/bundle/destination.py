@@ -52,7 +52,7 @@ def check_destination(directory: Path, *, force: bool) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder; ExportError if it cannot be, but for a full disk."""
+    """Make a folder; ExportError if that fails, OSError if the disk is full."""
     try:
         path.mkdir()
     except OSError as error:

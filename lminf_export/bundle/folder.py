@@ -38,7 +38,7 @@ class Bundle:
             path: the folder, or a file directly in it.
             verify: "fast" hashes manifest, graph, plan and plugin and checks that every other
                 file is there in its size; "full" hashes every file.
-            progress: told of the bytes hashed.
+            progress: called with each file's name and the bytes hashed.
 
         Raises:
             BundleError: naming the file, what was expected, what was found, what to do.

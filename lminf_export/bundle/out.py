@@ -1,4 +1,4 @@
-"""Where an export goes: a folder, or a product that names one."""
+"""Reads the destination of an export: a folder, or a file whose name implies one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lminf_export.errors import ExportError
 
 DEFAULT_GRAPH_NAME = "model.onnx"
 _PRODUCTS = {".plan": "an engine", ".onnx": "a graph"}
-# What people mean as a file's type; ".1-8b" or ".3" is part of a model's name.
+# Suffixes that count as file types; ".1-8b" or ".3" is part of a model's name.
 _FILE_TYPE = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
 
 
 @dataclass(frozen=True)
 class OutTarget:
-    """Where an export goes.
+    """The destination of an export.
 
     Attributes:
         directory: the bundle's folder.

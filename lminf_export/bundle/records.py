@@ -58,7 +58,7 @@ class Record(BaseModel):
 
 
 class SourceRecord(Record):
-    """Where the weights came from: a model id or a folder's name, and the revision asked for.
+    """The origin of the weights: a model id or a folder's name, and the revision asked for.
 
     Attributes:
         name: of the model.
@@ -153,7 +153,7 @@ class Engine(Record):
         sinks_in_place: past and present sinks must be one buffer; otherwise they must be two.
         options: settings of the builder the user chose, in its words.
         executed: whether the plan ran on the machine that built it.
-        note: the same in words.
+        note: text for users about `executed`.
     """
 
     builder: str
@@ -183,12 +183,12 @@ class Quantization(Record):
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether onnxruntime rounds what quantised weights are multiplied by to int8."""
+        """Whether onnxruntime rounds the activations that meet quantised weights to int8."""
         return self.form == "matmul_nbits" and self.accuracy_level == 4
 
     @property
-    def in_words(self) -> str:
-        """The settings in one line."""
+    def description(self) -> str:
+        """The settings as one line of text."""
         head = "" if self.lm_head == "same" else f", lm_head {self.lm_head}"
         if self.form == "qdq" and self.weights != "int4":
             return f"{self.weights} with a scale for each output feature{head}, Q/DQ form"
@@ -199,7 +199,7 @@ class Quantization(Record):
 
 
 class EngineRecipe(Record):
-    """How TensorRT builds the plan from files of the bundle, on another machine too.
+    """The instructions by which TensorRT builds the plan from files of the bundle, on any machine.
 
     Attributes:
         graph: the ONNX file to build from.

@@ -18,7 +18,7 @@ def io_tables(contract: GraphContract) -> tuple[tuple[Tensor, ...], tuple[Tensor
 
 
 def first_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
-    """Return in words where a table differs from the one that the layers ask for."""
+    """Describe the first difference between a table and the one that the layers require."""
     for index, (left, right) in enumerate(zip(found, expected, strict=False)):
         if left != right:
             return f"entry {index} is {describe(left)}, the layers ask for {describe(right)}"
@@ -26,7 +26,7 @@ def first_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str
 
 
 def describe(tensor: Tensor) -> str:
-    """Return a tensor in words: name dtype[shape]."""
+    """Return a tensor as text: name dtype[shape]."""
     return f"{tensor.name} {tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
 
 

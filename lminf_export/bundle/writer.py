@@ -114,7 +114,7 @@ class BundleWriter:
 
         Args:
             draft: from `new_manifest`; its file table and hash are filled in.
-            progress: told of the bytes hashed.
+            progress: called with each file's name and the bytes hashed.
 
         Returns:
             The sealed manifest; the bundle is at `directory`.

@@ -201,7 +201,7 @@ def _print_plan(job: ExportJob) -> None:
         ("graph", job.target.graph_name),
         ("engine", _engine_plan(job)),
         ("element type", draft.dtype),
-        ("quantised", draft.quantization.in_words if draft.quantization else "no"),
+        ("quantised", draft.quantization.description if draft.quantization else "no"),
         ("weights", ("about " if job.quantize else "") + human_bytes(job.weight_bytes)),
         ("window", f"{settings.window_size} tokens, chunks of {settings.chunk_size}"),
         ("sink tokens", f"{settings.num_sink_tokens}, at distance {settings.distance_limit}"),

@@ -101,7 +101,7 @@ def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("model", f"{manifest.model_type} from {source.name}{revision}"),
         *([("adapter", f"{source.adapter}, merged")] if source.adapter else []),
         ("element type", manifest.dtype),
-        ("quantised", manifest.quantization.in_words if manifest.quantization else "no"),
+        ("quantised", manifest.quantization.description if manifest.quantization else "no"),
         ("vocabulary", str(manifest.vocab_size)),
         ("training length", trained),
         ("sink tokens", str(settings.num_sink_tokens)),

@@ -18,7 +18,7 @@ from lminf_export.engine.plugin_graph import cache_updates
 from lminf_export.errors import EngineError
 from lminf_export.operator import contract
 from lminf_export.progress import Progress
-from lminf_export.runtime.engine import PLUGIN_VOICE, load_plugin, message_log
+from lminf_export.runtime.engine import PLUGIN_PREFIX, load_plugin, message_log
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -117,7 +117,7 @@ def parser_message(parser: Any, errors: Iterable[str] = ()) -> str:
     more = f" (and {count - 1} more)" if count > 1 else ""
     operator = f" ({error.node_operator()})" if error.node_operator() else ""
     # A plugin that refuses has told the log why; the parser only knows that it did.
-    reasons = [*(text for text in errors if text.startswith(PLUGIN_VOICE)), error.desc()]
+    reasons = [*(text for text in errors if text.startswith(PLUGIN_PREFIX)), error.desc()]
     return f"the parser refuses node {where}{operator}: {_reason(reasons)}{more}"
 
 

@@ -15,7 +15,7 @@ UNBOUNDED = 2**62
 
 
 class CachedStep:
-    """Answers attention over a history of unrotated keys, with distances of one's own choice.
+    """Answers attention over a history of unrotated keys, with configurable distances.
 
     Args:
         plan: how the layers attend; the windows of sliding layers are their own.

@@ -1,4 +1,4 @@
-"""Does a text a bundle writes stay fluent? Repetition, variety and perplexity by position."""
+"""Repetition, variety and perplexity of a generated text, by position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lminf_export.runtime.session import Provider
 DEFAULT_TOKENS = 100_000
 DEFAULT_SEGMENT = 5000
 ORDERS = (1, 2, 3, 4)
-# A token that repeats one of the last so many is a small-scale repetition (Welleck et al. 2020).
+# A token equal to one of the last NEAR tokens is a near repetition (Welleck et al. 2020).
 NEAR = 128
 
 
@@ -43,7 +43,7 @@ def evaluate_generation(
     kernels: str | Path = AUTO,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], str]:
-    """Let a bundle write, and measure what it wrote, segment by segment.
+    """Generate a long text with a bundle, and measure it segment by segment.
 
     Args:
         bundle: the bundle's folder.
@@ -53,11 +53,11 @@ def evaluate_generation(
         temperature: see `SamplingConfig`.
         top_p: see `SamplingConfig`.
         seed: of the sampling.
-        reference: texts people wrote, measured in the same way beside it.
+        reference: texts written by humans, measured in the same way.
         provider: onnxruntime's provider.
         threads: threads of one operator.
         kernels: what computes Λ-attention in onnxruntime: see `load`.
-        progress: told what is going on.
+        progress: called with each phase and its fraction.
 
     Returns:
         The result as JSON can hold it, and the text.

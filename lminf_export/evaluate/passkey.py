@@ -1,4 +1,4 @@
-"""The passkey task on a bundle: is a key found again, by length of the text and depth of the key?
+"""The passkey task on a bundle: whether a key is retrieved, by text length and depth of the key.
 
 Source: arXiv 2308.16137, section 4.3. What a bounded cache holds decides the answer: the window,
 the sink tokens, and nothing in between.
@@ -68,7 +68,7 @@ def evaluate_passkey(
     kernels: str | Path = AUTO,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Ask a bundle for keys hidden in filler.
+    """Measure whether a bundle retrieves keys hidden in filler text.
 
     Args:
         bundle: the bundle's folder.
@@ -80,7 +80,7 @@ def evaluate_passkey(
         provider: onnxruntime's provider.
         threads: threads of one operator.
         kernels: what computes Λ-attention in onnxruntime: see `load`.
-        progress: told what is going on.
+        progress: called with each phase and its fraction.
 
     Returns:
         The result as JSON can hold it: for each length and depth, exact answers and ranks.

@@ -32,12 +32,12 @@ class Passkey:
 
     @property
     def answer(self) -> str:
-        """What should follow the prompt: a space and the key."""
+        """The right continuation of the prompt: a space and the key."""
         return f" {self.key}"
 
 
 def compose(key: str, fillers_before: int, fillers_after: int, header: bool = True) -> Passkey:
-    """Return the task with so many filler sentences before and after the sentence with the key."""
+    """Return the task with the given numbers of filler sentences before and after the key's."""
     sentences = [
         *([HEADER] if header else []),
         *_fillers(0, fillers_before),

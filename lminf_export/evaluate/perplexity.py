@@ -1,4 +1,4 @@
-"""Perplexity by position: a text of any length through a bundle, and beside it the alternatives."""
+"""Perplexity by position of a bundle and of the methods it is compared with, on one text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluate_perplexity(
     kernels: str | Path = AUTO,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Stream texts through a bundle and say how well it predicts them, by context length.
+    """Stream texts through a bundle and return its perplexity by context length.
 
     Args:
         bundle: the bundle's folder.
@@ -44,11 +44,11 @@ def evaluate_perplexity(
         repeat: read the text again and again until max_tokens.
         start_tokens: whether the tokenizer's start tokens come first.
         options: comparisons and their settings.
-        state_file: keep what is done there, and go on from it.
+        state_file: save progress there, and resume from it.
         provider: onnxruntime's provider.
         threads: threads of one operator, in onnxruntime and torch.
         kernels: what computes Λ-attention in onnxruntime: see `load`.
-        progress: told what is going on.
+        progress: called with each phase and its fraction.
 
     Returns:
         The result as JSON can hold it: buckets, and for each method its perplexities.

@@ -1,4 +1,4 @@
-"""What a perplexity evaluation compares a bundle with, and its settings."""
+"""Methods and settings of a perplexity evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_BUDGET_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Options:
-    """How an evaluation is run.
+    """Settings of an evaluation.
 
     Attributes:
         compare: names out of COMPARISONS.

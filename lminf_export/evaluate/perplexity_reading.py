@@ -63,7 +63,7 @@ def read_with(
 
 
 def _over_budget(scorer: Scorer, track: Track, budget: float | None) -> str:
-    """Say why a comparison has to stop, or nothing."""
+    """Return why a comparison has to stop, or an empty text."""
     if budget is None:
         return ""
     if track.seconds > budget:

@@ -1,4 +1,4 @@
-"""What a long evaluation has done so far, in one file that is always whole."""
+"""The file from which an interrupted evaluation resumes; it is replaced atomically."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _META = "meta"
 
 @dataclass
 class Track:
-    """How far one method is.
+    """The progress of one method.
 
     Attributes:
         losses: (T,) nats of each position as a target, NaN where not known.
@@ -56,7 +56,7 @@ class ResumeFile:
 
     @classmethod
     def open(cls, path: Path | None, identity: dict[str, Any]) -> ResumeFile:
-        """Go on from a file, or start one.
+        """Resume from a file, or start one.
 
         Raises:
             InputError: the file is not of this evaluation, or damaged.
@@ -67,7 +67,7 @@ class ResumeFile:
         return found
 
     def track(self, method: str, num_tokens: int) -> Track:
-        """Return a method's track for so many tokens, cut or lengthened from what is known."""
+        """Return a method's track, its losses cut or lengthened to a number of tokens."""
         track = self.tracks.setdefault(method, Track(np.empty(0, np.float32)))
         losses = np.full(num_tokens, np.nan, np.float32)
         known = min(num_tokens, len(track.losses))
@@ -96,7 +96,7 @@ class ResumeFile:
         fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             with open(fresh, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub wants a bool
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub declares bool
             fresh.replace(self.path)
         finally:
             fresh.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Everything that can score a stream: the bundle itself, and what it is compared with."""
+"""The protocol of methods that score a stream, and the scorer of a bundle."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Scorer(Protocol):
-    """Reads a stream chunk by chunk and says how likely it found each next token."""
+    """Reads a stream chunk by chunk and returns the likelihood of each next token."""
 
     @property
     def chunk_size(self) -> int:
-        """Tokens it likes to read at a time."""
+        """Preferred number of tokens of one call."""
         ...
 
     @property
@@ -33,11 +33,11 @@ class Scorer(Protocol):
         ...
 
     def snapshot(self) -> Arrays | None:
-        """Return what is needed to go on later, or None if it cannot."""
+        """Return what is needed to continue later, or None if that is not supported."""
         ...
 
     def restore(self, arrays: Arrays) -> None:
-        """Go on from a snapshot."""
+        """Continue from a snapshot."""
         ...
 
 

@@ -21,7 +21,7 @@ PIECE_CHARACTERS = 2**20
 
 @dataclass(frozen=True)
 class TokenStream:
-    """What is read: token ids, and where they came from.
+    """Token ids and their origin.
 
     Attributes:
         ids: (T,) int64; the start tokens first, if the tokenizer puts any.

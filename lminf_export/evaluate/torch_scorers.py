@@ -1,4 +1,4 @@
-"""What a bundle is compared with, each in torch, from the same weights, by the family's own code.
+"""The methods a bundle is compared with, in torch, from the same weights, by the family's code.
 
 - stock: the unmodified model. Every key stays, every distance is true.
 - window: the last W keys and nothing else.
@@ -101,11 +101,11 @@ class CachedScorer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes its cache takes now."""
+        """See `Scorer.nbytes`."""
         return self._step.nbytes
 
     def score(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read tokens (S,) and return the nats (S,) of the token behind each."""
+        """See `Scorer.score`."""
         losses = self._model.losses(tokens, targets, self._step)
         self._step.advance(len(tokens))
         return losses
@@ -122,7 +122,7 @@ class CachedScorer:
         return {"past_length": np.array(self._step.past_length), **parts}
 
     def restore(self, arrays: Arrays) -> None:
-        """Go on from a snapshot."""
+        """See `Scorer.restore`."""
         self._step.past_length = int(arrays["past_length"])
         for layer in range(len(self._model.plan.layers)):
             parts = (arrays[f"{layer}.{index}"] for index in range(3))
@@ -140,7 +140,7 @@ class ReferenceScorer:
         self._step = HistoryStep(model.plan, rounded=model.rounded)
 
     def score(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read tokens (S,) and return the nats (S,) of the token behind each."""
+        """See `Scorer.score`."""
         self._step.begin(torch.tensor([len(tokens)]))
         return self._model.losses(tokens, targets, self._step)
 

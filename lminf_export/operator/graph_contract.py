@@ -34,7 +34,7 @@ from lminf_export.operator.settings import Dtype, KvCacheDtype
 
 @dataclass(frozen=True)
 class GraphContract:
-    """What determines a graph's inputs and outputs.
+    """Everything that determines a graph's inputs and outputs.
 
     Attributes:
         layers: the caches of the layers, in order.

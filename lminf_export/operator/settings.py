@@ -34,7 +34,7 @@ class LambdaConfig:
 
     Attributes:
         window_size: W ≥ 1, keys a query sees around itself, its own key included.
-        num_sink_tokens: N ≥ 0, tokens at the very start that stay visible for ever.
+        num_sink_tokens: N ≥ 0, starting tokens that always stay visible.
         distance_limit: L ≥ W, the distance at which evicted starting tokens appear; default W.
         chunk_size: largest number S ≥ 1 of new tokens in one step; may exceed the window.
         lambda_layers: "full" gives sinks to layers that see everything by training; "all" also

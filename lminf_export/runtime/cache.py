@@ -1,4 +1,4 @@
-"""What a stream leaves behind between steps: how far it is, and caches of bounded size."""
+"""The state of a batch of streams between steps: their lengths, and caches of bounded size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lminf_export.operator.bindings import BATCH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.runtime.snapshot import Snapshot, random_cache
 
-# A ring is bound no larger than needed so far: attention reads all of it at every step.
+# A ring is bound only as large as its tokens need: attention reads all of it at every step.
 GROWTH = 1.25
 GRANULE = 64
 
 
 class State:
-    """Where a batch of independent streams stands; made by `LanguageModel.new_state`.
+    """Lengths and caches of a batch of independent streams; made by `LanguageModel.new_state`.
 
     A session keeps its caches in a subclass. `capacities` says how many slots of each ring
     are bound: rings of equal full capacity C share one number, which is at most C.

@@ -1,4 +1,4 @@
-"""What stands before a step: TensorRT's libraries, the plugin, the plan and their checks.
+"""Loads TensorRT's libraries, the plugin and the plan, and checks them before the first step.
 
 Every check that needs no library comes first; one that fails is one clear line.
 """
@@ -21,7 +21,7 @@ from lminf_export.operator import bindings
 from lminf_export.runtime.gpu import Gpu
 
 # How the plugin's messages begin, in a library's log.
-PLUGIN_VOICE = "LambdaAttention: "
+PLUGIN_PREFIX = "LambdaAttention: "
 INSTEAD = "run the bundle's model.onnx with onnxruntime instead"
 
 # builder → Python package of its runtime.
@@ -32,7 +32,7 @@ _CREATOR = ("LambdaAttention", "1", "lminf")
 
 @dataclass(frozen=True)
 class Libraries:
-    """What a session runs on; tests bring doubles.
+    """The Python modules that a session uses; tests pass doubles.
 
     Attributes:
         trt: `tensorrt` or `tensorrt_rtx`.

@@ -106,7 +106,7 @@ class Cuda:
         return int(address)
 
     def free(self, address: int) -> None:
-        """Give memory back; the interpreter may be ending, so errors are nobody's business."""
+        """Free memory; errors are ignored, since the interpreter may be shutting down."""
         self._cudart.cudaFree(address)
 
     def zero(self, address: int, nbytes: int) -> None:
@@ -128,21 +128,21 @@ class Cuda:
         self._call("cudaStreamSynchronize", self._stream)
 
     def allocate_host(self, nbytes: int) -> np.ndarray:
-        """Return page-locked memory of this machine as bytes; give it back with `free_host`."""
+        """Return page-locked memory of this machine as bytes; free it with `free_host`."""
         (address,) = self._call("cudaHostAlloc", nbytes, self._cudart.cudaHostAllocDefault)
         memory = (ctypes.c_uint8 * nbytes).from_address(int(address))
         return np.ctypeslib.as_array(memory)
 
     def free_host(self, array: np.ndarray) -> None:
-        """Give page-locked memory back."""
+        """Free page-locked memory."""
         self._cudart.cudaFreeHost(array.ctypes.data)
 
     def work_memory(self, nbytes: int) -> WorkMemory:
-        """Return memory that is given back with the object that stands for it."""
+        """Return memory that is freed with the returned object."""
         return WorkMemory(self, max(nbytes, 1))
 
     def record(self, work: Callable[[], None]) -> Graph:
-        """Record what a function puts on the stream, without doing it.
+        """Record the work that a function enqueues, without running it.
 
         Raises:
             SessionError: the work cannot be recorded; the stream is as before.
@@ -166,11 +166,11 @@ class Cuda:
         return Graph(self, executable)
 
     def launch(self, executable: Any) -> None:
-        """Put a recorded piece of work on the stream."""
+        """Enqueue recorded work."""
         self._call("cudaGraphLaunch", executable, self._stream)
 
     def forget(self, executable: Any) -> None:
-        """Give a recorded piece of work back."""
+        """Destroy recorded work."""
         self._cudart.cudaGraphExecDestroy(executable)
 
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
@@ -181,7 +181,7 @@ class Cuda:
 
 
 class WorkMemory:
-    """Memory on the GPU, given back with this object.
+    """Memory on the GPU, freed with this object.
 
     Attributes:
         address: where it begins.
@@ -195,26 +195,26 @@ class WorkMemory:
 
 
 class Graph:
-    """Recorded work, to be played as often as wanted; `free` gives it back."""
+    """Recorded work, which can be launched any number of times; `free` destroys it."""
 
     def __init__(self, cuda: Cuda, executable: Any) -> None:
         self._cuda = cuda
         self._executable = executable
 
     def launch(self) -> None:
-        """Put the work on the stream it was recorded from."""
+        """Enqueue the work on the stream it was recorded from."""
         self._cuda.launch(self._executable)
 
     def free(self) -> None:
-        """Give it back."""
+        """Destroy it."""
         self._cuda.forget(self._executable)
 
 
 class Buffers:
-    """Named memory of one state, here and on the GPU; `free` gives all of it back.
+    """Named memory of one state, on the host and on the GPU; `free` frees all of it.
 
     Attributes:
-        graphs: recorded work that uses the memory, given back before it.
+        graphs: recorded work that uses the memory, destroyed before it.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -250,7 +250,7 @@ class Buffers:
         return array
 
     def free(self) -> None:
-        """Give everything back."""
+        """Free all memory and destroy the recorded work."""
         while self.graphs:
             self.graphs.pop().free()
         while self._host:

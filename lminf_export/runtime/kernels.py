@@ -38,7 +38,7 @@ class KernelLibrary:
 
     @property
     def description(self) -> str:
-        """One word group for people."""
+        """File name and instruction set, for logs and reports."""
         return f"{self.path.name} ({self.instruction_set})"
 
 
@@ -121,7 +121,7 @@ def _require_whole(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(64)
     if head[:4] != b"\x7fELF" or len(head) < 64 or head[4:6] != b"\x02\x01":
-        return  # no 64-bit little-endian ELF file; the loader says what it thinks of it
+        return  # no 64-bit little-endian ELF file; the loader reports the error
     table = int.from_bytes(head[40:48], "little")  # the section table stands at the end
     entries = int.from_bytes(head[60:62], "little") * int.from_bytes(head[58:60], "little")
     size = path.stat().st_size

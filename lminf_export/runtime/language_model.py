@@ -1,4 +1,4 @@
-"""A loaded bundle as people use it: logits of any chunk of tokens, and generation."""
+"""The interface of a loaded bundle: logits of any chunk of tokens, and generation."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class LanguageModel:
         """Read the next tokens of every stream and advance the state.
 
         Chunks longer than the model's chunk size are split inside. If an error is raised, the
-        state stands behind the last piece that succeeded; before the first piece it is as it was.
+        state stands behind the last piece that succeeded, or is unchanged if none did.
         Only logits that are computed can be found not finite: logits="none" checks nothing.
 
         Args:
@@ -140,7 +140,7 @@ class LanguageModel:
             index = np.broadcast_to(np.arange(width), (rows, width))
             real = index < new_length[:, None]
         else:
-            # Rows whose last token is in this piece, if anybody wants it.
+            # Rows whose last token is in this piece, if their logits are asked for.
             ends = (remaining > 0) & (remaining <= width) & (logits == "last")
             real = ends[:, None][:, : int(ends.any())]
             index = np.where(ends, remaining - 1, 0)[:, None][:, : real.shape[1]]
@@ -171,7 +171,7 @@ class LanguageModel:
         stop_token_ids: Iterable[int] | None = None,
         state: State | None = None,
     ) -> Iterator[int]:
-        """Continue a prompt; yield token ids one by one, for ever if nothing ends it.
+        """Continue a prompt; yield token ids one by one, without end if nothing stops it.
 
         The last id yielded has not been read into the state: pass it on with what follows to
         continue the stream. A stop token is not yielded.

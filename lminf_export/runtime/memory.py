@@ -1,4 +1,4 @@
-"""Whether a machine can hold the caches a bundle will need."""
+"""Checks free memory for caches, and allocates them."""
 
 from __future__ import annotations
 

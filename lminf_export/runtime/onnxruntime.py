@@ -110,7 +110,7 @@ class OnnxRuntimeSession(Session):
         return self.kernels.description if self.kernels else "the graph's function body"
 
     def end_profiling(self) -> Path:
-        """Return the profile's file, of everything run so far."""
+        """End profiling and return the profile's file; it has every run of this session."""
         return Path(self._session.end_profiling())
 
     def new_state(self, batch_size: int) -> OnnxRuntimeState:

@@ -21,7 +21,7 @@ _FEW = 1024
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn; the defaults choose the likeliest one.
+    """Settings of sampling; the defaults choose the likeliest token.
 
     Attributes:
         temperature: ≥ 0; divides the logits, 0 takes the largest.
@@ -80,7 +80,7 @@ class Sampler:
         self._counts = np.zeros(vocab_size if self._penalises else 0, np.int64)
 
     def observe(self, token_ids: Iterable[int]) -> None:
-        """Tell which tokens the stream has seen; needed for the repetition penalty only."""
+        """Add tokens that the stream has seen; only the repetition penalty needs them."""
         if not self._penalises:
             return
         for token in token_ids:

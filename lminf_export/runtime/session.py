@@ -1,4 +1,4 @@
-"""What every engine offers the language model: states, steps, and access to a state's content."""
+"""The protocol of every engine: states, steps, and access to the content of a state."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Session(Protocol):
 
     @property
     def attention(self) -> str:
-        """What computes the attention, for people."""
+        """Description of what computes the attention, for logs and reports."""
         ...
 
     @property
     def caches_in_main_memory(self) -> bool:
-        """Whether states take this machine's main memory."""
+        """Whether states are allocated in this machine's main memory."""
         ...
 
     def new_state(self, batch_size: int) -> State:
@@ -38,7 +38,7 @@ class Session(Protocol):
         ...
 
     def owns(self, state: State) -> bool:
-        """Say whether a state was made by this session."""
+        """Return whether a state was made by this session."""
         ...
 
     def step_limit(self, state: State) -> int:
@@ -80,7 +80,7 @@ class Session(Protocol):
         return state.snapshot()
 
     def restore(self, state: State, snapshot: Snapshot) -> None:
-        """Put a state where a snapshot was taken; the steps after it yield the same logits.
+        """Set a state to a snapshot; the steps after it yield the logits they yielded then.
 
         Args:
             state: one of this session's, of as many streams; what it has read is lost.
@@ -92,9 +92,9 @@ class Session(Protocol):
         state.restore(snapshot)
 
     def stand_at(self, state: State, position: int | np.ndarray) -> None:
-        """Put a state where it would be after reading so many tokens; caches keep their content.
+        """Set the lengths of a state as if it had read that many tokens; caches keep their content.
 
-        For measurements: a step costs what it would cost there.
+        For measurements: a step then takes the time it takes at that position.
 
         Args:
             state: one of this session's.

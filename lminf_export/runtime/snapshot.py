@@ -14,7 +14,7 @@ from lminf_export.operator.graph_contract import GraphContract
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Where B streams stood: their lengths and caches, in main memory.
+    """Lengths and caches of B streams at one moment, in main memory.
 
     It belongs to no session: any session of a graph with an equal contract restores it.
 
@@ -22,7 +22,7 @@ class Snapshot:
         contract: of the graph that wrote the caches.
         past_length: (B,) int64, tokens each stream has read.
         caches: cache arrays by the name of the graph's input. Rings have the slots that were bound
-            when the snapshot was taken. bfloat16 is held as uint16, which numpy has.
+            when the snapshot was taken. numpy lacks bfloat16: its bits are held as uint16.
     """
 
     contract: GraphContract
@@ -100,7 +100,7 @@ class Snapshot:
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
-    """Return the type of arrays of an element type; bfloat16, which numpy has not, as uint16."""
+    """Return the type of arrays of an element type; numpy lacks bfloat16, so it is uint16."""
     return np.dtype(dtype.replace("bfloat16", "uint16"))
 
 

@@ -47,8 +47,8 @@ class TensorRTSession(Session):
     Args:
         bundle: opened and checked; plan and plugin match the manifest's SHA-256. Both are
             executable code: nothing else is ever loaded.
-        cuda_graphs: play single tokens from a CUDA graph. Only engines with the plugin are
-            recorded; there is no falling back: an engine that cannot be recorded is an error.
+        cuda_graphs: run single tokens from a CUDA graph. Only engines with the plugin are
+            recorded; an engine that cannot be recorded is an error.
         libraries: what to run on; by default what the manifest's builder needs.
 
     Raises:
@@ -163,13 +163,13 @@ class TensorRTSession(Session):
         )
 
     def _decode(self, state: TensorRTState) -> None:
-        """Run single tokens: the first as it is, the second recorded, then played."""
+        """Run single tokens: the first directly; the second is recorded and then launched."""
         decoder = state.decoder
         if decoder is None:
             decoder = state.decoder = Decoder(self._context(0))
             self._bind(decoder.context, state, True)
         if not decoder.has_run:
-            # An engine settles its shapes in the first step, which a record must not hold.
+            # The engine sets up its shapes in the first step, which cannot be recorded.
             self._enqueue(decoder.context, state, True)
             decoder.has_run = True
             return
@@ -189,7 +189,7 @@ class TensorRTSession(Session):
         return graph
 
     def _enqueue(self, context: Any, state: TensorRTState, single: bool) -> None:
-        """Put one step on the stream: small inputs in, the engine, logits out."""
+        """Enqueue one step: copy of the small inputs, engine, copy of the logits."""
         state.send(single)
         if not context.execute_async_v3(self._cuda.stream):
             raise SessionError(

@@ -1,4 +1,4 @@
-"""What one state of a TensorRT session holds on the GPU: caches, and a step's small tensors."""
+"""The state of a TensorRT session: caches on the GPU, and the small tensors of a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INT64_BYTES = 8
 
 
 class SmallInputs:
-    """What changes at every step, in one block: written here, sent in one copy.
+    """The inputs that change at every step, in one block that is sent in one copy.
 
     The arrays lie in page-locked memory, so that a recorded copy reads what stands there when
     the record is played.
@@ -57,7 +57,7 @@ class SmallInputs:
         new_length: np.ndarray,
         logits_index: np.ndarray,
     ) -> None:
-        """Put the step's values where the next copy reads them."""
+        """Write the step's values to the block that the next copy sends."""
         for name, value in zip(
             _SMALL, (input_ids, past_length, new_length, logits_index), strict=True
         ):
@@ -117,7 +117,7 @@ class TensorRTState(State):
         self.decoder: Decoder | None = None
 
     def load(self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray) -> bool:
-        """Take a step's small inputs; returns whether it is one of single tokens."""
+        """Write a step's small inputs; returns whether the step is one of single tokens."""
         single = input_ids.shape[1] == 1 and logits_index.shape[1] == 1
         self._blocks[single].write(input_ids, self._past_length, new_length, logits_index)
         shape = (*logits_index.shape, self.contract.vocab_size)
@@ -171,7 +171,7 @@ class TensorRTState(State):
             whole = np.zeros(shape, caches[name].dtype)
             whole[:, :, : caches[name].shape[2]] = caches[name]
             self.cuda.send(self._past[name], whole)
-            self.cuda.synchronize()  # the array goes with the next one
+            self.cuda.synchronize()  # before the array is freed
 
     def keep_graph(self, graph: Graph) -> None:
         """Own a recorded step, which goes before the memory it works on."""
@@ -197,7 +197,7 @@ class TensorRTState(State):
 
 
 class Decoder:
-    """A state's own context for single tokens, run once and from then on played as a record.
+    """A state's own context for single tokens, run once directly and then launched from a record.
 
     A record belongs to its context and its addresses, so every state has one.
 

@@ -1,4 +1,4 @@
-"""Text in, text out: prompts to token ids, token ids to a stream of text, stop strings."""
+"""Prompts to token ids, token ids to a stream of text, and stop strings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tokenizers.decoders import DecodeStream
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import BundleError, InputError
 
-# Tokens of the prompt a stream is started with, so that its first word is spaced as it should.
+# Last tokens of the prompt that the decoder sees, so that the first word gets its space.
 _CONTEXT_TOKENS = 8
-# No character is longer; bytes that still make none will never do.
+# No character is longer; bytes that are still incomplete will never become one.
 _MAX_PENDING_TOKENS = 16
 
 
@@ -62,10 +62,10 @@ class TextCodec:
         """Turn ids into pieces of text as they arrive; end at a stop string.
 
         Args:
-            token_ids: what a model yields.
+            token_ids: yielded by a model.
             after: ids of the text before, such as the prompt's.
-            stop: strings that end the text; nothing of them is yielded, and no token is asked
-                for once one is complete.
+            stop: strings that end the text; no part of them is yielded, and no further token is
+                requested once one is complete.
         """
         decoder = StreamDecoder(self.tokenizer, after)
         stops = StopStrings(stop)
@@ -81,7 +81,7 @@ class TextCodec:
 
 
 class StreamDecoder:
-    """Decodes one token at a time; a character split over tokens comes out whole."""
+    """Decodes one token at a time; a character split over tokens is returned complete."""
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -97,7 +97,7 @@ class StreamDecoder:
         try:
             text = self._stream.step(self._tokenizer, token)
         except Exception as error:
-            # Bytes that are no text can change what was decoded before (tokenizers#1705).
+            # Invalid bytes can change what was decoded before (tokenizers#1705).
             if "prefix" not in str(error).lower():
                 raise
             return self.flush()
@@ -107,7 +107,7 @@ class StreamDecoder:
         return self.flush() if len(self._pending) >= _MAX_PENDING_TOKENS else ""
 
     def flush(self) -> str:
-        """Return what is held back, with a replacement mark for bytes that are no text."""
+        """Return the text held back, with a replacement character for invalid bytes."""
         text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
         self._pending.clear()
         self._stream = DecodeStream(skip_special_tokens=True)
@@ -129,7 +129,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """Take more text; return what can be passed on."""
+        """Add text; return the text that no stop string can contain."""
         if self.found is not None:
             return ""
         text = self._held + text
@@ -143,7 +143,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """Return what was held back when no more text comes."""
+        """Return the text held back so far; no more ids follow."""
         held, self._held = self._held, ""
         return held
 

@@ -27,7 +27,7 @@ from lminf_export.runtime.session import Session
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """How a bundle's choice of experts compares with the reference's own.
+    """Comparison of a bundle's choice of experts with the reference's own.
 
     Attributes:
         choices: experts chosen, over all tokens and layers.

@@ -138,7 +138,7 @@ def validate(
         comparisons=tuple(comparisons),
         differing_weights=differing,
         compared_with=None if model is None else _named(original),
-        quantization=quantization.in_words if quantization is not None else None,
+        quantization=quantization.description if quantization is not None else None,
         kv_cache_dtype=opened.manifest.kv_cache_dtype,
         perplexity_cost=cost,
         routing=tuple(routing),
