@@ -1,4 +1,4 @@
-"""What an int8 cache costs in perplexity, and what it saves in bytes and time.
+"""Int8 caches: their cost in perplexity, and the bytes and time they save.
 
 `perplexity` scores each demo model on its held-out texts, in onnxruntime, as one stream in chunks,
 with its caches in float32 and in int8, on the same tokens. `decode` times single tokens of a

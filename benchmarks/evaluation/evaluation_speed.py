@@ -1,4 +1,4 @@
-"""What scoring a text costs over reading it: evaluation against raw chunked prefill, in turns.
+"""Evaluation against raw chunked prefill, in turns: the cost of scoring a text over reading it.
 
     python -m benchmarks.evaluation.evaluation_speed demo --text examples/demo-llama/heldout.txt \\
         --out benchmarks/results/evaluation_speed.json

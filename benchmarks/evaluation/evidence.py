@@ -60,7 +60,7 @@ STOCK_SECONDS = "600"
 
 
 def bundle(model: str, name: str = "", **settings: int) -> Path:
-    """Export a model if that has not been done; W = the training length, N = 16 by default."""
+    """Export a model unless its bundle exists; W = the training length, N = 16 by default."""
     settings = {"window_size": CONTEXT, "num_sink_tokens": 16, **settings}
     out = WORK / f"{model}{name}"
     if not out.exists():
@@ -141,10 +141,10 @@ def starts(model: str) -> None:
         ours = losses_along(loaded, one.ids)
         for bucket, found in pairs.items():
             targets = sampled_targets(one, [bucket], DEFAULT_TARGETS // STREAMS, begin)
-            afresh = [
+            recomputed = [
                 losses for _, losses in recompute(torch_model, one.ids, head, targets, CONTEXT)
             ]
-            found.append(np.stack([ours[targets], np.concatenate(afresh)]))
+            found.append(np.stack([ours[targets], np.concatenate(recomputed)]))
         print(f"{model}: stream at {begin}", flush=True)
     manifest = loaded.bundle.manifest
     write_result(

@@ -1,4 +1,4 @@
-"""What quantisation costs the demo model on its held-out text, setting by setting.
+"""The cost of quantisation in perplexity: the demo model on its held-out text, setting by setting.
 
 Every setting is exported and scored in onnxruntime on the same tokens as the unquantised export,
 in chunks, as one stream; costs are ratios of perplexities with standard errors over tokens.

@@ -1,4 +1,4 @@
-"""What exporting a large checkpoint takes: memory, disk traffic, time against copying its files.
+"""Cost of exporting a large checkpoint: memory, disk traffic, time against copying its files.
 
 Writes a checkpoint of random weights shard by shard, copies its files (cold, synced) for the
 time that alone takes, exports it in a child process, and copies it once more; everything is

@@ -1,4 +1,4 @@
-"""What the CPU kernel gains over the graph's function body, in one run, taking turns.
+"""The gain of the CPU kernel over the graph's function body, in one run, taking turns.
 
 The same bundle is loaded with `kernels="none"` and `kernels="auto"`, and once for each slower
 instruction set this processor has, which the kernel can be told to use. Decoding positions are
@@ -47,7 +47,7 @@ class Kernels:
 
     @property
     def option(self) -> str:
-        """What `load` calls it."""
+        """The value of `kernels` for `load`."""
         return "none" if self.path is None else str(self.path)
 
     def use(self) -> bool:
@@ -83,7 +83,7 @@ class Ours(Stream):
 
     @property
     def attention(self) -> str:
-        """What computes the attention."""
+        """The name of the attention's implementation."""
         library = self.kernels.instruction_set
         return f"liblminf_ort.so ({library})" if library else self.model.session.attention
 

@@ -1,9 +1,9 @@
-"""What reading the weights of projections in place gains, in one run, taking turns.
+"""The gain of reading the weights of projections in place, in one run, taking turns.
 
 The same bundle in three forms: the graph's function bodies alone, the CPU library's attention
 with projections put back to onnxruntime's Gemm or MatMulNBits, and the whole library. Decoding
 positions are set, not read: rings hold random numbers. Memory is that of fresh processes. With
---cold the weights' file is dropped from the page cache first and read anew by the library, as
+--cold the weights' file is dropped from the page cache first and read again by the library, as
 after starting the machine: what reads a file first decides how large its pages are.
 
     python -m benchmarks.kernels.projections --bundle B --cold \\
@@ -113,7 +113,7 @@ def memory_of(path: str, form: str, position: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def read_anew(bundle: Bundle) -> None:
+def read_again(bundle: Bundle) -> None:
     """Drop the weights from the page cache, and let the library be the first to read them."""
     for name in bundle.manifest.files_of("weights"):
         with open(bundle.path / name, "rb") as file:
@@ -200,7 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cold", action="store_true", help="read the weights anew first")
+    parser.add_argument("--cold", action="store_true", help="read the weights from disk first")
     parser.add_argument("--memory-of", choices=FORMS, help="of this process at one position")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -215,7 +215,7 @@ def main() -> None:
     bundle = Bundle.open(path)
     window = bundle.manifest.lambda_config.window_size
     if arguments.cold:
-        read_anew(bundle)
+        read_again(bundle)
     memory = {form: memory_of(path, form, window) for form in FORMS}
     contestants = {form: stream(path, form, threads) for form in FORMS}
     prefill = prefill_speeds(contestants, arguments.prefill)

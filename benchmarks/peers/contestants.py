@@ -1,4 +1,4 @@
-"""Who takes part in `race.py`, and the process each of them has to itself."""
+"""The contestants of `race.py`, and the process of each."""
 
 from __future__ import annotations
 

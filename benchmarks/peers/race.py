@@ -1,8 +1,8 @@
 """Side by side: transformers, onnxruntime-genai, llama.cpp and this project on the same weights.
 
-Every contestant is a process of its own (`worker.py`) with the same number of threads; who
-is not being timed is stopped (SIGSTOP). Contestants take turns, a few tokens each, so all feel the
-same machine, and ratios are of turns that follow each other. Peers come with
+Every contestant is a process of its own (`worker.py`) with the same number of threads; all but the
+one being timed are stopped (SIGSTOP). Contestants take turns, a few tokens each, so all are exposed
+to the same load, and ratios are of turns that follow each other. Peers come with
 `pip install '.[peers]'` (llama-cpp-python is built from source). Two steps:
 
     python -m benchmarks.peers.race prepare --shape 100m --work DIR
@@ -251,7 +251,7 @@ def twin(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def floors(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What streaming each of our bundles' bytes once takes, at every context."""
+    """Return the time of streaming each of our bundles' bytes once, at every context."""
     bandwidth = streaming_bandwidth(arguments.threads)
     rows = {}
     for kind, precision in (CONTESTANTS[name] for name in arguments.contestants):
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--read-limit", type=int, default=4096, help="longest context to read")
     parser.add_argument(
-        "--peers-at-once", type=int, help="decode in heats of so many peers, if memory is short"
+        "--peers-at-once", type=int, help="most peers in memory together; more decode in heats"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)

@@ -23,7 +23,7 @@ SEED = 0
 
 
 class Contestant(Protocol):
-    """What every peer can do; contexts are tokens seen so far."""
+    """A contestant; contexts are tokens seen so far."""
 
     def load(self) -> None:
         """Load the model."""
@@ -70,7 +70,7 @@ class Ours:
 
     @property
     def attention(self) -> str:
-        """What computes Λ-attention."""
+        """The name of the implementation of Λ-attention."""
         return getattr(self.model.session, "attention", "the graph's function body")
 
     def prefill(self, tokens: list[int]) -> None:
@@ -177,7 +177,7 @@ class Genai:
 
     def stand(self, context: int) -> str:
         if context > min(READ_LIMIT, self.longest - ROOM // 2):
-            raise ValueError("its cache cannot be set; reading so many tokens takes too long")
+            raise ValueError("its cache cannot be set; reading that many tokens takes too long")
         before = context - 1
         if self.generator.token_count() > before:
             self.generator.rewind_to(before)
@@ -273,7 +273,7 @@ class LlamaCpp:
 
     def stand(self, context: int) -> str:
         if context > min(READ_LIMIT, self.longest - ROOM // 2):
-            raise ValueError("its cache cannot be set; reading so many tokens takes too long")
+            raise ValueError("its cache cannot be set; reading that many tokens takes too long")
         self._rewind(min(context, self.count))
         self._read(random_tokens(context, self.vocab_size)[self.count :])
         return "read"

@@ -37,7 +37,7 @@ class FamilyCase:
     Attributes:
         model_type: transformers' name.
         position: kind of position, for the table of models.
-        special: what this family has that a Llama has not, for the table of models.
+        special: differences of this family from a Llama, for the table of models.
         changes: settings beside SIZES.
         windows: for each layer its own window from training, or FULL.
         drop: settings of SIZES this family's configuration derives by itself.

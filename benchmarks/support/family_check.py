@@ -1,4 +1,4 @@
-"""What a family's export is measured against: stock transformers, and an oracle far beyond."""
+"""The check of a family's export: against stock transformers, and an oracle far beyond."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ NAME = "oracle_attention"
 
 @dataclass(frozen=True)
 class Rule:
-    """What one layer sees: a window (own key included), sinks, and the distance they get."""
+    """The keys one layer sees: a window (own key included), sinks, and the distance they get."""
 
     window: int
     sinks: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# What an export imports, for a process of its own.
+# The modules an export imports, for a process that holds only them.
 IMPORTS = "import lminf_export.export.run, torch.onnx, transformers.models.llama.modeling_llama"
 
 

@@ -27,7 +27,7 @@ HIDDEN = -1e30
 
 @dataclass(frozen=True)
 class Rule:
-    """What every layer sees: a window (own key included), sinks, and the distance they get."""
+    """The keys every layer sees: a window (own key included), sinks, and the distance they get."""
 
     window: int
     sinks: int

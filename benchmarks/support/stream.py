@@ -24,7 +24,7 @@ class Stream:
         self.token = np.array([[1]])
 
     def stand_at(self, position: int) -> None:
-        """Fill the caches as if so many tokens had been read."""
+        """Fill the caches as if `position` tokens had been read."""
         self.state = self.model.new_state()
         self.model.session.stand_at(self.state, position)
         self.model.session.fill(self.state, np.random.default_rng(0))
@@ -38,7 +38,7 @@ class Stream:
         return (time.perf_counter() - start) / count
 
     def prefill(self, count: int) -> float:
-        """Read so many tokens into a fresh cache; return tokens per second."""
+        """Read `count` tokens into a fresh cache; return tokens per second."""
         tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (1, count))
         state = self.model.new_state()
         self._ready()

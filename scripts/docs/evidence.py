@@ -53,7 +53,7 @@ def _perplexity_cell(key: str, row: dict[str, Any] | None) -> str:
 
 
 def recompute(name: str) -> str:
-    """Λ against the last W tokens read afresh, on the same sampled targets."""
+    """Λ against the last W tokens recomputed from nothing, on the same sampled targets."""
     result = result_of(name)
     rows = []
     pairs = zip(result["buckets"], result["methods"]["recompute"]["by_bucket"], strict=True)
@@ -176,7 +176,7 @@ def far(name: str) -> str:
 
 
 def models(*names: str) -> str:
-    """What the models know of held-out text, beside a 5-gram model on the same tokens."""
+    """Perplexity of the models on held-out text, beside a 5-gram model on the same tokens."""
     rows = []
     for name in names:
         record = result_of(f"training-{name}")

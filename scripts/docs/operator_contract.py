@@ -1,4 +1,4 @@
-"""What follows from the operator's contract: a C++ header and the tables of docs/operator.md.
+"""Files generated from the operator's contract: a C++ header and the tables of docs/operator.md.
 
 The contract is lminf_export/operator/contract.py; `scripts/docs/write_all.py` writes both files.
 """

@@ -14,7 +14,7 @@ def peers(shape: str, section: str) -> dict[str, Any]:
     """One section of a race.
 
     Raises:
-        NotMeasuredError: it has not been run.
+        NotMeasuredError: there is no result of it.
     """
     sections = load(f"peers-{shape}")["sections"]
     if section not in sections:
@@ -26,7 +26,7 @@ def measured(shape: str, *sections: str) -> list[dict[str, Any]]:
     """Those of a race's sections that have been run, at least one.
 
     Raises:
-        NotMeasuredError: none has.
+        NotMeasuredError: there is none.
     """
     found = load(f"peers-{shape}")["sections"]
     if not found.keys() & set(sections):
@@ -49,7 +49,7 @@ def decode(shape: str, group: str) -> str:
 
 
 def beside(rows: dict[str, Any], name: str, context: str) -> list[float]:
-    """What a contestant's turns took in the heats of others, which their rows have."""
+    """Return a contestant's times in the heats of others, which the others' rows hold."""
     turns = (row[context].get("against", {}).get(name) or [] for row in rows.values())
     return list(chain.from_iterable(turns))
 

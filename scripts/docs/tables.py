@@ -43,7 +43,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool =
 
 
 def filled(text: str, kinds: Mapping[str, Callable[..., str]]) -> str:
-    """Return a page with every marked table made anew."""
+    """Return a page with every marked table replaced."""
 
     def made(match: re.Match[str]) -> str:
         kind, *arguments = match[1].split()

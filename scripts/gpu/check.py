@@ -46,7 +46,7 @@ class Stream:
 
 @dataclass
 class Outcome:
-    """What a stream showed.
+    """The result of one stream.
 
     Attributes:
         error: largest error against float64.

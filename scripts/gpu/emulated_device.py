@@ -37,7 +37,7 @@ class EmulatedDevice:
 
 @dataclass(frozen=True)
 class Counters:
-    """What emulated kernels did since the last reset.
+    """Counters of the emulated kernels since the last reset.
 
     Attributes:
         launches: kernels.

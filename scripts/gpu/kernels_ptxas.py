@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels: registers, spills and shared memory per architecture.
+"""Resources of the compiled kernels: registers, spills and shared memory per architecture.
 
 python -m scripts.gpu.kernels_ptxas --out benchmarks/results/kernels-ptxas.json
 

@@ -64,7 +64,7 @@ def streams() -> list[Stream]:
 
 @dataclass
 class Reply:
-    """What the harness said, and what its outputs are worth.
+    """The harness's answer and the errors of its outputs.
 
     Attributes:
         json: its line.

@@ -32,7 +32,7 @@ class SkipStep(Exception):
 
 @dataclass
 class Suite:
-    """What the steps share.
+    """Settings and state that the steps share.
 
     Attributes:
         device: where kernels run.

@@ -69,7 +69,7 @@ class Workload:
 
 
 def workloads() -> list[Workload]:
-    """What the project's targets name: Llama-2-7B and Llama-3-8B heads."""
+    """Return the workloads of the project's targets: heads of Llama-2-7B and Llama-3-8B."""
     heads = {"Llama-2-7B": (32, 32), "Llama-3-8B": (32, 8)}
     decode = [
         Workload(f"decode {model} B={batch}", batch, *sizes, full_context=FULL_CONTEXT)
@@ -91,7 +91,7 @@ def small_workload() -> Workload:
 
 
 class TimingDevice(Protocol):
-    """What timings need of a device."""
+    """A device that work can be timed on."""
 
     name: str
     cache_bytes: int

@@ -1,4 +1,4 @@
-"""What teaches a demo model to copy: repeated sequences, and passkeys far and near."""
+"""Training data for copying: repeated sequences, and passkeys far and near."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ falls, {decay_repeated:.0%} and {decay_passkeys:.0%}, and the rest is text.
 
 
 def copying(record: dict[str, Any]) -> dict[str, str]:
-    """What the card says of the second training, if there was one."""
+    """Return the card's text about the second training, if there was one."""
     if "copying" not in record:
         return {"copying_data": "", "copying_training": ""}
     found = record["copying"]

@@ -72,7 +72,7 @@ def build_model(kind: str) -> PreTrainedModel:
 
 
 def schedule(tokens: int) -> Schedule:
-    """Return the learning rate's course over so many tokens."""
+    """Return the schedule of the learning rate for a number of tokens."""
     steps = tokens // (BATCH_SIZE * CONTEXT)
     return Schedule(steps, PEAK_LEARNING_RATE, WARMUP_STEPS, round(DECAY_SHARE * steps))
 

@@ -1,4 +1,4 @@
-"""What the demo models read: the tokenizer, crops of the corpora, and the passkey task."""
+"""Training data of the demo models: the tokenizer, crops of the corpora, and the passkey task."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Batches:
         return whole(self.crop(length, dice))
 
     def crop(self, length: int, dice: random.Random) -> torch.Tensor:
-        """Return so many neighbouring ids of the corpora."""
+        """Return a random run of `length` neighbouring ids."""
         start = dice.randrange(len(self._ids) - length + 1)
         return self._ids[start : start + length]
 

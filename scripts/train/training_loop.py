@@ -175,7 +175,7 @@ def save_model(model: PreTrainedModel, out: Path) -> None:
 
 
 def finish(out: Path, record: dict[str, Any]) -> None:
-    """Write what was measured of the saved model; a next start would begin anew."""
+    """Write what was measured of the saved model; a next start would begin from the first step."""
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / CHECKPOINT).unlink(missing_ok=True)
     print(json.dumps(record["heldout"], indent=1))

@@ -1,4 +1,4 @@
-"""What training.json says of a demo model: its losses on held-out text, beside a 5-gram model."""
+"""The content of a demo model's training.json: losses on held-out text, beside a 5-gram model."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def describe_run(
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a training ran on."""
+    """Return the device and versions of a training."""
     return {
         "device": f"{cpu_name()}, {torch.get_num_threads()} threads, shared with other work",
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, tokenizers)},
