@@ -313,7 +313,7 @@ def test_a_head_dimension_without_kernels_is_known_before_the_export():
     odd = TinyModel(head_dim=32).layers
     assert "head_dim 32: the plugin's kernels take 64, 80" in plugin.head_dim_problem(odd)
     # The kernels say the same.
-    kernels = (PLUGINS / "lambda_attention" / "params.cpp").read_text(encoding="utf-8")
+    kernels = (PLUGINS / "lambda_attention" / "validate.cpp").read_text(encoding="utf-8")
     *first, last = map(str, plugin.HEAD_DIMS)
     assert f"the kernels take {', '.join(first)} and {last}" in kernels
 
