@@ -1,4 +1,4 @@
-"""Which experts a bundle's tokens meet, so that a reference can be sent to the same ones.
+"""The experts that a bundle's tokens are routed to, so that a reference uses the same ones.
 
 A router takes the experts with the best scores. Where two scores nearly tie, another precision
 rightly takes the other one, and everything after it differs by far more than rounding. So logits
@@ -85,7 +85,7 @@ class RoutingWatch:
 
 @dataclass(eq=False)
 class Routed(TorchFunctionMode):
-    """Sends a model's tokens to given experts, and keeps what its routers thought of them.
+    """Sends a model's tokens to given experts, and records the scores of its routers.
 
     Routers choose by `topk`, or expert by expert by `max`. Within this mode both return the given
     experts, with their scores; where none are given, their own, which are kept.
@@ -113,7 +113,7 @@ class Routed(TorchFunctionMode):
         self._layer = 0
 
     def begin(self, start: int) -> None:
-        """Announce a forward pass whose first token is the start-th of the text."""
+        """Prepare for a forward pass whose first token has the position `start`."""
         self.start, self._layer, self._picked = start, 0, []
 
     def __torch_function__(
@@ -122,34 +122,43 @@ class Routed(TorchFunctionMode):
         keywords = kwargs or {}
         result = func(*args, **keywords)
         scores: Any = args[0] if args else None
+        # Routers are recognised by what they call: topk or max over one score for each expert.
         is_scores = isinstance(scores, Tensor) and scores.dim() in (2, 3)
         is_scores = is_scores and scores.shape[1:].numel() == self.num_experts
-        is_choice = is_scores and scores.dim() == 2
-        if is_scores and not is_choice and func in (torch.topk, Tensor.topk):
-            self._ungrouped = scores.flatten(1)  # of groups; the scores of others are masked next
-        if is_choice and func in (torch.topk, Tensor.topk):
-            if result[1].shape[1] != self.top_k:
+        if not is_scores:
+            return result
+        if func in (torch.topk, Tensor.topk):
+            if scores.dim() == 3:
+                # (T, groups, experts of a group): the router chooses groups, and masks the scores
+                # of all others before it chooses experts. Kept are the scores before the mask.
+                self._ungrouped = scores.flatten(1)
                 return result
-            index = self._given(len(scores))
-            if index is None:
-                index = result[1]
-            return self._take(result, scores, index)
-        if is_choice and func in (torch.max, Tensor.max) and keywords.get("keepdim"):
-            given = self._given(len(scores))
-            place = len(self._picked)
-            index = result[1] if given is None else given[:, place : place + 1]
-            if not place:
-                self._first = scores
-            self._picked.append(index)
-            if len(self._picked) == self.top_k:
-                self._keep(self._first, torch.cat(self._picked, 1))
-                self._picked = []
-            return type(result)((scores.gather(1, index), index))
+            # Another k is a choice of something else.
+            return self._choose(result, scores) if result[1].shape[1] == self.top_k else result
+        if func in (torch.max, Tensor.max) and scores.dim() == 2 and keywords.get("keepdim"):
+            return self._choose_next(result, scores)
         return result
 
-    def _take(self, result: Any, scores: Tensor, index: Tensor) -> Any:
+    def _choose(self, result: Any, scores: Tensor) -> Any:
+        """Answer a topk: the given experts, or the router's own, with their scores."""
+        index = self._given(len(scores))
+        if index is None:
+            index = result[1]
         self._keep(scores if self._ungrouped is None else self._ungrouped, index)
         self._ungrouped = None
+        return type(result)((scores.gather(1, index), index))
+
+    def _choose_next(self, result: Any, scores: Tensor) -> Any:
+        """Answer one of k calls of max: the router masks an expert before it asks for the next."""
+        given = self._given(len(scores))
+        place = len(self._picked)
+        index = result[1] if given is None else given[:, place : place + 1]
+        if not place:
+            self._first = scores  # of all experts: none is masked yet
+        self._picked.append(index)
+        if len(self._picked) == self.top_k:
+            self._keep(self._first, torch.cat(self._picked, 1))
+            self._picked = []
         return type(result)((scores.gather(1, index), index))
 
     def _given(self, count: int) -> Tensor | None:
@@ -158,6 +167,7 @@ class Routed(TorchFunctionMode):
         return self.chosen[self._layer][self.start : self.start + count]
 
     def _keep(self, scores: Tensor, index: Tensor) -> None:
+        """Record a layer's scores and experts; routers are called layer by layer."""
         if len(self.scores) == self._layer:
             self.scores.append([])
             self.taken.append([])
@@ -213,6 +223,7 @@ def _gap(score: Tensor, taken: Tensor, groups: Groups) -> tuple[int, float]:
     groups explains the experts: the one that needs the smallest gap does.
     """
     size = score.shape[1] // groups.number
+    # A group's value is the sum of its two best scores, as routers compute it.
     by_group = score.unflatten(1, (groups.number, size))
     value = by_group.topk(min(2, size)).values.sum(-1)
     explained = torch.full((len(score),), torch.inf, dtype=score.dtype)
@@ -221,11 +232,13 @@ def _gap(score: Tensor, taken: Tensor, groups: Groups) -> tuple[int, float]:
         outside = [group for group in range(groups.number) if group not in inside]
         group_gap = torch.zeros_like(explained)
         if outside:
+            # How much better the best group left out is than the worst one taken. A value is a sum
+            # of two scores, so its error is twice that of a score: half of the excess counts.
             excess = value[:, outside].amax(1) - value[:, list(inside)].amin(1)
             group_gap = excess.clamp(min=0.0) / 2
         reachable = by_group.index_fill(1, torch.tensor(outside, dtype=torch.int64), -torch.inf)
-        strange, gap = _gap_within(reachable.flatten(1), taken)
-        differing = torch.where(group_gap == 0, strange, differing)
+        other, gap = _gap_within(reachable.flatten(1), taken)
+        differing = torch.where(group_gap == 0, other, differing)
         explained = torch.minimum(explained, torch.maximum(group_gap, gap))
     return int(differing.sum()), float(explained.max())
 
@@ -233,10 +246,10 @@ def _gap(score: Tensor, taken: Tensor, groups: Groups) -> tuple[int, float]:
 def _gap_within(score: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each token how many experts taken are not its best, and the largest gap."""
     own = score.topk(taken.shape[1]).indices
-    strange = ~(taken[:, :, None] == own[:, None, :]).any(-1)
+    other = ~(taken[:, :, None] == own[:, None, :]).any(-1)
     least = score.gather(1, own).amin(1, keepdim=True)
-    gap = (least - score.gather(1, taken)).masked_fill(~strange, 0.0)
-    return strange.sum(1), gap.amax(1)
+    gap = (least - score.gather(1, taken)).masked_fill(~other, 0.0)
+    return other.sum(1), gap.amax(1)
 
 
 def largest_difference(left: list[Tensor], right: list[Tensor]) -> float:
