@@ -7,6 +7,7 @@ import json
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx.numpy_helper
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -189,6 +190,15 @@ def test_float16_errs_at_most_twice_as_much_as_torch_in_float16(tmp_path):
     with torch.no_grad(), family.patched(model):
         in_torch = run(model, torch.from_numpy(tokens[None]), step, rows)[0].double().numpy()
     assert relative_error(got, wanted) <= 2 * relative_error(in_torch, wanted)
+
+
+def test_bfloat16_layers_without_sink_tokens_export(tmp_path):
+    source = save_llama(tmp_path / "m")
+    bundle = export(source, tmp_path / "b", dtype="bfloat16", window_size=11, num_sink_tokens=0)
+    graph = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph
+    (no_sinks,) = [x for x in graph.initializer if "no_sinks" in x.name]
+    assert no_sinks.data_type == onnx.TensorProto.BFLOAT16
+    assert not np.asarray(onnx.numpy_helper.to_array(no_sinks), np.float32).any()
 
 
 def test_bundle_repeats_the_essentials_in_the_graph(tmp_path):

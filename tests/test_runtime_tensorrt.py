@@ -19,6 +19,7 @@ from lminf_export.runtime.gpu import Gpu, find_gpu
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.tensorrt import TensorRTSession
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 from tests.support.tensorrt_doubles import (
     ADA,
     TINY,
@@ -275,8 +276,9 @@ def test_the_doubles_have_nothing_the_real_bindings_lack():
         (ExecutionContextAllocationStrategy, trt.ExecutionContextAllocationStrategy),
     ):
         assert set(double.__members__) <= set(real.__members__)
-    # What TensorRT's enumerations call a type is what the session's table calls it.
-    assert set(runtime_engine._DTYPES) <= set(trt.DataType.__members__)
+    # What TensorRT's enumerations call a type is what the table of element types calls it.
+    names = {row.tensorrt for row in ELEMENT_TYPES.values() if row.tensorrt}
+    assert names <= set(trt.DataType.__members__)
     assert trt.DataType.HALF.name == "HALF"
 
 

@@ -15,9 +15,11 @@ from lminf_export.checkpoint.conversion import Joined, Stacked
 from lminf_export.errors import ExportError, ModelError
 from lminf_export.export import background_weights, run
 from lminf_export.tensors import page_cache, writing
+from lminf_export.tensors.dtypes import MODEL_DTYPES
 from lminf_export.tensors.files import read_header
 from lminf_export.tensors.pieces import Converted, all_finite
 from lminf_export.tensors.stored import BLOCK_BYTES
+from lminf_export.tensors.torch_dtypes import torch_dtype
 from lminf_export.tensors.writing import Stopped, write_pieces
 from tests.support.tiny_models import save_llama
 
@@ -76,7 +78,7 @@ def test_what_is_not_converted_is_copied_with_whatever_the_system_has(
         assert torch.equal(found[name], wanted), name
 
 
-KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KINDS = {name: torch_dtype(name) for name in MODEL_DTYPES}
 
 
 @pytest.mark.parametrize("stored_as", KINDS)

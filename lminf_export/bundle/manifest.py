@@ -39,7 +39,7 @@ from lminf_export.bundle.records import (
 )
 from lminf_export.bundle.tables import first_difference, io_tables
 from lminf_export.errors import BundleError, ConfigError
-from lminf_export.operator.bindings import ITEM_SIZES, LayerSpec
+from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
     MAX_POSITION,
@@ -48,6 +48,7 @@ from lminf_export.operator.settings import (
     LambdaConfig,
     ring_capacity,
 )
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -137,7 +138,7 @@ class Manifest(Record):
     @property
     def item_size(self) -> int:
         """Bytes of one element of the model's type."""
-        return ITEM_SIZES[self.dtype]
+        return ELEMENT_TYPES[self.dtype].itemsize
 
     @property
     def contract(self) -> GraphContract:

@@ -25,6 +25,7 @@ from lminf_export.operator.settings import (
     LAMBDA_LAYERS,
     ROPE_REGIMES,
 )
+from lminf_export.tensors.dtypes import MODEL_DTYPES
 
 if TYPE_CHECKING:
     from lminf_export.bundle.folder import Bundle
@@ -99,7 +100,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=click.Choice(MODEL_DTYPES),
     help="Element type of weights and caches; bfloat16 is for engines and GPUs.  "
     "[default: float16 with an engine, else float32]",
 )

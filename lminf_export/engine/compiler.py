@@ -19,10 +19,10 @@ from lminf_export.errors import EngineError
 from lminf_export.operator import contract
 from lminf_export.progress import Progress
 from lminf_export.runtime.engine import PLUGIN_PREFIX, load_plugin, message_log
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 logger = logging.getLogger(LOGGER_NAME)
 
-_DTYPES = {"int64": "INT64", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 # Lines of messages that only repeat the node's name, or that there is no GPU to ask.
 _NOISE = ("Invalid Node - ", "catchCudaError")
 _NO_REASON = "no reason given; -v shows its messages"
@@ -134,7 +134,7 @@ def check_network(trt: Any, network: Any, request: EngineRequest) -> None:
     if [tensor.name for tensor in inputs] != [spec.name for spec in wanted]:
         raise EngineError("the parsed network has other inputs than the exported graph")
     for tensor, spec in zip(inputs, wanted, strict=True):
-        if tensor.dtype != trt.DataType.__members__[_DTYPES[spec.dtype]]:
+        if tensor.dtype != trt.DataType.__members__[ELEMENT_TYPES[spec.dtype].tensorrt]:
             raise EngineError(f"the parsed network has {tensor.name} as {tensor.dtype}")
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     updates = _plugin_updates if request.with_plugin else _kernel_updates

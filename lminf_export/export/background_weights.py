@@ -17,16 +17,15 @@ from pathlib import Path
 from torch import nn
 
 from lminf_export.checkpoint.conversion import Conversion
-from lminf_export.tensors.dtypes import TORCH_TYPES, TYPE_NAMES
+from lminf_export.tensors.dtypes import WEIGHT_DTYPES
 from lminf_export.tensors.pieces import Converted, Entry, Piece
 from lminf_export.tensors.stored import InFiles, SourceTensor, StoredTensor
+from lminf_export.tensors.torch_dtypes import dtype_name
 from lminf_export.tensors.writing import write_pieces
 
 logger = logging.getLogger(__name__)
 
 _TICK = 0.1  # seconds between two progress reports
-_DTYPES = {kind: name for name, kind in TYPE_NAMES.items()}
-_TYPES = {torch_type: _DTYPES[name] for name, torch_type in TORCH_TYPES.items()}
 
 
 class BackgroundWeights:
@@ -96,11 +95,11 @@ def expected_pieces(
     pieces = []
     for group in groups.values():
         known = next((name for name in group if name in named), None)
-        parameter = parameters[group[0]]
-        if known is None or parameter.dtype not in _TYPES or not _lies_in_files(named[known]):
+        dtype = dtype_name(parameters[group[0]].dtype)
+        if known is None or dtype not in WEIGHT_DTYPES or not _lies_in_files(named[known]):
             logger.info("weights are written after tracing, because of %s", group[0])
             return None
-        pieces.append(Converted(known, named[known], _TYPES[parameter.dtype]))
+        pieces.append(Converted(known, named[known], dtype))
     return pieces
 
 

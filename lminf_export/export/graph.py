@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lminf_export.errors import ExportError
 from lminf_export.export.background_weights import BackgroundWeights
+from lminf_export.export.onnx_dtypes import dtype_name, onnx_dtype
 from lminf_export.export.passes.attach_weights import attach
 from lminf_export.export.passes.fuse_linear_operators import own_linear
 from lminf_export.export.passes.number_names import number_names
@@ -38,13 +39,6 @@ from lminf_export.tensors.writing import write_pieces
 logger = logging.getLogger(__name__)
 
 IR_VERSION = 11
-ELEMENT_TYPES = {
-    "int64": ir.DataType.INT64,
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int8": ir.DataType.INT8,
-}
 PRODUCER = "lminf-export"
 
 
@@ -237,8 +231,7 @@ def weights_name(quantize: QuantizeConfig | None) -> str:
 
 def _stored_type(value: ir.Value, dtype: str) -> str:
     """Return a weight's element type: some routers compute in float32 whatever the model does."""
-    names = {kind: name for name, kind in ELEMENT_TYPES.items()}
-    return names.get(value.dtype, dtype)  # type: ignore[arg-type]
+    return dtype if value.dtype is None else dtype_name(value.dtype)
 
 
 def _stored_name(candidates: tuple[str, ...], checkpoint: Mapping[str, SourceTensor]) -> str:
@@ -255,7 +248,7 @@ def _attach_constants(model: ir.Model, constants: Mapping[str, Tensor]) -> None:
     for name, tensor in constants.items():
         value = model.graph.initializers.get(name)
         if value is not None:
-            value.const_value = ir.tensor(tensor.numpy(), name=name)
+            value.const_value = ir.tensor(tensor, name=name)
     empty = [n for n, value in model.graph.initializers.items() if value.const_value is None]
     if empty:
         raise ExportError(f"the graph has constants without a value: {', '.join(empty[:3])}")
@@ -275,7 +268,7 @@ def _declare_shapes(model: ir.Model, contract: GraphContract) -> None:
     pairs = [*zip(model.graph.inputs, contract.inputs(), strict=True)]
     pairs += zip(model.graph.outputs, contract.outputs(), strict=True)
     for value, spec in pairs:
-        if value.name != spec.name or value.dtype != ELEMENT_TYPES[spec.dtype]:
+        if value.name != spec.name or value.dtype != onnx_dtype(spec.dtype):
             raise ExportError(
                 f"the graph has {value.name!r} of {value.dtype} where the contract has "
                 f"{spec.name!r} of {spec.dtype}"

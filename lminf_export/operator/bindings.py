@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from lminf_export.tensors.dtypes import item_size
+
 BATCH = "batch"
 SEQUENCE = "sequence"
 NUM_LOGITS = "num_logits"
@@ -27,9 +29,6 @@ RING_KINDS = ("key", "value")
 SINK_KINDS = ("sink_key", "sink_value")
 # Of a ring of int8: one float32 for each token and key/value head.
 SCALE_KINDS = ("key_scale", "value_scale")
-
-# Bytes of an element of each type that a cache may have.
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 Dim = int | str
 
@@ -51,7 +50,7 @@ class TensorSpec:
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Return the bytes of a cache tensor, with a size for every symbol."""
-        return prod(self.sized(sizes)) * ITEM_SIZES[self.dtype]
+        return prod(self.sized(sizes)) * item_size(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from lminf_export.operator.bindings import (
     BATCH,
     INPUT_IDS,
-    ITEM_SIZES,
     LOGITS,
     LOGITS_INDEX,
     NEW_LENGTH,
@@ -30,6 +29,7 @@ from lminf_export.operator.bindings import (
     present_name,
 )
 from lminf_export.operator.settings import Dtype, KvCacheDtype
+from lminf_export.tensors.dtypes import item_size
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class GraphContract:
             sinks: starting tokens kept beside it.
         """
         return layer.num_kv_heads * sum(
-            (slots if tokens == layer.ring_symbol else sinks) * row * ITEM_SIZES[dtype]
+            (slots if tokens == layer.ring_symbol else sinks) * row * item_size(dtype)
             for _, dtype, tokens, row in self._cache_rows(layer)
         )
 

@@ -17,6 +17,7 @@ from onnxscript.values import Opset
 from torch import Tensor
 
 from lminf_export.operator import contract, reference, reference_int8
+from lminf_export.tensors.dtypes import ELEMENT_TYPES, MODEL_DTYPES
 
 lambda_attention = torch.library.custom_op(
     "lminf::lambda_attention", reference.lambda_attention, mutates_args=()
@@ -80,7 +81,7 @@ def operator_schema(*, int8_cache: bool = False) -> OpSchema:
         inputs=parameters(contract.inputs(int8_cache=int8_cache)),
         outputs=parameters(contract.outputs(int8_cache=int8_cache)),
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "model type")
+            ("T", [ELEMENT_TYPES[name].onnxruntime for name in MODEL_DTYPES], "model type")
         ],
         attributes=[*attributes, namespace],
     )

@@ -15,6 +15,8 @@ LM_HEADS = ("same", "int8", "full")
 EMBEDDINGS = ("auto", "quantized", "full")
 FORMS = ("matmul_nbits", "qdq")
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
+# Element types of weights that have one scale for each row.
+CHANNEL_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 DEFAULT_BLOCK_SIZE = 32
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
+from lminf_export.quantize.config import CHANNEL_DTYPES
 from lminf_export.quantize.formats import (
     BlockFormat,
     Blocks,
@@ -23,9 +24,10 @@ from lminf_export.quantize.formats import (
     dequantize_rows,
     quantize_rows,
 )
-from lminf_export.tensors.dtypes import TORCH_TYPES, TYPE_NAMES
+from lminf_export.tensors.dtypes import safetensors_name
 from lminf_export.tensors.pieces import Entry, all_finite
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
+from lminf_export.tensors.torch_dtypes import torch_dtype
 
 FILE_NAME = "weights.safetensors"
 QUANTIZED, SCALES, ZERO_POINTS = ".quantized", ".scales", ".zero_points"
@@ -61,7 +63,7 @@ class QuantizedWeight:
             shape = (form.rows, form.columns // 2)
         entries = [
             Entry(self.name + QUANTIZED, "U8", shape),
-            Entry(self.name + SCALES, TYPE_NAMES[self.dtype], form.scales_shape),
+            Entry(self.name + SCALES, safetensors_name(self.dtype), form.scales_shape),
         ]
         if not form.symmetric:
             entries.append(Entry(self.name + ZERO_POINTS, "U8", form.zero_points_shape))
@@ -86,7 +88,7 @@ class QuantizedWeight:
             yield part.view(np.uint8)
 
     def _in_dtype(self, scales: NDArray[np.float32]) -> NDArray[np.uint8]:
-        converted = torch.from_numpy(scales).to(_torch_type(self.dtype))
+        converted = torch.from_numpy(scales).to(torch_dtype(self.dtype))
         if not all_finite(converted):
             raise ModelError(
                 f"tensor {self.name} has values beyond {self.dtype}'s range; export with "
@@ -115,8 +117,12 @@ class ChannelWeight:
     def entries(self) -> tuple[Entry, ...]:
         """The rounded weights and their scales."""
         return (
-            Entry(self.name + QUANTIZED, _CHANNEL_TYPES[self.kind], self.tensor.shape),
-            Entry(self.name + SCALES, TYPE_NAMES[self.dtype], (self.tensor.shape[0],)),
+            Entry(
+                self.name + QUANTIZED,
+                safetensors_name(CHANNEL_DTYPES[self.kind]),
+                self.tensor.shape,
+            ),
+            Entry(self.name + SCALES, safetensors_name(self.dtype), (self.tensor.shape[0],)),
         )
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
@@ -129,13 +135,12 @@ class ChannelWeight:
         for rows in row_blocks(self.tensor, max(1, _ELEMENTS // self.tensor.shape[1])):
             if not all_finite(rows):
                 raise ModelError(f"tensor {self.name} holds values that are not finite")
-            rounded, scale = quantize_channels(rows, self.kind, _torch_type(self.dtype))
+            rounded, scale = quantize_channels(rows, self.kind, torch_dtype(self.dtype))
             yield rounded.view(torch.uint8).numpy()
             scales.append(scale.view(torch.uint8).numpy())
         yield from scales
 
 
-_CHANNEL_TYPES = {"int8": "I8", "fp8": "F8_E4M3"}
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
@@ -149,10 +154,6 @@ def quantize_channels(
     if kind == "fp8":
         return scaled.to(torch.float8_e4m3fn), scale
     return scaled.round().to(torch.int8), scale
-
-
-def _torch_type(dtype: str) -> torch.dtype:
-    return TORCH_TYPES[TYPE_NAMES[dtype]]
 
 
 def row_blocks(tensor: SourceTensor, count: int) -> Iterator[torch.Tensor]:
@@ -247,7 +248,9 @@ class DequantizedChannels:
     @property
     def kind(self) -> str:
         """Return "int8" or "fp8"."""
-        return next(k for k, name in _CHANNEL_TYPES.items() if name == self.packed.dtype)
+        return next(
+            k for k, x in CHANNEL_DTYPES.items() if safetensors_name(x) == self.packed.dtype
+        )
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """Yield the elements in order as flat tensors."""

@@ -19,6 +19,7 @@ from lminf_export.bundle.tables import describe
 from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
 from lminf_export.runtime.gpu import Gpu
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 # How the plugin's messages begin, in a library's log.
 PLUGIN_PREFIX = "LambdaAttention: "
@@ -26,7 +27,7 @@ INSTEAD = "run the bundle's model.onnx with onnxruntime instead"
 
 # builder → Python package of its runtime.
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_DTYPES = {"INT64": "int64", "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+_DTYPES = {row.tensorrt: row.name for row in ELEMENT_TYPES.values() if row.tensorrt}
 _CREATOR = ("LambdaAttention", "1", "lminf")
 
 

@@ -9,14 +9,9 @@ from typing import Any
 from lminf_export.bundle.records import Tensor
 from lminf_export.bundle.tables import describe
 from lminf_export.errors import SessionError
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
-_ORT_TYPES = {
-    "tensor(int64)": "int64",
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int8)": "int8",
-}
+_NAMES = {row.onnxruntime: row.name for row in ELEMENT_TYPES.values()}
 # Fields of onnx.proto: ModelProto.graph, GraphProto.output, ValueInfoProto.name.
 _MODEL_GRAPH, _GRAPH_OUTPUT, _VALUE_NAME = 7, 12, 1
 
@@ -74,7 +69,7 @@ def _message(field: int, content: bytes) -> bytes:
 def _as_tensor(found: Any) -> Tensor:
     # An unnamed dimension is None.
     shape = tuple("?" if dim is None else dim for dim in found.shape)
-    return Tensor(name=found.name, dtype=_ORT_TYPES.get(found.type, found.type), shape=shape)
+    return Tensor(name=found.name, dtype=_NAMES.get(found.type, found.type), shape=shape)
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

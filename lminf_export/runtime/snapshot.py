@@ -10,6 +10,7 @@ import numpy as np
 from lminf_export.errors import SessionError
 from lminf_export.operator.bindings import BATCH, PAST_LENGTH
 from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ class Snapshot:
 
 def numpy_dtype(dtype: str) -> np.dtype:
     """Return the type of arrays of an element type; numpy lacks bfloat16, so it is uint16."""
-    return np.dtype(dtype.replace("bfloat16", "uint16"))
+    return np.dtype(ELEMENT_TYPES[dtype].numpy)
 
 
 def random_cache(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.ndarray:

@@ -1,30 +1,68 @@
-"""Element types, by safetensors' names and by ours."""
+"""The element types of tensors, and what each library calls them. Imports no library.
+
+Everything in the package that maps one name of an element type to another reads this table.
+`tensors.torch_dtypes` and `export.onnx_dtypes` turn its rows into the objects of torch and ONNX.
+"""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-TORCH_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-# What a file may hold beside them: the numbers of quantised tensors, which `dequantize` reads.
-STORED_TYPES = {
-    **TORCH_TYPES,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
-TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+@dataclass(frozen=True)
+class ElementType:
+    """One element type under the names that libraries have for it.
+
+    Attributes:
+        name: ours and torch's, which is ONNX's in a manifest.
+        itemsize: bytes of an element.
+        safetensors: name in the header of a safetensors file.
+        onnx: member of `onnx_ir.DataType`, and of `onnx.TensorProto`.
+        numpy: numpy's name of the type; where numpy has none, of the integer type of its width.
+        tensorrt: member of `tensorrt.DataType`; None for a type that no input of an engine has.
+    """
+
+    name: str
+    itemsize: int
+    safetensors: str
+    onnx: str
+    numpy: str
+    tensorrt: str | None = None
+
+    @property
+    def onnxruntime(self) -> str:
+        """Type of a tensor as onnxruntime and ONNX operator schemas write it."""
+        return f"tensor({self.onnx.lower()})"
+
+
+_TABLE = (
+    ElementType("float64", 8, "F64", "DOUBLE", "float64"),
+    ElementType("float32", 4, "F32", "FLOAT", "float32", "FLOAT"),
+    ElementType("float16", 2, "F16", "FLOAT16", "float16", "HALF"),
+    ElementType("bfloat16", 2, "BF16", "BFLOAT16", "uint16", "BF16"),
+    ElementType("float8_e4m3fn", 1, "F8_E4M3", "FLOAT8E4M3FN", "uint8"),
+    ElementType("float8_e5m2", 1, "F8_E5M2", "FLOAT8E5M2", "uint8"),
+    ElementType("float8_e8m0fnu", 1, "F8_E8M0", "FLOAT8E8M0", "uint8"),
+    ElementType("uint8", 1, "U8", "UINT8", "uint8"),
+    ElementType("int8", 1, "I8", "INT8", "int8"),
+    ElementType("int16", 2, "I16", "INT16", "int16"),
+    ElementType("int32", 4, "I32", "INT32", "int32"),
+    ElementType("int64", 8, "I64", "INT64", "int64", "INT64"),
+)
+ELEMENT_TYPES = {row.name: row for row in _TABLE}
+BY_SAFETENSORS = {row.safetensors: row for row in _TABLE}
+
+# What weights, activations and caches of a bundle may be.
+MODEL_DTYPES = ("float32", "float16", "bfloat16")
+# What a weight of a checkpoint may be: any of these is converted to any of MODEL_DTYPES.
+WEIGHT_DTYPES = ("float64", *MODEL_DTYPES)
 
 
 def item_size(dtype: str) -> int:
-    """Bytes of one element of "float32", "float16" or "bfloat16"."""
-    return TORCH_TYPES[TYPE_NAMES[dtype]].itemsize
+    """Return the bytes of one element of a type, by our name."""
+    return ELEMENT_TYPES[dtype].itemsize
+
+
+def safetensors_name(dtype: str) -> str:
+    """Return the name of an element type in a safetensors file, by our name."""
+    return ELEMENT_TYPES[dtype].safetensors

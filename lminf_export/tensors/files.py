@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lminf_export.errors import ModelError
-from lminf_export.tensors.dtypes import TORCH_TYPES
+from lminf_export.tensors.dtypes import WEIGHT_DTYPES, safetensors_name
 from lminf_export.tensors.stored import PickledTensor, RawTensor, SourceTensor, StoredTensor
 
 FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+_WEIGHT_TYPES = tuple(safetensors_name(name) for name in WEIGHT_DTYPES)
 
 
 def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, RawTensor]:
@@ -166,10 +167,10 @@ def find_weights(
                 f"tensor {candidates[0]}: the checkpoint has shape {list(tensor.shape)}, "
                 f"config.json asks for {list(shapes[weight])}"
             )
-        if tensor.dtype not in TORCH_TYPES:
+        if tensor.dtype not in _WEIGHT_TYPES:
             raise ModelError(
                 f"tensor {candidates[0]} has element type {tensor.dtype}; expected one of "
-                f"{', '.join(TORCH_TYPES)}; a quantised checkpoint says in config.json, under "
+                f"{', '.join(_WEIGHT_TYPES)}; a quantised checkpoint says in config.json, under "
                 f"quantization_config, how it is read"
             )
         found[weight] = tensor

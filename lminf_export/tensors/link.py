@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lminf_export.errors import ModelError
-from lminf_export.tensors.dtypes import TYPE_NAMES
+from lminf_export.tensors.dtypes import BY_SAFETENSORS, safetensors_name
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
 
 
@@ -29,7 +29,7 @@ def link_weights(
         ModelError: a tensor would have to be converted or put together, or the folder is on
             another disk than the checkpoint.
     """
-    kind, linked = TYPE_NAMES[dtype], {}
+    kind, linked = safetensors_name(dtype), {}
     for name, tensor in weights.items():
         if not isinstance(tensor, StoredTensor):
             raise ModelError(
@@ -37,7 +37,8 @@ def link_weights(
                 f"linked; use --weights copy"
             )
         if tensor.dtype != kind:
-            have = next((n for n, k in TYPE_NAMES.items() if k == tensor.dtype), tensor.dtype)
+            known = BY_SAFETENSORS.get(tensor.dtype)
+            have = known.name if known else tensor.dtype
             raise ModelError(
                 f"tensor {name} is {have}, and linked weights stay as they are: export with "
                 f"--dtype {have}, or with --weights copy to convert them to {dtype}"

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
-from lminf_export.tensors.dtypes import STORED_TYPES, TORCH_TYPES, TYPE_NAMES
+from lminf_export.tensors.dtypes import BY_SAFETENSORS, safetensors_name
 from lminf_export.tensors.stored import BLOCK_BYTES, InFiles, SourceTensor, StoredTensor
+from lminf_export.tensors.torch_dtypes import torch_dtype
 
 # Bytes, or a part of a file that holds them already.
 Chunk: TypeAlias = NDArray[np.uint8] | StoredTensor
@@ -30,7 +31,7 @@ class Entry:
     @property
     def length(self) -> int:
         """Bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * STORED_TYPES[self.dtype].itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * BY_SAFETENSORS[self.dtype].itemsize
 
 
 class Piece(Protocol):
@@ -68,7 +69,7 @@ class Converted:
     @property
     def entries(self) -> tuple[Entry]:
         """The one tensor."""
-        return (Entry(self.name, TYPE_NAMES[self.dtype], self.tensor.shape),)
+        return (Entry(self.name, safetensors_name(self.dtype), self.tensor.shape),)
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the converted bytes, block by block, or where they are if nothing is converted.
@@ -77,10 +78,10 @@ class Converted:
             ModelError: a value does not fit into float16.
         """
         parts = stored_parts(self.tensor)
-        if parts and self.tensor.dtype == TYPE_NAMES[self.dtype]:
+        if parts and self.tensor.dtype == safetensors_name(self.dtype):
             yield from parts
             return
-        dtype = TORCH_TYPES[TYPE_NAMES[self.dtype]]
+        dtype = torch_dtype(self.dtype)
         # Pages of new memory cost the system more time than what is computed in them.
         buffer, scratch = np.empty(BLOCK_BYTES, np.uint8), torch.empty(BLOCK_BYTES // 2)
         blocks = (block for part in parts for block in part.blocks(buffer))

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
-from lminf_export.tensors.dtypes import STORED_TYPES
+from lminf_export.tensors.dtypes import BY_SAFETENSORS, ELEMENT_TYPES
+from lminf_export.tensors.torch_dtypes import dtype_name, stored_torch_dtype, torch_dtype
 
 BLOCK_BYTES = 4 * 2**20
 _RAW_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
@@ -92,7 +93,7 @@ class StoredTensor:
                     if not (read := file.readinto(left)):
                         raise ModelError(f"weights file {self.path.name} was cut while it was read")
                     left = left[read:]
-                yield torch.from_numpy(piece).view(STORED_TYPES[self.dtype])
+                yield torch.from_numpy(piece).view(stored_torch_dtype(self.dtype))
 
     def stored(self) -> list[StoredTensor]:
         """Return itself."""
@@ -108,19 +109,19 @@ class StoredTensor:
         """Return a copy of a part, as it is stored.
 
         Raises:
-            ModelError: its element type is none of STORED_TYPES.
+            ModelError: its element type is not in the table of `tensors.dtypes`.
         """
-        kind = STORED_TYPES.get(self.dtype)
+        kind = BY_SAFETENSORS.get(self.dtype)
         if kind is None:
             raise ModelError(f"a tensor of {self.path.name} has element type {self.dtype}")
         raw = np.memmap(self.path, _RAW_TYPES[kind.itemsize], "r", self.offset, self.shape)
-        return torch.from_numpy(np.array(raw[index])).view(kind)
+        return torch.from_numpy(np.array(raw[index])).view(torch_dtype(kind.name))
 
     def load(self) -> torch.Tensor:
         """Return a copy of the whole tensor."""
         blocks = list(self.blocks())
         if not blocks:
-            return torch.empty(self.shape, dtype=STORED_TYPES[self.dtype])
+            return torch.empty(self.shape, dtype=stored_torch_dtype(self.dtype))
         return torch.cat(blocks).reshape(self.shape)
 
 
@@ -133,8 +134,8 @@ class PickledTensor:
     @property
     def dtype(self) -> str:
         """safetensors' name of its element type, or torch's where it has none here."""
-        names = {kind: name for name, kind in STORED_TYPES.items()}
-        return names.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch."))
+        name = dtype_name(self.tensor.dtype)
+        return ELEMENT_TYPES[name].safetensors if name in ELEMENT_TYPES else name
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from lminf_export.quantize.stored import (
     QuantizedWeight,
     dequantize_stored,
 )
-from lminf_export.tensors.dtypes import TYPE_NAMES
+from lminf_export.tensors.dtypes import BY_SAFETENSORS
 from lminf_export.tensors.files import FILE_NAME as CHECKPOINT_NAME
 from lminf_export.tensors.files import read_header
 from lminf_export.tensors.pieces import Converted, Piece, read_chunks
@@ -100,8 +100,8 @@ def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str
     """
     if stored.shape != source.shape:
         return False
-    kinds = {kind: name for name, kind in TYPE_NAMES.items()}
-    piece: Piece = Converted(name, source, kinds.get(stored.dtype, dtype))  # some stay float32
+    kind = BY_SAFETENSORS.get(stored.dtype)  # some weights stay float32
+    piece: Piece = Converted(name, source, kind.name if kind else dtype)
     first = stored
     if isinstance(stored, DequantizedWeight):
         piece = QuantizedWeight(name, source, stored.form, dtype, stored.signed)

@@ -25,13 +25,7 @@ from lminf_export.operator.attention_body import OPSET, BodyFeatures, function_b
 from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import LambdaConfig, ring_capacity
-
-_ELEMENTS = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int64": TensorProto.INT64,
-}
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 
 @dataclass(frozen=True)
@@ -285,7 +279,8 @@ def _tensor_of(array: np.ndarray, dtype: str) -> onnx.TensorProto:
 
 
 def _info(spec: bindings.TensorSpec) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(spec.name, _ELEMENTS[spec.dtype], spec.shape)
+    kind = TensorProto.DataType.Value(ELEMENT_TYPES[spec.dtype].onnx)
+    return helper.make_tensor_value_info(spec.name, kind, spec.shape)
 
 
 def byte_tokenizer() -> Tokenizer:

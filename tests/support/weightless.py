@@ -13,7 +13,7 @@ from lminf_export.export.passes.pipelines import optimize
 from lminf_export.export.trace.tracing import Trace
 from lminf_export.models.base import AttentionPlan
 from lminf_export.operator import contract
-from lminf_export.tensors.dtypes import TYPE_NAMES, item_size
+from lminf_export.tensors.dtypes import item_size, safetensors_name
 from lminf_export.tensors.files import FILE_NAME
 from lminf_export.tensors.stored import StoredTensor
 
@@ -26,7 +26,9 @@ def export_without_weights(traced: Trace, plan: AttentionPlan, folder: Path) -> 
     for name in (name for name in traced.weight_names if name in initializers):
         shape = tuple(int(dim) for dim in initializers[name].shape.numpy())
         length = math.prod(shape) * item_size(dtype)
-        stored[name] = StoredTensor(folder / FILE_NAME, TYPE_NAMES[dtype], shape, offset, length)
+        stored[name] = StoredTensor(
+            folder / FILE_NAME, safetensors_name(dtype), shape, offset, length
+        )
         offset += length
     with (folder / FILE_NAME).open("wb") as file:
         file.truncate(offset)

@@ -14,9 +14,10 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from lminf_export.export.onnx_dtypes import onnx_dtype
 from lminf_export.models.expert_facts import is_router_weight
 from lminf_export.operator.linear_bodies import CONTRIB_DOMAIN
-from lminf_export.quantize.config import BITS, QuantizeConfig
+from lminf_export.quantize.config import BITS, CHANNEL_DTYPES, QuantizeConfig
 from lminf_export.quantize.formats import BlockFormat
 from lminf_export.quantize.stored import (
     QUANTIZED,
@@ -27,13 +28,7 @@ from lminf_export.quantize.stored import (
 )
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
 
-_KINDS = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 Quantized: TypeAlias = QuantizedWeight | ChannelWeight
-_TYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
 
 
 @dataclass(frozen=True)
@@ -198,14 +193,18 @@ def _dequantize_first(graph: ir.Graph, piece: Quantized, products: Sequence[ir.N
         return
     shape = piece.tensor.shape
     if isinstance(piece, ChannelWeight):
-        kind, attributes, scales_shape = _KINDS[piece.kind], {"axis": 0}, shape[:1]
+        kind, attributes, scales_shape = (
+            onnx_dtype(CHANNEL_DTYPES[piece.kind]),
+            {"axis": 0},
+            shape[:1],
+        )
     else:
         kind, scales_shape = ir.DataType.INT4, piece.form.scales_shape
         attributes = {"axis": 1, "block_size": piece.form.block_size}
     rounded = _initializer(graph, piece.name + QUANTIZED, kind, shape)
-    scales = _initializer(graph, piece.name + SCALES, _TYPES[piece.dtype], scales_shape)
+    scales = _initializer(graph, piece.name + SCALES, onnx_dtype(piece.dtype), scales_shape)
     dense = ir.node("DequantizeLinear", [rounded, scales], attributes)
-    dense.outputs[0].dtype = _TYPES[piece.dtype]
+    dense.outputs[0].dtype = onnx_dtype(piece.dtype)
     dense.outputs[0].shape = ir.Shape(shape)
     graph.insert_before(products[0], dense)
     for node in products:
@@ -239,7 +238,7 @@ def _look_up_blocks(graph: ir.Graph, piece: QuantizedWeight, lookups: Sequence[i
 
 def _scales(graph: ir.Graph, piece: QuantizedWeight) -> ir.Value:
     name, shape = piece.name + SCALES, piece.form.scales_shape
-    return _initializer(graph, name, _TYPES[piece.dtype], shape)
+    return _initializer(graph, name, onnx_dtype(piece.dtype), shape)
 
 
 def _zero_points(graph: ir.Graph, piece: QuantizedWeight) -> ir.Value | None:

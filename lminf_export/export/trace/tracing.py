@@ -37,14 +37,9 @@ from lminf_export.models.steps import LambdaModel, PlanTables
 from lminf_export.operator import attention_body, positions, torch_operator
 from lminf_export.operator.bindings import TensorSpec
 from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.tensors.torch_dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)
-
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Trace:
 def meta_model(config: Any, dtype: str, *, trust_remote_code: bool = False) -> nn.Module:
     """Build the model to be traced: shapes and element types without numbers."""
     return build_model(
-        config, TORCH_DTYPES[dtype], device="meta", trust_remote_code=trust_remote_code
+        config, torch_dtype(dtype), device="meta", trust_remote_code=trust_remote_code
     )
 
 
@@ -107,7 +102,7 @@ class TracedModule:
 
     def __init__(self, model: nn.Module, plan: AttentionPlan, contract: GraphContract) -> None:
         self.model, self.plan, self.contract = model, plan, contract
-        tables = PlanTables(plan, TORCH_DTYPES[contract.dtype])
+        tables = PlanTables(plan, torch_dtype(contract.dtype))
         self.constants = {f"tables.{name}": value for name, value in tables.named_buffers()}
         self.wrapped = LambdaModel(model, plan, copy.deepcopy(tables).to("meta")).eval()
         self.inputs = contract.inputs()
@@ -192,11 +187,10 @@ def _example(specs: Sequence[TensorSpec], smallest: int = 2) -> list[Tensor]:
     """Make meta inputs; sizes that differ for every symbol and are never 0 or 1."""
     symbols = sorted({d for spec in specs for d in spec.shape if isinstance(d, str)})
     sizes = {symbol: smallest + index for index, symbol in enumerate(symbols)}
-    types = {**TORCH_DTYPES, "int64": torch.int64, "int8": torch.int8}
     return [
         torch.empty(
             [sizes[d] if isinstance(d, str) else d for d in spec.shape],
-            dtype=types[spec.dtype],
+            dtype=torch_dtype(spec.dtype),
             device="meta",
         )
         for spec in specs
