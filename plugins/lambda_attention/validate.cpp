@@ -39,7 +39,7 @@ std::string checkLimits(const LambdaAttentionParams& p) {
   if (!isSupportedHeadDim(p.headDim)) {
     return message("head_dim = ", p.headDim, ": the kernels take 64, 80, 96, 128 and 256");
   }
-  const std::string problem = checkSizes(p);
+  std::string problem = checkSizes(p);
   if (!problem.empty()) return problem;
   if (p.numHeads > kMaxRows / p.batchSize ||
       p.sequenceLength > kMaxRows / (p.batchSize * p.numHeads)) {

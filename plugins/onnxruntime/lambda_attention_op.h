@@ -33,7 +33,7 @@ abi::ElementType typeOf(const Operand& operand, abi::ElementType element, bool i
 // Status* compute(KernelContext*) noexcept.
 template <abi::ElementType element, typename Kernel, bool int8Cache = false>
 struct Op : abi::CustomOp {
-  explicit Op(const char* provider) : abi::CustomOp{}, provider(provider) {
+  explicit Op(const char* provider) noexcept : abi::CustomOp{}, provider(provider) {
     version = abi::kApiVersion;
     getName = [](const abi::CustomOp*) { return int8Cache ? kInt8CacheName : kName; };
     getExecutionProviderType = [](const abi::CustomOp* op) {

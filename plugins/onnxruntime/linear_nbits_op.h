@@ -42,7 +42,7 @@ class LinearNBitsKernel {
 
 template <abi::ElementType element, bool adds>
 struct LinearNBitsOp : MatrixOp<element, adds ? 5 : 4> {
-  LinearNBitsOp() {
+  LinearNBitsOp() noexcept {
     this->getName = [](const abi::CustomOp*) { return adds ? "LinearNBitsAdd" : "LinearNBits"; };
     this->getInputType = [](const abi::CustomOp*, size_t i) {
       return i == 1 || i == (adds ? 4 : 3) ? abi::kUint8 : element;
@@ -52,7 +52,7 @@ struct LinearNBitsOp : MatrixOp<element, adds ? 5 : 4> {
     };
     this->createKernelV2 = [](const abi::CustomOp*, const abi::Api* api,
                               const abi::KernelInfo* info, void** kernel) -> abi::Status* {
-      NBitsAttributes attributes;
+      NBitsAttributes attributes{};
       if (abi::Status* wrong = readAttributes(api, info, &attributes)) return wrong;
       *kernel = new LinearNBitsKernel(api, attributes, element, adds);
       return nullptr;

@@ -34,7 +34,7 @@ class LinearKernel {
 // element type.
 template <abi::ElementType element, size_t numInputs>
 struct MatrixOp : abi::CustomOp {
-  MatrixOp() : abi::CustomOp{} {
+  MatrixOp() noexcept : abi::CustomOp{} {
     version = abi::kApiVersion;
     getExecutionProviderType = [](const abi::CustomOp*) { return "CPUExecutionProvider"; };
     getInputTypeCount = [](const abi::CustomOp*) { return numInputs; };
@@ -51,7 +51,7 @@ struct MatrixOp : abi::CustomOp {
 
 template <abi::ElementType element, bool adds>
 struct LinearOp : MatrixOp<element, adds ? 3 : 2> {
-  LinearOp() {
+  LinearOp() noexcept {
     this->getName = [](const abi::CustomOp*) { return adds ? "LinearAdd" : "Linear"; };
     this->createKernelV2 = [](const abi::CustomOp*, const abi::Api* api, const abi::KernelInfo*,
                               void** kernel) -> abi::Status* {

@@ -11,9 +11,8 @@
 #include "cuda_kernel.h"
 #endif
 
+namespace lminf {
 namespace {
-
-using namespace lminf;
 
 // One line per execution provider and element type.
 const Op<abi::kFloat, CpuKernel> cpuFloat("CPUExecutionProvider");
@@ -89,4 +88,6 @@ LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::activeKernels()
 
 // For tests and measurements: runs on this set from now on; 0 where this processor cannot.
 LMINF_ORT_EXPORT int lminfUseInstructionSet(const char* name) { return cpu::useKernels(name); }
-}
+}  // extern "C"
+
+}  // namespace lminf

@@ -63,10 +63,13 @@ void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
 }
 
 void logError(const std::string& problem) noexcept {
+  bool logged = false;
   try {
-    if (logThroughTensorRT(std::string(kName) + ": " + problem)) return;
-  } catch (...) {  // findLogger is not noexcept; the message still has somewhere to go
+    logged = logThroughTensorRT(std::string(kName) + ": " + problem);
+  } catch (...) {
+    logged = false;  // findLogger is not noexcept; the message still has somewhere to go
   }
+  if (logged) return;
   std::fprintf(stderr, "%s: %s\n", kName, problem.c_str());
 }
 

@@ -57,7 +57,10 @@ void carryOver(const Params& p, const Parallel& parallel) {
 
 void append(const Params& p, const Kernels& kernels, const Parallel& parallel) {
   const int64_t pairs = p.batchSize * p.numKvHeads;
-  const auto one = [&](size_t pair) { kernels.append(p, pair / p.numKvHeads, pair % p.numKvHeads); };
+  const auto one = [&](size_t index) {
+    const auto pair = static_cast<int64_t>(index);
+    kernels.append(p, pair / p.numKvHeads, pair % p.numKvHeads);
+  };
   if (pairs * p.sequenceLength * p.headDim >= kLargeAppend) return forEach(parallel, pairs, one);
   for (int64_t pair = 0; pair < pairs; ++pair) one(pair);
 }

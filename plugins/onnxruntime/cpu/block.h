@@ -257,7 +257,7 @@ class Block {
   const Params& p_;
   const Item& item_;
   const int64_t dim_, group_, rows_, tile_;
-  Scratch s_;
+  Scratch s_{};
 };
 
 void attend(const Params& p, const Item& item, float* scratch) {

@@ -34,7 +34,7 @@ inline size_t layOut(const Params& p, int64_t numSteps, float* memory, Scratch* 
     used += roundUp(count, 16);
     return start;
   };
-  Scratch local;
+  Scratch local{};
   Scratch& out = s == nullptr ? local : *s;
   out.localQuery = take(rows * dim);
   out.sinkQuery = take(rows * dim);

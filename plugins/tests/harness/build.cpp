@@ -109,6 +109,7 @@ nvinfer1::IPluginV3OneBuildV2& buildCapability(nvinfer1::IPluginV3& plugin) {
 
 void checkTypes(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task) {
   std::vector<DataType> inputs;
+  inputs.reserve(kNumInputs);
   for (std::int32_t input = 0; input < kNumInputs; ++input) inputs.push_back(task.typeOf(input));
   std::vector<DataType> outputs(kNumOutputs, DataType::kINT8);
   require(builder.getOutputDataTypes(outputs.data(), kNumOutputs, inputs.data(), kNumInputs) == 0,
