@@ -37,7 +37,7 @@ struct Lane {
   bool atBlock = false;
   LaneInput input{};
   LaneOutput output{};
-  std::vector<Copy> open;                // copies not committed yet
+  std::vector<Copy> open;                 // copies not committed yet
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
@@ -61,8 +61,8 @@ struct Block {
 Block block;
 
 [[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "emulated kernel, block (%u, %u), thread %u: %s\n", blockIndex.x, blockIndex.y,
-               threadIndex.x, what);
+  std::fprintf(stderr, "emulated kernel, block (%u, %u), thread %u: %s\n", blockIndex.x,
+               blockIndex.y, threadIndex.x, what);
   std::abort();
 }
 
@@ -111,7 +111,8 @@ void loadMatrix(Lane* const* lanes, bool transposed) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     std::uint16_t element[8][8];
     for (int row = 0; row < 8; ++row) {
-      const auto* address = static_cast<const unsigned char*>(lanes[matrix * 8 + row]->input.address);
+      const auto* address =
+          static_cast<const unsigned char*>(lanes[matrix * 8 + row]->input.address);
       if (address < block.shared || address + 16 > block.shared + block.sharedBytes) {
         fail("ldmatrix outside of shared memory");
       }
@@ -245,7 +246,8 @@ void runBlock() {
 std::array<float, 65536> makeHalfTable() {
   std::array<float, 65536> table{};
   for (std::uint32_t bits = 0; bits < 65536; ++bits) {
-    const std::uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const std::uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31,
+                        fraction = bits & 1023;
     float value;
     if (exponent == 31) {
       value = bitsToFloat(sign | 0x7f800000u | fraction << 13);

@@ -1,4 +1,5 @@
-// One block of CUDA threads on a CPU: every instruction of device_ptx.cuh, done by a fiber per thread.
+// One block of CUDA threads on a CPU: every instruction of device_ptx.cuh, done by a fiber per
+// thread.
 //
 // Warp instructions meet in a rendezvous of 32 lanes, with the fragment layouts of the PTX manual
 // (sections on mma.m16n8k16, ldmatrix, movmatrix). A warp runs as far as it can before the next one
@@ -38,13 +39,20 @@ struct Counters {
 };
 extern Counters counters;
 
-enum class WarpInstruction { kShuffle, kMultiplyHalf, kMultiplyBfloat16, kLoad, kLoadTransposed,
-                             kTranspose, kSync };
+enum class WarpInstruction {
+  kShuffle,
+  kMultiplyHalf,
+  kMultiplyBfloat16,
+  kLoad,
+  kLoadTransposed,
+  kTranspose,
+  kSync
+};
 
 struct LaneInput {
-  std::uint32_t word[8];   // mma: a0 ... a3, b0, b1; movmatrix, shuffle: word 0; shuffle: mask in 1
-  float sum[4];            // mma
-  const void* address;     // ldmatrix
+  std::uint32_t word[8];  // mma: a0 ... a3, b0, b1; movmatrix, shuffle: word 0; shuffle: mask in 1
+  float sum[4];           // mma
+  const void* address;    // ldmatrix
 };
 
 struct LaneOutput {
@@ -160,8 +168,7 @@ inline int shuffleXor(int value, int mask) {
   emulation::LaneInput input{};
   input.word[0] = static_cast<std::uint32_t>(value);
   input.word[1] = static_cast<std::uint32_t>(mask);
-  return static_cast<int>(
-      emulation::meetWarp(emulation::WarpInstruction::kShuffle, input).word[0]);
+  return static_cast<int>(emulation::meetWarp(emulation::WarpInstruction::kShuffle, input).word[0]);
 }
 inline float shuffleXor(float value, int mask) {
   std::uint32_t bits;

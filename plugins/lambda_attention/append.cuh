@@ -76,8 +76,7 @@ template <class T, int D>
 __global__ void __launch_bounds__(kAppendWarps * 32, 4) appendKernel(const KernelArguments a) {
   const int carried = a.copySinkKey || a.copySinkValue ? a.sinkSlots : 0;
   const int perPair = a.sequenceLength + carried;
-  const std::int64_t warp =
-      static_cast<std::int64_t>(blockIdx.x) * kAppendWarps + threadIdx.x / 32;
+  const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * kAppendWarps + threadIdx.x / 32;
   if (warp >= static_cast<std::int64_t>(perPair) * a.batchSize * a.numKvHeads) return;
   const int pair = static_cast<int>(warp / perPair), row = static_cast<int>(warp % perPair);
   const int batch = pair / a.numKvHeads, kvHead = pair % a.numKvHeads;

@@ -37,7 +37,8 @@ LMINF_HD Number ceilDiv(Number value, Number divisor) {
 
 // Real tokens of a row, whatever the caller wrote: 0 ... S.
 LMINF_HD int realTokens(std::int64_t newLength, int sequenceLength) {
-  return static_cast<int>(larger<std::int64_t>(0, smaller<std::int64_t>(newLength, sequenceLength)));
+  return static_cast<int>(
+      larger<std::int64_t>(0, smaller<std::int64_t>(newLength, sequenceLength)));
 }
 
 // How many sink tokens a query at a position sees: j < N with position - j >= W.

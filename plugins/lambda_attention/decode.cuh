@@ -1,11 +1,11 @@
 // decode: few query rows, many keys. Split-K flash decoding on tensor cores without shared memory.
 //
 // The product is turned around: keys are the 16 rows of the mma, query rows its 8 columns, so up to
-// 8 query heads of a group cost what one costs and each key is loaded once for all of them. Keys and
-// values go from global memory straight into mma fragments. That works because a dot product does
-// not care in which order its dimensions come, nor a sum over keys: each lane takes 16 contiguous
-// bytes and calls them the dimensions its fragment holds, and the query is read with the same
-// renaming. docs/kernels.md draws it.
+// 8 query heads of a group cost what one costs and each key is loaded once for all of them. Keys
+// and values go from global memory straight into mma fragments. That works because a dot product
+// does not care in which order its dimensions come, nor a sum over keys: each lane takes 16
+// contiguous bytes and calls them the dimensions its fragment holds, and the query is read with the
+// same renaming. docs/kernels.md draws it.
 //
 // Every warp runs alone over its tiles of 16 keys: nothing to wait for, loads of the next keys
 // and this tile's values are under way while it computes.
@@ -22,14 +22,14 @@ namespace lminf {
 template <class T, int D, int kRowTiles>
 struct DecodeWarp {
   static_assert(D <= kLargestDoubledHeadDim || D % 64 == 0, "large heads have whole blocks only");
-  static constexpr int kKeyBlocks = D / 32, kKeyRest = D % 32 / 4;       // rest: 0 or 4 elements
-  static constexpr int kValueBlocks = D / 64, kValueRest = D % 64 / 8;   // rest: 0, 2 or 4 elements
+  static constexpr int kKeyBlocks = D / 32, kKeyRest = D % 32 / 4;      // rest: 0 or 4 elements
+  static constexpr int kValueBlocks = D / 64, kValueRest = D % 64 / 8;  // rest: 0, 2 or 4 elements
   static constexpr int kRows = kRowTiles * 8;
   static constexpr int kQueryStride = D + kRowPadding;
   static constexpr int kResultStride = D + kMergeRowPadding;
 
   const KernelArguments& a;
-  int quad, inQuad;  // lane = 4 * quad + inQuad
+  int quad, inQuad;                     // lane = 4 * quad + inQuad
   std::int64_t sinkOffset, ringOffset;  // of this key/value head, in elements
   int sinkCount, ringCount, firstSlot, sinkTiles;
   // Of rows 2 * inQuad and + 1: the last sink they see, the distance to ring key 0; -1 for padding.
@@ -73,8 +73,8 @@ struct DecodeWarp {
   __device__ __forceinline__ void loadKeys(int tile) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const T* row = rowOf(tile < sinkTiles, firstKey(tile) + quad + 8 * side, a.presentSinkKey,
-                           a.presentKey);
+      const T* row =
+          rowOf(tile < sinkTiles, firstKey(tile) + quad + 8 * side, a.presentSinkKey, a.presentKey);
 #pragma unroll
       for (int block = 0; block < kKeyBlocks; ++block) {
         key[block][side] = loadStreamed<8>(row + block * 32 + inQuad * 8);
@@ -197,7 +197,7 @@ struct DecodeWarp {
     std::uint32_t weightWord[kRowTiles][2];
 #pragma unroll
     for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
-      const float(&w)[4] = weights[rowTile];
+      const float (&w)[4] = weights[rowTile];
       weightWord[rowTile][0] = transposeMatrix(packPair<T>(w[0], w[1]));
       weightWord[rowTile][1] = transposeMatrix(packPair<T>(w[2], w[3]));
     }
@@ -318,8 +318,7 @@ __device__ __forceinline__ void rotateQueries(const KernelArguments& a, const Ro
     for (int index = 0; index < kAtOnce; ++index) {
       const int row = (first + index * kThreads) / D, dim = (first + index * kThreads) % D;
       if (row >= rows) continue;
-      const std::int64_t rotary =
-          cosRow(a, group.batch, (group.firstRow + row) % a.sequenceLength);
+      const std::int64_t rotary = cosRow(a, group.batch, (group.firstRow + row) % a.sequenceLength);
       const T* source = query + row * D;
       sink[index].load(source, dim, a.limitCos, a.limitSin, a.rotaryDim, a.rotaryInterleaved);
       ring[index].load(source, dim, a.cos + rotary, a.sin + rotary, a.rotaryDim,
@@ -349,8 +348,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   DecodeWarp<T, D, kRowTiles> warp(a);
   warp.sinkOffset = pair * a.sinkSlots * D;
   warp.ringOffset = pair * a.capacity * D;
-  const KeySpan span = keySpan(past, real, 0, a.sequenceLength - 1, a.windowSize, a.numSinkTokens,
-                               a.capacity);
+  const KeySpan span =
+      keySpan(past, real, 0, a.sequenceLength - 1, a.windowSize, a.numSinkTokens, a.capacity);
   warp.sinkCount = span.sinkCount;
   warp.ringCount = span.ringCount;
   warp.firstSlot = span.firstSlot;

@@ -91,7 +91,9 @@ __device__ __forceinline__ void copyAsync16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(sharedAddress(shared)), "l"(global)
                : "memory");
 }
-__device__ __forceinline__ void commitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // Waits until at most `pending` of this thread's latest groups are still on their way.
 template <int pending>
 __device__ __forceinline__ void waitCopies() {
@@ -167,9 +169,8 @@ template <class Arguments>
 cudaError_t enqueue(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t stream,
                     const Arguments& arguments) {
   if (shape.sharedBytes > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shape.sharedBytes));
+    const cudaError_t status = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.sharedBytes));
     if (status != cudaSuccess) {
       cudaGetLastError();
       return status;

@@ -36,12 +36,12 @@ inline LaunchShape shapeOfRows(std::int64_t rows, int warps) {
 }  // namespace lminf
 
 // Calls function<headDim>(); validation has refused every other head dimension.
-#define LMINF_FOR_HEAD_DIM(headDim, FUNCTION)              \
-  switch (headDim) {                                       \
-    case 64: return FUNCTION(64);                          \
-    case 80: return FUNCTION(80);                          \
-    case 96: return FUNCTION(96);                          \
-    case 128: return FUNCTION(128);                        \
-    case 256: return FUNCTION(256);                        \
-    default: return cudaErrorInvalidValue;                 \
+#define LMINF_FOR_HEAD_DIM(headDim, FUNCTION) \
+  switch (headDim) {                          \
+    case 64: return FUNCTION(64);             \
+    case 80: return FUNCTION(80);             \
+    case 96: return FUNCTION(96);             \
+    case 128: return FUNCTION(128);           \
+    case 256: return FUNCTION(256);           \
+    default: return cudaErrorInvalidValue;    \
   }

@@ -52,8 +52,8 @@ cudaError_t readLimits(DeviceLimits& limits) {
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&perBlock, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&perMultiprocessor,
-                                  cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  status = cudaDeviceGetAttribute(&perMultiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                  device);
   limits.multiprocessors = multiprocessors;
   limits.sharedBytesPerBlock = static_cast<std::size_t>(perBlock);
   limits.sharedBytesPerMultiprocessor = static_cast<std::size_t>(perMultiprocessor);
@@ -63,8 +63,8 @@ cudaError_t readLimits(DeviceLimits& limits) {
 template <class T>
 cudaError_t attend(const KernelArguments& a, const AttentionPlan& plan, int headDim,
                    cudaStream_t stream) {
-  const bool isDecode = plan.kernel == AttentionKernel::kDecode8 ||
-                        plan.kernel == AttentionKernel::kDecode16;
+  const bool isDecode =
+      plan.kernel == AttentionKernel::kDecode8 || plan.kernel == AttentionKernel::kDecode16;
   const cudaError_t status = isDecode ? enqueueDecode<T>(a, plan, headDim, stream)
                                       : enqueueTiles<T>(a, plan, headDim, stream);
   if (status != cudaSuccess || plan.splits == 1) return status;

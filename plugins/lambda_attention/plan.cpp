@@ -128,8 +128,8 @@ AttentionPlan planAttention(const LambdaAttentionParams& p, const DeviceLimits& 
   const std::int64_t tiles = ceilDiv<std::int64_t>(keys, plan.keysPerTile);
   const std::int64_t leastTiles = isDecode(plan.kernel) ? kMinTilesPerSplit : 2;
   const std::int64_t fitting = static_cast<std::int64_t>(workspaceBytes / partialBytes(p, 1));
-  const std::int64_t limit = std::min({std::int64_t{kMaxSplits}, tiles / leastTiles, fitting,
-                                       maxBlocks(plan.kernel) / blocks});
+  const std::int64_t limit = std::min(
+      {std::int64_t{kMaxSplits}, tiles / leastTiles, fitting, maxBlocks(plan.kernel) / blocks});
   const std::int64_t slots =
       std::int64_t{device.multiprocessors} * blocksPerMultiprocessor(plan, headDim, device);
   plan.splits = chooseSplits(blocks, tiles, slots, limit);

@@ -10,8 +10,7 @@ template <class T, int D>
 __global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const KernelArguments a) {
   constexpr int kParts = (D + 31) / 32;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const std::int64_t row =
-      static_cast<std::int64_t>(blockIdx.x) * kSimpleWarps + threadIdx.x / 32;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kSimpleWarps + threadIdx.x / 32;
   const int numHeads = a.numKvHeads * a.group;
   if (row >= static_cast<std::int64_t>(a.batchSize) * numHeads * a.sequenceLength) return;
   const int step = static_cast<int>(row % a.sequenceLength);
@@ -21,8 +20,8 @@ __global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const Kerne
   const std::int64_t pair = static_cast<std::int64_t>(batch) * a.numKvHeads + head / a.group;
 
   const int real = realTokens(a.newLength[batch], a.sequenceLength);
-  const KeySpan span = keySpan(a.pastLength[batch], real, step, step, a.windowSize,
-                               a.numSinkTokens, a.capacity);
+  const KeySpan span =
+      keySpan(a.pastLength[batch], real, step, step, a.windowSize, a.numSinkTokens, a.capacity);
   const T* query = static_cast<const T*>(a.query) + row * D;
   const float* cos = a.cos + cosRow(a, batch, step);
   const float* sin = a.sin + cosRow(a, batch, step);
@@ -43,14 +42,13 @@ __global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const Kerne
   for (int number = 0; number < span.sinkCount + span.ringCount; ++number) {
     const bool isSink = number < span.sinkCount;
     const int ring = number - span.sinkCount;
-    const std::int64_t at =
-        isSink ? pair * a.sinkSlots + number
-               : pair * a.capacity + ringSlot(span.firstSlot, ring, a.capacity);
+    const std::int64_t at = isSink ? pair * a.sinkSlots + number
+                                   : pair * a.capacity + ringSlot(span.firstSlot, ring, a.capacity);
     const T* key = static_cast<const T*>(isSink ? a.presentSinkKey : a.presentKey) + at * D;
     const T* value = static_cast<const T*>(isSink ? a.presentSinkValue : a.presentValue) + at * D;
     float product = 0.0f;
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kParts; ++part) {
       const int dim = part * 32 + lane;
       const float element = isSink ? sinkQuery[part] : ringQuery[part];
       if (dim < D) product += element * toFloat(key[dim]);
@@ -66,7 +64,7 @@ __global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const Kerne
     maximum = top;
     total = total * carried + weight;
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kParts; ++part) {
       const int dim = part * 32 + lane;
       if (dim < D) sum[part] = sum[part] * carried + weight * toFloat(value[dim]);
     }

@@ -17,7 +17,7 @@ constexpr int kDecodeKeys = 16;
 // Head dimensions above this leave no registers for 16 query rows.
 constexpr int kLargestDoubledHeadDim = 128;
 // Query rows lie 16 bytes apart modulo 128, so that eight of them meet no bank twice.
-constexpr int kRowPadding = 8;       // elements of a 16-bit type
+constexpr int kRowPadding = 8;  // elements of a 16-bit type
 // The lanes that store results hold rows 2 apart and dimensions 8 apart: an odd stride sends them
 // to 16 banks, of which each is met twice.
 constexpr int kMergeRowPadding = 1;  // floats

@@ -159,16 +159,15 @@ struct TilesWarp {
     const int keyInStep = lane % 16, half = lane / 16 * 8;
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
-      const float(&low)[4] = weights[2 * step];
-      const float(&high)[4] = weights[2 * step + 1];
-      const std::uint32_t fragment[4] = {
-          packPair<T>(low[0], low[1]), packPair<T>(low[2], low[3]),
-          packPair<T>(high[0], high[1]), packPair<T>(high[2], high[3])};
+      const float (&low)[4] = weights[2 * step];
+      const float (&high)[4] = weights[2 * step + 1];
+      const std::uint32_t fragment[4] = {packPair<T>(low[0], low[1]), packPair<T>(low[2], low[3]),
+                                         packPair<T>(high[0], high[1]),
+                                         packPair<T>(high[2], high[3])};
 #pragma unroll
       for (int pair = 0; pair < D / 16; ++pair) {
         std::uint32_t word[4];
-        loadMatricesTransposed(word,
-                               values + (step * 16 + keyInStep) * kStride + pair * 16 + half);
+        loadMatricesTransposed(word, values + (step * 16 + keyInStep) * kStride + pair * 16 + half);
         multiplyAdd<T>(sum[2 * pair], fragment, word[0], word[1]);
         multiplyAdd<T>(sum[2 * pair + 1], fragment, word[2], word[3]);
       }
@@ -229,8 +228,7 @@ __device__ __forceinline__ void rotateTileQueries(const KernelArguments& a, cons
       }
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
-        words.word[word] =
-            packPair<T>(loaded[2 * word].rotated(), loaded[2 * word + 1].rotated());
+        words.word[word] = packPair<T>(loaded[2 * word].rotated(), loaded[2 * word + 1].rotated());
       }
     }
     storeWords<4>(rows + row * kStride + dim, words);
@@ -282,8 +280,8 @@ __device__ __forceinline__ void storeTile(const KernelArguments& a, const RowGro
     T* to = staged + (warp.lane / 4 + 8 * side) * kStride + warp.lane % 4 * 2;
 #pragma unroll
     for (int tile = 0; tile < D / 8; ++tile) {
-      const std::uint32_t word = packPair<T>(warp.sum[tile][2 * side] * factor,
-                                             warp.sum[tile][2 * side + 1] * factor);
+      const std::uint32_t word =
+          packPair<T>(warp.sum[tile][2 * side] * factor, warp.sum[tile][2 * side + 1] * factor);
       storeWords<1>(to + tile * 8, {{word}});
     }
   }
@@ -374,7 +372,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) tilesKernel(const KernelArgume
     if (from >= to) continue;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const bool sees = firstRow + warp.lane / 4 + 8 * side < group.rows && warp.rowStep[side] < real;
+      const bool sees =
+          firstRow + warp.lane / 4 + 8 * side < group.rows && warp.rowStep[side] < real;
       const int sinks = visibleSinks(past + warp.rowStep[side], a.windowSize, a.numSinkTokens);
       warp.range[side] = !sees    ? noKeys()
                          : isSink ? KeyRange{0, sinks - 1}

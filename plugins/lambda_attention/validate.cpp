@@ -10,8 +10,9 @@
 namespace lminf {
 namespace {
 
-constexpr std::int64_t kMaxRingElements = std::int64_t{1} << 30;  // C * D of one head, int32 offsets
-constexpr std::int64_t kMaxRows = std::int64_t{1} << 30;          // B * H * S, grid dimensions
+constexpr std::int64_t kMaxRingElements = std::int64_t{1}
+                                          << 30;          // C * D of one head, int32 offsets
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 30;  // B * H * S, grid dimensions
 
 struct NamedSize {
   const char* name;
@@ -24,11 +25,10 @@ struct Tensor {
 };
 
 std::string checkLimits(const LambdaAttentionParams& p) {
-  for (const NamedSize size : {NamedSize{"batch size B", p.batchSize},
-                               NamedSize{"query heads H", p.numHeads},
-                               NamedSize{"key/value heads G", p.numKvHeads},
-                               NamedSize{"new tokens S", p.sequenceLength},
-                               NamedSize{"ring slots C", p.capacity}}) {
+  for (const NamedSize size :
+       {NamedSize{"batch size B", p.batchSize}, NamedSize{"query heads H", p.numHeads},
+        NamedSize{"key/value heads G", p.numKvHeads}, NamedSize{"new tokens S", p.sequenceLength},
+        NamedSize{"ring slots C", p.capacity}}) {
     if (size.value <= 0) {
       return message(size.name, " = ", size.value, ": must be at least 1");
     }
@@ -47,8 +47,8 @@ std::string checkLimits(const LambdaAttentionParams& p) {
                    ": must be at most ", kMaxRows);
   }
   if (p.capacity > kMaxRingElements / p.headDim) {
-    return message("ring slots C = ", p.capacity, ": must be at most ", kMaxRingElements / p.headDim,
-                   " at head_dim ", p.headDim);
+    return message("ring slots C = ", p.capacity, ": must be at most ",
+                   kMaxRingElements / p.headDim, " at head_dim ", p.headDim);
   }
   if (p.numSinkTokens > kMaxRingElements / p.headDim) {
     return message("num_sink_tokens = ", p.numSinkTokens, ": must be at most ",

@@ -69,8 +69,8 @@ class Slabs {
 #if defined(__linux__)
   static char* map(size_t size) {
     // Mapped with room to begin at a huge page; what is over goes back.
-    void* whole = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* whole =
+        mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (whole == MAP_FAILED) return nullptr;
     char* start = static_cast<char*>(whole);
     char* slab = reinterpret_cast<char*>(roundUp(reinterpret_cast<uintptr_t>(start), kHugePage));
@@ -81,9 +81,7 @@ class Slabs {
   }
   static void unmap(char* slab, size_t size) { munmap(slab, size); }
 #else
-  static char* map(size_t size) {
-    return static_cast<char*>(std::aligned_alloc(kHugePage, size));
-  }
+  static char* map(size_t size) { return static_cast<char*>(std::aligned_alloc(kHugePage, size)); }
   static void unmap(char* slab, size_t) { std::free(slab); }
 #endif
 
@@ -180,8 +178,8 @@ bool registerHugePages(const abi::Api* api) {
     // Never destroyed: the environment may outlive every static object.
     static HugePages* allocator = new HugePages;
     allocator->memory = memory;
-    return !ignored(api, abi::call<abi::kRegisterAllocator>(
-                             api, env, static_cast<abi::Allocator*>(allocator)));
+    return !ignored(
+        api, abi::call<abi::kRegisterAllocator>(api, env, static_cast<abi::Allocator*>(allocator)));
   }();
   return registered;
 }

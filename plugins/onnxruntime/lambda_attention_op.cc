@@ -40,12 +40,11 @@ abi::Status* invalid(const abi::Api* api, const std::string& message) {
 
 abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, Attributes* out) {
   for (const AttributeField& field : kAttributes) {
-    abi::Status* wrong =
-        field.integer != nullptr
-            ? abi::call<abi::kKernelInfoGetAttributeInt64>(api, info, field.name,
-                                                           &(out->*field.integer))
-            : abi::call<abi::kKernelInfoGetAttributeFloat>(api, info, field.name,
-                                                           &(out->*field.number));
+    abi::Status* wrong = field.integer != nullptr
+                             ? abi::call<abi::kKernelInfoGetAttributeInt64>(api, info, field.name,
+                                                                            &(out->*field.integer))
+                             : abi::call<abi::kKernelInfoGetAttributeFloat>(api, info, field.name,
+                                                                            &(out->*field.number));
     if (wrong != nullptr) return wrong;
   }
   const std::string problem = checkAttributes(*out);

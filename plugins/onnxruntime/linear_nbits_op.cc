@@ -32,7 +32,8 @@ abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info,
     }
   }
   if (out->bits != 4 && out->bits != 8) {
-    return failure(api, "lminf::LinearNBits: bits must be 4 or 8, found " + std::to_string(out->bits));
+    return failure(api,
+                   "lminf::LinearNBits: bits must be 4 or 8, found " + std::to_string(out->bits));
   }
   const int64_t size = out->blockSize;
   if (size < 16 || size > 256 || (size & (size - 1)) != 0) {
@@ -71,7 +72,8 @@ abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
   blocks.perRow = (a.inFeatures + a.blockSize - 1) / a.blockSize;
   const Shape& x = shapes[kX];
   if (x.size() != 2 || x[1] != a.inFeatures) {
-    return invalid("x has shape " + text(x) + ", expected (M, " + std::to_string(a.inFeatures) + ")");
+    return invalid("x has shape " + text(x) + ", expected (M, " + std::to_string(a.inFeatures) +
+                   ")");
   }
   const Shape weight = {a.outFeatures, blocks.perRow, blocks.bytes()};
   const Shape scales = {a.outFeatures, blocks.perRow}, zeros = {a.outFeatures, blocks.zeroBytes()};
@@ -80,7 +82,8 @@ abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
                    text(shapes[kScales]) + ", expected " + text(weight) + " and " + text(scales));
   }
   if (data[zeroPoints] != nullptr && shapes[zeroPoints] != zeros) {
-    return invalid("zero_points has shape " + text(shapes[zeroPoints]) + ", expected " + text(zeros));
+    return invalid("zero_points has shape " + text(shapes[zeroPoints]) + ", expected " +
+                   text(zeros));
   }
   const Shape result = {x[0], a.outFeatures};
   const Shape& addend = shapes[kAddend];
@@ -103,10 +106,10 @@ abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
   });
   Pool pool{api_, context, nullptr};
   const cpu::Parallel parallel = pool.parallel();
-  const char* wrong = a.accuracyLevel == kRoundedActivations
-                          ? cpu::int8Linear(p, data[kX], cpu::activeLinear(),
-                                               cpu::activeInt8Linear(), parallel)
-                          : cpu::linear(p, data[kX], cpu::activeLinear(), parallel);
+  const char* wrong =
+      a.accuracyLevel == kRoundedActivations
+          ? cpu::int8Linear(p, data[kX], cpu::activeLinear(), cpu::activeInt8Linear(), parallel)
+          : cpu::linear(p, data[kX], cpu::activeLinear(), parallel);
   if (pool.wrong != nullptr) return pool.wrong;
   return wrong == nullptr ? nullptr : invalid(wrong);
 }

@@ -30,9 +30,9 @@ abi::Status* LinearKernel::run(abi::KernelContext* context) {
   }
   const auto& [x, weight, addend] = shapes;
   if (x.size() != 2 || weight.size() != 2 || x[1] != weight[1]) {
-    return invalid(("x has shape " + text(x) + " and weight " + text(weight) +
-                    ", expected (M, K) and (N, K)")
-                       .c_str());
+    return invalid(
+        ("x has shape " + text(x) + " and weight " + text(weight) + ", expected (M, K) and (N, K)")
+            .c_str());
   }
   const Shape result = {x[0], weight[0]};
   if (adds_ && addend != result && addend != Shape{weight[0]}) {

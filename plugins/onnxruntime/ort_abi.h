@@ -34,7 +34,13 @@ struct MemoryInfo;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int {
-  kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16,
+  kUndefined = 0,
+  kFloat = 1,
+  kUint8 = 2,
+  kInt8 = 3,
+  kInt64 = 7,
+  kFloat16 = 10,
+  kBFloat16 = 16,
 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum LogLevel : int { kLogWarning = 2 };
@@ -80,9 +86,9 @@ using ParallelBody = void (*)(void* data, size_t index);
 // One signature per entry; `Call<kEntry>` is its type.
 template <Entry>
 struct Signature;
-#define LMINF_SIGNATURE(entry, result, ...)                    \
-  template <>                                                  \
-  struct Signature<entry> {                                    \
+#define LMINF_SIGNATURE(entry, result, ...)                     \
+  template <>                                                   \
+  struct Signature<entry> {                                     \
     using Type = result(LMINF_ORT_CALL*)(__VA_ARGS__) noexcept; \
   }
 LMINF_SIGNATURE(kCreateStatus, Status*, ErrorCode, const char*);

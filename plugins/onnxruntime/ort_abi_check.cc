@@ -17,10 +17,10 @@ template <typename T>
 struct Theirs {
   using Type = T;
 };
-#define LMINF_IS(ours, theirs)  \
-  template <>                   \
-  struct Theirs<abi::ours> {    \
-    using Type = theirs;        \
+#define LMINF_IS(ours, theirs) \
+  template <>                  \
+  struct Theirs<abi::ours> {   \
+    using Type = theirs;       \
   }
 LMINF_IS(Status, OrtStatus);
 LMINF_IS(SessionOptions, OrtSessionOptions);
@@ -69,10 +69,10 @@ struct Theirs<abi::ParallelBody> {
   using Type = void (*)(void*, size_t);
 };
 
-#define LMINF_SAME_CALL(ours, theirs)                                                       \
-  static_assert(offsetof(OrtApi, theirs) == abi::ours * sizeof(void*), #theirs " moved");   \
-  static_assert(std::is_same_v<Theirs<abi::Signature<abi::ours>::Type>::Type,               \
-                               Plain<decltype(OrtApi::theirs)>::Type>,                      \
+#define LMINF_SAME_CALL(ours, theirs)                                                     \
+  static_assert(offsetof(OrtApi, theirs) == abi::ours * sizeof(void*), #theirs " moved"); \
+  static_assert(std::is_same_v<Theirs<abi::Signature<abi::ours>::Type>::Type,             \
+                               Plain<decltype(OrtApi::theirs)>::Type>,                    \
                 #theirs " has other arguments")
 LMINF_SAME_CALL(kCreateStatus, CreateStatus);
 LMINF_SAME_CALL(kCreateEnv, CreateEnv);
@@ -96,7 +96,7 @@ LMINF_SAME_CALL(kReleaseCustomOpDomain, ReleaseCustomOpDomain);
 LMINF_SAME_CALL(kKernelContextGetGpuComputeStream, KernelContext_GetGPUComputeStream);
 LMINF_SAME_CALL(kKernelContextParallelFor, KernelContext_ParallelFor);
 
-#define LMINF_SAME_FIELD(ours, theirs)                                                     \
+#define LMINF_SAME_FIELD(ours, theirs) \
   static_assert(offsetof(abi::CustomOp, ours) == offsetof(OrtCustomOp, theirs), #theirs " moved")
 static_assert(offsetof(abi::Allocator, alloc) == offsetof(OrtAllocator, Alloc));
 static_assert(offsetof(abi::Allocator, free) == offsetof(OrtAllocator, Free));

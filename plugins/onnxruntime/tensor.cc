@@ -7,8 +7,8 @@ abi::Status* shapeOf(const abi::Api* api, const abi::Value* value, Shape* shape)
   abi::TensorInfo* info = nullptr;
   if (abi::Status* wrong = abi::call<abi::kGetTensorTypeAndShape>(api, value, &info)) return wrong;
   size_t rank = 0;
-  abi::Status* wrong = abi::call<abi::kGetDimensionsCount>(
-      api, static_cast<const abi::TensorInfo*>(info), &rank);
+  abi::Status* wrong =
+      abi::call<abi::kGetDimensionsCount>(api, static_cast<const abi::TensorInfo*>(info), &rank);
   if (wrong == nullptr) {
     shape->resize(rank);
     wrong = abi::call<abi::kGetDimensions>(api, static_cast<const abi::TensorInfo*>(info),
@@ -32,8 +32,8 @@ abi::Status* readValue(const abi::Api* api, const abi::Value* value, Shape* shap
 // 0 lets onnxruntime deal the indices out as threads get free.
 void onPool(void* data, size_t count, abi::ParallelBody body, void* argument) {
   Pool* pool = static_cast<Pool*>(data);
-  abi::Status* wrong = abi::call<abi::kKernelContextParallelFor>(
-      pool->api, pool->context, body, count, size_t{0}, argument);
+  abi::Status* wrong = abi::call<abi::kKernelContextParallelFor>(pool->api, pool->context, body,
+                                                                 count, size_t{0}, argument);
   if (pool->wrong == nullptr) pool->wrong = wrong;
 }
 
@@ -63,8 +63,8 @@ abi::Status* findTensor(const abi::Api* api, abi::KernelContext* context, size_t
                         const Shape& shape, void** data) {
   abi::Value* value = nullptr;
   const int64_t* dims = shape.data();
-  abi::Status* wrong = abi::call<abi::kKernelContextGetOutput>(api, context, index, dims,
-                                                               shape.size(), &value);
+  abi::Status* wrong =
+      abi::call<abi::kKernelContextGetOutput>(api, context, index, dims, shape.size(), &value);
   *data = nullptr;
   if (wrong == nullptr && value != nullptr) {
     wrong = abi::call<abi::kGetTensorMutableData>(api, value, data);

@@ -96,8 +96,8 @@ std::string checkAttributes(const Attributes& a) {
     return message("window_size = ", a.windowSize, ": must be in 1 ... 2^40");
   }
   if (a.distanceLimit < a.windowSize || a.distanceLimit > kMaxPosition) {
-    return message("distance_limit = ", a.distanceLimit, ": must be in window_size = ",
-                   a.windowSize, " ... 2^40");
+    return message("distance_limit = ", a.distanceLimit,
+                   ": must be in window_size = ", a.windowSize, " ... 2^40");
   }
   if (a.rotaryDim < 0 || a.rotaryDim % 2 != 0) {
     return message("rotary_dim = ", a.rotaryDim, ": must be even and at least 0");
@@ -130,12 +130,12 @@ Input shapeSource(std::int32_t output) {
 
 std::string checkSizes(const LambdaAttentionParams& p) {
   if (p.numKvHeads < 1 || p.numHeads % p.numKvHeads != 0) {
-    return message("query heads H = ", p.numHeads, ": must be a multiple of key/value heads G = ",
-                   p.numKvHeads);
+    return message("query heads H = ", p.numHeads,
+                   ": must be a multiple of key/value heads G = ", p.numKvHeads);
   }
   if (p.rotaryDim > p.headDim) {
-    return message("rotary_dim = ", p.rotaryDim, ": must be even and in 0 ... head_dim = ",
-                   p.headDim);
+    return message("rotary_dim = ", p.rotaryDim,
+                   ": must be even and in 0 ... head_dim = ", p.headDim);
   }
   const std::int64_t rows = p.sinkBatchSize;
   if (rows != 0 && rows != p.batchSize && !(rows == 1 && p.numSinkTokens == 0)) {
@@ -147,8 +147,8 @@ std::string checkSizes(const LambdaAttentionParams& p) {
 
 std::string checkRing(std::int64_t capacity, std::int64_t windowSize, std::int64_t newTokens) {
   if (capacity >= leastSlots(windowSize, newTokens)) return {};
-  return message("ring slots C = ", capacity, ": must be at least window_size + S - 1 = ",
-                 windowSize, " + ", newTokens,
+  return message("ring slots C = ", capacity,
+                 ": must be at least window_size + S - 1 = ", windowSize, " + ", newTokens,
                  " - 1, or keys are overwritten while in use; bring fewer tokens per step or "
                  "export with a larger chunk_size");
 }

@@ -109,8 +109,8 @@ SerializedFields::SerializedFields(const Attributes& attributes)
 
 const nvinfer1::PluginFieldCollection* fieldNames() {
   static const FieldArray names = fieldsOf(nullptr);
-  static const nvinfer1::PluginFieldCollection collection{
-      static_cast<std::int32_t>(names.size()), names.data()};
+  static const nvinfer1::PluginFieldCollection collection{static_cast<std::int32_t>(names.size()),
+                                                          names.data()};
   return &collection;
 }
 

@@ -22,8 +22,7 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name,
                                     nvinfer1::PluginFieldCollection const* fc,
                                     nvinfer1::TensorRTPhase) noexcept override {
-    return guarded<nvinfer1::IPluginV3*>("createPlugin", nullptr,
-                                         [&]() -> nvinfer1::IPluginV3* {
+    return guarded<nvinfer1::IPluginV3*>("createPlugin", nullptr, [&]() -> nvinfer1::IPluginV3* {
       Attributes attributes;
       const std::string problem = readFields(fc, attributes);
       if (!problem.empty()) {

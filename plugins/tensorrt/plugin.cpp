@@ -111,10 +111,9 @@ int32_t Plugin::getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOu
     if (!problem.empty()) return report(problem);
     for (int32_t input = 0; input < nbInputs; ++input) {
       if (!isTypeAllowed(kInputs[input], inputTypes[input], inputTypes[kQuery])) {
-        return report(message(kInputs[input].name, " has element type ",
-                              static_cast<int32_t>(inputTypes[input]),
-                              " of nvinfer1::DataType, query has ",
-                              static_cast<int32_t>(inputTypes[kQuery])));
+        return report(message(
+            kInputs[input].name, " has element type ", static_cast<int32_t>(inputTypes[input]),
+            " of nvinfer1::DataType, query has ", static_cast<int32_t>(inputTypes[kQuery])));
       }
     }
     for (int32_t output = 0; output < nbOutputs; ++output) {
@@ -200,9 +199,8 @@ int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t nbInputs, Plug
   });
 }
 
-int32_t Plugin::enqueue(PluginTensorDesc const*, PluginTensorDesc const*,
-                        void const* const* inputs, void* const* outputs, void* workspace,
-                        cudaStream_t stream) noexcept {
+int32_t Plugin::enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const* inputs,
+                        void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
   return guarded<int32_t>("enqueue", kFailed, [&] {
     if (!problem_.empty()) return report(problem_);
     if (step_.batchSize == 0) return report(message("enqueue before onShapeChange"));

@@ -42,7 +42,7 @@ void appendHead(const Params& p, int64_t batch, int64_t kvHead) {
 
 void append(const Params& p, int64_t batch, int64_t kvHead) {
   p.dataType == DataType::kFloat32 ? appendHead<float>(p, batch, kvHead)
-                               : appendHead<Half>(p, batch, kvHead);
+                                   : appendHead<Half>(p, batch, kvHead);
 }
 
 }  // namespace

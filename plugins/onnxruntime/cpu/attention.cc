@@ -42,7 +42,8 @@ void carryOver(const Params& p, const Parallel& parallel) {
     copy(p.pastKeyScale, p.presentKeyScale, sizeof(float));
     copy(p.pastValueScale, p.presentValueScale, sizeof(float));
   }
-  const size_t sinks = static_cast<size_t>(p.numKvHeads * p.sinkSlots() * p.headDim) * elementSize(p);
+  const size_t sinks =
+      static_cast<size_t>(p.numKvHeads * p.sinkSlots() * p.headDim) * elementSize(p);
   const auto copySinks = [&](const void* past, void* present) {
     if (present == nullptr || past == present) return;
     for (int64_t row = 0; row < p.batchSize; ++row) {
@@ -93,8 +94,8 @@ std::vector<Item> plan(const Params& p) {
       const int64_t length = (end - begin + splits - 1) / splits;
       for (int64_t g = 0; g < p.numKvHeads; ++g) {
         for (int64_t first = begin; first < end; first += length) {
-          items.push_back({b, g, step, steps, first, std::min(end, first + length),
-                           first == begin, nullptr});
+          items.push_back(
+              {b, g, step, steps, first, std::min(end, first + length), first == begin, nullptr});
         }
       }
     }

@@ -19,12 +19,12 @@ using Params = LambdaAttentionParams;
 struct Item {
   int64_t batch;
   int64_t kvHead;
-  int64_t firstStep;   // queries firstStep … firstStep + numSteps − 1 of all the head's queries
+  int64_t firstStep;  // queries firstStep … firstStep + numSteps − 1 of all the head's queries
   int64_t numSteps;
-  int64_t firstKey;    // ring keys at positions firstKey … endKey − 1
+  int64_t firstKey;  // ring keys at positions firstKey … endKey − 1
   int64_t endKey;
-  bool first;          // also takes the sinks and the learned logits
-  float* partial;      // where an unfinished result goes; null: this item is all there is
+  bool first;      // also takes the sinks and the learned logits
+  float* partial;  // where an unfinished result goes; null: this item is all there is
 };
 
 // Most pieces the keys of one block of queries are cut into.

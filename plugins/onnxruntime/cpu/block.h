@@ -147,8 +147,8 @@ class Block {
     } else if (exact) {
       dots(query, rows_, dim_, tile.key, dim_, tile.count, s_.logits, tile_);
     } else {
-      dots(query, rows_, dim_, widened(tile.key, tile.count, s_.keys), dim_, tile.count,
-           s_.logits, tile_);
+      dots(query, rows_, dim_, widened(tile.key, tile.count, s_.keys), dim_, tile.count, s_.logits,
+           tile_);
     }
     for (int64_t r = 0; r < rows_; ++r) weigh(tile, r);
     if (exact && !many) {
@@ -262,7 +262,7 @@ class Block {
 
 void attend(const Params& p, const Item& item, float* scratch) {
   p.dataType == DataType::kFloat32 ? Block<float>(p, item, scratch).run()
-                               : Block<Half>(p, item, scratch).run();
+                                   : Block<Half>(p, item, scratch).run();
 }
 
 }  // namespace

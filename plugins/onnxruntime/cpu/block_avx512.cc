@@ -3,6 +3,6 @@
 
 namespace lminf::cpu {
 extern const Kernels kAvx512 = {"avx512", append, scratchFloats, partialFloats, attend, combine};
-extern const Kernels kAvx512Vnni = {"avx512vnni", append, scratchFloats,
+extern const Kernels kAvx512Vnni = {"avx512vnni",  append, scratchFloats,
                                     partialFloats, attend, combine};
 }  // namespace lminf::cpu

@@ -2,5 +2,6 @@
 #include "block.h"
 
 namespace lminf::cpu {
-extern const Kernels kPortable = {"portable", append, scratchFloats, partialFloats, attend, combine};
+extern const Kernels kPortable = {"portable",    append, scratchFloats,
+                                  partialFloats, attend, combine};
 }  // namespace lminf::cpu

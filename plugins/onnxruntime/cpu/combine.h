@@ -39,7 +39,7 @@ void combineRows(const Params& p, const Item* items, size_t count) {
 
 void combine(const Params& p, const Item* items, size_t count) {
   p.dataType == DataType::kFloat32 ? combineRows<float>(p, items, count)
-                               : combineRows<Half>(p, items, count);
+                                   : combineRows<Half>(p, items, count);
 }
 
 }  // namespace

@@ -34,8 +34,7 @@ inline size_t tokenBytes(const Blocks& b) {
 inline Token tokenAt(const Linear& p, int64_t token) {
   const int64_t lanes = chunksOf(*p.blocks) * kWidth;
   const uint8_t* start = p.int8Tokens + token * tokenBytes(*p.blocks);
-  return {reinterpret_cast<const float*>(start),
-          reinterpret_cast<const int32_t*>(start) + lanes,
+  return {reinterpret_cast<const float*>(start), reinterpret_cast<const int32_t*>(start) + lanes,
           reinterpret_cast<const int8_t*>(start) + 8 * lanes};
 }
 

@@ -56,7 +56,8 @@ const char* asFloats(Linear p, const LinearKernels& floats, const Int8LinearKern
 
 const Int8LinearKernels& activeInt8Linear() {
 #if defined(__x86_64__)
-  for (const Int8LinearKernels* kernels : {&kInt8LinearAvx512Vnni, &kInt8LinearAvx512, &kInt8LinearAvx2}) {
+  for (const Int8LinearKernels* kernels :
+       {&kInt8LinearAvx512Vnni, &kInt8LinearAvx512, &kInt8LinearAvx2}) {
     if (std::strcmp(kernels->name, activeKernels().name) == 0) return *kernels;
   }
 #endif
@@ -64,7 +65,7 @@ const Int8LinearKernels& activeInt8Linear() {
 }
 
 const char* int8Linear(Linear p, const void* x, const LinearKernels& floats,
-                          const Int8LinearKernels& kernels, const Parallel& parallel) {
+                       const Int8LinearKernels& kernels, const Parallel& parallel) {
   if (p.tokens == 0 || p.outFeatures == 0) return nullptr;
   if (const char* wrong = widenInput(&p, x, floats)) return wrong;
   const bool integers = p.tokens <= kFewTokens || kernels.product.many != nullptr;

@@ -34,6 +34,6 @@ const Int8LinearKernels& activeInt8Linear();
 
 // The whole operator; x is of type p.dataType. Returns null, or what is wrong.
 const char* int8Linear(Linear p, const void* x, const LinearKernels&, const Int8LinearKernels&,
-                          const Parallel&);
+                       const Parallel&);
 
 }  // namespace lminf::cpu

@@ -3,6 +3,9 @@
 
 namespace lminf::cpu {
 extern const Int8LinearKernels kInt8LinearAvx512Vnni = {
-    "avx512vnni", tokenBytes, roundToken, roundFloats,
+    "avx512vnni",
+    tokenBytes,
+    roundToken,
+    roundFloats,
     {few, many, kPanelRows, fewFloats, manyFloats}};
 }  // namespace lminf::cpu

@@ -20,8 +20,12 @@ struct Rows {
   int64_t stride, scalesStride, zerosStride;
 
   Rows at(int64_t r) const {
-    return {packed + r * stride, scales + r * scalesStride, zeros + r * zerosStride,
-            stride, scalesStride, zerosStride};
+    return {packed + r * stride,
+            scales + r * scalesStride,
+            zeros + r * zerosStride,
+            stride,
+            scalesStride,
+            zerosStride};
   }
 };
 
@@ -110,8 +114,12 @@ Rows rowsAt(const Linear& p, int64_t row, int64_t count, float* scratch) {
   }
   const int64_t one = count > 1 ? 1 : 0;
   const int64_t zeros = b.zeroPoints == nullptr ? 0 : b.zeroBytes();
-  return {b.packed + row * b.rowBytes(), scales, b.zeroPoints + row * zeros,
-          one * b.rowBytes(), one * b.perRow, one * zeros};
+  return {b.packed + row * b.rowBytes(),
+          scales,
+          b.zeroPoints + row * zeros,
+          one * b.rowBytes(),
+          one * b.perRow,
+          one * zeros};
 }
 
 // Four rows with kTokens tokens, of which `count` are written.
@@ -130,7 +138,7 @@ __attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Ro
     float found[4];
     std::memcpy(found, &four, sizeof found);
     p.dataType == DataType::kFloat32 ? writeRow<float>(p, token + t, firstRow, count, found)
-                                 : writeRow<Half>(p, token + t, firstRow, count, found);
+                                     : writeRow<Half>(p, token + t, firstRow, count, found);
   }
 }
 
@@ -165,8 +173,9 @@ void streamBlocks(const Linear& p, int64_t firstRow, int64_t endRow, float* scra
 
 void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
   const bool zeros = p.blocks->zeroPoints != nullptr;
-  const auto stream = p.blocks->bits == 4 ? (zeros ? streamBlocks<4, true> : streamBlocks<4, false>)
-                                          : (zeros ? streamBlocks<8, true> : streamBlocks<8, false>);
+  const auto stream = p.blocks->bits == 4
+                          ? (zeros ? streamBlocks<4, true> : streamBlocks<4, false>)
+                          : (zeros ? streamBlocks<8, true> : streamBlocks<8, false>);
   stream(p, firstRow, endRow, scratch);
 }
 

@@ -53,8 +53,8 @@ inline void transpose(const __m128i* rows, __m512i* out) {
 // Packs blocks firstBlock … firstBlock + count − 1 of up to kPanelRows rows. Rows behind the last
 // repeat it: what comes of them nobody reads.
 template <int kBits, typename T>
-void packPanel(const Blocks& b, int64_t firstRow, int64_t endRow, int64_t firstBlock,
-               int64_t count, const Panel& panel) {
+void packPanel(const Blocks& b, int64_t firstRow, int64_t endRow, int64_t firstBlock, int64_t count,
+               const Panel& panel) {
   const int64_t bytes = count * b.bytes(), lanes = kChunk / 4;
   for (int64_t column = 0; column < kColumns; ++column) {
     const uint8_t* starts[kWidth];
@@ -133,7 +133,8 @@ __attribute__((noinline)) void tile(const Linear& p, int64_t token, int64_t firs
       }
     }
     Vec scales[kColumns];
-    for (int c = 0; c < kColumns; ++c) scales[c] = load(panel.scales + block * kPanelRows + c * kWidth);
+    for (int c = 0; c < kColumns; ++c)
+      scales[c] = load(panel.scales + block * kPanelRows + c * kWidth);
     for (int t = 0; t < kTokens; ++t) {
       const Vec scale = splat(tokens[t].scales[first]);
       for (int c = 0; c < kColumns; ++c) {
@@ -164,14 +165,16 @@ template <int kBits, typename T>
 void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t firstRow,
                   float* scratch) {
   const Blocks& b = *p.blocks;
-  const int64_t tokens = endToken - firstToken, endRow = std::min(firstRow + kPanelRows, p.outFeatures);
+  const int64_t tokens = endToken - firstToken,
+                endRow = std::min(firstRow + kPanelRows, p.outFeatures);
   const Panel panel = panelIn(scratch);
   float* sums = scratch + kPanelFloats;
   std::fill_n(sums, tokens * kPanelRows, 0.0f);
   for (int64_t block = 0; block < b.perRow; block += kDepth / b.size) {
     const int64_t count = std::min(kDepth / b.size, b.perRow - block);
     packPanel<kBits, T>(b, firstRow, endRow, block, count, panel);
-    const auto multiply = b.zeroPoints == nullptr ? multiplyPanel<kBits, false> : multiplyPanel<kBits, true>;
+    const auto multiply =
+        b.zeroPoints == nullptr ? multiplyPanel<kBits, false> : multiplyPanel<kBits, true>;
     multiply(p, firstToken, endToken, block * b.bytes() / 4, panel, count, sums);
   }
   for (int64_t t = 0; t < tokens; ++t) {
@@ -181,8 +184,9 @@ void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t
 
 void many(const Linear& p, int64_t firstToken, int64_t endToken, int64_t firstRow, float* scratch) {
   const bool half = p.dataType == DataType::kFloat16;
-  const auto product = p.blocks->bits == 4 ? (half ? panelProduct<4, Half> : panelProduct<4, float>)
-                                           : (half ? panelProduct<8, Half> : panelProduct<8, float>);
+  const auto product = p.blocks->bits == 4
+                           ? (half ? panelProduct<4, Half> : panelProduct<4, float>)
+                           : (half ? panelProduct<8, Half> : panelProduct<8, float>);
   product(p, firstToken, endToken, firstRow, scratch);
 }
 

@@ -1,7 +1,7 @@
 // Rings of int8 with a float scale for each token and key/value head: rounding and reading back.
 //
-// lminf_export/operator/reference_int8.py, `quantize`: scale = max |x| / 127, q = x / scale to the nearest
-// integer, ties to even. Compiled once per instruction set.
+// lminf_export/operator/reference_int8.py, `quantize`: scale = max |x| / 127, q = x / scale to the
+// nearest integer, ties to even. Compiled once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +34,8 @@ inline float quantize(VisitElements visitElements, int8_t* out) {
 }
 
 template <typename In>
-inline float quantizeRotated(const Params& p, const In* x, const float* cos,
-                             const float* sin, int8_t* out) {
+inline float quantizeRotated(const Params& p, const In* x, const float* cos, const float* sin,
+                             int8_t* out) {
   return quantize([&](auto visit) { visitRotated(p, x, cos, sin, visit); }, out);
 }
 

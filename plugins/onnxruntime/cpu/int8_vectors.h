@@ -60,16 +60,16 @@ inline IntVec dotChunk(IntVec sums, Bytes chunk, const int8_t* x) {
 #elif defined(__AVX2__)
   const Native w = native(chunk);
   if constexpr (kBits == 4) {  // 4 · 15 · 127 fits 16 bits
-    const Native pairs = LMINF_SIMD(add_epi16)(
-        LMINF_SIMD(maddubs_epi16)(low(w), nativeAt(x)),
-        LMINF_SIMD(maddubs_epi16)(high(w), nativeAt(x + kChunk)));
-    return sums + reinterpret_cast<IntVec>(
-                      LMINF_SIMD(madd_epi16)(pairs, LMINF_SIMD(set1_epi16)(1)));
+    const Native pairs =
+        LMINF_SIMD(add_epi16)(LMINF_SIMD(maddubs_epi16)(low(w), nativeAt(x)),
+                              LMINF_SIMD(maddubs_epi16)(high(w), nativeAt(x + kChunk)));
+    return sums +
+           reinterpret_cast<IntVec>(LMINF_SIMD(madd_epi16)(pairs, LMINF_SIMD(set1_epi16)(1)));
   } else {  // 2 · 255 · 127 does not: bytes become 16 bits, the even ones and the odd ones
     const Native v = nativeAt(x);
-    const Native even = LMINF_SIMD(madd_epi16)(
-        LMINF_AND(w, LMINF_SIMD(set1_epi16)(255)),
-        LMINF_SIMD(srai_epi16)(LMINF_SIMD(slli_epi16)(v, 8), 8));
+    const Native even =
+        LMINF_SIMD(madd_epi16)(LMINF_AND(w, LMINF_SIMD(set1_epi16)(255)),
+                               LMINF_SIMD(srai_epi16)(LMINF_SIMD(slli_epi16)(v, 8), 8));
     const Native odd =
         LMINF_SIMD(madd_epi16)(LMINF_SIMD(srli_epi16)(w, 8), LMINF_SIMD(srai_epi16)(v, 8));
     return sums + reinterpret_cast<IntVec>(even) + reinterpret_cast<IntVec>(odd);
@@ -116,8 +116,8 @@ inline Vec spreadScales(const float* scales) {
   } else if constexpr (kPerChunk == 4) {
     some = _mm512_castps128_ps512(_mm_loadu_ps(scales));
   } else {
-    some = _mm512_castps128_ps512(
-        _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
+    some =
+        _mm512_castps128_ps512(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
   }
   const __m512i index = reinterpret_cast<__m512i>(laneBlocks(kPerChunk));
   return reinterpret_cast<Vec>(_mm512_permutexvar_ps(index, some));
@@ -126,8 +126,8 @@ inline Vec spreadScales(const float* scales) {
   if constexpr (kPerChunk == 4) {
     some = _mm256_castps128_ps256(_mm_loadu_ps(scales));
   } else {
-    some = _mm256_castps128_ps256(
-        _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
+    some =
+        _mm256_castps128_ps256(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
   }
   const __m256i index = reinterpret_cast<__m256i>(laneBlocks(kPerChunk));
   return reinterpret_cast<Vec>(_mm256_permutevar8x32_ps(some, index));

@@ -82,8 +82,8 @@ const char* widenInput(Linear* p, const void* x, const LinearKernels& kernels) {
 }
 
 const char* multiply(const Linear& p, const Product& product, const Parallel& parallel) {
-  const bool done = p.tokens <= kFewTokens ? fewTokens(p, product, parallel)
-                                           : manyTokens(p, product, parallel);
+  const bool done =
+      p.tokens <= kFewTokens ? fewTokens(p, product, parallel) : manyTokens(p, product, parallel);
   return done ? nullptr : "no memory for a panel of weights";
 }
 

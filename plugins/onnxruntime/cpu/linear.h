@@ -27,17 +27,17 @@ struct Blocks {
 };
 
 struct Linear {
-  int64_t tokens;         // M
-  int64_t outFeatures;    // N
-  int64_t inFeatures;     // K
-  DataType dataType;      // of weight, scales, addend and out; float32 or float16
-  const float* x;         // (M, K)
+  int64_t tokens;             // M
+  int64_t outFeatures;        // N
+  int64_t inFeatures;         // K
+  DataType dataType;          // of weight, scales, addend and out; float32 or float16
+  const float* x;             // (M, K)
   const uint8_t* int8Tokens;  // M tokens as integers, laid out by `Int8LinearKernels`; null for x
-  const void* weight;     // (N, K); null where the weight is in blocks
+  const void* weight;         // (N, K); null where the weight is in blocks
   const Blocks* blocks;
-  const void* addend;     // (N) or (M, N); null for none
-  int64_t addendStride;   // elements from one token's addend to the next one's: 0 or N
-  void* out;              // (M, N)
+  const void* addend;    // (N) or (M, N); null for none
+  int64_t addendStride;  // elements from one token's addend to the next one's: 0 or N
+  void* out;             // (M, N)
 };
 
 // Pieces of a product that can run at once; rows are those of the weight.

@@ -89,8 +89,10 @@ void meetRows(const Linear& p, int64_t token, const W* rows, int64_t stride, int
 template <typename W, typename T>
 void meetTokens(const Linear& p, const W* rows, int64_t stride, int64_t firstRow, int64_t endRow) {
   int64_t token = 0;
-  for (; token + 4 <= p.tokens; token += 4) meetRows<4, W, T>(p, token, rows, stride, firstRow, endRow);
-  for (; token + 2 <= p.tokens; token += 2) meetRows<2, W, T>(p, token, rows, stride, firstRow, endRow);
+  for (; token + 4 <= p.tokens; token += 4)
+    meetRows<4, W, T>(p, token, rows, stride, firstRow, endRow);
+  for (; token + 2 <= p.tokens; token += 2)
+    meetRows<2, W, T>(p, token, rows, stride, firstRow, endRow);
   for (; token < p.tokens; ++token) meetRows<1, W, T>(p, token, rows, stride, firstRow, endRow);
 }
 
@@ -113,7 +115,7 @@ void streamRows(const Linear& p, int64_t firstRow, int64_t endRow, float* scratc
 
 void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
   p.dataType == DataType::kFloat32 ? streamRows<float>(p, firstRow, endRow, scratch)
-                               : streamRows<Half>(p, firstRow, endRow, scratch);
+                                   : streamRows<Half>(p, firstRow, endRow, scratch);
 }
 
 size_t fewFloats(const Linear& p) {
@@ -128,7 +130,9 @@ inline Vec4 load4(const float* p) {
   return v;
 }
 
-inline Vec4 load4(const Half* p) { return Vec4{toFloat(p[0]), toFloat(p[1]), toFloat(p[2]), toFloat(p[3])}; }
+inline Vec4 load4(const Half* p) {
+  return Vec4{toFloat(p[0]), toFloat(p[1]), toFloat(p[2]), toFloat(p[3])};
+}
 
 // Where the panel holds row r of its first column; the next column is a strip further.
 inline float* columnOf(float* panel, int64_t r) {
@@ -185,8 +189,8 @@ void packBlocks(const Blocks& b, int64_t firstRow, int64_t count, int64_t first,
   }
 }
 
-// sums[t][c] += Σ_k x[t][k] · column k of row c for kTokens × kColumns vectors kept in registers. Never
-// inlined: the registers are its own.
+// sums[t][c] += Σ_k x[t][k] · column k of row c for kTokens × kColumns vectors kept in registers.
+// Never inlined: the registers are its own.
 template <int kTokens>
 __attribute__((noinline)) void tile(const float* x, int64_t stride, const float* panel,
                                     int64_t depth, float* sums) {
@@ -210,7 +214,7 @@ __attribute__((noinline)) void tile(const float* x, int64_t stride, const float*
 }
 
 void multiplyPanel(const float* x, int64_t stride, int64_t tokens, float* panel, int64_t depth,
-              float* sums) {
+                   float* sums) {
   for (int64_t c = 0; c < kPanelRows; c += kColumns * kWidth) {
     int64_t t = 0;
     const auto next = [&](auto size, auto function) {
@@ -250,10 +254,9 @@ void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t
   }
 }
 
-void many(const Linear& p, int64_t firstToken, int64_t endToken, int64_t firstRow,
-          float* scratch) {
+void many(const Linear& p, int64_t firstToken, int64_t endToken, int64_t firstRow, float* scratch) {
   p.dataType == DataType::kFloat32 ? panelProduct<float>(p, firstToken, endToken, firstRow, scratch)
-                               : panelProduct<Half>(p, firstToken, endToken, firstRow, scratch);
+                                   : panelProduct<Half>(p, firstToken, endToken, firstRow, scratch);
 }
 
 void widen(const void* halves, int64_t count, float* out) {

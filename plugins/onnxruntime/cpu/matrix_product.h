@@ -10,8 +10,9 @@ constexpr int64_t kFewRows = 3;  // up to here a row of values is taken whole, n
 // out[r][n] (+)= Σ_k a[r][k] · b[k][n] for kRows × kColumns vectors kept in registers. Never
 // inlined: the registers are its own.
 template <int kRows, int kColumns, bool kAccumulate, typename T>
-__attribute__((noinline)) void productBlock(const float* a, int64_t aStride, const T* b, int64_t bStride, int64_t depth,
-                  float* out, int64_t outStride) {
+__attribute__((noinline)) void productBlock(const float* a, int64_t aStride, const T* b,
+                                            int64_t bStride, int64_t depth, float* out,
+                                            int64_t outStride) {
   Vec sum[kRows][kColumns];
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) {

@@ -41,8 +41,8 @@ template <typename Body>
 void forEach(const Parallel& parallel, size_t count, Body body) {
   if (count == 1) return body(0);
   parallel.run(
-      parallel.context, count,
-      [](void* data, size_t index) { (*static_cast<Body*>(data))(index); }, &body);
+      parallel.context, count, [](void* data, size_t index) { (*static_cast<Body*>(data))(index); },
+      &body);
 }
 
 }  // namespace lminf::cpu

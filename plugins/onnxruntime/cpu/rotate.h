@@ -10,11 +10,12 @@ using lminf::cpu::Params;
 
 // Calls visit(i, value) for every element of x rotated by one row of cos and sin.
 template <typename In, typename Visit>
-inline void visitRotated(const Params& p, const In* x, const float* cos,
-                         const float* sin, Visit visit) {
+inline void visitRotated(const Params& p, const In* x, const float* cos, const float* sin,
+                         Visit visit) {
   const int64_t half = p.rotaryDim / 2;
   for (int64_t i = 0; i < half; ++i) {
-    const int64_t first = p.rotaryInterleaved != 0 ? 2 * i : i, second = p.rotaryInterleaved != 0 ? 2 * i + 1 : i + half;
+    const int64_t first = p.rotaryInterleaved != 0 ? 2 * i : i,
+                  second = p.rotaryInterleaved != 0 ? 2 * i + 1 : i + half;
     const float a = toFloat(x[first]), b = toFloat(x[second]);
     visit(first, a * cos[i] - b * sin[i]);
     visit(second, b * cos[i] + a * sin[i]);
@@ -26,8 +27,7 @@ inline void visitRotated(const Params& p, const In* x, const float* cos,
 template <typename In, typename Out>
 void rotate(const Params& p, const In* x, const float* cos, const float* sin, float factor,
             Out* out) {
-  visitRotated(p, x, cos, sin,
-               [&](int64_t i, float value) { fromFloat(value * factor, out + i); });
+  visitRotated(p, x, cos, sin, [&](int64_t i, float value) { fromFloat(value * factor, out + i); });
 }
 
 }  // namespace

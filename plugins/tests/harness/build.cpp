@@ -153,8 +153,7 @@ std::vector<DynamicPluginTensorDesc> rangesOf(const Case& task, const Profile& p
   std::vector<Dims> shapes[3];
   for (int which = 0; which < 3; ++which) {
     for (std::int32_t input = 0; input < kNumInputs; ++input) {
-      shapes[which].push_back(
-          shapeIn(task, input, profile.batch[which], profile.sequence[which]));
+      shapes[which].push_back(shapeIn(task, input, profile.batch[which], profile.sequence[which]));
     }
   }
   for (std::int32_t place = 0; place < kNumInputs + kNumOutputs; ++place) {
@@ -232,8 +231,7 @@ void prepareProfile(nvinfer1::IPluginV3& plugin, const Case& task, const Profile
   checkFormats(builder, ranges);
   require(builder.configurePlugin(inputs, kNumInputs, outputs, kNumOutputs) == 0, "configure",
           "refused");
-  plan.workspaceBytes.push_back(
-      builder.getWorkspaceSize(inputs, kNumInputs, outputs, kNumOutputs));
+  plan.workspaceBytes.push_back(builder.getWorkspaceSize(inputs, kNumInputs, outputs, kNumOutputs));
   std::unique_ptr<nvinfer1::IPluginV3> clone(plugin.clone());
   require(clone != nullptr, "clone", "failed while building");
   std::vector<PluginTensorDesc> usual;
@@ -244,9 +242,9 @@ void prepareProfile(nvinfer1::IPluginV3& plugin, const Case& task, const Profile
   auto* runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(
       clone->getCapabilityInterface(nvinfer1::PluginCapabilityType::kRUNTIME));
   require(runtime->setTactic(0) == 0, "tactic", "the default one is refused");
-  require(runtime->onShapeChange(usual.data(), kNumInputs, usual.data() + kNumInputs,
-                                 kNumOutputs) == 0,
-          "onShapeChange", "refused while building");
+  require(
+      runtime->onShapeChange(usual.data(), kNumInputs, usual.data() + kNumInputs, kNumOutputs) == 0,
+      "onShapeChange", "refused while building");
 }
 
 }  // namespace
@@ -272,8 +270,8 @@ Plan build(const Library& library, const Case& task) {
               static_cast<std::int32_t>(task.integers.size() + task.floats.size()),
           "fields", "the creator looks for another number of attributes");
   const NodeFields fields(task);
-  std::unique_ptr<nvinfer1::IPluginV3> plugin(library.creator().createPlugin(
-      "layer", fields.get(), nvinfer1::TensorRTPhase::kBUILD));
+  std::unique_ptr<nvinfer1::IPluginV3> plugin(
+      library.creator().createPlugin("layer", fields.get(), nvinfer1::TensorRTPhase::kBUILD));
   require(plugin != nullptr, "createPlugin", "refused");
   checkIdentity(*plugin);
   auto& builder = buildCapability(*plugin);

@@ -63,9 +63,12 @@ std::string quoted(const std::string& text) {
   std::ostringstream out;
   out << '"';
   for (const char c : text) {
-    if (c == '"' || c == '\\') out << '\\' << c;
-    else if (static_cast<unsigned char>(c) < 0x20) out << ' ';
-    else out << c;
+    if (c == '"' || c == '\\')
+      out << '\\' << c;
+    else if (static_cast<unsigned char>(c) < 0x20)
+      out << ' ';
+    else
+      out << c;
   }
   out << '"';
   return out.str();

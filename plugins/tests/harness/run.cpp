@@ -38,8 +38,8 @@ class Runner {
     const Step& step = task_.steps[number];
     describe(step);
     if (!sameShapes(step.shapes, context.shapes)) {
-      require(context.runtime().onShapeChange(descs_.data(), kNumInputs,
-                                              descs_.data() + kNumInputs, kNumOutputs) == 0,
+      require(context.runtime().onShapeChange(descs_.data(), kNumInputs, descs_.data() + kNumInputs,
+                                              kNumOutputs) == 0,
               "onShapeChange", "step " + std::to_string(number) + " is refused");
       context.shapes = step.shapes;
     }
@@ -69,8 +69,8 @@ class Runner {
       buffer.write(readBytes(task_.folder / (std::to_string(number) + "." + name + ".bin")));
     }
     for (std::int32_t output = 0; output < kNumOutputs; ++output) {
-      Buffer& buffer = place(outputs_, output, task_.bytesOf(kNumInputs + output,
-                                                            descOf(kNumInputs + output)));
+      Buffer& buffer =
+          place(outputs_, output, task_.bytesOf(kNumInputs + output, descOf(kNumInputs + output)));
       buffer.poison();
     }
   }
