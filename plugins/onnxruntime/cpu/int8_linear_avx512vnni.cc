@@ -1,4 +1,4 @@
-// int8_linear_block.h for one instruction set; the build gives this file its flags.
+// int8_linear_panel.h for one instruction set; the build gives this file its flags.
 #include "int8_linear_panel.h"
 
 namespace lminf::cpu {
