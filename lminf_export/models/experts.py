@@ -1,18 +1,20 @@
-"""Mixtures of experts that can be exported: every token meets only the experts it chose.
+"""Mixtures of experts that can be exported: every token is computed by its chosen experts only.
 
 transformers computes experts by a grouped product that has no translation to ONNX, or by a loop
-over the experts that were hit, whose shapes depend on data. Here the pairs (token, chosen
-expert) are sorted into blocks of equal size, each of one expert, padded with zeros where an
-expert has too few. How many blocks there are, M, and how many rows each has, b, follow from the
-number of tokens alone, so that an engine can plan for them. One Loop then takes a block and its
-expert's matrix at a time.
+over the experts that some token chose, whose shapes depend on data. Here the pairs (token, chosen
+expert) are sorted into blocks of equal size. All rows of a block belong to one expert; a block is
+padded with zeros where the expert has too few pairs. The number of blocks, M, and the rows of
+each, b, follow from the number of tokens alone, so that an engine can plan for them. One Loop
+then multiplies one block by its expert's matrix at a time.
 
-What that costs. A step of few tokens (b = 1) reads the chosen experts and no others, but each is
-copied out of the stack before it is used, which is two more passes over it; standard operators
-have no product with one matrix of a stack. A long chunk computes at most 3 rows for each pair,
-and at most 1.5 times the number of experts in blocks. Computing every expert for every token
-would read each weight once, but all of them: 16 times as many in Qwen3-30B. Copying the chosen
-matrices of all pairs at once would need (tokens · k) experts of memory.
+Letters: T tokens, F features, E experts, k experts of each token, P = T · k pairs.
+
+Cost. A step of few tokens (b = 1) reads the chosen experts and no others. Each matrix is copied
+out of the stack before it is used, which is two more passes over it: standard operators have no
+product with one matrix of a stack. A long chunk computes at most 3 rows for each pair, in at most
+1.5 · E blocks. The alternatives cost more. Computing every expert for every token reads all E
+experts, 16 times as many weights in Qwen3-30B. Copying the chosen matrices of all pairs at once
+needs memory for P experts.
 
 Routing (softmax, top-k, normalisation, scaling) and the activation between the two products are
 each model's own code, traced.
@@ -36,12 +38,16 @@ _ONNX = Opset("", 24)
 
 
 def block_shape(num_pairs: Any, num_experts: int) -> tuple[Any, Any]:
-    """Return (M, b): blocks enough for any routing of so many pairs, and rows of each.
+    """Return (M, b): the number of blocks that any routing of P pairs fits in, and their rows.
 
-    Twice the rows of a balanced routing: most experts then fit one block. Every expert that is
-    hit has at most one block that is not full, so (P − m) / b + m blocks suffice for m experts.
+    Args:
+        num_pairs: P, an integer or a symbol of the trace.
+        num_experts: E.
     """
+    # Twice the rows of a balanced routing, so that most experts fit in one block.
     rows = 2 * num_pairs // num_experts + 1
+    # An expert of n pairs needs (n - 1) // b + 1 blocks: summed over m experts, at most
+    # (P - m) // b + m, which is largest for the most experts that can be chosen.
     hit = torch.sym_min(num_pairs, num_experts)
     return (num_pairs - hit) // rows + hit, rows
 
@@ -61,18 +67,23 @@ def dispatch_to_experts(
         blocks (M, b, F) with zeros where a block is not full; expert (M,) int64 of each block;
         slot (T·k,) int64, the row of blocks.flatten(0, 1) that holds each pair.
     """
-    expert = top_k_index.reshape(-1)
+    expert = top_k_index.reshape(-1)  # (P,)
     num_blocks, rows = block_shape(expert.numel(), num_experts)
-    chosen = expert[:, None] == torch.arange(num_experts)
-    running = chosen.to(torch.int64).cumsum(0)
-    rank = running.gather(1, expert[:, None])[:, 0] - 1
-    used = (chosen.sum(0) + rows - 1) // rows
-    ends = used.cumsum(0)
-    slot = (ends - used)[expert] * rows + rank
-    of_block = (ends[None, :] <= torch.arange(num_blocks)[:, None]).sum(1)
+    # A pair's rank among the pairs of its expert: their running count, at its own expert.
+    chosen = expert[:, None] == torch.arange(num_experts)  # (P, E)
+    running = chosen.to(torch.int64).cumsum(0)  # (P, E)
+    rank = running.gather(1, expert[:, None])[:, 0] - 1  # (P,)
+    # Experts own consecutive blocks, in the order of their numbers: expert e owns those from
+    # ends[e] - used[e] to ends[e] - 1. A pair's row is its rank, counted from the first of them.
+    used = (chosen.sum(0) + rows - 1) // rows  # (E,) blocks of each expert
+    ends = used.cumsum(0)  # (E,)
+    slot = (ends - used)[expert] * rows + rank  # (P,)
+    # A block's expert is the number of experts whose blocks all come before it.
+    of_block = (ends[None, :] <= torch.arange(num_blocks)[:, None]).sum(1)  # (M,)
     blocks = hidden.new_zeros(num_blocks * rows, hidden.shape[1])
-    blocks[slot] = hidden.repeat_interleave(top_k_index.shape[1], 0)
+    blocks[slot] = hidden.repeat_interleave(top_k_index.shape[1], 0)  # (P, F), token by token
     blocks = blocks.reshape(num_blocks, rows, hidden.shape[1])
+    # Blocks behind the last used one count E experts; any valid matrix will do for their zeros.
     return blocks, of_block.clamp(max=num_experts - 1), slot
 
 
@@ -89,13 +100,13 @@ def _(hidden: Tensor, top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Te
 
 @torch.library.custom_op("lminf::expert_linear", mutates_args=())
 def expert_linear(blocks: Tensor, weight: Tensor, expert: Tensor, is_transposed: bool) -> Tensor:
-    """Multiply each block by its expert's matrix, one at a time.
+    """Multiply each block by its expert's matrix, one block at a time.
 
     Args:
         blocks: (M, b, in).
         weight: (E, out, in), or (E, in, out) where transposed.
         expert: (M,) int64.
-        is_transposed: how the matrices are stored.
+        is_transposed: whether the matrices are stored transposed.
 
     Returns:
         (M, b, out).
@@ -113,7 +124,7 @@ def _(blocks: Tensor, weight: Tensor, expert: Tensor, is_transposed: bool) -> Te
 def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Stand in for an experts implementation of transformers.
+    """Compute a model's experts, as an experts implementation of transformers.
 
     Args:
         module: a model's experts, with stacked `gate_up_proj` (or `up_proj`) and `down_proj`.
@@ -126,16 +137,18 @@ def experts_forward(
     """
     blocks, expert, slot = dispatch_to_experts(hidden_states, top_k_index, module.num_experts)
     name = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _project(module, name, blocks, expert)
+    inner = _project(module, name, blocks, expert)  # (M, b, inner features)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    # Padding ends here: slot picks the row of each pair out of the (M · b, F) rows.
     output = _project(module, "down_proj", inner, expert).flatten(0, 1).index_select(0, slot)
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)
-    weighted = output.unflatten(0, top_k_index.shape) * top_k_weights[:, :, None]
+    weighted = output.unflatten(0, top_k_index.shape) * top_k_weights[:, :, None]  # (T, k, F)
     return weighted.sum(1).to(hidden_states.dtype)
 
 
 def _project(module: Any, name: str, blocks: Tensor, expert: Tensor) -> Tensor:
+    """Multiply blocks (M, b, in) by a named stack and add its experts' biases: (M, b, out)."""
     output = expert_linear(blocks, getattr(module, name), expert, module.is_transposed)
     if module.has_bias:
         output = output + getattr(module, f"{name}_bias").index_select(0, expert)[:, None, :]
@@ -158,25 +171,32 @@ def _int(value: int) -> Any:
 
 
 def _dispatch_to_onnx(hidden: Any, top_k_index: Any, num_experts: int) -> Any:
-    expert = _ONNX.Reshape(top_k_index, _ints(-1))
+    """Write `dispatch_to_experts` in standard operators, step by step in the same order."""
+    expert = _ONNX.Reshape(top_k_index, _ints(-1))  # (P,)
+    # The name tells `lminf validate` and `lminf bench` where a graph's chosen experts are.
     expert.name = f"{CHOICE_PREFIX}{top_k_index.name}"
+    # `block_shape`, of shape (1,) each.
     num_pairs = _ONNX.Shape(expert)
     rows = _ONNX.Add(_ONNX.Div(_ONNX.Mul(num_pairs, _int(2)), _int(num_experts)), _int(1))
     hit = _ONNX.Min(num_pairs, _ints(num_experts))
     num_blocks = _ONNX.Add(_ONNX.Div(_ONNX.Sub(num_pairs, hit), rows), hit)
-    column = _ONNX.Unsqueeze(expert, _ints(1))
+    # The rank of each pair among those of its expert.
+    column = _ONNX.Unsqueeze(expert, _ints(1))  # (P, 1)
     chosen = _ONNX.Cast(_ONNX.Equal(column, _ints(*range(num_experts))), to=ir.DataType.INT64)
     running = _ONNX.CumSum(chosen, _int(0))
     rank = _ONNX.Sub(_ONNX.Squeeze(_ONNX.GatherElements(running, column, axis=1), _ints(1)), 1)
-    count = _ONNX.ReduceSum(chosen, _ints(0), keepdims=0)
+    # The blocks of each expert, and the row of each pair.
+    count = _ONNX.ReduceSum(chosen, _ints(0), keepdims=0)  # (E,)
     used = _ONNX.Div(_ONNX.Sub(_ONNX.Add(count, rows), _int(1)), rows)
     ends = _ONNX.CumSum(used, _int(0))
     start = _ONNX.Gather(_ONNX.Sub(ends, used), expert)
     slot = _ONNX.Add(_ONNX.Mul(start, rows), rank)
+    # The expert of each block.
     number = _ONNX.Range(_int(0), _ONNX.Squeeze(num_blocks), _int(1))
-    passed = _ONNX.LessOrEqual(ends, _ONNX.Unsqueeze(number, _ints(1)))
+    passed = _ONNX.LessOrEqual(ends, _ONNX.Unsqueeze(number, _ints(1)))  # (M, E)
     before = _ONNX.ReduceSum(_ONNX.Cast(passed, to=ir.DataType.INT64), _ints(1), keepdims=0)
-    of_block = _ONNX.Min(before, _ints(num_experts - 1))  # blocks nobody needed
+    of_block = _ONNX.Min(before, _ints(num_experts - 1))  # unused blocks count E
+    # The blocks: each token k times, written to the rows of its pairs over zeros.
     width = _ONNX.Shape(hidden, start=1, end=2)
     k = top_k_index.shape[1]
     pairs = _ONNX.Expand(_ONNX.Unsqueeze(hidden, _ints(1)), _ints(1, k, 1))
@@ -190,13 +210,17 @@ def _dispatch_to_onnx(hidden: Any, top_k_index: Any, num_experts: int) -> Any:
 
 
 def _expert_linear_to_onnx(blocks: Any, weight: Any, expert: Any, is_transposed: bool) -> Any:
-    """Loop over the blocks; a Scan would say the same, but NVIDIA's parser refuses it."""
+    """Write `expert_linear` as a Loop over the blocks.
+
+    A Scan could do the same, but the ONNX parser of TensorRT refuses it.
+    """
     number = _scalar_value("block", ir.DataType.INT64)
     going = _scalar_value("going", ir.DataType.BOOL)
     on = ir.node("Identity", [going])
     block, index = (
         ir.node("Gather", [x, number], attributes={"axis": 0}) for x in (blocks, expert)
     )
+    # The stack is a value of the outer graph, so no turn copies more than one of its matrices.
     matrix = ir.node("Gather", [weight, index.outputs[0]], attributes={"axis": 0})
     factors = [block.outputs[0], matrix.outputs[0]]
     product = ir.node("Gemm", factors, attributes={"transB": int(not is_transposed)})
@@ -209,8 +233,9 @@ def _expert_linear_to_onnx(blocks: Any, weight: Any, expert: Any, is_transposed:
     )
     count = _ONNX.Squeeze(_ONNX.Shape(expert))
     loop = ir.node("Loop", [count, _ONNX.Constant(value=ir.tensor(True))], {"body": body})
-    # onnxscript's own call knows no loop that carries nothing from turn to turn.
-    evaluator.default().nodes.append(loop)  # of torch's recorder
+    # onnxscript's call of Loop needs a value that is carried from turn to turn; there is none
+    # here, so the node is given to the recorder of torch's exporter directly.
+    evaluator.default().nodes.append(loop)
     return loop.outputs[0]
 
 
@@ -219,7 +244,7 @@ def _scalar_value(name: str, dtype: ir.DataType) -> ir.Value:
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what `torch.onnx.export(custom_translation_table=…)` needs for these operators."""
+    """Return the `custom_translation_table` of `torch.onnx.export` for these operators."""
     ops = torch.ops.lminf
     return {
         ops.dispatch_to_experts.default: _dispatch_to_onnx,
