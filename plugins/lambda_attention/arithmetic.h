@@ -35,7 +35,7 @@ LMINF_HD Number ceilDiv(Number value, Number divisor) {
   return (value + divisor - 1) / divisor;
 }
 
-// Real tokens of a row, whatever the caller wrote: 0 ... S.
+// Real tokens of a row, clamped to 0 ... S.
 LMINF_HD int realTokens(std::int64_t newLength, int sequenceLength) {
   return static_cast<int>(
       larger<std::int64_t>(0, smaller<std::int64_t>(newLength, sequenceLength)));
@@ -65,7 +65,7 @@ LMINF_HD KeySpan keySpan(std::int64_t past, int realSteps, int firstStep, int la
   if (lastStep < firstStep) return span;
   const std::int64_t end = past + lastStep + 1;
   std::int64_t first = past + firstStep - windowSize + 1;
-  // Positions before the ring's oldest are gone; with C >= W + S - 1 nobody asks for them.
+  // Positions before the ring's oldest are gone; with C >= W + S - 1 no query sees them.
   first = larger<std::int64_t>(first, past + realSteps - capacity);
   first = larger<std::int64_t>(first, 0);
   span.ringCount = static_cast<int>(end - first);

@@ -47,7 +47,7 @@ int blocksPerMultiprocessor(const AttentionPlan& plan, int headDim, const Device
   return std::max(1, std::min(blocks, static_cast<int>(std::min<std::size_t>(fit, 16))));
 }
 
-// Blocks that a split plan may have, which bounds the workspace whatever the batch.
+// Blocks that a split plan may have, which bounds the workspace for every batch size.
 std::int64_t maxBlocks(AttentionKernel kernel) {
   return isDecode(kernel) ? kMaxDecodeBlocks : kMaxTileBlocks;
 }

@@ -57,7 +57,7 @@ std::string checkLimits(const LambdaAttentionParams& p) {
   return {};
 }
 
-// A chunk is written before anything is attended, so it must fit whatever the ring promises.
+// A chunk is written before anything is attended, so it must fit a growing ring too.
 std::string checkRingOf(const LambdaAttentionParams& p) {
   if (p.sequenceLength > p.capacity) {
     return message("ring slots C = ", p.capacity, ": fewer than the S = ", p.sequenceLength,

@@ -59,7 +59,7 @@ abi::Status* CudaKernel::compute(abi::KernelContext* context) noexcept {
     if (abi::Status* wrong = readCall(api_, context, &params)) return wrong;
     if (params.batchSize == 0) return nullptr;
     if (params.numSinkTokens == 0 && !(params.presentSinkKey && params.presentSinkValue)) {
-      params.presentSinkKey = params.presentSinkValue = nullptr;  // nobody asked for the constants
+      params.presentSinkKey = params.presentSinkValue = nullptr;  // constants that are not read
     }
     // A smaller ring is one that the session grows before it wraps (docs/operator.md).
     params.growingRing = params.capacity < leastSlots(params.windowSize, params.sequenceLength);

@@ -18,7 +18,7 @@ abi::Status* readTensor(const abi::Api* api, const abi::KernelContext* context, 
 abi::Status* readOptionalTensor(const abi::Api* api, const abi::KernelContext* context,
                                 size_t index, Shape* shape, const void** data);
 
-// Allocates or finds an output; *data stays null where nobody reads it.
+// Allocates or finds an output; *data stays null where it is not used.
 abi::Status* findTensor(const abi::Api* api, abi::KernelContext* context, size_t index,
                         const Shape& shape, void** data);
 

@@ -17,7 +17,7 @@ enum class DataType : std::int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 }
 // Aliasing: a present tensor is updated in place where its pointer equals its past's; where the
 // pointers differ, the past is copied first. Other overlaps are not allowed.
 //
-// Without sink tokens (N = 0) the present sinks may be null: nobody reads them.
+// Without sink tokens (N = 0) the present sinks may be null: they are not read.
 struct LambdaAttentionParams : Tensors, Attributes {
   DataType dataType = DataType::kFloat16;  // T
   bool int8Cache = false;                  // the rings hold int8

@@ -72,7 +72,7 @@ std::string checkRanks(const Shape* inputs, std::int32_t count) {
   return {};
 }
 
-// Without rotation cos, sin and the limit rows are small constants nobody reads.
+// Without rotation cos, sin and the limit rows are small constants that are not read.
 bool isUnread(std::int32_t input, const Attributes& a) {
   const Operand& operand = kInputs[input];
   return a.rotaryDim == 0 && operand.shape[operand.rank - 1] == Letter::kRotaryPairs;

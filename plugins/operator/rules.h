@@ -32,7 +32,8 @@ std::string readShapes(const Shape* inputs, LambdaAttentionParams& params);
 // The input that an output has the shape of; present sinks have a row for each of B.
 Input shapeSource(std::int32_t output);
 
-// Whether an output holds sinks: a constant nobody reads where there are no sink tokens.
+// Whether an output holds sinks: a constant that is not read where there are no sink
+// tokens.
 constexpr bool isSinkOutput(std::int32_t output) {
   return output == kPresentSinkKey || output == kPresentSinkValue;
 }

@@ -16,7 +16,7 @@ constexpr std::int32_t kReleasesPerMajor = 10000;
 
 // Where findLogger and log stand in the virtual tables of a major release, both at the same
 // place: first in 10, behind the two functions and two destructors of a versioned interface in
-// 11. -1 for releases nobody has looked at.
+// 11. -1 for releases that are not known.
 int placeIn(std::int32_t majorRelease) {
   if (majorRelease == 10) return 0;
   return majorRelease == 11 ? 4 : -1;

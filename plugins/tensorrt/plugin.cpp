@@ -61,7 +61,7 @@ Shapes shapesOf(const PluginTensorDesc* inputs) {
   return shapes;
 }
 
-// Without sink tokens nobody reads the present sinks, and nothing is written there.
+// Without sink tokens the present sinks are not read, and nothing is written there.
 void setPointers(LambdaAttentionParams& params, const void* const* inputs, void* const* outputs) {
   setTensors(params, inputs, outputs, params.int8Cache);
   if (params.numSinkTokens == 0) params.presentSinkKey = params.presentSinkValue = nullptr;

@@ -74,7 +74,7 @@ class Block {
 
   void sinks() {
     const int64_t seen = numSeenSinks(rows_ - 1);
-    const bool ours = p_.presentSinkKey != nullptr;  // else nobody stores them: no sink tokens
+    const bool ours = p_.presentSinkKey != nullptr;  // null: there are no sink tokens
     if (seen == 0 || !ours) return;
     const int64_t base = (item_.batch * p_.numKvHeads + item_.kvHead) * p_.sinkSlots() * p_.headDim;
     const T* key = static_cast<const T*>(p_.presentSinkKey) + base;

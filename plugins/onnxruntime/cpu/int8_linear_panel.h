@@ -51,7 +51,7 @@ inline void transpose(const __m128i* rows, __m512i* out) {
 }
 
 // Packs blocks firstBlock … firstBlock + count − 1 of up to kPanelRows rows. Rows behind the last
-// repeat it: what comes of them nobody reads.
+// repeat it: their results are not read.
 template <int kBits, typename T>
 void packPanel(const Blocks& b, int64_t firstRow, int64_t endRow, int64_t firstBlock, int64_t count,
                const Panel& panel) {
