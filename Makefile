@@ -1,4 +1,4 @@
-# Two targets matter: `make demo` shows it, `make test` checks it.
+# `make demo` shows it, `make test` checks it, `make test-fast` checks most of it in three minutes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,13 +9,15 @@ else
 EXTRAS ?= dev
 endif
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-fast lint docs format clean
 
 help:
-	@echo "make demo     install, export the demo model, validate it, let it write"
-	@echo "make test     lint, types, import rules and all tests"
-	@echo "make lint     only the static checks"
-	@echo "make format   format the code"
+	@echo "make demo       install, export the demo model, validate it, let it write"
+	@echo "make test       lint, types, import rules and all tests"
+	@echo "make test-fast  the tests of every package that take little time"
+	@echo "make lint       only the static checks"
+	@echo "make docs       write all generated pages"
+	@echo "make format     format the code"
 
 install: $(VENV)/installed
 
@@ -38,6 +40,12 @@ lint: install
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+docs: install
+	$(BIN)/python -m scripts.docs.write_all
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -138,6 +138,7 @@ EXPERT_CASES = [case for case in CASES if "experts" in case.special]
 QUICK = ("hunyuan_v1_moe", "ernie4_5_moe")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "case",
     [

@@ -56,6 +56,7 @@ def parse(trt):
     return parse
 
 
+@pytest.mark.sampled
 @needs_rtx
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_plan_is_built_without_a_gpu(tmp_path, dtype):
@@ -73,6 +74,7 @@ def test_a_plan_is_built_without_a_gpu(tmp_path, dtype):
     assert engine.note == "built, not executed here"
 
 
+@pytest.mark.sampled
 @needs_rtx
 @pytest.mark.parametrize(
     "tiny",
@@ -89,6 +91,7 @@ def test_odd_settings_build_too(tmp_path, tiny):
     assert (folder / "engine.plan").exists()
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_an_exported_llama_becomes_a_bundle_with_a_plan(tmp_path):
     from lminf_export.export.run import export

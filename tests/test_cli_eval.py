@@ -99,6 +99,7 @@ def losses_in(state, method):
     return file.tracks[method].losses
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["bundle", "mpt_bundle"])
 def test_the_export_agrees_with_the_specification_to_a_ten_thousandth_of_a_nat(
     kind, words, request, tmp_path
@@ -145,6 +146,7 @@ def streaming_by_hand(folder, tokens):
         return model(torch.tensor([kept]), use_cache=False).logits[0, -1]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("count", [WINDOW + SINKS, WINDOW + SINKS + 1, 97])
 def test_streaming_puts_the_cache_at_positions_by_place(count, words, tmp_path):
     folder = save_llama(tmp_path / "one-layer", num_hidden_layers=1)

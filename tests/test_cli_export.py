@@ -295,6 +295,7 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
     fails(tmp_path, "--model", llama, words=["space"])
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path):
     code = (
         "import os, signal; from lminf_export import export;"
@@ -309,6 +310,7 @@ def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["b"], "the next export clears the remains"
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_read_from_the_cache_at_its_revision(llama, tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / commit

@@ -123,6 +123,7 @@ def export_tiny(folder: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)
 def test_a_hub_checkpoint_exports_equals_stock_and_validates(case, tmp_path):
     folder = case.save(tmp_path / "m")
@@ -160,6 +161,7 @@ def test_hub_names_become_the_models_own(name, tmp_path):
     assert conversion.apply(wanted) == wanted
 
 
+@pytest.mark.slow
 def test_hub_names_and_the_models_own_names_give_the_same_bundle(tmp_path):
     digests = set()
     for hub_names in (True, False):
@@ -182,6 +184,7 @@ def test_a_transposing_conversion_reads_one_matrix_at_a_time(tmp_path):
         assert len(blocks) == (1 if 0 in dims else 3)
 
 
+@pytest.mark.slow
 def test_expert_matrices_are_only_ever_picked_one_at_a_time(tmp_path):
     bundle = export_tiny(BY_NAME["gpt_oss"].save(tmp_path / "m"), tmp_path / "b")
     model = onnx.load(str(bundle / "model.onnx"), load_external_data=False)
@@ -240,6 +243,7 @@ def test_experts_without_gate_and_with_a_norm_after_them():
     torch.testing.assert_close(experts_forward(module, hidden, index, weight), wanted)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("lost", "said"),
     [
@@ -257,6 +261,7 @@ def test_an_incomplete_checkpoint_is_refused_by_name(lost, said, tmp_path):
         export_tiny(folder, tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_read_only_when_asked_for(tmp_path):
     folder = BY_NAME["mixtral"].save(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")

@@ -63,6 +63,7 @@ def stream(model, tokens, sizes):
     return np.concatenate(out)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("scaling", ROPE_SCALINGS)
 def test_logits_equal_the_oracle_over_twelve_windows(scaling, tmp_path):
     folder = save_llama(tmp_path / "m", rope_parameters=ROPE_SCALINGS[scaling])
@@ -76,6 +77,7 @@ def test_logits_equal_the_oracle_over_twelve_windows(scaling, tmp_path):
     assert relative_error(stream(model, tokens, uneven), wanted) < TOLERANCE
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("scaling", ROPE_SCALINGS)
 def test_logits_equal_stock_transformers_inside_the_window(scaling, tmp_path):
     folder = save_llama(tmp_path / "m", rope_parameters=ROPE_SCALINGS[scaling])
@@ -89,6 +91,7 @@ def test_logits_equal_stock_transformers_inside_the_window(scaling, tmp_path):
     assert relative_error(got, wanted) < TOLERANCE
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "settings",
     [
@@ -117,6 +120,7 @@ def test_settings_reach_the_graph(settings, tmp_path):
     assert relative_error(got, wanted) < TOLERANCE
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "changes",
     [
@@ -164,6 +168,7 @@ def test_rows_of_different_lengths_equal_rows_alone(tmp_path):
                 assert np.abs(got - right).max() < TOLERANCE * np.ptp(wanted[row])
 
 
+@pytest.mark.slow
 def test_float16_errs_at_most_twice_as_much_as_torch_in_float16(tmp_path):
     from lminf_export.models.base import build_model
     from lminf_export.models.steps import HistoryStep, run

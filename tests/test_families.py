@@ -23,6 +23,7 @@ from lminf_export.models.registry import FAMILIES, find_family
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)
 def test_family_equals_stock_inside_the_window_and_the_oracle_beyond(case, tmp_path):
     errors = check_family(case, tmp_path)

@@ -39,6 +39,7 @@ def exported(request, tmp_path_factory) -> Exported:
     return export_case(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.mark.sampled
 def test_two_texts_token_by_token_equal_the_oracle_after_five_windows(exported):
     # The first step gives the second text a lead, so the rows never stand at one position.
     steps = iter([np.array([1, 4])])
@@ -47,6 +48,7 @@ def test_two_texts_token_by_token_equal_the_oracle_after_five_windows(exported):
         assert error(logits, wanted) < TOLERANCE
 
 
+@pytest.mark.sampled
 def test_two_texts_in_irregular_chunks_equal_the_oracle_after_five_windows(exported):
     rng = np.random.default_rng(3)
     got = decode(exported, lambda remaining: rng.integers(0, 3 * CHUNK, 2))
@@ -54,6 +56,7 @@ def test_two_texts_in_irregular_chunks_equal_the_oracle_after_five_windows(expor
         assert error(logits, wanted) < TOLERANCE
 
 
+@pytest.mark.sampled
 def test_logits_equal_stock_transformers_inside_the_window(exported):
     stock = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float32)
     text = exported.texts[0][None, :WINDOW]
@@ -63,6 +66,7 @@ def test_logits_equal_stock_transformers_inside_the_window(exported):
     assert error(got, wanted) < TOLERANCE
 
 
+@pytest.mark.sampled
 def test_the_graph_has_one_attention_a_layer_and_neither_mask_nor_bias_of_the_model(exported):
     graph = onnx.load(str(exported.graph), load_external_data=False).graph
     config = AutoConfig.from_pretrained(exported.folder)

@@ -48,6 +48,7 @@ def bundle(model, tmp_path_factory):
     return exported(model, tmp_path_factory.mktemp("b") / "int8")
 
 
+@pytest.mark.slow
 def test_the_contract_has_int8_rings_and_their_scales(bundle):
     inputs = {tensor.name: tensor for tensor in bundle.manifest.inputs}
     assert inputs[past_name(0, "key")].dtype == "int8"
@@ -104,6 +105,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_kinds_of_bundles_compute_the_specification(name, tmp_path):
     source = save_llama(tmp_path / "llama", num_hidden_layers=1)

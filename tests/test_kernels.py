@@ -88,6 +88,7 @@ LARGE = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", LARGE)
 def test_tiles_and_split_keys_equal_distances(name, kernels):
     case, steps = LARGE[name]
@@ -221,6 +222,7 @@ def test_the_kernel_takes_the_operators_place(bundle, tmp_path):
     assert plain.count("TensorScatter") == 4
 
 
+@pytest.mark.slow
 def test_a_layer_runs_few_operators_and_no_copy_of_a_cache(tmp_path):
     counts = []
     for layers in (2, 3):

@@ -204,6 +204,7 @@ def test_a_model_that_is_more_than_a_row_of_layers_is_traced_in_full(change):
         templates_of(config, plan_of(config), change)
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_told_alike_are_traced_and_the_log_says_why(
     tmp_path, monkeypatch, caplog
 ):

@@ -103,6 +103,7 @@ def rounded(x: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     return flat[0], flat[1]
 
 
+@pytest.mark.sampled
 @needs_kernels
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("bits", [4, 8])
@@ -189,6 +190,7 @@ def source(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("nbits") / "m", tie_word_embeddings=True)
 
 
+@pytest.mark.sampled
 @needs_kernels
 @pytest.mark.parametrize(
     "config",

@@ -73,6 +73,7 @@ def test_a_source_changed_in_place_is_found(sharded, tmp_path):
         Bundle.open(bundle.path, verify="full")
 
 
+@pytest.mark.slow
 def test_replacing_a_linked_bundle_leaves_the_source_alone(sharded, tmp_path):
     source = tmp_path / "m"
     shutil.copytree(sharded, source)
@@ -93,6 +94,7 @@ def test_what_would_have_to_be_converted_is_refused(settings, words, sharded, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_experts_that_are_merged_cannot_be_linked(tmp_path):
     source = next(case for case in CASES if case.model_type == "mixtral").save(tmp_path / "m")
     with pytest.raises(ModelError, match="--weights copy"):

@@ -176,6 +176,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **settings) ->
     return folder
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
 def test_an_adapter_of_one_of_two_tied_tensors_unties_them(module, tmp_path):

@@ -127,6 +127,7 @@ def test_tokens_stay_rows_from_projection_to_projection():
     np.testing.assert_allclose(outputs(model, x), outputs(parsed(text), x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_exported_layer_holds_what_it_must_and_no_more(tmp_path):
     graphs = []
     for layers in (3, 4):

@@ -88,6 +88,7 @@ def save_mxfp4(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_gpt_oss_in_mxfp4_equals_transformers_own_dequantised_model(tmp_path):
     folder = save_mxfp4(tmp_path / "m")
     bundle = export_tiny(folder, tmp_path / "b")
@@ -134,6 +135,7 @@ def to_fp8(block: tuple[int, int]):
     return pack
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
 def test_fp8_in_blocks_equals_transformers_own_dequantised_model(model_type, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -334,6 +336,7 @@ PACKERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "model_type"), [("gptq", "qwen2"), ("awq", "mixtral")])
 def test_a_packed_checkpoint_exports_as_its_plain_twin(method, model_type, tmp_path):
     folder = save(model_type, tmp_path / "m", hidden_size=64, intermediate_size=96, head_dim=16)

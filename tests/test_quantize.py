@@ -114,6 +114,7 @@ def test_rows_are_put_together_from_blocks_of_any_length(count):
     assert torch.equal(torch.cat(rows), torch.arange(77.0).reshape(11, 7))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("asked", "dtype"),
     [
@@ -132,6 +133,7 @@ def test_without_rounded_activations_the_graph_is_exact(asked, dtype, model, tmp
     assert report["comparisons"][0]["max_error"] < 2e-5
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("asked", "dtype"),
     [
@@ -148,6 +150,7 @@ def test_rounded_activations_err_as_torch_does_with_them(asked, dtype, model, tm
     assert report["differing_weights"] == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("settings", "lookup", "names"),
     [
@@ -185,6 +188,7 @@ def test_every_projection_is_quantised_and_nothing_else(model, int4):
     assert bundle.manifest.files["weights.safetensors"].bytes < 0.5 * whole
 
 
+@pytest.mark.slow
 def test_a_changed_quantised_weight_is_found(model, tmp_path):
     other = tmp_path / "other"
     save_llama(other)
@@ -273,6 +277,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gemma2"])
 def test_other_families_are_exact_on_what_is_quantised(family, tmp_path):
     folder = next(case for case in CASES if case.model_type == family).save(tmp_path / "m")

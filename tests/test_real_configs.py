@@ -112,6 +112,7 @@ def test_a_window_longer_than_the_training_length_is_told():
     assert "longer than the 2048 the model was first trained on" in notice
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_configuration_gets_the_right_defaults_and_exports(name, tmp_path):
     wanted = REAL[name]

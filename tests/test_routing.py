@@ -30,6 +30,7 @@ def half(request, tmp_path_factory):
     return export(source, folder / "b", window_size=WINDOW, chunk_size=CHUNK, dtype="float16").path
 
 
+@pytest.mark.slow
 def test_half_precision_is_compared_under_its_own_routing(half):
     report = validate(half, num_tokens=599)
     assert report.passed
@@ -95,6 +96,7 @@ def test_a_choice_is_explained_by_nearly_tied_groups():
     assert behind.largest_gap == pytest.approx(0.15, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glm4_moe", "dots1"])
 def test_half_precision_may_take_another_group(name, tmp_path):
     source = BY_NAME[name].save(tmp_path / "m", seed=1)  # of this one both families have near-ties

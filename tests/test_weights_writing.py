@@ -173,6 +173,7 @@ def test_weights_are_written_while_the_model_is_traced(llama, tmp_path, monkeypa
     run.export(llama, tmp_path / "b", **SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_wrong_prediction_of_the_weights_costs_time_only(llama, tmp_path, monkeypatch):
     right = run.export(llama, tmp_path / "right", **SETTINGS)
     real = run.expected_pieces
