@@ -6,8 +6,11 @@ import ast
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 from lminf_export.operator import contract
+from lminf_export.operator.settings import Dtype
+from lminf_export.tensors.dtypes import ELEMENT_TYPES, MODEL_DTYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lminf_export"
@@ -22,6 +25,7 @@ OPERANDS = {
         *contract.outputs(int8_cache=int8_cache),
     )
 }
+ROUTER_SETTINGS = {"num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"}
 
 
 @cache
@@ -29,9 +33,21 @@ def nodes(path: Path) -> list[ast.AST]:
     return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
+def strings(path: Path) -> set[str]:
+    """The string constants of a module."""
+    found = (node.value for node in nodes(path) if isinstance(node, ast.Constant))
+    return {value for value in found if isinstance(value, str)}
+
+
 def literals(path: Path) -> Iterator[set[str]]:
-    """The strings of every list, tuple, set and the keys of every dictionary in a module."""
+    """The strings of every list, tuple, set and the keys of every dictionary in a module.
+
+    Arguments of types such as Literal are not among them.
+    """
+    arguments = {node.slice for node in nodes(path) if isinstance(node, ast.Subscript)}
     for node in nodes(path):
+        if node in arguments:
+            continue
         if isinstance(node, ast.List | ast.Tuple | ast.Set):
             elements = node.elts
         elif isinstance(node, ast.Dict):
@@ -68,3 +84,20 @@ def test_the_size_of_a_ring_is_computed_in_one_place():
         return False
 
     assert [relative(p) for p in SHIPPED if computes(p)] == ["lminf_export/operator/settings.py"]
+
+
+def test_element_types_are_listed_in_one_module():
+    rows = [ELEMENT_TYPES[name] for name in MODEL_DTYPES]
+    names = {name for row in rows for name in (row.name, row.safetensors, row.onnx)}
+
+    def lists_them(path: Path) -> bool:
+        return any(len(found & names) >= 2 for found in literals(path))
+
+    found = [relative(path) for path in PACKAGE.rglob("*.py") if lists_them(path)]
+    assert found == ["lminf_export/tensors/dtypes.py"]
+    assert get_args(Dtype) == MODEL_DTYPES
+
+
+def test_settings_of_routers_are_known_to_families_only():
+    known = [relative(path) for path in PACKAGE.rglob("*.py") if strings(path) & ROUTER_SETTINGS]
+    assert known == ["lminf_export/models/expert_facts.py"]
