@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import onnx_ir as ir
@@ -15,8 +16,9 @@ import pytest
 from lminf_export.engine import builders as lminf_build
 from lminf_export.engine import child, compiler, tensorrt, tensorrt_rtx
 from lminf_export.engine.builders import available_builders, build_engine, select_builder
-from lminf_export.engine.common import prepare_for_engine, profiles
+from lminf_export.engine.common import profiles
 from lminf_export.errors import EngineError
+from lminf_export.export.engine_graph import write_engine_graph
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.progress import silent
 from lminf_export.runtime.tensorrt import message_log
@@ -28,9 +30,12 @@ TINY = TinyModel(sliding_window=5, dtype="float16", head_dim=16)
 
 
 def written(tiny, folder):
-    """A bundle's folder and the request to build its engine."""
+    """A bundle's folder and the request to build its engine, whose graph is written."""
     bundle = tiny.write(folder / "bundle")
-    return bundle.path, request_of(tiny, bundle.path, max_batch_size=3)
+    ready = bundle.path / "ready.onnx"
+    request = request_of(tiny, bundle.path, onnx_path=ready, max_batch_size=3)
+    write_engine_graph(bundle.graph_path, request)
+    return bundle.path, request
 
 
 def files(folder):
@@ -98,9 +103,18 @@ def test_an_exported_llama_becomes_a_bundle_with_a_plan(tmp_path):
     from tests.support.tiny_models import save_llama
 
     model = save_llama(tmp_path / "model", num_hidden_layers=2)
+    told = []
     bundle = export(
-        model, tmp_path / "out" / "engine.plan", window_size=11, chunk_size=7, builder=RTX
+        model,
+        tmp_path / "out" / "engine.plan",
+        window_size=11,
+        chunk_size=7,
+        builder=RTX,
+        progress=lambda phase, fraction: told.append(phase),
     )
+    steps = ["preparing the graph", "parsing the graph", "building the engine"]
+    assert [phase for phase in dict.fromkeys(told) if phase in steps] == steps
+    assert files(bundle.path) == sorted(["lminf.json", *bundle.manifest.files])
     assert bundle.plan_path is not None
     assert bundle.manifest.dtype == "float16"
     assert bundle.manifest.engine.profiles[1]["sequence"] == (1, 7, 7)
@@ -108,7 +122,6 @@ def test_an_exported_llama_becomes_a_bundle_with_a_plan(tmp_path):
 
 def test_every_ring_is_updated_in_place(tmp_path, trt, parse):
     folder, request = written(TINY, tmp_path)
-    prepare_for_engine(folder / "model.onnx", folder / "ready.onnx", request)
     parsed, network, *keep = parse(folder / "ready.onnx")
     assert parsed
     compiler.check_network(trt, network, request)
@@ -148,8 +161,8 @@ def test_progress_names_phases_and_fractions(tmp_path):
     told = []
     build_engine(RTX, request, lambda phase, fraction: told.append((phase, fraction)))
     phases = list(dict.fromkeys(phase for phase, _ in told))
-    assert phases[:3] == ["preparing the graph", "parsing the graph", "building the engine"]
-    assert len(phases) > 3
+    assert phases[:2] == ["parsing the graph", "building the engine"]
+    assert len(phases) > 2
     fractions = [fraction for _, fraction in told if fraction is not None]
     assert 0 <= min(fractions) <= max(fractions) == 1
 
@@ -180,6 +193,7 @@ def broken(folder):
 def test_what_the_parser_refuses_is_named(tmp_path):
     folder, request = written(TINY, tmp_path)
     broken(folder)
+    write_engine_graph(folder / "model.onnx", request)
     before = files(folder)
     with pytest.raises(EngineError, match=r"node riddle \(Mystery\)") as caught:
         build_engine(RTX, request)
@@ -199,8 +213,7 @@ def test_an_unprepared_graph_is_refused_with_the_names_around_the_node(tmp_path,
 
 
 def test_the_reason_is_given_where_the_parsers_first_line_says_nothing(tmp_path, parse):
-    folder, request = written(TINY, tmp_path)
-    prepare_for_engine(folder / "model.onnx", folder / "ready.onnx", request)
+    folder, _ = written(TINY, tmp_path)
     model = ir.load(folder / "ready.onnx")
     ring = next(x for x in model.graph.inputs if x.name == "past_key_values.1.value")
     ring.shape = ir.Shape(["batch", 2, "ring", 16])
@@ -262,7 +275,7 @@ def test_an_interrupted_build_leaves_neither_files_nor_a_process(tmp_path, monke
 def test_a_worker_nobody_waits_for_ends_by_itself(tmp_path):
     folder, request = written(TINY, tmp_path)
     before = files(folder)
-    task = child.Task(RTX, request, folder / "ready.onnx", folder / "half", logging.WARNING)
+    task = child.Task(RTX, request, folder / "half", logging.WARNING)
     worker = subprocess.run(
         child.WORKER,
         input=task.to_json() + "\n",
@@ -278,26 +291,26 @@ def test_a_worker_nobody_waits_for_ends_by_itself(tmp_path):
 
 @needs_rtx
 def test_a_full_disk_is_one_clear_error(tmp_path):
-    folder, request = written(TINY, tmp_path)
+    _, request = written(TINY, tmp_path)
     full = tmp_path.__class__("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    task = child.Task(RTX, request, folder / "ready.onnx", full, logging.WARNING)
+    task = child.Task(RTX, request, full, logging.WARNING)
     with pytest.raises(EngineError, match=r"cannot write .*engine\.plan: No space left"):
         child._run(child.WORKER, task, silent)
 
 
 @needs_rtx
 def test_a_missing_folder_is_one_clear_error(tmp_path):
-    folder, _ = written(TINY, tmp_path)
-    request = request_of(TINY, folder, plan_path=tmp_path / "nowhere" / "engine.plan")
+    _, request = written(TINY, tmp_path)
+    request = replace(request, plan_path=tmp_path / "nowhere" / "engine.plan")
     with pytest.raises(EngineError, match="No such file or directory"):
         build_engine(RTX, request)
 
 
 def test_a_task_survives_its_way_to_the_child(tmp_path):
     request = request_of(TINY, tmp_path)
-    task = child.Task(RTX, request, tmp_path / "a", tmp_path / "b", logging.INFO)
+    task = child.Task(RTX, request, tmp_path / "a", logging.INFO)
     assert child.Task.from_json(task.to_json()) == task
 
 

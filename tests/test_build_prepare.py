@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lminf_export.engine.common import prepare_for_engine, profiles
+from lminf_export.engine.common import profiles
 from lminf_export.errors import EngineError
+from lminf_export.export.engine_graph import write_engine_graph
 from lminf_export.operator import bindings
 from tests.support.engine_graphs import request_of, run
 from tests.support.tiny_bundle import TinyModel
@@ -20,7 +21,7 @@ TINY = TinyModel(sliding_window=5)
 def prepared(tiny, folder):
     bundle = tiny.write(folder / "bundle")
     out = bundle.path / "prepared.onnx"
-    prepare_for_engine(bundle.graph_path, out, request_of(tiny, bundle.path))
+    write_engine_graph(bundle.graph_path, request_of(tiny, bundle.path, onnx_path=out))
     return bundle.graph_path, out
 
 
@@ -79,20 +80,21 @@ def test_a_node_is_named_after_what_it_makes(graphs):
 
 def test_a_graph_of_other_layers_is_refused(graphs, tmp_path):
     contract = replace(TINY.contract, layers=TINY.layers[:1])
-    request = request_of(TINY, graphs[0].parent, contract=contract)
     out = graphs[0].parent / "other.onnx"
-    with pytest.raises(EngineError, match=r"writes 4 rings .* have 2"):
-        prepare_for_engine(graphs[0], out, request)
+    request = request_of(TINY, graphs[0].parent, onnx_path=out, contract=contract)
+    with pytest.raises(EngineError, match=r"model\.onnx: the graph writes 4 rings .* have 2"):
+        write_engine_graph(graphs[0], request)
     assert not out.exists()
 
 
 def test_bytes_that_are_no_graph_are_refused(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"\xff\xff\xff\xff")
+    request = request_of(TINY, tmp_path, onnx_path=tmp_path / "out.onnx")
     with pytest.raises(EngineError, match=r"model\.onnx is not an ONNX model"):
-        prepare_for_engine(path, tmp_path / "out.onnx", request_of(TINY, tmp_path))
+        write_engine_graph(path, request)
     with pytest.raises(EngineError, match="No such file"):
-        prepare_for_engine(tmp_path / "x.onnx", tmp_path / "out.onnx", request_of(TINY, tmp_path))
+        write_engine_graph(tmp_path / "x.onnx", request)
 
 
 def test_profiles_are_single_tokens_and_chunks(tmp_path):

@@ -20,10 +20,10 @@ from lminf_export.engine import tensorrt as tensorrt_builder
 from lminf_export.engine.child import Task
 from lminf_export.engine.common import EngineRequest, profiles
 from lminf_export.engine.options import EngineOptions
-from lminf_export.engine.plugin_graph import prepare_for_plugin
 from lminf_export.engine.recipe import make_recipe
 from lminf_export.engine.settings import require_aliases
 from lminf_export.errors import EngineError, SessionError
+from lminf_export.export.engine_graph import write_engine_graph
 from lminf_export.operator import bindings as tensors
 from lminf_export.operator import contract
 from lminf_export.operator.attention_body import BodyFeatures, function_body
@@ -43,7 +43,7 @@ def plugin_request(tiny, bundle, **changes):
     settings = {"with_plugin": True, "plugin_path": library, "max_batch_size": 3} | changes
     request = request_of(tiny, bundle.path, **settings)
     request = replace(request, onnx_path=bundle.path / "engine.onnx")
-    prepare_for_plugin(bundle.graph_path, request.onnx_path, request)
+    write_engine_graph(bundle.graph_path, request)
     return request
 
 
@@ -81,16 +81,16 @@ def test_an_exported_llamas_norms_are_written_out_and_stay_the_same(tmp_path):
 
     model = save_llama(tmp_path / "model", num_hidden_layers=2)
     bundle = export(model, tmp_path / "out", window_size=11, chunk_size=7)
+    ready = bundle.path / "engine.onnx"
     request = EngineRequest(
-        bundle.graph_path,
+        ready,
         bundle.path / "engine.plan",
         bundle.manifest.contract,
         7,
         2,
         with_plugin=True,
     )
-    ready = bundle.path / "engine.onnx"
-    prepare_for_plugin(bundle.graph_path, ready, request)
+    write_engine_graph(bundle.graph_path, request)
     assert "RMSNormalization" in {n.op_type for n in ir.load(bundle.graph_path).graph}
     assert "RMSNormalization" not in {n.op_type for n in ir.load(ready).graph}
     feed = {
@@ -134,9 +134,10 @@ def test_a_batch_of_one_is_fixed_in_the_graph_and_a_larger_one_stays_open(tmp_pa
 def test_a_graph_of_other_layers_is_refused(written, tmp_path):
     bundle, request = written
     out = bundle.path / "other.onnx"
-    other = replace(request, contract=replace(request.contract, layers=TINY.layers[:1]))
+    contract = replace(request.contract, layers=TINY.layers[:1])
+    wrong = replace(request, onnx_path=out, contract=contract)
     with pytest.raises(EngineError, match="2 LambdaAttention nodes for 1 layers"):
-        prepare_for_plugin(bundle.graph_path, out, other)
+        write_engine_graph(bundle.graph_path, wrong)
     assert not out.exists()
 
 
@@ -157,7 +158,7 @@ def compiled(written, trt=None, **options):
     request = replace(written[1], options=EngineOptions(**options))
     trt = trt or tensorrt_double()
     plan = request.plan_path
-    config = compiler.compile_plan(trt, request, request.onnx_path, plan, silent)
+    config = compiler.compile_plan(trt, request, plan, silent)
     assert plan.read_bytes() == b"a plan"
     return config
 

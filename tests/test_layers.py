@@ -15,8 +15,8 @@ from torch import nn
 from benchmarks.support.families import CASES, CHUNK, SINKS, WINDOW
 from benchmarks.support.own_families import make_config
 from lminf_export import LambdaConfig
-from lminf_export.export.passes.number_names import number_names
-from lminf_export.export.passes.repeat_layers import repeat_layers
+from lminf_export.export.passes.number_names import NumberNamesPass
+from lminf_export.export.passes.repeat_layers import RepeatLayersPass
 from lminf_export.export.trace import tracing
 from lminf_export.export.trace.layer_records import (
     Templates,
@@ -277,7 +277,7 @@ def serialized(model: ir.Model) -> bytes:
 def described(model: ir.Model) -> bytes:
     for value in model.graph.initializers.values():
         value.const_value = ir.tensor([1.0], name=value.name)
-    number_names(model, set(model.graph.initializers))
+    NumberNamesPass(set(model.graph.initializers))(model)
     for node in model.graph:
         node.metadata_props.clear()
     return serialized(model)
@@ -285,7 +285,7 @@ def described(model: ir.Model) -> bytes:
 
 def test_copied_layers_get_weights_caches_and_a_place_of_their_own():
     model, names = toy(2), [f"m.layers.{i}.w" for i in range(5)]
-    repeat_layers(model, "m.layers", (1, 1, 1), names)
+    RepeatLayersPass("m.layers", (1, 1, 1), names)(model)
     assert list(model.graph.initializers) == names
     assert described(model) == described(toy(5))
 
@@ -295,5 +295,5 @@ def test_a_graph_whose_layers_share_more_than_a_stream_is_left_alone(flaw):
     model = toy(3, flaw)
     before = serialized(model)
     with pytest.raises(UnlikeLayersError):
-        repeat_layers(model, "m.layers", (2, 2), [])
+        RepeatLayersPass("m.layers", (2, 2), [])(model)
     assert serialized(model) == before

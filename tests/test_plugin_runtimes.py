@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from lminf_export.engine.plugin import default_places
-from lminf_export.engine.plugin_graph import prepare_for_plugin
+from lminf_export.export.engine_graph import write_engine_graph
 from tests.support.engine_graphs import request_of
 from tests.support.kernel_build import shared_folder
 from tests.support.plugin_build import emulated_plugin, needs_compiler, needs_headers
@@ -109,7 +109,8 @@ def parse_with_rtx(plugin, folder, **changes):
     """Parse the graph for the plugin with NVIDIA's current parser; returns what was said."""
     bundle = TINY.write(folder / "bundle")
     graph = bundle.path / "engine.onnx"
-    prepare_for_plugin(bundle.graph_path, graph, request_of(TINY, bundle.path, with_plugin=True))
+    request = request_of(TINY, bundle.path, onnx_path=graph, with_plugin=True)
+    write_engine_graph(bundle.graph_path, request)
     model = onnx.load(graph, load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:

@@ -1,4 +1,4 @@
-"""From an exported graph to an engine's plan; one module for each builder.
+"""From a prepared graph to an engine's plan; one module for each builder.
 
 Importing this imports no TensorRT. The build itself runs in a child process
 (`lminf_export.engine.child`), because a builder may crash and keeps memory for itself.
@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from pathlib import Path
 from types import MappingProxyType, ModuleType
 
 from lminf_export.bundle.files import file_sha256, human_bytes
-from lminf_export.bundle.records import Engine, EngineRecipe, Plugin
+from lminf_export.bundle.records import Engine, Plugin
 from lminf_export.engine import tensorrt, tensorrt_rtx
 from lminf_export.engine.common import (
     LOGGER_NAME,
     EngineFacts,
     EngineRequest,
     Profile,
-    prepare_for_engine,
 )
 from lminf_export.engine.options import EngineOptions
 from lminf_export.engine.plugin import PLUGIN_FILE, find_plugin, head_dim_problem
-from lminf_export.engine.plugin_graph import prepare_for_plugin
-from lminf_export.engine.recipe import make_recipe
 from lminf_export.errors import EngineError
 from lminf_export.progress import Progress, silent
 
@@ -45,7 +41,6 @@ __all__ = [
     "require_machine",
     "select_builder",
     "uses_plugin",
-    "write_recipe",
 ]
 
 # In the place of a builder's name: write what a build on another machine needs.
@@ -130,21 +125,6 @@ def uses_plugin(builder: str, options: EngineOptions) -> bool:
 def has_recipe(builder: str) -> bool:
     """Say whether a builder's plans can be made from files of the bundle by `trtexec` too."""
     return builder == ELSEWHERE or bool(_BUILDERS[builder].TAKES_PLUGIN)
-
-
-def write_recipe(onnx_path: Path, request: EngineRequest) -> EngineRecipe:
-    """Write the graph an engine is built from to `request.onnx_path`; say how to build it.
-
-    Args:
-        onnx_path: the exported graph.
-        request: whose graph is to be written, in the same folder.
-
-    Raises:
-        EngineError: the graph cannot be prepared.
-    """
-    prepare = prepare_for_plugin if request.with_plugin else prepare_for_engine
-    prepare(onnx_path, request.onnx_path, request)
-    return make_recipe(request)
 
 
 def require_machine(builder: str) -> None:

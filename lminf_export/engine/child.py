@@ -46,15 +46,12 @@ class Task:
     Attributes:
         builder: "tensorrt" or "tensorrt-rtx".
         request: what to build.
-        prepared_path: scratch file for the prepared graph, beside the weights; "tensorrt" needs
-            none, since the request's own graph is prepared.
         partial_path: scratch file for the plan, beside its destination.
         log_level: the least level the parent listens to.
     """
 
     builder: str
     request: EngineRequest
-    prepared_path: Path
     partial_path: Path
     log_level: int
 
@@ -81,7 +78,6 @@ class Task:
                 plugin_path=Path(request["plugin_path"]) if request["plugin_path"] else None,
                 options=EngineOptions(**request["options"]),
             ),
-            prepared_path=Path(raw["prepared_path"]),
             partial_path=Path(raw["partial_path"]),
             log_level=raw["log_level"],
         )
@@ -110,7 +106,6 @@ def build_in_child(
     task = Task(
         builder=builder,
         request=request,
-        prepared_path=request.onnx_path.with_name(f".{request.onnx_path.stem}.{mark}.onnx"),
         partial_path=request.plan_path.with_name(f".{request.plan_path.name}.{mark}.partial"),
         log_level=logger.getEffectiveLevel(),
     )
@@ -122,7 +117,6 @@ def build_in_child(
         raise EngineError(f"cannot build {request.plan_path}: {error.strerror}") from error
     finally:
         task.partial_path.unlink(missing_ok=True)
-        task.prepared_path.unlink(missing_ok=True)
     facts["profiles"] = tuple(
         {symbol: tuple(sizes) for symbol, sizes in profile.items()} for profile in facts["profiles"]
     )

@@ -1,13 +1,9 @@
-"""What every engine builder shares: the request, the facts, the graph an engine's parser takes."""
+"""What every engine builder shares: the request, its profiles and sizes, the facts of a plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import onnx_ir as ir
-from google.protobuf.message import DecodeError
-from onnx_ir.passes import common as ir_passes
 
 from lminf_export.engine.options import EngineOptions
 from lminf_export.errors import EngineError
@@ -20,16 +16,14 @@ LOGGER_NAME = "lminf_export.engine.builders"
 # Symbol → (minimum, optimum, maximum) of one optimisation profile.
 Profile = dict[str, tuple[int, int, int]]
 
-_WRITE_OP = "TensorScatter"
-
 
 @dataclass(frozen=True)
 class EngineRequest:
     """What to build.
 
     Attributes:
-        onnx_path: the exported graph, or for "tensorrt" the one `write_recipe` makes of it; its
-            weights lie in the same folder.
+        onnx_path: the graph to build from, as `export.engine_graph` writes it; its weights lie
+            in the same folder.
         plan_path: the plan to write; its folder exists.
         contract: the exported graph's inputs and outputs.
         chunk_size: largest S, new tokens in one step.
@@ -52,6 +46,11 @@ class EngineRequest:
         for name in ("chunk_size", "max_batch_size"):
             number = as_integer(name, getattr(self, name), 1, EngineError)
             object.__setattr__(self, name, number)
+
+    @property
+    def ring_names(self) -> tuple[str, ...]:
+        """Names of every ring among inputs and outputs."""
+        return tuple(name for pair in self.contract.ring_updates().items() for name in pair)
 
     @property
     def updated_in_place(self) -> dict[str, str]:
@@ -146,93 +145,3 @@ def input_ranges(
         )
         found[spec.name] = (low, usual, high)
     return found
-
-
-def prepare_for_engine(onnx_path: Path, out_path: Path, request: EngineRequest) -> None:
-    """Write the graph in the form an engine's parser takes; the weights stay where they are.
-
-    The operator's function body is inlined, so that what all layers share exists once. Rings
-    are written linearly: TensorRT's KV cache update knows no circular mode, and the runtime
-    never lets a chunk cross the ring's end. Ring dimensions become numbers, which the update
-    requires. Every node is named after its first output, so that messages mean something.
-
-    Requires: the graph is one of `graph.write_graph`.
-    Ensures: the same values for every step that does not cross a ring's end.
-
-    Args:
-        onnx_path: the exported graph.
-        out_path: where to write; in the same folder, since weights are found relative to it.
-        request: whose layers give the ring capacities.
-
-    Raises:
-        EngineError: the graph cannot be read or written, or is not one of ours.
-    """
-    assert out_path.parent.resolve() == onnx_path.parent.resolve(), "weights would be lost"
-    model = load_graph(onnx_path)
-    ir_passes.InlinePass()(model)
-    _write_linearly(model, onnx_path, request)
-    freeze_sizes(model, onnx_path, request)
-    save_graph(model, out_path)
-
-
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Tidy a graph, name every node after its first output, and write it."""
-    for step in (
-        ir_passes.IdentityEliminationPass(),
-        ir_passes.RemoveUnusedNodesPass(),
-        ir_passes.CommonSubexpressionEliminationPass(),
-        ir_passes.RemoveUnusedOpsetsPass(),
-    ):
-        step(model)
-    for node in model.graph:
-        node.name = node.outputs[0].name
-    try:
-        ir.save(model, path)
-    except OSError as error:
-        raise EngineError(f"cannot write {path}: {error.strerror}") from error
-
-
-def load_graph(path: Path) -> ir.Model:
-    """Read a graph, its weights left where they are."""
-    try:
-        return ir.load(path)
-    except OSError as error:
-        raise EngineError(f"cannot read {path}: {error.strerror}") from error
-    except DecodeError as error:
-        raise EngineError(f"{path} is not an ONNX model: {error}") from error
-
-
-def _write_linearly(model: ir.Model, path: Path, request: EngineRequest) -> None:
-    writes = {}
-    for node in model.graph:
-        if node.op_type != _WRITE_OP or node.domain:
-            continue
-        past, present = node.inputs[0], node.outputs[0]
-        if past is not None and past.is_graph_input() and present.is_graph_output():
-            writes[past.name] = present.name
-        node.attributes["mode"] = ir.AttrString("mode", "linear")
-    updates = request.contract.ring_updates()
-    if writes != updates:
-        raise EngineError(
-            f"{path}: the graph writes {len(writes)} rings from input to output, its layers "
-            f"have {len(updates)}; export the model again"
-        )
-
-
-def freeze_sizes(model: ir.Model, path: Path, request: EngineRequest) -> None:
-    """Make every symbolic dimension that has one size in an engine a number."""
-    sizes = fixed_sizes(request)
-    values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
-    for name in (x for pair in request.contract.ring_updates().items() for x in pair):
-        shape = values[name].shape
-        if shape is None or len(shape) != 4:
-            raise EngineError(f"{path}: {name} has no shape of rank 4; export the model again")
-    for value in values.values():
-        if value.shape is not None:
-            value.shape = ir.Shape(_number(dim, sizes) for dim in value.shape)
-
-
-def _number(dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | str | None:
-    if isinstance(dim, int):
-        return dim
-    return sizes.get(dim.value, dim.value) if dim.value is not None else None

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from lminf_export.engine import settings
 from lminf_export.engine.common import LOGGER_NAME, EngineRequest, Profile, input_ranges, profiles
-from lminf_export.engine.plugin_graph import cache_updates
+from lminf_export.engine.plugin_node import cache_updates
 from lminf_export.errors import EngineError
 from lminf_export.operator import contract
 from lminf_export.progress import Progress
@@ -30,15 +30,12 @@ _NO_REASON = "no reason given; -v shows its messages"
 _SHOWN_DEPTH = 2
 
 
-def compile_plan(
-    trt: Any, request: EngineRequest, prepared: Path, plan: Path, progress: Progress
-) -> Any:
+def compile_plan(trt: Any, request: EngineRequest, plan: Path, progress: Progress) -> Any:
     """Parse a prepared graph, build it and write the plan.
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         request: what to build.
-        prepared: the graph of `prepare_for_engine`, or of `prepare_for_plugin`.
         plan: the file to write.
         progress: told which phase runs.
 
@@ -58,7 +55,7 @@ def compile_plan(
     progress("parsing the graph", None)
     # The parser maps the weights into memory, and the network points there: keep it.
     parser = trt.OnnxParser(network, messages)
-    if not parser.parse_from_file(str(prepared)):
+    if not parser.parse_from_file(str(request.onnx_path)):
         raise EngineError(parser_message(parser, messages.errors))
     check_network(trt, network, request)
     config = builder.create_builder_config()

@@ -1,4 +1,4 @@
-"""The child's side of `lminf_export.engine.child`: prepare, compile, answer."""
+"""The child's side of `lminf_export.engine.child`: compile, answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from lminf_export.engine import tensorrt, tensorrt_rtx
 from lminf_export.engine.child import DONE, ERROR, LOG, PROGRESS, Task
-from lminf_export.engine.common import LOGGER_NAME, prepare_for_engine, profiles
+from lminf_export.engine.common import LOGGER_NAME, profiles
 from lminf_export.engine.compiler import compile_plan
 from lminf_export.errors import EngineError, LminfError
 
@@ -74,12 +74,7 @@ def _build(task: Task, replies: _Replies) -> dict[str, Any]:
         raise EngineError(
             f"the Python package {builder.PACKAGE} does not load: {error}; {builder.INSTALL}"
         ) from error
-    graph = task.request.onnx_path
-    if not builder.TAKES_PLUGIN:
-        replies.progress("preparing the graph", None)
-        graph = task.prepared_path
-        prepare_for_engine(task.request.onnx_path, graph, task.request)
-    config = compile_plan(trt, task.request, graph, task.partial_path, replies.progress)
+    config = compile_plan(trt, task.request, task.partial_path, replies.progress)
     return {
         "version": trt.__version__,
         "target": builder.target(trt, config),
@@ -101,7 +96,6 @@ def _end_with_parent(task: Task, answered: threading.Event) -> None:
     if answered.is_set():
         return
     task.partial_path.unlink(missing_ok=True)
-    task.prepared_path.unlink(missing_ok=True)
     os._exit(1)
 
 

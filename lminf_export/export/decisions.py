@@ -10,7 +10,7 @@ import psutil
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.out import OutTarget
 from lminf_export.errors import ConfigError
-from lminf_export.export.graph import WrittenWeights
+from lminf_export.export.weight_files import WrittenWeights
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import DEFAULT_WINDOW_CAP, KV_CACHE_DTYPES, Dtype
 from lminf_export.quantize.config import QuantizeConfig

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +22,12 @@ from lminf_export.engine.builders import (
     require_machine,
     select_builder,
     uses_plugin,
-    write_recipe,
 )
 from lminf_export.engine.common import EngineRequest
 from lminf_export.engine.plugin import PLUGIN_FILE, find_plugin, head_dim_problem
+from lminf_export.engine.recipe import make_recipe
 from lminf_export.errors import ConfigError, EngineError
+from lminf_export.export.engine_graph import write_engine_graph
 from lminf_export.export.job import ExportJob, ExportOptions
 from lminf_export.models.base import AttentionPlan
 from lminf_export.progress import Progress
@@ -75,28 +79,52 @@ def plugin_notices(
 def add_engine(
     job: ExportJob, writer: BundleWriter, graph: Path, progress: Progress
 ) -> tuple[Engine | None, EngineRecipe | None]:
-    """Build the engine, or write what builds it elsewhere."""
+    """Prepare the engine's graph and build the engine, or say how it is built elsewhere.
+
+    Args:
+        job: whose engine.
+        writer: of the bundle; the plan and what builds it are announced to it.
+        graph: the exported graph.
+        progress: told which phase runs.
+
+    Raises:
+        EngineError: the graph cannot be prepared, or naming what the builder refused.
+    """
     if job.builder is None or job.target.engine_name is None:
         return None, None
-    request = EngineRequest(
-        onnx_path=graph,
-        # Announced to the writer only if it is built here.
-        plan_path=graph.with_name(job.target.engine_name),
-        contract=job.contract,
-        chunk_size=job.settings.chunk_size,
-        max_batch_size=job.options.max_batch_size,
-        with_plugin=uses_plugin(job.builder, job.options.engine_options),
-        plugin_path=_copy_plugin(job, writer),
-        options=job.options.engine_options,
-    )
-    recipe = None
-    if has_recipe(job.builder):
-        request = replace(request, onnx_path=writer.add(ENGINE_GRAPH_NAME, "engine_graph"))
-        recipe = write_recipe(graph, request)
-    if job.builder == ELSEWHERE:
-        return None, recipe
-    writer.add(job.target.engine_name, "plan")
-    return build_engine(job.builder, request, progress), recipe
+    plugin = _copy_plugin(job, writer)
+    with _graph_place(job.builder, writer, graph) as onnx_path:
+        request = EngineRequest(
+            onnx_path=onnx_path,
+            # Announced to the writer only if it is built here.
+            plan_path=graph.with_name(job.target.engine_name),
+            contract=job.contract,
+            chunk_size=job.settings.chunk_size,
+            max_batch_size=job.options.max_batch_size,
+            with_plugin=uses_plugin(job.builder, job.options.engine_options),
+            plugin_path=plugin,
+            options=job.options.engine_options,
+        )
+        progress("preparing the graph", None)
+        write_engine_graph(graph, request)
+        recipe = make_recipe(request) if has_recipe(job.builder) else None
+        if job.builder == ELSEWHERE:
+            return None, recipe
+        writer.add(job.target.engine_name, "plan")
+        return build_engine(job.builder, request, progress), recipe
+
+
+@contextmanager
+def _graph_place(builder: str, writer: BundleWriter, graph: Path) -> Iterator[Path]:
+    """Yield where the engine's graph goes, beside the weights; it stays if a recipe needs it."""
+    if has_recipe(builder):
+        yield writer.add(ENGINE_GRAPH_NAME, "engine_graph")
+        return
+    scratch = graph.with_name(f".{graph.stem}.{os.getpid()}.{time.monotonic_ns()}.onnx")
+    try:
+        yield scratch
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _copy_plugin(job: ExportJob, writer: BundleWriter) -> Path | None:

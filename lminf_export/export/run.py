@@ -28,10 +28,11 @@ from lminf_export.export.decisions import (
     weight_notices,
 )
 from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
-from lminf_export.export.graph import WrittenWeights, weights_name, write_graph
+from lminf_export.export.graph import write_graph
 from lminf_export.export.job import ExportJob, ExportOptions
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import meta_model, trace
+from lminf_export.export.weight_files import WrittenWeights, weights_name
 from lminf_export.models.registry import find_family
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (

@@ -19,7 +19,8 @@ from lminf_export.bundle.files import file_sha256
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.records import Engine, Plugin
 from lminf_export.bundle.writer import BundleWriter
-from lminf_export.engine.common import prepare_for_engine, profiles
+from lminf_export.engine.common import profiles
+from lminf_export.export.engine_graph import write_engine_graph
 from lminf_export.operator import bindings
 from lminf_export.runtime import tensorrt as runtime
 from lminf_export.runtime.engine import Libraries
@@ -41,13 +42,16 @@ def bundle_with_plan(
     plugin: None for an engine of standard operators, "beside" or "embedded" for one with it.
     """
     plain = tiny.write(folder / "plain")
+    graph = plain.graph_path if plugin else plain.path / "ready.onnx"
     request = request_of(
-        tiny, plain.path, max_batch_size=max_batch_size, with_plugin=plugin is not None
+        tiny,
+        plain.path,
+        onnx_path=graph,
+        max_batch_size=max_batch_size,
+        with_plugin=plugin is not None,
     )
-    graph = plain.graph_path
     if plugin is None:
-        graph = plain.path / "ready.onnx"
-        prepare_for_engine(plain.graph_path, graph, request)
+        write_engine_graph(plain.graph_path, request)
     library = folder / "liblminf_tensorrt.so"
     library.write_bytes(b"a library")
     engine = Engine(

@@ -8,8 +8,7 @@ from pathlib import Path
 import onnx
 
 from lminf_export.export.graph import save_graph
-from lminf_export.export.passes.attach_weights import attach
-from lminf_export.export.passes.pipelines import optimize
+from lminf_export.export.passes import pipelines
 from lminf_export.export.trace.tracing import Trace
 from lminf_export.models.base import AttentionPlan
 from lminf_export.operator import contract
@@ -20,7 +19,7 @@ from lminf_export.tensors.stored import StoredTensor
 
 def export_without_weights(traced: Trace, plan: AttentionPlan, folder: Path) -> onnx.GraphProto:
     """Write a graph as an export does, checks and all, over a file of weights that is a hole."""
-    optimize(traced.model)
+    pipelines.run(traced.model, pipelines.optimized())
     dtype = traced.contract.dtype
     initializers, stored, offset = traced.model.graph.initializers, {}, 0
     for name in (name for name in traced.weight_names if name in initializers):
@@ -32,7 +31,7 @@ def export_without_weights(traced: Trace, plan: AttentionPlan, folder: Path) -> 
         offset += length
     with (folder / FILE_NAME).open("wb") as file:
         file.truncate(offset)
-    attach(traced.model, stored)
+    pipelines.run(traced.model, pipelines.attached(stored))
     save_graph(traced, plan, folder / "model.onnx", metadata={})
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     functions = {function.name for function in model.functions}

@@ -1,1 +1,1 @@
-"""Every edit of a graph: one pass in a file, and the pipelines that run them."""
+"""All edits of graphs: one pass a file, its contract executed; `pipelines` puts them in order."""

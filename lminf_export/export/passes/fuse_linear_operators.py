@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lminf_export.export.passes import editing
+from lminf_export.export.passes.checking import ensure, ensure_sound, require
 from lminf_export.operator.contract import DOMAIN
 from lminf_export.operator.linear_bodies import (
     CONTRIB_DOMAIN,
@@ -21,8 +24,9 @@ from lminf_export.operator.linear_bodies import (
 # What the kernel reads; in other types a projection stays the Gemm it is.
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _NBITS = "MatMulNBits"
+_OPERATORS = (LINEAR, LINEAR_ADD, LINEAR_NBITS, LINEAR_NBITS_ADD)
 _PRODUCTS = {
-    *((DOMAIN, kind) for kind in (LINEAR, LINEAR_ADD, LINEAR_NBITS, LINEAR_NBITS_ADD)),
+    *((DOMAIN, kind) for kind in _OPERATORS),
     ("", "Gemm"),
     (CONTRIB_DOMAIN, _NBITS),
 }
@@ -40,37 +44,65 @@ class _Projection:
     attributes: tuple[ir.Attr, ...] = ()
 
 
-def own_linear(model: ir.Model) -> None:
+class FuseLinearOperatorsPass(ir.passes.InPlacePass):
     """Turn products with weights into operators of lminf, and attach their bodies.
 
     Gemm(x, weight[, bias]) becomes Linear or LinearAdd; MatMulNBits LinearNBits or
     LinearNBitsAdd. A residual stream that is added to a product without a bias is its addend.
 
-    Requires: `stay_flat` has run, weights are as they will be read (quantised ones are no
-        longer a Gemm's).
-    Ensures: the same values; a Gemm that is left multiplies no float weight of the graph, and no
-        MatMulNBits is left.
+    Requires: products read rows (`KeepTokensFlatPass` has run), and their weights are attached:
+        quantised ones are no longer a Gemm's.
+    Ensures: a Gemm that is left multiplies no float weight of the graph, and no MatMulNBits is
+        left; every new operator has a body that takes its inputs.
     """
-    graph = model.graph
-    for product in list(graph):
-        found = _dense(product) or _quantised(product)
-        if found is None:
-            continue
-        result, addend = product.outputs[0], found.addend
-        add, residual = (None, None) if addend is not None else _residual(graph, product)
-        replaced = product
-        if add is not None:
-            addend, replaced, result = residual, add, add.outputs[0]
-        kind = found.plain if addend is None else found.adding
-        added = () if addend is None else (addend,)
-        inputs = [*found.inputs, *added, *found.behind]
-        node = ir.Node(DOMAIN, kind, inputs, found.attributes)
-        new = node.outputs[0]
-        new.shape, new.type, new.name = result.shape, result.type, result.name
-        graph.insert_before(replaced, node)
-        ir.convenience.replace_all_uses_with(result, new, replace_graph_outputs=True)
-        graph.remove([product] if add is None else [add, product], safe=True)
-    _attach_bodies(model)
+
+    def requires(self, model: ir.Model) -> None:
+        for node, found in _projections(model.graph):
+            x, weight = found.inputs[:2]
+            name = node.outputs[0].name
+            require(editing.rank(x) in (-1, 2), f"{name} multiplies tokens that are no rows")
+            attached = weight is not None and weight.const_value is not None
+            require(attached, f"{name} reads a weight that has no data yet")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        count = 0
+        for product, projection in _projections(model.graph):
+            _fuse(model.graph, product, projection)
+            count += 1
+        _attach_bodies(model)
+        return ir.passes.PassResult(model, count > 0)
+
+    def ensures(self, model: ir.Model) -> None:
+        left = [node.outputs[0].name for node, _ in _projections(model.graph)]
+        ensure(not left, f"products are no operators of {DOMAIN}: {left[:3]}")
+        for node in model.graph:
+            if node.domain == DOMAIN and node.op_type in _OPERATORS:
+                body = model.functions.get(node.op_identifier())
+                fits = body is not None and len(body.inputs) == len(node.inputs)
+                ensure(fits, f"no body of {node.op_type} takes {len(node.inputs)} inputs")
+        ensure_sound(model)
+
+
+def _projections(graph: ir.Graph) -> Iterator[tuple[ir.Node, _Projection]]:
+    """Yield the products that become operators, in order, each as the graph is by then."""
+    for node in list(graph):
+        found = _dense(node) or _quantised(node)
+        if found is not None:
+            yield node, found
+
+
+def _fuse(graph: ir.Graph, product: ir.Node, projection: _Projection) -> None:
+    """Replace a product without an addend together with the Add of a residual stream."""
+    addend = projection.addend
+    add, residual = (None, None) if addend is not None else _residual(product)
+    addend = addend if add is None else residual
+    kind = projection.plain if addend is None else projection.adding
+    inputs = [*projection.inputs, *([] if addend is None else [addend]), *projection.behind]
+    node = ir.Node(DOMAIN, kind, inputs, projection.attributes)
+    if add is None:
+        editing.replace(graph, product, [node])
+    else:
+        editing.replace(graph, add, [node], absorbed=[product])
 
 
 def _dense(node: ir.Node) -> _Projection | None:
@@ -81,7 +113,7 @@ def _dense(node: ir.Node) -> _Projection | None:
 
 
 def _quantised(node: ir.Node) -> _Projection | None:
-    if (node.domain, node.op_type) != (CONTRIB_DOMAIN, _NBITS):
+    if not editing.is_op(node, _NBITS, CONTRIB_DOMAIN):
         return None
     inputs = [*node.inputs, *[None] * (6 - len(node.inputs))]
     zero_points, bias = inputs[3], inputs[5]
@@ -96,7 +128,7 @@ def _quantised(node: ir.Node) -> _Projection | None:
 
 
 def _is_projection(node: ir.Node) -> bool:
-    if node.op_type != "Gemm" or node.domain or not 2 <= len(node.inputs) <= 3:
+    if not editing.is_op(node, "Gemm") or not 2 <= len(node.inputs) <= 3:
         return False
     weight, attributes = node.inputs[1], node.attributes
     return (
@@ -120,16 +152,9 @@ def _is_bias(gemm: ir.Node) -> bool:
     return len(bias.shape) == 1 and bias.shape[0] == weight.shape[0]
 
 
-def _residual(graph: ir.Graph, product: ir.Node) -> tuple[ir.Node | None, ir.Value | None]:
+def _residual(product: ir.Node) -> tuple[ir.Node | None, ir.Value | None]:
     """Return the Add that only adds another matrix of that shape, and that matrix."""
-    result = product.outputs[0]
-    uses = list(result.uses())
-    if len(uses) != 1 or result.is_graph_output():
-        return None, None
-    add = uses[0].node
-    if add.op_type != "Add" or add.domain or add.graph is not graph:
-        return None, None
-    other = add.inputs[1 - uses[0].idx]
+    add, other = editing.add_of(product.outputs[0]) or (None, None)
     return (add, other) if other is not None and _is_rows(other) else (None, None)
 
 
@@ -143,10 +168,10 @@ def _is_rows(value: ir.Value) -> bool:
         return False
     if (node.domain, node.op_type) in _PRODUCTS:
         return True
-    if node.op_type == "Reshape" and not node.domain:
-        target = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] else None
-        return target is not None and target.size == 2
-    if node.op_type == "Add" and not node.domain:
+    if editing.is_op(node, "Reshape"):
+        target = editing.const_ints(node.inputs[1])
+        return target is not None and len(target) == 2
+    if editing.is_op(node, "Add"):
         return all(part is not None and _is_rows(part) for part in node.inputs)
     return False
 
@@ -158,7 +183,7 @@ def _attach_bodies(model: ir.Model) -> None:
         if kind in used:
             # A bundle's weights have zero points or not, all of them.
             protos.append(nbits_body(kind, zero_points=len(used[kind].inputs) > inputs))
-    for function in map(ir.serde.deserialize_function, protos):
-        model.functions[function.identifier()] = function
+    for proto in protos:
+        editing.attach_function(model, proto)
     if used:
         model.opset_imports[DOMAIN] = 1

@@ -4,81 +4,90 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from lminf_export.export.passes import editing
+from lminf_export.export.passes.checking import ensure, require
+from lminf_export.export.passes.editing import const_number, producer
 
-def fuse_rms_norm(model: ir.Model) -> None:
+_FIRST_OPSET = 23
+
+
+class FuseRmsNormPass(ir.passes.InPlacePass):
     """Replace the traced form of an RMS norm by the standard operator (opset 23).
 
     Matches weight · cast?(x₃₂ · 1/√(mean(x₃₂²) + ε)) with x₃₂ = x or cast(x), over the last
     axis: the statistics stay in float32 (stash_type 1) and the product with the weight in the
-    model's type, as traced.
+    model's type, as traced. Nodes that served only the norm are left to dead-code removal.
+    `fuse_rms_normalization` of onnxscript 0.7.2 finds these too, but also fuses a scale that is
+    computed (Gemma's 1 + weight) or of another type than x, which this pass leaves as traced.
 
-    Requires: ε and the axis are constants.
-    Ensures: the same values; nodes that served only the norm are left to dead-code removal.
+    Requires: the graph's opset has the operator.
+    Ensures: the form is nowhere left; a norm has a vector of x's type as its weight.
     """
-    for node in list(model.graph):
-        match = _match(node)
-        if match is None:
-            continue
-        x, weight, epsilon = match
-        fused = ir.node(
-            "RMSNormalization",
-            [x, weight],
-            attributes={"axis": -1, "epsilon": epsilon, "stash_type": 1},
-        )
-        old, new = node.outputs[0], fused.outputs[0]
-        new.shape, new.type = old.shape, old.type
-        model.graph.insert_before(node, fused)
-        ir.convenience.replace_all_uses_with(old, new)
+
+    def requires(self, model: ir.Model) -> None:
+        opset = model.opset_imports.get("", 0)
+        require(opset >= _FIRST_OPSET, f"opset {opset} has no RMSNormalization")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        changed = False
+        for node in list(model.graph):
+            match = _match(node)
+            if match is None:
+                continue
+            x, weight, epsilon = match
+            attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+            norm = ir.node("RMSNormalization", [x, weight], attributes)
+            editing.replace(model.graph, node, [norm], keep_name=False)
+            changed = True
+        return ir.passes.PassResult(model, changed)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            ensure(_match(node) is None, f"{node.outputs[0].name} is a norm that was not fused")
+            if editing.is_op(node, "RMSNormalization"):
+                x, weight = node.inputs
+                fits = editing.is_weight(weight, 1) and x is not None and x.dtype == weight.dtype
+                ensure(fits, f"{node.outputs[0].name} has no vector of its type as its weight")
 
 
 def _match(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:
-    if node.op_type != "Mul" or node.outputs[0].is_graph_output():
+    """Return x, weight and ε of the norm that ends with this product."""
+    if not editing.is_op(node, "Mul") or node.outputs[0].is_graph_output():
         return None
     weight, normed = node.inputs
-    if weight is None or not weight.is_initializer() or len(weight.shape or ()) != 1:
+    if not editing.is_weight(weight, 1):
         weight, normed = normed, weight
-    if weight is None or not weight.is_initializer() or len(weight.shape or ()) != 1:
-        return None
-    product = _through_cast(normed).producer() if normed is not None else None
-    if product is None or product.op_type != "Mul":
+    product = producer(_through_cast(normed), "Mul")
+    if not editing.is_weight(weight, 1) or product is None:
         return None
     for x, factor in (product.inputs, product.inputs[::-1]):
         epsilon = _epsilon_of_rsqrt(factor, x)
-        if epsilon is not None and x is not None:
-            source = _through_cast(x)
-            if source.dtype == weight.dtype:
-                return source, weight, epsilon
+        source = _through_cast(x)
+        if epsilon is not None and source is not None and source.dtype == weight.dtype:
+            return source, weight, epsilon
     return None
 
 
-def _through_cast(value: ir.Value) -> ir.Value:
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
-        return producer.inputs[0]
-    return value
+def _through_cast(value: ir.Value | None) -> ir.Value | None:
+    cast = producer(value, "Cast")
+    return value if cast is None else cast.inputs[0]
 
 
 def _epsilon_of_rsqrt(value: ir.Value | None, x: ir.Value | None) -> float | None:
     """Return ε if value is 1/√(mean(x²) + ε) over the last axis."""
-    chain = value
     for op_type in ("Reciprocal", "Sqrt"):
-        producer = chain.producer() if chain is not None else None
-        if producer is None or producer.op_type != op_type:
+        node = producer(value, op_type)
+        if node is None:
             return None
-        chain = producer.inputs[0]
-    add = chain.producer() if chain is not None else None
-    if add is None or add.op_type != "Add":
+        value = node.inputs[0]
+    add = producer(value, "Add")
+    if add is None:
         return None
     mean, epsilon = add.inputs
-    reduce = mean.producer() if mean is not None else None
-    if reduce is None or reduce.op_type != "ReduceMean" or _number(reduce.inputs[1]) != -1:
+    reduce = producer(mean, "ReduceMean")
+    if reduce is None or const_number(reduce.inputs[1]) != -1:
         return None
-    power = reduce.inputs[0].producer() if reduce.inputs[0] is not None else None
-    if power is None or power.op_type != "Pow" or power.inputs[0] is not x:
+    power = producer(reduce.inputs[0], "Pow")
+    if power is None or power.inputs[0] is not x or const_number(power.inputs[1]) != 2:
         return None
-    return _number(epsilon) if _number(power.inputs[1]) == 2 else None
-
-
-def _number(value: ir.Value | None) -> float | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return float(tensor.numpy().reshape(-1)[0]) if tensor is not None and tensor.size == 1 else None
+    return const_number(epsilon)

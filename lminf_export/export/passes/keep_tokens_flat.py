@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lminf_export.export.passes import editing
+from lminf_export.export.passes.checking import ensure, ensure_sound, require
+from lminf_export.export.passes.editing import const_ints, ints, rank
+from lminf_export.export.passes.linear_to_gemm import require_gemm
+
 # Operators that treat every token, or every element, alike; with rank-1 or scalar constants.
 _TOKENWISE = frozenset(
     {
@@ -20,23 +25,44 @@ _TOKENWISE = frozenset(
 )
 
 
-def stay_flat(model: ir.Model) -> None:
+class KeepTokensFlatPass(ir.passes.InPlacePass):
     """Move tokenwise operators from (B, S, F) tensors to their (B·S, F) rows.
 
-    Requires: `linear_to_gemm` has run; an unflattening is a Reshape whose target was put
-        together by a Concat, a flattening one with the constant target (−1, F).
-    Ensures: the same values; Reshapes nobody needs are left to dead-code removal.
+    An unflattening is a Reshape whose target was put together by a Concat, a flattening one with
+    the constant target (−1, F). Reshapes nobody needs are left to dead-code removal.
+
+    Requires: `LinearToGemmPass` has run.
+    Ensures: no rows are unflattened only to be flattened again.
     """
-    rows = _Rows(model.graph)
-    for node in list(model.graph):
-        if node.domain or len(node.outputs) != 1:
-            continue
-        if node.op_type == "Reshape":
-            rows.see_reshape(node)
-        elif node.op_type == "Gather":
-            rows.seed(node)
-        elif node.op_type in _TOKENWISE:
-            rows.move(node)
+
+    def requires(self, model: ir.Model) -> None:
+        require_gemm(model, require)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        rows = _Rows(model.graph)
+        for node in list(model.graph):
+            if node.domain or len(node.outputs) != 1:
+                continue
+            if node.op_type == "Reshape":
+                rows.see_reshape(node)
+            elif node.op_type == "Gather":
+                rows.seed(node)
+            elif node.op_type in _TOKENWISE:
+                rows.move(node)
+        return ir.passes.PassResult(model, bool(rows.flat))
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            rows = node.outputs[0]
+            if editing.is_op(node, "Reshape") and (rows.uses() or rows.is_graph_output()):
+                before = editing.producer(node.inputs[0], "Reshape")
+                in_vain = (
+                    before is not None
+                    and _is_rows_target(node.inputs[1])
+                    and _is_joined_shape(before.inputs[1])
+                )
+                ensure(not in_vain, f"{rows.name} flattens what was unflattened")
+        ensure_sound(model)
 
 
 @dataclass(frozen=True)
@@ -76,13 +102,12 @@ class _Rows:
 
     def _split_rows(self, node: ir.Node, flat: _Flat) -> None:
         """Go from rows to (B, S, heads, dim) at once instead of through (B, S, F)."""
-        tensor = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] else None
-        target = tensor.numpy().tolist() if tensor is not None else []
+        target = const_ints(node.inputs[1]) or []
         joined = flat.target.producer()
         if target[:2] != [0, 0] or min(target[2:], default=0) < 1 or joined is None:
             return
-        tail = ir.node("Constant", [], attributes={"value_ints": target[2:]})
-        whole = ir.node("Concat", [joined.inputs[0], tail.outputs[0]], attributes={"axis": 0})
+        tail = ints(*target[2:], as_list=True)
+        whole = ir.node("Concat", [joined.inputs[0], tail.outputs[0]], {"axis": 0})
         self.graph.insert_before(node, [tail, whole])
         node.replace_input_with(0, flat.rows)
         node.replace_input_with(1, whole.outputs[0])
@@ -92,54 +117,45 @@ class _Rows:
         """Flatten the embedding's result once, where the stream of tokens begins."""
         table, tokens = gather.inputs
         value = gather.outputs[0]
-        is_embedding = table is not None and table.is_initializer() and _rank(value) == 3
+        is_embedding = table is not None and table.is_initializer() and rank(value) == 3
         if not is_embedding or tokens is None or not tokens.is_graph_input():
             return
         width = value.shape[2] if value.shape is not None else None
         assert isinstance(width, int)
-        rows_target = ir.node("Constant", [], attributes={"value_ints": [-1, width]})
+        rows_target = ints(-1, width, as_list=True)
         flatten = ir.node("Reshape", [value, rows_target.outputs[0]])
         flatten.outputs[0].type = value.type
-        shape = ir.node("Shape", [tokens], attributes={"start": 0, "end": 2})
-        last = ir.node("Constant", [], attributes={"value_ints": [width]})
-        back = ir.node("Concat", [shape.outputs[0], last.outputs[0]], attributes={"axis": 0})
+        shape = ir.node("Shape", [tokens], {"start": 0, "end": 2})
+        last = ints(width, as_list=True)
+        back = ir.node("Concat", [shape.outputs[0], last.outputs[0]], {"axis": 0})
         self.graph.insert_after(gather, [rows_target, flatten, shape, last, back])
         self.flat[value] = _Flat(flatten.outputs[0], back.outputs[0])
 
     def move(self, node: ir.Node) -> None:
         """Apply a tokenwise node to rows, and unflatten its result for whoever needs that."""
         value = node.outputs[0]
-        tensors = [x for x in node.inputs if x is not None and _rank(x) != 0]
+        tensors = [x for x in node.inputs if x is not None and rank(x) != 0]
         tokens = [x for x in tensors if x in self.flat]
         others = [x for x in tensors if x not in self.flat]
         # Where the trace left a shape out, it is that of the inputs.
         value.shape = value.shape or (tokens[0].shape if tokens else None)
         same_shape = {str(x.shape) for x in (*tokens, value)}
-        if not tokens or len(same_shape) != 1 or any(_rank(x) != 1 for x in others):
+        if not tokens or len(same_shape) != 1 or any(rank(x) != 1 for x in others):
             return
         inputs = [self.flat[x].rows if x in self.flat else x for x in node.inputs]
-        moved = ir.node(node.op_type, inputs, attributes=dict(node.attributes))
+        moved = ir.node(node.op_type, inputs, dict(node.attributes))
         moved.outputs[0].type = value.type
         target = self.flat[tokens[0]].target
-        back = ir.node("Reshape", [moved.outputs[0], target], attributes={"allowzero": 1})
-        back.outputs[0].type, back.outputs[0].shape = value.type, value.shape
-        back.outputs[0].name = value.name  # it may be an output of the graph
-        self.graph.insert_before(node, [moved, back])
-        ir.convenience.replace_all_uses_with(value, back.outputs[0], replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
+        back = ir.node("Reshape", [moved.outputs[0], target], {"allowzero": 1})
+        editing.replace(self.graph, node, [moved, back])
         self.flat[back.outputs[0]] = _Flat(moved.outputs[0], target)
 
 
-def _rank(value: ir.Value) -> int:
-    """Return a value's rank, −1 where it is unknown."""
-    return len(value.shape) if value.shape is not None else -1
+def _is_rows_target(target: ir.Value | None) -> bool:
+    numbers = const_ints(target)
+    return numbers is not None and len(numbers) == 2 and numbers[0] == -1
 
 
-def _is_rows_target(target: ir.Value) -> bool:
-    tensor = ir.convenience.get_const_tensor(target)
-    return tensor is not None and tensor.size == 2 and int(tensor.numpy()[0]) == -1
-
-
-def _is_joined_shape(target: ir.Value) -> bool:
-    producer = target.producer()
-    return producer is not None and producer.op_type == "Concat" and len(producer.inputs) == 2
+def _is_joined_shape(target: ir.Value | None) -> bool:
+    concat = editing.producer(target, "Concat")
+    return concat is not None and len(concat.inputs) == 2

@@ -1,4 +1,4 @@
-"""From a graph of a model's first layers to that of all: copies of a layer's nodes for its twins.
+"""From a graph of a model's first layers to that of all: copies of a layer's nodes for those alike.
 
 A layer's nodes stand together, as traced. What they read from outside is the stream of tokens
 (one tensor, from the layer before), the layer's own weights and caches, and what all layers
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lminf_export.export.passes import editing
+from lminf_export.export.passes.checking import ensure, ensure_sound, inner_graphs, require
 from lminf_export.export.trace.layer_records import UnlikeLayersError
 from lminf_export.operator import bindings
 
@@ -19,37 +22,71 @@ from lminf_export.operator import bindings
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def repeat_layers(model: ir.Model, stack: str, twins: Sequence[int], order: Sequence[str]) -> None:
-    """Append copies of layers to those a graph has, in place.
+@dataclass(frozen=True)
+class RepeatLayersPass(ir.passes.InPlacePass):
+    """Append copies of layers to those a graph has.
 
-    Args:
-        model: a trace, not optimised, of the first layers of a model.
+    Requires: the first layer is not to be copied.
+    Ensures: every layer that has a name in the order has caches among inputs and outputs;
+        initializers stand in that order.
+
+    Attributes:
         stack: path of the list of layers in the module that was traced.
-        twins: for each layer that follows, which of the graph's is copied; not the first.
+        templates: for each layer that follows, which of the graph's is copied; not the first.
         order: names of initializers in the order in which a trace of all layers has them.
 
     Raises:
         UnlikeLayersError: the graph does not fall into layers as it should; it is as it was.
     """
-    graph = model.graph
-    layers, behind = _split(graph, stack)
-    entries = _entries(graph, layers, behind)
-    for twin in set(twins):
-        _check_inputs(layers[twin], twin, stack)
-    readers = set(_walk(behind))
-    end = entries[len(layers)]
-    uses = [use for use in end.uses() if use.node in readers]
-    stream, last = end, layers[-1][-1]
-    for index, twin in enumerate(twins, len(layers)):
-        copies = _own_tensors(graph, twin, index, stack)
-        copies[entries[twin]] = stream
-        nodes = _copy(layers[twin], copies, str(index))
-        graph.insert_after(last, nodes)
-        _add_outputs(graph, twin, index, copies)
-        stream, last = copies[entries[twin + 1]], nodes[-1]
-    for use in uses:
-        use.node.replace_input_with(use.idx, stream)
-    _sort_initializers(graph, order)
+
+    stack: str
+    templates: Sequence[int]
+    order: Sequence[str]
+
+    def requires(self, model: ir.Model) -> None:
+        first = min(self.templates, default=1) < 1
+        require(not first, "the first layer reads what no other does; it is no template")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        layers, behind = _split(graph, self.stack)
+        entries = _entries(graph, layers, behind)
+        for template in set(self.templates):
+            _check_inputs(layers[template], template, self.stack)
+        readers = set(_walk(behind))
+        end = entries[len(layers)]
+        uses = [use for use in end.uses() if use.node in readers]
+        stream, last = end, layers[-1][-1]
+        for index, template in enumerate(self.templates, len(layers)):
+            copies = _own_tensors(graph, template, index, self.stack)
+            copies[entries[template]] = stream
+            nodes = _copy(layers[template], copies, str(index))
+            graph.insert_after(last, nodes)
+            _add_outputs(graph, template, index, copies)
+            stream, last = copies[entries[template + 1]], nodes[-1]
+        for use in uses:
+            use.node.replace_input_with(use.idx, stream)
+        _sort_initializers(graph, self.order)
+        return ir.passes.PassResult(model, bool(self.templates))
+
+    def ensures(self, model: ir.Model) -> None:
+        ensure_sound(model)
+        known = _places(self.order)
+        places = [known.get(name, len(known)) for name in model.graph.initializers]
+        ensure(places == sorted(places), "initializers do not stand in the order given")
+        wanted = _numbers(self.order, f"{self.stack}.")
+        for values, prefix in (
+            (model.graph.inputs, bindings.PAST),
+            (model.graph.outputs, bindings.PRESENT),
+        ):
+            found = _numbers([editing.name_of(value) for value in values], prefix)
+            ensure(found == wanted, f"layers {sorted(found)} of {sorted(wanted)} have {prefix}*")
+
+
+def _numbers(names: Iterable[str], prefix: str) -> set[int]:
+    """Return the layers that names with a prefix belong to."""
+    rest = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return {int(number) for number in (name.partition(".")[0] for name in rest)}
 
 
 def _split(graph: ir.Graph, stack: str) -> tuple[list[list[ir.Node]], list[ir.Node]]:
@@ -162,11 +199,15 @@ def _copy(nodes: Sequence[ir.Node], copies: dict[ir.Value, ir.Value], mark: str)
 
 
 def _sort_initializers(graph: ir.Graph, order: Sequence[str]) -> None:
-    place = {name: number for number, name in enumerate(order)}
-    values = sorted(graph.initializers.values(), key=lambda v: place.get(str(v.name), len(place)))
+    places = _places(order)
+    values = sorted(graph.initializers.values(), key=lambda v: places.get(str(v.name), len(places)))
     graph.initializers.clear()
     for value in values:
         graph.initializers[str(value.name)] = value
+
+
+def _places(order: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(order)}
 
 
 def _read(nodes: Iterable[ir.Node]) -> list[ir.Value]:
@@ -176,7 +217,7 @@ def _read(nodes: Iterable[ir.Node]) -> list[ir.Value]:
     for node in _walk(nodes):
         read |= {value: None for value in node.inputs if value is not None}
         made |= {*node.outputs}
-        for graph in _graphs(node):
+        for graph in inner_graphs(node):
             made |= {*graph.inputs}
             read |= dict.fromkeys(graph.outputs)
     return [value for value in read if value not in made]
@@ -186,21 +227,12 @@ def _walk(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
     """Yield nodes and those of the graphs within them."""
     for node in nodes:
         yield node
-        for graph in _graphs(node):
+        for graph in inner_graphs(node):
             yield from _walk(graph)
 
 
-def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
-
-
 def _is_constant(value: ir.Value) -> bool:
-    node = value.producer()
-    return node is not None and node.op_type == "Constant" and not node.domain
+    return editing.producer(value, "Constant") is not None
 
 
 def _belongs(value: ir.Value, prefix: str) -> bool:

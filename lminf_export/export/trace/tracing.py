@@ -1,7 +1,7 @@
 """From a model's configuration to an ONNX graph, without its weights.
 
 The model is built on the meta device, so tracing costs the same for 1 million parameters as
-for 70 billion. Weights are named placeholders in the graph until `weights.attach`.
+for 70 billion. Weights are named placeholders in the graph until `pipelines.attached`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lminf_export.checkpoint.conversion import Conversion
 from lminf_export.errors import ExportError
-from lminf_export.export.passes.repeat_layers import repeat_layers
+from lminf_export.export.passes import pipelines
 from lminf_export.export.trace.layer_records import (
     Record,
     UnlikeLayersError,
@@ -92,8 +92,7 @@ def trace(
     with family.patched(model), _quiet_exporter(), _uncollected(), torch.no_grad():
         onnx_model = _trace_templates(module) or module.to_onnx()
     weight_names = _weight_names(model, onnx_model, module.constants)
-    for value in onnx_model.graph.initializers.values():
-        value.const_value = None  # a tensor without data must not look like a constant to passes
+    pipelines.run(onnx_model, pipelines.without_data())
     return Trace(onnx_model, weight_names, Conversion.of(model), module.constants, contract)
 
 
@@ -164,7 +163,8 @@ def _trace_templates(module: TracedModule) -> ir.Model | None:
             first = module.first(templates.traced)
             check_first(first.record(stack), whole)
             onnx_model = first.to_onnx()
-        repeat_layers(onnx_model, stack, templates.of_later, _tensor_names(module.wrapped))
+        names = _tensor_names(module.wrapped)
+        pipelines.run(onnx_model, pipelines.repeated_layers(stack, templates.of_later, names))
     except UnlikeLayersError as error:
         logger.info("every layer is traced by itself: %s", error)
         return None

@@ -1,0 +1,143 @@
+"""Which weights of a graph are quantised, and who reads them; nothing is edited here.
+
+Works on what `pipelines.optimize` leaves: every projection is a Gemm with transB on an initializer
+without data. That holds for fused projections as well, whose weight is one initializer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import onnx_ir as ir
+
+from lminf_export.export.passes.editing import is_op
+from lminf_export.quantize.config import BITS, QuantizeConfig
+from lminf_export.quantize.formats import BlockFormat
+from lminf_export.quantize.stored import ChannelWeight, QuantizedWeight
+from lminf_export.tensors.stored import SourceTensor
+
+# Which expert a token meets hangs on small differences, and routers are small.
+_ROUTER = re.compile(r"(^|[._])(gate|router)\.(\w+\.)?weight$")
+Quantized: TypeAlias = QuantizedWeight | ChannelWeight
+SCALE_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class WeightChoice:
+    """A weight that is to be quantised.
+
+    Attributes:
+        name: of its initializer.
+        products: the Gemm nodes that multiply by it.
+        lookups: the Gather nodes that look rows up in it and are to read it quantised.
+        piece: how it is stored. Its name is another than the initializer's, a tied one, where
+            the initializer stays because something reads it in full.
+    """
+
+    name: str
+    products: tuple[ir.Node, ...]
+    lookups: tuple[ir.Node, ...]
+    piece: Quantized
+
+    @property
+    def replaces_weight(self) -> bool:
+        """Whether nothing reads the weight in full any more."""
+        return self.piece.name == self.name
+
+
+def choose_weights(
+    model: ir.Model,
+    names: Mapping[str, Sequence[str]],
+    sources: Mapping[str, SourceTensor],
+    config: QuantizeConfig,
+    dtype: str,
+) -> list[WeightChoice]:
+    """Return which of a model's weights to quantise: the matrices that tokens meet.
+
+    Args:
+        model: the graph.
+        names: initializer name → every name the model has for this weight.
+        sources: the tensors to quantise, by initializer name.
+        config: what the user asked for.
+        dtype: element type of activations and scales.
+    """
+    vocab_size = model.graph.outputs[0].shape[2]  # type: ignore[index]
+    choices = []
+    for name, aliases in names.items():
+        value = model.graph.initializers[name]
+        if value.shape is None or len(value.shape) != 2:
+            continue
+        products = tuple(use.node for use in value.uses() if is_product(*use))
+        lookups = tuple(use.node for use in value.uses() if is_lookup(*use))
+        others = len(value.uses()) - len(products) - len(lookups)
+        rows, columns = value.shape.numpy()
+        is_head = bool(products) and rows == vocab_size
+        kind = config.lm_head_kind if is_head else config.weights
+        if kind is None or _ROUTER.search(name):
+            continue
+        if config.form == "qdq" and kind == "int4" and columns % 2:
+            continue  # two share a byte, and rows begin with one
+        wanted = {"auto": bool(products), "quantized": True, "full": False}[config.embeddings]
+        taken = lookups if wanted and config.form != "qdq" else ()
+        stays = others > 0 or taken != lookups
+        spare = [alias for alias in aliases if alias != name] if stays else [name]
+        if spare and (products or taken):
+            piece = _piece(spare[0], sources[name], kind, config, dtype)
+            choices.append(WeightChoice(name, products, taken, piece))
+    return choices
+
+
+def _piece(
+    name: str, tensor: SourceTensor, kind: str, config: QuantizeConfig, dtype: str
+) -> Quantized:
+    """Describe how a weight is stored: as blocks, or with one scale a row where engines want it."""
+    if config.form == "qdq" and kind != "int4":
+        return ChannelWeight(name, tensor, kind, dtype)
+    rows, columns = tensor.shape
+    form = BlockFormat(rows, columns, BITS[kind], config.block_size, config.symmetric)
+    return QuantizedWeight(name, tensor, form, dtype, signed=config.form == "qdq")
+
+
+def check_chosen(
+    model: ir.Model, choices: Iterable[WeightChoice], check: Callable[[object, str], None]
+) -> None:
+    """Check that the graph reads the chosen weights as they were chosen, and still in full."""
+    for choice in choices:
+        value = model.graph.initializers.get(choice.name)
+        check(value is not None, f"the graph has no initializer {choice.name}")
+        assert value is not None
+        same = value.shape == ir.Shape(choice.piece.tensor.shape)
+        check(same, f"{choice.name} has shape {value.shape}, not {choice.piece.tensor.shape}")
+        readers = {use.node for use in value.uses() if is_product(*use) or is_lookup(*use)}
+        strangers = {*choice.products, *choice.lookups} - readers
+        check(not strangers, f"{len(strangers)} nodes do not read {choice.name} in full")
+
+
+def check_replaced(
+    model: ir.Model, choices: Iterable[WeightChoice], check: Callable[[object, str], None]
+) -> None:
+    """Check that no chosen reader reads a weight in full, and that unread weights are gone."""
+    for choice in choices:
+        value = model.graph.initializers.get(choice.name)
+        gone = value is None
+        check(gone is choice.replaces_weight, f"{choice.name} is in the graph: {not gone}")
+        readers = {use.node for use in value.uses()} if value is not None else set()
+        left = readers & {*choice.products, *choice.lookups}
+        check(not left, f"{len(left)} nodes read {choice.name} in full")
+
+
+def is_product(node: ir.Node, place: int) -> bool:
+    """Say whether a node multiplies by what it reads at a place, as LinearToGemmPass leaves it."""
+    return is_op(node, "Gemm") and place == 1 and node.attributes.get_int("transB", 0) == 1
+
+
+def is_lookup(node: ir.Node, place: int) -> bool:
+    """Say whether a node looks rows up in what it reads at a place."""
+    return is_op(node, "Gather") and place == 0

@@ -1,0 +1,36 @@
+"""The operator's body leaves the graph, so that nothing but a plugin can take its nodes."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from lminf_export.export.passes.checking import ensure, require
+from lminf_export.operator import contract
+
+
+class RemoveAttentionBodyPass(ir.passes.InPlacePass):
+    """Remove the attention operator's function.
+
+    Whatever a release's parser prefers, it then finds the plugin or refuses the node.
+
+    Requires: the graph calls no other kind of this operator, which no plugin takes.
+    Ensures: the operator has no body.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        calls = [n.op_type for n in model.graph if n.domain == contract.DOMAIN]
+        int8 = contract.INT8_CACHE_OP_TYPE
+        require(int8 not in calls, f"no plugin takes {int8}")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        bodies = _bodies(model)
+        for identifier in bodies:
+            del model.functions[identifier]
+        return ir.passes.PassResult(model, bool(bodies))
+
+    def ensures(self, model: ir.Model) -> None:
+        ensure(not _bodies(model), f"{contract.OP_TYPE} still has a body")
+
+
+def _bodies(model: ir.Model) -> list[ir.OperatorIdentifier]:
+    return [key for key in model.functions if key[:2] == (contract.DOMAIN, contract.OP_TYPE)]
