@@ -259,7 +259,7 @@ def test_with_one_stream_the_command_names_only_what_is_open(tmp_path):
 
 def test_a_task_with_options_survives_its_way_to_the_child(written, tmp_path):
     options = EngineOptions(workspace="3M", timing_cache="a/cache", embed_plugin=True)
-    task = Task("tensorrt", replace(written[1], options=options), tmp_path, tmp_path, 10)
+    task = Task("tensorrt", replace(written[1], options=options), tmp_path, 10)
     assert Task.from_json(task.to_json()) == task
 
 

@@ -28,6 +28,7 @@ from lminf_export.export.trace.layer_records import (
 )
 from lminf_export.models.registry import find_family
 from lminf_export.operator.graph_contract import GraphContract
+from tests.support.small_graphs import toy
 from tests.support.tiny_models import llama_config
 from tests.support.weightless import export_without_weights
 
@@ -219,55 +220,6 @@ def test_layers_that_cannot_be_told_alike_are_traced_and_the_log_says_why(
     graph = export_without_weights(traced, plan, tmp_path)
     scales = [a.f for n in graph.node for a in n.attribute if a.name == "scale"]
     assert scales == [pytest.approx(10**-0.5)] * 3 + [0.25]
-
-
-def toy(count: int, flaw: str = "") -> ir.Model:
-    """Build a trace of a model of so many layers `m.layers`, with something that must not be."""
-    number = ir.TensorType(ir.DataType.FLOAT)
-    nodes: list[ir.Node] = []
-
-    def value(name: str) -> ir.Value:
-        return ir.Value(name=name, type=number, shape=ir.Shape(["n"]))
-
-    def add(op_type: str, inputs: list[ir.Value], layer: int | None, name: str) -> ir.Value:
-        scopes = [""] if layer is None else ["", f"m.layers.{layer}", f"m.layers.{layer}.f"]
-        props = {"pkg.torch.onnx.name_scopes": repr(scopes)}
-        attributes = {"value_float": 2.0} if op_type == "Constant" else None
-        node = ir.node(op_type, inputs, attributes, metadata_props=props)
-        (result,) = node.outputs
-        result.name, result.type, result.shape = name, number, ir.Shape(["n"])
-        nodes.append(node)
-        return result
-
-    tokens = value("input_ids")
-    weights = [value(f"m.layers.{i}.w") for i in range(count)]
-    pasts = [value(f"past_key_values.{i}.key") for i in range(count)]
-    shared = add("Neg", [tokens], None, "neg")
-    stream, presents, streams = shared, [], []
-    for i in range(count):
-        if i == 0:
-            constant = add("Constant", [], 0, "val_0")
-        weight = weights[0] if flaw == "weight" and i else weights[i]
-        past = pasts[0] if flaw == "cache" and i else pasts[i]
-        first = add("Mul", [stream, weight], i, f"mul_{2 * i}")
-        if flaw == "order":
-            add("Neg", [shared], None, f"neg_{i + 1}")
-        scaled = add("Mul", [first, constant], i, f"mul_{2 * i + 1}")
-        presents.append(add("Sub", [past, scaled], i, f"present.{i}.key"))
-        if flaw == "far" and i > 1:
-            scaled = add("Max", [scaled, streams[i - 2]], i, f"max_{i}")
-        stream = add("Add", [scaled, shared], i, f"add_{i}")
-        streams.append(stream)
-    logits = add("Abs", [stream], None, "logits")
-    if flaw == "output":
-        presents.append(streams[0])
-    graph = ir.Graph(
-        [tokens, *pasts], [logits, *presents], nodes=nodes, opset_imports={"": 24}, name="toy"
-    )
-    for weight in weights:
-        weight.const_value = ir.tensor([1.0], name=weight.name)
-        graph.initializers[str(weight.name)] = weight
-    return ir.Model(graph, ir_version=11)
 
 
 def serialized(model: ir.Model) -> bytes:

@@ -25,7 +25,7 @@ from lminf_export.export.passes.attach_weights import AttachWeightsPass
 from lminf_export.export.passes.checking import ensure_sound
 from lminf_export.export.passes.choose_weights import choose_weights
 from lminf_export.export.passes.constant_reshape_targets import ConstantReshapeTargetsPass
-from lminf_export.export.passes.declare_border import DeclareBorderPass
+from lminf_export.export.passes.declare_inputs_and_outputs import DeclareInputsAndOutputsPass
 from lminf_export.export.passes.describe_model import DescribeModelPass
 from lminf_export.export.passes.detach_weights import DetachWeightsPass
 from lminf_export.export.passes.expand_rms_norm import ExpandRmsNormPass
@@ -47,8 +47,7 @@ from lminf_export.operator.bindings import TensorSpec
 from lminf_export.operator.contract import DOMAIN, INT8_CACHE_OP_TYPE, OP_TYPE
 from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.tensors.stored import PickledTensor, StoredTensor
-from tests.test_layers import toy
-from tests.test_passes import HEADER, LINEAR, NORM, VIEW, parsed
+from tests.support.small_graphs import HEADER, LINEAR, NORM, VIEW, parsed, toy
 
 Pass = ir.passes.InPlacePass
 
@@ -96,7 +95,7 @@ g (float[B, 2, ring_8, 4] past, float[B, 2, S, 4] new, int64[B] at)
 RINGS = {"past": "present"}
 WEIGHT = {"w": StoredTensor(Path("weights"), "F32", (5, 6), 0, 120)}
 CONSTANTS = {"w": torch.zeros(5, 6), "b": torch.zeros(5)}
-BORDER = (
+SPECS = (
     [TensorSpec("x", "float32", ("batch", "sequence", 6))],
     [TensorSpec("y", "float32", ("batch", "sequence", 5))],
 )
@@ -261,7 +260,7 @@ CASES = [
     ),
     Case(lambda: (AttachAttentionBodyPass(BodyFeatures()), attention()), edit(other_kind)),
     Case(
-        lambda: (DeclareBorderPass(*BORDER), parsed(LINEAR)),
+        lambda: (DeclareInputsAndOutputsPass(*SPECS), parsed(LINEAR)),
         edit(lambda model: model.graph.outputs.clear()),
     ),
     Case(
@@ -333,9 +332,9 @@ def test_what_a_user_can_cause_is_an_error_for_users_in_every_pipeline():
     model = bare(LINEAR)
     with pytest.raises(ExportError, match=r"constants without a value: w, b$"):
         pipelines.run(model, (AttachConstantsPass({}),))
-    specs = [TensorSpec("z", "int64", ())], BORDER[1]
+    specs = [TensorSpec("z", "int64", ())], SPECS[1]
     with pytest.raises(ExportError, match=r"has 'x' of FLOAT where the contract has 'z' of int64"):
-        pipelines.run(parsed(LINEAR), (DeclareBorderPass(*specs),))
+        pipelines.run(parsed(LINEAR), (DeclareInputsAndOutputsPass(*specs),))
     with pytest.raises(EngineError, match="writes 1 rings from input to output, its layers have 0"):
         pipelines.run(parsed(HEADER + RING), (WriteRingsLinearlyPass({}),))
 

@@ -16,60 +16,8 @@ from lminf_export.export.passes.constant_reshape_targets import ConstantReshapeT
 from lminf_export.export.passes.fuse_rms_norm import FuseRmsNormPass
 from lminf_export.export.passes.keep_tokens_flat import KeepTokensFlatPass
 from lminf_export.export.passes.linear_to_gemm import LinearToGemmPass
+from tests.support.small_graphs import LINEAR, NORM, VIEW, parsed
 from tests.support.tiny_models import save_llama
-
-HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
-LINEAR = (
-    HEADER
-    + """
-g (float[B, S, 6] x) => (float[B, S, 5] y)
-<float[5, 6] w, float[5] b>
-{
-    t = Transpose <perm = [1, 0]> (w)
-    m = MatMul (x, t)
-    y = Add (m, b)
-}"""
-)
-NORM = (
-    HEADER
-    + """
-g (float[B, S, 6] x) => (float[B, S, 6] y)
-<float[6] w, float two = {2.0}, float eps = {0.000001}, int64[1] axes = {-1}>
-{
-    p = Pow (x, two)
-    m = ReduceMean (p, axes)
-    a = Add (m, eps)
-    s = Sqrt (a)
-    r = Reciprocal (s)
-    n = Mul (x, r)
-    o = Mul (w, n)
-    y = Identity (o)
-}"""
-)
-VIEW = (
-    HEADER
-    + """
-g (float[B, S, 6] x) => (float[B, S, 2, 3] y)
-<int64[2] tail = {2, 3}>
-{
-    head = Shape <start = 0, end = 2> (x)
-    target = Concat <axis = 0> (head, tail)
-    y = Reshape (x, target)
-}"""
-)
-
-
-def parsed(text: str) -> ir.Model:
-    """Parse a graph, give its weights random values, infer shapes."""
-    proto = onnx.parser.parse_model(text)
-    rng = np.random.default_rng(0)
-    # In the text form a weight is declared like any value; here it becomes an initializer.
-    for value in proto.graph.value_info:
-        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        weight = rng.normal(size=shape).astype(np.float32)
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, value.name))
-    del proto.graph.value_info[:]
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def outputs(model: ir.Model, x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A plan that was built elsewhere becomes part of the bundle whose recipe it was built by."""
+"""Add a plan that was built elsewhere to the bundle whose recipe built it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TARGET = re.compile(r"sm_\d{2,3}")
 
 @dataclass(frozen=True)
 class _NewFile:
-    """A file on its way into the bundle: where it lies now, and what it will be."""
+    """A file to add to the bundle: where it is now, and its name, role and digest there."""
 
     name: str
     role: Role
@@ -125,7 +125,9 @@ def read_version(path: Path) -> str:
         raise EngineError(f"{path} is not a plan of TensorRT 10.3 or later")
     version = ".".join(map(str, numbers))
     if tuple(numbers[:2]) < _OLDEST:
-        raise EngineError(f"{path} was built by TensorRT {version}; 10.3 is the least that serves")
+        raise EngineError(
+            f"{path} was built by TensorRT {version}; TensorRT 10.3 or later is required"
+        )
     return version
 
 
@@ -186,13 +188,13 @@ def _new_file(name: str, role: Role, source: Path) -> _NewFile:
 
 @contextmanager
 def _partial_copies(bundle: Bundle, files: list[_NewFile]) -> Iterator[dict[str, Path]]:
-    """Copy files into the bundle's folder under names nobody reads; what is left over goes."""
+    """Copy files into the bundle's folder under temporary names; unused copies are removed."""
     copies: dict[str, Path] = {}
     try:
         for file in files:
             place = bundle.path / file.name
             if place.exists() and place.resolve() == file.source.resolve():
-                continue  # it lies there already
+                continue  # already in place
             copies[file.name] = bundle.path / f".{file.name}.{os.getpid()}.partial"
             shutil.copyfile(file.source, copies[file.name])
             if file_sha256(copies[file.name]) != file.entry.sha256:
@@ -207,7 +209,7 @@ def _partial_copies(bundle: Bundle, files: list[_NewFile]) -> Iterator[dict[str,
 
 
 def _loaded_if_possible(bundle: Bundle, engine: Engine, copies: dict[str, Path]) -> Engine:
-    """Load the plan where that can succeed, so that a wrong one is found now."""
+    """Load the plan if this machine has its GPU and release, so that a wrong one is found now."""
     gpu = find_gpu()
     if isinstance(gpu, str) or gpu.target != engine.target:
         logger.info("the plan is not loaded here: it is for %s", engine.target)

@@ -43,7 +43,7 @@ __all__ = [
     "uses_plugin",
 ]
 
-# In the place of a builder's name: write what a build on another machine needs.
+# Instead of a builder's name: write the files that a build on another machine needs.
 ELSEWHERE = "none"
 # The graph TensorRT builds from, beside the exported one.
 ENGINE_GRAPH_NAME = "engine.onnx"
@@ -101,7 +101,7 @@ def select_builder(name: str | None) -> str:
 
 
 def check_options(builder: str, options: EngineOptions) -> None:
-    """Refuse settings a builder does not have.
+    """Refuse settings that a builder does not have.
 
     Raises:
         EngineError: naming the setting.
@@ -138,12 +138,12 @@ def require_machine(builder: str) -> None:
 
 
 def build_engine(builder: str, request: EngineRequest, progress: Progress = silent) -> Engine:
-    """Build a plan and return what the manifest records about it.
+    """Build a plan and return the manifest's record of it.
 
     Args:
         builder: from `select_builder`.
-        request: what to build, and where to.
-        progress: told which phase runs.
+        request: what to build, and the file to write.
+        progress: receives the phase that runs.
 
     Raises:
         EngineError: naming what the builder refused; no plan is left behind.
@@ -176,7 +176,7 @@ def engine_record(
     target: str,
     profiles: tuple[Profile, ...],
 ) -> Engine:
-    """Return what the manifest says of a plan; the plugin is hashed where it is now."""
+    """Return the manifest's record of a plan; the plugin's digest is computed here."""
     plugin = None
     if request.with_plugin:
         assert request.plugin_path is not None, "a plan with a plugin has a library"

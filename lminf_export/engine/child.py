@@ -1,8 +1,8 @@
-"""The build as a child process: a crash becomes an error, and memory goes back when it ends.
+"""Build in a child process: a crash becomes an error, and its memory is released when it ends.
 
 Protocol: the parent writes one JSON object to the child's stdin and keeps it open; the child
-writes JSON objects, one a line, to its stdout (see `Reply`). When stdin ends, the parent is
-gone and the child ends too.
+writes replies, JSON lists of a kind and its values, one a line, to its stdout. When stdin ends,
+the parent has ended, and the child ends too.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _LAST_WORDS = 200
 
 @dataclass(frozen=True)
 class Task:
-    """What the child is told.
+    """The child's task, sent as one line of JSON.
 
     Attributes:
         builder: "tensorrt" or "tensorrt-rtx".
         request: what to build.
         partial_path: scratch file for the plan, beside its destination.
-        log_level: the least level the parent listens to.
+        log_level: the lowest level that the parent logs.
     """
 
     builder: str
@@ -95,11 +95,11 @@ def build_in_child(
     Args:
         builder: "tensorrt" or "tensorrt-rtx".
         request: what to build.
-        progress: told which phase runs.
-        command: the child; tests give one that crashes.
+        progress: receives the phase that runs.
+        command: the child's command line; tests pass one that crashes.
 
     Raises:
-        EngineError: naming what the builder refused, or how the child ended.
+        EngineError: with the builder's reason, or how the child ended.
     """
     begun = time.monotonic()
     mark = f"{os.getpid()}.{time.monotonic_ns()}"
@@ -131,7 +131,7 @@ def build_in_child(
 
 
 def _run(command: Sequence[str], task: Task, progress: Progress) -> dict[str, Any]:
-    """Run the child to its end; returns what its builder says about the plan."""
+    """Run the child to its end; return its facts about the plan."""
     with tempfile.TemporaryFile() as stderr:
         child = subprocess.Popen(
             command,
@@ -150,7 +150,7 @@ def _run(command: Sequence[str], task: Task, progress: Progress) -> dict[str, An
         finally:
             if sys.exc_info()[0] is not None:
                 child.kill()
-            # Closing stdin is what tells the child that nobody waits any more.
+            # The child ends when its stdin is closed.
             _close(child.stdin)
             status = child.wait()
             child.stdout.close()
@@ -165,7 +165,7 @@ def _run(command: Sequence[str], task: Task, progress: Progress) -> dict[str, An
 
 
 def _tell(stdin: IO[str], task: Task) -> None:
-    # A broken pipe: it has ended already; how, its exit status says.
+    # A broken pipe means that the child has ended; its exit status says how.
     with contextlib.suppress(BrokenPipeError):
         stdin.write(task.to_json() + "\n")
         stdin.flush()
@@ -177,7 +177,7 @@ def _close(stdin: IO[str]) -> None:
 
 
 def _listen(stdout: IO[str], progress: Progress) -> dict[str, Any] | None:
-    """Pass on what the child says until it is done or gone."""
+    """Forward the child's replies until it is done or has ended."""
     for line in stdout:
         kind, *rest = json.loads(line)
         if kind == PROGRESS:
@@ -213,6 +213,6 @@ def _ending(status: int) -> str:
         name = signal.Signals(-status).name
     except ValueError:
         name = f"signal {-status}"
-    # The kernel's out-of-memory killer sends the one signal nobody else does.
+    # SIGKILL usually comes from the kernel's out-of-memory killer.
     hint = " (perhaps this machine has too little memory)" if name == "SIGKILL" else ""
     return f"crashed: {name}{hint}"

@@ -1,4 +1,4 @@
-"""What every engine builder shares: the request, its profiles and sizes, the facts of a plan."""
+"""Shared by all engine builders: the request, its profiles and sizes, the facts of a plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Profile = dict[str, tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What to build.
+    """An engine to build.
 
     Attributes:
         onnx_path: the graph to build from, as `export.engine_graph` writes it; its weights lie
@@ -30,7 +30,7 @@ class EngineRequest:
         max_batch_size: largest B, streams side by side.
         with_plugin: the plugin runs the attention; otherwise standard operators do.
         plugin_path: the plugin's library, needed where the engine is built.
-        options: what the user asked of the builder.
+        options: the user's settings for the builder.
     """
 
     onnx_path: Path
@@ -62,7 +62,7 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What was built.
+    """Facts of a plan that was built.
 
     Attributes:
         builder: "tensorrt" or "tensorrt-rtx".
@@ -101,8 +101,8 @@ def profiles(request: EngineRequest) -> tuple[Profile, ...]:
     if request.chunk_size == 1:
         return (single,)
     if not request.with_plugin:
-        # A profile of exactly one row makes TensorRT for RTX lay weights out once more, just for
-        # it: 617 MB of weights became a plan of 957 MB, and of 638 MB where two rows are allowed.
+        # A profile of exactly one row makes TensorRT for RTX store a second layout of the weights:
+        # 617 MB of weights became a plan of 957 MB, and of 638 MB where two rows are allowed.
         single[bindings.BATCH] = (1, largest, max(largest, 2))
     # Generation wants logits of the last token only, evaluation those of the whole chunk.
     chunk: Profile = {

@@ -37,7 +37,7 @@ def compile_plan(trt: Any, request: EngineRequest, plan: Path, progress: Progres
         trt: `tensorrt` or `tensorrt_rtx`.
         request: what to build.
         plan: the file to write.
-        progress: told which phase runs.
+        progress: receives the phase that runs.
 
     Returns:
         The IBuilderConfig the plan was built with.
@@ -79,8 +79,8 @@ def _require_features(trt: Any, request: EngineRequest) -> None:
     elif not hasattr(trt, "IKVCacheUpdateLayer"):
         raise EngineError(
             f"{trt.__name__} {trt.__version__} has no cache updates in place; "
-            "TensorRT 10.15 or TensorRT for RTX 1.3 is the least that has; "
-            "the plugin needs none of them"
+            "TensorRT 10.15 or TensorRT for RTX 1.3 or later is required, or the plugin, which "
+            "needs none of them"
         )
 
 
@@ -108,7 +108,7 @@ def parser_message(parser: Any, errors: Iterable[str] = ()) -> str:
     if not count:
         return f"the parser refuses the graph: {_reason(errors)}"
     error = parser.get_error(0)
-    # A node inside a function is told by the names of the calls around it.
+    # A node inside a function is identified by the names of the calls around it.
     place = [*error.local_function_stack(), error.node_name()]
     where = " / ".join(name for name in place if name) or f"number {error.node()}"
     more = f" (and {count - 1} more)" if count > 1 else ""
@@ -170,7 +170,7 @@ def _plugin_updates(trt: Any, layers: list[Any], request: EngineRequest) -> dict
 
 
 def _profile(builder: Any, request: EngineRequest, ranges: Profile) -> Any:
-    """Give every input of open shape its smallest, usual and largest one."""
+    """Set the smallest, usual and largest shape of every input with open dimensions."""
     profile = builder.create_optimization_profile()
     for name, shapes in input_ranges(request, ranges).items():
         profile.set_shape(name, *shapes)
@@ -197,7 +197,7 @@ def _write_plan(
 
 
 def _stream_writer(trt: Any, file: BinaryIO) -> Any:
-    """Return an IStreamWriter: the plan leaves in blocks and never exists in memory whole."""
+    """Return an IStreamWriter: the plan is written in blocks and is never in memory as a whole."""
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
@@ -277,6 +277,6 @@ class PhaseTree:
 
 
 def _reason(messages: Iterable[str]) -> str:
-    """Return the first line that says something."""
+    """Return the first line that gives a reason."""
     lines = (line.strip() for message in messages for line in message.splitlines())
     return next((x for x in lines if x and not any(noise in x for noise in _NOISE)), _NO_REASON)

@@ -1,4 +1,4 @@
-"""What a user may ask of an engine's builder, checked before anything is built."""
+"""The user's settings for an engine's builder, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EngineOptions:
         plugin: the library of the plugin, "none" for an engine of standard operators, or None
             for the library that was built or installed with this package.
         embed_plugin: put the library into the plan instead of beside it.
-        timing_cache: file in which the builder keeps what it has timed, made if missing.
+        timing_cache: file in which the builder keeps its timings, made if missing.
         workspace: bytes of GPU memory one layer may use while it works, or "512M", "2G".
         builder_optimization_level: 0 … 5, how long the builder looks for a fast engine.
 
@@ -63,7 +63,7 @@ class EngineOptions:
         return tuple(x.name for x in fields(self) if getattr(self, x.name) != x.default)
 
     def described(self) -> dict[str, str]:
-        """Return what the manifest records: choices, never paths of this machine."""
+        """Return the settings that the manifest records; paths are not among them."""
         record = {}
         if self.workspace is not None:
             record["workspace"] = str(self.workspace)

@@ -1,4 +1,4 @@
-"""Where the plugin's library is, and whether a file can be one."""
+"""Find the plugin's library, and check whether a file can be it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLUGIN_FILE = "liblminf_tensorrt.so"
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
 _ELF = b"\x7fELF"
-# What TensorRT looks up in a library of plugins; ours has a creator of this name besides.
+# The symbol that TensorRT looks up in a library of plugins, and the name of our creator.
 _MARKS = (b"getCreators", b"LambdaAttention")
 _HOW = (
     "build it with cmake (docs/engines.md) or name it with --plugin PATH; "
@@ -38,10 +38,10 @@ def find_plugin(options: EngineOptions, *, required: bool = True) -> Path | None
 
     Args:
         options: whose `plugin` names a file, or "none", or leaves the choice.
-        required: a library that was not named must be there all the same.
+        required: raise an error if no library was named and none is found.
 
     Raises:
-        EngineError: no library was found, or the file named is none.
+        EngineError: no library was found, or the named file is not one.
     """
     if options.without_plugin:
         return None
@@ -60,7 +60,7 @@ def find_plugin(options: EngineOptions, *, required: bool = True) -> Path | None
 
 
 def check_plugin(path: Path) -> None:
-    """Check that a file looks like the plugin's library; nothing of it is run.
+    """Check that a file looks like the plugin's library, without loading it.
 
     Raises:
         EngineError: it cannot be read, or is something else.
@@ -74,7 +74,7 @@ def check_plugin(path: Path) -> None:
 
 
 def head_dim_problem(layers: Sequence[LayerSpec]) -> str | None:
-    """Say which layers the plugin's kernels cannot run, None if they run all."""
+    """Return which layers the plugin's kernels cannot run, None if they run all."""
     odd = sorted({layer.head_dim for layer in layers} - set(HEAD_DIMS))
     if not odd:
         return None

@@ -26,13 +26,13 @@ def make_recipe(request: EngineRequest) -> EngineRecipe:
 
 
 def trtexec_line(request: EngineRequest) -> str:
-    """Return the command, to be run in the folder of the graph."""
+    """Return the command; it runs in the folder of the graph."""
     options = request.options
     words = [
         "trtexec",
         f"--onnx={request.onnx_path.name}",
         f"--saveEngine={request.plan_path.name}",
-        # What 11.x always does and 10.x must be told.
+        # The default of 11.x; 10.x needs the flag.
         "--stronglyTyped",
         "--noTF32",
         "--skipInference",

@@ -1,4 +1,4 @@
-"""A user's settings in an IBuilderConfig, every member looked up by name."""
+"""Set a user's settings in an IBuilderConfig; every member is looked up by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def require_aliases(trt: Any) -> None:
     if _aliases(trt) is None:
         raise EngineError(
             f"{trt.__name__} {trt.__version__} has no plugins that update a cache in place; "
-            "TensorRT 10.3 is the least that has"
+            "TensorRT 10.3 or later is required"
         )
 
 
@@ -32,7 +32,7 @@ def _aliases(trt: Any) -> Any:
 
 
 def apply(trt: Any, config: Any, request: EngineRequest) -> None:
-    """Set what the request asks of the builder; the rest stays as the release has it."""
+    """Set the request's options; all others keep the release's defaults."""
     options = request.options
     if request.with_plugin:
         config.set_preview_feature(_aliases(trt), True)
@@ -50,8 +50,8 @@ def open_timing_cache(config: Any, options: EngineOptions, errors: list[str]) ->
 
     Args:
         config: the IBuilderConfig.
-        options: whose `timing_cache` names the file, or None for no cache of ours.
-        errors: what the library logs.
+        options: `timing_cache` names the file; None for none.
+        errors: the library's error messages.
 
     Returns:
         The ITimingCache, which must live until the engine is built; None without a file.

@@ -32,7 +32,7 @@ def build(request: EngineRequest, progress: Progress = silent) -> EngineFacts:
 
 
 def require_machine() -> None:
-    """Check that this machine can build: any can."""
+    """Accept any machine: this builder needs no GPU."""
 
 
 def target(trt: Any, config: Any) -> str:

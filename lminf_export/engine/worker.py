@@ -45,7 +45,7 @@ class _LogReplies(logging.Handler):
 
 
 def main() -> None:
-    """Do the one task that stands on stdin."""
+    """Do the one task that stdin holds."""
     replies = _Replies(_private_stdout())
     task = Task.from_json(sys.stdin.readline())
     answered = threading.Event()
@@ -83,14 +83,14 @@ def _build(task: Task, replies: _Replies) -> dict[str, Any]:
 
 
 def _private_stdout() -> IO[str]:
-    """Keep stdout for replies; what libraries print there goes to stderr instead."""
+    """Keep stdout for replies, and send what libraries print there to stderr."""
     private = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return private
 
 
 def _end_with_parent(task: Task, answered: threading.Event) -> None:
-    """Wait for stdin to end; a builder nobody waits for must not go on for hours."""
+    """End this process when stdin ends, since a build may take hours that the parent left."""
     while sys.stdin.read(1):
         pass
     if answered.is_set():

@@ -85,7 +85,7 @@ def add_engine(
         job: whose engine.
         writer: of the bundle; the plan and what builds it are announced to it.
         graph: the exported graph.
-        progress: told which phase runs.
+        progress: receives the phase that runs.
 
     Raises:
         EngineError: the graph cannot be prepared, or naming what the builder refused.

@@ -44,7 +44,7 @@ def write_graph(
         quantize: how weights are quantised, its form decided; None for not at all.
         link: put hard links to the checkpoint's files beside the graph instead of a copy.
         background: the weights file, if it is being written already.
-        progress: told the bytes of weights written.
+        progress: receives the bytes of weights written.
 
     Raises:
         ModelError: the checkpoint does not fit the configuration.

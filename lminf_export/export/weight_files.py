@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lminf_export.export.background_weights import BackgroundWeights
 from lminf_export.export.passes import pipelines
 from lminf_export.export.passes.choose_weights import Quantized, choose_weights
-from lminf_export.export.passes.declare_border import ELEMENT_TYPES
+from lminf_export.export.passes.declare_inputs_and_outputs import ELEMENT_TYPES
 from lminf_export.export.passes.quantize_to_blocks import stored_parts
 from lminf_export.export.trace.tracing import Trace
 from lminf_export.quantize import stored as quantized_weights
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """What went into the weights file.
+    """The weights files that were written or linked.
 
     Attributes:
         files: weights files by name, and the SHA-256 of what was written rather than linked.
         num_bytes: of all of them.
         full_stacks: names of stacks of matrices that a quantisation left in full.
-        full_bytes: what they take.
+        full_bytes: their bytes.
     """
 
     files: dict[str, str | None]
@@ -110,14 +110,14 @@ def write_files(
         quantized: those quantised, None where nothing was to be.
         path: the file.
         background: the file, if it is being written already.
-        progress: told the bytes written.
+        progress: receives the bytes written.
     """
     pieces = [*full, *(quantized or ())]
     if background is not None and background.holds(pieces):
         stored, digest = background.result(progress)
     else:
         if background is not None:
-            logger.info("the graph asks for other weights than foreseen; they are written again")
+            logger.info("the graph needs other weights than foreseen; they are written again")
             background.stop()
         stored, digest = write_pieces(path, pieces, progress)
     parts = stored_parts(model, [piece.name for piece in quantized or ()], stored)

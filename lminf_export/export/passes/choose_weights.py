@@ -6,7 +6,6 @@ without data. That holds for fused projections as well, whose weight is one init
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -14,13 +13,12 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from lminf_export.export.passes.editing import is_op
+from lminf_export.models.expert_facts import is_router_weight
 from lminf_export.quantize.config import BITS, QuantizeConfig
 from lminf_export.quantize.formats import BlockFormat
 from lminf_export.quantize.stored import ChannelWeight, QuantizedWeight
 from lminf_export.tensors.stored import SourceTensor
 
-# Which expert a token meets hangs on small differences, and routers are small.
-_ROUTER = re.compile(r"(^|[._])(gate|router)\.(\w+\.)?weight$")
 Quantized: TypeAlias = QuantizedWeight | ChannelWeight
 SCALE_TYPES = {
     "float32": ir.DataType.FLOAT,
@@ -80,7 +78,8 @@ def choose_weights(
         rows, columns = value.shape.numpy()
         is_head = bool(products) and rows == vocab_size
         kind = config.lm_head_kind if is_head else config.weights
-        if kind is None or _ROUTER.search(name):
+        # The choice of experts depends on small differences, and routers are small.
+        if kind is None or is_router_weight(name):
             continue
         if config.form == "qdq" and kind == "int4" and columns % 2:
             continue  # two share a byte, and rows begin with one

@@ -1,4 +1,4 @@
-"""What a graph's file says of itself: format, maker, name and metadata."""
+"""Set the file's description: format, producer, name and metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION_KEY = "lminf_export"
 
 @dataclass(frozen=True)
 class DescribeModelPass(ir.passes.InPlacePass):
-    """Write the file's own description, and drop torch's notes on where values come from.
+    """Set the file's description, and remove torch's notes on the origin of values.
 
     Requires: metadata are texts under names.
     Ensures: the description is this package's; inputs, outputs and initializers carry no notes.
@@ -38,7 +38,7 @@ class DescribeModelPass(ir.passes.InPlacePass):
         model.producer_name, model.producer_version = PRODUCER, self.metadata.get(VERSION_KEY, "")
         model.graph.name = GRAPH_NAME
         model.metadata_props.update(self.metadata)
-        for value in _border(model.graph):
+        for value in _ends(model.graph):
             value.metadata_props.clear()
         return ir.passes.PassResult(model, True)
 
@@ -46,9 +46,9 @@ class DescribeModelPass(ir.passes.InPlacePass):
         described = (model.ir_version, model.producer_name, model.graph.name)
         ensure(described == (IR_VERSION, PRODUCER, GRAPH_NAME), f"the file is of {described}")
         ensure(self.metadata.items() <= model.metadata_props.items(), "metadata are missing")
-        noted = [value.name for value in _border(model.graph) if value.metadata_props]
+        noted = [value.name for value in _ends(model.graph) if value.metadata_props]
         ensure(not noted, f"values carry notes: {noted[:3]}")
 
 
-def _border(graph: ir.Graph) -> tuple[ir.Value, ...]:
+def _ends(graph: ir.Graph) -> tuple[ir.Value, ...]:
     return (*graph.inputs, *graph.outputs, *graph.initializers.values())

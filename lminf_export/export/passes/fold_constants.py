@@ -1,4 +1,4 @@
-"""What follows from constants alone is computed now."""
+"""Compute at export what depends on constants alone."""
 
 from __future__ import annotations
 

@@ -31,11 +31,11 @@ class FreezeSizesPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         require(all(size >= 1 for size in self.sizes.values()), f"sizes below 1: {self.sizes}")
-        missing = {*self.rings} - {value.name for value in _border(model)}
+        missing = {*self.rings} - {value.name for value in _ends(model)}
         require(not missing, f"rings that are no input or output: {sorted(missing)[:3]}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        values = {value.name: value for value in _border(model)}
+        values = {value.name: value for value in _ends(model)}
         for name in self.rings:
             shape = values[name].shape
             if shape is None or len(shape) != 4:
@@ -46,7 +46,7 @@ class FreezeSizesPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(self.sizes))
 
     def ensures(self, model: ir.Model) -> None:
-        for value in _border(model):
+        for value in _ends(model):
             left = {dim.value for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)}
             open_ones = left & self.sizes.keys()
             ensure(not open_ones, f"{value.name} still has the dimensions {open_ones}")
@@ -57,5 +57,5 @@ class FreezeSizesPass(ir.passes.InPlacePass):
         return self.sizes.get(dim.value, dim.value) if dim.value is not None else None
 
 
-def _border(model: ir.Model) -> tuple[ir.Value, ...]:
+def _ends(model: ir.Model) -> tuple[ir.Value, ...]:
     return (*model.graph.inputs, *model.graph.outputs)

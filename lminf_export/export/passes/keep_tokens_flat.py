@@ -29,7 +29,7 @@ class KeepTokensFlatPass(ir.passes.InPlacePass):
     """Move tokenwise operators from (B, S, F) tensors to their (B·S, F) rows.
 
     An unflattening is a Reshape whose target was put together by a Concat, a flattening one with
-    the constant target (−1, F). Reshapes nobody needs are left to dead-code removal.
+    the constant target (−1, F). Unused Reshapes are left to dead-code removal.
 
     Requires: `LinearToGemmPass` has run.
     Ensures: no rows are unflattened only to be flattened again.
@@ -132,7 +132,7 @@ class _Rows:
         self.flat[value] = _Flat(flatten.outputs[0], back.outputs[0])
 
     def move(self, node: ir.Node) -> None:
-        """Apply a tokenwise node to rows, and unflatten its result for whoever needs that."""
+        """Apply a tokenwise node to rows, and unflatten its result for its other readers."""
         value = node.outputs[0]
         tensors = [x for x in node.inputs if x is not None and rank(x) != 0]
         tokens = [x for x in tensors if x in self.flat]

@@ -43,7 +43,7 @@ class NamePluginNodesPass(ir.passes.InPlacePass):
         nodes = _nodes(model)
         for index, node in enumerate(nodes):
             _check_attributes(node)
-            # Nodes are named after their first output: let messages say which layer it is.
+            # NameNodesPass names a node after its first output, so messages name the layer.
             node.outputs[0].name = f"lambda_attention.{index}"
         missing = self.updates.items() - _updates(nodes).items()
         if missing or len(nodes) != self.num_layers:
@@ -79,6 +79,7 @@ def _check_attributes(node: ir.Node) -> None:
         value = attribute.value
         if isinstance(value, int) and abs(value) > _MAX_ATTRIBUTE:
             raise EngineError(
-                f"{name}={value} of {node.name} is more than a plugin can be told "
-                f"({_MAX_ATTRIBUTE}); export with a smaller one, or build with --plugin none"
+                f"{name}={value} of {node.name} is above the limit of a plugin's "
+                f"attribute ({_MAX_ATTRIBUTE}); export with a smaller one, or build with "
+                "--plugin none"
             )

@@ -33,10 +33,10 @@ class NumberNamesPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         graph = model.graph
-        border = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
-        names = {value.name for value in border}
+        ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+        names = {value.name for value in ends}
         require(None not in names, "an input, output or initializer has no name")
-        require(len(names) == len(border), "two inputs, outputs or initializers have one name")
+        require(len(names) == len(ends), "two inputs, outputs or initializers have one name")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -89,7 +89,7 @@ def _node_names(model: ir.Model) -> Iterator[str | None]:
 
 
 class _Names:
-    """Hands out names that nobody has."""
+    """Makes names that are not taken."""
 
     def __init__(self, taken: set[str]) -> None:
         self.taken, self.counts = taken, Counter[str]()

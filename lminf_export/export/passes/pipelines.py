@@ -29,7 +29,7 @@ from lminf_export.export.passes.attach_constants import AttachConstantsPass
 from lminf_export.export.passes.attach_weights import AttachWeightsPass
 from lminf_export.export.passes.choose_weights import WeightChoice
 from lminf_export.export.passes.constant_reshape_targets import ConstantReshapeTargetsPass
-from lminf_export.export.passes.declare_border import DeclareBorderPass
+from lminf_export.export.passes.declare_inputs_and_outputs import DeclareInputsAndOutputsPass
 from lminf_export.export.passes.describe_model import DescribeModelPass
 from lminf_export.export.passes.detach_weights import DetachWeightsPass
 from lminf_export.export.passes.expand_rms_norm import ExpandRmsNormPass
@@ -125,7 +125,7 @@ def finished(
         NumberNamesPass(constants.keys()),
         DescribeModelPass(metadata),
         AttachAttentionBodyPass(features),
-        DeclareBorderPass(contract.inputs(), contract.outputs()),
+        DeclareInputsAndOutputsPass(contract.inputs(), contract.outputs()),
     )
 
 

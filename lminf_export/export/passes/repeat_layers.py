@@ -179,9 +179,9 @@ def _copy(nodes: Sequence[ir.Node], copies: dict[ir.Value, ir.Value], mark: str)
 
     Args:
         nodes: of one graph.
-        copies: what takes the place of what they read from elsewhere, where that differs; gets
-            their results too.
-        mark: told the copies' names from theirs.
+        copies: value that they read from elsewhere → its replacement, where there is one; their
+            results and copies are added.
+        mark: suffix of the copies' names.
     """
     outside = _read(nodes)
     # A copied graph stands alone; its inputs are then the values of the graph it goes to.

@@ -19,8 +19,8 @@ _WRITE_OP = "TensorScatter"
 class WriteRingsLinearlyPass(ir.passes.InPlacePass):
     """Let TensorScatter write from its place on, and no longer around the ring's end.
 
-    The same values for every step that does not cross a ring's end; a runtime that knows of it
-    never makes one that does.
+    Values are the same for every step that does not cross a ring's end, and the runtime of such
+    an engine splits chunks there.
 
     Requires: the operator's body is inlined.
     Ensures: every write is linear, and leads from a ring of the inputs to that of the outputs.

@@ -21,7 +21,7 @@ ELEMENT_TYPES = {
 
 
 @dataclass(frozen=True)
-class DeclareBorderPass(ir.passes.InPlacePass):
+class DeclareInputsAndOutputsPass(ir.passes.InPlacePass):
     """Declare the shapes of inputs and outputs.
 
     Requires: the graph has as many as the contract.
