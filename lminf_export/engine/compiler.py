@@ -113,7 +113,7 @@ def parser_message(parser: Any, errors: Iterable[str] = ()) -> str:
     where = " / ".join(name for name in place if name) or f"number {error.node()}"
     more = f" (and {count - 1} more)" if count > 1 else ""
     operator = f" ({error.node_operator()})" if error.node_operator() else ""
-    # A plugin that refuses has told the log why; the parser only knows that it did.
+    # A plugin logs why it refuses a node; the parser only reports that it did.
     reasons = [*(text for text in errors if text.startswith(PLUGIN_PREFIX)), error.desc()]
     return f"the parser refuses node {where}{operator}: {_reason(reasons)}{more}"
 
