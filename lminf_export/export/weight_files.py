@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lminf_export.export.background_weights import BackgroundWeights
+from lminf_export.export.onnx_dtypes import dtype_name
 from lminf_export.export.passes import pipelines
 from lminf_export.export.passes.choose_weights import Quantized, choose_weights
-from lminf_export.export.passes.declare_inputs_and_outputs import ELEMENT_TYPES
 from lminf_export.export.passes.quantize_to_blocks import stored_parts
 from lminf_export.export.trace.tracing import Trace
 from lminf_export.quantize import stored as quantized_weights
@@ -139,8 +139,7 @@ def weights_name(quantize: QuantizeConfig | None) -> str:
 
 def _stored_type(value: ir.Value, dtype: str) -> str:
     """Return a weight's element type: some routers compute in float32 whatever the model does."""
-    names = {kind: name for name, kind in ELEMENT_TYPES.items()}
-    return names.get(value.dtype, dtype)  # type: ignore[arg-type]
+    return dtype if value.dtype is None else dtype_name(value.dtype)
 
 
 def _stored_name(candidates: tuple[str, ...], checkpoint: Mapping[str, SourceTensor]) -> str:

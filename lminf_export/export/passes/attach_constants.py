@@ -40,7 +40,7 @@ class AttachConstantsPass(ir.passes.InPlacePass):
         initializers = model.graph.initializers
         for name, tensor in self.constants.items():
             if name in initializers:
-                data = ir.tensor_adapters.TorchTensor(tensor, name=name)
+                data = ir.tensor(tensor, name=name)
                 initializers[name].const_value = data
         empty = _empty(model)
         if empty:

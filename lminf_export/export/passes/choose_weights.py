@@ -20,11 +20,6 @@ from lminf_export.quantize.stored import ChannelWeight, QuantizedWeight
 from lminf_export.tensors.stored import SourceTensor
 
 Quantized: TypeAlias = QuantizedWeight | ChannelWeight
-SCALE_TYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
 
 
 @dataclass(frozen=True)

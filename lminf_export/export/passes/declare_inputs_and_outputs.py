@@ -8,16 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lminf_export.errors import ExportError
+from lminf_export.export.onnx_dtypes import onnx_dtype
 from lminf_export.export.passes.checking import ensure, require
 from lminf_export.operator.bindings import TensorSpec
-
-ELEMENT_TYPES = {
-    "int64": ir.DataType.INT64,
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int8": ir.DataType.INT8,
-}
 
 
 @dataclass(frozen=True)
@@ -67,4 +60,4 @@ class DeclareInputsAndOutputsPass(ir.passes.InPlacePass):
 
 
 def _is_of(value: ir.Value, spec: TensorSpec) -> bool:
-    return value.name == spec.name and value.dtype == ELEMENT_TYPES[spec.dtype]
+    return value.name == spec.name and value.dtype == onnx_dtype(spec.dtype)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lminf_export.export.onnx_dtypes import onnx_dtype
 from lminf_export.export.passes import editing
 from lminf_export.export.passes.checking import ensure, ensure_sound, require
 from lminf_export.export.passes.choose_weights import (
-    SCALE_TYPES,
     WeightChoice,
     check_chosen,
     check_replaced,
@@ -134,7 +134,7 @@ def _look_up_blocks(graph: ir.Graph, piece: QuantizedWeight, gather: ir.Node) ->
 
 def _scales(graph: ir.Graph, piece: QuantizedWeight) -> ir.Value:
     name, shape = piece.name + SCALES, piece.form.scales_shape
-    return editing.declare_initializer(graph, name, SCALE_TYPES[piece.dtype], shape)
+    return editing.declare_initializer(graph, name, onnx_dtype(piece.dtype), shape)
 
 
 def _zero_points(graph: ir.Graph, piece: QuantizedWeight) -> ir.Value | None:

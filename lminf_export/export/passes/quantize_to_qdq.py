@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lminf_export.export.onnx_dtypes import onnx_dtype
 from lminf_export.export.passes import editing
 from lminf_export.export.passes.checking import ensure, ensure_sound, require
 from lminf_export.export.passes.choose_weights import (
-    SCALE_TYPES,
     WeightChoice,
     check_chosen,
     check_replaced,
 )
+from lminf_export.quantize.config import CHANNEL_DTYPES
 from lminf_export.quantize.stored import QUANTIZED, SCALES, ChannelWeight
-
-_CHANNEL_TYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,12 @@ def _dequantize_first(graph: ir.Graph, choice: WeightChoice) -> None:
     shape = piece.tensor.shape
     scales_shape: tuple[int, ...]
     if isinstance(piece, ChannelWeight):
-        kind, attributes, scales_shape = _CHANNEL_TYPES[piece.kind], {"axis": 0}, shape[:1]
+        kind, attributes = onnx_dtype(CHANNEL_DTYPES[piece.kind]), {"axis": 0}
+        scales_shape = shape[:1]
     else:
         kind, scales_shape = ir.DataType.INT4, piece.form.scales_shape
         attributes = {"axis": 1, "block_size": piece.form.block_size}
-    dtype = SCALE_TYPES[piece.dtype]
+    dtype = onnx_dtype(piece.dtype)
     rounded = editing.declare_initializer(graph, piece.name + QUANTIZED, kind, shape)
     scales = editing.declare_initializer(graph, piece.name + SCALES, dtype, scales_shape)
     dense = ir.node("DequantizeLinear", [rounded, scales], attributes)
