@@ -21,6 +21,11 @@ from scripts.gpu.check import Stream, run_stream
 from scripts.gpu.kernel_library import KernelLibrary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# The installed commands, run by this interpreter.
+MAINS = {
+    "lminf-export": "from lminf_export.cli.export import main; main()",
+    "lminf": "from lminf_export.cli.main import main; main()",
+}
 LARGEST_RATIO = 2.0  # error in units of torch's in the same precision
 REPEATS = 20
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -240,16 +245,16 @@ def tensorrt_rtx(suite: Suite) -> dict[str, Any]:
         plan = Path(folder) / "demo" / "engine.plan"
         model = str(ROOT / "examples" / "demo-llama")
         steps = (
-            [sys.executable, "-m", "lminf_export.cli.export", "--model", model, "--out", str(plan),
-             "--builder", "tensorrt-rtx"],
-            [sys.executable, "-m", "lminf_export.cli.main", "generate", str(plan), "--prompt",
-             "In the beginning", "--max-new-tokens", "8"],
+            ["lminf-export", "--model", model, "--out", str(plan), "--builder", "tensorrt-rtx"],
+            ["lminf", "generate", str(plan), "--prompt", "In the beginning",
+             "--max-new-tokens", "8"],
         )  # fmt: skip
-        for step in steps:
-            done = subprocess.run(step, capture_output=True, text=True, check=False, cwd=ROOT)
+        for program, *arguments in steps:
+            command = [sys.executable, "-c", MAINS[program], *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
             if done.returncode:
                 said = (done.stdout + done.stderr).strip()[-1000:]
-                return {"status": "recorded", "command": " ".join(step[2:4]), "said": said}
+                return {"status": "recorded", "command": program, "said": said}
     return {"status": "ok", "said": done.stdout[-500:]}
 
 
