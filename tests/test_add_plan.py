@@ -122,7 +122,11 @@ REFUSED = {
     "short": (b"ftrt", {}, "is not a plan"),
     "another layout": (plan_bytes(layout=9), {}, "is not a plan"),
     "of RTX": (plan_bytes(tag=b"vtrt"), {}, "is a plan of TensorRT for RTX"),
-    "too old": (plan_bytes((10, 2, 0, 1)), {}, r"built by TensorRT 10\.2\.0\.1; 10\.3 is"),
+    "too old": (
+        plan_bytes((10, 2, 0, 1)),
+        {},
+        r"built by TensorRT 10\.2\.0\.1; TensorRT 10\.3 or later is required",
+    ),
     "no target": (plan_bytes(), {"target": None}, "which GPU is the plan for"),
     "odd target": (plan_bytes(), {"target": "H100"}, "target='H100': must be a compute"),
     "no library": (plan_bytes(), {"plugin": None}, "lacks liblminf_tensorrt.so"),
