@@ -90,7 +90,7 @@ class AnyWeights:
 
 
 class Family(Protocol):
-    """One kind of model; see docs/adding_a_model.md."""
+    """One kind of model; see docs/howto/add_a_family.md."""
 
     model_types: tuple[str, ...]
 
