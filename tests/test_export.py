@@ -171,7 +171,8 @@ def test_rows_of_different_lengths_equal_rows_alone(tmp_path):
 @pytest.mark.slow
 def test_float16_errs_at_most_twice_as_much_as_torch_in_float16(tmp_path):
     from lminf_export.models.base import build_model
-    from lminf_export.models.steps import HistoryStep, run
+    from lminf_export.models.history import HistoryStep
+    from lminf_export.models.steps import run
 
     folder = save_llama(tmp_path / "m")
     export(

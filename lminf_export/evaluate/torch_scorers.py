@@ -25,8 +25,9 @@ from lminf_export.checkpoint.source import Source, open_source
 from lminf_export.evaluate.baselines import UNBOUNDED, CachedStep
 from lminf_export.evaluate.scorers import Arrays
 from lminf_export.models.base import ATTENTION_NAME, Step
+from lminf_export.models.history import HistoryStep
 from lminf_export.models.registry import find_family
-from lminf_export.models.steps import HistoryStep, run
+from lminf_export.models.steps import run
 from lminf_export.verify.reference_model import (
     bundle_plan,
     load_torch_model,

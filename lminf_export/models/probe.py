@@ -1,15 +1,13 @@
-"""May a model nobody has tested be exported? Tests on a small random instance of it decide.
+"""Decides whether a model type without tests can be exported, by a small random instance of it.
 
-A model that fails one could agree with its original inside the window and write wrong text after
-it, which no short comparison shows. So an unknown `model_type` is neither trusted nor refused by
-name: its own code runs, small and with random weights, and what reaches its attention is looked
-at. While it does, every token attends to itself alone, so that positions and other tokens can
-reach a query only by ways that are not attention.
+A model that fails one of these tests could equal its original inside the window and write wrong
+text after it, which no short comparison shows. So its own code runs, small and with random
+weights, and its attention calls are examined. In these runs every token attends to itself alone:
+positions and other tokens can then reach a query only by ways other than attention.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,29 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.errors import LminfError, ModelError
-from lminf_export.models.base import AttentionCall, AttentionPlan, build_model, use_step
+from lminf_export.models.base import AttentionCall, AttentionPlan, use_step
+from lminf_export.models.history import HistoryStep
 from lminf_export.models.rotary import RotaryFamily, in_layer_order, keep_call
-from lminf_export.models.steps import HistoryStep, run
+from lminf_export.models.small_model import random_model, small_config, stock_model
+from lminf_export.models.steps import run
 from lminf_export.operator import reference
 from lminf_export.operator.settings import LambdaConfig
 
-# Sizes that mean cost and nothing else, under the names configurations have for them.
-_SMALL = {
-    "vocab_size": 67,
-    "intermediate_size": 32,
-    "ffn_dim": 32,
-    "n_inner": 32,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "sliding_window": 7,
-}
-_MOST_LAYERS = 8
 _LENGTH, _OFFSET = 19, 37
 # Beyond every trained length: some models scale their queries by how many of those have passed.
 _FAR_OFFSET = 2**24 + _OFFSET
 # float32 through a few layers; a wrong rotation is wrong by orders of magnitude more.
 _TOLERANCE = 1e-3
-# What foreign code raises when it is called in a way it did not foresee.
+# Errors of a model's own code when it is called in a way that it does not support.
 _FOREIGN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -66,7 +55,7 @@ class ProbedFamily(RotaryFamily):
         """
         kind = config.model_type
         with self._explained(kind):
-            self._probe(_buildable(config))
+            self._probe(small_config(config))
             plan = super().plan(config, settings)
         notice = (
             f"model type {kind!r} has no test of its own; it passed the probe (one attention a "
@@ -89,7 +78,7 @@ class ProbedFamily(RotaryFamily):
     def _probe(self, config: Any) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = _random_model(config)
+            model = random_model(config)
             tokens = torch.randint(3, config.vocab_size, (1, _LENGTH))
         with torch.no_grad():
             self._test_positions(model, tokens)
@@ -136,7 +125,7 @@ class ProbedFamily(RotaryFamily):
             )
 
     def _seen(self, model: nn.Module, tokens: Tensor, offset: int | None = None) -> _Record:
-        """What the patched model's attention is asked for by all tokens but the first."""
+        """Return the attention calls of the patched model, without the first token."""
         with self.patched(model):
             return _record(model, tokens, offset).without_first()
 
@@ -169,7 +158,7 @@ class ProbedFamily(RotaryFamily):
         step.begin(torch.tensor([_LENGTH]))
         with self.patched(model):
             got = run(model, tokens, step, torch.arange(_LENGTH)[None])
-        stock = _build(config, "eager")
+        stock = stock_model(config, "eager")
         stock.load_state_dict(model.state_dict())
         wanted = stock(input_ids=tokens, use_cache=False).logits
         if not torch.allclose(got, wanted, rtol=0, atol=_TOLERANCE * _size(wanted)):
@@ -181,7 +170,7 @@ class ProbedFamily(RotaryFamily):
 
 @dataclass
 class _Record:
-    """Answers attention with each token's own value, and keeps what asked for it."""
+    """Answers attention with each token's own value, and keeps the calls."""
 
     calls: dict[int, AttentionCall] = field(default_factory=dict)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -205,8 +194,8 @@ class _Record:
         """Whether all queries, keys, values and logits agree; by default bit by bit."""
         pairs = [(self.logits, other.logits)]
         for layer, call in self.calls.items():
-            twin = other.calls[layer]
-            pairs += [(call.query, twin.query), (call.key, twin.key), (call.value, twin.value)]
+            same = other.calls[layer]
+            pairs += [(call.query, same.query), (call.key, same.key), (call.value, same.value)]
         return all(torch.allclose(x, y, rtol=0, atol=tolerance * _size(x)) for x, y in pairs)
 
 
@@ -222,7 +211,7 @@ def _record(model: nn.Module, tokens: Tensor, offset: int | None) -> _Record:
 
 @contextmanager
 def _foreign_errors() -> Iterator[None]:
-    """Turn what a model's own code raises into one line."""
+    """Turn an error of a model's own code into a ModelError of one line."""
     try:
         yield
     except LminfError:
@@ -238,76 +227,3 @@ def _foreign_errors() -> Iterator[None]:
 
 def _size(x: Tensor) -> float:
     return max(float(x.max() - x.min()), 1e-6)
-
-
-def _buildable(config: Any) -> Any:
-    """Return a small copy of a configuration; as wide as it is where a narrow one is refused."""
-    small = _shrunk(config)
-    try:
-        build_model(small, torch.float32, device="meta")
-    except ModelError:
-        return _shrunk(config, narrow=False)
-    return small
-
-
-def _shrunk(config: Any, *, narrow: bool = True) -> Any:
-    """Return a copy of a configuration that differs in cost, not in kind."""
-    small = copy.deepcopy(config)
-    for name, value in _SMALL.items():
-        if isinstance(getattr(small, name, None), int):
-            setattr(small, name, min(value, getattr(small, name)))
-    if isinstance(getattr(small, "pad_token_id", None), int):
-        small.pad_token_id = 0  # an index into the embeddings, of which few are left
-    if narrow:
-        _narrow(small)
-    count = config.num_hidden_layers
-    lists = {
-        name: value
-        for name, value in vars(small).items()
-        if isinstance(value, (list, tuple)) and len(value) == count
-    }
-    kept = _layers_of_every_kind(list(zip(*lists.values(), strict=True)), count)
-    small.num_hidden_layers = kept
-    for name, entries in lists.items():
-        setattr(small, name, entries[:kept])
-    return small
-
-
-def _narrow(config: Any) -> None:
-    """Keep two key/value heads and the head's size; the model's width follows."""
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if groups > 2 and heads % groups == 0:
-        config.hidden_size = 2 * (heads // groups) * head_dim
-        config.num_attention_heads = 2 * (heads // groups)
-        if getattr(config, "num_key_value_heads", None):
-            config.num_key_value_heads = 2
-
-
-def _layers_of_every_kind(rows: list[Any], count: int) -> int:
-    """Return how many layers from the first on show every kind there is; rows describe layers."""
-    first: dict[str, int] = {}
-    for layer, row in enumerate(map(repr, rows)):
-        first.setdefault(row, layer)
-    return min(count, max(2, 1 + max(first.values(), default=0)), _MOST_LAYERS)
-
-
-def _random_model(config: Any) -> nn.Module:
-    """Build the model with every parameter random: a norm of ones would hide what it does."""
-    model = build_model(config, torch.float32, device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
-            else:
-                parameter.uniform_(0.5, 1.5)
-    return model
-
-
-def _build(config: Any, attention: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
-    ).eval()

@@ -1,8 +1,7 @@
-"""Two ways to answer a model's attention: by the operator, and by the specification.
+"""The exported step: a model's own code, with one attention operator and one cache per layer.
 
-`OperatorStep` is what is exported: bounded caches, one operator per layer.
-`HistoryStep` is what it is checked against: explicit keys, rotations by distance, no cache
-slots. Both run the model's own code around them.
+`OperatorStep` answers attention calls by the operator over bounded caches. It is checked against
+`history.HistoryStep`, which computes the specification from explicit keys.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.models.base import AttentionCall, AttentionPlan, Rotation, Step, use_step
-from lminf_export.operator import positions, reference, torch_operator
+from lminf_export.operator import positions, torch_operator
 from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.rope import rotary_tables
 
@@ -174,73 +173,6 @@ class OperatorStep:
         limit = self.plan.layers[layer].distance_limit
         cos, sin = self.rows[index]
         return (cos, sin, *self.tables.limit_row(index, limit))
-
-
-class HistoryStep:
-    """Answers attention by `reference.attend_by_distance` over an explicit history.
-
-    Keeps unrotated keys with their positions; drops what no later query can see.
-
-    Args:
-        plan: how the layers attend.
-        batch_size: B.
-        rounded: what a ring makes of keys and values: see `reference.attend_by_distance`.
-    """
-
-    def __init__(
-        self,
-        plan: AttentionPlan,
-        batch_size: int = 1,
-        *,
-        rounded: reference.Rounding | None = None,
-    ) -> None:
-        self.plan, self.rounded = plan, rounded
-        self.past_length = torch.zeros(batch_size, dtype=torch.int64)
-        self.new_length = self.past_length
-        self.history: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def begin(self, new_length: Tensor) -> None:
-        """Advance past the last chunk and announce the next: (B,) int64 real tokens."""
-        self.past_length = self.past_length + self.new_length
-        self.new_length = new_length
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Append to the layer's history and attend over all of it that is visible."""
-        layer, plan, key, value = call.layer, self.plan, call.key, call.value
-        spec = plan.layers[layer]
-        steps = torch.arange(key.shape[2])
-        query_position = self.past_length[:, None] + steps
-        is_real = steps < self.new_length[:, None]
-        position = query_position.masked_fill(~is_real, reference.EMPTY)
-        if layer in self.history:
-            old = self.history[layer]
-            key, value = torch.cat((old[0], key), 2), torch.cat((old[1], value), 2)
-            position = torch.cat((old[2], position), 1)
-        index = plan.layer_rotation[layer]
-        rotation = None if index is None else plan.rotations[index]
-        output = reference.attend_by_distance(
-            call.query,
-            key,
-            value,
-            query_position,
-            position,
-            window_size=spec.window_size,
-            num_sink_tokens=spec.num_sink_tokens,
-            distance_limit=spec.distance_limit,
-            scale=call.scale,
-            inv_freq=rotation.inv_freq if rotation else None,
-            attention_factor=rotation.attention_factor if rotation else 1.0,
-            interleaved=bool(rotation and rotation.interleaved),
-            softcap=plan.softcap,
-            alibi_slopes=plan.alibi_slopes,
-            sink_logits=call.sink_logits,
-            rounded=self.rounded,
-        )
-        after = (self.past_length + self.new_length)[:, None]
-        alive = (position > after - spec.window_size) | (position < spec.num_sink_tokens)
-        keep = (alive & (position >= 0)).any(0)
-        self.history[layer] = key[:, :, keep], value[:, :, keep], position[:, keep]
-        return output
 
 
 def run(model: nn.Module, input_ids: Tensor, step: Step, logits_index: Tensor) -> Tensor:

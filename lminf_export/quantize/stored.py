@@ -1,4 +1,4 @@
-"""Quantised weights in the bundle's weights file: written and read row by row.
+"""Quantised weights as they are stored in a bundle: names, types, and writing row by row.
 
 A weight `x.weight` (N, K) becomes tensors `x.weight.quantized`, `x.weight.scales` and, where it
 is asymmetric, `x.weight.zero_points`, one behind the other. Rows go through memory a few at a
@@ -7,7 +7,7 @@ time, so a lm_head of 128,000 rows costs no more than any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,26 +18,23 @@ from lminf_export.errors import ModelError
 from lminf_export.quantize.config import CHANNEL_DTYPES
 from lminf_export.quantize.formats import (
     BlockFormat,
-    Blocks,
     as_signed,
-    as_unsigned,
-    dequantize_rows,
     quantize_rows,
 )
 from lminf_export.tensors.dtypes import safetensors_name
 from lminf_export.tensors.pieces import Entry, all_finite
-from lminf_export.tensors.stored import SourceTensor, StoredTensor
+from lminf_export.tensors.stored import SourceTensor
 from lminf_export.tensors.torch_dtypes import torch_dtype
 
 FILE_NAME = "weights.safetensors"
 QUANTIZED, SCALES, ZERO_POINTS = ".quantized", ".scales", ".zero_points"
 # Elements quantised in one go: 32 MB of float32, which the quantiser wants transposed as well.
-_ELEMENTS = 2**23
+BLOCK_ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One weight to be quantised: a piece of `weights.write_pieces`.
+    """One weight to be quantised: a `Piece` of `tensors.writing.write_pieces`.
 
     Attributes:
         name: the weight's own name.
@@ -76,7 +73,7 @@ class QuantizedWeight:
             ModelError: a weight is not finite, or a scale does not fit into the element type.
         """
         scales, zero_points = [], []
-        for rows in row_blocks(self.tensor, max(1, _ELEMENTS // self.form.columns)):
+        for rows in row_blocks(self.tensor, max(1, BLOCK_ELEMENTS // self.form.columns)):
             if not all_finite(rows):
                 raise ModelError(f"tensor {self.name} holds values that are not finite")
             blocks = quantize_rows(rows, self.form)
@@ -132,7 +129,7 @@ class ChannelWeight:
             ModelError: a weight is not finite.
         """
         scales = []
-        for rows in row_blocks(self.tensor, max(1, _ELEMENTS // self.tensor.shape[1])):
+        for rows in row_blocks(self.tensor, max(1, BLOCK_ELEMENTS // self.tensor.shape[1])):
             if not all_finite(rows):
                 raise ModelError(f"tensor {self.name} holds values that are not finite")
             rounded, scale = quantize_channels(rows, self.kind, torch_dtype(self.dtype))
@@ -173,151 +170,3 @@ def row_blocks(tensor: SourceTensor, count: int) -> Iterator[torch.Tensor]:
             waiting, size = [rest], len(rest)
     if size:
         yield torch.cat(waiting).to(torch.float32).reshape(-1, columns)
-
-
-@dataclass(frozen=True)
-class DequantizedWeight:
-    """A stored quantised weight as the float32 values it stands for: a `SourceTensor`.
-
-    Attributes:
-        form: how it is stored.
-        signed: see `QuantizedWeight`.
-        packed: where its integers are.
-        scales: where its scales are.
-        zero_points: where its zero points are; None where symmetric.
-    """
-
-    form: BlockFormat
-    signed: bool
-    packed: StoredTensor
-    scales: StoredTensor
-    zero_points: StoredTensor | None
-
-    @property
-    def dtype(self) -> str:
-        """safetensors' name of the element type."""
-        return "F32"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return (self.form.rows, self.form.columns)
-
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """Yield the elements in order as flat tensors."""
-        step = max(1, _ELEMENTS // self.form.columns)
-        for start in range(0, self.form.rows, step):
-            rows = slice(start, start + step)
-            packed = _rows(self.packed, rows).numpy()
-            if self.signed:
-                packed = as_unsigned(packed, self.form)
-            zero_points = None
-            if self.zero_points is not None:
-                zero_points = _rows(self.zero_points, rows).numpy()
-            scales = _rows(self.scales, rows).to(torch.float32).numpy()
-            dense = dequantize_rows(Blocks(packed, scales, zero_points), self.form)
-            yield torch.from_numpy(np.ascontiguousarray(dense)).flatten()
-
-    def at(self, index: int) -> SourceTensor:
-        """Projections are matrices; nobody takes one apart."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class DequantizedChannels:
-    """A stored weight with one scale a row as the float32 values it stands for: a `SourceTensor`.
-
-    Attributes:
-        packed: where its rounded weights are, (N, K).
-        scales: where its scales are, (N,).
-    """
-
-    packed: StoredTensor
-    scales: StoredTensor
-
-    @property
-    def dtype(self) -> str:
-        """safetensors' name of the element type."""
-        return "F32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, K)."""
-        return self.packed.shape
-
-    @property
-    def kind(self) -> str:
-        """Return "int8" or "fp8"."""
-        return next(
-            k for k, x in CHANNEL_DTYPES.items() if safetensors_name(x) == self.packed.dtype
-        )
-
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """Yield the elements in order as flat tensors."""
-        step = max(1, _ELEMENTS // self.shape[1])
-        for start in range(0, self.shape[0], step):
-            rows = slice(start, start + step)
-            scale = _rows(self.scales, rows).to(torch.float32)[:, None]
-            yield (_rows(self.packed, rows).to(torch.float32) * scale).flatten()
-
-    def at(self, index: int) -> SourceTensor:
-        """Projections are matrices; nobody takes one apart."""
-        raise NotImplementedError
-
-
-def _rows(tensor: StoredTensor, rows: slice) -> torch.Tensor:
-    """Read some rows of a stored tensor."""
-    start, stop, _ = rows.indices(tensor.shape[0])
-    width = tensor.length // tensor.shape[0]
-    part = StoredTensor(
-        tensor.path,
-        tensor.dtype,
-        (stop - start, *tensor.shape[1:]),
-        tensor.offset + start * width,
-        (stop - start) * width,
-    )
-    return part.load()
-
-
-def dequantize_stored(
-    stored: Mapping[str, StoredTensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    block_size: int,
-    signed: bool,
-) -> dict[str, SourceTensor]:
-    """Return the tensors of a weights file under the model's names, quantised ones dequantised.
-
-    Args:
-        stored: of `weights.read_header`.
-        shapes: the model's own shapes, by name.
-        block_size: columns that share a scale.
-        signed: see `QuantizedWeight`.
-
-    Raises:
-        ModelError: a quantised tensor belongs to no weight of the model.
-    """
-    found: dict[str, SourceTensor] = {}
-    for name, tensor in stored.items():
-        weight = name.removesuffix(QUANTIZED)
-        if name.endswith((SCALES, ZERO_POINTS)) and name.rpartition(".")[0] + QUANTIZED in stored:
-            continue
-        if weight == name:
-            found[name] = tensor
-            continue
-        if weight not in shapes:
-            raise ModelError(f"quantised tensor {weight} belongs to no weight of this model")
-        if tensor.dtype != "U8":
-            found[weight] = DequantizedChannels(tensor, stored[weight + SCALES])
-            continue
-        rows, columns = shapes[weight]
-        zero_points = stored.get(weight + ZERO_POINTS)
-        integers = columns if signed else block_size
-        bits = tensor.shape[-1] * 8 // integers
-        found[weight] = DequantizedWeight(
-            BlockFormat(rows, columns, bits, block_size, zero_points is None),
-            signed,
-            tensor,
-            stored[weight + SCALES],
-            zero_points,
-        )
-    return found

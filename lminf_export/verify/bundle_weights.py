@@ -15,14 +15,8 @@ from torch import Tensor, nn
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.conversion import Conversion
-from lminf_export.quantize.stored import (
-    QUANTIZED,
-    ChannelWeight,
-    DequantizedChannels,
-    DequantizedWeight,
-    QuantizedWeight,
-    dequantize_stored,
-)
+from lminf_export.quantize.reading import DequantizedChannels, DequantizedWeight, dequantize_stored
+from lminf_export.quantize.stored import QUANTIZED, ChannelWeight, QuantizedWeight
 from lminf_export.tensors.dtypes import BY_SAFETENSORS
 from lminf_export.tensors.files import FILE_NAME as CHECKPOINT_NAME
 from lminf_export.tensors.files import read_header

@@ -17,7 +17,8 @@ from lminf_export.checkpoint.source import Source, open_source
 from lminf_export.errors import BundleError
 from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, build_model
 from lminf_export.models.expert_facts import Groups, expert_groups
-from lminf_export.models.steps import HistoryStep, run
+from lminf_export.models.history import HistoryStep
+from lminf_export.models.steps import run
 from lminf_export.operator.reference import Rounding
 from lminf_export.operator.reference_int8 import round_to_int8
 from lminf_export.progress import Progress

@@ -1,0 +1,76 @@
+"""The reference step: attention by the specification, with explicit keys and no cache slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lminf_export.models.base import AttentionCall, AttentionPlan
+from lminf_export.operator import reference
+
+
+class HistoryStep:
+    """Answers attention by `reference.attend_by_distance` over an explicit history.
+
+    Keeps unrotated keys with their positions; drops what no later query can see.
+
+    Args:
+        plan: how the layers attend.
+        batch_size: B.
+        rounded: rounding of keys and values by a ring, see `reference.attend_by_distance`.
+    """
+
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        batch_size: int = 1,
+        *,
+        rounded: reference.Rounding | None = None,
+    ) -> None:
+        self.plan, self.rounded = plan, rounded
+        self.past_length = torch.zeros(batch_size, dtype=torch.int64)
+        self.new_length = self.past_length
+        self.history: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def begin(self, new_length: Tensor) -> None:
+        """Advance past the last chunk and announce the next: (B,) int64 real tokens."""
+        self.past_length = self.past_length + self.new_length
+        self.new_length = new_length
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Append to the layer's history and attend over all of it that is visible."""
+        layer, plan, key, value = call.layer, self.plan, call.key, call.value
+        spec = plan.layers[layer]
+        steps = torch.arange(key.shape[2])
+        query_position = self.past_length[:, None] + steps
+        is_real = steps < self.new_length[:, None]
+        position = query_position.masked_fill(~is_real, reference.EMPTY)
+        if layer in self.history:
+            old = self.history[layer]
+            key, value = torch.cat((old[0], key), 2), torch.cat((old[1], value), 2)
+            position = torch.cat((old[2], position), 1)
+        index = plan.layer_rotation[layer]
+        rotation = None if index is None else plan.rotations[index]
+        output = reference.attend_by_distance(
+            call.query,
+            key,
+            value,
+            query_position,
+            position,
+            window_size=spec.window_size,
+            num_sink_tokens=spec.num_sink_tokens,
+            distance_limit=spec.distance_limit,
+            scale=call.scale,
+            inv_freq=rotation.inv_freq if rotation else None,
+            attention_factor=rotation.attention_factor if rotation else 1.0,
+            interleaved=bool(rotation and rotation.interleaved),
+            softcap=plan.softcap,
+            alibi_slopes=plan.alibi_slopes,
+            sink_logits=call.sink_logits,
+            rounded=self.rounded,
+        )
+        after = (self.past_length + self.new_length)[:, None]
+        alive = (position > after - spec.window_size) | (position < spec.num_sink_tokens)
+        keep = (alive & (position >= 0)).any(0)
+        self.history[layer] = key[:, :, keep], value[:, :, keep], position[:, keep]
+        return output

@@ -1,0 +1,132 @@
+"""Frequencies, pairing and scaling of a model's rotary embeddings, computed by its own classes.
+
+A scaling that changes with the length of the text has no length to go by in a stream; it is frozen
+in its short or its long regime when the model is exported.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lminf_export.errors import ConfigError, ModelError
+from lminf_export.models.base import Rotation, Turn
+from lminf_export.operator import reference
+from lminf_export.operator.settings import LambdaConfig
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+# Scalings that change with the length of the text; one regime is frozen at export.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def read_rotation(model: nn.Module, config: Any, turn: Turn, regime: str | None) -> Rotation:
+    """Compute a rotation's frequencies and pairing on the CPU, by the model's own rotary class."""
+    module: Any = type(model.get_submodule(turn.module))(config)
+    prefix = f"{turn.layer_type}_" if turn.layer_type else ""
+    inv_freq = getattr(module, f"{prefix}inv_freq").float()
+    factor = float(getattr(module, f"{prefix}attention_scaling"))
+    apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    interleaved = _is_interleaved(module, apply, turn, inv_freq, factor)
+    rope = rope_parameters(config, turn.layer_type)[0]
+    if regime == "long" and rope.get("rope_type") in LENGTH_DEPENDENT:
+        inv_freq, factor = _long_regime(config, rope, turn.layer_type)
+    return Rotation(inv_freq, factor, interleaved)
+
+
+def _long_regime(config: Any, rope: Any, layer_type: str | None) -> tuple[Tensor, float]:
+    """Return frequencies and attention factor as transformers has them for long texts."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = rope["rope_type"]
+    length = (
+        int(config.max_position_embeddings * rope["factor"])
+        if kind == "dynamic"
+        else int(rope["original_max_position_embeddings"]) + 1
+    )
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](
+        config, torch.device("cpu"), seq_len=length, layer_type=layer_type
+    )
+    return inv_freq.float(), float(factor)
+
+
+def choose_regime(
+    config: Any, settings: LambdaConfig, scalings: list[dict[str, Any]]
+) -> tuple[str | None, tuple[str, ...]]:
+    """Choose the regime in which a length-dependent rotary scaling is frozen.
+
+    A query sees no distance beyond the window. So "short" is the default where the window lies
+    within the length of the short regime.
+
+    Returns:
+        "short", "long" or None for a model without such a scaling; notices for the user.
+
+    Raises:
+        ConfigError: `rope_regime` is set for a model without such a scaling.
+    """
+    if not scalings:
+        if settings.rope_regime is None:
+            return None, ()
+        raise ConfigError(
+            f"rope_regime={settings.rope_regime}: the rotary embedding of this "
+            f"{config.model_type} model does not depend on the length of the text; leave it out"
+        )
+    kind = scalings[0]["rope_type"]
+    longest = config.max_position_embeddings
+    border = scalings[0]["original_max_position_embeddings"] if kind == "longrope" else longest
+    regime = settings.rope_regime or ("short" if settings.window_size <= border else "long")
+    equal = (
+        f"equal to the unmodified model for texts of up to {min(border, settings.window_size)} "
+        f"tokens"
+        if regime == "short"
+        else f"which the unmodified model uses for texts longer than {border} tokens only"
+    )
+    notice = (
+        f"rotary scaling {kind!r} changes with the length of a text, a stream has none: it is "
+        f"frozen in its {regime} regime, {equal}; --rope-regime sets it"
+    )
+    return regime, (notice,)
+
+
+def _is_interleaved(
+    module: nn.Module, apply: Any, turn: Turn, inv_freq: Tensor, factor: float
+) -> bool:
+    """Say which dimensions are paired, by rotating known vectors with the model's own function."""
+    position = torch.tensor([[1, 2, 3]])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 3, 2 * inv_freq.numel(), generator=generator)
+    extra = (turn.layer_type,) if turn.layer_type else ()
+    rotated, _ = apply(x, x, *module(x, position, *extra))
+    angle = position[:, None, :, None] * inv_freq
+    for interleaved in (False, True):
+        wanted = reference.rotate(
+            x, angle.cos() * factor, angle.sin() * factor, interleaved=interleaved
+        )
+        if torch.allclose(rotated, wanted, atol=1e-4):
+            return interleaved
+    raise ModelError(
+        "the rotary embedding of this model pairs its dimensions in a way that is not recognised "
+        "(neither half-split nor interleaved); its keys could not be re-positioned"
+    )
+
+
+def rope_parameters(config: Any, layer_type: str | None = None) -> list[dict[str, Any]]:
+    """Return the rotary parameters: one set, or one for each layer type (or one type's)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
+    if layer_type in nested:
+        return [nested[layer_type]]
+    return list(nested.values()) or [rope]
+
+
+def check_rope_types(config: Any) -> None:
+    """Raise ModelError for a rotary scaling that is not supported."""
+    for rope in rope_parameters(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in ROPE_TYPES:
+            raise ModelError(
+                f"rotary scaling {kind!r} of this {config.model_type} model is not supported; "
+                f"supported are {', '.join(ROPE_TYPES)}"
+            )
