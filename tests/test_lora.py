@@ -272,8 +272,10 @@ def test_an_adapter_of_another_model_is_refused(adapted, tmp_path):
     reason = r"has shape \[48, 92\], the adapter's change \[60, 92\]; it was trained on another"
     refused(narrow, adapted / "tuned", reason)
     shallow = save("qwen3", tmp_path / "shallow", num_hidden_layers=2)
-    refused(shallow, adapted / "tuned", "changes model.layers.2.*which model 'shallow' has not")
-    refused(save("phi3", tmp_path / "phi"), adapted / "tuned", "which model 'phi' has not")
+    refused(
+        shallow, adapted / "tuned", "changes model.layers.2.*which model 'shallow' does not have"
+    )
+    refused(save("phi3", tmp_path / "phi"), adapted / "tuned", "which model 'phi' does not have")
 
 
 def test_an_incomplete_or_strange_adapter_is_refused(adapted, tmp_path):

@@ -1,8 +1,13 @@
-"""From the names a checkpoint has on the hub to those of transformers' own model, lazily.
+"""From the names and tensors of a checkpoint on the hub to those of transformers' model, lazily.
 
-transformers renames tensors while it loads them, and merges those of the experts into stacks.
-Which, is its own table; here the same is described instead of done: a merged tensor is a list
-of pieces of memory-mapped files, read in order when it is written, a block at a time.
+transformers renames tensors while it loads them, and merges those of the experts into stacks, by a
+table of its own. The classes here describe the result instead of computing it: a merged tensor
+holds the tensors it is made of, and reads them in the order of its own elements, a block at a
+time, when it is written.
+
+Example, mixtral: E experts with `w1` (I, H) and `w3` (I, H) become `gate_up_proj` (E, 2I, H):
+MergeModulelist stacks each of the two to (E, I, H), Concatenate joins the stacks along dimension 1.
+In the order of elements that is w1 of expert 0, w3 of expert 0, w1 of expert 1 …
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from lminf_export.tensors.stored import InFiles, SourceTensor, StoredTensor
 
 @dataclass(frozen=True)
 class Stacked:
-    """Tensors of one shape, one below the other along a new first dimension."""
+    """Tensors of one shape S, stacked along a new first dimension: (n, *S)."""
 
     parts: tuple[SourceTensor, ...]
 
@@ -79,11 +84,13 @@ class Joined:
         """Yield the elements in order as flat tensors."""
         if self.dim == 0:
             return chain.from_iterable(part.blocks() for part in self.parts)
+        # Row i of the result is row i of every part, joined along a dimension that is one lower;
+        # `at` descends until that dimension is the first, where whole parts follow one another.
         rows = (self.at(index) for index in range(self.shape[0]))
         return chain.from_iterable(row.blocks() for row in rows)
 
     def stored(self) -> list[StoredTensor] | None:
-        """Return the parts of files that hold its bytes, if whole ones follow one another."""
+        """Return the parts of files that hold its bytes in order; None if parts interleave."""
         return _in_files(self.parts) if self.dim == 0 else None
 
     def at(self, index: int) -> SourceTensor:
@@ -99,7 +106,11 @@ class Joined:
 
 @dataclass(frozen=True)
 class Transposed:
-    """A tensor with two dimensions exchanged; one matrix at a time is held in memory."""
+    """A tensor with two dimensions exchanged.
+
+    Of a stack (E, out, in) with dimensions 1 and 2 exchanged, one matrix at a time is in memory; a
+    matrix is read whole, since its transpose begins with an element of every row.
+    """
 
     tensor: SourceTensor
     dim0: int
@@ -153,12 +164,13 @@ Collected = dict[str, list[SourceTensor]]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What transformers does to a checkpoint's names and tensors when it loads a model.
+    """The renaming and merging that transformers applies to a checkpoint when it loads a model.
 
     Attributes:
-        transforms: its renamings and converters, in order.
-        names: of the model's parameters.
-        prefix: of the base model in them, such as "model".
+        transforms: transformers' renamings (names only) and converters (several tensors into one,
+            with a list of operations), in their order.
+        names: names of the model's parameters and buffers.
+        prefix: name of the base model within the model, such as "model".
     """
 
     transforms: tuple[Any, ...]
@@ -167,7 +179,7 @@ class Conversion:
 
     @staticmethod
     def of(model: nn.Module) -> Conversion:
-        """Ask transformers what it would do for a model."""
+        """Read transformers' table for a model."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         transforms = tuple(get_model_conversion_mapping(model))
@@ -175,7 +187,7 @@ class Conversion:
         return Conversion(transforms, frozenset(model.state_dict()), prefix)
 
     def apply(self, checkpoint: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-        """Return a checkpoint under the model's names; what the model has not keeps its own.
+        """Return a checkpoint under the model's names; tensors unknown to the model keep theirs.
 
         Raises:
             ModelError: tensors that are to be merged do not fit each other, or transformers
@@ -189,13 +201,15 @@ class Conversion:
         of_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
         converted: dict[str, SourceTensor] = {}
         merged: dict[str, tuple[Any, Collected]] = {}
-        # Experts come in the order of their numbers, not of their digits.
+        # `of_pattern`: the pattern of a converter that a name matched → that converter.
+        # `merged`: target name → its converter, and the tensors found so far for each pattern.
+        # Sorted by number ("experts.10" after "experts.9"): stacks are in the order of collection.
         for name in sorted(checkpoint, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, self.prefix, known)
             if target not in known and name in known:
-                target, pattern = name, None
+                target, pattern = name, None  # saved under the model's own names already
             if target not in known:
-                converted[name] = checkpoint[name]
+                converted[name] = checkpoint[name]  # `find_weights` never asks for it
             elif pattern is None:
                 converted[target] = checkpoint[name]
             else:
@@ -207,10 +221,11 @@ class Conversion:
 
 
 def _merge(target: str, converter: Any, collected: Collected) -> SourceTensor:
-    """Describe what a converter of transformers makes of the tensors collected for one target."""
+    """Describe the tensor that a converter of transformers makes of those collected for it."""
     missing = [pattern for pattern in converter.source_patterns if pattern not in collected]
     if missing:
         raise ModelError(f"the checkpoint lacks {missing[0]!r}, a part of {target}")
+    # In the converter's order, which is the order of concatenation (gate before up).
     tensors = {pattern: collected[pattern] for pattern in converter.source_patterns}
     for operation in converter.operations:
         kind = type(operation).__name__
@@ -229,17 +244,20 @@ def _merge(target: str, converter: Any, collected: Collected) -> SourceTensor:
 
 
 def _stack(operation: Any, tensors: Collected) -> Collected:
+    """MergeModulelist: for each pattern, E tensors of shape S → one (E, *S)."""
     if operation.dim != 0:
         raise ModelError(f"stacking along dimension {operation.dim} is not supported")
     return {pattern: [Stacked(tuple(parts))] for pattern, parts in tensors.items()}
 
 
 def _concatenate(operation: Any, tensors: Collected) -> Collected:
+    """Concatenate: the tensors of all patterns → one, longer along `operation.dim`."""
     parts = tuple(chain.from_iterable(tensors.values()))
     return {"": [Joined(parts, operation.dim)]}
 
 
 def _transpose(operation: Any, tensors: Collected) -> Collected:
+    """Transpose: each tensor by itself, for example (E, out, in) → (E, in, out)."""
     return {
         pattern: [Transposed(part, operation.dim0, operation.dim1) for part in parts]
         for pattern, parts in tensors.items()

@@ -28,14 +28,14 @@ from lminf_export.tensors.stored import SourceTensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is written into a bundle.
+    """A model's tensors as they are written into a bundle.
 
     Attributes:
         source: the model; its configuration is that of the tensors, so with an adapter that
             changes one of two tied tensors it ties them no longer.
         tensors: by name.
         adapter: name of the adapter that is merged, or None.
-        notices: what the user should know.
+        notices: lines for the user.
     """
 
     source: Source
@@ -91,9 +91,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None
     """Load a checkpoint into a model of transformers.
 
     Args:
-        checkpoint: what is loaded.
+        checkpoint: the tensors to load.
         dtype: of its parameters.
-        attention: name of its attention; None for what transformers takes by itself.
+        attention: name of its attention; None for the default of transformers.
 
     Raises:
         ModelError: the checkpoint does not fit the configuration.

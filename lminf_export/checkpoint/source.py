@@ -132,7 +132,7 @@ def read_config_file(folder: Path, model: str) -> dict[str, Any]:
 
     Args:
         folder: the model's.
-        model: what the user calls it, for messages.
+        model: the model as the user named it, for messages.
 
     Raises:
         ModelError: it is missing, damaged, or names no model type.

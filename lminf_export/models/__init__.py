@@ -1,1 +1,1 @@
-"""Model families: how each is opened for Λ-attention, and every fact that holds for one alone."""
+"""Model families: their attention plans, patches of their code, and facts about single families."""

@@ -28,14 +28,14 @@ def alibi_plan(
     num_kv_heads: int | None = None,
     notices: tuple[str, ...] = (),
 ) -> AttentionPlan:
-    """Describe a model whose layers all see everything, biased by distance.
+    """Describe a model whose layers have no window and a bias by distance.
 
     Args:
         config: names its heads, layers and width.
         settings: the Λ settings.
-        slopes: (H,) float32, what a logit loses for each token of distance.
+        slopes: (H,) float32, subtracted from a logit for each token of distance.
         num_kv_heads: G, as many as query heads by default.
-        notices: what the user should be told.
+        notices: lines for the user.
     """
     heads, count = config.num_attention_heads, config.num_hidden_layers
     return AttentionPlan(
@@ -70,7 +70,7 @@ class MptFamily(AnyWeights):
     model_types: tuple[str, ...] = ("mpt",)
 
     def training_length(self, config: Any) -> int | None:
-        """Return `max_seq_len`."""
+        """See `Family.training_length`."""
         return int(config.max_seq_len)
 
     def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
@@ -96,7 +96,7 @@ class BloomFamily(AnyWeights):
     model_types: tuple[str, ...] = ("bloom",)
 
     def training_length(self, config: Any) -> int | None:
-        """Return None: the configuration does not say it."""
+        """See `Family.training_length`; the configuration does not give it."""
         return None
 
     def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
@@ -114,7 +114,7 @@ class BloomFamily(AnyWeights):
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
-        """Take mask and attention out of the model's own code; nobody reads its bias then."""
+        """Take mask and attention out of the model's own code; its bias is not read then."""
         code = sys.modules[type(model).__module__]
         with (
             replaced(code, "create_causal_mask", nothing),
@@ -124,11 +124,11 @@ class BloomFamily(AnyWeights):
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """Take the place of what builds a mask or a bias."""
+    """Take the place of a function that builds a mask or a bias."""
 
 
 class _NoMask:
-    """What MPT gets for a mask, since it converts it."""
+    """Takes the place of MPT's mask, which its code converts."""
 
     def to(self, *_: Any) -> None:
         return None
@@ -139,7 +139,7 @@ def _no_mpt_mask(*_: Any, **__: Any) -> _NoMask:
 
 
 def _mpt_attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """Take the place of `MptAttention.forward`: queries, keys, values behind one another."""
+    """Take the place of `MptAttention.forward`: queries, keys and values one after the other."""
     fused = self.Wqkv(hidden_states)
     if self.clip_qkv:
         fused = fused.clamp(min=-self.clip_qkv, max=self.clip_qkv)

@@ -1,8 +1,8 @@
-"""What an exporter needs to know about a model, and the seam where its attention is replaced.
+"""Facts that an exporter needs about a model, and the interface where its attention is replaced.
 
 A family says how its layers attend (`AttentionPlan`) and how its code is opened
 (`Family.patched`): the attention of every layer then reaches `attend` below with queries and
-keys that carry no position. Who answers is decided by the step in force (`use_step`).
+keys that carry no position. The step in force (`use_step`) computes the result.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class AttentionPlan:
         alibi_slopes: (H,) float32, or None.
         sink_logits: the layers have learned sink logits.
         sliding: for each layer whether its window is its own, from training.
-        notices: what the user should be told about this model.
+        notices: lines for the user about this model.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -73,7 +73,7 @@ class AttentionPlan:
     notices: tuple[str, ...] = ()
 
     def of_first(self, count: int) -> AttentionPlan:
-        """Return the plan of the same model cut behind so many layers."""
+        """Return the plan of the same model with its first `count` layers only."""
         return replace(
             self,
             layers=self.layers[:count],
@@ -83,10 +83,10 @@ class AttentionPlan:
 
 
 class AnyWeights:
-    """A family that can be exported whatever its weights are."""
+    """A family that can be exported with any weights."""
 
     def check_weights(self, config: Any, tensors: Mapping[str, SourceTensor]) -> None:
-        """Accept them."""
+        """See `Family.check_weights`."""
 
 
 class Family(Protocol):
@@ -143,7 +143,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Visible:
-    """What a layer's mask shows: everything before (None), or a window of so many keys."""
+    """Keys that a layer's mask shows: all earlier ones (None), or a window of this many."""
 
     window: int | None = None
 
@@ -159,7 +159,7 @@ class AttentionCall:
         value: (B, G, S, D).
         scale: factor of the logits.
         turn: how queries and keys would have been rotated; None for not at all.
-        visible: what the layer's own mask shows.
+        visible: the keys that the layer's own mask shows.
         softcap: soft cap of the logits, 0 for none.
         sink_logits: (H,) learned logits, or None.
     """

@@ -1,8 +1,8 @@
 """Hunyuan: its norms of queries and keys come after the rotation, with a weight per dimension.
 
-The norm's length does not change by rotating. Its weights change with the rotation, unless both
-dimensions of a pair have the same: then weighing and rotating may change places, and the keys of
-the model are those of any rotary model. That is a matter of the checkpoint, so it is looked at.
+Rotation does not change a vector's length, so the norm's division commutes with it. The weights
+commute with the rotation only if both dimensions of each pair have the same weight. Then the keys
+are those of any rotary model. This depends on the checkpoint, so `check_weights` reads the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class HunyuanFamily(RotaryFamily):
     """Adapter of Hunyuan models."""
 
     def is_length_dependent(self, rope: dict[str, Any]) -> bool:
-        """Say so, but for a `dynamic` scaling with a fixed `alpha`, which Hunyuan trains with."""
+        """Return False for `dynamic` with a fixed `alpha`, which Hunyuan is trained with."""
         return super().is_length_dependent(rope) and not rope.get("alpha")
 
     def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:

@@ -1,4 +1,4 @@
-"""Model families: which there are, and how each is opened for Λ-attention."""
+"""The registry of model families: `model_type` → the adapter that plans and patches it."""
 
 from __future__ import annotations
 

@@ -68,12 +68,12 @@ class PlanTables(nn.Module):
         return self.get_buffer(f"limit_cos_{name}"), self.get_buffer(f"limit_sin_{name}")
 
     def no_rotation_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a layer without rotation passes for cos, sin and their limit rows."""
+        """cos, sin and their limit rows for a layer without rotation."""
         row, limit = self.get_buffer("no_rotation"), self.get_buffer("no_limit")
         return row, row, limit, limit
 
     def no_sinks(self, layer: LayerSpec) -> Tensor:
-        """(1, G, 1, D) zeros: what a layer without sink tokens passes to the operator."""
+        """(1, G, 1, D) zeros for a layer without sink tokens."""
         return self.get_buffer(_no_sinks_name(layer))
 
 
@@ -176,7 +176,7 @@ class OperatorStep:
 
 
 def run(model: nn.Module, input_ids: Tensor, step: Step, logits_index: Tensor) -> Tensor:
-    """Run a patched model of transformers; logits only of the rows asked for.
+    """Run a patched model of transformers; return the logits of some rows.
 
     Args:
         model: the causal language model.
@@ -193,7 +193,7 @@ def run(model: nn.Module, input_ids: Tensor, step: Step, logits_index: Tensor) -
         index = logits_index[:, :, None].expand(-1, -1, hidden.shape[-1])
         return (hidden.gather(1, index),)
 
-    # A hook before the vocabulary projection leaves what a family does around it untouched.
+    # A hook before the vocabulary projection keeps a family's own steps around it.
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]  # of PreTrainedModel
     hook = head.register_forward_pre_hook(keep_rows)
     try:

@@ -1,7 +1,7 @@
-"""Telling the system what of a file it will need in memory soon, and what no more.
+"""Advice to the page cache: parts of a file that are needed soon, and parts not needed again.
 
-Files about as large as the memory, read and written once, push out what the system holds of all
-others, and finding pages for them takes the processor's time.
+Files about as large as the memory, read and written once, evict the pages of all other files, and
+finding pages for them takes processor time.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from io import FileIO
 
 
 def is_too_large(num_bytes: int) -> bool:
-    """Say whether reading and writing so many bytes fills half of the memory or more."""
+    """Say whether reading and writing this many bytes fills half of the memory or more."""
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # a system that does not tell
+    except (AttributeError, ValueError, OSError):  # a system without these values
         return False
     return 4 * num_bytes > memory
 
@@ -26,6 +26,6 @@ def expect(file: FileIO, offset: int, count: int) -> None:
 
 
 def forget(file: FileIO, offset: int, count: int) -> None:
-    """Give back the memory that holds a part of a file; what is not on the disk yet stays."""
+    """Release the cached pages of a part of a file; pages not on the disk yet stay."""
     if hasattr(os, "posix_fadvise") and count:
         os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_DONTNEED)

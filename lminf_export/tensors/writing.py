@@ -1,9 +1,9 @@
-"""One safetensors file out of pieces, and its SHA-256 from what was written, in one pass.
+"""Writes one safetensors file from pieces, and computes its SHA-256 in the same pass.
 
-Three things run side by side: pieces are read and converted, or copied by the system where their
-bytes lie in files as they are; what has been written is hashed from the system's own pages of it;
-and those are sent to the disk, so that the last `fsync` finds little left. Of a file too large for
-the memory the system is told to forget what is done with, on both sides.
+Three activities run in parallel: pieces are read and converted, or copied by the system where their
+bytes lie unchanged in files; bytes that are written are hashed from the page cache; and they are
+synced to the disk, so that the last `fsync` has little left to do. For a file too large for the
+memory, pages of both files are dropped from the page cache once they are done with.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NOT_COPIED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.
 
 
 class Stopped(Exception):
-    """Writing was called off from another thread."""
+    """Writing was stopped by another thread."""
 
 
 def write_pieces(
@@ -50,18 +50,18 @@ def write_pieces(
     """Write tensors to one safetensors file, each read, converted and written block by block.
 
     Args:
-        path: the file to write; what is there is replaced.
-        pieces: what it is to hold.
-        progress: told the bytes written by each block.
-        stopped: asked between blocks whether to give up.
+        path: the file to write; an existing file is replaced.
+        pieces: its tensors, in the order of their bytes.
+        progress: called with the bytes of each block that is written.
+        stopped: called between blocks; true ends the writing.
 
     Returns:
-        Where each tensor now is, and the file's SHA-256, so that nobody must read it again.
+        The place of each tensor in the file, and the file's SHA-256.
 
     Raises:
         ModelError: a value does not fit into the element type, or a file of the checkpoint ends
             early.
-        Stopped: it was told to give up.
+        Stopped: `stopped` returned true.
     """
     forgets = page_cache.is_too_large(sum(e.length for piece in pieces for e in piece.entries))
     with open(path, "w+b", buffering=0) as file, _Follower(file, forgets) as follower:
@@ -77,7 +77,7 @@ def write_pieces(
 
 
 def _header(pieces: Sequence[Piece]) -> NDArray[np.uint8]:
-    """Return what a safetensors file begins with."""
+    """Return the first bytes of a safetensors file: the header's length and the header."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in (entry for piece in pieces for entry in piece.entries):
@@ -98,7 +98,7 @@ def _chunks(pieces: Sequence[Piece], forgets: bool) -> Iterator[Chunk]:
         for chunk in piece.chunks():
             copied = isinstance(chunk, StoredTensor)
             yield chunk
-        if forgets and not copied:  # what is copied is still to be read
+        if forgets and not copied:  # a copy reads the source later, and drops its pages itself
             for part in stored_parts(piece.tensor):
                 with open(part.path, "rb", buffering=0) as file:
                     page_cache.forget(file, part.offset, part.length)
@@ -157,8 +157,8 @@ class _Follower:
     """Hashes a growing file and sends it to the disk, behind the one who writes it.
 
     Args:
-        file: which is only ever appended to.
-        forgets: whether what is hashed and on the disk is to leave the memory.
+        file: only appended to.
+        forgets: whether pages that are hashed and on the disk are dropped.
     """
 
     def __init__(self, file: FileIO, forgets: bool) -> None:

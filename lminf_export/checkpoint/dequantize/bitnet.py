@@ -32,7 +32,7 @@ def find(checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any]) -> Fo
     """
     if settings.get("use_rms_norm"):
         raise ModelError(
-            "use_rms_norm of this bitnet checkpoint adds norms that its model type has not; "
+            "use_rms_norm of this bitnet checkpoint adds norms that its model type does not have; "
             "export the unquantised checkpoint instead"
         )
     is_auto = settings.get("linear_class") == "autobitlinear"

@@ -1,4 +1,4 @@
-"""What all quantised formats share: where a format's tensors are gathered and checked."""
+"""Collecting and checking the tensors of a quantised format, shared by all formats."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lminf_export.tensors.stored import RawTensor, SourceTensor
 
 @dataclass
 class Found:
-    """The tensors a format makes of a checkpoint's.
+    """The dequantised tensors of a checkpoint.
 
     Attributes:
         tensors: name in the model → the tensor, dequantised.
-        used: names in the checkpoint that are a part of them, or mean nothing without them.
+        used: names in the checkpoint of their parts, and of tensors that are not needed any more.
     """
 
     tensors: dict[str, SourceTensor] = field(default_factory=dict)

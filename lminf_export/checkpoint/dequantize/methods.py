@@ -1,7 +1,7 @@
 """Quantised checkpoints as plain ones: every tensor decoded when it is written, a block at a time.
 
-What a checkpoint's `quantization_config` says decides how it is read. Only weights are decoded;
-where a model would also have quantised its activations, it computes with them as they are.
+`quant_method` in a checkpoint's `quantization_config` selects the module that reads it. Only
+weights are decoded: a model that also quantises its activations is exported with them in full.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ _FINDERS: dict[str, Finder] = {
 
 
 def check_quantization(settings: object, model: str) -> None:
-    """Check what a configuration says under `quantization_config`.
+    """Check the `quantization_config` of a configuration.
 
     Args:
         settings: the entry.
-        model: what the user calls the model, for messages.
+        model: the model as the user named it, for messages.
 
     Raises:
         ModelError: it is a method that is not read.
@@ -118,7 +118,7 @@ def dequantize_checkpoint(
 
 
 def notice(settings: Mapping[str, Any]) -> str:
-    """Return what the user should know about a quantised checkpoint."""
+    """Return the notice for the user about a quantised checkpoint."""
     return (
         f"the checkpoint is quantised ({settings['quant_method']}): its weights are decoded, so "
         f"they take the room of --dtype, and activations are not quantised"

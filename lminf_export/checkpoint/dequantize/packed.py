@@ -1,8 +1,8 @@
 """Weights packed into words of 32 bits: GPTQ, AWQ (gemm) and compressed-tensors' pack-quantized.
 
 A weight is (number − zero) · scale, with a zero and a scale for each output and each group of
-inputs. The formats differ in which way words run, in the order within a word, and in what is
-added to the zeros:
+inputs. The formats differ in the dimension along which words are packed, in the order of numbers
+within a word, and in the offset of the zeros:
 
 - GPTQ: `qweight` (in · bits / 32, out), `qzeros` (groups, out · bits / 32), `scales` (groups, out),
   `g_idx` (in,), the group of each input (with act-order groups are scattered). The first version
@@ -159,7 +159,7 @@ def unpacked(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class GptqMatrix(LazyTensor):
-    """A weight (out, in); `added` is what the format's zeros are short of."""
+    """A weight (out, in); `added` is the offset that the format subtracts from its zeros."""
 
     words: RawTensor
     zeros: RawTensor
@@ -180,7 +180,9 @@ class GptqMatrix(LazyTensor):
         first = start // each
         zero = unpacked(self.zeros.part(slice(None), slice(first, -(-stop // each))), self.bits, 1)
         zero = zero[:, start - first * each : stop - first * each]
-        zero = (zero + self.added) & (2**self.bits - 1)  # none less one has wrapped around
+        zero = (zero + self.added) & (
+            2**self.bits - 1
+        )  # a zero of 0 was stored as −1, all bits set
         scale = self.scales.part(slice(None), slice(start, stop)).to(torch.float32)
         group = self._groups()
         return ((number - zero[group]).to(torch.float32) * scale[group]).T

@@ -1,7 +1,11 @@
-"""Numbers of 8 bits times a scale: FP8 (DeepSeek, Qwen, compressed-tensors …) and plain int8.
+"""8-bit numbers times a scale: FP8 (DeepSeek, Qwen, compressed-tensors …) and plain int8.
 
-The scale is one number, one for each row, or a grid with one for each block of rows and columns.
-What static activation scales a checkpoint has is left out: activations are not quantised here.
+A weight is (out, in) or a stack (E, out, in). Its scales form a grid (down, across) over each
+matrix: (1, 1) is one scale for the matrix, (out, 1) one for each row, any other grid one for each
+block of rows and columns. With blocks of R rows and S columns, element (i, j) is
+number[i, j] · scale[i // R, j // S].
+
+Static scales of activations are ignored: activations are not quantised here.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from lminf_export.tensors.lazy import LazyTensor
 from lminf_export.tensors.stored import RawTensor, SourceTensor
 
 NARROW = ("F8_E4M3", "F8_E5M2", "I8")
-# DeepSeek calls the scale an inverse (of what the weights were multiplied by); both are factors.
+# DeepSeek names the scale after its inverse, by which weights were multiplied; both are factors.
 _FACTORS = ("_scale_inv", "_scale")
 _ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale")
 _E8M0_BIAS = 127
@@ -31,12 +35,13 @@ def find(checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any]) -> Fo
 
     Args:
         checkpoint: its tensors.
-        settings: `weight_block_size`, rows and columns of a block; else the scales' shape says it.
+        settings: `weight_block_size`, rows and columns of a block; without it, blocks follow from
+            the scales' shape.
 
     Raises:
         ModelError: a tensor has no scale, or one that does not fit.
     """
-    found, asked = Found(), settings.get("weight_block_size")
+    found, block_size = Found(), settings.get("weight_block_size")
     for name, weight in checkpoint.items():
         if name.rpartition(".")[2] in _ACTIVATIONS:
             found.used.add(name)
@@ -44,20 +49,26 @@ def find(checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any]) -> Fo
             continue
         factor = next((name + x for x in _FACTORS if name + x in checkpoint), name + _FACTORS[1])
         scale = require(checkpoint, factor, name)
-        if len(weight.shape) > 3 or _grid(weight, scale, asked) is None:
+        if len(weight.shape) > 3 or _grid(weight, scale, block_size) is None:
             found.check(False, name, factor, checkpoint)
         zero_point = name + "_zero_point"
         if zero_point in checkpoint and weight.dtype == "I8":
             raise ModelError(f"{name} has zero points ({zero_point}), which int8 is not read with")
-        found.add(name, scaled(weight, scale, asked), name, factor, zero_point)
+        found.add(name, scaled(weight, scale, block_size), name, factor, zero_point)
     return found
 
 
-def scaled(weight: RawTensor, scale: RawTensor, asked: Sequence[int] | None) -> SourceTensor:
-    """Describe a matrix, or a stack of them, times its scale."""
-    grid = _grid(weight, scale, asked)
+def scaled(weight: RawTensor, scale: RawTensor, block_size: Sequence[int] | None) -> SourceTensor:
+    """Describe a matrix, or a stack of them, times its scale.
+
+    Args:
+        weight: (out, in) or (E, out, in).
+        scale: any shape that `_grid` accepts.
+        block_size: rows and columns of a block, or None.
+    """
+    grid = _grid(weight, scale, block_size)
     assert grid is not None
-    block = _block(weight, grid, asked)
+    block = _block(weight, grid, block_size)
     if len(weight.shape) == 2:
         return ScaledMatrix(weight, scale, grid, block)
     return Stacked(
@@ -66,39 +77,50 @@ def scaled(weight: RawTensor, scale: RawTensor, asked: Sequence[int] | None) -> 
 
 
 def _grid(
-    weight: RawTensor, scale: RawTensor, asked: Sequence[int] | None
+    weight: RawTensor, scale: RawTensor, block_size: Sequence[int] | None
 ) -> tuple[int, int] | None:
-    """Return how many scales each matrix has down and across; None if they do not fit."""
+    """Return the grid of scales of each matrix, (down, across); None if they do not fit."""
     if len(weight.shape) not in (2, 3):
         return None
     rows, columns = weight.shape[-2:]
     stack = weight.shape[0] if len(weight.shape) == 3 else 1
+    # Scales of a stack are (E, …), one grid for each matrix; the rest is the shape of one grid.
     shape = scale.shape[1:] if stack > 1 and scale.shape[:1] == (stack,) else scale.shape
     if stack > 1 and math.prod(scale.shape) != 1 and shape == scale.shape:
-        return None
+        return None  # neither one scale for all, nor a grid for each matrix
     if math.prod(shape) == 1:
         return 1, 1
-    down, across = (*shape, 1) if len(shape) == 1 else shape[-2:]
-    if len(shape) > 2 or not asked:
+    down, across = (*shape, 1) if len(shape) == 1 else shape[-2:]  # (out,) is (out, 1)
+    if len(shape) > 2 or not block_size:
         return (down, across) if rows % down == 0 and columns % across == 0 else None
-    wanted = -(-rows // asked[0]), -(-columns // asked[1])
+    # With a known block size the last blocks may be partial; scales for each row also occur.
+    wanted = -(-rows // block_size[0]), -(-columns // block_size[1])
     if (down, across) == wanted or (down, across) == (rows, 1):
         return down, across
     return None
 
 
 def _block(
-    weight: RawTensor, grid: tuple[int, int], asked: Sequence[int] | None
+    weight: RawTensor, grid: tuple[int, int], block_size: Sequence[int] | None
 ) -> tuple[int, int]:
+    """Return the rows and columns that share a scale."""
     rows, columns = weight.shape[-2:]
-    if asked and grid == (-(-rows // asked[0]), -(-columns // asked[1])):
-        return asked[0], asked[1]
+    if block_size and grid == (-(-rows // block_size[0]), -(-columns // block_size[1])):
+        return block_size[0], block_size[1]
     return -(-rows // grid[0]), -(-columns // grid[1])
 
 
 @dataclass(frozen=True)
 class ScaledMatrix(LazyTensor):
-    """A matrix (out, in), or one of a stack, times a grid of scales."""
+    """A matrix (out, in), or one of a stack, times a grid of scales.
+
+    Attributes:
+        weight: (out, in) or (E, out, in), 8-bit numbers.
+        scale: one number, the grid, or (E, …) with a grid for each matrix.
+        grid: scales down and across.
+        block: rows and columns that share a scale.
+        index: place in the stack; None for a matrix.
+    """
 
     weight: RawTensor
     scale: RawTensor
@@ -115,12 +137,12 @@ class ScaledMatrix(LazyTensor):
         """Read the rows and multiply each by its scales."""
         stack = () if self.index is None else (self.index,)
         values = self.weight.part(*stack, slice(start, stop)).to(torch.float32)
-        if math.prod(self.scale.shape) == 1:
+        if math.prod(self.scale.shape) == 1:  # one for all matrices of a stack
             return values * as_factor(self.scale.part()).reshape(())
         grid = as_factor(self.scale.part(*stack)).reshape(self.grid)
         down = torch.arange(start, stop) // self.block[0]
         across = torch.arange(self.shape[1]) // self.block[1]
-        return values * grid[down][:, across]
+        return values * grid[down][:, across]  # grid spread to (stop − start, in)
 
 
 def as_factor(scale: torch.Tensor) -> torch.Tensor:

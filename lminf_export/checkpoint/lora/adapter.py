@@ -1,8 +1,8 @@
 """LoRA adapters of PEFT, merged into a checkpoint while it is written.
 
-What `merge_and_unload` of PEFT would give, without PEFT and without holding a tensor in memory:
-W + (alpha / r) · B · A, row by row in float32. What cannot be merged into plain weights is
-refused.
+The result equals that of PEFT's `merge_and_unload`, W + (alpha / r) · B · A, computed row by row in
+float32 without PEFT and without holding a tensor in memory. An adapter that cannot be merged into
+plain weights is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def merge(
     """Return a checkpoint, in the model's own names, with an adapter added to it.
 
     Args:
-        adapter: what is added.
+        adapter: the adapter to add.
         checkpoint: the base's tensors, dequantised.
-        model: of transformers, on the meta device; tells names and what adapters may target.
+        model: of transformers, on the meta device; gives the names that an adapter may target.
         base: the model's name, for messages.
 
     Raises:
@@ -51,7 +51,7 @@ def merge(
         if name not in merged:
             owner = adapter.settings.get("base_model_name_or_path")
             trained = f" (it was trained on {Path(owner).name!r})" if owner else ""
-            raise adapter.refuse(f"it changes {name}, which model {base!r} has not{trained}")
+            raise adapter.refuse(f"it changes {name}, which model {base!r} does not have{trained}")
         merged[name] = _changed(adapter, name, merged[name], change, model)
     return merged
 
@@ -63,10 +63,10 @@ def _replaced(
     tensor: RawTensor,
     base: str,
 ) -> RawTensor:
-    """Return what an adapter has in the place of a tensor, if it fits there."""
+    """Return the tensor that an adapter puts in the place of another of the same shape."""
     shape = tensors[name].shape if name in tensors else None
     if shape != tensor.shape:
-        here = f"has as {list(shape)}" if shape is not None else "has not"
+        here = f"has as {list(shape)}" if shape is not None else "does not have"
         raise adapter.refuse(
             f"it holds {name} of shape {list(tensor.shape)}, which model {base!r} {here}"
         )

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT as they are on disk: settings, tensors, and what cannot be merged.
+"""LoRA adapters of PEFT as they are on disk: settings, tensors, and refusals.
 
 The adapter's tensors say which layers change; `adapter_config.json` says by how much, and what
 else the adapter does.
@@ -42,7 +42,7 @@ _SAVED_KEY = re.compile(r"(?P<name>.+?)(\.modules_to_save\.default|\.base_layer)
 
 @dataclass
 class Change:
-    """What an adapter does to one module.
+    """The change of one module by an adapter.
 
     Attributes:
         parts: "A", "B", "embedding_A", "embedding_B", "magnitude_vector" or "bias" → tensor.
@@ -59,7 +59,7 @@ class Adapter:
         name: its folder's.
         settings: its configuration.
         changes: (module, how deep it is wrapped) → change; depth is 0 but for parameters.
-        replaced: name of a tensor → what is in its place.
+        replaced: name of a tensor → the tensor in its place.
     """
 
     name: str
@@ -150,8 +150,8 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, RawTensor]:
         raise ModelError(f"adapter {folder.name!r} has no {WEIGHT_NAMES[0]}")
     if path.suffix == ".bin" and not allow_pickle:
         raise ModelError(
-            f"adapter {folder.name!r} is {path.name}, a pickle, which is not loaded unasked: "
-            f"convert it to safetensors, or give --allow-pickle"
+            f"adapter {folder.name!r} is {path.name}, a pickle, which is loaded with "
+            f"--allow-pickle only: give that, or convert it to safetensors"
         )
     return read_checkpoint_file(path)
 

@@ -17,8 +17,8 @@ class LowRank:
     """The product of two thin matrices, times a factor; one expert's of a stack of them.
 
     Attributes:
-        down: (E · r, in), the experts behind one another.
-        up: (out, r · E), the experts beside one another, rank by rank.
+        down: (E · r, in), one expert after the other.
+        up: (out, r · E), for each rank the columns of all experts.
         scale: of the product.
         is_transposed: the product is wanted as (in, out).
         expert: which of the experts.
@@ -39,7 +39,7 @@ class LowRank:
         return shape[::-1] if self.is_transposed else shape
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read both factors in float32, such that their product is wanted as it is."""
+        """Read the left and the right factor in float32, scaled and transposed for the product."""
         rank = self.down.shape[0] // self.num_experts
         down = self.down.part(slice(self.expert * rank, (self.expert + 1) * rank))
         up = self.up.part(slice(None), slice(self.expert, None, self.num_experts))
