@@ -180,9 +180,8 @@ class GptqMatrix(LazyTensor):
         first = start // each
         zero = unpacked(self.zeros.part(slice(None), slice(first, -(-stop // each))), self.bits, 1)
         zero = zero[:, start - first * each : stop - first * each]
-        zero = (zero + self.added) & (
-            2**self.bits - 1
-        )  # a zero of 0 was stored as −1, all bits set
+        # A zero of 0 less 1 was stored with all bits set; the mask undoes that.
+        zero = (zero + self.added) & (2**self.bits - 1)
         scale = self.scales.part(slice(None), slice(start, stop)).to(torch.float32)
         group = self._groups()
         return ((number - zero[group]).to(torch.float32) * scale[group]).T
