@@ -1,12 +1,12 @@
-"""Element types: written down in one table, which agrees with every library that it names."""
+"""The table of element types agrees with every library that it names.
+
+That no other module lists element types is asserted in `test_facts_once.py`.
+"""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import onnx
@@ -15,50 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import lminf_export
 from lminf_export.export.onnx_dtypes import dtype_name, onnx_dtype
-from lminf_export.operator.settings import Dtype
-from lminf_export.tensors.dtypes import BY_SAFETENSORS, ELEMENT_TYPES, MODEL_DTYPES, item_size
+from lminf_export.tensors.dtypes import BY_SAFETENSORS, ELEMENT_TYPES, item_size
 from lminf_export.tensors.files import read_header
 from lminf_export.tensors.torch_dtypes import stored_torch_dtype, torch_dtype
-
-PACKAGE = Path(lminf_export.__file__).parent
-TABLE = Path("tensors/dtypes.py")
-
-
-def listed_names(node: ast.AST) -> set[object]:
-    """Return the strings that a dict, list, tuple or set lists."""
-    if isinstance(node, ast.Dict):
-        items: list[ast.expr | None] = [*node.keys, *node.values]
-    elif isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        items = [*node.elts]
-    else:
-        return set()
-    return {item.value for item in items if isinstance(item, ast.Constant)}
-
-
-def literal_types(tree: ast.AST) -> set[int]:
-    """Return the tuples inside `Literal[…]`, by identity: types cannot be made from a table."""
-    return {
-        id(node.slice)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Literal"
-    }
-
-
-def test_no_other_file_lists_element_types():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE) == TABLE:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        types = literal_types(tree)
-        for node in ast.walk(tree):
-            names = listed_names(node) if id(node) not in types else set()
-            assert not {"float16", "bfloat16"} <= names, f"{path}:{node.lineno} lists types"
-
-
-def test_the_settings_have_the_types_of_the_table():
-    assert get_args(Dtype) == MODEL_DTYPES
 
 
 @pytest.mark.parametrize("name", ELEMENT_TYPES)

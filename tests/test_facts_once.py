@@ -40,7 +40,7 @@ def strings(path: Path) -> set[str]:
 
 
 def literals(path: Path) -> Iterator[set[str]]:
-    """The strings of every list, tuple, set and the keys of every dictionary in a module.
+    """The strings of every list, tuple, set and dictionary in a module, keys and values.
 
     Arguments of types such as Literal are not among them.
     """
@@ -51,7 +51,7 @@ def literals(path: Path) -> Iterator[set[str]]:
         if isinstance(node, ast.List | ast.Tuple | ast.Set):
             elements = node.elts
         elif isinstance(node, ast.Dict):
-            elements = [key for key in node.keys if key is not None]
+            elements = [*(key for key in node.keys if key is not None), *node.values]
         else:
             continue
         yield {
