@@ -283,7 +283,7 @@ def test_an_incomplete_or_strange_adapter_is_refused(adapted, tmp_path):
     half = {k: v for k, v in tensors.items() if "lora_A" in k}
     refused(adapted / "m", write_adapter(tmp_path / "half", half), "lacks lora_B of")
     strange = {**tensors, "base_model.model.model.embed_tokens.token_adapter.x": torch.ones(2)}
-    refused(adapted / "m", write_adapter(tmp_path / "strange", strange), "is not understood")
+    refused(adapted / "m", write_adapter(tmp_path / "strange", strange), "is of no known kind")
     larger = {**tensors, "base_model.model.lm_head.weight": torch.ones(133, 60)}
     reason = r"holds lm_head.weight of shape \[133, 60\], which model 'm' has as \[131, 60\]"
     wide = write_adapter(tmp_path / "wide", larger, target_modules=["q_proj", "down_proj"])

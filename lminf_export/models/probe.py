@@ -164,7 +164,7 @@ class ProbedFamily(RotaryFamily):
         if not torch.allclose(got, wanted, rtol=0, atol=_TOLERANCE * _size(wanted)):
             raise ModelError(
                 "already inside the window its logits are not those of the original; its "
-                "attention does something that is not understood"
+                "attention differs from that of other models in a way that is not recognised"
             )
 
 
@@ -220,7 +220,7 @@ def _foreign_errors() -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise ModelError(
             f"its code does not run with rotation and attention taken out of it "
-            f"({type(error).__name__}: {reason}); what they do with positions is not understood, "
+            f"({type(error).__name__}: {reason}); how it uses positions is unknown, "
             f"so the text after the window would be wrong"
         ) from error
 

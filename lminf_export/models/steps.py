@@ -1,6 +1,6 @@
 """The exported step: a model's own code, with one attention operator and one cache per layer.
 
-`OperatorStep` answers attention calls by the operator over bounded caches. It is checked against
+`OperatorStep` computes attention calls by the operator over bounded caches. It is checked against
 `history.HistoryStep`, which computes the specification from explicit keys.
 """
 
@@ -181,7 +181,7 @@ def run(model: nn.Module, input_ids: Tensor, step: Step, logits_index: Tensor) -
     Args:
         model: the causal language model.
         input_ids: (B, S) int64.
-        step: answers its attention.
+        step: computes its attention.
         logits_index: (B, K) int64, rows of S.
 
     Returns:

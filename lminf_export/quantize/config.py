@@ -1,4 +1,4 @@
-"""What a user may ask of the quantisation of weights."""
+"""The settings of the quantisation of weights, and the checks of their combinations."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class QuantizeConfig:
 
     @property
     def lm_head_kind(self) -> str | None:
-        """What the lm_head is stored as, None for the element type."""
+        """Kind of quantisation of the lm_head; None where it keeps the element type."""
         return {"same": self.weights, "int8": "int8", "full": None}[self.lm_head]
 
 
@@ -86,7 +86,7 @@ def decide_form(
     """Return the configuration meant by "int4" or "int8" or given in full, its form decided.
 
     Args:
-        asked: what the user says; None for no quantisation.
+        asked: the user's setting; None for no quantisation.
         dtype: element type of activations.
         with_engine: whether an engine is built, which takes the Q/DQ form alone.
 

@@ -154,7 +154,7 @@ def quantize_channels(
 
 
 def row_blocks(tensor: SourceTensor, count: int) -> Iterator[torch.Tensor]:
-    """Yield the rows of a tensor (N, K), so many at a time, as float32 (R, K)."""
+    """Yield the rows of a tensor (N, K), up to `count` at a time, as float32 (R, K)."""
     columns = tensor.shape[1]
     waiting: list[torch.Tensor] = []
     size = 0

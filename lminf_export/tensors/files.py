@@ -40,7 +40,7 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, Ra
         if names and not allow_pickle:
             raise ModelError(
                 f"no weights in model folder {folder.name!r}: it holds {names[0]}, a pickle, "
-                f"which is not loaded unasked: convert it to safetensors, or give --allow-pickle"
+                f"which is loaded with --allow-pickle only: give that, or convert it to safetensors"
             )
     if not names:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What a weights file is made of: pieces whose bytes are made while they are read."""
+"""The pieces of a weights file: one or a few tensors each, converted while they are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Chunk: TypeAlias = NDArray[np.uint8] | StoredTensor
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as a safetensors file is to hold it: name, safetensors' type, dimensions."""
+    """One tensor in the header of a safetensors file: name, safetensors' type, dimensions."""
 
     name: str
     dtype: str
@@ -35,11 +35,11 @@ class Entry:
 
 
 class Piece(Protocol):
-    """What is written in one go: the bytes of one or a few tensors, made while they are read."""
+    """Bytes of one or a few tensors that are written together, and made while they are read."""
 
     @property
     def tensor(self) -> SourceTensor:
-        """What it is made of."""
+        """The tensor that it is made of."""
         ...
 
     @property
@@ -82,7 +82,7 @@ class Converted:
             yield from parts
             return
         dtype = torch_dtype(self.dtype)
-        # Pages of new memory cost the system more time than what is computed in them.
+        # Fresh memory for every block takes the system longer than the conversion does.
         buffer, scratch = np.empty(BLOCK_BYTES, np.uint8), torch.empty(BLOCK_BYTES // 2)
         blocks = (block for part in parts for block in part.blocks(buffer))
         for block in blocks if parts else self.tensor.blocks():

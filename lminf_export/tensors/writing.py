@@ -154,7 +154,7 @@ def _copy(source: FileIO, to: FileIO, offset: int, count: int) -> int:
 
 
 class _Follower:
-    """Hashes a growing file and sends it to the disk, behind the one who writes it.
+    """Hashes a growing file and syncs it to the disk, some way behind the writer.
 
     Args:
         file: only appended to.

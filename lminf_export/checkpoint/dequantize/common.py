@@ -45,5 +45,7 @@ def require(checkpoint: Mapping[str, RawTensor], name: str, owner: str) -> RawTe
         ModelError: it is not there.
     """
     if name not in checkpoint:
-        raise ModelError(f"the checkpoint lacks {name!r}, without which {owner!r} means nothing")
+        raise ModelError(
+            f"the checkpoint lacks {name!r}, without which {owner!r} cannot be decoded"
+        )
     return checkpoint[name]

@@ -114,7 +114,7 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
             continue
         saved = _SAVED_KEY.fullmatch(plain)
         if saved is None or "lora_" in plain or ".token_adapter." in plain:
-            raise ModelError(f"adapter {name!r}: its tensor {key} is not understood")
+            raise ModelError(f"adapter {name!r}: its tensor {key} is of no known kind")
         if ".original_module." not in plain:
             replaced[saved["name"] + saved["last"]] = tensor
     if not changes and not replaced:
