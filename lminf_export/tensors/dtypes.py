@@ -52,9 +52,9 @@ _TABLE = (
 ELEMENT_TYPES = {row.name: row for row in _TABLE}
 BY_SAFETENSORS = {row.safetensors: row for row in _TABLE}
 
-# What weights, activations and caches of a bundle may be.
+# Types of the weights, activations and caches of a bundle.
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
-# What a weight of a checkpoint may be: any of these is converted to any of MODEL_DTYPES.
+# Types of a checkpoint's weights: each can be converted to any of MODEL_DTYPES.
 WEIGHT_DTYPES = ("float64", *MODEL_DTYPES)
 
 
