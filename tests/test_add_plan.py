@@ -60,6 +60,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_bundle_for_a_build_elsewhere_has_the_graph_and_the_command(bundle):
     recipe = bundle.manifest.engine_recipe
     assert (recipe.graph, recipe.file, recipe.needs_plugin) == ("engine.onnx", "engine.plan", True)

@@ -127,6 +127,7 @@ def test_the_stock_comparison_is_the_unmodified_model_far_beyond_the_window(
     assert np.abs(losses_in(state, "stock")[1:] - wanted.numpy()).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_window_comparison_is_the_export_without_sinks(llama, compared, words, tmp_path):
     without = bundle_of(llama, tmp_path / "b", num_sink_tokens=0)
     result_of("perplexity", without.path, "--text", words, "--state", tmp_path / "s")

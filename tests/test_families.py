@@ -64,6 +64,7 @@ def test_the_table_of_models_has_a_row_for_every_family():
     assert names == set(FAMILIES)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
 def test_sliding_layers_may_have_sinks_within_their_own_window(model_type, tmp_path):
     errors = check_family(case(model_type), tmp_path, lambda_layers="all")
@@ -110,6 +111,7 @@ FROZEN = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", FROZEN)
 def test_the_short_regime_equals_stock_inside_the_window(kind, tmp_path):
     source = FROZEN[kind].save(tmp_path / "m")
@@ -201,6 +203,7 @@ def test_the_probe_says_why_a_model_is_refused(model_type):
     assert "llama" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_unknown_model_that_passes_the_probe_exports_with_a_notice(tmp_path):
     assert UNKNOWN.model_type not in FAMILIES
     errors = check_family(UNKNOWN, tmp_path)

@@ -50,6 +50,7 @@ def test_every_feature_matches_float64_at_near_and_far_positions(library, stream
     assert_right(run_stream(library, DEVICE, stream))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "stream",
     by_name(

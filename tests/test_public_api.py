@@ -42,6 +42,7 @@ ORDERS = list(
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("order", [*ORDERS, ("import lminf_export.cli.export",)])
 def test_export_is_the_function_whatever_was_imported_first(order):
     code = "; ".join(

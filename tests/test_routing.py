@@ -43,6 +43,7 @@ def test_half_precision_is_compared_under_its_own_routing(half):
     assert report.to_dict()["routing"][0]["differing"] == report.routing[0].differing
 
 
+@pytest.mark.slow
 def test_the_watched_graph_gives_the_logits_of_the_bundle(half):
     bundle = Bundle.open(half)
     assert len(find_choices(bundle)) == 3

@@ -437,6 +437,7 @@ def test_public_names_exist():
         _ = lminf_export.nothing
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_many_steps(lm):
     state = lm.new_state()
     lm.forward(np.ones((1, 200), int), state, logits="none")

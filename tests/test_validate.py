@@ -50,6 +50,7 @@ def test_the_report_is_there_as_json(bundle):
     assert report["comparisons"][0]["argmax_agreement"] == 1.0
 
 
+@pytest.mark.slow
 def test_float16_is_held_to_twice_the_error_of_torch(model, tmp_path):
     result = run(bundle_of(model, tmp_path / "b", dtype="float16").path, "--json")
     assert result.exit_code == 0, result.output
