@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.support.families import CASES, CHUNK, SINKS, WINDOW
 from benchmarks.support.own_families import make_config
 from lminf_export import LambdaConfig
+from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.export.passes.number_names import NumberNamesPass
 from lminf_export.export.passes.repeat_layers import RepeatLayersPass
 from lminf_export.export.trace import tracing
@@ -28,6 +29,7 @@ from lminf_export.export.trace.layer_records import (
 )
 from lminf_export.models.registry import find_family
 from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.tensors.torch_dtypes import torch_dtype
 from tests.support.small_graphs import toy
 from tests.support.tiny_models import llama_config
 from tests.support.weightless import export_without_weights
@@ -99,7 +101,7 @@ def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monke
         if way == "traced":
             monkeypatch.setattr(tracing, "_trace_templates", lambda _: None)
         contract = GraphContract(plan.layers, case.dtype, config.vocab_size, case.kv_cache_dtype)
-        traced = tracing.trace(config, family, plan, contract)
+        traced = tracing.trace(Skeleton(config, torch_dtype(case.dtype)), family, plan, contract)
         folder = tmp_path / way
         folder.mkdir()
         export_without_weights(traced, plan, folder)
@@ -116,7 +118,7 @@ def test_kinds_of_layers_are_seen(case):
 
 def templates_of(config: Any, plan: Any, change: Callable[[nn.Module], object] = id) -> Templates:
     """Return the templates found in a model that was changed after it was built."""
-    model = tracing.meta_model(config, "float32")
+    model = Skeleton(config).model
     change(model)
     with find_family(config.model_type).patched(model), torch.no_grad():
         contract = GraphContract(plan.layers, "float32", config.vocab_size)
@@ -211,11 +213,11 @@ def test_layers_that_cannot_be_told_alike_are_traced_and_the_log_says_why(
 ):
     config = llama_config(num_hidden_layers=4)
     plan, family = plan_of(config), find_family("llama")
-    model = tracing.meta_model(config, "float16")
-    model.model.layers[3].self_attn.scaling = 0.25
+    skeleton = Skeleton(config, torch.float16)
+    skeleton.model.model.layers[3].self_attn.scaling = 0.25
     with caplog.at_level(logging.INFO):
         contract = GraphContract(plan.layers, "float16", config.vocab_size)
-        traced = tracing.trace(config, family, plan, contract, model=model)
+        traced = tracing.trace(skeleton, family, plan, contract)
     assert "every layer is traced by itself: the last of its layers is the first" in caplog.text
     graph = export_without_weights(traced, plan, tmp_path)
     scales = [a.f for n in graph.node for a in n.attribute if a.name == "scale"]

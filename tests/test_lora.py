@@ -16,11 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.support.families import CASES, WINDOW
 from lminf_export import InputError, ModelError, export
-from lminf_export.checkpoint.conversion import Conversion
 from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.source import open_source
 from lminf_export.cli.export import export_command
-from lminf_export.models.base import build_model
 from lminf_export.verify.validate import validate
 
 BY_NAME = {case.model_type: case for case in CASES}
@@ -59,8 +57,7 @@ def adapt(base: Path, out: Path, **settings) -> dict[str, torch.Tensor]:
 def merged(base: Path, adapter: Path, **options) -> dict[str, torch.Tensor]:
     """What an export would write."""
     checkpoint = open_checkpoint(open_source(base), adapter, **options)
-    model = build_model(checkpoint.source.config, torch.float32, device="meta")
-    tensors = Conversion.of(model).apply(checkpoint.tensors)
+    tensors = checkpoint.skeleton.conversion.apply(checkpoint.tensors)
     return {n: torch.cat(list(x.blocks())).reshape(x.shape).float() for n, x in tensors.items()}
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lminf_export import ConfigError, LambdaConfig
+from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import open_source
 from lminf_export.export.decisions import default_window
 from lminf_export.export.trace.tracing import trace
@@ -124,7 +126,8 @@ def test_a_real_configuration_gets_the_right_defaults_and_exports(name, tmp_path
             default_window(None, length)
     window, _ = default_window(2048 if wanted.window is None else None, length)
     assert window == (wanted.window or 2048)
-    plan = family.plan(config, LambdaConfig(window))
+    skeleton = Skeleton(config, torch.float16)
+    plan = family.plan(config, LambdaConfig(window), lambda: skeleton.model)
     heads, groups, head_dim = wanted.heads
     assert plan.num_attention_heads == heads
     assert [layer.window_size for layer in plan.layers] == [own or window for own in wanted.own]
@@ -139,7 +142,7 @@ def test_a_real_configuration_gets_the_right_defaults_and_exports(name, tmp_path
     assert wanted.notice in " ".join(plan.notices)
     check_rotations(plan, wanted)
     contract = GraphContract(plan.layers, "float16", config.vocab_size)
-    graph = export_without_weights(trace(config, family, plan, contract), plan, tmp_path)
+    graph = export_without_weights(trace(skeleton, family, plan, contract), plan, tmp_path)
     nodes = [node for node in graph.node if node.op_type == "LambdaAttention"]
     assert len(nodes) == len(wanted.own)
     for node, layer in zip(nodes, plan.layers, strict=True):

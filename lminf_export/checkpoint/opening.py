@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lminf_export.checkpoint.conversion import Conversion
 from lminf_export.checkpoint.dequantize import methods
 from lminf_export.checkpoint.lora.adapter import (
     Adapter,
@@ -19,9 +17,10 @@ from lminf_export.checkpoint.lora.adapter import (
     merge,
     read_adapter,
 )
+from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import Source
 from lminf_export.errors import ModelError
-from lminf_export.models.base import build_model, register_attention
+from lminf_export.models.base import register_attention
 from lminf_export.tensors.files import find_weights, read_checkpoint
 from lminf_export.tensors.stored import SourceTensor
 
@@ -34,12 +33,14 @@ class Checkpoint:
         source: the model; its configuration is that of the tensors, so with an adapter that
             changes one of two tied tensors it ties them no longer.
         tensors: by name.
+        skeleton: the model of that configuration, without numbers.
         adapter: name of the adapter that is merged, or None.
         notices: lines for the user.
     """
 
     source: Source
     tensors: dict[str, SourceTensor]
+    skeleton: Skeleton
     adapter: str | None
     notices: tuple[str, ...]
 
@@ -53,16 +54,17 @@ def open_checkpoint(
     source: Source,
     adapter: str | Path | None = None,
     *,
+    skeleton: Skeleton | None = None,
     allow_pickle: bool = False,
-    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Read the list of a model's tensors.
 
     Args:
         source: the model.
         adapter: folder of a PEFT LoRA adapter to merge.
+        skeleton: of the source's configuration; by default a new one. An adapter that unties
+            embeddings changes the configuration, which takes a second one.
         allow_pickle: read `.bin` files where there are no safetensors.
-        trust_remote_code: as for the model.
 
     Raises:
         ModelError: a file is missing or damaged, of a kind that is not read, or the adapter is
@@ -72,19 +74,19 @@ def open_checkpoint(
     raw = read_checkpoint(source.folder, allow_pickle=allow_pickle)
     tensors = methods.dequantize_checkpoint(raw, source.quantization)
     notices = (methods.notice(source.quantization),) if source.quantization else ()
+    skeleton = skeleton or Skeleton(source.config)
     if found is None:
-        return Checkpoint(source, tensors, None, notices)
-    model = _skeleton(source.config, trust_remote_code)
-    untied = _untied_names(found, model)
+        return Checkpoint(source, tensors, skeleton, None, notices)
+    untied = _untied_names(found, skeleton)
     if untied:
         config = copy.deepcopy(source.config)
         config.tie_word_embeddings = False
         source = replace(source, config=config, is_untied=True)
-        model = _skeleton(config, trust_remote_code)
-        _split(tensors, untied, model, found)
+        skeleton = skeleton.of(config)
+        _split(tensors, untied, skeleton, found)
         notices = (*notices, f"adapter {found.name!r} unties {' and '.join(untied)}")
-    tensors = merge(found, tensors, model, source.name)
-    return Checkpoint(source, tensors, found.name, notices)
+    tensors = merge(found, tensors, skeleton, source.name)
+    return Checkpoint(source, tensors, skeleton, found.name, notices)
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None) -> Any:
@@ -112,56 +114,43 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None
             source.folder, use_safetensors=True, **settings
         ).eval()
     model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), **settings)
-    _fill(model, checkpoint.tensors)
+    _fill(model, checkpoint)
     return model.eval()
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, tensors: Mapping[str, SourceTensor]) -> None:
-    """Copy tensors into a model's, block by block."""
-    own = Conversion.of(model).apply(tensors)
-    names: dict[int, list[str]] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    wanted = {group[0]: tuple(group) for group in names.values()}
-    shapes = {name: tuple(state[name].shape) for name in wanted}
-    for name, tensor in find_weights(own, wanted, shapes).items():
-        place, start = state[name].data.view(-1), 0
+def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's tensors into a model's, block by block."""
+    skeleton, state = checkpoint.skeleton, model.state_dict()
+    own = skeleton.conversion.apply(checkpoint.tensors)
+    wanted = {group[0]: group for group in skeleton.groups}
+    for name, tensor in find_weights(own, wanted, skeleton.shapes).items():
+        place, start = state[name].view(-1), 0
         for block in tensor.blocks():
             place[start : start + block.numel()] = block
             start += block.numel()
 
 
-def _skeleton(config: Any, trust_remote_code: bool) -> nn.Module:
-    return build_model(config, torch.float32, device="meta", trust_remote_code=trust_remote_code)
-
-
-def _untied_names(adapter: Adapter, model: nn.Module) -> tuple[str, ...]:
+def _untied_names(adapter: Adapter, skeleton: Skeleton) -> tuple[str, ...]:
     """Return the names of a tied tensor that the adapter changes under one of them only."""
     if adapter.settings.get("ensure_weight_tying"):
         return ()
-    changed = changed_tensors(adapter, model)
-    groups: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    tied = [names for names in groups.values() if len(names) > 1 and changed & set(names)]
-    return tuple(tied[0]) if tied else ()
+    changed = changed_tensors(adapter, skeleton.model)
+    return next((names for names in skeleton.tied if changed & set(names)), ())
 
 
 def _split(
     tensors: dict[str, SourceTensor],
     names: tuple[str, ...],
-    model: nn.Module,
+    skeleton: Skeleton,
     adapter: Adapter,
 ) -> None:
     """Give every name of a tensor that was tied a tensor of its own."""
-    parameters: Mapping[str, Any] = model.state_dict(keep_vars=True)
-    if len({id(parameters[name]) for name in names}) != len(names):
+    if any(len(set(names) & set(group)) > 1 for group in skeleton.tied):
         raise adapter.refuse(
             f"it changes one of {' and '.join(names)}, which this model cannot have apart"
         )
-    own = Conversion.of(model).apply(tensors)
+    own = skeleton.conversion.apply(tensors)
     one = next((own[name] for name in names if name in own), None)
     if one is None:
         raise ModelError(f"the checkpoint lacks {names[0]}")

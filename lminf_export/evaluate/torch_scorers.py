@@ -21,19 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.checkpoint.source import Source, open_source
+from lminf_export.checkpoint.opening import Checkpoint, load_model, open_checkpoint
+from lminf_export.checkpoint.source import open_source
 from lminf_export.evaluate.baselines import UNBOUNDED, CachedStep
 from lminf_export.evaluate.scorers import Arrays
 from lminf_export.models.base import ATTENTION_NAME, Step
 from lminf_export.models.history import HistoryStep
 from lminf_export.models.registry import find_family
 from lminf_export.models.steps import run
-from lminf_export.verify.reference_model import (
-    bundle_plan,
-    load_torch_model,
-    reference_source,
-    rounding_of,
-)
+from lminf_export.verify.reference_model import bundle_plan, reference_checkpoint, rounding_of
 
 CHUNK_SIZE = 256
 # A snapshot is written many times; a history larger than this is read again instead.
@@ -47,7 +43,7 @@ class TorchModel:
 
     def __init__(self, bundle: Bundle, model: str | None = None) -> None:
         self._family = find_family(bundle.manifest.model_type)
-        original = open_source(model if model is not None else bundle.path)
+        original = open_checkpoint(open_source(model if model is not None else bundle.path))
         self.plan = bundle_plan(bundle, self._family, original)
         self._model = _load(bundle, original, own_weights=model is None)
         self.rounded = rounding_of(bundle)
@@ -74,12 +70,12 @@ class TorchModel:
         return loss.numpy()
 
 
-def _load(bundle: Bundle, original: Source, own_weights: bool) -> Any:
+def _load(bundle: Bundle, original: Checkpoint, own_weights: bool) -> Any:
     """Load the weights in float32: the bundle's, dequantised where needed, or another model's."""
     if not own_weights:
-        return load_torch_model(original, torch.float32, ATTENTION_NAME)
-    with reference_source(bundle, original) as source:
-        return load_torch_model(source, torch.float32, ATTENTION_NAME)
+        return load_model(original, torch.float32, ATTENTION_NAME)
+    with reference_checkpoint(bundle, original) as checkpoint:
+        return load_model(checkpoint, torch.float32, ATTENTION_NAME)
 
 
 class CachedScorer:

@@ -14,9 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-from torch import nn
-
-from lminf_export.checkpoint.conversion import Conversion
+from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.tensors.dtypes import WEIGHT_DTYPES
 from lminf_export.tensors.pieces import Converted, Entry, Piece
 from lminf_export.tensors.stored import InFiles, SourceTensor, StoredTensor
@@ -74,12 +72,12 @@ class BackgroundWeights:
 
 
 def expected_pieces(
-    model: nn.Module, checkpoint: Mapping[str, SourceTensor]
+    skeleton: Skeleton, checkpoint: Mapping[str, SourceTensor]
 ) -> list[Converted] | None:
     """Return the weights that the graph of a model is expected to need: all its parameters.
 
     Args:
-        model: on the meta device, in the element types it is to have.
+        skeleton: of the model, in the element type of the bundle.
         checkpoint: the source's tensors.
 
     Returns:
@@ -87,15 +85,11 @@ def expected_pieces(
         (`write_graph` raises the error), and where tensors are computed (dequantised, merged):
         that would take the processors and the memory that tracing needs.
     """
-    named = Conversion.of(model).apply(checkpoint)
-    groups: dict[int, list[str]] = {}
-    parameters = model.state_dict(keep_vars=True)
-    for name, parameter in parameters.items():
-        groups.setdefault(id(parameter), []).append(name)
+    named = skeleton.conversion.apply(checkpoint)
     pieces = []
-    for group in groups.values():
+    for group in skeleton.groups:
         known = next((name for name in group if name in named), None)
-        dtype = dtype_name(parameters[group[0]].dtype)
+        dtype = dtype_name(skeleton.tensors[group[0]].dtype)
         if known is None or dtype not in WEIGHT_DTYPES or not _lies_in_files(named[known]):
             logger.info("weights are written after tracing, because of %s", group[0])
             return None

@@ -7,13 +7,12 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-from torch import nn
-
 from lminf_export.bundle.destination import check_destination
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.versions import package_version
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.opening import open_checkpoint
+from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import open_source
 from lminf_export.engine.options import EngineOptions
 from lminf_export.export.background_weights import BackgroundWeights, expected_pieces
@@ -31,7 +30,7 @@ from lminf_export.export.engine import add_engine, choose_builder, out_target, p
 from lminf_export.export.graph import write_graph
 from lminf_export.export.job import ExportJob, ExportOptions
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
-from lminf_export.export.trace.tracing import meta_model, trace
+from lminf_export.export.trace.tracing import trace
 from lminf_export.export.weight_files import WrittenWeights, weights_name
 from lminf_export.models.registry import find_family
 from lminf_export.operator.graph_contract import GraphContract
@@ -43,6 +42,7 @@ from lminf_export.operator.settings import (
 )
 from lminf_export.progress import Progress, byte_counter, silent
 from lminf_export.quantize.config import QuantizeConfig, decide_form
+from lminf_export.tensors.torch_dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -172,13 +172,11 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         lambda_layers=options.lambda_layers,
         rope_regime=options.rope_regime,
     )
-    plan = family.plan(source.config, settings)
+    skeleton = Skeleton(source.config, torch_dtype(dtype), options.trust_remote_code)
+    plan = family.plan(source.config, settings, lambda: skeleton.model)
     notices += plugin_notices(builder, options, plan)
     checkpoint = open_checkpoint(
-        source,
-        options.lora,
-        allow_pickle=options.allow_pickle,
-        trust_remote_code=options.trust_remote_code,
+        source, options.lora, skeleton=skeleton, allow_pickle=options.allow_pickle
     )
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
@@ -234,23 +232,15 @@ def _write_model(
     """Trace the model and write graph and weights, side by side where that can be."""
     progress("tracing", None)
     graph = writer.add(job.target.graph_name, "graph")
-    config, checkpoint = job.source.config, job.checkpoint.tensors
-    model = meta_model(config, job.dtype, trust_remote_code=job.options.trust_remote_code)
     with ExitStack() as stack:
-        background = _background_weights(job, model, graph)
+        background = _background_weights(job, graph)
         if background is not None:
             stack.enter_context(background)
-        traced = trace(
-            config,
-            job.family,
-            job.plan,
-            job.contract,
-            model=model,
-        )
+        traced = trace(job.checkpoint.skeleton, job.family, job.plan, job.contract)
         written = write_graph(
             traced,
             job.plan,
-            checkpoint,
+            job.checkpoint.tensors,
             graph,
             metadata=_metadata(job),
             quantize=job.quantize,
@@ -261,11 +251,11 @@ def _write_model(
     return written, graph
 
 
-def _background_weights(job: ExportJob, model: nn.Module, graph: Path) -> BackgroundWeights | None:
+def _background_weights(job: ExportJob, graph: Path) -> BackgroundWeights | None:
     """Start to write weights that are stored as they come; others wait for the graph."""
     if job.quantize is not None or job.links_weights:
         return None
-    pieces = expected_pieces(model, job.checkpoint.tensors)
+    pieces = expected_pieces(job.checkpoint.skeleton, job.checkpoint.tensors)
     return BackgroundWeights(graph.with_name(weights_name(None)), pieces) if pieces else None
 
 

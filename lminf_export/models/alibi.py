@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.errors import ModelError
-from lminf_export.models.base import AnyWeights, AttentionPlan, attend, lambda_layers, replaced
+from lminf_export.models.base import (
+    AnyWeights,
+    AttentionPlan,
+    GetModel,
+    attend,
+    lambda_layers,
+    replaced,
+)
 from lminf_export.operator.settings import LambdaConfig
 
 
@@ -73,7 +80,9 @@ class MptFamily(AnyWeights):
         """See `Family.training_length`."""
         return int(config.max_seq_len)
 
-    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+    def plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
         """Apply Λ to every layer."""
         slopes = mpt_slopes(config.num_attention_heads)
         return alibi_plan(config, settings, slopes, notices=_mpt_notices(config))
@@ -99,7 +108,9 @@ class BloomFamily(AnyWeights):
         """See `Family.training_length`; the configuration does not give it."""
         return None
 
-    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+    def plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
         """Apply Λ to every layer.
 
         Raises:

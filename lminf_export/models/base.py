@@ -8,7 +8,7 @@ keys that carry no position. The step in force (`use_step`) computes the result.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -89,6 +89,9 @@ class AnyWeights:
         """See `Family.check_weights`."""
 
 
+GetModel = Callable[[], nn.Module]
+
+
 class Family(Protocol):
     """One kind of model; see docs/howto/add_a_family.md."""
 
@@ -98,8 +101,17 @@ class Family(Protocol):
         """Tokens the model was first trained on, before any extension."""
         ...
 
-    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
-        """Describe the attention of every layer under these Λ settings."""
+    def plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
+        """Describe the attention of every layer under these Λ settings.
+
+        Args:
+            config: the model's.
+            settings: of the export.
+            model: returns the model on the meta device, for a family that has to observe it;
+                by default one is built.
+        """
         ...
 
     def check_weights(self, config: Any, tensors: Mapping[str, SourceTensor]) -> None:

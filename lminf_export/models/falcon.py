@@ -18,6 +18,7 @@ from lminf_export.models.alibi import alibi_plan, bloom_slopes, nothing
 from lminf_export.models.base import (
     AnyWeights,
     AttentionPlan,
+    GetModel,
     Rotation,
     Turn,
     announce_turn,
@@ -42,7 +43,9 @@ class FalconFamily(AnyWeights):
         length = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         return int(length)
 
-    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+    def plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
         """Apply Λ to every layer.
 
         Raises:

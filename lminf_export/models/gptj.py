@@ -18,6 +18,7 @@ from lminf_export.errors import ModelError
 from lminf_export.models.base import (
     AnyWeights,
     AttentionPlan,
+    GetModel,
     Rotation,
     Turn,
     announce_turn,
@@ -41,7 +42,9 @@ class GptjFamily(AnyWeights):
         """Return `n_positions`."""
         return int(config.max_position_embeddings)
 
-    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+    def plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
         """Apply Λ to every layer.
 
         Raises:

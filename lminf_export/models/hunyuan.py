@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lminf_export.errors import ModelError
-from lminf_export.models.base import AttentionPlan
+from lminf_export.models.base import AttentionPlan, GetModel
 from lminf_export.models.rotary import RotaryFamily
 from lminf_export.operator.settings import LambdaConfig
 from lminf_export.tensors.stored import SourceTensor
@@ -28,13 +28,15 @@ class HunyuanFamily(RotaryFamily):
         """Return False for `dynamic` with a fixed `alpha`, which Hunyuan is trained with."""
         return super().is_length_dependent(rope) and not rope.get("alpha")
 
-    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+    def plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
         """Plan as any rotary model.
 
         Raises:
             ModelError: a scaling that makes rotated keys longer, which the norms would undo.
         """
-        plan = super().plan(config, settings)
+        plan = super().plan(config, settings, model)
         if any(rotation.attention_factor != 1 for rotation in plan.rotations):
             raise ModelError(
                 f"rotary scaling with an attention factor is not supported for {config.model_type}"

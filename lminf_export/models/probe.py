@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.errors import LminfError, ModelError
-from lminf_export.models.base import AttentionCall, AttentionPlan, use_step
+from lminf_export.models.base import AttentionCall, AttentionPlan, GetModel, use_step
 from lminf_export.models.history import HistoryStep
 from lminf_export.models.rotary import RotaryFamily, in_layer_order, keep_call
 from lminf_export.models.small_model import random_model, small_config, stock_model
@@ -47,7 +47,9 @@ class ProbedFamily(RotaryFamily):
         super().__init__(model_type)
         self.tested = tested
 
-    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+    def plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
         """Probe the model, then plan it as any rotary model, with a notice.
 
         Raises:
@@ -56,7 +58,7 @@ class ProbedFamily(RotaryFamily):
         kind = config.model_type
         with self._explained(kind):
             self._probe(small_config(config))
-            plan = super().plan(config, settings)
+            plan = super().plan(config, settings, model)
         notice = (
             f"model type {kind!r} has no test of its own; it passed the probe (one attention a "
             f"layer, rotation recognised, no other trace of positions, equal to the original "

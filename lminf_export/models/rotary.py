@@ -19,6 +19,7 @@ from lminf_export.models.base import (
     AnyWeights,
     AttentionCall,
     AttentionPlan,
+    GetModel,
     Rotation,
     Visible,
     build_model,
@@ -53,16 +54,18 @@ class RotaryFamily(AnyWeights):
                 return int(rope["original_max_position_embeddings"])
         return getattr(config, "max_position_embeddings", None)
 
-    def plan(self, config: Any, settings: LambdaConfig) -> AttentionPlan:
+    def plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
         """Observe how each layer attends, and apply the Λ settings to it."""
         check_rope_types(config)
         regime, regime_notices = self._regime(config, settings)
-        model = build_model(config, torch.float32, device="meta")
-        calls = [_without_idle_window(call, config) for call in self.observe(model, config)]
+        observed = model() if model else build_model(config, torch.float32, device="meta")
+        calls = [_without_idle_window(call, config) for call in self.observe(observed, config)]
         if any(call.key.shape[-1] != call.value.shape[-1] for call in calls):
             raise ModelError("keys and values of different sizes are not supported")
         turns = sorted({call.turn for call in calls if call.turn is not None}, key=str)
-        rotations = [read_rotation(model, config, turn, regime) for turn in turns]
+        rotations = [read_rotation(observed, config, turn, regime) for turn in turns]
         if rotations and any(call.turn is None for call in calls):
             # A layer without rotation turns by angle zero: one operator body for all layers.
             rotations.append(Rotation(torch.zeros_like(rotations[0].inv_freq)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.checkpoint.conversion import Conversion
+from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.quantize.reading import DequantizedChannels, DequantizedWeight, dequantize_stored
 from lminf_export.quantize.stored import QUANTIZED, ChannelWeight, QuantizedWeight
 from lminf_export.tensors.dtypes import BY_SAFETENSORS
@@ -38,21 +38,21 @@ def quantized_names(bundle: Bundle) -> frozenset[str]:
     )
 
 
-def bundle_weights(bundle: Bundle, skeleton: nn.Module) -> dict[str, SourceTensor]:
+def bundle_weights(bundle: Bundle, skeleton: Skeleton) -> dict[str, SourceTensor]:
     """Return a bundle's weights by the model's names, quantised ones as what they stand for.
 
     Args:
         bundle: quantised or not.
-        skeleton: its model, on the meta device.
+        skeleton: of its model.
 
     Raises:
         ModelError: the weights file does not fit the model.
     """
     stored, quantization = stored_tensors(bundle), bundle.manifest.quantization
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    shapes = skeleton.shapes
     if bundle.manifest.linked_files:
         # They have the source's own names, and perhaps tensors no model asks for.
-        named = Conversion.of(skeleton).apply(dict(stored))
+        named = skeleton.conversion.apply(dict(stored))
         return {name: tensor for name, tensor in named.items() if name in shapes}
     if quantization is None:
         return dict(stored)
@@ -61,26 +61,19 @@ def bundle_weights(bundle: Bundle, skeleton: nn.Module) -> dict[str, SourceTenso
 
 
 def with_tied_names(
-    tensors: Mapping[str, SourceTensor], skeleton: nn.Module
+    tensors: Mapping[str, SourceTensor], skeleton: Skeleton
 ) -> dict[str, SourceTensor]:
     """Return a checkpoint's tensors under every name the model has for them."""
     named = dict(tensors)
-    for group in _tied_groups(skeleton):
+    for group in skeleton.tied:
         known = [name for name in group if name in tensors]
         named.update(dict.fromkeys(group, tensors[known[0]]) if len(known) == 1 else {})
     return named
 
 
-def _are_stored_apart(tensors: Mapping[str, SourceTensor], skeleton: nn.Module) -> bool:
+def _are_stored_apart(tensors: Mapping[str, SourceTensor], skeleton: Skeleton) -> bool:
     """Say whether weights that the model ties are two: one quantised and one in full."""
-    return any(sum(name in tensors for name in group) > 1 for group in _tied_groups(skeleton))
-
-
-def _tied_groups(skeleton: nn.Module) -> list[list[str]]:
-    groups: dict[int, list[str]] = {}
-    for name, tensor in skeleton.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
+    return any(sum(name in tensors for name in group) > 1 for group in skeleton.tied)
 
 
 def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str) -> bool:
@@ -115,7 +108,7 @@ def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str
 
 
 @contextmanager
-def dequantized_folder(bundle: Bundle, skeleton: nn.Module) -> Iterator[Path]:
+def dequantized_folder(bundle: Bundle, skeleton: Skeleton) -> Iterator[Path]:
     """Write a model folder of float32 weights for a while: each the value the bundle stands for.
 
     Raises:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.opening import Checkpoint, load_model, open_checkpoint
-from lminf_export.checkpoint.source import Source, open_source
+from lminf_export.checkpoint.source import open_source
 from lminf_export.errors import BundleError
-from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, build_model
+from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family
 from lminf_export.models.expert_facts import Groups, expert_groups
 from lminf_export.models.history import HistoryStep
 from lminf_export.models.steps import run
@@ -30,14 +30,14 @@ from lminf_export.verify.bundle_weights import (
 from lminf_export.verify.routing_check import Routed, experts_of
 
 
-def bundle_plan(bundle: Bundle, family: Family, source: Source) -> AttentionPlan:
-    """Return how a source's layers attend under a bundle's settings.
+def bundle_plan(bundle: Bundle, family: Family, original: Checkpoint) -> AttentionPlan:
+    """Return how a model's layers attend under a bundle's settings.
 
     Raises:
-        BundleError: the source is not the model the bundle was exported from.
+        BundleError: it is not the model the bundle was exported from.
     """
-    manifest = bundle.manifest
-    plan = family.plan(source.config, manifest.settings)
+    manifest, source, skeleton = bundle.manifest, original.source, original.skeleton
+    plan = family.plan(source.config, manifest.settings, lambda: skeleton.model)
     for what, found, expected in (
         ("model type", source.model_type, manifest.model_type),
         ("vocabulary", source.config.vocab_size, manifest.vocab_size),
@@ -64,21 +64,9 @@ def reference_checkpoint(bundle: Bundle, original: Checkpoint) -> Iterator[Check
     if bundle.manifest.quantization is None:
         yield original
         return
-    skeleton = build_model(original.source.config, torch.float32, device="meta")
-    with dequantized_folder(bundle, skeleton) as folder:
-        yield open_checkpoint(open_source(folder))
-
-
-@contextmanager
-def reference_source(bundle: Bundle, original: Source) -> Iterator[Source]:
-    """Yield the source of `reference_checkpoint`."""
-    with reference_checkpoint(bundle, open_checkpoint(original)) as checkpoint:
-        yield checkpoint.source
-
-
-def load_torch_model(source: Source, dtype: torch.dtype, attention: str | None) -> Any:
-    """Load a model; without an attention of ours, with what transformers takes by itself."""
-    return load_model(open_checkpoint(source), dtype, attention)
+    with dequantized_folder(bundle, original.skeleton) as folder:
+        source = open_source(folder)
+        yield open_checkpoint(source, skeleton=original.skeleton.of(source.config))
 
 
 @dataclass(frozen=True)
@@ -149,7 +137,7 @@ class Reference:
 
     def routed(self, chosen: list[torch.Tensor] | None) -> Routed:
         """Return a mode in which the model's tokens meet the given experts."""
-        sizes = experts_of(self._skeleton())
+        sizes = experts_of(self.checkpoint.skeleton.model)
         assert sizes is not None
         return Routed(*sizes, chosen)
 
@@ -159,8 +147,5 @@ class Reference:
 
     def own_routing(self) -> Routed | None:
         """Return a mode that keeps the model's own choice of experts, if it has any."""
-        sizes = experts_of(self._skeleton())
+        sizes = experts_of(self.checkpoint.skeleton.model)
         return Routed(*sizes) if sizes else None
-
-    def _skeleton(self) -> torch.nn.Module:
-        return build_model(self.checkpoint.source.config, torch.float32, device="meta")

@@ -21,11 +21,9 @@ from numpy.typing import NDArray
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
-from lminf_export.checkpoint.conversion import Conversion
 from lminf_export.checkpoint.opening import Checkpoint, open_checkpoint
-from lminf_export.checkpoint.source import Source, open_source
+from lminf_export.checkpoint.source import open_source
 from lminf_export.errors import InputError, ModelError
-from lminf_export.models.base import build_model
 from lminf_export.models.registry import find_family
 from lminf_export.operator.reference_int8 import INT8_LIMIT, round_to_int8
 from lminf_export.progress import Progress, silent
@@ -105,14 +103,14 @@ def validate(
     family = find_family(opened.manifest.model_type)
     source = open_source(model if model is not None else opened.path, allow_pickle=allow_pickle)
     original = open_checkpoint(source, lora, allow_pickle=allow_pickle)
-    plan = bundle_plan(opened, family, original.source)
+    plan = bundle_plan(opened, family, original)
     differing = None
     if model is not None:
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
-    dtype = _reference_dtype(original.source)
+    dtype = _reference_dtype(original)
     language_model = load(opened.path, provider=provider, kernels=kernels)
-    watch = _routing_watch(language_model, original.source)
+    watch = _routing_watch(language_model, original)
     if watch is not None:
         language_model = LanguageModel(opened, watch.session)
     run = _Run(opened, language_model, tokens, progress)
@@ -245,12 +243,12 @@ def _range(score: torch.Tensor) -> float:
     return float(finite.max() - finite.min())
 
 
-def _routing_watch(model: LanguageModel, source: Source) -> RoutingWatch | None:
+def _routing_watch(model: LanguageModel, original: Checkpoint) -> RoutingWatch | None:
     """Return a watch of the experts that are chosen, None if the graph chooses none."""
     if not find_choices(model.bundle):
         return None
-    skeleton = build_model(source.config, torch.float32, device="meta")
-    return RoutingWatch(model.session, model.bundle) if experts_of(skeleton) else None
+    experts = experts_of(original.skeleton.model)
+    return RoutingWatch(model.session, model.bundle) if experts else None
 
 
 def _check_adapter(bundle: Bundle, model: str | None, lora: str | Path | None) -> None:
@@ -279,9 +277,8 @@ def differing_weights(bundle: Bundle, original: Checkpoint) -> tuple[str, ...]:
     Raises:
         ModelError: the source's checkpoint is damaged or incomplete.
     """
-    dtype = bundle.manifest.dtype
-    skeleton = build_model(original.source.config, getattr(torch, dtype), device="meta")
-    converted = Conversion.of(skeleton).apply(original.tensors)
+    dtype, skeleton = bundle.manifest.dtype, original.skeleton
+    converted = skeleton.conversion.apply(original.tensors)
     wanted = with_tied_names(converted, skeleton)
     return tuple(
         name
@@ -313,17 +310,16 @@ def _stream(
     return np.random.default_rng(seed).integers(0, manifest.vocab_size, count)
 
 
-def _reference_dtype(source: Source) -> torch.dtype:
+def _reference_dtype(original: Checkpoint) -> torch.dtype:
     """float64 where it fits into memory, else float32."""
-    skeleton = build_model(source.config, torch.float32, device="meta")
-    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    parameters = sum(tensor.numel() for tensor in original.skeleton.model.parameters())
     available = psutil.virtual_memory().available
     for dtype in (torch.float64, torch.float32):
         needed = parameters * dtype.itemsize * 1.3
         if needed < available:
             return dtype
     raise ModelError(
-        f"the float32 reference of {source.name!r} needs {human_bytes(needed)} of memory, "
+        f"the float32 reference of {original.source.name!r} needs {human_bytes(needed)} of memory, "
         f"{human_bytes(available)} is available; validate on a larger machine"
     )
 

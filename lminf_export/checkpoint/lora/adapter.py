@@ -14,28 +14,30 @@ from typing import Any
 
 from torch import nn
 
-from lminf_export.checkpoint.conversion import Conversion, Stacked
+from lminf_export.checkpoint.conversion import Stacked
 from lminf_export.checkpoint.lora.files import CONFIG_NAME, Adapter, Change, read_adapter
 from lminf_export.checkpoint.lora.merging import LowRank, Merged, Sum
+from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.tensors.stored import RawTensor, SourceTensor
 
 __all__ = ["Adapter", "Change", "changed_tensors", "merge", "read_adapter"]
 
 
 def merge(
-    adapter: Adapter, checkpoint: Mapping[str, SourceTensor], model: nn.Module, base: str
+    adapter: Adapter, checkpoint: Mapping[str, SourceTensor], skeleton: Skeleton, base: str
 ) -> dict[str, SourceTensor]:
     """Return a checkpoint, in the model's own names, with an adapter added to it.
 
     Args:
         adapter: the adapter to add.
         checkpoint: the base's tensors, dequantised.
-        model: of transformers, on the meta device; gives the names that an adapter may target.
+        skeleton: of the base model; gives the names that an adapter may target.
         base: the model's name, for messages.
 
     Raises:
         ModelError: the adapter is not one of this model, or incomplete.
     """
+    model = skeleton.model
     _require_all_targets(adapter, model)
     todo = {**_tensor_names(adapter, model)}
     # Experts of one matrix each have names only before they are stacked.
@@ -44,7 +46,7 @@ def merge(
         raw[name] = _replaced(adapter, name, raw, replaced.pop(name), base)
     for name in [name for name in todo if name in raw]:
         raw[name] = _changed(adapter, name, raw[name], todo.pop(name), model)
-    merged = Conversion.of(model).apply(raw)
+    merged = skeleton.conversion.apply(raw)
     for name, tensor in replaced.items():
         merged[name] = _replaced(adapter, name, merged, tensor, base)
     for name, change in todo.items():

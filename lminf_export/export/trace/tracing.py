@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.checkpoint.conversion import Conversion
+from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.errors import ExportError
 from lminf_export.export.passes import pipelines
 from lminf_export.export.trace.layer_records import (
@@ -32,7 +33,7 @@ from lminf_export.export.trace.layer_records import (
     shortened,
 )
 from lminf_export.models import experts
-from lminf_export.models.base import AttentionPlan, Family, build_model
+from lminf_export.models.base import AttentionPlan, Family
 from lminf_export.models.steps import LambdaModel, PlanTables
 from lminf_export.operator import attention_body, positions, torch_operator
 from lminf_export.operator.bindings import TensorSpec
@@ -60,40 +61,27 @@ class Trace:
     contract: GraphContract
 
 
-def meta_model(config: Any, dtype: str, *, trust_remote_code: bool = False) -> nn.Module:
-    """Build the model to be traced: shapes and element types without numbers."""
-    return build_model(
-        config, torch_dtype(dtype), device="meta", trust_remote_code=trust_remote_code
-    )
-
-
 def trace(
-    config: Any,
-    family: Family,
-    plan: AttentionPlan,
-    contract: GraphContract,
-    *,
-    model: nn.Module | None = None,
+    skeleton: Skeleton, family: Family, plan: AttentionPlan, contract: GraphContract
 ) -> Trace:
     """Trace one step of the model into ONNX.
 
     Args:
-        config: the model's.
+        skeleton: of the model, in the contract's dtype.
         family: its adapter.
         plan: how its layers attend.
         contract: its inputs and outputs.
-        model: of `meta_model`, if it is built already.
 
     Raises:
         ExportError: torch could not trace or translate the model.
     """
-    model = model or meta_model(config, contract.dtype)
+    model = skeleton.model
     module = TracedModule(model, plan, contract)
     with family.patched(model), _quiet_exporter(), _uncollected(), torch.no_grad():
         onnx_model = _trace_templates(module) or module.to_onnx()
-    weight_names = _weight_names(model, onnx_model, module.constants)
+    weight_names = _weight_names(skeleton, onnx_model, module.constants)
     pipelines.run(onnx_model, pipelines.without_data())
-    return Trace(onnx_model, weight_names, Conversion.of(model), module.constants, contract)
+    return Trace(onnx_model, weight_names, skeleton.conversion, module.constants, contract)
 
 
 class TracedModule:
@@ -206,13 +194,10 @@ def _dynamic_shapes(specs: Sequence[TensorSpec]) -> list[dict[int, Any]]:
 
 
 def _weight_names(
-    model: nn.Module, onnx_model: ir.Model, constants: dict[str, Tensor]
+    skeleton: Skeleton, onnx_model: ir.Model, constants: dict[str, Tensor]
 ) -> dict[str, tuple[str, ...]]:
     """Find, for each initializer, the model's names of it; tied weights have several."""
-    by_identity: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        by_identity.setdefault(id(tensor), []).append(name)
-    names = {name: tuple(group) for group in by_identity.values() for name in group}
+    names = {name: group for group in skeleton.groups for name in group}
     found = {}
     for initializer in onnx_model.graph.initializers:
         name = initializer.removeprefix("model.")
