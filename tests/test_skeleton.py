@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.support.families import CASES, CHUNK, SINKS, WINDOW
@@ -18,6 +20,7 @@ from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import open_source
 from lminf_export.export.job import ExportOptions
 from lminf_export.export.run import prepare
+from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.verify.validate import validate
 from tests.support.tiny_models import llama_config, save_llama
 
@@ -65,6 +68,19 @@ def save_adapter(base: Path, out: Path, *targets: str) -> Path:
     return out
 
 
+def store_as_fp8(folder: Path) -> None:
+    """Store a model's projections in float8, with one scale for each matrix."""
+    tensors, path = load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_an_export_and_a_validation_build_one(tmp_path, counts):
     model = save_llama(tmp_path / "m")
     export(model, tmp_path / "b", dtype="float16", **SETTINGS)
@@ -73,14 +89,27 @@ def test_an_export_and_a_validation_build_one(tmp_path, counts):
     assert counts.take() == (1, 1)
 
 
-def test_a_quantised_bundle_of_tied_embeddings_needs_one_more_to_validate(tmp_path, counts):
-    """Its reference has the embeddings in full and the head quantised: another configuration."""
-    for ties, needed in ((False, (1, 1)), (True, (1, 1))):
-        model = save_llama(tmp_path / f"m{ties}", tie_word_embeddings=ties)
-        bundle = export(model, tmp_path / f"b{ties}", quantize="int4", **SETTINGS)
-        assert counts.take() == (1, 1)
-        assert validate(bundle.path, model=str(model)).passed
-        assert counts.take() == needed
+@pytest.mark.parametrize(("embeddings", "needed"), [("auto", (1, 1)), ("full", (2, 1))])
+def test_a_quantised_bundle_builds_one_unless_its_reference_is_untied(
+    embeddings, needed, tmp_path, counts
+):
+    """A table in full under a quantised head is two tensors: another configuration."""
+    model = save_llama(tmp_path / "m", tie_word_embeddings=True)
+    quantize = QuantizeConfig("int4", accuracy_level=1, embeddings=embeddings)
+    bundle = export(model, tmp_path / "b", quantize=quantize, **SETTINGS)
+    assert counts.take() == (1, 1)
+    assert validate(bundle.path, model=str(model)).passed
+    assert counts.take() == needed
+
+
+def test_a_quantised_checkpoint_builds_one(tmp_path, counts):
+    """However often it is loaded: as the reference, as the stock model, in two precisions."""
+    model = save_llama(tmp_path / "m")
+    store_as_fp8(model)
+    bundle = export(model, tmp_path / "b", dtype="float16", **SETTINGS)
+    assert counts.take() == (1, 1)
+    assert validate(bundle.path, model=str(model)).passed
+    assert counts.take() == (1, 1)
 
 
 def test_a_mixture_of_experts_builds_one(tmp_path, counts):
