@@ -17,12 +17,12 @@ from lminf_export.cli.eval import eval_group
 from lminf_export.cli.main import main
 from lminf_export.evaluate import perplexity_reading
 from lminf_export.evaluate.baselines import CachedStep
-from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.evaluate.passkey import ask, make_instance
 from lminf_export.evaluate.resume_file import ResumeFile
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.torch_scorers import TorchModel, recompute
 from lminf_export.runtime.kernels import find_kernels
+from lminf_export.verify.likelihood import negative_log_likelihood
 from tests.support.tiny_bundle import TinyModel
 from tests.support.tiny_models import save_llama, save_tokenizer
 

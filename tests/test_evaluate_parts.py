@@ -14,10 +14,10 @@ from lminf_export.errors import InputError
 from lminf_export.evaluate import passkey_text, text
 from lminf_export.evaluate.buckets import estimate, log_buckets, ratio
 from lminf_export.evaluate.fluency import distinct, longest_repeat, near_repetition
-from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.evaluate.passkey import wilson
 from lminf_export.evaluate.resume_file import ResumeFile
 from lminf_export.runtime.text import TextCodec
+from lminf_export.verify.likelihood import negative_log_likelihood
 from tests.support.tiny_bundle import byte_tokenizer
 
 
@@ -40,15 +40,17 @@ def codec_with_start(tmp_path):
     return TextCodec(tmp_path / "with_start.json")
 
 
+# float32: sums of V terms, and the spacing of floats near 500.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-4), (np.float64, 1e-11)])
 @pytest.mark.parametrize("vocab_size", [3, 257, 70001])
-def test_likelihoods_are_those_of_a_float64_softmax(vocab_size):
+def test_likelihoods_are_those_of_a_float64_softmax(vocab_size, dtype, tolerance):
     dice = np.random.default_rng(0)
     logits = (dice.normal(size=(31, vocab_size)) * 20 + 500).astype(np.float32)
     targets = dice.integers(0, vocab_size, 31)
     wanted = -torch.log_softmax(torch.from_numpy(logits).double(), -1)[torch.arange(31), targets]
-    found = negative_log_likelihood(logits, targets)
-    # float32 sums of V terms and the spacing of floats near 500.
-    assert np.abs(found - wanted.numpy()).max() < 1e-4
+    found = negative_log_likelihood(logits, targets, dtype)
+    assert found.dtype == dtype
+    assert np.abs(found - wanted.numpy()).max() < tolerance
 
 
 def test_buckets_cover_every_context_once_and_have_the_training_length_as_an_edge():

@@ -23,17 +23,10 @@ from numpy.typing import NDArray
 import lminf_export
 from benchmarks.support.result import write_result
 from lminf_export.runtime.environment import environment
+from lminf_export.verify.likelihood import negative_log_likelihood
 
 TARGETS = 64  # tokens scored at the end of each context
 Score = Callable[[NDArray[np.int64]], NDArray[np.float64]]
-
-
-def negative_log_likelihood(logits: Any, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Nats of tokens (T,) under logits (T, V)."""
-    logits = np.asarray(logits, dtype=np.float64)
-    top = logits.max(-1, keepdims=True)
-    total = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
-    return total - logits[np.arange(len(tokens)), tokens]
 
 
 def bundle_scorer(bundle: str) -> Score:
@@ -47,7 +40,7 @@ def bundle_scorer(bundle: str) -> Score:
             model.forward(tokens[None, :split], state, logits="none")
         logits = model.forward(tokens[None, split:-1], state)
         assert logits is not None
-        return negative_log_likelihood(logits[0], tokens[-TARGETS:])
+        return negative_log_likelihood(logits[0], tokens[-TARGETS:], np.float64)
 
     return score
 
@@ -65,7 +58,7 @@ def stock_scorer(model: str) -> Score:
     def score(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         ids = torch.from_numpy(tokens[None, :-1])
         logits = stock(ids, use_cache=False, logits_to_keep=TARGETS).logits[0]
-        return negative_log_likelihood(logits.numpy(), tokens[-TARGETS:])
+        return negative_log_likelihood(logits.numpy(), tokens[-TARGETS:], np.float64)
 
     return score
 

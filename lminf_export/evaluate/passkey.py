@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lminf_export.errors import InputError
-from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.evaluate.passkey_text import Passkey, compose
 from lminf_export.evaluate.text import special_prefix
 from lminf_export.operator.settings import as_integer
@@ -28,6 +27,7 @@ from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.session import Provider
 from lminf_export.runtime.text import TextCodec
+from lminf_export.verify.likelihood import negative_log_likelihood
 
 FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 DEPTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lminf_export.evaluate.likelihood import negative_log_likelihood
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.snapshot import Snapshot
+from lminf_export.verify.likelihood import negative_log_likelihood
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -1,4 +1,4 @@
-"""What quantisation costs on a text: the perplexity with and without it, on the same tokens."""
+"""The cost of quantisation on a text: perplexity with and without it, on the same tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lminf_export.verify.likelihood import negative_log_likelihood
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class PerplexityCost:
 
 def perplexity_cost(unquantized: Any, quantized: Any, tokens: NDArray[np.int64]) -> PerplexityCost:
     """Compare the logits (T, V) of two models on one text's tokens (T,)."""
-    before = negative_log_likelihood(unquantized[:-1], tokens[1:])
-    after = negative_log_likelihood(quantized[:-1], tokens[1:])
+    before = negative_log_likelihood(unquantized[:-1], tokens[1:], np.float64)
+    after = negative_log_likelihood(quantized[:-1], tokens[1:], np.float64)
     difference = after - before
     ratio = float(np.exp(difference.mean()))
     return PerplexityCost(
@@ -41,14 +43,3 @@ def perplexity_cost(unquantized: Any, quantized: Any, tokens: NDArray[np.int64])
         cost=ratio - 1,
         standard_error=ratio * float(difference.std() / len(before) ** 0.5),
     )
-
-
-def negative_log_likelihood(logits: Any, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the nats (T,) of tokens (T,) under logits (T, V), a few rows at a time."""
-    found = np.empty(len(tokens))
-    for start in range(0, len(tokens), 256):
-        rows = np.asarray(logits[start : start + 256], np.float64)
-        top = rows.max(-1, keepdims=True)
-        total = top[:, 0] + np.log(np.exp(rows - top).sum(-1))
-        found[start : start + 256] = total - rows[np.arange(len(rows)), tokens[start : start + 256]]
-    return found
