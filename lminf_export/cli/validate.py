@@ -79,7 +79,8 @@ def validate_command(
     """
     from lminf_export.bundle.folder import Bundle
     from lminf_export.runtime.text import TextCodec
-    from lminf_export.verify.validate import default_length, validate
+    from lminf_export.verify.stream import default_length
+    from lminf_export.verify.validate import validate
 
     quiet_transformers()
     with progress_bar() as progress:

@@ -9,18 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.skeleton import Skeleton
-from lminf_export.quantize.reading import DequantizedChannels, DequantizedWeight, dequantize_stored
-from lminf_export.quantize.stored import QUANTIZED, ChannelWeight, QuantizedWeight
-from lminf_export.tensors.dtypes import BY_SAFETENSORS
+from lminf_export.quantize.reading import dequantize_stored
+from lminf_export.quantize.stored import QUANTIZED
 from lminf_export.tensors.files import FILE_NAME as CHECKPOINT_NAME
 from lminf_export.tensors.files import read_header
-from lminf_export.tensors.pieces import Converted, Piece, read_chunks
+from lminf_export.tensors.pieces import Converted
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
 from lminf_export.tensors.writing import write_pieces
 
@@ -60,51 +58,9 @@ def bundle_weights(bundle: Bundle, skeleton: Skeleton) -> dict[str, SourceTensor
     return dequantize_stored(stored, shapes, quantization.block_size, signed)
 
 
-def with_tied_names(
-    tensors: Mapping[str, SourceTensor], skeleton: Skeleton
-) -> dict[str, SourceTensor]:
-    """Return a checkpoint's tensors under every name the model has for them."""
-    named = dict(tensors)
-    for group in skeleton.tied:
-        known = [name for name in group if name in tensors]
-        named.update(dict.fromkeys(group, tensors[known[0]]) if len(known) == 1 else {})
-    return named
-
-
 def _are_stored_apart(tensors: Mapping[str, SourceTensor], skeleton: Skeleton) -> bool:
     """Say whether weights that the model ties are two: one quantised and one in full."""
     return any(sum(name in tensors for name in group) > 1 for group in skeleton.tied)
-
-
-def is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str) -> bool:
-    """Say whether a bundle's weight is, bit for bit, what an export makes of a source tensor.
-
-    Args:
-        name: of the weight.
-        stored: of `bundle_weights`.
-        source: the original.
-        dtype: the bundle's.
-    """
-    if stored.shape != source.shape:
-        return False
-    kind = BY_SAFETENSORS.get(stored.dtype)  # some weights stay float32
-    piece: Piece = Converted(name, source, kind.name if kind else dtype)
-    first = stored
-    if isinstance(stored, DequantizedWeight):
-        piece = QuantizedWeight(name, source, stored.form, dtype, stored.signed)
-        first = stored.packed
-    if isinstance(stored, DequantizedChannels):
-        piece = ChannelWeight(name, source, stored.kind, dtype)
-        first = stored.packed
-    assert isinstance(first, StoredTensor)
-    found = np.memmap(first.path, np.uint8, "r", first.offset)
-    start = 0
-    for chunk in read_chunks(piece):
-        wanted = chunk.reshape(-1)
-        if not np.array_equal(found[start : start + wanted.size], wanted):
-            return False
-        start += wanted.size
-    return True
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""The largest error of a bundle's logits that passes, and the computation it is measured with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from lminf_export.bundle.folder import Bundle
+from lminf_export.operator.reference_int8 import INT8_LIMIT, round_to_int8
+from lminf_export.tensors.torch_dtypes import torch_dtype
+from lminf_export.verify.comparison import compare
+from lminf_export.verify.reference_model import Reference
+from lminf_export.verify.routing_check import Routed
+
+# In float32: rounding of a few thousand terms, relative to the logits' range.
+FLOAT32_TOLERANCE = 2e-5
+# In lower precisions: twice the error of torch in that precision with the same mathematics.
+LOW_PRECISION_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How exactly a bundle computes.
+
+    Attributes:
+        bundle: the bundle.
+    """
+
+    bundle: Bundle
+
+    @property
+    def rounding(self) -> Bundle | None:
+        """The bundle, if it lets onnxruntime round activations."""
+        quantization = self.bundle.manifest.quantization
+        return self.bundle if quantization is not None and quantization.rounds_activations else None
+
+    @property
+    def low_dtype(self) -> torch.dtype | None:
+        """The dtype of the yardstick for a bundle that computes in less than float32."""
+        dtype = self.bundle.manifest.dtype
+        return None if dtype == "float32" and self.rounding is None else torch_dtype(dtype)
+
+    def yardstick(
+        self, reference: Reference, dtype: torch.dtype, routed: Routed | None = None
+    ) -> Any | None:
+        """Return logits (T, V) of a correct computation with the bundle's rounding errors.
+
+        In a lower precision, the reference in that precision. With rings of int8 alone, the
+        reference with every value that float32 errors could push over a rounding tie rounded the
+        other way. Otherwise None.
+
+        Args:
+            reference: whose logits the bundle's are compared with.
+            dtype: in which the reference computes.
+            routed: the experts that tokens meet.
+        """
+        if self.low_dtype is not None:
+            return reference.logits(self.low_dtype, routed, rounding=self.rounding)
+        if not self.bundle.manifest.contract.int8_cache:
+            return None
+        other_side = partial(round_to_int8, tie_margin=INT8_LIMIT * FLOAT32_TOLERANCE)
+        return replace(reference, rounded=other_side).logits(dtype, routed)
+
+    def tolerance(self, yardstick: Any | None, wanted: Any) -> float:
+        """Return the largest error that passes.
+
+        Args:
+            yardstick: as returned by `yardstick`.
+            wanted: the reference's logits (T, V).
+        """
+        if yardstick is None:
+            return FLOAT32_TOLERANCE
+        error = compare("", yardstick, wanted, 0).max_error
+        exact = self.low_dtype is None
+        return FLOAT32_TOLERANCE + error if exact else LOW_PRECISION_FACTOR * error

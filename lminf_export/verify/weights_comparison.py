@@ -1,0 +1,75 @@
+"""Compares a bundle's weights, byte by byte, with those an export makes of the original model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lminf_export.bundle.folder import Bundle
+from lminf_export.checkpoint.opening import Checkpoint
+from lminf_export.checkpoint.skeleton import Skeleton
+from lminf_export.quantize.reading import DequantizedChannels, DequantizedWeight
+from lminf_export.quantize.stored import ChannelWeight, QuantizedWeight
+from lminf_export.tensors.dtypes import BY_SAFETENSORS
+from lminf_export.tensors.pieces import Converted, Piece, read_chunks
+from lminf_export.tensors.stored import SourceTensor, StoredTensor
+from lminf_export.verify.bundle_weights import bundle_weights
+
+
+def differing_weights(bundle: Bundle, original: Checkpoint) -> tuple[str, ...]:
+    """Return the bundle's tensors that are not, bit for bit, what an export makes of the source's.
+
+    Raises:
+        ModelError: the source's checkpoint is damaged or incomplete.
+    """
+    dtype, skeleton = bundle.manifest.dtype, original.skeleton
+    converted = skeleton.conversion.apply(original.tensors)
+    wanted = _with_tied_names(converted, skeleton)
+    return tuple(
+        name
+        for name, tensor in bundle_weights(bundle, skeleton).items()
+        if name not in wanted or not _is_made_of(name, tensor, wanted[name], dtype)
+    )
+
+
+def _with_tied_names(
+    tensors: Mapping[str, SourceTensor], skeleton: Skeleton
+) -> dict[str, SourceTensor]:
+    """Return a checkpoint's tensors under every name the model has for them."""
+    named = dict(tensors)
+    for group in skeleton.tied:
+        known = [name for name in group if name in tensors]
+        named.update(dict.fromkeys(group, tensors[known[0]]) if len(known) == 1 else {})
+    return named
+
+
+def _is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str) -> bool:
+    """Say whether a bundle's weight is, bit for bit, what an export makes of a source tensor.
+
+    Args:
+        name: of the weight.
+        stored: of `bundle_weights`.
+        source: the original.
+        dtype: the bundle's.
+    """
+    if stored.shape != source.shape:
+        return False
+    kind = BY_SAFETENSORS.get(stored.dtype)  # some weights stay float32
+    piece: Piece = Converted(name, source, kind.name if kind else dtype)
+    first = stored
+    if isinstance(stored, DequantizedWeight):
+        piece = QuantizedWeight(name, source, stored.form, dtype, stored.signed)
+        first = stored.packed
+    if isinstance(stored, DequantizedChannels):
+        piece = ChannelWeight(name, source, stored.kind, dtype)
+        first = stored.packed
+    assert isinstance(first, StoredTensor)
+    found = np.memmap(first.path, np.uint8, "r", first.offset)
+    start = 0
+    for chunk in read_chunks(piece):
+        wanted = chunk.reshape(-1)
+        if not np.array_equal(found[start : start + wanted.size], wanted):
+            return False
+        start += wanted.size
+    return True
