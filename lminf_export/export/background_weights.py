@@ -60,11 +60,11 @@ class BackgroundWeights:
 
     def result(self, progress: Callable[[int], None]) -> tuple[dict[str, StoredTensor], str]:
         """Wait for the file, and report progress; returns and raises as `write_pieces`."""
-        told = 0
+        reported = 0
         while not self._writing.done():
             wait([self._writing], _TICK)
-            told, before = self._written, told
-            progress(told - before)
+            reported, before = self._written, reported
+            progress(reported - before)
         return self._writing.result()
 
     def _count(self, written: int) -> None:

@@ -31,7 +31,7 @@ def eos_ids(source: Source) -> list[int]:
     """Return the stop tokens that a model's files name, those outside its vocabulary left out.
 
     Raises:
-        ModelError: the files name something else than token ids.
+        ModelError: the files name a value that is not a token id.
     """
     return [token for token in _named_eos_ids(source) if token < source.config.vocab_size]
 
@@ -39,10 +39,10 @@ def eos_ids(source: Source) -> list[int]:
 def eos_notices(source: Source) -> Iterable[str]:
     """Yield a notice if stop tokens are outside the vocabulary."""
     size = source.config.vocab_size
-    strange = [str(token) for token in _named_eos_ids(source) if token >= size]
-    if strange:
+    outside = [str(token) for token in _named_eos_ids(source) if token >= size]
+    if outside:
         yield (
-            f"eos_token_id {', '.join(strange)} is outside the vocabulary of {size}: "
+            f"eos_token_id {', '.join(outside)} is outside the vocabulary of {size}: "
             f"it is never written and does not stop a text"
         )
 

@@ -1,4 +1,4 @@
-"""A quantised bundle as the model its weights stand for: what `validate` takes as reference."""
+"""The weights of a bundle as a model of transformers has them: named, dequantised, in full."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def quantized_names(bundle: Bundle) -> frozenset[str]:
 
 
 def bundle_weights(bundle: Bundle, skeleton: Skeleton) -> dict[str, SourceTensor]:
-    """Return a bundle's weights by the model's names, quantised ones as what they stand for.
+    """Return a bundle's weights by the model's names, quantised ones dequantised as they are read.
 
     Args:
         bundle: quantised or not.
@@ -49,7 +49,7 @@ def bundle_weights(bundle: Bundle, skeleton: Skeleton) -> dict[str, SourceTensor
     stored, quantization = stored_tensors(bundle), bundle.manifest.quantization
     shapes = skeleton.shapes
     if bundle.manifest.linked_files:
-        # They have the source's own names, and perhaps tensors no model asks for.
+        # The source's files have names of their own, and may hold tensors that are not used.
         named = skeleton.conversion.apply(dict(stored))
         return {name: tensor for name, tensor in named.items() if name in shapes}
     if quantization is None:
@@ -59,13 +59,13 @@ def bundle_weights(bundle: Bundle, skeleton: Skeleton) -> dict[str, SourceTensor
 
 
 def _are_stored_apart(tensors: Mapping[str, SourceTensor], skeleton: Skeleton) -> bool:
-    """Say whether weights that the model ties are two: one quantised and one in full."""
+    """Return whether weights that the model ties are stored twice: quantised and in full."""
     return any(sum(name in tensors for name in group) > 1 for group in skeleton.tied)
 
 
 @contextmanager
 def dequantized_folder(bundle: Bundle, skeleton: Skeleton) -> Iterator[Path]:
-    """Write a model folder of float32 weights for a while: each the value the bundle stands for.
+    """Write a temporary model folder of the bundle's weights, dequantised to float32.
 
     Raises:
         ModelError: the weights file does not fit the model.
@@ -85,12 +85,12 @@ def dequantized_folder(bundle: Bundle, skeleton: Skeleton) -> Iterator[Path]:
 
 @contextmanager
 def rounded_activations(model: Any, names: frozenset[str], block_size: int) -> Iterator[None]:
-    """Let a model's projections round what they multiply as accuracy level 4 does.
+    """Round the inputs of a model's quantised projections, as accuracy level 4 does.
 
     Args:
         model: of transformers, its weights dequantised.
         names: the weights that are quantised.
-        block_size: of the weights; activations are cut alike.
+        block_size: of the weights, and of the activations.
     """
     quantized = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in names}
     hooks = [

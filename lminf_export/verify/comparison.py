@@ -44,7 +44,7 @@ def run_in_pieces(
     model: LanguageModel,
     tokens: NDArray[np.int64],
     sizes: Sequence[int],
-    told: Callable[[float], None] = lambda _: None,
+    report: Callable[[float], None] = lambda _: None,
 ) -> Logits:
     """Feed a stream (T,) in pieces of repeating sizes; return logits (T, V)."""
     state = model.new_state(1)
@@ -57,7 +57,7 @@ def run_in_pieces(
         assert logits is not None
         found.append(logits[0])
         start += size
-        told(min(start / len(tokens), 1.0))
+        report(min(start / len(tokens), 1.0))
     raise AssertionError("sizes must not be empty")
 
 

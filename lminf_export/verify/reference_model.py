@@ -1,4 +1,4 @@
-"""A bundle's model in torch: what everything that needs a second computation starts from."""
+"""A bundle's model in torch: the second computation that bundles are compared with."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def bundle_plan(bundle: Bundle, family: Family, original: Checkpoint) -> Attenti
 
 
 def rounding_of(bundle: Bundle) -> Rounding | None:
-    """Return what a bundle's rings make of keys and values, None if they hold them as they are."""
+    """Return the rounding of keys and values in a bundle's rings, None if they are exact."""
     return round_to_int8 if bundle.manifest.contract.int8_cache else None
 
 
 @contextmanager
 def reference_checkpoint(bundle: Bundle, original: Checkpoint) -> Iterator[Checkpoint]:
-    """Yield the model whose logits are right: for a quantised bundle, of dequantised weights."""
+    """Yield the model that defines the right logits: for a quantised bundle, its own weights."""
     if bundle.manifest.quantization is None:
         yield original
         return
@@ -78,8 +78,8 @@ class Reference:
         family: how it is opened.
         plan: how its layers attend.
         tokens: (T,) the stream.
-        progress: told how far it is.
-        rounded: what the bundle's rings make of keys and values; None for rings that hold them.
+        progress: called with the phase and the fraction that is done.
+        rounded: rounding of keys and values in the bundle's rings; None for exact rings.
     """
 
     checkpoint: Checkpoint

@@ -1,4 +1,4 @@
-"""What `validate` found out about a bundle."""
+"""The result of `validate`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class ValidationReport:
             None where they are the bundle's own.
         quantization: how weights are stored, in words; None where they are not quantised.
         kv_cache_dtype: element type of the rings where it is not dtype, else None.
-        perplexity_cost: what quantisation, of weights and caches, costs; None where there is no
-            text, or for quantised weights no original model, to measure it with.
-        routing: of a mixture of experts, how its choices compare with the reference's; for each
-            way of running. Logits are compared under the bundle's choices.
+        perplexity_cost: perplexity with and without quantisation of weights and caches; None
+            where it was not measured: without a text, or for quantised weights without the
+            original model.
+        routing: for a mixture of experts, the comparison of its choices with the reference's, one
+            for each way of running. Logits are compared under the bundle's choices.
     """
 
     bundle: str

@@ -18,7 +18,7 @@ from lminf_export.verify.bundle_weights import bundle_weights
 
 
 def differing_weights(bundle: Bundle, original: Checkpoint) -> tuple[str, ...]:
-    """Return the bundle's tensors that are not, bit for bit, what an export makes of the source's.
+    """Return the names of the bundle's tensors that differ in a bit from an export of the original.
 
     Raises:
         ModelError: the source's checkpoint is damaged or incomplete.
@@ -45,7 +45,7 @@ def _with_tied_names(
 
 
 def _is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str) -> bool:
-    """Say whether a bundle's weight is, bit for bit, what an export makes of a source tensor.
+    """Return whether a bundle's weight equals, bit for bit, an export of a source tensor.
 
     Args:
         name: of the weight.

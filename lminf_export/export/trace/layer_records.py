@@ -36,7 +36,7 @@ class UnlikeLayersError(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """What a model computes, operation by operation.
+    """The operations of a model, in order.
 
     Attributes:
         before: operations before the first layer.
@@ -166,7 +166,7 @@ class _Recorder(TorchDispatchMode):
         self.names = names
         self.made: dict[int, _Made] = {}
         self.carried: dict[int, _Made] = {}
-        self.strangers = 0
+        self.unknown = 0
         self.alive: list[Any] = []  # keeps tensors alive: the id of a freed one is used again
 
     def watch(self, index: int, layer: nn.Module) -> Iterator[Any]:
@@ -231,8 +231,8 @@ class _Recorder(TorchDispatchMode):
         if name is not None:
             return self._relative(name)
         if tensor.is_meta or tensor.numel() > _MOST_CONSTANT_ELEMENTS:
-            self.strangers += 1
-            return ("unknown", self.strangers)
+            self.unknown += 1
+            return ("unknown", self.unknown)
         return ("constant", repr(tensor.tolist()))
 
     def _place(self, made: _Made) -> tuple[Any, ...]:

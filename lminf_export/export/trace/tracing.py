@@ -95,7 +95,7 @@ class TracedModule:
         self.inputs = contract.inputs()
 
     def first(self, count: int) -> TracedModule:
-        """Return the same for a model that has only so many of the layers."""
+        """Return the same for a model of the first `count` layers."""
         plan = self.plan.of_first(count)
         return TracedModule(self.model, plan, replace(self.contract, layers=plan.layers))
 
@@ -136,10 +136,10 @@ class TracedModule:
 
 
 def _trace_templates(module: TracedModule) -> ir.Model | None:
-    """Trace the first layer of every kind and copy it for those that are alike.
+    """Trace the first layer of each signature, and copy it for later layers of the same one.
 
     Returns:
-        What tracing every layer would, or None where that cannot be told.
+        The same graph as tracing every layer, or None where that cannot be shown.
     """
     if len(module.plan.layers) < 3:
         return None
@@ -161,18 +161,18 @@ def _trace_templates(module: TracedModule) -> ir.Model | None:
 
 
 def _tensor_names(module: nn.Module) -> list[str]:
-    """Return the names of weights and constants in the order in which a trace has them."""
+    """Return the names of weights and constants in the order of a trace."""
     parameters = module.named_parameters(remove_duplicate=False)  # tied ones go by either name
     return [name for name, _ in (*parameters, *module.named_buffers(remove_duplicate=False))]
 
 
 def _call(values: list[Any]) -> tuple[Any, ...]:
-    """Group what belongs to the inputs, one by one, as the module takes them."""
+    """Group values, one for each input, into the arguments of the module."""
     return (*values[:4], values[4:])
 
 
 def _example(specs: Sequence[TensorSpec], smallest: int = 2) -> list[Tensor]:
-    """Make meta inputs; sizes that differ for every symbol and are never 0 or 1."""
+    """Make meta inputs; each symbol has a size of its own, never 0 or 1."""
     symbols = sorted({d for spec in specs for d in spec.shape if isinstance(d, str)})
     sizes = {symbol: smallest + index for index, symbol in enumerate(symbols)}
     return [
@@ -204,14 +204,16 @@ def _weight_names(
         if initializer in constants:
             continue
         if name not in names:
-            raise ExportError(f"the traced graph holds a constant {initializer!r} nobody can fill")
+            raise ExportError(
+                f"the traced graph holds a constant {initializer!r} that is no tensor of the model"
+            )
         found[initializer] = names[name]
     return found
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keep Python from looking for garbage among millions of objects that all stay."""
+    """Turn garbage collection off: tracing makes millions of objects, and all of them stay."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -223,7 +225,7 @@ def _uncollected() -> Iterator[None]:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep torch's exporter from telling users about torchvision and its own internals."""
+    """Silence warnings of torch's exporter about torchvision and its internals."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
