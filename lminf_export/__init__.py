@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lminf_export.errors import LminfError as LminfError
     from lminf_export.errors import ModelError as ModelError
     from lminf_export.errors import SessionError as SessionError
-    from lminf_export.export.job import ExportOptions as ExportOptions
+    from lminf_export.export.options import ExportOptions as ExportOptions
     from lminf_export.export.run import export as export
     from lminf_export.operator.settings import LambdaConfig as LambdaConfig
     from lminf_export.progress import Progress as Progress
@@ -46,7 +46,7 @@ _HOMES = {
     "EngineError": "errors",
     "EngineOptions": "engine.options",
     "ExportError": "errors",
-    "ExportOptions": "export.job",
+    "ExportOptions": "export.options",
     "InputError": "errors",
     "LambdaConfig": "operator.settings",
     "LanguageModel": "runtime.language_model",

@@ -14,8 +14,9 @@ from lminf_export.engine import add_plan as module
 from lminf_export.engine import tensorrt
 from lminf_export.engine.add_plan import add_plan, read_version
 from lminf_export.engine.common import EngineFacts, profiles
+from lminf_export.engine.options import EngineOptions
 from lminf_export.errors import BundleError, EngineError, SessionError
-from lminf_export.export.run import EngineOptions, export
+from lminf_export.export.run import export
 from lminf_export.runtime.gpu import Gpu
 from tests.support.tiny_models import save_llama
 

@@ -28,7 +28,7 @@ from lminf_export.runtime.environment import environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
-from lminf_export.runtime.session import Provider
+from lminf_export.runtime.options import Provider
 
 WINDOWS = (1, 8, 64)
 FAR = 1_000_000

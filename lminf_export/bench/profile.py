@@ -9,8 +9,9 @@ import numpy as np
 
 from lminf_export.bench.report import OperatorTime
 from lminf_export.bundle.folder import Bundle
+from lminf_export.runtime.options import Provider
 from lminf_export.runtime.profiling import record_profile
-from lminf_export.runtime.session import Provider, Session
+from lminf_export.runtime.session import Session
 
 _WARM_UP = 3
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lminf_export.bundle.files import human_bytes
-from lminf_export.cli.common import KERNELS_HELP, handle_errors, verbosity_options
+from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.progress_bar import progress_bar
+from lminf_export.cli.session_options import kernels_option, provider_option, threads_option
 from lminf_export.errors import InputError
+from lminf_export.runtime.options import Provider
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,9 +50,9 @@ def _numbers(_: click.Context, option: click.Parameter, text: str | None) -> tup
 @click.option(
     "--decode-tokens", type=int, default=60, show_default=True, help="Steps timed at a position."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--kernels", default="auto", metavar="auto|none|PATH", help=KERNELS_HELP)
+@threads_option
+@provider_option
+@kernels_option
 @click.option("--profile", is_flag=True, help="Show where decoding spends its time, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @verbosity_options
@@ -62,7 +64,7 @@ def bench_command(
     prefill_tokens: int,
     decode_tokens: int,
     threads: int | None,
-    provider: Literal["cpu", "cuda"],
+    provider: Provider,
     kernels: str,
     profile: bool,
     as_json: bool,

@@ -22,12 +22,6 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
-KERNELS_HELP = (
-    "What computes attention in onnxruntime: auto takes the kernels installed with this package, "
-    "if any; none the graph's own function body; or a library's path."
-)
-
-
 def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn what a user can cause into one line on stderr and an exit code.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lminf_export.cli.common import KERNELS_HELP, LazyGroup
+from lminf_export.cli.common import LazyGroup
 from lminf_export.errors import InputError
 
 _COMMANDS = {
@@ -51,25 +51,6 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Write the result to this file as JSON.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    ):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --provider, --threads and --kernels."""
-    for option in (
-        click.option(
-            "--kernels", default="auto", show_default=True, metavar="auto|none|PATH",
-            help=KERNELS_HELP,
-        ),
-        click.option(
-            "--threads", type=click.IntRange(min=1), help="Threads of one operator."
-        ),
-        click.option(
-            "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-            help="Where onnxruntime runs.",
-        ),
     ):  # fmt: skip
         function = option(function)
     return function

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from lminf_export.cli.common import handle_errors, verbosity_options
-from lminf_export.cli.eval import check_outputs, deliver, output_options, session_options
+from lminf_export.cli.eval import check_outputs, deliver, output_options
 from lminf_export.cli.progress_bar import progress_bar
+from lminf_export.cli.session_options import session_options
+from lminf_export.runtime.options import Provider
 
 
 @click.command("generate")
@@ -53,7 +55,7 @@ def generate_command(
     seed: int,
     reference: tuple[str, ...],
     save_text: Path | None,
-    provider: Literal["cpu", "cuda"],
+    provider: Provider,
     threads: int | None,
     kernels: str,
     as_json: bool,

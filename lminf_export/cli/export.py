@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +17,19 @@ from lminf_export.cli.common import (
     verbosity_options,
 )
 from lminf_export.cli.engine_options import engine_options
+from lminf_export.cli.option_fields import option_of
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.quantize_options import quantize_options
-from lminf_export.operator.settings import (
-    DEFAULT_CHUNK_SIZE,
-    DEFAULT_NUM_SINK_TOKENS,
-    KV_CACHE_DTYPES,
-    LAMBDA_LAYERS,
-    ROPE_REGIMES,
-)
-from lminf_export.tensors.dtypes import MODEL_DTYPES
+from lminf_export.engine.options import ELSEWHERE
+from lminf_export.export.options import CHOICES, ExportOptions
 
 if TYPE_CHECKING:
     from lminf_export.bundle.folder import Bundle
     from lminf_export.bundle.manifest import Manifest
     from lminf_export.bundle.records import EngineRecipe
     from lminf_export.export.job import ExportJob
+
+option = functools.partial(option_of, ExportOptions, CHOICES)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -46,113 +44,87 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     "lminf-export",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("--model", required=True, metavar="ID|DIR", help="Hub id, or folder of a model.")
-@click.option(
-    "--out",
-    required=True,
+@option("model", metavar="ID|DIR", help="Hub id, or folder of a model.")
+@option(
+    "out",
     metavar="OUT",
     help="DIR writes the bundle DIR; DIR/engine.plan or DIR/model.onnx the bundle DIR with "
     "that as its last product; a bare engine.plan the bundle ./engine.",
 )
-@click.option(
-    "--num-sink-tokens",
+@option(
+    "num_sink_tokens",
     type=int,
-    default=DEFAULT_NUM_SINK_TOKENS,
-    show_default=True,
     metavar="N",
-    help="Starting tokens that stay visible for ever.",
+    help="Starting tokens that stay visible without end.",
 )
-@click.option(
-    "--window-size",
+@option(
+    "window_size",
     type=int,
     metavar="W",
     help="Keys a query sees, its own included.  [default: the original training length, "
     "at most 4096]",
 )
-@click.option(
-    "--distance-limit",
+@option(
+    "distance_limit",
     type=int,
     metavar="L",
     help="Distance at which starting tokens appear once they have left the window.  "
     "[default: the window]",
 )
-@click.option(
-    "--chunk-size",
-    type=int,
-    default=DEFAULT_CHUNK_SIZE,
-    show_default=True,
-    metavar="S",
-    help="Most new tokens in one step.",
-)
-@click.option(
-    "--lambda-layers",
-    type=click.Choice(LAMBDA_LAYERS),
-    default="full",
-    show_default=True,
+@option("chunk_size", type=int, metavar="S", help="Largest number of new tokens in one step.")
+@option(
+    "lambda_layers",
     help="Layers that keep the starting tokens: those that see everything by training, or also "
     "those with a sliding window of their own.",
 )
-@click.option(
-    "--rope-regime",
-    type=click.Choice(ROPE_REGIMES),
-    help="What a rotary scaling that depends on the length of the text (dynamic, longrope) is "
-    "frozen to.  [default: what the window fits]",
+@option(
+    "rope_regime",
+    help="Regime in which a rotary scaling that depends on the length of the text (dynamic, "
+    "longrope) is frozen.  [default: the one that fits the window]",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(MODEL_DTYPES),
+@option(
+    "dtype",
     help="Element type of weights and caches; bfloat16 is for engines and GPUs.  "
     "[default: float16 with an engine, else float32]",
 )
 @quantize_options
-@click.option(
-    "--kv-cache-dtype",
-    type=click.Choice(KV_CACHE_DTYPES),
-    default="auto",
-    show_default=True,
+@option(
+    "kv_cache_dtype",
     help="Element type of the caches of the window; auto: that of --dtype, int8: integers with a "
     "scale for each token and key/value head, about a quarter of float32's bytes. Not for engines.",
 )
-@click.option(
-    "--weights",
-    type=click.Choice(["copy", "link"]),
-    default="copy",
-    show_default=True,
+@option(
+    "weights",
     help="Write the weights into the bundle, or put hard links to the model's own files there: "
     "no copy, but of the same element type and on the same disk.",
 )
-@click.option(
-    "--builder",
-    type=click.Choice(["tensorrt", "tensorrt-rtx", "none"]),
-    help="What builds the engine, needed only where both are installed; none writes what TensorRT "
-    "needs to build it on another machine, and the command.",
+@option(
+    "builder",
+    help="Builder of the engine, needed only where both are installed; none writes the files and "
+    "the command with which TensorRT builds it on another machine.",
 )
-@click.option(
-    "--max-batch-size",
+@option(
+    "max_batch_size",
     type=int,
-    default=1,
-    show_default=True,
     metavar="B",
     help="Largest batch of the engine; the ONNX graph takes any.",
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
-@click.option("--cache-dir", type=click.Path(file_okay=False), help="Where hub files are kept.")
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run Python code a model repository brings. Off."
+@option("revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+@option("cache_dir", type=click.Path(file_okay=False), help="Folder in which hub files are kept.")
+@option("trust_remote_code", help="Run Python code of the model repository. Off by default.")
+@option(
+    "allow_pickle",
+    help="Read .bin weights where there are no safetensors; only tensors are unpickled. Off by "
+    "default.",
 )
-@click.option(
-    "--allow-pickle",
-    is_flag=True,
-    help="Read .bin weights where there are no safetensors; only tensors are unpickled. Off.",
-)
-@click.option(
-    "--lora",
+@option(
+    "lora",
     multiple=True,
     metavar="DIR",
     callback=one_adapter,
     help="Merge this PEFT LoRA adapter into the weights.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@option("force", help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be written.")
 @click.option(
     "--version",
@@ -166,12 +138,11 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @handle_errors
 @engine_options
 def export_command(dry_run: bool, **options: Any) -> None:
-    """Export a language model so that it decodes for ever.
+    """Export a language model so that it decodes a stream without end.
 
     Writes a bundle: the model as ONNX with Λ-shaped attention over a bounded cache, its weights
     and tokenizer, an engine if OUT asks for one, and a manifest. Run it with `lminf generate`.
     """
-    from lminf_export.export.job import ExportOptions
     from lminf_export.export.run import prepare, run_job
 
     quiet_transformers()
@@ -206,7 +177,7 @@ def _print_plan(job: ExportJob) -> None:
         ("weights", ("about " if job.quantize else "") + human_bytes(job.weight_bytes)),
         ("window", f"{settings.window_size} tokens, chunks of {settings.chunk_size}"),
         ("sink tokens", f"{settings.num_sink_tokens}, at distance {settings.distance_limit}"),
-        ("cache", f"{_kind_of_cache(draft)}{cache} per sequence, for ever"),
+        ("cache", f"{_kind_of_cache(draft)}{cache} per sequence, without end"),
     ]
     for name, value in rows:
         click.echo(f"{name:13} {value}")
@@ -222,7 +193,7 @@ def _kind_of_cache(manifest: Manifest) -> str:
 def _engine_plan(job: ExportJob) -> str:
     if job.builder is None:
         return "none"
-    if job.builder == "none":
+    if job.builder == ELSEWHERE:
         return f"{job.target.engine_name}, to be built elsewhere"
     return f"{job.target.engine_name} by {job.builder}" + (" with its plugin" if job.plugin else "")
 
@@ -237,7 +208,7 @@ def _print_result(bundle: Bundle) -> None:
         f"{_shown(bundle.path)}: {manifest.model_type}, {manifest.dtype}{quantized}, window "
         f"{settings.window_size} + {settings.num_sink_tokens} sink tokens, cache "
         f"{_kind_of_cache(manifest)}{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, "
-        "for ever"
+        "without end"
     )
     for name, entry in manifest.files.items():
         if entry.role in ("graph", "weights", "plan", "plugin", "engine_graph"):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import click
 
 from lminf_export.bundle.files import human_bytes
-from lminf_export.cli.common import KERNELS_HELP, handle_errors, read_text, verbosity_options
+from lminf_export.cli.common import handle_errors, read_text, verbosity_options
+from lminf_export.cli.session_options import kernels_option, provider_option, threads_option
 from lminf_export.errors import InputError
 
 
@@ -92,18 +93,12 @@ class Clock:
 @click.option("--seed", type=int, help="Draw the same text again.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on behind the model's end-of-text token.")
-@click.option(
-    "--provider",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Where onnxruntime runs.",
-)
+@provider_option
 @click.option(
     "--no-cuda-graphs", is_flag=True, help="Enqueue every step of a plan instead of recording one."
 )
-@click.option("--kernels", default="auto", metavar="auto|none|PATH", help=KERNELS_HELP)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator.")
+@kernels_option
+@threads_option
 @click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
 @click.option("--stats", is_flag=True, help="Print speed and cache size to stderr at the end.")
 @verbosity_options

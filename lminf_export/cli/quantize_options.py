@@ -10,19 +10,13 @@ import click
 from click.core import ParameterSource
 
 from lminf_export.cli.common import handle_errors
+from lminf_export.cli.option_fields import option_of
 from lminf_export.errors import ConfigError
-from lminf_export.quantize.config import (
-    ACCURACY_LEVELS,
-    BLOCK_SIZES,
-    DEFAULT_BLOCK_SIZE,
-    EMBEDDINGS,
-    FORMS,
-    LM_HEADS,
-    WEIGHT_TYPES,
-    QuantizeConfig,
-)
+from lminf_export.quantize.config import CHOICES, QuantizeConfig
 
 R = TypeVar("R")
+
+option = functools.partial(option_of, QuantizeConfig, CHOICES)
 
 _DETAILS = ("block_size", "symmetric", "accuracy_level", "lm_head", "embeddings", "form")
 
@@ -30,49 +24,32 @@ _DETAILS = ("block_size", "symmetric", "accuracy_level", "lm_head", "embeddings"
 def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
     """Add --quantize and what refines it; the command gets them as one `quantize`."""
 
-    @click.option(
+    @option(
+        "weights",
         "--quantize",
-        type=click.Choice(WEIGHT_TYPES),
-        help="Store the weights of projections in blocks of so many bits.  [default: not]",
+        "quantize",
+        required=False,
+        help="Quantise the weights of projections.  [default: not]",
     )
-    @click.option(
-        "--block-size",
-        type=click.Choice([str(size) for size in BLOCK_SIZES]),
-        default=str(DEFAULT_BLOCK_SIZE),
-        show_default=True,
-        help="Of a quantised weight: input features that share a scale.",
-    )
-    @click.option(
+    @option("block_size", help="Input features of a quantised weight that share a scale.")
+    @option(
+        "symmetric",
         "--symmetric/--asymmetric",
-        default=True,
         help="Whether quantised blocks are centred on zero.  [default: symmetric]",
     )
-    @click.option(
-        "--accuracy-level",
-        type=click.Choice([str(level) for level in ACCURACY_LEVELS]),
-        default="4",
-        show_default=True,
+    @option(
+        "accuracy_level",
         help="4: onnxruntime rounds activations to int8 before quantised products, which is "
         "fast; 1: it does not.",
     )
-    @click.option(
-        "--lm-head",
-        type=click.Choice(LM_HEADS),
-        default="same",
-        show_default=True,
-        help="How the last projection is quantised; full: not.",
+    @option("lm_head", help="Type of the quantised last projection; full: it is not quantised.")
+    @option(
+        "embeddings",
+        help="Whether the embedding table is quantised; auto: if it is also the last projection's.",
     )
-    @click.option(
-        "--embeddings",
-        type=click.Choice(EMBEDDINGS),
-        default="auto",
-        show_default=True,
-        help="auto: the table is quantised where it is the last projection's, too.",
-    )
-    @click.option(
-        "--quantize-form",
+    @option(
         "form",
-        type=click.Choice(FORMS),
+        "--quantize-form",
         help="onnxruntime's own product, or DequantizeLinear, which TensorRT takes.  "
         "[default: qdq with an engine]",
     )

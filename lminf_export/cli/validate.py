@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from lminf_export.cli.common import (
-    KERNELS_HELP,
     handle_errors,
     one_adapter,
     quiet_transformers,
@@ -17,6 +16,8 @@ from lminf_export.cli.common import (
     verbosity_options,
 )
 from lminf_export.cli.progress_bar import progress_bar
+from lminf_export.cli.session_options import kernels_option, provider_option
+from lminf_export.runtime.options import Provider
 
 if TYPE_CHECKING:
     from lminf_export.verify.report import ValidationReport
@@ -55,8 +56,8 @@ HELDOUT_NAME = "heldout.txt"
     f"[default for a quantised bundle: {HELDOUT_NAME} in the model's folder, if there is one]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--kernels", default="auto", metavar="auto|none|PATH", help=KERNELS_HELP)
+@provider_option
+@kernels_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @verbosity_options
 @handle_errors
@@ -68,7 +69,7 @@ def validate_command(
     num_tokens: int | None,
     text: str | None,
     seed: int,
-    provider: Literal["cpu", "cuda"],
+    provider: Provider,
     kernels: str,
     as_json: bool,
 ) -> None:

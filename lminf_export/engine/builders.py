@@ -19,32 +19,10 @@ from lminf_export.engine.common import (
     EngineRequest,
     Profile,
 )
-from lminf_export.engine.options import EngineOptions
-from lminf_export.engine.plugin import PLUGIN_FILE, find_plugin, head_dim_problem
+from lminf_export.engine.options import ELSEWHERE, EngineOptions
 from lminf_export.errors import EngineError
 from lminf_export.progress import Progress, silent
 
-__all__ = [
-    "ELSEWHERE",
-    "ENGINE_GRAPH_NAME",
-    "PLUGIN_FILE",
-    "EngineFacts",
-    "EngineOptions",
-    "EngineRequest",
-    "available_builders",
-    "build_engine",
-    "check_options",
-    "engine_record",
-    "find_plugin",
-    "has_recipe",
-    "head_dim_problem",
-    "require_machine",
-    "select_builder",
-    "uses_plugin",
-]
-
-# Instead of a builder's name: write the files that a build on another machine needs.
-ELSEWHERE = "none"
 # The graph TensorRT builds from, beside the exported one.
 ENGINE_GRAPH_NAME = "engine.onnx"
 

@@ -9,6 +9,10 @@ from pathlib import Path
 from lminf_export.errors import EngineError
 from lminf_export.operator.settings import as_integer
 
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
+BUILDERS = (TENSORRT, TENSORRT_RTX)
+# In the place of a builder's name: write the files that a build on another machine needs.
+ELSEWHERE = "none"
 NO_PLUGIN = "none"
 MAX_OPTIMIZATION_LEVEL = 5
 

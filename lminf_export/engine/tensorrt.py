@@ -11,11 +11,12 @@ from typing import Any
 
 from lminf_export.engine.child import build_in_child
 from lminf_export.engine.common import EngineFacts, EngineRequest
+from lminf_export.engine.options import TENSORRT
 from lminf_export.errors import EngineError
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.gpu import find_gpu
 
-NAME = "tensorrt"
+NAME = TENSORRT
 PACKAGE = "tensorrt"
 INSTALL = "pip install 'lminf-export[tensorrt]' (from NVIDIA's package index)"
 TAKES_PLUGIN = True

@@ -10,9 +10,10 @@ from typing import Any
 
 from lminf_export.engine.child import build_in_child
 from lminf_export.engine.common import EngineFacts, EngineRequest
+from lminf_export.engine.options import TENSORRT_RTX
 from lminf_export.progress import Progress, silent
 
-NAME = "tensorrt-rtx"
+NAME = TENSORRT_RTX
 PACKAGE = "tensorrt_rtx"
 INSTALL = "pip install 'lminf-export[rtx]'"
 TAKES_PLUGIN = False

@@ -25,7 +25,7 @@ from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
-from lminf_export.runtime.session import Provider
+from lminf_export.runtime.options import Provider
 from lminf_export.runtime.text import TextCodec
 from lminf_export.verify.likelihood import negative_log_likelihood
 

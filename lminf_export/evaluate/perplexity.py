@@ -18,7 +18,7 @@ from lminf_export.evaluate.text import TokenStream, read_stream
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.load import load
-from lminf_export.runtime.session import Provider
+from lminf_export.runtime.options import Provider
 
 
 def evaluate_perplexity(

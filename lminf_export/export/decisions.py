@@ -1,22 +1,25 @@
-"""What an export decides where its user did not, and what it tells about that."""
+"""Settings that the user left open: how an export decides them, and the notices about it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any
 
 import psutil
 
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.out import OutTarget
 from lminf_export.errors import ConfigError
+from lminf_export.export.options import CHOICES, LINK
 from lminf_export.export.weight_files import WrittenWeights
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.operator.settings import DEFAULT_WINDOW_CAP, KV_CACHE_DTYPES, Dtype
+from lminf_export.operator.settings import (
+    AUTO_KV_CACHE_DTYPE,
+    DEFAULT_WINDOW_CAP,
+    require_one_of,
+)
 from lminf_export.quantize.config import QuantizeConfig
 
-DTYPES: tuple[str, ...] = get_args(Dtype)
-WEIGHTS = ("copy", "link")
 LINK_NOTICE = (
     "the weights are hard links to the source model's files, the same bytes on the same disk: "
     "changing those files in place changes the bundle; copying the bundle frees it from them"
@@ -54,9 +57,8 @@ def _long_window_notices(window: int, training_length: int | None) -> Iterable[s
 
 def check_weights(asked: str, quantize: QuantizeConfig | None) -> None:
     """Raise ConfigError where weights cannot be written in the way asked for."""
-    if asked not in WEIGHTS:
-        raise ConfigError(f"weights={asked!r}: must be one of {', '.join(WEIGHTS)}")
-    if asked == "link" and quantize is not None:
+    require_one_of("weights", asked, CHOICES["weights"])
+    if asked == LINK and quantize is not None:
         raise ConfigError(
             "weights='link': quantised weights are new ones and must be written; use 'copy'"
         )
@@ -66,8 +68,7 @@ def default_dtype(asked: str | None, target: OutTarget) -> Any:
     """Return the element type to use: the one asked for, or what the products need."""
     if asked is None:
         return "float16" if target.engine_name else "float32"
-    if asked not in DTYPES:
-        raise ConfigError(f"dtype={asked!r}: must be one of {', '.join(DTYPES)}")
+    require_one_of("dtype", asked, CHOICES["dtype"])
     return asked
 
 
@@ -77,9 +78,8 @@ def decide_kv_cache_dtype(asked: str, dtype: str, target: OutTarget) -> Any:
     Raises:
         ConfigError: an unknown type, or one that the products cannot have.
     """
-    if asked not in KV_CACHE_DTYPES:
-        raise ConfigError(f"kv_cache_dtype={asked!r}: must be one of {', '.join(KV_CACHE_DTYPES)}")
-    if asked == "auto":
+    require_one_of("kv_cache_dtype", asked, CHOICES["kv_cache_dtype"])
+    if asked == AUTO_KV_CACHE_DTYPE:
         return None
     if target.engine_name is not None:
         raise ConfigError(

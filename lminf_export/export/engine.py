@@ -14,7 +14,6 @@ from lminf_export.bundle.out import OutTarget, parse_out
 from lminf_export.bundle.records import Engine, EngineRecipe
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.engine.builders import (
-    ELSEWHERE,
     ENGINE_GRAPH_NAME,
     build_engine,
     check_options,
@@ -24,11 +23,13 @@ from lminf_export.engine.builders import (
     uses_plugin,
 )
 from lminf_export.engine.common import EngineRequest
+from lminf_export.engine.options import ELSEWHERE
 from lminf_export.engine.plugin import PLUGIN_FILE, find_plugin, head_dim_problem
 from lminf_export.engine.recipe import make_recipe
 from lminf_export.errors import ConfigError, EngineError
 from lminf_export.export.engine_graph import write_engine_graph
-from lminf_export.export.job import ExportJob, ExportOptions
+from lminf_export.export.job import ExportJob
+from lminf_export.export.options import ExportOptions
 from lminf_export.models.base import AttentionPlan
 from lminf_export.progress import Progress
 
@@ -45,7 +46,7 @@ def out_target(options: ExportOptions) -> OutTarget:
 
 def choose_builder(options: ExportOptions, target: OutTarget) -> tuple[str | None, Path | None]:
     """Return the engine's builder and the library of its plugin, both None if not needed."""
-    asked = options.engine_options
+    asked = options.builder_settings
     if target.engine_name is None:
         useless = ["builder"] if options.builder is not None else list(asked.asked_for)
         if useless:
@@ -66,7 +67,7 @@ def plugin_notices(
     builder: str | None, options: ExportOptions, plan: AttentionPlan
 ) -> Iterable[str]:
     """Refuse layers the plugin cannot run; where nothing is built here, say so."""
-    if builder is None or not uses_plugin(builder, options.engine_options):
+    if builder is None or not uses_plugin(builder, options.builder_settings):
         return
     problem = head_dim_problem(plan.layers)
     if problem is None:
@@ -101,9 +102,9 @@ def add_engine(
             contract=job.contract,
             chunk_size=job.settings.chunk_size,
             max_batch_size=job.options.max_batch_size,
-            with_plugin=uses_plugin(job.builder, job.options.engine_options),
+            with_plugin=uses_plugin(job.builder, job.options.builder_settings),
             plugin_path=plugin,
-            options=job.options.engine_options,
+            options=job.options.builder_settings,
         )
         progress("preparing the graph", None)
         write_engine_graph(graph, request)

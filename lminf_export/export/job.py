@@ -1,9 +1,9 @@
-"""What a user asks of an export, and everything that is decided before a byte is written."""
+"""An export as it is decided before a byte is written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lminf_export.bundle.manifest import Manifest, new_manifest
@@ -12,13 +12,11 @@ from lminf_export.bundle.records import Engine, EngineRecipe, Quantization, Sour
 from lminf_export.bundle.versions import package_version
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.source import Source
-from lminf_export.engine.options import EngineOptions
+from lminf_export.export.options import LINK, ExportOptions
 from lminf_export.export.tokenizer_files import eos_ids
 from lminf_export.models.base import AttentionPlan, Family
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
-    DEFAULT_CHUNK_SIZE,
-    DEFAULT_NUM_SINK_TOKENS,
     Dtype,
     KvCacheDtype,
     LambdaConfig,
@@ -28,33 +26,6 @@ from lminf_export.quantize.estimate import weight_bytes
 from lminf_export.tensors.dtypes import item_size
 
 TOOLS = ("lminf-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What a user may ask for; see `export` for the meaning of each field."""
-
-    model: str | Path
-    out: str | Path
-    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
-    window_size: int | None = None
-    distance_limit: int | None = None
-    chunk_size: int = DEFAULT_CHUNK_SIZE
-    lambda_layers: str = "full"
-    rope_regime: str | None = None
-    dtype: str | None = None
-    quantize: str | QuantizeConfig | None = None
-    kv_cache_dtype: str = "auto"
-    weights: str = "copy"
-    builder: str | None = None
-    max_batch_size: int = 1
-    engine_options: EngineOptions = field(default_factory=EngineOptions)
-    revision: str | None = None
-    cache_dir: str | Path | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    lora: str | Path | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +71,7 @@ class ExportJob:
     @property
     def links_weights(self) -> bool:
         """Whether the bundle gets hard links to the source's weights."""
-        return self.options.weights == "link"
+        return self.options.weights == LINK
 
     @property
     def weight_bytes(self) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from lminf_export.bundle.destination import check_destination
 from lminf_export.bundle.folder import Bundle
@@ -14,7 +17,6 @@ from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import open_source
-from lminf_export.engine.options import EngineOptions
 from lminf_export.export.background_weights import BackgroundWeights, expected_pieces
 from lminf_export.export.decisions import (
     LINK_NOTICE,
@@ -28,116 +30,59 @@ from lminf_export.export.decisions import (
 )
 from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
 from lminf_export.export.graph import write_graph
-from lminf_export.export.job import ExportJob, ExportOptions
+from lminf_export.export.job import ExportJob
+from lminf_export.export.options import LINK, ExportOptions
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import trace
 from lminf_export.export.weight_files import WrittenWeights, weights_name
 from lminf_export.models.registry import find_family
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.operator.settings import (
-    DEFAULT_CHUNK_SIZE,
-    DEFAULT_NUM_SINK_TOKENS,
-    LambdaConfig,
-    as_integer,
-)
+from lminf_export.operator.settings import LambdaConfig, as_integer
 from lminf_export.progress import Progress, byte_counter, silent
-from lminf_export.quantize.config import QuantizeConfig, decide_form
+from lminf_export.quantize.config import decide_form
 from lminf_export.tensors.torch_dtypes import torch_dtype
 
 logger = logging.getLogger(__name__)
 
 
 def export(
-    model: str | Path,
-    out: str | Path,
-    *,
-    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
-    window_size: int | None = None,
-    distance_limit: int | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
-    lambda_layers: str = "full",
-    rope_regime: str | None = None,
-    dtype: str | None = None,
-    quantize: str | QuantizeConfig | None = None,
-    kv_cache_dtype: str = "auto",
-    weights: str = "copy",
-    builder: str | None = None,
-    max_batch_size: int = 1,
-    engine_options: EngineOptions | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    lora: str | Path | None = None,
-    force: bool = False,
-    progress: Progress = silent,
+    model: str | Path, out: str | Path, *, progress: Progress = silent, **options: Any
 ) -> Bundle:
-    """Export a model of Hugging Face to a bundle that decodes for ever.
+    """Export a model of Hugging Face to a bundle that decodes a stream without end.
 
     Args:
-        model: folder, or hub id.
+        model: folder, or id on the Hugging Face hub.
         out: the bundle's folder, or DIR/NAME.plan or DIR/NAME.onnx for a bundle DIR with that
             as its last product.
-        num_sink_tokens: N, starting tokens that stay visible for ever; may be 0.
-        window_size: W, keys a query sees, its own included; by default the model's original
-            training length, at most 4096.
-        distance_limit: L ≥ W, distance at which the starting tokens appear; default W.
-        chunk_size: most new tokens in one step.
-        lambda_layers: "full" gives sinks to layers that see everything by training; "all" also
-            to layers trained with a sliding window, within that window.
-        rope_regime: "short" or "long", what a rotary scaling that depends on the length of the
-            text (dynamic NTK, longrope) is frozen to; by default what the window fits.
-        dtype: "float32", "float16" or "bfloat16"; by default float16 with an engine and
-            float32 without.
-        quantize: "int4" or "int8" stores the weights of projections in blocks of so many bits;
-            a `QuantizeConfig` says it in detail. By default they are not quantised.
-        kv_cache_dtype: "int8" keeps the caches of the window as integers with a scale for each
-            token and key/value head, about a quarter of float32's bytes; "auto" in dtype.
-        weights: "copy" writes them into the bundle; "link" puts hard links to the model's own
-            files there, which must be of the same type and on the same disk.
-        builder: "tensorrt" or "tensorrt-rtx", needed only where both are installed; "none"
-            writes what TensorRT needs to build the engine on another machine.
-        max_batch_size: largest batch of the engine (the ONNX graph takes any).
-        engine_options: what else is asked of TensorRT's builder.
-        revision: branch, tag or commit of a hub model.
-        cache_dir: where files of the hub are kept.
-        trust_remote_code: run Python a model repository brings; off by default.
-        allow_pickle: read `.bin` weights where there are no safetensors; off by default.
-        lora: folder of a PEFT LoRA adapter to merge into the weights.
-        force: replace an existing bundle.
-        progress: told which phase runs.
+        progress: called with the phase that runs.
+        options: the other fields of `ExportOptions`, by their names.
 
     Returns:
         The written bundle.
 
     Raises:
-        LminfError: with one line of what was expected, what was found and what to do; nothing
-            is left behind.
+        TypeError: an option of an unknown name.
+        LminfError: in one line the expected, the found and the remedy; nothing is left behind.
     """
-    options = ExportOptions(
-        model,
-        out,
-        num_sink_tokens=num_sink_tokens,
-        window_size=window_size,
-        distance_limit=distance_limit,
-        chunk_size=chunk_size,
-        lambda_layers=lambda_layers,
-        rope_regime=rope_regime,
-        dtype=dtype,
-        quantize=quantize,
-        kv_cache_dtype=kv_cache_dtype,
-        weights=weights,
-        builder=builder,
-        max_batch_size=max_batch_size,
-        engine_options=engine_options or EngineOptions(),
-        revision=revision,
-        cache_dir=cache_dir,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        lora=lora,
-        force=force,
-    )
-    return run_job(prepare(options, progress), progress)
+    unknown = sorted(options.keys() - {field.name for field in fields(ExportOptions)})
+    if unknown:
+        raise TypeError(f"export() got an unexpected keyword argument {unknown[0]!r}")
+    return run_job(prepare(ExportOptions(model, out, **options), progress), progress)
+
+
+def _signature_of_export() -> inspect.Signature:
+    """Return `export`'s signature with every option in the place of `**options`."""
+    written = inspect.signature(export)
+    model, out, progress = (written.parameters[name] for name in ("model", "out", "progress"))
+    options = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(ExportOptions).parameters.items()
+        if name not in ("model", "out")
+    ]
+    return written.replace(parameters=[model, out, *options, progress])
+
+
+export.__signature__ = _signature_of_export()  # type: ignore[attr-defined]  # read by inspect
 
 
 def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
@@ -181,7 +126,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
     contract = GraphContract(plan.layers, dtype, source.config.vocab_size, kv_cache_dtype)
-    notices += [LINK_NOTICE] if options.weights == "link" else []
+    notices += [LINK_NOTICE] if options.weights == LINK else []
     notices += [*memory_notices(contract), *eos_notices(source)]
     job = ExportJob(
         options=options,

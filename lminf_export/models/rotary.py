@@ -34,7 +34,7 @@ from lminf_export.models.rope_scaling import (
     rope_parameters,
 )
 from lminf_export.operator.bindings import LayerSpec
-from lminf_export.operator.settings import LambdaConfig, ring_capacity
+from lminf_export.operator.settings import DEFAULT_LAMBDA_LAYERS, LambdaConfig, ring_capacity
 
 
 class RotaryFamily(AnyWeights):
@@ -178,7 +178,8 @@ def _layer(call: AttentionCall, settings: LambdaConfig) -> LayerSpec:
 
 
 def _notices(calls: list[AttentionCall], settings: LambdaConfig) -> tuple[str, ...]:
-    if settings.lambda_layers == "full" and all(call.visible.window is not None for call in calls):
+    slides_everywhere = all(call.visible.window is not None for call in calls)
+    if settings.lambda_layers == DEFAULT_LAMBDA_LAYERS and slides_everywhere:
         return (
             "every layer of this model was trained with a sliding window and keeps it; "
             "no layer is left for sink tokens; --lambda-layers all gives them sinks too",

@@ -17,14 +17,16 @@ DEFAULT_WINDOW_CAP = 4096
 MAX_POSITION = 2**40
 LambdaLayers = Literal["full", "all"]
 LAMBDA_LAYERS: tuple[str, ...] = get_args(LambdaLayers)
+DEFAULT_LAMBDA_LAYERS = LAMBDA_LAYERS[0]
 RopeRegime = Literal["short", "long"]
 ROPE_REGIMES: tuple[str, ...] = get_args(RopeRegime)
 # Element types of weights, activations and caches.
 Dtype = Literal["float32", "float16", "bfloat16"]
 # Element types of rings that are not of the model's type.
 KvCacheDtype = Literal["int8"]
-# Choices of the option; "auto" is the element type of the export.
-KV_CACHE_DTYPES: tuple[str, ...] = ("auto", *get_args(KvCacheDtype))
+# Stands for the element type of the export.
+AUTO_KV_CACHE_DTYPE = "auto"
+KV_CACHE_DTYPES: tuple[str, ...] = (AUTO_KV_CACHE_DTYPE, *get_args(KvCacheDtype))
 _MINIMUM = {"window_size": 1, "num_sink_tokens": 0, "distance_limit": 1, "chunk_size": 1}
 
 
@@ -39,8 +41,8 @@ class LambdaConfig:
         chunk_size: largest number S ≥ 1 of new tokens in one step; may exceed the window.
         lambda_layers: "full" gives sinks to layers that see everything by training; "all" also
             to sliding layers, within their own window.
-        rope_regime: "short" or "long", what a rotary scaling that depends on the length of the
-            text is frozen to; None lets the window decide.
+        rope_regime: "short" or "long", the regime in which a rotary scaling that depends on the
+            length of the text is frozen; None lets the window decide.
 
     Raises:
         ConfigError: naming the field, its value and the rule it breaks.
@@ -52,7 +54,7 @@ class LambdaConfig:
     num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
     distance_limit: int = field(default=None)  # type: ignore[assignment]  # filled in below
     chunk_size: int = DEFAULT_CHUNK_SIZE
-    lambda_layers: str = "full"
+    lambda_layers: str = DEFAULT_LAMBDA_LAYERS
     rope_regime: str | None = None
 
     def __post_init__(self) -> None:
@@ -68,8 +70,8 @@ class LambdaConfig:
         for name in _MINIMUM:
             if getattr(self, name) > MAX_POSITION:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at most 2**40")
-        _require_one_of("lambda_layers", self.lambda_layers, LAMBDA_LAYERS)
-        _require_one_of("rope_regime", self.rope_regime, (None, *ROPE_REGIMES))
+        require_one_of("lambda_layers", self.lambda_layers, LAMBDA_LAYERS)
+        require_one_of("rope_regime", self.rope_regime, (None, *ROPE_REGIMES))
 
     @property
     def ring_capacity(self) -> int:
@@ -110,6 +112,13 @@ def as_integer(
     return number
 
 
-def _require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(str, allowed))}")
+def require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Check that an option has one of its values; None among them stands for "not given".
+
+    Raises:
+        ConfigError: naming the option, its value and the values it may have.
+    """
+    # True == 1: a boolean is none of a few numbers.
+    if isinstance(value, bool) or value not in allowed:
+        choices = ", ".join(str(choice) for choice in allowed if choice is not None)
+        raise ConfigError(f"{name}={value!r}: must be one of {choices}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lminf_export.errors import ConfigError
+from lminf_export.operator.settings import require_one_of
 
 WEIGHT_TYPES = ("int4", "int8", "fp8")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -14,6 +15,15 @@ ACCURACY_LEVELS = (1, 4)
 LM_HEADS = ("same", "int8", "full")
 EMBEDDINGS = ("auto", "quantized", "full")
 FORMS = ("matmul_nbits", "qdq")
+# Field of `QuantizeConfig` → the values it may have, beside None where that is the default.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weights": WEIGHT_TYPES,
+    "block_size": BLOCK_SIZES,
+    "accuracy_level": ACCURACY_LEVELS,
+    "lm_head": LM_HEADS,
+    "embeddings": EMBEDDINGS,
+    "form": FORMS,
+}
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 # Element types of weights that have one scale for each row.
 CHANNEL_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
@@ -50,12 +60,10 @@ class QuantizeConfig:
     form: str | None = None
 
     def __post_init__(self) -> None:
-        _require_one_of("quantize", self.weights, WEIGHT_TYPES)
-        _require_one_of("block_size", self.block_size, BLOCK_SIZES)
-        _require_one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
-        _require_one_of("lm_head", self.lm_head, LM_HEADS)
-        _require_one_of("embeddings", self.embeddings, EMBEDDINGS)
-        _require_one_of("form", self.form, (None, *FORMS))
+        for name, choices in CHOICES.items():
+            allowed = (None, *choices) if name == "form" else choices
+            # Users know the first by the name of the option.
+            require_one_of("quantize" if name == "weights" else name, getattr(self, name), allowed)
         if not isinstance(self.symmetric, bool):
             raise ConfigError(f"symmetric={self.symmetric!r}: must be True or False")
         if self.form == "qdq" and not self.symmetric:
@@ -111,10 +119,3 @@ def decide_form(
             "float16 only; choose one of them, or the Q/DQ form for engines"
         )
     return config
-
-
-def _require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    # True == 1: a boolean is no accuracy level.
-    if isinstance(value, bool) or value not in allowed:
-        words = ", ".join(str(x) for x in allowed if x is not None)
-        raise ConfigError(f"{name}={value!r}: must be one of {words}")

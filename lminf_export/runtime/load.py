@@ -10,7 +10,8 @@ from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
-from lminf_export.runtime.session import Provider, Session
+from lminf_export.runtime.options import Provider
+from lminf_export.runtime.session import Session
 
 
 def load(

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import onnxruntime as ort
@@ -21,7 +20,8 @@ from lminf_export.runtime.cache import State
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState
 from lminf_export.runtime.onnxruntime_tables import require_table, with_outputs
-from lminf_export.runtime.session import Provider, Receiver, Session
+from lminf_export.runtime.options import PROVIDERS, Provider
+from lminf_export.runtime.session import Receiver, Session
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class OnnxRuntimeSession(Session):
 
 
 def _check_provider(provider: str, manifest: Manifest) -> None:
-    if provider not in get_args(Provider):
+    if provider not in PROVIDERS:
         raise SessionError(f"provider={provider!r}: must be one of {', '.join(_PROVIDER_NAMES)}")
     if manifest.dtype == "bfloat16" and provider == "cpu":
         raise SessionError(

@@ -15,7 +15,7 @@ from lminf_export.operator.bindings import TensorSpec
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.runtime.cache import State, grown_capacity
 from lminf_export.runtime.memory import zeros_together
-from lminf_export.runtime.session import Provider
+from lminf_export.runtime.options import Provider
 from lminf_export.runtime.snapshot import numpy_dtype
 
 _ONNX_BFLOAT16 = 16

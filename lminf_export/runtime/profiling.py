@@ -11,7 +11,8 @@ from typing import Any
 from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
-from lminf_export.runtime.session import Provider, Session
+from lminf_export.runtime.options import Provider
+from lminf_export.runtime.session import Session
 
 
 def record_profile(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.snapshot import Snapshot
 
-# Where onnxruntime runs.
-Provider = Literal["cpu", "cuda"]
 # Takes the watched values of a step, by name.
 Receiver = Callable[[Mapping[str, np.ndarray]], None]
 

@@ -23,7 +23,7 @@ from lminf_export.progress import Progress, silent
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
-from lminf_export.runtime.session import Provider
+from lminf_export.runtime.options import Provider
 from lminf_export.verify.logits_comparison import (
     BundleRun,
     compare_dense,
