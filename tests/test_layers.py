@@ -27,6 +27,7 @@ from lminf_export.export.trace.layer_records import (
     find_templates,
     shortened,
 )
+from lminf_export.export.trace.traced_module import TracedModule
 from lminf_export.models.registry import find_family
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.tensors.torch_dtypes import torch_dtype
@@ -122,7 +123,7 @@ def templates_of(config: Any, plan: Any, change: Callable[[nn.Module], object] =
     change(model)
     with find_family(config.model_type).patched(model), torch.no_grad():
         contract = GraphContract(plan.layers, "float32", config.vocab_size)
-        module = tracing.TracedModule(model, plan, contract)
+        module = TracedModule(model, plan, contract)
         stack = find_stack(module.wrapped, len(plan.layers))
         whole = module.record(stack)
         templates = find_templates(whole.layers)
