@@ -1,4 +1,4 @@
-"""What can go wrong for a user: each message says what was expected, what was found, what to do."""
+"""Errors that a user can cause: each message says what was expected, what was found, what to do."""
 
 
 class LminfError(Exception):

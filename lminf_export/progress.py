@@ -1,4 +1,4 @@
-"""How long steps tell whoever is watching where they are."""
+"""The callback through which long steps report how far they are."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Progress(Protocol):
 
 
 def silent(phase: str, fraction: float | None) -> None:
-    """Tell nobody."""
+    """Ignore the progress."""
 
 
 def byte_counter(progress: Progress, phase: str, total: int) -> Callable[[int], None]:
-    """Return what counts bytes of a phase that moves so many in total, and tells of them."""
+    """Return a function that adds moved bytes to a phase of known size and reports the share."""
     done = 0
 
     def count(moved: int) -> None:

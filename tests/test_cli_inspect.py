@@ -45,7 +45,7 @@ def test_people_see_model_cache_engine_and_files(bundle):
         "llama from somebody/tiny at main",
         "1 × Λ, 2 key/value heads of 6, ring of 21",
         "1 × sliding window, 2 key/value heads of 6, ring of 14",
-        "3.6 KiB, for ever",
+        "3.6 KiB, without end",
         "a full cache at 32k tokens",
         "3.0 MiB",
         "a full cache at 1M tokens",

@@ -101,3 +101,11 @@ def test_element_types_are_listed_in_one_module():
 def test_settings_of_routers_are_known_to_families_only():
     known = [relative(path) for path in PACKAGE.rglob("*.py") if strings(path) & ROUTER_SETTINGS]
     assert known == ["lminf_export/models/expert_facts.py"]
+
+
+def test_commands_take_choices_from_where_options_are_defined():
+    for path in (PACKAGE / "cli").rglob("*.py"):
+        for node in nodes(path):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Choice":
+                written = [n for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant)]
+                assert len(written) < 2, f"{relative(path)}:{node.lineno}"  # one: no choice

@@ -1,4 +1,4 @@
-"""What both commands share: one-line errors, exit codes, logging, the lazy group."""
+"""Shared by all commands: one-line errors, exit codes, logging, the lazy group."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from lminf_export.runtime.options import Provider
     metavar="FILE",
     help="UTF-8 text to read; repeat the option for more, read one after the other.",
 )
-@click.option("--max-tokens", type=int, metavar="T", help="Stop after so many tokens.")
+@click.option("--max-tokens", type=int, metavar="T", help="Stop after T tokens.")
 @click.option("--repeat", is_flag=True, help="Read the text again and again until --max-tokens.")
 @click.option(
     "--no-start-token",

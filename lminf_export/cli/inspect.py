@@ -126,7 +126,9 @@ def _layers(layers: tuple[Layer, ...]) -> str:
 
 
 def _cache_facts(manifest: Manifest) -> list[tuple[str, str]]:
-    rows = [("cache per sequence", f"{human_bytes(manifest.cache_bytes_per_sequence)}, for ever")]
+    rows = [
+        ("cache per sequence", f"{human_bytes(manifest.cache_bytes_per_sequence)}, without end")
+    ]
     if manifest.kv_cache_dtype is not None:
         kind = f"{manifest.kv_cache_dtype}, a float32 scale for each token and key/value head"
         rows.append(("cache of the window", kind))

@@ -26,7 +26,7 @@ MASKED = -1e30
 
 @dataclass(frozen=True)
 class BodyFeatures:
-    """What the attention of a model uses; the rest is left out of the body.
+    """Features that the attention of a model uses; the rest is left out of the body.
 
     Attributes:
         rotary: some layer rotates queries and keys.

@@ -1,4 +1,4 @@
-"""What every layer needs to know about positions, computed once a step.
+"""Positions of tokens and slots and their rotation rows, computed once in a step for all layers.
 
 Two small torch operators with their own translation to ONNX: torch.onnx would turn their
 integer divisions into float32 ones, which are wrong from position 2**24 on. Only Gather, Mul,

@@ -44,7 +44,7 @@ class Params(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the launcher chose: see plugins/lambda_attention/plan.h."""
+    """Choices of the launcher: see plugins/lambda_attention/plan.h."""
 
     kernel: str
     rows_per_block: int
