@@ -132,7 +132,7 @@ def test_every_ring_is_updated_in_place(tmp_path, trt, parse):
 
 def test_a_ring_that_would_be_copied_is_an_error(trt):
     updates = {"past_key_values.0.key": "present.0.key"}
-    contract = GraphContract(TINY.layers, "float16", TINY.vocab_size)
+    contract = GraphContract(TINY.layers, "float16", None, TINY.vocab_size)
     request = SimpleNamespace(contract=contract, with_plugin=False, updated_in_place=updates)
     types = {"int64": trt.DataType.INT64, "float16": trt.DataType.HALF}
     inputs = [

@@ -22,7 +22,7 @@ PACKAGE = Path(lminf_export.__file__).parent
 @pytest.fixture(params=[("float32", None), ("float16", None), ("float16", "int8")], ids=str)
 def contract(request):
     dtype, kv_cache_dtype = request.param
-    return GraphContract(LAYERS, dtype, 131, kv_cache_dtype)
+    return GraphContract(LAYERS, dtype, kv_cache_dtype, 131)
 
 
 def test_bytes_are_those_of_the_tensors(contract):
@@ -45,7 +45,7 @@ def test_every_cache_is_updated_by_an_output_of_its_type_and_shape(contract):
 
 
 def test_only_rings_change_with_the_kind_of_cache():
-    plain, int8 = (GraphContract(LAYERS, "float16", 131, kind) for kind in (None, "int8"))
+    plain, int8 = (GraphContract(LAYERS, "float16", kind, 131) for kind in (None, "int8"))
     assert int8.sink_updates() == plain.sink_updates()
     assert plain.ring_updates().items() < int8.ring_updates().items()
     assert int8.layer_bytes(LAYERS[0], 1, 0) == 2 * 2 * (16 + 4)

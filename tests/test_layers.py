@@ -101,7 +101,7 @@ def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monke
     for way in ("repeated", "traced"):
         if way == "traced":
             monkeypatch.setattr(tracing, "_trace_templates", lambda _: None)
-        contract = GraphContract(plan.layers, case.dtype, config.vocab_size, case.kv_cache_dtype)
+        contract = GraphContract(plan.layers, case.dtype, case.kv_cache_dtype, config.vocab_size)
         traced = tracing.trace(Skeleton(config, torch_dtype(case.dtype)), family, plan, contract)
         folder = tmp_path / way
         folder.mkdir()
@@ -122,7 +122,7 @@ def templates_of(config: Any, plan: Any, change: Callable[[nn.Module], object] =
     model = Skeleton(config).model
     change(model)
     with find_family(config.model_type).patched(model), torch.no_grad():
-        contract = GraphContract(plan.layers, "float32", config.vocab_size)
+        contract = GraphContract(plan.layers, "float32", None, config.vocab_size)
         module = TracedModule(model, plan, contract)
         stack = find_stack(module.wrapped, len(plan.layers))
         whole = module.record(stack)
@@ -217,7 +217,7 @@ def test_layers_that_cannot_be_told_alike_are_traced_and_the_log_says_why(
     skeleton = Skeleton(config, torch.float16)
     skeleton.model.model.layers[3].self_attn.scaling = 0.25
     with caplog.at_level(logging.INFO):
-        contract = GraphContract(plan.layers, "float16", config.vocab_size)
+        contract = GraphContract(plan.layers, "float16", None, config.vocab_size)
         traced = tracing.trace(skeleton, family, plan, contract)
     assert "every layer is traced by itself: the last of its layers is the first" in caplog.text
     graph = export_without_weights(traced, plan, tmp_path)

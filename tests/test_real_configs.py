@@ -134,14 +134,14 @@ def test_a_real_configuration_gets_the_right_defaults_and_exports(name, tmp_path
     assert [layer.num_sink_tokens for layer in plan.layers] == [
         0 if own else SINKS for own in wanted.own
     ]
-    assert GraphContract(plan.layers, "float16", config.vocab_size).cache_bytes() == sum(
+    assert GraphContract(plan.layers, "float16", None, config.vocab_size).cache_bytes() == sum(
         2 * 2 * groups * head_dim * (ring(own or window) + (0 if own else SINKS))
         for own in wanted.own
     )
     assert plan.softcap == wanted.softcap
     assert wanted.notice in " ".join(plan.notices)
     check_rotations(plan, wanted)
-    contract = GraphContract(plan.layers, "float16", config.vocab_size)
+    contract = GraphContract(plan.layers, "float16", None, config.vocab_size)
     graph = export_without_weights(trace(skeleton, family, plan, contract), plan, tmp_path)
     nodes = [node for node in graph.node if node.op_type == "LambdaAttention"]
     assert len(nodes) == len(wanted.own)

@@ -143,7 +143,7 @@ class Manifest(Record):
     @property
     def contract(self) -> GraphContract:
         """The graph's inputs and outputs, and its caches."""
-        return GraphContract(self.layer_specs, self.dtype, self.vocab_size, self.kv_cache_dtype)
+        return GraphContract(self.layer_specs, self.dtype, self.kv_cache_dtype, self.vocab_size)
 
     @property
     def cache_bytes_per_sequence(self) -> int:

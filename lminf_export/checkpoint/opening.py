@@ -11,12 +11,8 @@ import torch
 from torch import nn
 
 from lminf_export.checkpoint.dequantize import methods
-from lminf_export.checkpoint.lora.adapter import (
-    Adapter,
-    changed_tensors,
-    merge,
-    read_adapter,
-)
+from lminf_export.checkpoint.lora.adapter import changed_tensors, merge
+from lminf_export.checkpoint.lora.files import Adapter, read_adapter
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import Source
 from lminf_export.errors import ModelError

@@ -66,7 +66,7 @@ class ExportJob:
     def contract(self) -> GraphContract:
         """The graph's inputs and outputs, and its caches."""
         vocab_size = self.source.config.vocab_size
-        return GraphContract(self.plan.layers, self.dtype, vocab_size, self.kv_cache_dtype)
+        return GraphContract(self.plan.layers, self.dtype, self.kv_cache_dtype, vocab_size)
 
     @property
     def links_weights(self) -> bool:

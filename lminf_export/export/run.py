@@ -125,7 +125,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     )
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
-    contract = GraphContract(plan.layers, dtype, source.config.vocab_size, kv_cache_dtype)
+    contract = GraphContract(plan.layers, dtype, kv_cache_dtype, source.config.vocab_size)
     notices += [LINK_NOTICE] if options.weights == LINK else []
     notices += [*memory_notices(contract), *eos_notices(source)]
     job = ExportJob(

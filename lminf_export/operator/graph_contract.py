@@ -39,14 +39,14 @@ class GraphContract:
     Attributes:
         layers: the caches of the layers, in order.
         dtype: the model's element type.
-        vocab_size: V.
         kv_cache_dtype: "int8" for rings of int8, or None for rings in the model's type.
+        vocab_size: V.
     """
 
     layers: tuple[LayerSpec, ...]
     dtype: Dtype
+    kv_cache_dtype: KvCacheDtype | None
     vocab_size: int
-    kv_cache_dtype: KvCacheDtype | None = None
 
     @property
     def int8_cache(self) -> bool:
@@ -78,7 +78,7 @@ class GraphContract:
         logits = TensorSpec(LOGITS, "float32", (BATCH, NUM_LOGITS, self.vocab_size))
         return [logits, *self.caches(present=True)]
 
-    def caches(self, *, present: bool) -> Iterator[TensorSpec]:
+    def caches(self, *, present: bool = False) -> Iterator[TensorSpec]:
         """Yield the cache tensors of all layers in graph order: inputs, or outputs if present."""
         name = present_name if present else past_name
         for index, layer in enumerate(self.layers):

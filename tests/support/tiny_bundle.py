@@ -62,7 +62,7 @@ class TinyModel:
 
     @property
     def contract(self) -> GraphContract:
-        return GraphContract(self.layers, self.dtype, self.vocab_size)
+        return GraphContract(self.layers, self.dtype, None, self.vocab_size)
 
     def _layer(self, window: int, sinks: int) -> LayerSpec:
         capacity = ring_capacity(window, self.chunk_size)

@@ -15,12 +15,10 @@ from typing import Any
 from torch import nn
 
 from lminf_export.checkpoint.conversion import Stacked
-from lminf_export.checkpoint.lora.files import CONFIG_NAME, Adapter, Change, read_adapter
+from lminf_export.checkpoint.lora.files import CONFIG_NAME, Adapter, Change
 from lminf_export.checkpoint.lora.merging import LowRank, Merged, Sum
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.tensors.stored import RawTensor, SourceTensor
-
-__all__ = ["Adapter", "Change", "changed_tensors", "merge", "read_adapter"]
 
 
 def merge(
