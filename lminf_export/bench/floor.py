@@ -37,7 +37,7 @@ def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:
     """
     total = 0
     graph = ir.load(bundle.graph_path).graph
-    chosen = experts_per_token(graph) * batch_size
+    chosen = chosen_experts_per_token(graph) * batch_size
     seen: set[tuple[str, int]] = set()
     for value in graph.initializers.values():
         tensor = value.const_value
@@ -72,7 +72,7 @@ def _is_lookup(node: ir.Node, index: int) -> bool:
     return node.op_type in _LOOKUPS and index in (0, 2, 3)
 
 
-def experts_per_token(graph: ir.Graph) -> int:
+def chosen_experts_per_token(graph: ir.Graph) -> int:
     """Return how many experts each token of a graph meets in a layer; 1 without experts."""
     chosen = [node for node in graph for x in node.outputs if _holds_choice(x)]
     shapes = (node.inputs[0].shape for node in chosen if node.inputs[0] is not None)

@@ -13,7 +13,7 @@ from lminf_export.export.background_weights import BackgroundWeights
 from lminf_export.export.onnx_dtypes import dtype_name
 from lminf_export.export.passes import pipelines
 from lminf_export.export.passes.choose_weights import Quantized, choose_weights
-from lminf_export.export.passes.quantize_to_blocks import stored_parts
+from lminf_export.export.passes.quantize_to_blocks import stored_initializers
 from lminf_export.export.trace.tracing import Trace
 from lminf_export.quantize import stored as quantized_weights
 from lminf_export.quantize.config import QuantizeConfig
@@ -120,7 +120,7 @@ def write_files(
             logger.info("the graph needs other weights than foreseen; they are written again")
             background.stop()
         stored, digest = write_pieces(path, pieces, progress)
-    parts = stored_parts(model, [piece.name for piece in quantized or ()], stored)
+    parts = stored_initializers(model, [piece.name for piece in quantized or ()], stored)
     attached = {piece.name: stored[piece.name] for piece in full} | parts
     pipelines.run(model, pipelines.attached(attached))
     stacks = [p for p in full if quantized is not None and len(p.tensor.shape) > 2]

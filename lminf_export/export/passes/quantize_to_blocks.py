@@ -28,7 +28,7 @@ class QuantizeToBlocksPass(ir.passes.InPlacePass):
     """Let the chosen weights' readers read them in blocks, as onnxruntime does.
 
     A Gemm becomes MatMulNBits, a Gather GatherBlockQuantized. The parts of a weight are
-    initializers without data; `stored_parts` says where their bytes are.
+    initializers without data; `stored_initializers` says where their bytes are.
 
     Requires: the graph reads the weights as they were chosen; they are of this form.
     Ensures: no chosen reader reads a weight in full; a weight that nothing reads is gone.
@@ -66,7 +66,7 @@ class QuantizeToBlocksPass(ir.passes.InPlacePass):
         ensure_sound(model)
 
 
-def stored_parts(
+def stored_initializers(
     model: ir.Model, pieces: Iterable[str], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """Return where the bytes are of every initializer that is part of a quantised weight.

@@ -35,7 +35,7 @@ class UnlikeLayersError(Exception):
 
 
 @dataclass(frozen=True)
-class Record:
+class LayerRecords:
     """The operations of a model, in order.
 
     Attributes:
@@ -105,7 +105,7 @@ def find_templates(layers: Sequence[Signature]) -> Templates:
     raise UnlikeLayersError("the last of its layers is the first of its kind")
 
 
-def check_first(first: Record, whole: Record) -> None:
+def check_first(first: LayerRecords, whole: LayerRecords) -> None:
     """Check that the first layers compute alone what they compute within the whole model.
 
     Raises:
@@ -120,7 +120,7 @@ def check_first(first: Record, whole: Record) -> None:
 
 def record(
     wrapped: nn.Module, arguments: Mapping[str, Tensor], call: Sequence[Any], stack: str
-) -> Record:
+) -> LayerRecords:
     """Run a model once and record its operations.
 
     Args:
@@ -174,12 +174,12 @@ class _Recorder(TorchDispatchMode):
         yield layer.register_forward_pre_hook(lambda *_: self._enter(index))
         yield layer.register_forward_hook(lambda *_: self._leave(index))
 
-    def record(self) -> Record:
+    def record(self) -> LayerRecords:
         """Return the record of the run."""
         before, *layers, after = (tuple(section) for section in self.sections)
         if self.finished != len(layers):
             raise UnlikeLayersError(f"only {self.finished} of {len(layers)} layers run")
-        return Record(before, tuple(layers), after)
+        return LayerRecords(before, tuple(layers), after)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

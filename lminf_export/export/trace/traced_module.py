@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.errors import ExportError
-from lminf_export.export.trace.layer_records import Record, record
+from lminf_export.export.trace.layer_records import LayerRecords, record
 from lminf_export.models import experts
 from lminf_export.models.base import AttentionPlan
 from lminf_export.models.steps import LambdaModel, PlanTables
@@ -55,8 +55,8 @@ class TracedModule:
         buffers = self.wrapped.named_buffers(remove_duplicate=False)
         return [name for name, _ in (*parameters, *buffers)]
 
-    def record(self, stack: str) -> Record:
-        """Record the operations of the module, on sizes that nothing else in it has."""
+    def record(self, stack: str) -> LayerRecords:
+        """LayerRecords the operations of the module, on sizes that nothing else in it has."""
         tensors = _example(self.inputs, smallest=10007)
         names = [spec.name for spec in self.inputs]
         return record(self.wrapped, dict(zip(names, tensors, strict=True)), _call(tensors), stack)
