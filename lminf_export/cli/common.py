@@ -79,8 +79,8 @@ def one_adapter(_: click.Context, __: click.Parameter, paths: tuple[str, ...]) -
 def verbosity_options(function: Callable[P, R]) -> Callable[..., R]:
     """Add -v and -q to a command and set logging up from them."""
 
-    @click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
-    @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+    @click.option("-v", "--verbose", count=True, help="Show more messages; twice: all of them.")
+    @click.option("-q", "--quiet", is_flag=True, help="Show errors only.")
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         set_up_logging(int(kwargs.pop("verbose")), bool(kwargs.pop("quiet")))  # type: ignore[call-overload]

@@ -67,7 +67,7 @@ from lminf_export.runtime.options import Provider
     show_default=True,
     help="Buckets for each doubling of the context.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled targets.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampled targets.")
 @click.option(
     "--state",
     type=click.Path(path_type=Path),

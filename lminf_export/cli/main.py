@@ -51,7 +51,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     help="Show the version and exit.",
 )  # fmt: skip
 def cli() -> None:
-    """Run and look into bundles written by lminf-export.
+    """Run and inspect bundles written by lminf-export.
 
     A BUNDLE is the folder lminf-export wrote, or a file in it.
     """

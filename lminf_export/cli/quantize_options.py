@@ -29,7 +29,7 @@ def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
         "--quantize",
         "quantize",
         required=False,
-        help="Quantise the weights of projections.  [default: not]",
+        help="Quantise the weights of projections.  [default: not quantised]",
     )
     @option("block_size", help="Input features of a quantised weight that share a scale.")
     @option(

@@ -41,7 +41,9 @@ HELDOUT_NAME = "heldout.txt"
     callback=one_adapter,
     help="The adapter merged into the bundle, to be merged into --model too.",
 )
-@click.option("--allow-pickle", is_flag=True, help="Read .bin weights of the model. Off.")
+@click.option(
+    "--allow-pickle", is_flag=True, help="Read .bin weights of the model. Off by default."
+)
 @click.option(
     "--tokens",
     "num_tokens",
@@ -55,7 +57,7 @@ HELDOUT_NAME = "heldout.txt"
     help="Take the stream from this text, through the bundle's tokenizer; random otherwise.  "
     f"[default for a quantised bundle: {HELDOUT_NAME} in the model's folder, if there is one]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random tokens.")
 @provider_option
 @kernels_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
