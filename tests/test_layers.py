@@ -216,7 +216,9 @@ def test_layers_that_cannot_be_told_alike_are_traced_and_the_log_says_why(
     plan, family = plan_of(config), find_family("llama")
     skeleton = Skeleton(config, torch.float16)
     skeleton.model.model.layers[3].self_attn.scaling = 0.25
-    with caplog.at_level(logging.INFO):
+    # A command line that ran before in this process has set up the package's logger for itself.
+    monkeypatch.setattr(logging.getLogger("lminf_export"), "propagate", True)
+    with caplog.at_level(logging.INFO, "lminf_export"):
         contract = GraphContract(plan.layers, "float16", None, config.vocab_size)
         traced = tracing.trace(skeleton, family, plan, contract)
     assert "every layer is traced by itself: the last of its layers is the first" in caplog.text

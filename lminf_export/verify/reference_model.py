@@ -22,11 +22,8 @@ from lminf_export.models.steps import run
 from lminf_export.operator.reference import Rounding
 from lminf_export.operator.reference_int8 import round_to_int8
 from lminf_export.progress import Progress
-from lminf_export.verify.bundle_weights import (
-    dequantized_folder,
-    quantized_names,
-    rounded_activations,
-)
+from lminf_export.verify.bundle_weights import dequantized_folder, quantized_names
+from lminf_export.verify.rounded_activations import rounded_activations
 from lminf_export.verify.routing_check import Routed, experts_of
 
 
