@@ -103,8 +103,8 @@ def digests(package: Any, model: Path, settings: dict[str, Any]) -> dict[str, st
         out = bundle / asked.pop("out", "")
         try:
             package.export(model, out, **asked)
-        except package.LminfError as error:
-            return {"error": str(error)}
+        except (package.LminfError, TypeError) as error:  # an old tree's bug is a result, too
+            return {"error": f"{type(error).__name__}: {error}"}
         return {
             path.relative_to(bundle).as_posix(): _digest(path)
             for path in sorted(bundle.rglob("*"))
