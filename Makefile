@@ -1,4 +1,4 @@
-# `make demo` shows it, `make test` checks it, `make test-fast` checks most of it in three minutes.
+# `make demo` shows it, `make test` checks it, `make test-fast` checks most of it sooner.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
