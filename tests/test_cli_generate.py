@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from lminf_export.cli.common import handle_errors
+from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.main import cli
 from lminf_export.errors import BundleError
 from lminf_export.runtime.load import load
@@ -201,13 +203,35 @@ def test_what_a_user_can_cause_is_one_line(error, line):
     assert refused(CliRunner().invoke(command)).startswith(line)
 
 
-def test_a_bug_shows_itself():
+def test_a_bug_is_one_line_with_a_traceback_and_a_code_of_its_own():
     @click.command()
+    @verbosity_options
     @handle_errors
     def command():
         raise KeyError("bug")
 
-    assert isinstance(CliRunner().invoke(command).exception, KeyError)
+    result = CliRunner().invoke(command)
+    assert result.exit_code == 3
+    (line,) = result.stderr.splitlines()
+    found = re.fullmatch(r"internal error: KeyError: 'bug' \(traceback: (.+)\)", line)
+    text = Path(found[1]).read_text()
+    Path(found[1]).unlink()
+    assert "Traceback" in text
+    assert 'raise KeyError("bug")' in text
+    result = CliRunner().invoke(command, ["-v"])
+    Path(re.search(r"traceback: (.+)\)", result.stderr)[1]).unlink()
+    assert text in result.stderr
+
+
+def test_what_click_raises_is_no_bug():
+    @click.command()
+    @handle_errors
+    def command():
+        raise click.UsageError("wrong")
+
+    result = CliRunner().invoke(command)
+    assert result.exit_code == 2
+    assert "internal" not in result.stderr
 
 
 def test_help_names_every_command_and_imports_none():

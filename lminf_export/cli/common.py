@@ -12,6 +12,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
 
+from lminf_export.cli.internal_errors import InternalErrors
 from lminf_export.errors import InputError, LminfError
 
 P = ParamSpec("P")
@@ -26,11 +27,10 @@ def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn what a user can cause into one line on stderr and an exit code.
 
     A LminfError, or an OSError from the system, ends with "error: …" and 2; Ctrl-C with 130; a
-    reader that has gone away with 141 and silence. Everything else is a bug and shows itself.
+    reader that has gone away with 141 and silence. Everything else is a bug: one line, and 3.
     """
 
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+    def foreseen(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except LminfError as error:
@@ -46,6 +46,11 @@ def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             click.echo(err=True)
             raise SystemExit(EXIT_INTERRUPTED) from None
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with InternalErrors():
+            return foreseen(*args, **kwargs)
 
     return wrapped
 
