@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from lminf_export.checkpoint.dequantize import methods
-from lminf_export.checkpoint.lora.adapter import changed_tensors, merge
-from lminf_export.checkpoint.lora.files import Adapter, read_adapter
+from lminf_export.checkpoint.lora.adapter import merge
+from lminf_export.checkpoint.lora.files import read_adapter
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import Source
-from lminf_export.errors import ModelError
+from lminf_export.checkpoint.tying import changed_apart, check_apart, split, stored_apart, untied
 from lminf_export.models.base import register_attention
 from lminf_export.tensors.files import find_weights, read_checkpoint
 from lminf_export.tensors.stored import SourceTensor
+
+TIED_APART = "config.json ties tensors of which the checkpoint holds different ones"
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Checkpoint:
     """A model's tensors as they are written into a bundle.
 
     Attributes:
-        source: the model; its configuration is that of the tensors, so with an adapter that
-            changes one of two tied tensors it ties them no longer.
+        source: the model; its configuration is that of the tensors: where the checkpoint holds
+            two different tensors for tied ones, or an adapter changes one of them, it ties nothing.
         tensors: by name.
         skeleton: the model of that configuration, without numbers.
         adapter: name of the adapter that is merged, or None.
@@ -42,8 +44,9 @@ class Checkpoint:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the tensors are those of the files."""
-        return self.adapter is None and self.source.quantization is None
+        """Whether transformers makes the same model of the folder as it is."""
+        source = self.source
+        return self.adapter is None and source.quantization is None and not source.is_untied
 
 
 def open_checkpoint(
@@ -58,8 +61,8 @@ def open_checkpoint(
     Args:
         source: the model.
         adapter: folder of a PEFT LoRA adapter to merge.
-        skeleton: of the source's configuration; by default a new one. An adapter that unties
-            embeddings changes the configuration, which takes a second one.
+        skeleton: of the source's configuration; by default a new one. Tensors that are tied no
+            longer change the configuration, which takes a second one.
         allow_pickle: read `.bin` files where there are no safetensors.
 
     Raises:
@@ -71,16 +74,19 @@ def open_checkpoint(
     tensors = methods.dequantize_checkpoint(raw, source.quantization)
     notices = (methods.notice(source.quantization),) if source.quantization else ()
     skeleton = skeleton or Skeleton(source.config)
+    apart = stored_apart(tensors, skeleton)
+    if apart:
+        source, skeleton = untied(source, skeleton)
+        check_apart(apart, skeleton, "the checkpoint")
+        notices = (*notices, f"{TIED_APART}: {' and '.join(apart)} are both kept")
     if found is None:
         return Checkpoint(source, tensors, skeleton, None, notices)
-    untied = _untied_names(found, skeleton)
-    if untied:
-        config = copy.deepcopy(source.config)
-        config.tie_word_embeddings = False
-        source = replace(source, config=config, is_untied=True)
-        skeleton = skeleton.of(config)
-        _split(tensors, untied, skeleton, found)
-        notices = (*notices, f"adapter {found.name!r} unties {' and '.join(untied)}")
+    apart = changed_apart(found, skeleton)
+    if apart:
+        source, skeleton = untied(source, skeleton)
+        check_apart(apart, skeleton, f"adapter {found.name!r}")
+        split(tensors, apart, skeleton)
+        notices = (*notices, f"adapter {found.name!r} unties {' and '.join(apart)}")
     tensors = merge(found, tensors, skeleton, source.name)
     return Checkpoint(source, tensors, skeleton, found.name, notices)
 
@@ -125,31 +131,3 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         for block in tensor.blocks():
             place[start : start + block.numel()] = block
             start += block.numel()
-
-
-def _untied_names(adapter: Adapter, skeleton: Skeleton) -> tuple[str, ...]:
-    """Return the names of a tied tensor that the adapter changes under one of them only."""
-    if adapter.settings.get("ensure_weight_tying"):
-        return ()
-    changed = changed_tensors(adapter, skeleton.model)
-    return next((names for names in skeleton.tied if changed & set(names)), ())
-
-
-def _split(
-    tensors: dict[str, SourceTensor],
-    names: tuple[str, ...],
-    skeleton: Skeleton,
-    adapter: Adapter,
-) -> None:
-    """Give every name of a tensor that was tied a tensor of its own."""
-    if any(len(set(names) & set(group)) > 1 for group in skeleton.tied):
-        raise adapter.refuse(
-            f"it changes one of {' and '.join(names)}, which this model cannot have apart"
-        )
-    own = skeleton.conversion.apply(tensors)
-    one = next((own[name] for name in names if name in own), None)
-    if one is None:
-        raise ModelError(f"the checkpoint lacks {names[0]}")
-    for name in names:
-        if name not in own:
-            tensors[name] = one

@@ -39,7 +39,7 @@ class Source:
         revision: commit of the hub, or None for a folder.
         config: the model's configuration as transformers reads it, of the unquantised model.
         quantization: how its checkpoint is quantised, checked, or None.
-        is_untied: the model's files tie its embeddings, its tensors (with an adapter) do not.
+        is_untied: config.json ties its embeddings; its tensors, of which there are two, are not.
     """
 
     folder: Path
@@ -157,8 +157,8 @@ def read_config_file(folder: Path, model: str) -> dict[str, Any]:
 def plain_config(source: Source) -> str:
     """Return the text of config.json for the tensors in a bundle.
 
-    As it is, but for quantisation, which is undone there, and tied embeddings, which an adapter
-    may have set apart.
+    As it is, but for quantisation, which is undone there, and tied embeddings, which the checkpoint
+    or an adapter may have set apart.
     """
     text = (source.folder / "config.json").read_text(encoding="utf-8")
     if source.quantization is None and not source.is_untied:
