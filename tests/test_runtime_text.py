@@ -136,3 +136,19 @@ def test_no_token_is_asked_for_behind_a_stop_string(codec):
 
     assert "".join(codec.stream(endless(), stop=["STOP"])) == "one "
     assert len(asked) == len("one STOP")
+
+
+def test_a_length_saved_with_the_tokenizer_neither_cuts_nor_pads_a_prompt(tmp_path):
+    tokenizer = byte_tokenizer()
+    plain = tokenizer.encode("a text of some length").ids
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=30)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(tmp_path / "tokenizer.json")
+    assert codec.encode("a text of some length") == plain
+    assert codec.tokenizer.encode("x").ids == byte_tokenizer().encode("x").ids
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused(codec):
+    with pytest.raises(InputError, match="not UTF-8"):
+        codec.encode(b"a\xff".decode("utf-8", "surrogateescape"))

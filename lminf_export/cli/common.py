@@ -117,7 +117,15 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error.reason}") from None
+        raise InputError(not_utf8(path, error)) from None
+
+
+def not_utf8(name: str, error: UnicodeDecodeError) -> str:
+    """Return the message for a text that is not UTF-8."""
+    return (
+        f"{name} is not UTF-8 (byte {error.start}: {error.reason}); convert it, for example with "
+        "iconv"
+    )
 
 
 def quiet_transformers() -> None:

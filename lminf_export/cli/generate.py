@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import click
 
 from lminf_export.bundle.files import human_bytes
-from lminf_export.cli.common import handle_errors, read_text, verbosity_options
+from lminf_export.cli.common import handle_errors, not_utf8, read_text, verbosity_options
 from lminf_export.cli.session_options import kernels_option, provider_option, threads_option
 from lminf_export.errors import InputError
 
@@ -175,6 +175,6 @@ def _prompt_text(prompt: str | None, prompt_file: str | None, stdin: str | None)
         if given == ["-"]:
             return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"the prompt on stdin is not UTF-8: {error.reason}") from None
+        raise InputError(not_utf8("the prompt on stdin", error)) from None
     assert prompt_file is not None
     return read_text(prompt_file)

@@ -173,11 +173,13 @@ class LanguageModel:
     ) -> Iterator[int]:
         """Continue a prompt; yield token ids one by one, without end if nothing stops it.
 
-        The last id yielded has not been read into the state: pass it on with what follows to
-        continue the stream. A stop token is not yielded.
+        A given state moves on as ids are asked for: by the prompt with the first one, then by
+        each id yielded before. The last id yielded has not been read into it: pass it on with
+        what follows to continue the stream. A stop token is not yielded.
 
         Args:
-            prompt_ids: (P,) integers, P ≥ 1.
+            prompt_ids: (P,) integers, P ≥ 1: what stands behind the tokens that the state has
+                read, which are not given again.
             max_new_tokens: how many at most; None for no end.
             temperature: see `SamplingConfig`, as for the settings that follow it.
             top_k: see `SamplingConfig`.
@@ -186,7 +188,7 @@ class LanguageModel:
             repetition_penalty: see `SamplingConfig`.
             seed: see `SamplingConfig`.
             stop_token_ids: ids that end the text; the bundle's end-of-text ids by default.
-            state: a state of one stream to continue; a new one by default.
+            state: a state of one stream to continue; by default a new one, which nobody sees.
 
         Raises:
             ConfigError: a sampling setting outside its rule.

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import BundleError, InputError
+from lminf_export.runtime.text_stream import StreamDecoder
 
-# Last tokens of the prompt that the decoder sees, so that the first word gets its space.
-_CONTEXT_TOKENS = 8
-# No character is longer; bytes that are still incomplete will never become one.
-_MAX_PENDING_TOKENS = 16
+# How Python passes on bytes of the command line that are no text.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TextCodec:
@@ -29,6 +28,9 @@ class TextCodec:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise BundleError(f"{path} cannot be read as a tokenizer: {error}") from None
+        # Whoever trained with them saved them; a prompt and a text are to be read whole.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
 
     @classmethod
     def of(cls, bundle: Bundle) -> TextCodec:
@@ -47,10 +49,12 @@ class TextCodec:
         """Return a prompt's token ids.
 
         Raises:
-            InputError: for an empty prompt.
+            InputError: for an empty prompt, or one that is no Unicode text.
         """
         if not text:
             raise InputError("the prompt is empty; give at least one character")
+        if _SURROGATE.search(text):
+            raise InputError("the prompt is not UTF-8; convert it, for example with iconv")
         token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if not token_ids:
             raise InputError(f"the prompt {text!r} holds nothing the tokenizer knows")
@@ -78,40 +82,6 @@ class TextCodec:
         piece = stops.push(decoder.flush()) + stops.flush()
         if piece:
             yield piece
-
-
-class StreamDecoder:
-    """Decodes one token at a time; a character split over tokens is returned complete."""
-
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._pending: list[int] = []
-        for token in after[-_CONTEXT_TOKENS:]:
-            self.step(token)
-        self._pending.clear()
-
-    def step(self, token: int) -> str:
-        """Return the text that has become certain, often "" or one word."""
-        self._pending.append(token)
-        try:
-            text = self._stream.step(self._tokenizer, token)
-        except Exception as error:
-            # Invalid bytes can change what was decoded before (tokenizers#1705).
-            if "prefix" not in str(error).lower():
-                raise
-            return self.flush()
-        if text is not None:
-            self._pending.clear()
-            return text
-        return self.flush() if len(self._pending) >= _MAX_PENDING_TOKENS else ""
-
-    def flush(self) -> str:
-        """Return the text held back, with a replacement character for invalid bytes."""
-        text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
-        self._pending.clear()
-        self._stream = DecodeStream(skip_special_tokens=True)
-        return text
 
 
 class StopStrings:
