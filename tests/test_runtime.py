@@ -411,6 +411,14 @@ def test_a_plan_that_is_not_the_bundles_is_refused(tmp_path):
         load(path / "other.plan")
 
 
+def test_a_graph_that_is_not_the_bundles_is_refused(tmp_path):
+    path = TINY.write(tmp_path / "b").path
+    (path / "engine.onnx").write_bytes(b"")
+    with pytest.raises(SessionError, match=r"name the bundle's folder or .*model\.onnx"):
+        load(path / "engine.onnx")
+    assert load(path / "model.onnx")
+
+
 def test_running_a_bundle_imports_neither_torch_nor_transformers_nor_onnx(lm):
     code = textwrap.dedent(
         f"""

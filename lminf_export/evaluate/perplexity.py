@@ -59,7 +59,7 @@ def evaluate_perplexity(
     """
     options = options or Options()
     opened = Bundle.open(bundle)
-    model = load(opened.path, provider=provider, threads=threads, kernels=kernels)
+    model = load(bundle, provider=provider, threads=threads, kernels=kernels)
     progress("tokenizing", None)
     stream = read_stream(
         model.codec, files, max_tokens=max_tokens, repeat=repeat, start_tokens=start_tokens
@@ -72,6 +72,7 @@ def evaluate_perplexity(
             "start tokens": stream.num_start_tokens,
             "repetition": repeat,
             "model": options.model or "",
+            **({"runs": "plan"} if Path(bundle).suffix == ".plan" else {}),
         },
     )
     buckets = log_buckets(

@@ -50,6 +50,11 @@ def load(
         return LanguageModel(bundle, session)
     if Path(path).suffix == ".plan":
         raise SessionError(f"{path} is not the plan of this bundle; it has {bundle.plan_path}")
+    if Path(path).suffix == ".onnx" and not _is_same_file(path, bundle.graph_path):
+        raise SessionError(
+            f"{path} is not the graph that onnxruntime runs; name the bundle's folder or "
+            f"{bundle.graph_path}"
+        )
     if provider == "cpu":
         require_memory(bundle.manifest, None, batch_size=1)
     session = OnnxRuntimeSession(bundle, provider=provider, threads=threads, kernels=kernels)

@@ -60,7 +60,7 @@ def validate(
     """Run a bundle token by token and in uneven chunks, and compare every logit.
 
     Args:
-        bundle: the bundle's folder; every file in it is hashed first.
+        bundle: the bundle's folder, or its plan to measure that; every file is hashed first.
         model: original model (folder or hub id) to take the reference's weights from, instead
             of reading them back from the bundle; every weight is compared with it too. The
             reference of a quantised bundle has its own weights, dequantised, in any case: that
@@ -83,6 +83,7 @@ def validate(
     opened = Bundle.open(bundle, verify="full")
     _check_adapter(opened, model, lora)
     tokens = make_stream(opened.manifest, num_tokens, token_ids, seed)
+    language_model = load(bundle, provider=provider, kernels=kernels)
     family = find_family(opened.manifest.model_type)
     source = open_source(model if model is not None else opened.path, allow_pickle=allow_pickle)
     original = open_checkpoint(source, lora, allow_pickle=allow_pickle)
@@ -92,7 +93,6 @@ def validate(
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
     dtype = _reference_dtype(original)
-    language_model = load(opened.path, provider=provider, kernels=kernels)
     watch = routing_watch(language_model, original)
     if watch is not None:
         language_model = LanguageModel(opened, watch.session)
