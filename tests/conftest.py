@@ -1,6 +1,9 @@
-"""Which tests `make test-fast` leaves out."""
+"""Which tests `make test-fast` leaves out, and whose settings all tests run with."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,3 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if function in seen:
             item.add_marker(pytest.mark.slow)
         seen.add(function)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _settings_of_a_new_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep what is remembered about plans out of the user's own folder, in children too."""
+    folder = tmp_path_factory.mktemp("config")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(folder))
+        yield folder

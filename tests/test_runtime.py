@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lminf_export
+from lminf_export.bundle.files import file_sha256
+from lminf_export.bundle.manifest import content_sha256
 from lminf_export.errors import InputError, SessionError
 from lminf_export.runtime import onnxruntime as runtime_onnxruntime
 from lminf_export.runtime.cache import grown_capacity
@@ -402,6 +406,42 @@ def test_a_batch_larger_than_this_machine_is_refused_with_both_numbers(lm, monke
     lm.new_state(2)
     with pytest.raises(SessionError, match=r"caches of 3 streams take .* KiB .*smaller batch"):
         lm.new_state(3)
+
+
+def altered(path, old, new):
+    """Change bytes of the graph, and the manifest with it, as whoever makes a bundle can."""
+    graph = path / "model.onnx"
+    content = graph.read_bytes()
+    assert old in content
+    graph.write_bytes(content.replace(old, new))
+    manifest = json.loads((path / "lminf.json").read_text(encoding="utf-8"))
+    manifest["files"]["model.onnx"]["sha256"] = file_sha256(graph)
+    manifest["manifest_sha256"] = content_sha256(manifest)
+    (path / "lminf.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"Gather", b"Gath\xe9r", r"cannot load .*Gath\\xe9r"),
+        (b"input_ids", b"input_\xe9ds", r"cannot name the inputs .*input_\\xe9ds"),
+        (b"model.onnx.data", b"model\xe9onnx.data", "cannot load .*does not exist"),
+    ],
+)
+def test_messages_and_names_that_are_not_utf8_are_one_line(tmp_path, capfd, old, new, words):
+    path = TINY.write(tmp_path / "b").path
+    altered(path, old, new)
+    with pytest.raises(SessionError, match=words) as caught:
+        load(path, threads=1, kernels="none")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_path_that_is_not_utf8_is_one_line(tmp_path):
+    path = TINY.write(tmp_path / "b").path
+    odd = path.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(SessionError, match="opens paths in UTF-8 only"):
+        load(odd)
 
 
 def test_a_plan_that_is_not_the_bundles_is_refused(tmp_path):

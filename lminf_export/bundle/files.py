@@ -1,9 +1,10 @@
-"""Hashes and sizes of files."""
+"""Hashes and sizes of files, and when they are really on the disk."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +31,14 @@ def human_bytes(count: float) -> str:
         return f"{count:.0f} B"
     power = min(int(math.log(count, 1024)), 5)
     return f"{count / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

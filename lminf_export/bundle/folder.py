@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lminf_export.bundle.destination import is_temporary, replaced_folders
 from lminf_export.bundle.files import HashProgress, file_sha256
+from lminf_export.bundle.links import stays_inside
 from lminf_export.bundle.manifest import Manifest, read_manifest
 from lminf_export.bundle.records import MANIFEST_NAME, FileEntry
 from lminf_export.errors import BundleError
@@ -48,6 +50,7 @@ class Bundle:
         folder = bundle_folder(path)
         manifest_path = folder / MANIFEST_NAME
         try:
+            _require_inside(manifest_path, folder)
             manifest = read_manifest(manifest_path.read_bytes(), str(manifest_path))
         except OSError as error:
             raise BundleError(f"cannot read {manifest_path}: {error.strerror}") from None
@@ -118,9 +121,8 @@ class Bundle:
         path = self.path / name
         if not path.is_file():
             raise BundleError(f"{path} is missing; export the model again or copy the whole bundle")
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{path} is a link to outside the bundle; copy the file itself")
         try:
+            _require_inside(path, self.path)
             size = path.stat().st_size
             if size != entry.bytes:
                 raise BundleError(
@@ -146,8 +148,13 @@ def bundle_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         if not path.exists():
-            raise BundleError(f"{path} does not exist; expected a bundle written by lminf-export")
+            raise BundleError(_nothing_there(path))
         folder = path if path.is_dir() else path.parent
+        if is_temporary(folder.resolve()):
+            raise BundleError(
+                f"{folder} is not a bundle: an export that runs, or was interrupted, works in it; "
+                "open the folder the export was to write, or export again"
+            )
         has_manifest = (folder / MANIFEST_NAME).is_file()
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
@@ -156,3 +163,17 @@ def bundle_folder(path: str | Path) -> Path:
             f"{folder} is not a bundle: it has no {MANIFEST_NAME}; write one with lminf-export"
         )
     return folder
+
+
+def _nothing_there(path: Path) -> str:
+    moved = replaced_folders(path)
+    if moved:
+        return (
+            f"{path} does not exist: an export was killed while it replaced it; mv {moved[0]} back"
+        )
+    return f"{path} does not exist; expected a bundle written by lminf-export"
+
+
+def _require_inside(path: Path, folder: Path) -> None:
+    if not stays_inside(path, folder):
+        raise BundleError(f"{path} is a link to outside the bundle; copy the file itself")

@@ -1,13 +1,16 @@
 """Writes a bundle: whole or not at all.
 
 Files go into a hidden folder beside the destination, are hashed and synced, described by
-`lminf.json` last, and renamed into place. Whatever interrupts that removes the hidden folder;
-what a kill -9 leaves behind has another name, and the next export to the same place clears it.
+`lminf.json` last, and renamed into place; a bundle that is replaced changes places with the new
+one in one step. Whatever interrupts that removes the hidden folder; what a kill -9 leaves behind
+has a name under which nothing loads it, and the next export to the same place clears it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import secrets
 import shutil
@@ -20,16 +23,24 @@ from types import FrameType, TracebackType
 
 from lminf_export.bundle.destination import (
     NO_SPACE,
+    TOKEN_LENGTH,
     check_destination,
     locked,
     make_folder,
     make_parents,
     remove_abandoned,
+    remove_folder,
+    restore_replaced,
+    temporary_name,
 )
-from lminf_export.bundle.files import HashProgress, file_sha256, human_bytes
+from lminf_export.bundle.exchange import exchange
+from lminf_export.bundle.files import HashProgress, file_sha256, human_bytes, sync
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import MANIFEST_NAME, FileEntry, Role, check_file_name
+from lminf_export.bundle.trust import remember
 from lminf_export.errors import ExportError
+
+logger = logging.getLogger(__name__)
 
 
 class BundleWriter:
@@ -47,21 +58,19 @@ class BundleWriter:
     def __init__(self, directory: str | Path, *, force: bool = False) -> None:
         self.directory = Path(os.path.abspath(directory))
         self.force = force
-        self._token = secrets.token_hex(4)
-        self._temporary = self.directory.parent / f".{self.directory.name}.partial-{self._token}"
+        self._temporary = self.directory  # until it is made
         self._roles: dict[str, Role] = {}
         self._digests: dict[str, str] = {}
         self._cleanup = ExitStack()
 
     def __enter__(self) -> BundleWriter:
+        restore_replaced(self.directory)
         check_destination(self.directory, force=self.force)
         with ExitStack() as stack:
             stack.enter_context(_terminated_as_exit())
             make_parents(self.directory.parent, stack)
             remove_abandoned(self.directory)
-            make_folder(self._temporary)
-            stack.callback(shutil.rmtree, self._temporary, ignore_errors=True)
-            stack.enter_context(locked(self._temporary))
+            self._temporary = _make_temporary(self.directory, stack)
             self._cleanup = stack.pop_all()
         return self
 
@@ -125,18 +134,19 @@ class BundleWriter:
         self._assert_nothing_else()
         path = self._temporary / MANIFEST_NAME
         path.write_text(manifest.to_json(), encoding="utf-8")
-        _sync(path)
+        sync(path)
         for folder in [p for p in self._temporary.rglob("*") if p.is_dir()]:
-            _sync(folder)
-        _sync(self._temporary)
+            sync(folder)
+        sync(self._temporary)
         self._move_into_place()
+        remember(manifest)
         return manifest
 
     def _entry(self, name: str, progress: HashProgress | None) -> FileEntry:
         path = self._temporary / name
         if path.is_symlink() or not path.is_file():
             raise ExportError(f"{name} was not written into the bundle as a plain file")
-        _sync(path)
+        sync(path)
         size, digest = path.stat().st_size, self._digests.get(name)
         if digest is None:
             digest = file_sha256(path, progress)
@@ -148,23 +158,51 @@ class BundleWriter:
 
     def _move_into_place(self) -> None:
         check_destination(self.directory, force=self.force)
-        old = self.directory.with_name(f".{self.directory.name}.replaced-{self._token}")
-        replaces = self.directory.exists() and any(self.directory.iterdir())
+        if not (self.directory.exists() and any(self.directory.iterdir())):
+            try:
+                os.rename(self._temporary, self.directory)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise ExportError(
+                    f"{self.directory} was filled by another process; nothing of it was touched"
+                ) from None
+        elif not exchange(self._temporary, self.directory):
+            self._replace_in_two_steps()
+        # Only when the new bundle is on the disk does the old one go.
+        sync(self.directory.parent)
+
+    def _replace_in_two_steps(self) -> None:
+        """Move the old bundle away and the new one in; `restore_replaced` mends a kill between."""
+        token = self._temporary.name[-TOKEN_LENGTH:]
+        old = temporary_name(self.directory, "replaced", token)
+        os.rename(self.directory, old)
         try:
-            if replaces:
-                os.rename(self.directory, old)
             os.rename(self._temporary, self.directory)
         except BaseException:
-            if old.exists() and not self.directory.exists():
-                os.rename(old, self.directory)
+            os.rename(old, self.directory)
             raise
-        self._cleanup.callback(shutil.rmtree, old, ignore_errors=True)
-        _sync(self.directory.parent)
+        self._cleanup.callback(remove_folder, old)
 
     def _bytes_written(self) -> int:
         with contextlib.suppress(OSError):
             return sum(p.stat().st_size for p in _files(self._temporary))
         return 0
+
+
+def _make_temporary(directory: Path, stack: ExitStack) -> Path:
+    """Make and lock the folder to write into; a folder without a lock may be cleared by others."""
+    while True:
+        path = temporary_name(directory, "partial", secrets.token_hex(TOKEN_LENGTH // 2))
+        make_folder(path)
+        try:
+            stack.enter_context(locked(path))
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another export took it for abandoned before it was locked
+        except OSError as error:
+            logger.info("%s has no lock: %s", path, error.strerror)
+        stack.callback(remove_folder, path)
+        return path
 
 
 def _engine_files(manifest: Manifest) -> list[str]:
@@ -184,16 +222,6 @@ def _free_bytes(path: Path) -> int:
     with contextlib.suppress(OSError):
         return shutil.disk_usage(path).free
     return 0
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

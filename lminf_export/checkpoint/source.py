@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_export.checkpoint.dequantize.methods import check_quantization
+from lminf_export.checkpoint.links import refuse_links_to_outside
 from lminf_export.errors import ModelError
 
 QUANTIZATION = "quantization_config"
@@ -89,6 +90,7 @@ def open_source(
         weights = (*WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ()))
         folder = _download(str(model), revision, cache_dir, weights)
         name, commit = str(model), folder.name
+    refuse_links_to_outside(folder)
     quantization = read_config_file(folder, str(model)).get(QUANTIZATION)
     if quantization is not None:
         check_quantization(quantization, str(model))

@@ -11,7 +11,12 @@ import click
 
 from lminf_export.bundle.files import human_bytes
 from lminf_export.cli.common import handle_errors, not_utf8, read_text, verbosity_options
-from lminf_export.cli.session_options import kernels_option, provider_option, threads_option
+from lminf_export.cli.session_options import (
+    kernels_option,
+    provider_option,
+    threads_option,
+    trust_options,
+)
 from lminf_export.errors import InputError
 
 
@@ -99,6 +104,7 @@ class Clock:
 )
 @kernels_option
 @threads_option
+@trust_options
 @click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
 @click.option("--stats", is_flag=True, help="Print speed and cache size to stderr at the end.")
 @verbosity_options
@@ -124,6 +130,7 @@ def generate_command(
     threads: int | None,
     verify: bool,
     stats: bool,
+    trust_plan: bool | str,
 ) -> None:
     """Continue a text with the model in BUNDLE.
 
@@ -141,6 +148,7 @@ def generate_command(
         cuda_graphs=not no_cuda_graphs,
         kernels=kernels,
         verify="full" if verify else "fast",
+        trust_plan=trust_plan,
     )
     prompt_ids = model.codec.encode(text)
     state = model.new_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,3 +34,24 @@ threads_option = click.option(
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --provider, --threads and --kernels."""
     return provider_option(threads_option(kernels_option(function)))
+
+
+def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --trust-plan and --trust-hash; the function gets one argument, `trust_plan`."""
+
+    @click.option(
+        "--trust-plan",
+        is_flag=True,
+        help="Run the bundle's plan and the library it brings, which are code, though they were "
+        "not built here. Remembered for this bundle.",
+    )
+    @click.option(
+        "--trust-hash",
+        metavar="SHA256",
+        help="The same, if the bundle's manifest_sha256 is this one.",
+    )
+    @functools.wraps(function)
+    def wrapped(*args: Any, trust_plan: bool, trust_hash: str | None, **kwargs: Any) -> Any:
+        return function(*args, trust_plan=trust_hash or trust_plan, **kwargs)
+
+    return wrapped

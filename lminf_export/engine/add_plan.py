@@ -9,14 +9,16 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lminf_export.bundle.files import file_sha256
+from lminf_export.bundle.destination import locked
+from lminf_export.bundle.files import file_sha256, sync
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import MANIFEST_NAME, Engine, EngineRecipe, FileEntry, Plugin, Role
+from lminf_export.bundle.trust import remember
 from lminf_export.engine.common import LOGGER_NAME
 from lminf_export.engine.plugin import PLUGIN_FILE, check_plugin
 from lminf_export.errors import EngineError
@@ -34,6 +36,8 @@ _HEADER = struct.Struct("<4sI16x4B")
 _TAG, _RTX_TAG, _LAYOUT = b"ftrt", b"vtrt", 0
 _OLDEST = (10, 3)
 _TARGET = re.compile(r"sm_\d{2,3}")
+# Names under which files are written before they are renamed.
+_PARTIAL = re.compile(r"\..+\.\d+\.partial")
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,12 @@ def add_plan(
         options=recipe.options,
         note=BUILT_ELSEWHERE,
     )
-    with _partial_copies(bundle, files) as copies:
+    with _alone_in(bundle), _partial_copies(bundle, files) as copies:
         engine = _loaded_if_possible(bundle, engine, copies)
         _put(bundle, engine, files, copies)
-    return Bundle.open(bundle.path)
+    added = Bundle.open(bundle.path)
+    remember(added.manifest)
+    return added
 
 
 def read_version(path: Path) -> str:
@@ -187,6 +193,25 @@ def _new_file(name: str, role: Role, source: Path) -> _NewFile:
 
 
 @contextmanager
+def _alone_in(bundle: Bundle) -> Iterator[None]:
+    """Keep other calls out of the folder, and clear what a killed one left in it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(bundle.path))
+        except BlockingIOError:
+            raise EngineError(
+                f"another process adds a plan to {bundle.path}; try again when it is done"
+            ) from None
+        except OSError as error:
+            logger.info("%s has no lock: %s", bundle.path, error.strerror)
+        else:
+            for path in bundle.path.iterdir():
+                if _PARTIAL.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
 def _partial_copies(bundle: Bundle, files: list[_NewFile]) -> Iterator[dict[str, Path]]:
     """Copy files into the bundle's folder under temporary names; unused copies are removed."""
     copies: dict[str, Path] = {}
@@ -199,7 +224,7 @@ def _partial_copies(bundle: Bundle, files: list[_NewFile]) -> Iterator[dict[str,
             shutil.copyfile(file.source, copies[file.name])
             if file_sha256(copies[file.name]) != file.entry.sha256:
                 raise EngineError(f"{file.source} changed while it was copied; try again")
-            _sync(copies[file.name])
+            sync(copies[file.name])
         yield copies
     except OSError as error:
         raise EngineError(f"cannot add to {bundle.path}: {error.strerror}") from error
@@ -243,19 +268,27 @@ def _with_engine(manifest: Manifest, engine: Engine, files: dict[str, FileEntry]
 
 
 def _put(bundle: Bundle, engine: Engine, files: list[_NewFile], copies: dict[str, Path]) -> None:
-    """Rename the files into place, the manifest last."""
-    manifest = _with_engine(bundle.manifest, engine, {file.name: file.entry for file in files})
+    """Rename the files into place, the manifest last.
+
+    Where a file of the bundle is replaced, the manifest first loses it and the engine with it: at
+    every moment the folder is a whole bundle, of the old plan, of none, or of the new one.
+    """
+    old = bundle.manifest
+    if any(name in old.files for name in copies):
+        kept = {name: entry for name, entry in old.files.items() if name not in copies}
+        _write_manifest(bundle, old.model_copy(update={"engine": None}).sealed(kept))
+    for name, path in copies.items():
+        os.replace(path, bundle.path / name)
+    sync(bundle.path)
+    _write_manifest(bundle, _with_engine(old, engine, {file.name: file.entry for file in files}))
+
+
+def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:
     draft = bundle.path / f".{MANIFEST_NAME}.{os.getpid()}.partial"
     try:
         draft.write_text(manifest.to_json(), encoding="utf-8")
-        _sync(draft)
-        for name, path in copies.items():
-            os.replace(path, bundle.path / name)
+        sync(draft)
         os.replace(draft, bundle.path / MANIFEST_NAME)
+        sync(bundle.path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

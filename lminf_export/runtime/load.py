@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lminf_export.bundle.folder import Bundle, Verify
+from lminf_export.bundle.trust import require_trust
 from lminf_export.errors import SessionError
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
@@ -22,6 +23,7 @@ def load(
     cuda_graphs: bool = True,
     kernels: str | Path = AUTO,
     verify: Verify = "fast",
+    trust_plan: bool | str = False,
 ) -> LanguageModel:
     """Load a bundle.
 
@@ -36,14 +38,19 @@ def load(
             else is a library's path. A library is code that runs: name only one you trust.
         verify: "fast" hashes what decides what runs and checks the sizes of the weights;
             "full" hashes every file.
+        trust_plan: a plan is code, and so is the library beside it. One that was not exported
+            or added by this user runs after True, or the SHA-256 of its manifest, was given
+            once; SECURITY.md says where that is remembered. A graph needs no trust.
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered.
-        SessionError: graph or plan cannot run here, or the caches exceed this machine's memory.
+        SessionError: graph or plan cannot run here, nobody trusts the plan, or the caches exceed
+            this machine's memory.
     """
     bundle = Bundle.open(path, verify)
     session: Session
     if bundle.plan_path is not None and _is_same_file(path, bundle.plan_path):
+        require_trust(bundle, trust_plan)
         from lminf_export.runtime.tensorrt import TensorRTSession
 
         session = TensorRTSession(bundle, cuda_graphs=cuda_graphs)

@@ -31,11 +31,13 @@ _ERRORS: tuple[type[Exception], ...] = (
     *(x for x in vars(ort_state).values() if isinstance(x, type) and issubclass(x, Exception)),
     RuntimeError,
     MemoryError,
+    # Its messages, and the names in a graph, need not be UTF-8.
+    UnicodeError,
 )
 _LOG_FATAL = 4
 # Where a graph that comes as bytes finds its external data.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_MESSAGE_LENGTH = 600
+_MESSAGE_LENGTH = 200
 
 
 class OnnxRuntimeSession(Session):
@@ -84,20 +86,26 @@ class OnnxRuntimeSession(Session):
             graph = with_outputs(
                 bundle.graph_path.read_bytes() if graph is None else graph, watched
             )
+        # Weights that onnxruntime does not map itself live as long as the session.
+        self._weights = _weights_of_bytes(bundle, options) if graph is not None else []
         self._session = _open_session(bundle.graph_path, provider, options, graph)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
                 f"onnxruntime could not start its {provider} provider (its libraries or the "
                 "device are missing); use provider='cpu' or mend the installation"
             )
+        with _as_session_error(f"onnxruntime cannot name the inputs of {bundle.graph_path}"):
+            self._check_tables(bundle.graph_path, whole=graph is None)
+
+    def _check_tables(self, path: Path, *, whole: bool) -> None:
         outputs = self._session.get_outputs()
-        if graph is not None:
+        if not whole:
             outputs = outputs[: len(self.manifest.outputs)]
         for what, found, expected in (
             ("inputs", self._session.get_inputs(), self.manifest.inputs),
             ("outputs", outputs, self.manifest.outputs),
         ):
-            require_table(bundle.graph_path, what, found, expected)
+            require_table(path, what, found, expected)
 
     @property
     def caches_in_main_memory(self) -> bool:
@@ -180,6 +188,7 @@ def _session_options(
     # What goes wrong arrives as an exception; the log would only repeat it on stderr.
     options.log_severity_level = _LOG_FATAL
     if kernels is not None:
+        _require_utf8(kernels.path)
         with _as_session_error(f"onnxruntime does not take the kernels of {kernels.path}"):
             options.register_custom_ops_library(str(kernels.path))
         # The library brings an allocator, too: packed weights stand on huge pages.
@@ -190,11 +199,39 @@ def _session_options(
 def _open_session(
     path: Path, provider: str, options: ort.SessionOptions, graph: bytes | None
 ) -> ort.InferenceSession:
-    if graph is not None:
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+    _require_utf8(path)
     with _as_session_error(f"onnxruntime cannot load {path}"):
-        model = str(path) if graph is None else graph
-        return ort.InferenceSession(model, options, providers=[_PROVIDER_NAMES[provider]])
+        return ort.InferenceSession(
+            str(path) if graph is None else graph,
+            options,
+            providers=[_PROVIDER_NAMES[provider]],
+            enable_fallback=0,  # a second try would print, and fail in the same way
+        )
+
+
+def _require_utf8(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise SessionError(
+            f"onnxruntime opens paths in UTF-8 only, and {path} is none; rename or move it"
+        ) from None
+
+
+def _weights_of_bytes(bundle: Bundle, options: ort.SessionOptions) -> list[np.ndarray]:
+    """Tell where a graph that comes as bytes has its weights; return those that are handed over.
+
+    In the hub's cache files are links out of their folder, which onnxruntime does not follow
+    for such a graph.
+    """
+    names = bundle.manifest.files_of("weights")
+    if not any((bundle.path / name).is_symlink() for name in names):
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
+        return []
+    contents = [np.memmap(bundle.path / name, np.uint8, "r") for name in names]
+    lengths = [content.nbytes for content in contents]
+    options.add_external_initializers_from_files_in_memory(names, contents, lengths)
+    return list(contents)
 
 
 @contextmanager
@@ -206,5 +243,10 @@ def _as_session_error(what: str) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return an exception's text as one line."""
+    text = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        # What could not be decoded is the message of the exception that was to be raised.
+        text = bytes(error.object).decode("utf-8", "backslashreplace")
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= _MESSAGE_LENGTH else text[:_MESSAGE_LENGTH] + " …"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lminf_export.checkpoint.links import refuse_links_to_outside
 from lminf_export.errors import ModelError
 from lminf_export.tensors.files import read_checkpoint_file
 from lminf_export.tensors.stored import RawTensor
@@ -97,6 +98,8 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
     folder = Path(path).expanduser()
     if folder.is_file() and folder.name in (CONFIG_NAME, *WEIGHT_NAMES):
         folder = folder.parent
+    if folder.is_dir():
+        refuse_links_to_outside(folder)
     settings = _read_settings(folder, str(path))
     name = folder.resolve().name
     reason = _why_not(settings)

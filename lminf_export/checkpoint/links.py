@@ -1,0 +1,32 @@
+"""Links in a folder that somebody else packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lminf_export.bundle.links import stays_inside
+from lminf_export.errors import ModelError
+
+# Types of the files that are read in a model's or an adapter's folder.
+_FILE_TYPES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+
+
+def refuse_links_to_outside(folder: Path) -> None:
+    """Refuse a folder in which a file of a model, or of an adapter, is a link that leaves it.
+
+    Whoever packed the folder chose where the link leads on this machine, and what is read becomes
+    part of a bundle. The layout of the hub's cache counts as one place.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    try:
+        links = [p for p in sorted(folder.iterdir()) if p.suffix in _FILE_TYPES and p.is_symlink()]
+        outside = next((p for p in links if p.is_file() and not stays_inside(p, folder)), None)
+    except OSError as error:
+        raise ModelError(f"cannot read model folder {folder.name!r}: {error.strerror}") from None
+    if outside is not None:
+        raise ModelError(
+            f"{outside.name} in model folder {folder.name!r} is a link to outside of it, which is "
+            "not followed; put the file itself there, or name the folder it is in"
+        )
