@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lminf_export.engine.options import EngineOptions as EngineOptions
     from lminf_export.errors import BundleError as BundleError
     from lminf_export.errors import ConfigError as ConfigError
+    from lminf_export.errors import DependencyError as DependencyError
     from lminf_export.errors import EngineError as EngineError
     from lminf_export.errors import ExportError as ExportError
     from lminf_export.errors import InputError as InputError
@@ -43,6 +44,7 @@ _HOMES = {
     "Bundle": "bundle.folder",
     "BundleError": "errors",
     "ConfigError": "errors",
+    "DependencyError": "errors",
     "EngineError": "errors",
     "EngineOptions": "engine.options",
     "ExportError": "errors",

@@ -17,6 +17,10 @@ class ExportError(LminfError):
     """The export could not be written, or the traced graph is not what the contract asks for."""
 
 
+class DependencyError(LminfError):
+    """An installed package is of a version that has not what is needed; the line names versions."""
+
+
 class BundleError(LminfError):
     """A bundle is missing, incomplete, altered or of another schema version."""
 

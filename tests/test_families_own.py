@@ -9,6 +9,8 @@ import onnx
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from benchmarks.support.own_families import (
     CASES,
@@ -29,7 +31,7 @@ from benchmarks.support.own_families import (
 from benchmarks.support.own_oracle import paper_slopes
 from lminf_export import LambdaConfig, export, load
 from lminf_export.errors import ConfigError, ModelError
-from lminf_export.models.alibi import bloom_slopes, mpt_slopes
+from lminf_export.models.alibi import alibi_slopes
 from lminf_export.models.registry import find_family
 
 
@@ -84,10 +86,15 @@ def plan_of(name: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 7, 8, 12, 16, 31, 32, 71, 112])
-def test_slopes_are_those_of_the_paper_for_any_number_of_heads(heads):
-    wanted = paper_slopes(heads)
-    torch.testing.assert_close(bloom_slopes(heads).double(), wanted, rtol=1e-6, atol=0)
-    torch.testing.assert_close(mpt_slopes(heads).double(), wanted, rtol=1e-6, atol=0)
+def test_slopes_are_those_of_the_paper_and_of_stock_transformers(heads):
+    two = torch.ones(1, 2, dtype=torch.int64)
+    slopes = alibi_slopes(heads)
+    for wanted in (
+        paper_slopes(heads),
+        build_alibi_tensor(two, heads, torch.float32)[:, 0, 1].double(),
+        -build_mpt_alibi_tensor(heads, 2)[:, 0, 0].double(),
+    ):
+        torch.testing.assert_close(slopes.double(), wanted, rtol=1e-6, atol=0)
 
 
 def test_falcon_scales_its_slopes_and_does_not_round_them():

@@ -57,7 +57,10 @@ def own_logits(folder: Path, rule: Rule, tokens: Tensor) -> Tensor:
     for name in ("n_positions", "max_seq_len"):
         if hasattr(config, name):
             setattr(config, name, LONG)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float64).eval()
+    eager = "eager" if config.model_type in ("gptj", "codegen") else None  # as the function below
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float64, attn_implementation=eager
+    ).eval()
     code = sys.modules[type(model).__module__]
     replace = _REPLACEMENTS[config.model_type]
     with ExitStack() as stack:
@@ -111,15 +114,21 @@ def _gptj(code: Any, config: Any, rule: Rule, count: int) -> list[tuple[Any, str
     seen, distance = rule.tables(count)
     inv_freq = _inv_freq(10000.0, config.rotary_dim)
 
-    def attention(self: Any, query: Tensor, key: Tensor, value: Tensor, _: Any) -> Any:
+    def attention(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         logits = _turned_logits(query, key, inv_freq, distance, _turn_pairs)
-        weights = (logits / self.scale_attn).masked_fill(~seen, HIDDEN).softmax(-1)
+        scale = query.shape[-1] ** -0.5
+        weights = (logits * scale).masked_fill(~seen, HIDDEN).softmax(-1)
         return weights @ value, weights
 
+    def interface(*given: Any, **__: Any) -> Any:
+        mixed, weights = attention(*given)
+        return mixed.transpose(1, 2).contiguous(), weights
+
     owner = getattr(code, "GPTJAttention", None) or code.CodeGenAttention
+    is_old = hasattr(owner, "_attn")  # a method up to transformers 5.23, a function since
     return [
         (code, "apply_rotary_pos_emb", lambda x, *_: x),
-        (owner, "_attn", attention),
+        (owner, "_attn", attention) if is_old else (code, "eager_attention_forward", interface),
     ]
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lminf_export.errors import ModelError
+from lminf_export.models.internals import Internals
 from lminf_export.tensors.stored import InFiles, SourceTensor, StoredTensor
 
 
@@ -159,6 +160,7 @@ def _require_equal_types(parts: Sequence[SourceTensor], shapes: Sequence[tuple[i
         raise ModelError(f"tensors that belong together differ: {found}")
 
 
+_INTERNALS = Internals("all checkpoints")
 Collected = dict[str, list[SourceTensor]]
 
 
@@ -180,9 +182,8 @@ class Conversion:
     @staticmethod
     def of(model: nn.Module) -> Conversion:
         """Read transformers' table for a model."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        transforms = tuple(get_model_conversion_mapping(model))
+        mapping = _INTERNALS.lookup("conversion_mapping.get_model_conversion_mapping")
+        transforms = tuple(mapping(model))
         prefix: str = model.base_model_prefix  # type: ignore[assignment]  # of PreTrainedModel
         return Conversion(transforms, frozenset(model.state_dict()), prefix)
 
@@ -193,8 +194,8 @@ class Conversion:
             ModelError: tensors that are to be merged do not fit each other, or transformers
                 asks for an operation that is not known here.
         """
-        from transformers.core_model_loading import dot_natural_key, rename_source_key
-
+        dot_natural_key = _INTERNALS.lookup("core_model_loading.dot_natural_key")
+        rename_source_key = _INTERNALS.lookup("core_model_loading.rename_source_key")
         known = dict.fromkeys(self.names, True)
         renamings = [t for t in self.transforms if not hasattr(t, "operations")]
         converters = [t for t in self.transforms if hasattr(t, "operations")]

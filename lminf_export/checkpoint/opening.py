@@ -16,7 +16,7 @@ from lminf_export.checkpoint.lora.files import read_adapter
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import Source
 from lminf_export.checkpoint.tying import changed_apart, check_apart, split, stored_apart, untied
-from lminf_export.models.base import register_attention
+from lminf_export.models.base import ATTENTION_NAME, attention_name, register_attention
 from lminf_export.tensors.files import find_weights, read_checkpoint
 from lminf_export.tensors.stored import SourceTensor
 
@@ -106,6 +106,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None
 
     register_attention()
     source = checkpoint.source
+    if attention == ATTENTION_NAME:
+        attention = attention_name(source.model_type)
     settings = {
         "dtype": dtype,
         "attn_implementation": attention,

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.experts import EXPERTS_NAME, register_experts
+from lminf_export.models.internals import Internals
 from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.settings import LambdaConfig, ring_capacity
 from lminf_export.tensors.stored import SourceTensor
 
 ATTENTION_NAME = "lambda_attention"
+# Model types whose families replace the forward of the attention module itself.
+REPLACED_FORWARDS = ("bloom", "codegen", "falcon", "gptj", "mpt")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,14 @@ class AttentionPlan:
 
 
 class AnyWeights:
-    """A family that can be exported with any weights."""
+    """A family that can be exported with any weights.
+
+    Args:
+        model_types: transformers' names that have been tested.
+    """
+
+    def __init__(self, *model_types: str) -> None:
+        self.model_types: tuple[str, ...] = model_types
 
     def check_weights(self, config: Any, tensors: Mapping[str, SourceTensor]) -> None:
         """See `Family.check_weights`."""
@@ -247,27 +257,23 @@ def attend(
     return output.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+def nothing(*_: Any, **__: Any) -> None:
+    """Take the place of a function that builds a mask, a bias or a table of angles."""
 
 
 def register_attention() -> None:
     """Make `attend` known to transformers under ATTENTION_NAME."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.falcon.modeling_falcon import FALCON_ATTENTION_CLASSES
-    from transformers.models.gptj.modeling_gptj import GPTJ_ATTENTION_CLASSES
+    functions = Internals("all models").lookup("modeling_utils.ALL_ATTENTION_FUNCTIONS")
+    functions.register(ATTENTION_NAME, attend)
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
-    # Older code picks a class by the name; its forward is replaced while the model is patched.
-    for classes in (FALCON_ATTENTION_CLASSES, GPTJ_ATTENTION_CLASSES):
-        classes.setdefault(ATTENTION_NAME, classes["eager"])
+
+def attention_name(model_type: str) -> str:
+    """Return the attention that transformers builds a model with, before it is patched.
+
+    Older code picks a class by that name and knows its own names only. Families that replace the
+    forward of that class need no name of ours.
+    """
+    return "eager" if model_type in REPLACED_FORWARDS else ATTENTION_NAME
 
 
 def build_model(
@@ -277,14 +283,14 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     register_attention()
-    register_experts()
+    experts = {"experts_implementation": EXPERTS_NAME} if register_experts(config) else {}
     with torch.device(device), _as_model_error(config):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            experts_implementation=EXPERTS_NAME,
+            attn_implementation=attention_name(config.model_type),
             trust_remote_code=trust_remote_code,
+            **experts,
         )
     return model.eval()
 

@@ -51,6 +51,12 @@ def is_router_weight(name: str) -> bool:
     return _ROUTER_WEIGHT.search(name) is not None
 
 
+def has_experts(config: Any) -> bool:
+    """Return whether a configuration has a setting of experts, under whatever name."""
+    settings = ((name, value) for name, value in vars(config).items() if not name.startswith("_"))
+    return any("expert" in name and bool(value) for name, value in settings)
+
+
 def experts_per_token(config: Any) -> int | None:
     """Return k, the experts of each token; None for a model that does not name one number."""
     values = (getattr(config, name, None) for name in TOP_K_NAMES)

@@ -31,9 +31,12 @@ from onnxscript import evaluator
 from onnxscript.values import Opset
 from torch import Tensor
 
-from lminf_export.models.expert_facts import CHOICE_PREFIX
+from lminf_export.errors import DependencyError
+from lminf_export.models.expert_facts import CHOICE_PREFIX, has_experts
+from lminf_export.models.internals import Internals
 
 EXPERTS_NAME = "lambda_experts"
+_INTERNALS = Internals("mixtures of experts")
 _ONNX = Opset("", 24)
 
 
@@ -135,13 +138,14 @@ def experts_forward(
     Returns:
         (T, F): for each token the weighted sum over its experts.
     """
-    blocks, expert, slot = dispatch_to_experts(hidden_states, top_k_index, module.num_experts)
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _project(module, name, blocks, expert)  # (M, b, inner features)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    num_experts, has_gate = _INTERNALS.members(module, "num_experts", "has_gate")
+    blocks, expert, slot = dispatch_to_experts(hidden_states, top_k_index, num_experts)
+    inner = _project(module, "gate_up_proj" if has_gate else "up_proj", blocks, expert)
+    activate = _INTERNALS.member(module, "_apply_gate" if has_gate else "act_fn")
+    inner = activate(inner)  # (M, b, inner features)
     # Padding ends here: slot picks the row of each pair out of the (M · b, F) rows.
     output = _project(module, "down_proj", inner, expert).flatten(0, 1).index_select(0, slot)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # newer than the mixtures without
         output = module.post_expert_norm(output)
     weighted = output.unflatten(0, top_k_index.shape) * top_k_weights[:, :, None]  # (T, k, F)
     return weighted.sum(1).to(hidden_states.dtype)
@@ -149,17 +153,31 @@ def experts_forward(
 
 def _project(module: Any, name: str, blocks: Tensor, expert: Tensor) -> Tensor:
     """Multiply blocks (M, b, in) by a named stack and add its experts' biases: (M, b, out)."""
-    output = expert_linear(blocks, getattr(module, name), expert, module.is_transposed)
-    if module.has_bias:
-        output = output + getattr(module, f"{name}_bias").index_select(0, expert)[:, None, :]
+    weight, transposed, biased = _INTERNALS.members(module, name, "is_transposed", "has_bias")
+    output = expert_linear(blocks, weight, expert, transposed)
+    if biased:
+        bias = _INTERNALS.member(module, f"{name}_bias")
+        output = output + bias.index_select(0, expert)[:, None, :]
     return output
 
 
-def register_experts() -> None:
-    """Make `experts_forward` known to transformers under EXPERTS_NAME."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+def register_experts(config: Any) -> bool:
+    """Make `experts_forward` known to transformers under EXPERTS_NAME.
 
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_forward)
+    Returns:
+        Whether it is known; a model without experts does not need it.
+
+    Raises:
+        DependencyError: it cannot be made known, and the model of this configuration has experts.
+    """
+    try:
+        functions = _INTERNALS.lookup("integrations.moe.ALL_EXPERTS_FUNCTIONS")
+    except DependencyError:
+        if has_experts(config):
+            raise
+        return False
+    functions.register(EXPERTS_NAME, experts_forward)
+    return True
 
 
 def _ints(*values: int) -> Any:

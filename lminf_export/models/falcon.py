@@ -6,7 +6,6 @@ stay grouped, so a cache of Falcon-40B is 16 times smaller.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lminf_export.errors import ModelError
-from lminf_export.models.alibi import alibi_plan, bloom_slopes, nothing
+from lminf_export.models.alibi import alibi_plan, alibi_slopes
 from lminf_export.models.base import (
     AnyWeights,
     AttentionPlan,
@@ -24,18 +23,18 @@ from lminf_export.models.base import (
     announce_turn,
     attend,
     lambda_layers,
-    replaced,
+    nothing,
 )
+from lminf_export.models.internals import Internals, code_of
 from lminf_export.operator.settings import LambdaConfig
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that do not depend on the length
 _TURN = Turn("transformer.rotary_emb")
+_INTERNALS = Internals("falcon models")
 
 
 class FalconFamily(AnyWeights):
     """Adapter of Falcon, old and new architecture, rotary and ALiBi."""
-
-    model_types: tuple[str, ...] = ("falcon",)
 
     def training_length(self, config: Any) -> int | None:
         """Return the length before any rotary extension."""
@@ -56,7 +55,7 @@ class FalconFamily(AnyWeights):
         if config.alibi:
             # Falcon scales the bias like the products. transformers rounds slopes and bias to
             # bfloat16 on the way, which at 2,000 tokens moves a key by up to four; we do not.
-            slopes = bloom_slopes(heads) * config.head_dim**-0.5
+            slopes = alibi_slopes(heads) * config.head_dim**-0.5
             return alibi_plan(config, settings, slopes, num_kv_heads=groups)
         return AttentionPlan(
             layers=lambda_layers(config, groups, settings),
@@ -69,12 +68,13 @@ class FalconFamily(AnyWeights):
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
         """Take rotation, bias, mask and attention out of the model's own code."""
-        code = sys.modules[type(model).__module__]
+        code = code_of(model)
+        attention, rotary = _INTERNALS.members(code, "FalconAttention", "FalconRotaryEmbedding")
         with (
-            replaced(code, "build_alibi_tensor", nothing),
-            replaced(code, "create_causal_mask", nothing),
-            replaced(code.FalconRotaryEmbedding, "forward", nothing),
-            replaced(code.FalconAttention, "forward", _attention),
+            _INTERNALS.replaced(code, "build_alibi_tensor", nothing),
+            _INTERNALS.replaced(code, "create_causal_mask", nothing),
+            _INTERNALS.replaced(rotary, "forward", nothing),
+            _INTERNALS.replaced(attention, "forward", _attention),
         ):
             yield
 
@@ -87,16 +87,15 @@ def _num_kv_heads(config: Any) -> int:
 
 def _rotation(config: Any) -> Rotation:
     """Compute the frequencies by the model's own class."""
-    from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
-
     kind = config.rope_parameters["rope_type"]
     if kind not in ROPE_TYPES:
         raise ModelError(
             f"rotary scaling {kind!r} of this falcon model is not supported; supported are "
             f"{', '.join(ROPE_TYPES)}"
         )
-    module = FalconRotaryEmbedding(config)
-    return Rotation(module.inv_freq.float(), float(module.attention_scaling))
+    module = _INTERNALS.lookup("models.falcon.modeling_falcon.FalconRotaryEmbedding")(config)
+    inv_freq, scaling = _INTERNALS.members(module, "inv_freq", "attention_scaling")
+    return Rotation(inv_freq.float(), float(scaling))
 
 
 def _attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -104,12 +103,14 @@ def _attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Te
 
     Multi-query attention is one group, plain attention a group for each head.
     """
-    groups = _num_kv_heads(self.config)
-    width = self.num_heads // groups + 2
-    fused = self.query_key_value(hidden_states).unflatten(-1, (groups, width, self.head_dim))
+    config, project, dense = _INTERNALS.members(self, "config", "query_key_value", "dense")
+    heads, head_dim, scale = _INTERNALS.members(self, "num_heads", "head_dim", "inv_norm_factor")
+    groups = _num_kv_heads(config)
+    width = heads // groups + 2
+    fused = project(hidden_states).unflatten(-1, (groups, width, head_dim))
     query = fused[..., :-2, :].flatten(2, 3)
     query, key, value = (x.transpose(1, 2) for x in (query, fused[..., -2, :], fused[..., -1, :]))
-    if not self.config.alibi:
+    if not config.alibi:
         announce_turn(_TURN)
-    output, _weights = attend(self, query, key, value, None, scaling=self.inv_norm_factor)
-    return self.dense(output.flatten(2)), None
+    output, _weights = attend(self, query, key, value, None, scaling=scale)
+    return dense(output.flatten(2)), None

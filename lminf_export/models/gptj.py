@@ -6,9 +6,8 @@ layer. Here the rotation is the operator's, exact at any position, and the table
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,19 +23,19 @@ from lminf_export.models.base import (
     announce_turn,
     attend,
     lambda_layers,
-    replaced,
+    nothing,
 )
+from lminf_export.models.internals import Internals, code_of
 from lminf_export.operator.settings import LambdaConfig
 
 _THETA = 10000  # written into transformers' code, not into the configuration
 _CODEGEN_PARTS = 4  # CodeGen's fused projection keeps the split over four devices of its training
 _TURN = Turn("embed_positions")
+_INTERNALS = Internals("gptj and codegen models")
 
 
 class GptjFamily(AnyWeights):
     """Adapter of GPT-J and CodeGen, which differ in their projections only."""
-
-    model_types: tuple[str, ...] = ("gptj", "codegen")
 
     def training_length(self, config: Any) -> int | None:
         """Return `n_positions`."""
@@ -69,13 +68,19 @@ class GptjFamily(AnyWeights):
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
         """Take rotation, mask and attention out of the model's own code."""
-        code = sys.modules[type(model).__module__]
-        owner, forward = (
-            (code.GPTJAttention, _gptj_attention)
+        code = code_of(model)
+        prefix, forward = (
+            ("GPTJ", _gptj_attention)
             if hasattr(code, "GPTJAttention")
-            else (code.CodeGenAttention, _codegen_attention)
+            else ("CodeGen", _codegen_attention)
         )
-        with replaced(code, "create_causal_mask", _no_mask), replaced(owner, "forward", forward):
+        attention = _INTERNALS.member(code, f"{prefix}Attention")
+        table = getattr(code, f"{prefix}RotaryEmbedding", None)  # of the model, in newer versions
+        with (
+            _INTERNALS.replaced(code, "create_causal_mask", nothing),
+            _INTERNALS.replaced(attention, "forward", forward),
+            _INTERNALS.replaced(table, "forward", nothing) if table else nullcontext(),
+        ):
             yield
 
 
@@ -85,25 +90,23 @@ def _inv_freq(rotary_dim: int) -> Tensor:
     return 1.0 / _THETA**exponent
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
-
-
 def _gptj_attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """Take the place of `GPTJAttention.forward`."""
-    shape = (self.num_attention_heads, self.head_dim)
+    shape = _INTERNALS.members(self, "num_attention_heads", "head_dim")
     query, key, value = (
         project(hidden_states).unflatten(-1, shape)
-        for project in (self.q_proj, self.k_proj, self.v_proj)
+        for project in _INTERNALS.members(self, "q_proj", "k_proj", "v_proj")
     )
     return _attention(self, query, key, value)
 
 
 def _codegen_attention(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """Take the place of `CodeGenAttention.forward`: each part has its queries, values, keys."""
-    heads = self.num_attention_heads // _CODEGEN_PARTS
-    fused = self.qkv_proj(hidden_states)
-    fused = fused.unflatten(-1, (_CODEGEN_PARTS, 3, heads, self.head_dim))
+    project, heads, head_dim = _INTERNALS.members(
+        self, "qkv_proj", "num_attention_heads", "head_dim"
+    )
+    shape = (_CODEGEN_PARTS, 3, heads // _CODEGEN_PARTS, head_dim)
+    fused = project(hidden_states).unflatten(-1, shape)
     query, value, key = (x.flatten(2, 3) for x in fused.unbind(3))
     return _attention(self, query, key, value)
 
@@ -113,4 +116,4 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[
     announce_turn(_TURN)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     output, _weights = attend(module, query, key, value, None, scaling=module.head_dim**-0.5)
-    return module.out_proj(output.flatten(2)), None
+    return _INTERNALS.member(module, "out_proj")(output.flatten(2)), None

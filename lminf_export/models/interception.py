@@ -7,7 +7,6 @@ attention call, and the mask functions return what the layer may see (`Visible`)
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lminf_export.errors import ModelError
-from lminf_export.models.base import Turn, Visible, announce_turn, replaced
+from lminf_export.models.base import Turn, Visible, announce_turn
+from lminf_export.models.internals import code_of, replaced
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def intercepted(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: the model rotates by other means than `apply_rotary_pos_emb`.
     """
-    code = sys.modules[type(model).__module__]
+    code = code_of(model)
     rotary = _rotary_modules(model)
     with ExitStack() as stack:
         if hasattr(code, "apply_rotary_pos_emb"):

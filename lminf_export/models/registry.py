@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from lminf_export.models.alibi import BloomFamily, MptFamily
-from lminf_export.models.base import Family
-from lminf_export.models.falcon import FalconFamily
-from lminf_export.models.gptj import GptjFamily
-from lminf_export.models.hunyuan import HunyuanFamily
-from lminf_export.models.probe import ProbedFamily
-from lminf_export.models.rotary import RotaryFamily
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from lminf_export.bundle.versions import package_version, supported_versions
+from lminf_export.errors import DependencyError
+
+if TYPE_CHECKING:
+    from lminf_export.models.base import Family
 
 # Dense models; each is proved by a case of the same name in benchmarks/support/families.py.
-_DENSE = RotaryFamily(
+_DENSE = (
     "apertus",
     "arcee",
     "bitnet",
@@ -47,7 +48,7 @@ _DENSE = RotaryFamily(
     "vaultgemma",
 )
 # Mixtures of experts; each is proved by a case in benchmarks/support/families.py.
-_EXPERTS = RotaryFamily(
+_EXPERTS = (
     "dots1",
     "ernie4_5_moe",
     "flex_olmo",
@@ -61,16 +62,40 @@ _EXPERTS = RotaryFamily(
     "qwen2_moe",
     "qwen3_moe",
 )
-# Families without the attention interface; proved in tests/test_families_own.py.
-_OWN = (GptjFamily(), MptFamily(), BloomFamily(), FalconFamily())
-# Proved by a case in benchmarks/support/families.py, as the dense ones.
-_HUNYUAN = HunyuanFamily("hunyuan_v1_dense", "hunyuan_v1_moe")
-_FAMILIES: tuple[Family, ...] = (_DENSE, _EXPERTS, _HUNYUAN, *_OWN)
-FAMILIES: dict[str, Family] = {
-    model_type: family for family in _FAMILIES for model_type in family.model_types
+# Class, in a module of this package → the model types that it is the adapter of.
+_CLASSES: dict[str, tuple[str, ...]] = {
+    "rotary.RotaryFamily": (*_DENSE, *_EXPERTS),
+    # Proved by cases in benchmarks/support/families.py, as the dense ones.
+    "hunyuan.HunyuanFamily": ("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    # Families without the attention interface; proved in tests/test_families_own.py.
+    "gptj.GptjFamily": ("gptj", "codegen"),
+    "mpt.MptFamily": ("mpt",),
+    "bloom.BloomFamily": ("bloom",),
+    "falcon.FalconFamily": ("falcon",),
+}
+# Model type → the class of its adapter; its module is imported when the model type is asked for.
+FAMILIES: dict[str, str] = {
+    model_type: path for path, model_types in _CLASSES.items() for model_type in model_types
 }
 
 
 def find_family(model_type: str) -> Family:
-    """Return the family of a `model_type`; of an unknown one, a family that probes it first."""
-    return FAMILIES.get(model_type) or ProbedFamily(model_type, tuple(sorted(FAMILIES)))
+    """Return the family of a `model_type`; of an unknown one, a family that probes it first.
+
+    Raises:
+        DependencyError: the family's code cannot be imported beside the installed transformers.
+    """
+    if model_type not in FAMILIES:
+        from lminf_export.models.probe import ProbedFamily
+
+        return ProbedFamily(model_type, tuple(sorted(FAMILIES)))
+    module, _, name = FAMILIES[model_type].rpartition(".")
+    try:
+        family: Family = getattr(import_module(f"{__package__}.{module}"), name)(model_type)
+    except (ImportError, AttributeError) as error:
+        raise DependencyError(
+            f"the adapter of {model_type} models does not load with transformers "
+            f"{package_version('transformers')}, supported is "
+            f"transformers{supported_versions('transformers')}: {' '.join(str(error).split())}"
+        ) from error
+    return family

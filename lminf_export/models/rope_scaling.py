@@ -6,7 +6,6 @@ in its short or its long regime when the model is exported.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -14,21 +13,24 @@ from torch import Tensor, nn
 
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.base import Rotation, Turn
+from lminf_export.models.internals import Internals, code_of
 from lminf_export.operator import reference
 from lminf_export.operator.settings import LambdaConfig
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 # Scalings that change with the length of the text; one regime is frozen at export.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+_INTERNALS = Internals("models with rotary embeddings")
 
 
 def read_rotation(model: nn.Module, config: Any, turn: Turn, regime: str | None) -> Rotation:
     """Compute a rotation's frequencies and pairing on the CPU, by the model's own rotary class."""
     module: Any = type(model.get_submodule(turn.module))(config)
     prefix = f"{turn.layer_type}_" if turn.layer_type else ""
-    inv_freq = getattr(module, f"{prefix}inv_freq").float()
-    factor = float(getattr(module, f"{prefix}attention_scaling"))
-    apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    names = (f"{prefix}inv_freq", f"{prefix}attention_scaling")
+    frequencies, scaling = _INTERNALS.members(module, *names)
+    inv_freq, factor = frequencies.float(), float(scaling)
+    apply = _INTERNALS.member(code_of(model), "apply_rotary_pos_emb")
     interleaved = _is_interleaved(module, apply, turn, inv_freq, factor)
     rope = rope_parameters(config, turn.layer_type)[0]
     if regime == "long" and rope.get("rope_type") in LENGTH_DEPENDENT:
@@ -38,15 +40,14 @@ def read_rotation(model: nn.Module, config: Any, turn: Turn, regime: str | None)
 
 def _long_regime(config: Any, rope: Any, layer_type: str | None) -> tuple[Tensor, float]:
     """Return frequencies and attention factor as transformers has them for long texts."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+    functions = _INTERNALS.lookup("modeling_rope_utils.ROPE_INIT_FUNCTIONS")
     kind = rope["rope_type"]
     length = (
         int(config.max_position_embeddings * rope["factor"])
         if kind == "dynamic"
         else int(rope["original_max_position_embeddings"]) + 1
     )
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](
+    inv_freq, factor = functions[kind](
         config, torch.device("cpu"), seq_len=length, layer_type=layer_type
     )
     return inv_freq.float(), float(factor)

@@ -38,14 +38,7 @@ from lminf_export.operator.settings import DEFAULT_LAMBDA_LAYERS, LambdaConfig, 
 
 
 class RotaryFamily(AnyWeights):
-    """Adapter of all models with rotary embeddings behind the attention interface.
-
-    Args:
-        model_types: transformers' names that have been tested.
-    """
-
-    def __init__(self, *model_types: str) -> None:
-        self.model_types: tuple[str, ...] = model_types
+    """Adapter of all models with rotary embeddings behind the attention interface."""
 
     def training_length(self, config: Any) -> int | None:
         """Return the length before any rotary extension."""

@@ -24,7 +24,7 @@ GROUPS = {
     "Reports": ("ValidationReport", "Progress"),
     "Errors": (
         *("LminfError", "ConfigError", "ModelError", "ExportError"),
-        *("BundleError", "EngineError", "SessionError", "InputError"),
+        *("BundleError", "EngineError", "SessionError", "InputError", "DependencyError"),
     ),
 }
 HEAD = """# Public names

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lminf_export.models.base import replaced
+from lminf_export.models.internals import replaced
 from lminf_export.operator import bindings
 
 Signature = tuple[Any, ...]
