@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import struct
+import subprocess
 
 import pytest
 
@@ -189,13 +192,83 @@ def test_the_release_is_read_from_the_plan(plan):
     assert read_version(plan) == "10.16.1.11"
 
 
-def test_the_commands_print_what_to_do_next(source, tmp_path, plan, library, capsys):
+def trtexec(folder):
+    """A program that says what it was asked for, and where, and writes the plan it was to build."""
+    path = folder / "a trtexec"
+    path.write_text(
+        '#!/bin/sh\npwd\nfor word; do echo "$word"; '
+        'case "$word" in --saveEngine=*) echo plan >"${word#*=}";; esac; done\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("name", ["engine.plan", "my $(plan) it's.plan"])
+def test_the_script_in_the_bundle_runs_the_recipe(wide, tmp_path, library, name):
+    out = tmp_path / "a folder" / "b"
+    options = EngineOptions(plugin=library)
+    bundle = export(
+        wide, out / name, window_size=11, chunk_size=7, builder="none", engine_options=options
+    )
+    script = bundle.path / "build_engine.sh"
+    assert os.access(script, os.X_OK)
+    tool = trtexec(tmp_path)
+    for program in ([str(script)], ["sh", os.path.relpath(script, tmp_path)]):
+        done = subprocess.run(
+            program,
+            cwd=tmp_path,
+            env={**os.environ, "TRTEXEC": str(tool)},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        where, *words = done.stdout.splitlines()
+        assert where == str(bundle.path)
+        command = bundle.manifest.engine_recipe.command
+        assert words[:-1] == shlex.split(command)[1:]
+        assert shlex.split(words[-1].partition(": ")[2]) == ["lminf", "add-plan", ".", f"./{name}"]
+        assert (bundle.path / name).read_text() == "plan\n"
+    assert str(tmp_path) not in script.read_text()
+    done = subprocess.run(
+        [str(script)], env={**os.environ, "TRTEXEC": "/none"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.splitlines()[0][:25]) == (2, "error: /none is not here;")
+    (bundle.path / "liblminf_tensorrt.so").unlink()
+    done = subprocess.run(
+        [str(script)], env={**os.environ, "TRTEXEC": str(tool)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "liblminf_tensorrt.so must lie beside this script" in done.stderr
+
+
+def test_there_is_no_script_where_trtexec_cannot_build_the_graph(bundle):
+    assert bundle.manifest.engine_recipe.needs_plugin
+    assert "build_engine.sh" not in bundle.manifest.files
+    assert any("TensorRT will refuse this graph" in notice for notice in bundle.manifest.notices)
+
+
+def test_the_card_names_the_plan_once_it_is_there(bundle, plan, library):
+    assert "10.16.1.11" not in (bundle.path / "README.md").read_text(encoding="utf-8")
+    added = add_plan(bundle.path, plan, target="sm_90", plugin=library)
+    card = (added.path / "README.md").read_text(encoding="utf-8")
+    assert "`engine.plan` is of tensorrt 10.16.1.11 for sm_90" in card
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose heads the plugin has kernels for."""
+    path = tmp_path_factory.mktemp("wide") / "model"
+    return save_llama(path, num_hidden_layers=2, head_dim=64)
+
+
+def test_the_commands_print_what_to_do_next(wide, tmp_path, plan, library, capsys):
     out = tmp_path / "bundle"
-    words = ["--model", str(source), "--out", str(out), "--builder", "none"]
+    words = ["--model", str(wide), "--out", str(out), "--builder", "none"]
     export_command.main([*words, "--window-size", "11"], standalone_mode=False)
     said = capsys.readouterr().out
-    assert "trtexec --onnx=engine.onnx" in said
-    assert "lminf add-plan . engine.plan --target sm_XX" in said
+    assert f"build the engine: sh {out}/build_engine.sh" in said
+    assert f"lminf add-plan {out} {out}/engine.plan --target sm_XX" in said
+    assert max(map(len, said.splitlines())) < 400
     cli.main(
         ["add-plan", str(out), str(plan), "--target", "sm_90", "--plugin", str(library)],
         standalone_mode=False,

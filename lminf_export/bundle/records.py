@@ -18,6 +18,8 @@ from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.settings import Dtype, LambdaConfig, LambdaLayers, RopeRegime
 
 MANIFEST_NAME = "lminf.json"
+# The script that runs an engine recipe's command.
+BUILD_SCRIPT_NAME = "build_engine.sh"
 NOT_EXECUTED = "built, not executed here"
 
 Role = Literal["graph", "weights", "plan", "plugin", "engine_graph", "tokenizer", "config", "other"]
@@ -208,7 +210,8 @@ class EngineRecipe(Record):
         needs_plugin: the graph has `LambdaAttention` nodes, which only the plugin takes.
         embed_plugin: the command puts the plugin into the plan.
         options: as in `Engine`.
-        command: the `trtexec` line, to be run in the bundle's folder.
+        command: the `trtexec` line, to be run in the bundle's folder; `build_engine.sh` runs it,
+            where trtexec can build the graph.
     """
 
     graph: FileName

@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from lminf_export.bundle.card import CARD_NAME, model_card
 from lminf_export.bundle.destination import (
     NO_SPACE,
     TOKEN_LENGTH,
@@ -35,6 +36,7 @@ from lminf_export.bundle.destination import (
 )
 from lminf_export.bundle.exchange import exchange
 from lminf_export.bundle.files import HashProgress, file_sha256, human_bytes, sync
+from lminf_export.bundle.license import License
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import MANIFEST_NAME, FileEntry, Role, check_file_name
 from lminf_export.bundle.trust import remember
@@ -118,19 +120,30 @@ class BundleWriter:
                 f"{human_bytes(free)} are free on that disk; free some or choose another --out"
             )
 
-    def commit(self, draft: Manifest, progress: HashProgress | None = None) -> Manifest:
-        """Hash and sync every file, write `lminf.json`, and rename the folder into place.
+    def commit(
+        self,
+        draft: Manifest,
+        progress: HashProgress | None = None,
+        license: License | None = None,
+    ) -> Manifest:
+        """Hash and sync every file, write card and manifest, and rename the folder into place.
 
         Args:
             draft: from `new_manifest`; its file table and hash are filled in.
             progress: called with each file's name and the bytes hashed.
+            license: of the source model, for the card.
 
         Returns:
             The sealed manifest; the bundle is at `directory`.
         """
         missing = sorted({draft.graph, *_engine_files(draft)} - self._roles.keys())
         assert not missing, f"the manifest names {missing}, which were never added"
-        manifest = draft.sealed({name: self._entry(name, progress) for name in self._roles})
+        entries = {name: self._entry(name, progress) for name in sorted(self._roles)}
+        if CARD_NAME not in entries:
+            card = model_card(draft.model_copy(update={"files": entries}), license)
+            self.add(CARD_NAME, "other").write_text(card, encoding="utf-8")
+            entries[CARD_NAME] = self._entry(CARD_NAME, progress)
+        manifest = draft.sealed(entries)
         self._assert_nothing_else()
         path = self._temporary / MANIFEST_NAME
         path.write_text(manifest.to_json(), encoding="utf-8")

@@ -8,7 +8,7 @@ from lminf_export.bundle.links import stays_inside
 from lminf_export.errors import ModelError
 
 # Types of the files that are read in a model's or an adapter's folder.
-_FILE_TYPES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+_FILE_TYPES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".md")
 
 
 def refuse_links_to_outside(folder: Path) -> None:

@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CONFIG_FILES = ("config.json", "generation_config.json")
+# The licence is copied, and looked up in the card.
+LICENSE_PATTERNS = ("README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _download(
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
-    patterns = [*weights, *TOKENIZER_FILES, *CONFIG_FILES]
+    patterns = [*weights, *TOKENIZER_FILES, *CONFIG_FILES, *LICENSE_PATTERNS]
     try:
         folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns

@@ -221,17 +221,22 @@ def _print_result(bundle: Bundle) -> None:
 
 
 def _print_recipe(bundle: Bundle, recipe: EngineRecipe) -> None:
-    """Say how TensorRT's own command builds the plan, and what to do with it then."""
+    """Say which script builds the plan with TensorRT's own command, and what to do with it then."""
+    from lminf_export.bundle.records import BUILD_SCRIPT_NAME
     from lminf_export.engine.plugin import PLUGIN_FILE
 
     built = bundle.manifest.engine is not None
-    click.echo("the same engine, built by hand in this folder:" if built else "build the engine:")
-    click.echo(f"cd {shlex.quote(str(_shown(bundle.path)))} && {recipe.command}")
+    folder = _shown(bundle.path)
+    if BUILD_SCRIPT_NAME not in bundle.manifest.files:
+        return  # a notice says why trtexec cannot build it
+    script = shlex.join(["sh", str(folder / BUILD_SCRIPT_NAME)])
+    click.echo(f"{'the same engine, built by hand' if built else 'build the engine'}: {script}")
     if built:
         return
     if recipe.needs_plugin and not bundle.manifest.files_of("plugin"):
         click.echo(f"with {PLUGIN_FILE} in that folder (docs/engines.md says how to build it)")
-    click.echo(f"then register it there: lminf add-plan . {recipe.file} --target sm_XX")
+    words = ["lminf", "add-plan", str(folder), str(folder / recipe.file), "--target", "sm_XX"]
+    click.echo(f"then register it there: {shlex.join(words)}")
 
 
 def _shown(path: Path) -> Path:

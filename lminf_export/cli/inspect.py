@@ -12,7 +12,7 @@ import click
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
-from lminf_export.bundle.records import Layer, Plugin
+from lminf_export.bundle.records import BUILD_SCRIPT_NAME, Layer, Plugin
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.errors import SessionError
 from lminf_export.runtime.kernels import INSTALLED, open_library
@@ -142,7 +142,8 @@ def _engine_facts(manifest: Manifest) -> list[tuple[str, str]]:
     engine = manifest.engine
     if engine is None:
         recipe = manifest.engine_recipe
-        return [("engine", f"none; {recipe.file} can be built elsewhere" if recipe else "none")]
+        by = f" by {BUILD_SCRIPT_NAME}" if BUILD_SCRIPT_NAME in manifest.files else ""
+        return [("engine", f"none; {recipe.file} can be built elsewhere{by}" if recipe else "none")]
     profiles = "; ".join(
         ", ".join(f"{name} {low}…{high}" for name, (low, _, high) in profile.items())
         for profile in engine.profiles

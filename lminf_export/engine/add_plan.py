@@ -13,9 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lminf_export.bundle.card import CARD_NAME, model_card
 from lminf_export.bundle.destination import locked
 from lminf_export.bundle.files import file_sha256, sync
 from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.license import read_license
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import MANIFEST_NAME, Engine, EngineRecipe, FileEntry, Plugin, Role
 from lminf_export.bundle.trust import remember
@@ -268,19 +270,34 @@ def _with_engine(manifest: Manifest, engine: Engine, files: dict[str, FileEntry]
 
 
 def _put(bundle: Bundle, engine: Engine, files: list[_NewFile], copies: dict[str, Path]) -> None:
-    """Rename the files into place, the manifest last.
+    """Rename the files into place, the card with them, the manifest last.
 
     Where a file of the bundle is replaced, the manifest first loses it and the engine with it: at
     every moment the folder is a whole bundle, of the old plan, of none, or of the new one.
     """
-    old = bundle.manifest
+    old, new = bundle.manifest, {file.name: file.entry for file in files}
+    new[CARD_NAME] = _write_card(bundle, engine, new, copies)
     if any(name in old.files for name in copies):
         kept = {name: entry for name, entry in old.files.items() if name not in copies}
         _write_manifest(bundle, old.model_copy(update={"engine": None}).sealed(kept))
     for name, path in copies.items():
         os.replace(path, bundle.path / name)
     sync(bundle.path)
-    _write_manifest(bundle, _with_engine(old, engine, {file.name: file.entry for file in files}))
+    _write_manifest(bundle, _with_engine(old, engine, new))
+
+
+def _write_card(
+    bundle: Bundle, engine: Engine, new: dict[str, FileEntry], copies: dict[str, Path]
+) -> FileEntry:
+    """Write the card that names the engine under a temporary name, and tell where."""
+    files = {**bundle.manifest.files, **new}
+    files.pop(CARD_NAME, None)
+    manifest = bundle.manifest.model_copy(update={"engine": engine, "files": files})
+    path = copies[CARD_NAME] = bundle.path / f".{CARD_NAME}.{os.getpid()}.partial"
+    card = model_card(manifest, read_license(bundle.path / CARD_NAME))
+    path.write_text(card, encoding="utf-8")
+    sync(path)
+    return FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path), role="other")
 
 
 def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:

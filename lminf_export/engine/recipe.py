@@ -55,6 +55,37 @@ def trtexec_line(request: EngineRequest) -> str:
     return shlex.join(words)
 
 
+def trtexec_script(recipe: EngineRecipe) -> str:
+    """Return a shell script that builds the plan in the folder it lies in.
+
+    `TRTEXEC` in the environment names another trtexec than that of the path.
+    """
+    _, *words = shlex.split(recipe.command)
+    lines = [
+        "#!/bin/sh",
+        f"# Builds {recipe.file} from {recipe.graph} with NVIDIA's trtexec, of TensorRT 10.3 or",
+        "# later, on the machine whose GPU the plan is for. TRTEXEC=PATH names another trtexec.",
+        "set -eu",
+        'cd -- "$(dirname -- "$0")"',
+        'trtexec="${TRTEXEC:-trtexec}"',
+        'command -v "$trtexec" >/dev/null || {',
+        '  echo "error: $trtexec is not here; it comes with TensorRT, TRTEXEC=PATH names it" >&2',
+        "  exit 2",
+        "}",
+    ]
+    if recipe.needs_plugin:
+        lines += [
+            f"[ -f {PLUGIN_FILE} ] || {{",
+            f'  echo "error: {PLUGIN_FILE} must lie beside this script (docs/engines.md)" >&2',
+            "  exit 2",
+            "}",
+        ]
+    lines.append(" \\\n  ".join(['"$trtexec"', *map(shlex.quote, words)]))
+    plan = shlex.quote(f"lminf add-plan . {shlex.quote('./' + recipe.file)}")
+    lines.append(f"echo built, now register it on a machine with lminf-export: {plan}")
+    return "\n".join(lines) + "\n"
+
+
 def _shapes(request: EngineRequest, ranges: Profile, which: int) -> str:
     return ",".join(
         f"{name}:{'x'.join(map(str, shapes[which]))}"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lminf_export.bundle.out import OutTarget, parse_out
-from lminf_export.bundle.records import Engine, EngineRecipe
+from lminf_export.bundle.records import BUILD_SCRIPT_NAME, Engine, EngineRecipe
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.engine.builders import (
     ENGINE_GRAPH_NAME,
@@ -25,7 +25,7 @@ from lminf_export.engine.builders import (
 from lminf_export.engine.common import EngineRequest
 from lminf_export.engine.options import ELSEWHERE
 from lminf_export.engine.plugin import PLUGIN_FILE, find_plugin, head_dim_problem
-from lminf_export.engine.recipe import make_recipe
+from lminf_export.engine.recipe import make_recipe, trtexec_script
 from lminf_export.errors import ConfigError, EngineError
 from lminf_export.export.engine_graph import write_engine_graph
 from lminf_export.export.job import ExportJob
@@ -109,10 +109,20 @@ def add_engine(
         progress("preparing the graph", None)
         write_engine_graph(graph, request)
         recipe = make_recipe(request) if has_recipe(job.builder) else None
+        if recipe is not None and not (recipe.needs_plugin and head_dim_problem(job.plan.layers)):
+            _write_script(writer, recipe)
         if job.builder == ELSEWHERE:
             return None, recipe
         writer.add(job.target.engine_name, "plan")
         return build_engine(job.builder, request, progress), recipe
+
+
+def _write_script(writer: BundleWriter, recipe: EngineRecipe) -> None:
+    path = writer.add(BUILD_SCRIPT_NAME, "other")
+    path.write_text(trtexec_script(recipe), encoding="utf-8")
+    # Whoever may read it may run it.
+    mode = path.stat().st_mode
+    path.chmod(mode | (mode & 0o444) >> 2)
 
 
 @contextmanager

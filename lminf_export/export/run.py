@@ -31,6 +31,7 @@ from lminf_export.export.decisions import (
 from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
 from lminf_export.export.graph import write_graph
 from lminf_export.export.job import ExportJob
+from lminf_export.export.license_files import copy_license_files
 from lminf_export.export.options import LINK, ExportOptions
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import trace
@@ -161,11 +162,13 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             if digest is not None:
                 writer.set_digest(name, digest)
         copy_tokenizer_files(job.source, writer, with_index=job.links_weights)
+        license = copy_license_files(job.source, writer)
         engine, recipe = add_engine(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
         draft = job.manifest(engine, recipe, weight_notices(written))
-        manifest = writer.commit(draft.model_copy(update={"linked_files": linked}))
+        draft = draft.model_copy(update={"linked_files": linked})
+        manifest = writer.commit(draft, license=license)
     for notice in manifest.notices:
         logger.warning(notice)
     return Bundle.open(job.target.directory)
