@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +10,7 @@ from lminf_export.bundle.files import human_bytes
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.session_options import kernels_option, provider_option, threads_option
+from lminf_export.cli.terminal import echo_json
 from lminf_export.errors import InputError
 from lminf_export.runtime.options import Provider
 
@@ -92,7 +92,7 @@ def bench_command(
     with progress_bar() as progress:
         report = bench(bundle, options, progress)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+        echo_json(report.to_dict())
     else:
         _print_tables(report)
 

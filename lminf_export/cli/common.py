@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import logging
@@ -13,13 +14,13 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import click
 
 from lminf_export.cli.internal_errors import InternalErrors
+from lminf_export.cli.terminal import EXIT_INTERRUPTED, make_streams_safe
 from lminf_export.errors import InputError, LminfError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
@@ -45,6 +46,7 @@ def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
             fail(f"{place}{error.strerror}")
         except KeyboardInterrupt:
             click.echo(err=True)
+            click.echo("interrupted", err=True)
             raise SystemExit(EXIT_INTERRUPTED) from None
 
     @functools.wraps(function)
@@ -57,6 +59,7 @@ def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
 
 def run_command(command: click.Command, name: str) -> NoReturn:
     """Run a command as a program; a wrong option costs one line, as every other mistake."""
+    make_streams_safe()
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
@@ -128,6 +131,22 @@ def not_utf8(name: str, error: UnicodeDecodeError) -> str:
     )
 
 
+def require_unicode(name: str, text: str) -> str:
+    """Return an argument as text, read as UTF-8 whatever this system's encoding is.
+
+    Raises:
+        InputError: its bytes are not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(not_utf8(name, error)) from None
+    return text
+
+
 def quiet_transformers() -> None:
     """Keep transformers' own warnings and bars out of a command's output; -v shows ours."""
     from transformers.utils import logging as transformers_logging
@@ -159,6 +178,23 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; without any, print the help and end well."""
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown one is refused with the closest that there are."""
+        if args[0] not in self.lazy and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.lazy, cutoff=0.6)
+            hint = f"did you mean {' or '.join(close)}?" if close else "there are: "
+            ctx.fail(f"no command {args[0]!r}; {hint}{'' if close else ', '.join(self.lazy)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""

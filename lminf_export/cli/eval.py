@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from lminf_export.cli.common import LazyGroup
+from lminf_export.cli.terminal import echo_json
 from lminf_export.errors import InputError
 
 _COMMANDS = {
@@ -101,7 +102,7 @@ def deliver(
     if plot is not None:
         draw(result, plot)
     if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        echo_json(result)
     else:
         print_table(result)
 

@@ -11,6 +11,7 @@ from lminf_export.cli.common import handle_errors, quiet_transformers, verbosity
 from lminf_export.cli.eval import check_outputs, deliver, output_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.session_options import session_options
+from lminf_export.cli.terminal import when_interrupted
 from lminf_export.errors import InputError
 from lminf_export.runtime.options import Provider
 
@@ -106,6 +107,7 @@ def perplexity_command(
     """
     from lminf_export.evaluate.perplexity import evaluate_perplexity
     from lminf_export.evaluate.perplexity_options import Options
+    from lminf_export.evaluate.perplexity_reading import SAVE_SECONDS
 
     quiet_transformers()
     check_outputs(out, plot)
@@ -119,7 +121,18 @@ def perplexity_command(
         buckets_per_octave=per_octave,
         seed=seed,
     )
-    with progress_bar() as progress:
+
+    def kept() -> str:
+        if state is None:
+            return "nothing is kept; --state FILE keeps what is done"
+        if not state.exists():
+            return f"nothing is kept yet; {state} is written every {SAVE_SECONDS:.0f} s"
+        return (
+            f"{state} holds what was done until the last save, every {SAVE_SECONDS:.0f} s; the "
+            "same command goes on from it"
+        )
+
+    with when_interrupted(kept), progress_bar() as progress:
         result = evaluate_perplexity(
             bundle,
             texts,

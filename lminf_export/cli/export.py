@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import shlex
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -20,14 +19,9 @@ from lminf_export.cli.engine_options import engine_options
 from lminf_export.cli.option_fields import option_of
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.quantize_options import quantize_options
-from lminf_export.engine.options import ELSEWHERE
+from lminf_export.cli.terminal import echo_json, when_interrupted
 from lminf_export.export.options import CHOICES, ExportOptions
-
-if TYPE_CHECKING:
-    from lminf_export.bundle.folder import Bundle
-    from lminf_export.bundle.manifest import Manifest
-    from lminf_export.bundle.records import EngineRecipe
-    from lminf_export.export.job import ExportJob
+from lminf_export.tensors.dtypes import DTYPE_ALIASES
 
 option = functools.partial(option_of, ExportOptions, CHOICES)
 
@@ -84,7 +78,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @option(
     "dtype",
-    help="Element type of weights and caches; bfloat16 is for engines and GPUs.  "
+    aliases=DTYPE_ALIASES,
+    help="Element type of weights and caches, also fp32, fp16 and bf16; bfloat16 is for engines "
+    "and GPUs.  "
     "[default: float16 with an engine, else float32]",
 )
 @quantize_options
@@ -127,6 +123,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @option("force", help="Replace an existing bundle.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be written.")
 @click.option(
+    "--json", "as_json", is_flag=True, help="Print what was written, or would be, as JSON."
+)
+@click.option(
     "--version",
     is_flag=True,
     is_eager=True,
@@ -137,22 +136,26 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @verbosity_options
 @handle_errors
 @engine_options
-def export_command(dry_run: bool, **options: Any) -> None:
+def export_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Export a language model so that it decodes a stream without end.
 
     Writes a bundle: the model as ONNX with Λ-shaped attention over a bounded cache, its weights
     and tokenizer, an engine if OUT asks for one, and a manifest. Run it with `lminf generate`.
     """
+    from lminf_export.cli.export_report import ExportReport, PlanReport
     from lminf_export.export.run import prepare, run_job
 
     quiet_transformers()
-    with progress_bar(quiet=dry_run) as progress:
-        job = prepare(ExportOptions(**options), progress)
-        bundle = None if dry_run else run_job(job, progress)
-    if bundle is None:
-        _print_plan(job)
+    asked = ExportOptions(**options)
+    report: ExportReport | PlanReport
+    with when_interrupted(lambda: "nothing was written"), progress_bar(quiet=dry_run) as progress:
+        # A dry run replaces nothing, so it needs no leave to.
+        job = prepare(replace(asked, force=asked.force or dry_run), progress)
+        report = PlanReport(job) if dry_run else ExportReport(run_job(job, progress))
+    if as_json:
+        echo_json(report.to_dict())
     else:
-        _print_result(bundle)
+        report.print()
 
 
 @handle_errors
@@ -161,85 +164,5 @@ def main() -> None:
     run_command(export_command, "lminf-export")
 
 
-def _print_plan(job: ExportJob) -> None:
-    from lminf_export.bundle.files import human_bytes
-
-    draft, settings = job.manifest(), job.settings
-    cache = human_bytes(draft.cache_bytes_per_sequence)
-    rows = [
-        ("model", f"{draft.model_type} from {draft.source.name}, {len(draft.layers)} layers"),
-        *([("adapter", draft.source.adapter)] if draft.source.adapter else []),
-        ("bundle", str(job.target.directory)),
-        ("graph", job.target.graph_name),
-        ("engine", _engine_plan(job)),
-        ("element type", draft.dtype),
-        ("quantised", draft.quantization.description if draft.quantization else "no"),
-        ("weights", ("about " if job.quantize else "") + human_bytes(job.weight_bytes)),
-        ("window", f"{settings.window_size} tokens, chunks of {settings.chunk_size}"),
-        ("sink tokens", f"{settings.num_sink_tokens}, at distance {settings.distance_limit}"),
-        ("cache", f"{_kind_of_cache(draft)}{cache} per sequence, without end"),
-    ]
-    for name, value in rows:
-        click.echo(f"{name:13} {value}")
-    for notice in draft.notices:
-        click.echo(f"{'note':13} {notice}")
-    click.echo("dry run: nothing was written")
-
-
-def _kind_of_cache(manifest: Manifest) -> str:
-    return f"{manifest.kv_cache_dtype}, " if manifest.kv_cache_dtype else ""
-
-
-def _engine_plan(job: ExportJob) -> str:
-    if job.builder is None:
-        return "none"
-    if job.builder == ELSEWHERE:
-        return f"{job.target.engine_name}, to be built elsewhere"
-    return f"{job.target.engine_name} by {job.builder}" + (" with its plugin" if job.plugin else "")
-
-
-def _print_result(bundle: Bundle) -> None:
-    from lminf_export.bundle.files import human_bytes
-
-    manifest = bundle.manifest
-    settings = manifest.settings
-    quantized = f" and {manifest.quantization.weights}" if manifest.quantization else ""
-    click.echo(
-        f"{_shown(bundle.path)}: {manifest.model_type}, {manifest.dtype}{quantized}, window "
-        f"{settings.window_size} + {settings.num_sink_tokens} sink tokens, cache "
-        f"{_kind_of_cache(manifest)}{human_bytes(manifest.cache_bytes_per_sequence)} per sequence, "
-        "without end"
-    )
-    for name, entry in manifest.files.items():
-        if entry.role in ("graph", "weights", "plan", "plugin", "engine_graph"):
-            click.echo(f"  {name:20} {human_bytes(entry.bytes):>10}")
-    if manifest.engine is not None:
-        engine = manifest.engine
-        click.echo(f"engine: {engine.builder} {engine.version} for {engine.target}, {engine.note}")
-    if manifest.engine_recipe is not None:
-        _print_recipe(bundle, manifest.engine_recipe)
-
-
-def _print_recipe(bundle: Bundle, recipe: EngineRecipe) -> None:
-    """Say which script builds the plan with TensorRT's own command, and what to do with it then."""
-    from lminf_export.bundle.records import BUILD_SCRIPT_NAME
-    from lminf_export.engine.plugin import PLUGIN_FILE
-
-    built = bundle.manifest.engine is not None
-    folder = _shown(bundle.path)
-    if BUILD_SCRIPT_NAME not in bundle.manifest.files:
-        return  # a notice says why trtexec cannot build it
-    script = shlex.join(["sh", str(folder / BUILD_SCRIPT_NAME)])
-    click.echo(f"{'the same engine, built by hand' if built else 'build the engine'}: {script}")
-    if built:
-        return
-    if recipe.needs_plugin and not bundle.manifest.files_of("plugin"):
-        click.echo(f"with {PLUGIN_FILE} in that folder (docs/engines.md says how to build it)")
-    words = ["lminf", "add-plan", str(folder), str(folder / recipe.file), "--target", "sm_XX"]
-    click.echo(f"then register it there: {shlex.join(words)}")
-
-
-def _shown(path: Path) -> Path:
-    """Return a path relative to where the user is, if it is below."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+if __name__ == "__main__":
+    main()

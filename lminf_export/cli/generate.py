@@ -5,29 +5,60 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lminf_export.bundle.files import human_bytes
-from lminf_export.cli.common import handle_errors, not_utf8, read_text, verbosity_options
+from lminf_export.cli.common import (
+    handle_errors,
+    not_utf8,
+    read_text,
+    require_unicode,
+    verbosity_options,
+)
 from lminf_export.cli.session_options import (
     kernels_option,
     provider_option,
     threads_option,
     trust_options,
 )
+from lminf_export.cli.terminal import echo_json, when_interrupted
 from lminf_export.errors import InputError
+
+if TYPE_CHECKING:
+    from lminf_export.runtime.cache import State
+
+
+DEFAULT_NEW_TOKENS = 256
 
 
 @dataclass
-class Clock:
-    """When tokens came, for --stats."""
+class Run:
+    """A text while it is written: when its tokens came, and how it ended.
 
+    Attributes:
+        num_prompt_tokens: tokens read.
+        max_new_tokens: tokens to write at most; None for no end.
+        started: when the command began, of `time.perf_counter`, as the other times.
+        first: when the first token came.
+        last: when the latest token came.
+        count: tokens written.
+        ran_out: whether the model gave no more tokens.
+        keep_ids: whether to keep the tokens.
+        token_ids: those kept.
+    """
+
+    num_prompt_tokens: int
+    max_new_tokens: int | None
     started: float
     first: float = 0.0
     last: float = 0.0
     count: int = 0
+    ran_out: bool = False
+    keep_ids: bool = False
+    token_ids: list[int] = field(default_factory=list)
 
     def watch(self, token_ids: Iterator[int]) -> Iterator[int]:
         """Pass tokens on and count them."""
@@ -35,18 +66,47 @@ class Clock:
             self.last = time.perf_counter()
             self.first = self.first or self.last
             self.count += 1
+            if self.keep_ids:
+                self.token_ids.append(token)
             yield token
+        self.ran_out = True
 
-    def line(self, num_prompt_tokens: int, nbytes: int, max_nbytes: int) -> str:
+    @property
+    def finish_reason(self) -> str:
+        """Why the text ended: "length", "end_of_text" (the model's own end) or "stop_text"."""
+        if not self.ran_out:
+            return "stop_text"
+        return "length" if self.count == self.max_new_tokens else "end_of_text"
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed from the first token to the latest; None for fewer than two."""
+        return (self.count - 1) / (self.last - self.first) if self.last > self.first else None
+
+    def line(self, state: State) -> str:
         """Return the statistics in one line."""
-        decoding = self.last - self.first
-        rate = f"{(self.count - 1) / decoding:.1f} tokens/s" if decoding else "one token"
+        speed = self.tokens_per_second
+        rate = f"{speed:.1f} tokens/s" if speed else "one token"
         waited = f"{self.first - self.started:.2f} s" if self.count else "none"
         return (
-            f"prompt {num_prompt_tokens} tokens, first token after {waited}, "
+            f"prompt {self.num_prompt_tokens} tokens, first token after {waited}, "
             f"{self.count} tokens at {rate}, "
-            f"cache {human_bytes(nbytes)} of at most {human_bytes(max_nbytes)}"
+            f"cache {human_bytes(state.nbytes)} of at most {human_bytes(state.max_nbytes)}"
         )
+
+    def to_dict(self, text: str, finish_reason: str, state: State) -> dict[str, Any]:
+        """Return the result as JSON can hold it."""
+        return {
+            "text": text,
+            "token_ids": self.token_ids,
+            "finish_reason": finish_reason,
+            "prompt_tokens": self.num_prompt_tokens,
+            "new_tokens": self.count,
+            "seconds_to_first_token": self.first - self.started if self.count else None,
+            "tokens_per_second": self.tokens_per_second,
+            "cache_bytes": state.nbytes,
+            "max_cache_bytes": state.max_nbytes,
+        }
 
 
 @click.command("generate")
@@ -59,9 +119,7 @@ class Clock:
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=0),
-    default=256,
-    show_default=True,
-    help="Tokens to write at most.",
+    help=f"Tokens to write at most.  [default: {DEFAULT_NEW_TOKENS}]",
 )
 @click.option("--endless", is_flag=True, help="Write until you stop it.")
 @click.option(
@@ -106,7 +164,14 @@ class Clock:
 @threads_option
 @trust_options
 @click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
-@click.option("--stats", is_flag=True, help="Print speed and cache size to stderr at the end.")
+@click.option(
+    "--stats",
+    is_flag=True,
+    help="Print speed and cache size to stderr at the end, after Ctrl-C too.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print text, token ids and speed as JSON, at the end."
+)
 @verbosity_options
 @handle_errors
 def generate_command(
@@ -114,7 +179,7 @@ def generate_command(
     stdin: str | None,
     prompt: str | None,
     prompt_file: str | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     endless: bool,
     temperature: float,
     top_k: int,
@@ -131,6 +196,7 @@ def generate_command(
     verify: bool,
     stats: bool,
     trust_plan: bool | str,
+    as_json: bool,
 ) -> None:
     """Continue a text with the model in BUNDLE.
 
@@ -139,7 +205,8 @@ def generate_command(
     """
     from lminf_export.runtime.load import load
 
-    text = _prompt_text(prompt, prompt_file, stdin)
+    limit = _limit(max_new_tokens, endless, as_json)
+    prompt_text = _prompt_text(prompt, prompt_file, stdin)
     started = time.perf_counter()
     model = load(
         bundle,
@@ -150,11 +217,11 @@ def generate_command(
         verify="full" if verify else "fast",
         trust_plan=trust_plan,
     )
-    prompt_ids = model.codec.encode(text)
+    prompt_ids = model.codec.encode(prompt_text)
     state = model.new_state()
     token_ids = model.generate(
         prompt_ids,
-        max_new_tokens=None if endless else max_new_tokens,
+        max_new_tokens=limit,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -164,13 +231,40 @@ def generate_command(
         stop_token_ids=() if ignore_eos else None,
         state=state,
     )
-    clock = Clock(started)
-    for piece in model.codec.stream(clock.watch(token_ids), after=prompt_ids, stop=stop):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
-    if stats:
-        click.echo(clock.line(len(prompt_ids), state.nbytes, state.max_nbytes), err=True)
+    run = Run(len(prompt_ids), limit, started, keep_ids=as_json)
+    pieces: list[str] = []
+
+    def finish(reason: str) -> None:
+        if as_json:
+            echo_json(run.to_dict("".join(pieces), reason, state))
+        else:
+            click.echo()
+        if stats:
+            click.echo(run.line(state), err=True)
+
+    def kept() -> str:
+        finish("interrupted")
+        return f"the {run.count} tokens written so far are above; no state is kept"
+
+    with when_interrupted(kept):
+        for piece in model.codec.stream(run.watch(token_ids), after=prompt_ids, stop=stop):
+            if as_json:
+                pieces.append(piece)
+            else:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+    finish(run.finish_reason)
+
+
+def _limit(max_new_tokens: int | None, endless: bool, as_json: bool) -> int | None:
+    """Return the number of tokens to write at most, None for no end."""
+    if not endless:
+        return DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    if max_new_tokens is not None:
+        raise InputError("--endless has no --max-new-tokens; give one of them")
+    if as_json:
+        raise InputError("--json prints at the end, and --endless has none; give --max-new-tokens")
+    return None
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None, stdin: str | None) -> str:
@@ -178,7 +272,7 @@ def _prompt_text(prompt: str | None, prompt_file: str | None, stdin: str | None)
     if len(given) != 1:
         raise InputError("give the text once: --prompt TEXT, --prompt-file FILE, or - for stdin")
     if prompt is not None:
-        return prompt
+        return require_unicode("--prompt", prompt)
     try:
         if given == ["-"]:
             return sys.stdin.buffer.read().decode("utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import BUILD_SCRIPT_NAME, Layer, Plugin
 from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.cli.terminal import echo_json
 from lminf_export.errors import SessionError
 from lminf_export.runtime.kernels import INSTALLED, open_library
 
@@ -34,7 +34,7 @@ def inspect_command(bundle: str, as_json: bool, verify: bool) -> None:
         content: dict[str, Any] = {"path": str(opened.path), "cache": cache_costs(opened.manifest)}
         content["kernels"] = kernel_choice()
         content["manifest"] = opened.manifest.model_dump(mode="json")
-        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        echo_json(content)
         return
     _print_tables(opened)
 

@@ -11,12 +11,30 @@ import click
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+class NamedChoice(click.Choice):
+    """Takes one of a few values, by its name or another one.
+
+    Args:
+        choices: the values.
+        aliases: other name → value.
+    """
+
+    def __init__(self, choices: Sequence[str], aliases: Mapping[str, str]) -> None:
+        super().__init__(choices)
+        self.aliases = dict(aliases)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value of a name."""
+        return super().convert(self.aliases.get(value, value), param, ctx)
+
+
 def option_of(
     holder: type,
     choices: Mapping[str, Sequence[Any]],
     name: str,
     *declarations: str,
     help: str,
+    aliases: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Decorator:
     """Return the click option of one field: its name, default and choices are the field's.
@@ -28,6 +46,7 @@ def option_of(
         declarations: flags, or a flag and the parameter's name, in place of those made from the
             field's name.
         help: text of the option.
+        aliases: other names that its choices may be written by.
         settings: more of click's, such as `metavar`.
     """
     (field,) = (field for field in fields(holder) if field.name == name)
@@ -35,7 +54,7 @@ def option_of(
     if all(flag.startswith("-") for flag in flags):
         flags = (*flags, name)
     if name in choices:
-        settings["type"] = click.Choice([str(choice) for choice in choices[name]])
+        settings["type"] = NamedChoice([str(choice) for choice in choices[name]], aliases or {})
     if field.default is MISSING:
         settings.setdefault("required", True)
     elif isinstance(field.default, bool):

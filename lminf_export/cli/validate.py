@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from lminf_export.cli.common import (
 )
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.session_options import kernels_option, provider_option
+from lminf_export.cli.terminal import echo_json
 from lminf_export.runtime.options import Provider
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def validate_command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+        echo_json(report.to_dict())
     else:
         _print_table(report)
     if not report.passed:

@@ -19,6 +19,7 @@ from lminf_export.operator.settings import (
     require_one_of,
 )
 from lminf_export.quantize.config import QuantizeConfig
+from lminf_export.tensors.dtypes import DTYPE_ALIASES
 
 LINK_NOTICE = (
     "the weights are hard links to the source model's files, the same bytes on the same disk: "
@@ -68,8 +69,9 @@ def default_dtype(asked: str | None, target: OutTarget) -> Any:
     """Return the element type to use: the one asked for, or what the products need."""
     if asked is None:
         return "float16" if target.engine_name else "float32"
-    require_one_of("dtype", asked, CHOICES["dtype"])
-    return asked
+    full = next((full for alias, full in DTYPE_ALIASES.items() if alias == asked), asked)
+    require_one_of("dtype", full, CHOICES["dtype"])
+    return full
 
 
 def decide_kv_cache_dtype(asked: str, dtype: str, target: OutTarget) -> Any:

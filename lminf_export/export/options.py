@@ -19,6 +19,7 @@ from lminf_export.operator.settings import (
     KV_CACHE_DTYPES,
     LAMBDA_LAYERS,
     ROPE_REGIMES,
+    LambdaConfig,
 )
 from lminf_export.quantize.config import WEIGHT_TYPES, QuantizeConfig
 from lminf_export.tensors.dtypes import MODEL_DTYPES
@@ -54,8 +55,8 @@ class ExportOptions:
         rope_regime: "short" or "long": the regime in which a rotary scaling that depends on the
             length of the text (dynamic NTK, longrope) is frozen; by default the one that fits
             the window.
-        dtype: "float32", "float16" or "bfloat16"; by default float16 with an engine and
-            float32 without.
+        dtype: "float32", "float16" or "bfloat16", or "fp32", "fp16" or "bf16"; by default
+            float16 with an engine and float32 without.
         quantize: "int4", "int8" or "fp8" for the weights of projections, or a `QuantizeConfig`
             with the details; by default they are not quantised.
         kv_cache_dtype: "int8" stores the caches of the window as integers with a scale for each
@@ -101,3 +102,18 @@ class ExportOptions:
     def builder_settings(self) -> EngineOptions:
         """Settings of TensorRT's builder, the defaults where none were given."""
         return self.engine_options or EngineOptions()
+
+    def lambda_config(self, window_size: int) -> LambdaConfig:
+        """Return the settings of attention for a window, the one asked for or the default.
+
+        Raises:
+            ConfigError: one of them breaks a rule.
+        """
+        return LambdaConfig(
+            window_size=window_size,
+            num_sink_tokens=self.num_sink_tokens,
+            distance_limit=self.distance_limit,  # type: ignore[arg-type]  # None means the window
+            chunk_size=self.chunk_size,
+            lambda_layers=self.lambda_layers,
+            rope_regime=self.rope_regime,
+        )

@@ -38,7 +38,7 @@ from lminf_export.export.trace.tracing import trace
 from lminf_export.export.weight_files import WrittenWeights, weights_name
 from lminf_export.models.registry import find_family
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.operator.settings import LambdaConfig, as_integer
+from lminf_export.operator.settings import as_integer
 from lminf_export.progress import Progress, byte_counter, silent
 from lminf_export.quantize.config import decide_form
 from lminf_export.tensors.torch_dtypes import torch_dtype
@@ -93,13 +93,16 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         LminfError: as `export`.
     """
     target = out_target(options)
-    check_destination(target.directory, force=options.force)
     dtype = default_dtype(options.dtype, target)
     kv_cache_dtype = decide_kv_cache_dtype(options.kv_cache_dtype, dtype, target)
     builder, plugin = choose_builder(options, target)
     quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
     check_weights(options.weights, quantize)
     as_integer("max_batch_size", options.max_batch_size, 1)
+    options.lambda_config(1 if options.window_size is None else options.window_size)
+    # Mistakes in options come first; and before a model is fetched, that it has a place.
+    if not Path(options.model).expanduser().exists():
+        check_destination(target.directory, force=options.force)
     progress("reading the model", None)
     source = open_source(
         options.model,
@@ -110,14 +113,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     )
     family = find_family(source.model_type)
     window, notices = default_window(options.window_size, family.training_length(source.config))
-    settings = LambdaConfig(
-        window_size=window,
-        num_sink_tokens=options.num_sink_tokens,
-        distance_limit=options.distance_limit,  # type: ignore[arg-type]  # None means the window
-        chunk_size=options.chunk_size,
-        lambda_layers=options.lambda_layers,
-        rope_regime=options.rope_regime,
-    )
+    settings = options.lambda_config(window)
     skeleton = Skeleton(source.config, torch_dtype(dtype), options.trust_remote_code)
     plan = family.plan(source.config, settings, lambda: skeleton.model)
     notices += plugin_notices(builder, options, plan)
@@ -145,6 +141,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         notices=tuple(notices),
     )
     job.manifest()  # what the configuration gets wrong shows here, not after the work
+    check_destination(target.directory, force=options.force)
     return job
 
 

@@ -54,6 +54,8 @@ BY_SAFETENSORS = {row.safetensors: row for row in _TABLE}
 
 # Types of the weights, activations and caches of a bundle.
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
+# Short names that a user may write for them.
+DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Types of a checkpoint's weights: each can be converted to any of MODEL_DTYPES.
 WEIGHT_DTYPES = ("float64", *MODEL_DTYPES)
 

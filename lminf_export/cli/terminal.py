@@ -1,0 +1,65 @@
+"""Printing in any encoding of the terminal, and the last words of a command that is stopped."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+EXIT_INTERRUPTED = 130
+
+_ERRORS = "lminf_readable"
+# Signs of our own texts, for terminals that lack them.
+_PLAIN = {
+    "Λ": "Lambda", "×": "x", "±": "+-", "…": "...", "–": "-", "→": "->", "≥": ">=", "≤": "<=",
+    "│": "|", "─": "-", "�": "?",
+}  # fmt: skip
+
+
+def readable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Stand in for characters that an encoding lacks: plain signs for ours, else an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    plain = _PLAIN.get(error.object[error.start])
+    if plain is not None:
+        return plain, error.start + 1
+    one = UnicodeEncodeError(
+        error.encoding, error.object, error.start, error.start + 1, error.reason
+    )
+    return codecs.backslashreplace_errors(one)
+
+
+def make_streams_safe() -> None:
+    """Let no character that stdout or stderr cannot show end a program."""
+    codecs.register_error(_ERRORS, readable)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
+
+
+def echo_json(content: Any) -> None:
+    """Print JSON; in ASCII where stdout has no Unicode encoding."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    unicode = encoding.replace("_", "-").startswith("utf")
+    click.echo(json.dumps(content, indent=1, ensure_ascii=not unicode))
+
+
+@contextmanager
+def when_interrupted(kept: Callable[[], str]) -> Iterator[None]:
+    """End with 130 on Ctrl-C, after a line that says what was kept.
+
+    Args:
+        kept: returns the line; called when the interruption comes.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        click.echo(f"interrupted: {kept()}", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
