@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+from lminf_export.bundle.files import require_utf8
 from lminf_export.bundle.records import MANIFEST_NAME
 from lminf_export.errors import ExportError
 
@@ -35,6 +36,7 @@ _TEMPORARY = re.compile(rf"\..+\.(partial|replaced)-[0-9a-f]{{{TOKEN_LENGTH}}}",
 
 def check_destination(directory: Path, *, force: bool) -> None:
     """Raise ExportError if a bundle cannot be put there; an empty folder is as good as none."""
+    require_utf8(directory, ExportError)
     if not os.path.lexists(directory):
         return
     if not directory.is_dir():

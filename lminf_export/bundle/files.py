@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lminf_export.errors import LminfError
+
 HASH_BLOCK = 2**20
 
 # Called with a file's name and the bytes just read of it.
@@ -23,6 +25,22 @@ def file_sha256(path: Path, progress: HashProgress | None = None) -> str:
             if progress:
                 progress(path.name, len(block))
     return digest.hexdigest()
+
+
+def require_utf8(path: Path, error: type[LminfError]) -> None:
+    """Check that a path's bytes are UTF-8, as the libraries that read models and graphs need it.
+
+    Raises:
+        LminfError: of the given type, if they are not.
+    """
+    place = os.fsencode(path.absolute())
+    try:
+        place.decode("utf-8")
+    except UnicodeDecodeError:
+        shown = place.decode("utf-8", "backslashreplace")
+        raise error(
+            f"the path {shown} is not UTF-8, which safetensors and onnxruntime need; rename it"
+        ) from None
 
 
 def human_bytes(count: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lminf_export.bundle.destination import is_temporary, replaced_folders
-from lminf_export.bundle.files import HashProgress, file_sha256
+from lminf_export.bundle.files import HashProgress, file_sha256, require_utf8
 from lminf_export.bundle.links import stays_inside
 from lminf_export.bundle.manifest import Manifest, read_manifest
 from lminf_export.bundle.records import MANIFEST_NAME, FileEntry
@@ -146,6 +146,7 @@ def bundle_folder(path: str | Path) -> Path:
         BundleError: if there is no bundle.
     """
     path = Path(path)
+    require_utf8(path, BundleError)
     try:
         if not path.exists():
             raise BundleError(_nothing_there(path))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lminf_export.bundle.files import require_utf8
 from lminf_export.checkpoint.dequantize.methods import check_quantization
 from lminf_export.checkpoint.links import refuse_links_to_outside
 from lminf_export.errors import ModelError
@@ -79,6 +80,7 @@ def open_source(
         ModelError: the model is not there, not readable, or not a language model.
     """
     folder = Path(model).expanduser()
+    require_utf8(folder, ModelError)
     commit = None
     if folder.is_dir():
         name = folder.resolve().name
