@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PLUGINS = ROOT / "plugins"
+PLUGINS, EXAMPLES = ROOT / "plugins", ROOT / "examples"
 ENDS = {".h", ".cc", ".cpp", ".cu", ".cuh", ".inl"}
 # Compiled for an instruction set of one processor, or against headers that are not here.
 SKIPPED = ("_avx2.cc", "_avx512.cc", "_avx512vnni.cc", "cuda_kernel.cc", "ort_abi_check.cc")
@@ -40,7 +40,8 @@ def main() -> None:
 
 
 def _format(*, fix: bool) -> int:
-    sources = sorted(str(p) for p in PLUGINS.rglob("*") if p.suffix in ENDS)
+    found = (p for folder in (PLUGINS, EXAMPLES) for p in folder.rglob("*") if p.suffix in ENDS)
+    sources = sorted(map(str, found))
     mode = ["-i"] if fix else ["--dry-run", "--Werror"]
     return subprocess.run([_tool("clang-format"), *mode, *sources], check=False).returncode
 
