@@ -1,8 +1,26 @@
 """Errors that a user can cause: each message says what was expected, what was found, what to do."""
 
+# A terminal shows a message of this length without a search; "error: " comes before it.
+_LONGEST = 290
+
+
+def shortened(text: str, longest: int = 60) -> str:
+    """Return a text in one line, its middle left out where it has more characters than that."""
+    line = " ".join(text.split())
+    if len(line) <= longest:
+        return line
+    end = longest // 3
+    return f"{line[: longest - end - 1]}…{line[-end:]}"
+
 
 class LminfError(Exception):
-    """Base of every error a user can cause; the command line prints it in one line and exits 2."""
+    """Base of every error a user can cause; the command line prints it in one line and exits 2.
+
+    The message is one line of at most 290 characters: of a longer one the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message, _LONGEST))
 
 
 class ConfigError(LminfError, ValueError):

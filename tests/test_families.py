@@ -154,30 +154,21 @@ PROBED = [case for case in CASES if not case.equal_in_pairs]
 
 @pytest.mark.parametrize("case", PROBED, ids=lambda case: case.model_type)
 def test_what_is_tested_passes_the_probe(case):
-    found = ProbedFamily(case.model_type, ()).plan(case.config(), LambdaConfig(WINDOW))
+    found = ProbedFamily(case.model_type).plan(case.config(), LambdaConfig(WINDOW))
     assert "passed the probe" in found.notices[-1]
 
 
 WITHOUT_ROPE = {name: value for name, value in SIZES.items() if name != "rope_parameters"}
+# Types that the configuration alone does not give away, and what is seen instead; those that it
+# does are in test_refusals.py.
 REFUSED = {
-    "gpt2": ({}, "learned absolute positions"),
-    "opt": ({}, "learned absolute positions"),
     "biogpt": ({}, "learned absolute positions"),
-    "llama4_text": ({}, "rotates by code of its own"),
-    "ministral3": ({}, "far from the start"),
-    "diffllama": ({}, "attends twice"),
-    "deepseek_v2": ({}, "rotates by code of its own"),
-    "deepseek_v3": ({}, "does not run with rotation and attention taken out of it"),
-    "doge": ({}, "does not run with rotation and attention taken out of it"),
-    "minimax": ({}, "only 1 of its 2 layers attend"),
-    "olmo_hybrid": ({}, "only 1 of its 3 layers attend"),
+    "ctrl": ({}, "absolute positions"),
+    "doge": ({}, "attention code is unlike that of the tested models"),
     "gpt_bigcode": ({}, "learned absolute positions"),
-    "jamba": ({}, "no layer attends"),
-    "qwen3_next": ({"num_hidden_layers": 4}, "only 1 of its 4 layers attend"),
-    "lfm2": ({"layer_types": ["full_attention", "conv", "conv"]}, "only 1 of its 2 layers attend"),
-    "falcon_h1": ({}, "past the attention"),
-    "mamba": ({}, "no layer attends"),
+    "mimo_v2_flash": ({"num_hidden_layers": 2, "layer_types": None}, "keys and values of diff"),
     "nanochat": ({}, "pairs its dimensions"),
+    "xglm": ({}, "absolute positions"),
 }
 
 
@@ -185,7 +176,7 @@ REFUSED = {
 def test_a_norm_after_the_rotation_needs_weights_equal_in_pairs(model_type, tmp_path):
     config = CONFIG_MAPPING[model_type](**SIZES)
     with pytest.raises(ModelError, match="in layer 0 rotation is not the last thing"):
-        ProbedFamily(model_type, ()).plan(config, LambdaConfig(WINDOW))
+        ProbedFamily(model_type).plan(config, LambdaConfig(WINDOW))
     source = replace(case(model_type), equal_in_pairs=()).save(tmp_path / "m")
     with pytest.raises(ModelError, match="rotated pair differently") as caught:
         export(source, tmp_path / "b", window_size=WINDOW)
@@ -200,7 +191,7 @@ def test_the_probe_says_why_a_model_is_refused(model_type):
     with pytest.raises(ModelError, match=reason) as caught:
         plan(config)
     assert model_type in str(caught.value)
-    assert "llama" in str(caught.value)
+    assert len(str(caught.value)) <= 300
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import lminf_export
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOM = ROOT / "lminf_export"
-FLAT = {"__init__.py", "errors.py", "progress.py", "py.typed"}
+FLAT = {"__init__.py", "disk.py", "errors.py", "progress.py", "py.typed"}
 
 
 def test_type_checkers_and_python_find_the_same_names_in_the_same_modules():

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lminf_export.bundle.files import require_utf8
+from lminf_export.bundle.versions import package_version
+from lminf_export.checkpoint.config_numbers import check_config_numbers
 from lminf_export.checkpoint.dequantize.methods import check_quantization
 from lminf_export.checkpoint.links import refuse_links_to_outside
-from lminf_export.errors import ModelError
+from lminf_export.disk import is_dir, is_file, read_json
+from lminf_export.errors import ModelError, shortened
+from lminf_export.models.kinds import SEE_FAMILIES, check_kind
+from lminf_export.models.transformers_tables import CODE_ERRORS, is_known
 
 QUANTIZATION = "quantization_config"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
@@ -79,29 +84,42 @@ def open_source(
     Raises:
         ModelError: the model is not there, not readable, or not a language model.
     """
-    folder = Path(model).expanduser()
+    folder = model_path(model)
     require_utf8(folder, ModelError)
     commit = None
-    if folder.is_dir():
+    if is_dir(folder):
         name = folder.resolve().name
         if revision is not None:
             raise ModelError(
                 f"--revision {revision} is for hub models; {str(model)!r} is a local folder"
             )
-    elif folder.is_file():
+    elif is_file(folder):
         raise ModelError(f"model {str(model)!r} is a file; give the folder that holds config.json")
     else:
         weights = (*WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ()))
         folder = _download(str(model), revision, cache_dir, weights)
         name, commit = str(model), folder.name
     refuse_links_to_outside(folder)
-    quantization = read_config_file(folder, str(model)).get(QUANTIZATION)
+    content = read_config_file(folder, str(model))
+    quantization = content.get(QUANTIZATION)
     if quantization is not None:
         check_quantization(quantization, str(model))
-    config = _load_config(folder, str(model), trust_remote_code)
+    config = _load_config(folder, str(model), content, trust_remote_code)
     if hasattr(config, QUANTIZATION):
         delattr(config, QUANTIZATION)
     return Source(folder, name, commit, config, quantization)
+
+
+def model_path(model: str | Path) -> Path:
+    """Return the place of a model, if it is a folder and no hub id.
+
+    Raises:
+        ModelError: "~name" of a user that is not there.
+    """
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"model {shortened(repr(str(model)))}: {error}") from error
 
 
 def _download(
@@ -144,19 +162,18 @@ def read_config_file(folder: Path, model: str) -> dict[str, Any]:
         ModelError: it is missing, damaged, or names no model type.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
+    named = shortened(repr(model))
+    if not is_file(path):
+        if is_file(folder / "adapter_config.json"):
             raise ModelError(
-                f"model {model!r} is an adapter; give the model it was trained on as --model, "
+                f"model {named} is an adapter; give the model it was trained on as --model, "
                 f"and the adapter as --lora"
             )
-        raise ModelError(f"model {model!r} has no {path.name}; is it a Hugging Face model folder?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path.name} of model {model!r} is not valid JSON: {error}") from error
+        raise ModelError(f"model {named} has no {path.name}; is it a Hugging Face model folder?")
+    content = read_json(path, ModelError, f"{path.name} of model {named}")
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise ModelError(f"{path.name} of model {model!r} names no model_type")
+        raise ModelError(f"{path.name} of model {named} names no model_type")
+    check_config_numbers(content, model)
     return content
 
 
@@ -176,23 +193,32 @@ def plain_config(source: Source) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _load_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
+def _load_config(folder: Path, model: str, content: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
 
     from lminf_export.models.registry import FAMILIES
 
-    kind = read_config_file(folder, model)["model_type"]
-    if kind not in CONFIG_MAPPING and not trust_remote_code:
-        raise ModelError(
-            f"model type {kind!r} is unknown to this version of transformers; tested are: "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
+    kind = content["model_type"]
+    if not is_known(kind):
+        check_kind(content, None, tested=False)
+        if not trust_remote_code:
+            raise ModelError(_unknown(kind, content))
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (
-        *(ValueError, KeyError, TypeError, OSError, AttributeError, ArithmeticError),
-        StrictDataclassError,
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"config.json of model {model!r} cannot be used: {reason}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except CODE_ERRORS as error:
+        reason = shortened(str(error) or type(error).__name__, 140)
+        raise ModelError(
+            f"config.json of model {shortened(repr(model))} cannot be used: {reason}"
+        ) from error
+    check_kind(content, config, tested=kind in FAMILIES)
+    return config
+
+
+def _unknown(kind: str, content: dict[str, Any]) -> str:
+    name, library = shortened(repr(kind), 40), f"transformers {package_version('transformers')}"
+    if content.get("auto_map"):
+        return (
+            f"model type {name} is custom code of its repository (auto_map in config.json), not "
+            f"of {library}; --trust-remote-code runs it; {SEE_FAMILIES} be exported"
+        )
+    return f"model type {name} is unknown to {library}; {SEE_FAMILIES} be exported"

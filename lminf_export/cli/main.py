@@ -28,6 +28,10 @@ _COMMANDS = {
         "lminf_export.cli.inspect:inspect_command",
         "Show what is inside a bundle and what its cache costs.",
     ),
+    "families": (
+        "lminf_export.cli.families:families_command",
+        "Show which model types are tested, and what becomes of the others.",
+    ),
     "add-plan": (
         "lminf_export.cli.add_plan:add_plan_command",
         "Register an engine that was built on another machine.",

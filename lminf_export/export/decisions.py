@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -16,7 +17,9 @@ from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
     AUTO_KV_CACHE_DTYPE,
     DEFAULT_WINDOW_CAP,
+    LambdaConfig,
     require_one_of,
+    ring_capacity,
 )
 from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.tensors.dtypes import DTYPE_ALIASES
@@ -25,6 +28,8 @@ LINK_NOTICE = (
     "the weights are hard links to the source model's files, the same bytes on the same disk: "
     "changing those files in place changes the bundle; copying the bundle frees it from them"
 )
+# More memory than one machine that decodes has; on one that has more, its own is the limit.
+_LARGEST_CACHE = 2**40
 BFLOAT16_NOTICE = (
     "bfloat16 graphs are for engines and GPUs: onnxruntime's CPU provider does not run them"
 )
@@ -114,12 +119,77 @@ def weight_notices(written: WrittenWeights) -> Iterable[str]:
         )
 
 
-def memory_notices(contract: GraphContract) -> Iterable[str]:
+def check_cache_size(
+    contract: GraphContract,
+    settings: LambdaConfig,
+    batch_size: int,
+    training_length: int | None,
+    total: int | None = None,
+) -> None:
+    """Refuse caches that cannot be loaded.
+
+    A bundle may be for a larger machine than this one, so a window that the model was trained on
+    may take up to 1 TiB; a longer one, which only costs, may take this machine's memory.
+
+    Args:
+        contract: with the caches of one sequence.
+        settings: window, sinks and chunk that they follow from.
+        batch_size: sequences that an engine reserves caches for; 1 for the graph alone.
+        training_length: of the model, where it is known.
+        total: bytes of memory of this machine; by default it is asked.
+
+    Raises:
+        ConfigError: with the size, the window that fits and what to change.
+    """
+    total = psutil.virtual_memory().total if total is None else total
+    trained = training_length is None or settings.window_size <= training_length
+    limit = max(total, _LARGEST_CACHE) if trained else total
+    needed = contract.cache_bytes() * batch_size
+    if needed <= limit:
+        return
+    batch = f" for max_batch_size={batch_size}" if batch_size > 1 else ""
+    window = _fitting_window(contract, settings, limit // batch_size)
+    fits = (
+        f"window_size up to {window} fits"
+        if window
+        else "no window fits: lower chunk_size, num_sink_tokens, max_batch_size or the model's own "
+        "sliding_window"
+    )
+    raise ConfigError(
+        f"window_size={settings.window_size}: with chunk_size={settings.chunk_size} and "
+        f"num_sink_tokens={settings.num_sink_tokens} the caches take {human_bytes(needed)}{batch}, "
+        f"at most {human_bytes(limit)} can be loaded; {fits}"
+    )
+
+
+def _fitting_window(contract: GraphContract, settings: LambdaConfig, limit: int) -> int:
+    """Return the largest window whose caches take at most `limit` bytes, 0 if none does."""
+
+    def fits(window: int) -> bool:
+        ring = ring_capacity(window, settings.chunk_size)
+        layers = tuple(
+            replace(layer, window_size=window, ring_capacity=ring)
+            if layer.window_size == settings.window_size
+            else layer
+            for layer in contract.layers
+        )
+        return replace(contract, layers=layers).cache_bytes() <= limit
+
+    low, high = 0, settings.window_size
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def memory_notices(contract: GraphContract, settings: LambdaConfig) -> Iterable[str]:
     """Yield what to tell the user about caches that this machine could not hold."""
     needed = contract.cache_bytes()
     available = psutil.virtual_memory().available
     if needed > available:
+        window = _fitting_window(contract, settings, available)
         yield (
             f"one sequence's cache takes {human_bytes(needed)}, the machine that exported it had "
             f"{human_bytes(available)} of memory available; a smaller --window-size helps"
+            + (f", up to {window}" if window else "")
         )

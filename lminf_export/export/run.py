@@ -16,10 +16,12 @@ from lminf_export.bundle.versions import package_version
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
-from lminf_export.checkpoint.source import open_source
+from lminf_export.checkpoint.source import model_path, open_source
+from lminf_export.disk import exists
 from lminf_export.export.background_weights import BackgroundWeights, expected_pieces
 from lminf_export.export.decisions import (
     LINK_NOTICE,
+    check_cache_size,
     check_weights,
     decide_kv_cache_dtype,
     default_dtype,
@@ -101,7 +103,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     as_integer("max_batch_size", options.max_batch_size, 1)
     options.lambda_config(1 if options.window_size is None else options.window_size)
     # Mistakes in options come first; and before a model is fetched, that it has a place.
-    if not Path(options.model).expanduser().exists():
+    if not exists(model_path(options.model)):
         check_destination(target.directory, force=options.force)
     progress("reading the model", None)
     source = open_source(
@@ -112,19 +114,22 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         allow_pickle=options.allow_pickle,
     )
     family = find_family(source.model_type)
-    window, notices = default_window(options.window_size, family.training_length(source.config))
+    training_length = family.training_length(source.config)
+    window, notices = default_window(options.window_size, training_length)
     settings = options.lambda_config(window)
     skeleton = Skeleton(source.config, torch_dtype(dtype), options.trust_remote_code)
     plan = family.plan(source.config, settings, lambda: skeleton.model)
+    contract = GraphContract(plan.layers, dtype, kv_cache_dtype, source.config.vocab_size)
+    batch_size = options.max_batch_size if target.engine_name else 1
+    check_cache_size(contract, settings, batch_size, training_length)
     notices += plugin_notices(builder, options, plan)
     checkpoint = open_checkpoint(
         source, options.lora, skeleton=skeleton, allow_pickle=options.allow_pickle
     )
     family.check_weights(checkpoint.source.config, checkpoint.tensors)
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
-    contract = GraphContract(plan.layers, dtype, kv_cache_dtype, source.config.vocab_size)
     notices += [LINK_NOTICE] if options.weights == LINK else []
-    notices += [*memory_notices(contract), *eos_notices(source)]
+    notices += [*memory_notices(contract, settings), *eos_notices(source)]
     job = ExportJob(
         options=options,
         source=checkpoint.source,

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lminf_export.errors import ConfigError, ModelError
+from lminf_export.errors import ConfigError, ModelError, shortened
 from lminf_export.models.experts import EXPERTS_NAME, register_experts
 from lminf_export.models.internals import Internals
+from lminf_export.models.transformers_tables import CODE_ERRORS
 from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.settings import LambdaConfig, ring_capacity
 from lminf_export.tensors.stored import SourceTensor
@@ -300,15 +301,16 @@ def _as_model_error(config: Any) -> Iterator[None]:
     """Say of which configuration transformers could not make a model."""
     try:
         yield
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except CODE_ERRORS as error:
         raise ModelError(
-            f"transformers cannot build a {config.model_type} model of this config.json: {reason}"
+            f"transformers cannot build a {shortened(config.model_type, 40)} model of this "
+            f"config.json: {_unusable(config, error)}"
         ) from error
+
+
+def _unusable(config: Any, error: BaseException) -> str:
+    """Return in a few words why a configuration cannot be built."""
+    padding, size = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
+    if isinstance(padding, int) and isinstance(size, int) and not -size <= padding < size:
+        return f"pad_token_id={padding} is outside its vocabulary of {size}; set it to null"
+    return shortened(str(error) or type(error).__name__, 140)

@@ -17,22 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lminf_export.errors import LminfError, ModelError
+from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.base import AttentionCall, AttentionPlan, GetModel, use_step
 from lminf_export.models.history import HistoryStep
+from lminf_export.models.kinds import check_kind, refusal
 from lminf_export.models.rotary import RotaryFamily, in_layer_order, keep_call
 from lminf_export.models.small_model import random_model, small_config, stock_model
 from lminf_export.models.steps import run
+from lminf_export.models.structure import structural_reasons
+from lminf_export.models.transformers_tables import CODE_ERRORS
 from lminf_export.operator import reference
 from lminf_export.operator.settings import LambdaConfig
 
 _LENGTH, _OFFSET = 19, 37
+_UNLIKE = (
+    "its attention code is unlike that of the tested models, so how it uses positions is unknown "
+    "and text beyond the window could be wrong"
+)
 # Beyond every trained length: some models scale their queries by how many of those have passed.
 _FAR_OFFSET = 2**24 + _OFFSET
 # float32 through a few layers; a wrong rotation is wrong by orders of magnitude more.
 _TOLERANCE = 1e-3
-# Errors of a model's own code when it is called in a way that it does not support.
-_FOREIGN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+# Parameters of the small instance that is run: more would take gigabytes and minutes.
+_MOST_PARAMETERS = 2**27
 
 
 class ProbedFamily(RotaryFamily):
@@ -40,12 +47,10 @@ class ProbedFamily(RotaryFamily):
 
     Args:
         model_type: transformers' name.
-        tested: names that have tests, for messages.
     """
 
-    def __init__(self, model_type: str, tested: tuple[str, ...]) -> None:
+    def __init__(self, model_type: str) -> None:
         super().__init__(model_type)
-        self.tested = tested
 
     def plan(
         self, config: Any, settings: LambdaConfig, model: GetModel | None = None
@@ -56,9 +61,14 @@ class ProbedFamily(RotaryFamily):
             ModelError: naming the test it fails, and what that means.
         """
         kind = config.model_type
-        with self._explained(kind):
-            self._probe(small_config(config))
+        check_kind({"model_type": kind}, config, tested=False)
+        reasons = structural_reasons(config)
+        if reasons:
+            raise refusal(kind, reasons)
+        with _explained(kind):
+            # On the model itself first: what is said of its layers is true of all of them.
             plan = super().plan(config, settings, model)
+            self._probe(small_config(config))
         notice = (
             f"model type {kind!r} has no test of its own; it passed the probe (one attention a "
             f"layer, rotation recognised, no other trace of positions, equal to the original "
@@ -66,21 +76,10 @@ class ProbedFamily(RotaryFamily):
         )
         return replace(plan, notices=(*plan.notices, notice))
 
-    @contextmanager
-    def _explained(self, kind: str) -> Iterator[None]:
-        try:
-            with _foreign_errors():
-                yield
-        except ModelError as error:
-            raise ModelError(
-                f"model type {kind!r} cannot be exported: {error} "
-                f"(tested: {', '.join(self.tested)})"
-            ) from error
-
     def _probe(self, config: Any) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = random_model(config)
+            model = random_model(config, _MOST_PARAMETERS)
             tokens = torch.randint(3, config.vocab_size, (1, _LENGTH))
         with torch.no_grad():
             self._test_positions(model, tokens)
@@ -95,8 +94,8 @@ class ProbedFamily(RotaryFamily):
         in_layer_order(start.calls, model.config)
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise ModelError(
-                "it takes no position_ids, so whether its queries and keys depend on absolute "
-                "positions cannot be tested"
+                "unknown positions: it takes no position_ids, so whether its queries and keys "
+                "depend on absolute positions cannot be tested"
             )
         try:
             moved = self._seen(model, tokens, _OFFSET)
@@ -104,15 +103,13 @@ class ProbedFamily(RotaryFamily):
             moved = None  # a table of positions has ended
         if moved is None or not start.equals(moved):
             raise ModelError(
-                "queries and keys change with the absolute position even without rotation, as by "
-                "learned absolute positions; beyond the trained length there is no position to "
-                "give a token, so the text after the window would be wrong"
+                "absolute positions: queries and keys change with them even without rotation, as "
+                "by a learned table, so text after the window would be wrong"
             )
         if not start.equals(self._seen(model, tokens, _FAR_OFFSET)):
             raise ModelError(
-                "queries and keys change with the absolute position far from the start, as by a "
-                "temperature that grows with the length; a graph that knows only distances cannot "
-                "follow it, so the text after the window would be wrong"
+                "attention temperature: queries or keys change with the absolute position far "
+                "from the start, which a graph that knows distances only cannot follow"
             )
 
     def _test_tokens_meet_in_attention(self, model: nn.Module, tokens: Tensor) -> None:
@@ -121,9 +118,8 @@ class ProbedFamily(RotaryFamily):
         # Not bit by bit: another token may change the order in which experts are computed.
         if not self._seen(model, tokens).equals(self._seen(model, other), _TOLERANCE):
             raise ModelError(
-                "tokens reach one another past the attention, by a convolution or a recurrent "
-                "state, which the exported caches do not carry: the text would be wrong from the "
-                "second step on"
+                "recurrent or convolutional: tokens reach one another past the attention, by a "
+                "state that the exported caches do not carry"
             )
 
     def _seen(self, model: nn.Module, tokens: Tensor, offset: int | None = None) -> _Record:
@@ -148,9 +144,8 @@ class ProbedFamily(RotaryFamily):
                 if not torch.allclose(after, wanted, rtol=0, atol=_TOLERANCE * _size(wanted)):
                     raise ModelError(
                         f"in layer {layer} rotation is not the last thing that happens to queries "
-                        f"and keys (a norm after it, for example, weighs each dimension by "
-                        f"itself): its logits depend on absolute positions, so the text after "
-                        f"the window would be wrong"
+                        f"and keys (a norm may follow it), so its logits depend on absolute "
+                        f"positions"
                     )
 
     def _test_inside_the_window(
@@ -165,8 +160,8 @@ class ProbedFamily(RotaryFamily):
         wanted = stock(input_ids=tokens, use_cache=False).logits
         if not torch.allclose(got, wanted, rtol=0, atol=_TOLERANCE * _size(wanted)):
             raise ModelError(
-                "already inside the window its logits are not those of the original; its "
-                "attention differs from that of other models in a way that is not recognised"
+                "already inside the window its logits are not those of the original: its attention "
+                "differs from that of tested models"
             )
 
 
@@ -212,19 +207,15 @@ def _record(model: nn.Module, tokens: Tensor, offset: int | None) -> _Record:
 
 
 @contextmanager
-def _foreign_errors() -> Iterator[None]:
-    """Turn an error of a model's own code into a ModelError of one line."""
+def _explained(kind: str) -> Iterator[None]:
+    """Say what of a model type's structure stands in the way, or else which test it fails."""
     try:
         yield
-    except LminfError:
-        raise
-    except _FOREIGN as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise ModelError(
-            f"its code does not run with rotation and attention taken out of it "
-            f"({type(error).__name__}: {reason}); how it uses positions is unknown, "
-            f"so the text after the window would be wrong"
-        ) from error
+    except (ModelError, *CODE_ERRORS) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = str(error) if isinstance(error, ModelError) else _UNLIKE
+        raise refusal(kind, [reason]) from error
 
 
 def _size(x: Tensor) -> float:

@@ -88,7 +88,7 @@ def find_family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         from lminf_export.models.probe import ProbedFamily
 
-        return ProbedFamily(model_type, tuple(sorted(FAMILIES)))
+        return ProbedFamily(model_type)
     module, _, name = FAMILIES[model_type].rpartition(".")
     try:
         family: Family = getattr(import_module(f"{__package__}.{module}"), name)(model_type)

@@ -108,14 +108,13 @@ def in_layer_order(calls: dict[int, AttentionCall], config: Any) -> list[Attenti
     """
     if not calls:
         raise ModelError(
-            "no layer attends through transformers' attention interface; there is nothing "
-            "Λ-attention could take the place of"
+            "attention of its own: no layer attends through transformers' attention interface, "
+            "so there is nothing Λ-attention could take the place of"
         )
     if len(calls) != config.num_hidden_layers:
         raise ModelError(
-            f"only {len(calls)} of its {config.num_hidden_layers} layers attend to keys; the "
-            f"others keep a state of another kind, as recurrent or convolutional layers do, "
-            f"which the exported caches do not carry"
+            f"recurrent hybrid: only {len(calls)} of its {config.num_hidden_layers} layers attend "
+            f"to keys; the others keep another state, which the exported caches do not carry"
         )
     return [calls[layer] for layer in sorted(calls)]
 
@@ -128,8 +127,8 @@ def keep_call(calls: dict[int, AttentionCall], call: AttentionCall) -> None:
     """
     if call.layer in calls:
         raise ModelError(
-            f"layer {call.layer} attends twice in one step; with one cache a layer the second "
-            f"attention would read the keys of the first"
+            f"repeated attention: layer {call.layer} attends twice in one step; with one cache a "
+            f"layer the second would read the keys of the first"
         )
     calls[call.layer] = call
 
@@ -142,7 +141,7 @@ class _Observer:
 
     def attend(self, call: AttentionCall) -> Tensor:
         keep_call(self.calls, call)
-        return torch.empty_like(call.query)
+        return call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1])
 
 
 def _without_idle_window(call: AttentionCall, config: Any) -> AttentionCall:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lminf_export.errors import ModelError
 from lminf_export.models.base import build_model
+from lminf_export.models.expert_facts import GROUP_COUNT_NAME, TOP_K_NAMES
 
 # Sizes that affect cost only, by the names that configurations use.
 _SMALL = {
@@ -25,6 +26,8 @@ _SMALL = {
     "sliding_window": 7,
 }
 _MOST_LAYERS = 8
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_MOST_EXPERTS = 16
 
 
 def small_config(config: Any) -> Any:
@@ -47,6 +50,7 @@ def _shrunk(config: Any, *, narrow: bool = True) -> Any:
         small.pad_token_id = 0  # an index into the embeddings, of which few are left
     if narrow:
         _narrow(small)
+        _fewer_experts(small)
     count = config.num_hidden_layers
     lists = {
         name: value
@@ -72,6 +76,17 @@ def _narrow(config: Any) -> None:
             config.num_key_value_heads = 2
 
 
+def _fewer_experts(config: Any) -> None:
+    """Keep a few experts, in groups of equal size, as many as a token asks for."""
+    groups = getattr(config, GROUP_COUNT_NAME, None) or 1
+    if not isinstance(groups, int) or _MOST_EXPERTS % groups:
+        return
+    for name in (*_EXPERT_COUNTS, *TOP_K_NAMES):
+        count = getattr(config, name, None)
+        if isinstance(count, int) and count > _MOST_EXPERTS:
+            setattr(config, name, _MOST_EXPERTS)
+
+
 def _layers_of_every_kind(rows: list[Any], count: int) -> int:
     """Return how many of the first layers include every kind; each row describes one layer."""
     first: dict[str, int] = {}
@@ -80,8 +95,19 @@ def _layers_of_every_kind(rows: list[Any], count: int) -> int:
     return min(count, max(2, 1 + max(first.values(), default=0)), _MOST_LAYERS)
 
 
-def random_model(config: Any) -> nn.Module:
-    """Build a model with random parameters, norms included: weights of one would hide a norm."""
+def random_model(config: Any, most_parameters: int) -> nn.Module:
+    """Build a model with random parameters, norms included: weights of one would hide a norm.
+
+    Raises:
+        ModelError: it would have more parameters than `most_parameters`.
+    """
+    empty = build_model(config, torch.float32, device="meta")
+    count = sum(parameter.numel() for parameter in empty.parameters())
+    if count > most_parameters:
+        raise ModelError(
+            f"it has no test of its own, and its smallest form has {count} parameters, too many "
+            f"for the probe that would take its place"
+        )
     model = build_model(config, torch.float32, device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():

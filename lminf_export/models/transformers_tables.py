@@ -1,0 +1,48 @@
+"""Kinds of model types by transformers' own tables, and the errors that its code raises."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from huggingface_hub.errors import StrictDataclassError
+
+# What code of a model raises on a configuration or on inputs that it was not written for.
+CODE_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(OSError, RuntimeError, TypeError, ValueError, StrictDataclassError),
+)
+
+
+def is_known(model_type: str) -> bool:
+    """Whether this version of transformers has a configuration of the type."""
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def is_causal_lm(model_type: str) -> bool | None:
+    """Whether transformers writes text with it; None for a type that it does not know."""
+    if not is_known(model_type):
+        return None
+    names = _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    return model_type in names if names else None
+
+
+def is_masked_lm(model_type: str) -> bool:
+    """Whether transformers fills gaps with it, which takes attention to later tokens."""
+    return model_type in _names("MODEL_FOR_MASKED_LM_MAPPING_NAMES")
+
+
+def is_encoder_decoder(model_type: str) -> bool:
+    """Whether transformers has it as an encoder with a decoder only."""
+    if is_causal_lm(model_type):
+        return False
+    return model_type in _names("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
+
+
+def _names(table: str) -> Collection[str]:
+    """Return the model types of a table; none where a release renamed it, as it serves messages."""
+    from transformers.models.auto import modeling_auto
+
+    found: Collection[str] = getattr(modeling_auto, table, ())
+    return found
