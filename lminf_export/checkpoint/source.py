@@ -30,9 +30,13 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tiktoken.model",
     "chat_template.jinja",
     "chat_template.json",
 )
+EXTRA_TEMPLATES = "additional_chat_templates/*.jinja"
 CONFIG_FILES = ("config.json", "generation_config.json")
 # The licence is copied, and looked up in the card.
 LICENSE_PATTERNS = ("README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
@@ -128,7 +132,7 @@ def _download(
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
-    patterns = [*weights, *TOKENIZER_FILES, *CONFIG_FILES, *LICENSE_PATTERNS]
+    patterns = [*weights, *TOKENIZER_FILES, EXTRA_TEMPLATES, *CONFIG_FILES, *LICENSE_PATTERNS]
     try:
         folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns

@@ -115,7 +115,7 @@ def _read(path: Path, digest: hashlib._Hash) -> str:
 def _encode(codec: TextCodec, texts: Sequence[str]) -> Iterator[int]:
     for text in texts:
         for piece in _pieces(text):
-            yield from codec.tokenizer.encode(piece, add_special_tokens=False).ids
+            yield from codec.ids(piece)
 
 
 def _pieces(text: str) -> Iterator[str]:

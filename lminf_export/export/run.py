@@ -163,12 +163,12 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             writer.add(name, "weights")
             if digest is not None:
                 writer.set_digest(name, digest)
-        copy_tokenizer_files(job.source, writer, with_index=job.links_weights)
+        notices = copy_tokenizer_files(job.source, writer, with_index=job.links_weights)
         license = copy_license_files(job.source, writer)
         engine, recipe = add_engine(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
-        draft = job.manifest(engine, recipe, weight_notices(written))
+        draft = job.manifest(engine, recipe, [*weight_notices(written), *notices])
         draft = draft.model_copy(update={"linked_files": linked})
         manifest = writer.commit(draft, license=license)
     for notice in manifest.notices:

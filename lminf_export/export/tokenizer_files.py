@@ -7,24 +7,44 @@ import shutil
 from collections.abc import Iterable
 
 from lminf_export.bundle.writer import BundleWriter
-from lminf_export.checkpoint.source import CONFIG_FILES, TOKENIZER_FILES, Source, plain_config
+from lminf_export.checkpoint.source import (
+    CONFIG_FILES,
+    EXTRA_TEMPLATES,
+    TOKENIZER_FILES,
+    Source,
+    plain_config,
+)
 from lminf_export.errors import ModelError
+from lminf_export.export.tokenizer_check import TOKENIZER, check_tokenizer
 from lminf_export.operator.settings import as_integer
 from lminf_export.tensors.files import INDEX_NAME
 
 
-def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bool) -> None:
-    """Copy the tokenizer, chat template and configuration into a bundle.
+def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bool) -> list[str]:
+    """Copy the tokenizer, chat templates and configuration into a bundle.
 
     `config.json` is that of the unquantised model. With `with_index` (linked weights) the index
-    of the shards is copied too.
+    of the shards is copied too. The tokenizer is compared with transformers', and mended.
+
+    Returns:
+        Notices: what was mended, or cannot be.
     """
     configs = (*CONFIG_FILES, *([INDEX_NAME] if with_index else []))
-    for names, role in ((TOKENIZER_FILES, "tokenizer"), (configs, "config")):
+    templates = [
+        path.relative_to(source.folder).as_posix()
+        for path in sorted(source.folder.glob(EXTRA_TEMPLATES))
+        if path.is_file()
+    ]
+    for names, role in (((*TOKENIZER_FILES, *templates), "tokenizer"), (configs, "config")):
         for name in names:
             if name != "config.json" and (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]
-    writer.add("config.json", "config").write_text(plain_config(source), encoding="utf-8")
+    config = writer.add("config.json", "config")
+    config.write_text(plain_config(source), encoding="utf-8")
+    notices = check_tokenizer(source.folder, config.parent)
+    if (config.parent / TOKENIZER).is_file():
+        writer.add(TOKENIZER, "tokenizer")
+    return notices
 
 
 def eos_ids(source: Source) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,27 +11,50 @@ from tokenizers import Tokenizer
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import BundleError, InputError
+from lminf_export.runtime.added_tokens import SIDE_FILES, merge_added_tokens
+from lminf_export.runtime.foreign_errors import foreign_errors
 from lminf_export.runtime.text_stream import StreamDecoder
 
 # How Python passes on bytes of the command line that are no text.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+logger = logging.getLogger(__name__)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read `tokenizer.json` alone; the tokenizer neither cuts nor fills a text.
+
+    Raises:
+        BundleError: it is no tokenizer.
+    """
+    with foreign_errors(BundleError, f"{path} cannot be read as a tokenizer"):
+        tokenizer = Tokenizer.from_file(str(path))
+    # Whoever trained with them saved them; a prompt and a text are to be read whole.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
 
 class TextCodec:
-    """A bundle's tokenizer.
+    """A bundle's tokenizer, with the added tokens that the files beside it name.
 
     Args:
         path: `tokenizer.json`.
+        beside: which of the files beside it may be read.
+
+    Attributes:
+        tokenizer: of the library `tokenizers`; neither cuts nor fills a text.
+        problems: what is wrong with the files beside it, one line each; also logged.
+
+    Raises:
+        BundleError: it is no tokenizer.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-            raise BundleError(f"{path} cannot be read as a tokenizer: {error}") from None
-        # Whoever trained with them saved them; a prompt and a text are to be read whole.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+    def __init__(self, path: Path, *, beside: Iterable[str] = SIDE_FILES) -> None:
+        self.tokenizer = read_tokenizer(path)
+        self.problems = merge_added_tokens(self.tokenizer, path.parent, beside)
+        for problem in self.problems:
+            logger.warning(problem)
 
     @classmethod
     def of(cls, bundle: Bundle) -> TextCodec:
@@ -43,7 +67,8 @@ class TextCodec:
             raise BundleError(
                 f"{bundle.path} has no tokenizer.json; use the Python interface with token ids"
             )
-        return cls(bundle.tokenizer_path)
+        listed = bundle.manifest.files
+        return cls(bundle.tokenizer_path, beside=[name for name in SIDE_FILES if name in listed])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return a prompt's token ids.
@@ -55,10 +80,19 @@ class TextCodec:
             raise InputError("the prompt is empty; give at least one character")
         if _SURROGATE.search(text):
             raise InputError("the prompt is not UTF-8; convert it, for example with iconv")
-        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        token_ids = self.ids(text, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise InputError(f"the prompt {text!r} holds nothing the tokenizer knows")
-        return list(token_ids)
+        return token_ids
+
+    def ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a piece of text, none for one that holds none.
+
+        Raises:
+            InputError: the tokenizer cannot read it.
+        """
+        with foreign_errors(InputError, "the tokenizer cannot read this text"):
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def stream(
         self, token_ids: Iterable[int], *, after: Sequence[int] = (), stop: Sequence[str] = ()

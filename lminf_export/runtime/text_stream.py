@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from lminf_export.errors import BundleError
+from lminf_export.runtime.foreign_errors import foreign_errors
+
 # Visible tokens of the prompt that a stream begins behind, at least.
 _CONTEXT_TOKENS = 8
 # Groups that are remembered at most; more than a few only if most have no text.
@@ -87,7 +90,10 @@ class StreamDecoder:
     def _decoded(self, groups: list[list[str]]) -> str:
         strings = [string for group in groups for string in group]
         decoder = self._tokenizer.decoder
-        return " ".join(strings) if decoder is None else decoder.decode(strings)
+        if decoder is None:
+            return " ".join(strings)
+        with foreign_errors(BundleError, "the tokenizer cannot decode its own tokens"):
+            return decoder.decode(strings)
 
 
 def text_behind(before: str, text: str) -> str:
@@ -177,10 +183,11 @@ def _byte_groups(tokenizer: Tokenizer) -> _NoBytes:
     decoder = tokenizer.decoder
     if decoder is None:
         return _NoBytes()
-    if decoder.decode(["a", "<0xC3>", "<0xA9>"]).endswith("é"):
-        return _FallbackBytes()
-    if decoder.decode(["a", _level_string("é".encode())]).endswith("é"):
-        return _LevelBytes()
+    with foreign_errors(BundleError, "the tokenizer's decoder cannot be used"):
+        if decoder.decode(["a", "<0xC3>", "<0xA9>"]).endswith("é"):
+            return _FallbackBytes()
+        if decoder.decode(["a", _level_string("é".encode())]).endswith("é"):
+            return _LevelBytes()
     return _NoBytes()
 
 
