@@ -53,7 +53,7 @@ def merge_added_tokens(
 
 
 class _SideFiles:
-    """What the files say, merged as transformers merges it.
+    """Contents of the files, merged as transformers merges them.
 
     Attributes:
         config: tokenizer_config.json, with special_tokens_map.json where that counts.
