@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lminf_export.bundle.folder import Bundle as Bundle
+    from lminf_export.bundle.hub import push_to_hub as push_to_hub
     from lminf_export.bundle.manifest import Manifest as Manifest
     from lminf_export.engine.options import EngineOptions as EngineOptions
     from lminf_export.errors import BundleError as BundleError
@@ -64,6 +65,7 @@ _HOMES = {
     "TextCodec": "runtime.text",
     "ValidationReport": "verify.report",
     "load": "runtime.load",
+    "push_to_hub": "bundle.hub",
     "validate": "verify.validate",
 }
 __all__ = [*_HOMES, "__version__", "export"]

@@ -162,6 +162,7 @@ class Run:
 )
 @kernels_option
 @threads_option
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a bundle on the hub.")
 @trust_options
 @click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
 @click.option(
@@ -195,6 +196,7 @@ def generate_command(
     threads: int | None,
     verify: bool,
     stats: bool,
+    revision: str | None,
     trust_plan: bool | str,
     as_json: bool,
 ) -> None:
@@ -216,6 +218,7 @@ def generate_command(
         kernels=kernels,
         verify="full" if verify else "fast",
         trust_plan=trust_plan,
+        revision=revision,
     )
     prompt_ids = model.codec.encode(prompt_text)
     state = model.new_state()

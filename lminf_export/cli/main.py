@@ -32,6 +32,10 @@ _COMMANDS = {
         "lminf_export.cli.families:families_command",
         "Show which model types are tested, and what becomes of the others.",
     ),
+    "push": (
+        "lminf_export.cli.push:push_command",
+        "Put a bundle into a repository of the Hugging Face hub.",
+    ),
     "add-plan": (
         "lminf_export.cli.add_plan:add_plan_command",
         "Register an engine that was built on another machine.",

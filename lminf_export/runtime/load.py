@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lminf_export.bundle.folder import Bundle, Verify
+from lminf_export.bundle.hub import find_bundle
 from lminf_export.bundle.trust import require_trust
 from lminf_export.errors import SessionError
 from lminf_export.runtime.kernels import AUTO
@@ -24,12 +25,15 @@ def load(
     kernels: str | Path = AUTO,
     verify: Verify = "fast",
     trust_plan: bool | str = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> LanguageModel:
     """Load a bundle.
 
     Args:
         path: the bundle's folder or a file in it. Its plan is run by TensorRT, on a GPU;
-            anything else means its graph, run by onnxruntime.
+            anything else means its graph, run by onnxruntime. Text such as "org/name", where
+            there is no such folder, is a bundle on the Hugging Face hub, fetched into its cache.
         provider: "cpu" or "cuda", for onnxruntime.
         threads: threads of one operator in onnxruntime; its own choice by default.
         cuda_graphs: for a plan with the plugin: play single tokens from a CUDA graph.
@@ -41,12 +45,15 @@ def load(
         trust_plan: a plan is code, and so is the library beside it. One that was not exported
             or added by this user runs after True, or the SHA-256 of its manifest, was given
             once; SECURITY.md says where that is remembered. A graph needs no trust.
+        revision: branch, tag or commit of a bundle on the hub.
+        cache_dir: folder in which the hub's files are kept.
 
     Raises:
-        BundleError: the bundle is missing, incomplete or altered.
+        BundleError: the bundle is missing, incomplete or altered, or the hub cannot be reached.
         SessionError: graph or plan cannot run here, nobody trusts the plan, or the caches exceed
             this machine's memory.
     """
+    path = find_bundle(path, revision=revision, cache_dir=cache_dir)
     bundle = Bundle.open(path, verify)
     session: Session
     if bundle.plan_path is not None and _is_same_file(path, bundle.plan_path):

@@ -17,7 +17,7 @@ from griffe import Docstring, DocstringSection
 import lminf_export
 
 GROUPS = {
-    "Functions": ("export", "load", "validate"),
+    "Functions": ("export", "load", "validate", "push_to_hub"),
     "Running a bundle": ("LanguageModel", "State", "SamplingConfig", "TextCodec", "Session"),
     "Bundles": ("Bundle", "Manifest"),
     "Options": ("ExportOptions", "LambdaConfig", "QuantizeConfig", "EngineOptions"),

@@ -1,0 +1,182 @@
+"""Bundles on the Hugging Face hub: fetched into its cache, and pushed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.manifest import read_manifest
+from lminf_export.bundle.records import MANIFEST_NAME
+from lminf_export.errors import BundleError
+
+logger = logging.getLogger(__name__)
+
+# "organisation/name", or a file of that repository behind it.
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(.+))?", re.ASCII)
+
+
+def find_bundle(
+    path: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """Return where a bundle is on this machine; one of the hub is fetched first.
+
+    Args:
+        path: a folder, or a file in one; text such as "org/name" or "org/name/engine.plan" that
+            names neither is a repository of the hub.
+        revision: branch, tag or commit of the hub.
+        cache_dir: where the hub's files are kept.
+
+    Raises:
+        BundleError: no such folder, and the hub has no such bundle, or cannot be reached.
+    """
+    match = _HUB_NAME.fullmatch(path) if isinstance(path, str) else None
+    if match is None or os.path.lexists(path):
+        if revision is not None:
+            raise BundleError(f"revision {revision} is for bundles of the hub; {path} is local")
+        return Path(path)
+    folder = _fetch(match[1], revision, cache_dir)
+    return folder / match[2] if match[2] else folder
+
+
+def push_to_hub(
+    bundle: str | Path | Bundle,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Put a bundle into a repository of the hub, in one commit; every file is hashed first.
+
+    Args:
+        bundle: its folder, or the opened bundle.
+        repo_id: such as "org/name"; made if it is not there.
+        private: of a repository that is made; None leaves it to the hub.
+        revision: branch to commit to, made if it is not there; None for the main one.
+        message: of the commit.
+        token: of the hub; by default the one of `hf auth login`.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        BundleError: the bundle is damaged, or the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    if _HUB_NAME.fullmatch(repo_id) is None or repo_id.count("/") != 1:
+        raise BundleError(f"{repo_id!r} is not the id of a repository, such as org/name")
+    opened = Bundle.open(bundle.path if isinstance(bundle, Bundle) else bundle, "full")
+    names = [*opened.manifest.files, MANIFEST_NAME]
+    api = HfApi(library_name="lminf-export", token=token)
+    with _as_bundle_error(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        done = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, str(opened.path / name)) for name in names],
+            commit_message=message or f"Add a bundle of {opened.manifest.source.name}",
+            revision=revision,
+        )
+    return str(done.commit_url)
+
+
+def _fetch(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    """Fetch the files that the manifest names, of one commit, and no others."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    with _as_bundle_error(repo_id, revision):
+        offline = not _answers(repo_id, revision)
+        found = hf_hub_download(
+            repo_id,
+            MANIFEST_NAME,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=offline,
+        )
+        text = Path(found).read_bytes()
+        manifest = read_manifest(text, f"{MANIFEST_NAME} of {repo_id}")
+        # The commit is the name of the folder in the cache.
+        folder = snapshot_download(
+            repo_id,
+            revision=Path(found).parent.name,
+            cache_dir=cache_dir,
+            local_files_only=offline,
+            allow_patterns=[_literal(name) for name in (*manifest.files, MANIFEST_NAME)],
+        )
+    return Path(folder)
+
+
+def _answers(repo_id: str, revision: str | None) -> bool:
+    """Return whether the hub can be asked about a revision of a repository now.
+
+    It is asked once, so that a misspelt folder is not tried for half a minute.
+    """
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi(library_name="lminf-export").model_info(repo_id, revision=revision)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise
+    except (errors.OfflineModeIsEnabled, _transport_error(), OSError) as error:
+        logger.info("the hub cannot be asked about %s: %s", repo_id, error)
+        return False
+    return True
+
+
+def _transport_error() -> type[Exception]:
+    """Return the base of what the HTTP library raises: requests or httpx, by the hub's release."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base: type[Exception] = HfHubHTTPError.__bases__[0]
+    return base
+
+
+def _literal(name: str) -> str:
+    """Return a pattern that matches one name."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+@contextmanager
+def _as_bundle_error(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise BundleError(f"{repo_id}: no such folder, and not a valid hub id") from error
+    except errors.RevisionNotFoundError as error:
+        raise BundleError(f"{repo_id}: the hub has no revision {revision!r} of it") from error
+    except errors.GatedRepoError as error:
+        raise BundleError(
+            f"{repo_id} is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise BundleError(
+            f"{repo_id}: no such folder here, and the hub does not know it or keeps it private; "
+            "check the spelling, or log in with `hf auth login`"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise BundleError(
+            f"{repo_id}: no such folder here, not in the hub's cache, and the hub could not be "
+            "reached; check the spelling, the network or HF_HUB_OFFLINE"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise BundleError(
+            f"{repo_id} holds no bundle: it has no {MANIFEST_NAME}; a model of transformers is "
+            f"exported first: lminf-export --model {repo_id} --out DIR"
+        ) from error
+    except (errors.OfflineModeIsEnabled, _transport_error(), OSError) as error:
+        raise BundleError(f"{repo_id}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return f"the hub could not do it: {lines[0][:150] if lines else type(error).__name__}"
