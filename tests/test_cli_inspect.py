@@ -6,13 +6,17 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lminf_export import export
 from lminf_export.bundle.records import Engine
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.cli.main import cli
 from lminf_export.runtime.kernels import find_kernels
 from tests.support.tiny_bundle import TinyModel
+from tests.support.tiny_models import save_llama
 
+QDQ = {"quantize": "int4", "builder": "none", "out": "engine.plan"}
 TINY = TinyModel(sliding_window=5)
 
 
@@ -42,7 +46,8 @@ def test_people_see_model_cache_engine_and_files(bundle):
     result = inspect(bundle)
     assert result.exit_code == 0, result.output
     for text in (
-        "llama from somebody/tiny at main",
+        "somebody/tiny at main",
+        "unknown: the graph cannot be read",
         "1 × Λ, 2 key/value heads of 6, ring of 21",
         "1 × sliding window, 2 key/value heads of 6, ring of 14",
         "3.6 KiB, without end",
@@ -96,3 +101,27 @@ def test_a_damaged_bundle_is_one_line(tmp_path):
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("settings", [{}, {"quantize": "int4"}, {"quantize": "int8"}, QDQ])
+@pytest.mark.parametrize("ties", [True, False])
+def test_parameters_are_the_models_whatever_form_they_have(ties, settings, tmp_path):
+    model = save_llama(tmp_path / "m", tie_word_embeddings=ties)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    settings = dict(settings)
+    out = tmp_path / "b" / settings.pop("out", "")
+    export(model, out, window_size=8, **settings)
+    wanted = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+    content = json.loads(inspect(tmp_path / "b", "--json").stdout)
+    assert content["parameters"] == wanted
+    assert content["chat_template"] == "chat_template.jinja"
+    reads = content["bytes_per_token"]
+    assert 0 < reads["cache"] < content["cache"]["bytes_per_sequence"]
+    table = 0 if ties else AutoConfig.from_pretrained(model)
+    if not settings:
+        unread = 0 if ties else table.vocab_size * table.hidden_size - table.hidden_size
+        assert reads["weights"] == 4 * (wanted - unread)
+    shown = inspect(tmp_path / "b").stdout
+    assert f"{wanted:,}" in shown
+    assert "chat_template.jinja" in shown

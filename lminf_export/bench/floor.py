@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnx_ir as ir
 
+from lminf_export.bench.graph import read_graph
 from lminf_export.bundle.folder import Bundle
 from lminf_export.models.expert_facts import CHOICE_PREFIX
 
@@ -36,7 +37,7 @@ def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:
     table of their biases, as many rows as the step's tokens choose at most.
     """
     total = 0
-    graph = ir.load(bundle.graph_path).graph
+    graph = read_graph(bundle)
     chosen = chosen_experts_per_token(graph) * batch_size
     seen: set[tuple[str, int]] = set()
     for value in graph.initializers.values():

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lminf_export.bench.floor import cache_bytes_per_step, weight_bytes_per_step
+from lminf_export.bench.parameters import count_parameters
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import BUILD_SCRIPT_NAME, Layer, Plugin
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.terminal import echo_json
-from lminf_export.errors import SessionError
+from lminf_export.errors import BundleError, SessionError
 from lminf_export.runtime.kernels import INSTALLED, open_library
 
 # What the unmodified model's cache is compared at.
 _LENGTHS = {"32k": 32 * 1024, "1M": 1_000_000}
+# A position at which every ring is full.
+_FAR = 2**30
 
 
 @click.command("inspect")
@@ -32,6 +37,8 @@ def inspect_command(bundle: str, as_json: bool, verify: bool) -> None:
     opened = Bundle.open(bundle, "full" if verify else "fast")
     if as_json:
         content: dict[str, Any] = {"path": str(opened.path), "cache": cache_costs(opened.manifest)}
+        content.update(graph_costs(opened) or {"parameters": None, "bytes_per_token": None})
+        content["chat_template"] = chat_template_file(opened)
         content["kernels"] = kernel_choice()
         content["manifest"] = opened.manifest.model_dump(mode="json")
         echo_json(content)
@@ -45,6 +52,37 @@ def cache_costs(manifest: Manifest) -> dict[str, Any]:
         "bytes_per_sequence": manifest.cache_bytes_per_sequence,
         "full_cache_bytes": {name: manifest.full_cache_bytes(n) for name, n in _LENGTHS.items()},
     }
+
+
+def graph_costs(bundle: Bundle) -> dict[str, Any] | None:
+    """Return what a model has and reads, None if its graph cannot be read.
+
+    Returns:
+        "parameters": their number. "bytes_per_token": "weights" and "cache", the bytes that one
+        token of one stream reads at least, the cache when every ring is full.
+    """
+    try:
+        weights = weight_bytes_per_step(bundle, 1)
+        parameters = count_parameters(bundle)
+    except BundleError:
+        return None
+    reads = {"weights": weights, "cache": cache_bytes_per_step(bundle, _FAR)}
+    return {"parameters": parameters, "bytes_per_token": reads}
+
+
+def chat_template_file(bundle: Bundle) -> str | None:
+    """Return the file of a bundle that holds the chat template, None without one."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        if name in bundle.manifest.files:
+            return name
+    name = "tokenizer_config.json"
+    if name not in bundle.manifest.files:
+        return None
+    try:
+        content = json.loads((bundle.path / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return name if isinstance(content, dict) and content.get("chat_template") else None
 
 
 def kernel_choice() -> dict[str, Any]:
@@ -76,7 +114,12 @@ def _print_tables(bundle: Bundle) -> None:
     facts = Table(title=f"bundle {bundle.path.resolve().name}", title_justify="left")
     facts.add_column("what")
     facts.add_column("value", overflow="fold")
-    rows = [*_model_facts(manifest), *_cache_facts(manifest), *_engine_facts(manifest)]
+    rows = [
+        *_model_facts(manifest),
+        *_cost_facts(bundle),
+        *_cache_facts(manifest),
+        *_engine_facts(manifest),
+    ]
     for name, value in [*rows, ("kernels in onnxruntime", _kernels(kernel_choice()))]:
         facts.add_row(name, value)
     files = Table(title="files", title_justify="left")
@@ -98,7 +141,8 @@ def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
     revision = f" at {source.revision}" if source.revision else ""
     trained = f"{manifest.training_length} tokens" if manifest.training_length else "unknown"
     return [
-        ("model", f"{manifest.model_type} from {source.name}{revision}"),
+        ("model", manifest.model_type),
+        ("source", f"{source.name}{revision}"),
         *([("adapter", f"{source.adapter}, merged")] if source.adapter else []),
         ("element type", manifest.dtype),
         ("quantised", manifest.quantization.description if manifest.quantization else "no"),
@@ -111,6 +155,20 @@ def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("layers", _layers(manifest.layers)),
         ("query heads", str(manifest.num_attention_heads)),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+    ]
+
+
+def _cost_facts(bundle: Bundle) -> list[tuple[str, str]]:
+    costs = graph_costs(bundle)
+    template = ("chat template", chat_template_file(bundle) or "none")
+    if costs is None:
+        return [("parameters", "unknown: the graph cannot be read"), template]
+    reads = costs["bytes_per_token"]
+    weights, cache = human_bytes(reads["weights"]), human_bytes(reads["cache"])
+    return [
+        ("parameters", f"{costs['parameters']:,}"),
+        ("a token reads", f"{weights} of weights and at most {cache} of cache"),
+        template,
     ]
 
 
