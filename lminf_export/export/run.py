@@ -14,6 +14,7 @@ from lminf_export.bundle.destination import check_destination
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.versions import package_version
 from lminf_export.bundle.writer import BundleWriter
+from lminf_export.checkpoint.from_bundle import bundle_notice
 from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import model_path, open_source
@@ -113,6 +114,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
     )
+    from_bundle = bundle_notice(source)
     family = find_family(source.model_type)
     training_length = family.training_length(source.config)
     window, notices = default_window(options.window_size, training_length)
@@ -122,6 +124,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     contract = GraphContract(plan.layers, dtype, kv_cache_dtype, source.config.vocab_size)
     batch_size = options.max_batch_size if target.engine_name else 1
     check_cache_size(contract, settings, batch_size, training_length)
+    notices += [from_bundle] if from_bundle else []
     notices += plugin_notices(builder, options, plan)
     checkpoint = open_checkpoint(
         source, options.lora, skeleton=skeleton, allow_pickle=options.allow_pickle
