@@ -19,11 +19,7 @@ SHIPPED = [
 ]
 OPERANDS = {
     operand.name
-    for int8_cache in (False, True)
-    for operand in (
-        *contract.inputs(int8_cache=int8_cache),
-        *contract.outputs(int8_cache=int8_cache),
-    )
+    for operand in (*contract.inputs(key_bias=True), *contract.outputs(int8_cache=True))
 }
 ROUTER_SETTINGS = {"num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"}
 

@@ -12,16 +12,16 @@ from onnx import TensorProto
 
 from benchmarks.support.operator_case import Case, History, shared_inputs
 from benchmarks.support.operator_node import OnnxNode
-from lminf_export.operator import contract, reference
+from lminf_export.operator import contract, torch_operator
 from lminf_export.operator.attention_body import BodyFeatures, function_body
 from lminf_export.operator.reference_int8 import (
-    INT8_LIMIT,
     dequantize,
     lambda_attention_int8_cache,
     quantize,
     round_to_int8,
 )
 from lminf_export.runtime.kernels import INSTALLED
+from tests.support.int8_streams import ExactHistory, exact_inputs, follow, rounded_caches
 from tests.support.kernel_sets import SETS, instruction_set
 from tests.support.operator_streams import BASES, CASES, TOLERANCE, cases, random_chunks, total
 
@@ -64,39 +64,6 @@ def test_rounding_errs_by_half_a_step_and_the_other_side_by_little_more():
     assert error.max() <= 0.5
     assert 0.5 < other.max() <= 0.51
     assert (error != other).double().mean() == pytest.approx(0.02, abs=0.01)
-
-
-class ExactHistory(History):
-    """Rotated in float64, so that nothing lies between two computations but the order of sums."""
-
-    def _rotated(self, key, position, tables):
-        cos, sin = exact_rows(self.case, torch.tensor([position]))
-        return reference.rotate(key, cos, sin, interleaved=self.case.interleaved)
-
-
-def exact_rows(case, position):
-    """cos and sin (…, R/2) float64 of positions below 2^40: two angles that are exact, each."""
-    low = position % 2**20
-    turns = [digit[..., None].double() * case.inv_freq.double() for digit in (low, position - low)]
-    (c0, s0), (c1, s1) = ((turn.cos(), turn.sin()) for turn in turns)
-    m = case.attention_factor
-    return (c0 * c1 - s0 * s1) * m, (s0 * c1 + c0 * s1) * m
-
-
-def rounded_caches(history, capacity):
-    """Ring key, ring value, sinks and scales as they stand before the first query."""
-    key, value, *sinks = history.caches(capacity)
-    (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
-    return [key, value, *sinks], [key_scale, value_scale]
-
-
-def exact_inputs(case, past, new, width, capacity):
-    shared = shared_inputs(case, past, new, width, capacity)
-    if case.rotary_dim:
-        limit = torch.tensor(case.limit)
-        shared[4:6] = exact_rows(case, shared[2])
-        shared[6:8] = (row * case.attention_factor for row in exact_rows(case, limit))
-    return shared
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -147,80 +114,6 @@ def test_the_result_does_not_depend_on_how_a_text_is_cut():
         found.append(torch.cat(outputs, dim=2)[:, :, :70])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
     torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-12)
-
-
-def follow(form, case, history, chunks):
-    """Feed a stream in ragged chunks; hold rings and outputs of each step to the specification.
-
-    What the form wrote must be what the specification writes, but for ties that float32 decides;
-    its output must be the specification's over what the form wrote. Returns the largest error.
-    """
-    past = torch.tensor(history.bases)
-    caches, scales = rounded_caches(history, case.capacity)
-    error, ties = 0.0, 0
-    for new_lengths in chunks:
-        new, width = torch.tensor(new_lengths), max(new_lengths)
-        shared = shared_inputs(case, past, new, width, case.capacity)
-        inputs = [*history.chunk(past, new, width), *caches, *shared, *scales]
-        wanted = lambda_attention_int8_cache(*inputs, **case.attributes())
-        before = caches
-        output, *present = form(case, inputs)
-        caches, scales = present[:4], present[4:]
-        if not case.num_sink_tokens:
-            caches[2:] = before[2:]
-        ties += check_rings(case, inputs, [output, *present], wanted)
-        right = attended(case, inputs, caches, scales)
-        for row, count in enumerate(new_lengths):
-            got = output[row, :, :count].double()
-            if count:
-                error = max(error, float((got - right[row, :, :count]).abs().max()))
-        assert output.isfinite().all()
-        past = past + new
-    return error, ties
-
-
-def check_rings(case, inputs, found, wanted):
-    """Compare what later queries may see; return how many roundings fell to the other side."""
-    past, new, slot = inputs[7], inputs[8], inputs[10]
-    after = (past + new)[:, None]
-    alive = ((slot >= 0) & (slot > after - case.window_size))[:, None, :, None]
-    cos, sin = inputs[11:13]
-    turn = partial(reference.turned, rotary_dim=case.rotary_dim, interleaved=case.interleaved)
-    rows = (turn(inputs[1].double(), cos, sin), inputs[2].double())
-    ties = 0
-    for ring, scale, new_rows in zip((1, 2), (5, 6), rows, strict=True):
-        torch.testing.assert_close(
-            (found[scale] * alive).float(), wanted[scale] * alive, rtol=1e-6, atol=0
-        )
-        difference = (found[ring].int() - wanted[ring].int()) * alive
-        assert difference.abs().max() <= 1
-        steps = new_rows / quantize(new_rows)[1]
-        ring_steps = reference.write_ring(found[ring].double(), steps, past)
-        at = difference != 0
-        from_tie = (ring_steps[at] - ring_steps[at].floor() - 0.5).abs()
-        assert (from_tie < INT8_LIMIT * 1e-5).all()
-        ties += int(at.sum())
-    for sinks in (3, 4):
-        if case.num_sink_tokens:
-            assert torch.equal(found[sinks], wanted[sinks])
-    return ties
-
-
-def attended(case, inputs, caches, scales):
-    """The specification's output over given caches, in float64."""
-    query, cos, sin, limit_cos, limit_sin = inputs[0].double(), *inputs[11:15]
-    turn = partial(reference.turned, rotary_dim=case.rotary_dim, interleaved=case.interleaved)
-    attributes = case.attributes()
-    del attributes["rotary_dim"], attributes["rotary_interleaved"]
-    return reference.attend_caches(
-        turn(query, cos, sin),
-        turn(query, limit_cos, limit_sin),
-        *(dequantize(q, scale.double()) for q, scale in zip(caches[:2], scales, strict=True)),
-        *(sinks.double() for sinks in caches[2:]),
-        *inputs[9:11],
-        *inputs[15:17],
-        **attributes,
-    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -283,9 +176,7 @@ def test_torch_op_passes_opcheck(name):
     caches, scales = rounded_caches(history, case.capacity)
     shared = shared_inputs(case, past, new, 5, case.capacity)
     inputs = (*history.chunk(past, new, 5), *caches, *shared, *scales)
-    torch.library.opcheck(
-        torch.ops.lminf.lambda_attention_int8_cache.default, inputs, case.attributes()
-    )
+    torch.library.opcheck(torch_operator.lambda_attention_int8_cache, inputs, case.attributes())
 
 
 def test_the_old_ring_is_read_by_nothing_but_the_write():

@@ -14,7 +14,7 @@ from scripts.gpu.kernel_library import Params
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ROOT / "plugins"
-OPERANDS = (*contract.inputs(int8_cache=True), *contract.outputs(int8_cache=True))
+OPERANDS = (*contract.inputs(key_bias=True), *contract.outputs(int8_cache=True))
 # Other operators have words of their own for these.
 SHARED_WORDS = {"output", "scale"}
 

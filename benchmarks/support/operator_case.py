@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -40,6 +41,7 @@ class Case:
     softcap: float = 0.0
     alibi: bool = False
     sink_logits: bool = False
+    key_bias: float = 0.0
     seed: int = 0
     theta: float = 100.0
     inv_freq: Tensor = field(init=False, compare=False, repr=False)
@@ -69,6 +71,14 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed + 1)
         learned = torch.randn(self.num_heads, generator=generator)
         return learned if self.sink_logits else torch.full((self.num_heads,), float("-inf"))
+
+    @property
+    def bias(self) -> Tensor:
+        """(G, D) of every key: of norm `key_bias` in each head, in a few of its dimensions."""
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        shape = self.num_kv_heads, self.head_dim
+        bias = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 8
+        return bias * (self.key_bias / bias.norm(dim=1, keepdim=True))
 
     def with_(self, **changes: object) -> Case:
         return replace(self, **changes)
@@ -108,7 +118,10 @@ class History:
         for row, positions in enumerate(self.positions):
             self.position[row, : len(positions)] = torch.tensor(positions)
         shape = (len(bases), case.num_kv_heads, count, case.head_dim)
+        self.keeps_bias = False
+        self.bias = case.bias.to(dtype)
         self.key = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
+        self.key += self.bias[None, :, None]
         self.value = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
         query_shape = (len(bases), case.num_heads, length, case.head_dim)
         self.query = torch.randn(query_shape, generator=self.generator, dtype=torch.float64).to(
@@ -140,7 +153,20 @@ class History:
             alibi_slopes=case.alibi_slopes,
             sink_logits=case.learned_logits,
             rounded=rounded,
+            key_bias=self.bias if case.key_bias and not self.keeps_bias else None,
         )
+
+    def with_bias_in_the_ring(self) -> History:
+        """The same history of a ring that rounds keys with their bias."""
+        other = copy(self)
+        other.keeps_bias = True
+        return other
+
+    def without_bias(self) -> History:
+        """The same history with keys as a ring holds that keeps their bias out, in float32."""
+        other = copy(self)
+        other.key = self.key.to(reference.real_type(self.key)) - self.bias[None, :, None]
+        return other
 
     def caches(self, capacity: int) -> list[Tensor]:
         """Ring key, ring value, sink key, sink value as they stand before the first query."""

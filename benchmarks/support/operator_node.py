@@ -25,14 +25,17 @@ class OnnxNode:
         in_place: bool = False,
         kernels: Path | None = None,
         int8_cache: bool = False,
+        key_bias: bool = False,
     ) -> None:
         self.case, self.in_place, self.int8_cache = case, in_place, int8_cache
+        self.names = contract.input_names(int8_cache=int8_cache, key_bias=key_bias)
         features = BodyFeatures(
             rotary=bool(case.rotary_dim),
             alibi=case.alibi,
             softcap=bool(case.softcap),
             sink_logits=case.sink_logits,
             int8_cache=int8_cache,
+            key_bias=key_bias,
         )
         model = one_node_model(case, function_body(features), element)
         options = ort.SessionOptions()
@@ -46,7 +49,7 @@ class OnnxNode:
         arrays = [np.ascontiguousarray(x.numpy()) for x in inputs]
         values = [ort.OrtValue.ortvalue_from_numpy(x) for x in arrays]
         binding = self.session.io_binding()
-        named = dict(zip(contract.input_names(int8_cache=self.int8_cache), values, strict=True))
+        named = dict(zip(self.names, values, strict=True))
         for name, value in named.items():
             binding.bind_ortvalue_input(name, value)
         for name in contract.output_names(int8_cache=self.int8_cache):
@@ -63,8 +66,9 @@ class OnnxNode:
 
 
 def one_node_model(case: Case, function, element) -> onnx.ModelProto:
-    int8_cache = function.name == contract.INT8_CACHE_OP_TYPE
-    inputs = contract.inputs(int8_cache=int8_cache)
+    key_bias = function.name == contract.KEY_BIAS_OP_TYPE
+    int8_cache = key_bias or function.name == contract.INT8_CACHE_OP_TYPE
+    inputs = contract.inputs(int8_cache=int8_cache, key_bias=key_bias)
     outputs = contract.outputs(int8_cache=int8_cache)
     kinds = {
         "model": element,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import onnx
 import onnx.parser
 
-from lminf_export.operator import contract, reference_int8
+from lminf_export.operator import contract, key_bias_body, reference_int8
 
 OPSET = 24
 # Finite, so that a padded row that sees no key stays finite: exp(this − any logit) is 0.
@@ -34,6 +34,7 @@ class BodyFeatures:
         softcap: logits are soft-capped.
         sink_logits: learned logits join the denominator.
         int8_cache: rings hold int8 with a scale for each token and key/value head.
+        key_bias: their keys lie there without their bias; for an int8 cache only.
     """
 
     rotary: bool = True
@@ -41,23 +42,25 @@ class BodyFeatures:
     softcap: bool = False
     sink_logits: bool = False
     int8_cache: bool = False
+    key_bias: bool = False
 
 
 def function_body(features: BodyFeatures) -> onnx.FunctionProto:
     """Return the operator as a model-local function.
 
     Inputs, outputs and attributes are those of `reference.lambda_attention`, with an int8 cache
-    those of `reference_int8.lambda_attention_int8_cache`.
+    those of `reference_int8.lambda_attention_int8_cache`, or of its form with a key bias.
     """
-    int8_cache = features.int8_cache
+    int8_cache, key_bias = features.int8_cache, features.key_bias
+    rotation, new_key = _ROTATION[features.rotary], _NEW_KEY[int8_cache][features.rotary]
+    products = _PRODUCTS[int8_cache]
     lines = [
         *_CONSTANTS,
-        *_ROTATION[features.rotary],
-        *_NEW_KEY[int8_cache][features.rotary],
+        *(key_bias_body.new_key(rotation, new_key) if key_bias else (*rotation, *new_key)),
         *_WRITE[int8_cache],
         *_SINKS,
         *_MASK,
-        *_PRODUCTS[int8_cache],
+        *(key_bias_body.products(products, rotary=features.rotary) if key_bias else products),
         *_LOGITS,
         *_SOFTCAP[features.softcap],
         *_BIAS[features.alibi],
@@ -65,10 +68,9 @@ def function_body(features: BodyFeatures) -> onnx.FunctionProto:
         *_VALUES[int8_cache],
         "output = Reshape (grouped_output, query_shape)",
     ]
-    name = contract.op_type(int8_cache=int8_cache)
-    inputs, outputs = (
-        f(int8_cache=int8_cache) for f in (contract.input_names, contract.output_names)
-    )
+    name = contract.op_type(int8_cache=int8_cache, key_bias=key_bias)
+    inputs = contract.input_names(int8_cache=int8_cache, key_bias=key_bias)
+    outputs = contract.output_names(int8_cache=int8_cache)
     attributes = ", ".join(contract.attribute_names())
     text = (
         f'<opset_import: ["" : {OPSET}], domain: "{contract.DOMAIN}">\n'

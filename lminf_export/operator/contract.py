@@ -7,7 +7,7 @@ Imports neither torch nor onnx.
 
 Letters: B batch, H query heads, G key/value heads, S new tokens, C ring slots, N sink slots (at
 least one; with num_sink_tokens = 0 a constant, of one row whatever the batch), D head dimension,
-R rotated dimensions.
+R rotated dimensions, T the rows of the tables in `rope`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ OP_TYPE = "LambdaAttention"
 # The same over rings of int8, under a name of its own: a kernel or plugin that knows one of them
 # need not know the other.
 INT8_CACHE_OP_TYPE = "LambdaAttentionInt8Cache"
+# The same again, where keys lie in the ring without the bias that their projection adds.
+KEY_BIAS_OP_TYPE = "LambdaAttentionInt8CacheKeyBias"
 # NVIDIA's parser looks a node up among the plugins of the namespace in this attribute.
 PLUGIN_NAMESPACE_ATTRIBUTE = "plugin_namespace"
 
@@ -65,6 +67,7 @@ _RING = ("B", "G", "C", "D")
 _SINKS = ("B", "G", "N", "D")
 _SCALES = ("B", "G", "C", "1")
 _ROWS = ("B", "S", "R/2")
+_TABLE = ("T", "R/2")
 
 INPUTS = (
     Operand("query", "model", _NEW_QUERY, "new tokens, not rotated, after any QK-norm"),
@@ -101,6 +104,12 @@ SCALE_OUTPUTS = (
     Operand("present_key_scale", "float32", _SCALES, "past_key_scale with the new scales"),
     Operand("present_value_scale", "float32", _SCALES, "past_value_scale with the new scales"),
 )
+# What it has behind those where keys lie in the ring without their bias.
+KEY_BIAS_INPUTS = (
+    Operand("key_bias", "model", ("G", "D"), "part of every key, kept out of the ring"),
+    Operand("cos_table", "float32", _TABLE, "rows of the digits of any position"),
+    Operand("sin_table", "float32", _TABLE, "rows of the digits of any position"),
+)
 # Integers first: the order in which the function body declares them.
 ATTRIBUTES = (
     Attribute("num_sink_tokens", "int", "N ≥ 0, starting tokens that stay visible"),
@@ -113,13 +122,17 @@ ATTRIBUTES = (
 )
 
 
-def op_type(*, int8_cache: bool) -> str:
-    """Return the operator's name."""
+def op_type(*, int8_cache: bool, key_bias: bool = False) -> str:
+    """Return the operator's name; key_bias is for an int8 cache only."""
+    if key_bias:
+        return KEY_BIAS_OP_TYPE
     return INT8_CACHE_OP_TYPE if int8_cache else OP_TYPE
 
 
-def inputs(*, int8_cache: bool = False) -> tuple[Operand, ...]:
+def inputs(*, int8_cache: bool = False, key_bias: bool = False) -> tuple[Operand, ...]:
     """Return a node's inputs, in order."""
+    if key_bias:
+        return (*INPUTS, *SCALE_INPUTS, *KEY_BIAS_INPUTS)
     return (*INPUTS, *SCALE_INPUTS) if int8_cache else INPUTS
 
 
@@ -128,9 +141,9 @@ def outputs(*, int8_cache: bool = False) -> tuple[Operand, ...]:
     return (*OUTPUTS, *SCALE_OUTPUTS) if int8_cache else OUTPUTS
 
 
-def input_names(*, int8_cache: bool = False) -> tuple[str, ...]:
+def input_names(*, int8_cache: bool = False, key_bias: bool = False) -> tuple[str, ...]:
     """Return the names of a node's inputs, in order."""
-    return tuple(operand.name for operand in inputs(int8_cache=int8_cache))
+    return tuple(operand.name for operand in inputs(int8_cache=int8_cache, key_bias=key_bias))
 
 
 def output_names(*, int8_cache: bool = False) -> tuple[str, ...]:

@@ -86,6 +86,8 @@ def attend_by_distance(
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     rounded: Rounding | None = None,
+    rounded_value: Rounding | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Attend from explicit queries to explicit keys; rotations come from distances alone.
 
@@ -113,24 +115,37 @@ def attend_by_distance(
         softcap: c > 0 replaces a logit x by c·tanh(x / c); 0 leaves it.
         alibi_slopes: (H,) slopes m; adds −m·(p − j) to local logits, −m·L to sinks.
         sink_logits: (H,) learned logits that join the softmax's denominator.
-        rounded: what the ring makes of a local key, rotated at its position, and of a value,
-            such as `reference_int8.round_to_int8`; None for a ring that holds them as they are.
+        rounded: what the ring makes of a local key, rotated at its position, such as
+            `reference_int8.round_to_int8`; None for a ring that holds all as it is.
+        rounded_value: what that ring makes of a value; by default the same.
+        key_bias: (G, D) part of every key that a ring that rounds does not hold; None for none.
 
     Returns:
         (B, H, S, D) in the type of query; a query that sees no key yields zeros.
     """
     base = torch.zeros_like(query_position[:, :1]) if rounded else query_position[:, :1]
     groups = query.shape[1] // key.shape[1]
-    local_query = sink_query = query
-    local_key, local_value = key, value
-    if inv_freq is not None:
+
+    def turned_at(x: Tensor, position: Tensor) -> Tensor:
+        if inv_freq is None:
+            return x
         turn = _rotate_at_any if rounded else _rotate_at
-        local_query = turn(query, query_position - base, inv_freq, attention_factor, interleaved)
-        local_key = turn(key, key_position - base, inv_freq, attention_factor, interleaved)
+        return turn(x, position - base, inv_freq, attention_factor, interleaved)
+
+    local_query, sink_query = turned_at(query, query_position), query
+    if inv_freq is not None:
         limit = torch.full_like(base, distance_limit)
         sink_query = _rotate_at(query, limit, inv_freq, attention_factor**2, interleaved)
-    if rounded is not None:
-        local_key, local_value = (rounded(x).to(x.dtype) for x in (local_key, local_value))
+    local_value = value
+    if rounded is None:
+        local_key = turned_at(key, key_position)
+    else:
+        bias = torch.zeros_like(key[:1, :, :1])
+        if key_bias is not None:
+            bias = key_bias.to(key.dtype)[None, :, None]
+        local_key = rounded(turned_at(key - bias, key_position)).to(key.dtype)
+        local_key = local_key + turned_at(bias.expand_as(key), key_position)
+        local_value = (rounded_value or rounded)(value).to(value.dtype)
     key, value, local_key, local_value = (
         _heads(x, groups) for x in (key, value, local_key, local_value)
     )

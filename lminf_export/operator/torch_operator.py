@@ -27,6 +27,11 @@ lambda_attention_int8_cache = torch.library.custom_op(
     reference_int8.lambda_attention_int8_cache,
     mutates_args=(),
 )
+lambda_attention_int8_cache_key_bias = torch.library.custom_op(
+    "lminf::lambda_attention_int8_cache_key_bias",
+    reference_int8.lambda_attention_int8_cache_key_bias,
+    mutates_args=(),
+)
 
 
 @lambda_attention.register_fake
@@ -36,7 +41,16 @@ def _(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
 
 @lambda_attention_int8_cache.register_fake
 def _(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
-    inputs = dict(zip(contract.input_names(int8_cache=True), tensors, strict=True))
+    return _shapes_of_int8(contract.input_names(int8_cache=True), tensors)
+
+
+@lambda_attention_int8_cache_key_bias.register_fake
+def _(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+    return _shapes_of_int8(contract.input_names(int8_cache=True, key_bias=True), tensors)
+
+
+def _shapes_of_int8(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    inputs = dict(zip(names, tensors, strict=True))
     return (
         *_shapes(inputs),
         *(_contiguous(inputs[operand.name]) for operand in contract.SCALE_INPUTS),
@@ -57,8 +71,13 @@ def _contiguous(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def operator_schema(*, int8_cache: bool = False) -> OpSchema:
-    """Return the ONNX schema of version 1 of the operator, or of it over a ring of int8."""
+def operator_schema(*, int8_cache: bool = False, key_bias: bool = False) -> OpSchema:
+    """Return the ONNX schema of version 1 of the operator, or of it over a ring of int8.
+
+    Args:
+        int8_cache: rings hold int8.
+        key_bias: their keys lie there without their bias; for an int8 cache only.
+    """
 
     types = {
         "model": "T",
@@ -74,11 +93,11 @@ def operator_schema(*, int8_cache: bool = False) -> OpSchema:
     attributes = [OpSchema.Attribute(x.name, kinds[x.kind]) for x in contract.ATTRIBUTES]
     namespace = OpSchema.Attribute(contract.PLUGIN_NAMESPACE_ATTRIBUTE, OpSchema.AttrType.STRING)
     return OpSchema(
-        contract.op_type(int8_cache=int8_cache),
+        contract.op_type(int8_cache=int8_cache, key_bias=key_bias),
         contract.DOMAIN,
         contract.VERSION,
         doc="Λ-shaped attention over a bounded cache; arXiv 2308.16137.",
-        inputs=parameters(contract.inputs(int8_cache=int8_cache)),
+        inputs=parameters(contract.inputs(int8_cache=int8_cache, key_bias=key_bias)),
         outputs=parameters(contract.outputs(int8_cache=int8_cache)),
         type_constraints=[
             ("T", [ELEMENT_TYPES[name].onnxruntime for name in MODEL_DTYPES], "model type")
@@ -89,9 +108,10 @@ def operator_schema(*, int8_cache: bool = False) -> OpSchema:
 
 def register_schema() -> None:
     """Tell the onnx package about the operators, once; the exporter's recorder asks for them."""
-    for int8_cache in (False, True):
-        if not onnx.defs.has(contract.op_type(int8_cache=int8_cache), contract.DOMAIN):
-            onnx.defs.register_schema(operator_schema(int8_cache=int8_cache))
+    for int8_cache, key_bias in ((False, False), (True, False), (True, True)):
+        name = contract.op_type(int8_cache=int8_cache, key_bias=key_bias)
+        if not onnx.defs.has(name, contract.DOMAIN):
+            onnx.defs.register_schema(operator_schema(int8_cache=int8_cache, key_bias=key_bias))
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -101,6 +121,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.lminf.lambda_attention.default: _translation(contract.OP_TYPE),
         torch.ops.lminf.lambda_attention_int8_cache.default: _translation(
             contract.INT8_CACHE_OP_TYPE
+        ),
+        torch.ops.lminf.lambda_attention_int8_cache_key_bias.default: _translation(
+            contract.KEY_BIAS_OP_TYPE
         ),
     }
 

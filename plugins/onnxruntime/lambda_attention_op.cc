@@ -53,12 +53,12 @@ abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, At
 
 abi::Status* readCall(const abi::Api* api, abi::KernelContext* context,
                       LambdaAttentionParams* params) {
-  const size_t numInputs = params->int8Cache ? kNumInt8CacheInputs : kNumInputs;
+  const size_t count = numInputs(params->int8Cache, params->hasKeyBias);
   const size_t numOutputs = params->int8Cache ? kNumInt8CacheOutputs : kNumOutputs;
-  std::array<Shape, kNumInt8CacheInputs> shapes;
-  std::array<const void*, kNumInt8CacheInputs> inputs{};
+  std::array<Shape, kNumKeyBiasInputs> shapes;
+  std::array<const void*, kNumKeyBiasInputs> inputs{};
   std::array<void*, kNumInt8CacheOutputs> outputs{};
-  if (abi::Status* wrong = readInputs(api, context, numInputs, shapes.data(), inputs.data())) {
+  if (abi::Status* wrong = readInputs(api, context, count, shapes.data(), inputs.data())) {
     return wrong;
   }
   std::string problem = readShapes(shapes.data(), *params);
@@ -68,7 +68,7 @@ abi::Status* readCall(const abi::Api* api, abi::KernelContext* context,
           findOutputs(api, context, *params, numOutputs, shapes.data(), outputs.data())) {
     return wrong;
   }
-  setTensors(*params, inputs.data(), outputs.data(), params->int8Cache);
+  setTensors(*params, inputs.data(), outputs.data(), params->int8Cache, params->hasKeyBias);
   return nullptr;
 }
 

@@ -1,4 +1,4 @@
-// lminf::LambdaAttention and LambdaAttentionInt8Cache as onnxruntime sees them.
+// lminf::LambdaAttention and its two forms over rings of int8 as onnxruntime sees them.
 //
 // What is here is the same for every execution provider; a provider adds a kernel with the members
 // that `Op` asks for, and one line for each element type in register.cc. Names, element types and
@@ -31,16 +31,19 @@ abi::ElementType typeOf(const Operand& operand, abi::ElementType element, bool i
 // pointer to. Its kernel is a class K with K(const Api*, const LambdaAttentionParams&), whose
 // params hold attributes and types of the node, static MemoryType memoryType(size_t input), and
 // Status* compute(KernelContext*) noexcept.
-template <abi::ElementType element, typename Kernel, bool int8Cache = false>
+template <abi::ElementType element, typename Kernel, bool int8Cache = false,
+          bool hasKeyBias = false>
 struct Op : abi::CustomOp {
   explicit Op(const char* provider) noexcept : abi::CustomOp{}, provider(provider) {
     version = abi::kApiVersion;
-    getName = [](const abi::CustomOp*) { return int8Cache ? kInt8CacheName : kName; };
+    getName = [](const abi::CustomOp*) {
+      return hasKeyBias ? kKeyBiasName : int8Cache ? kInt8CacheName : kName;
+    };
     getExecutionProviderType = [](const abi::CustomOp* op) {
       return static_cast<const Op*>(op)->provider;
     };
     getInputTypeCount = [](const abi::CustomOp*) -> size_t {
-      return int8Cache ? kNumInt8CacheInputs : kNumInputs;
+      return numInputs(int8Cache, hasKeyBias);
     };
     getInputType = [](const abi::CustomOp*, size_t i) {
       return typeOf(kInputs[i], element, int8Cache);
@@ -69,6 +72,7 @@ struct Op : abi::CustomOp {
     if (abi::Status* wrong = readAttributes(api, info, &layer)) return wrong;
     layer.dataType = dataTypeOf(element);
     layer.int8Cache = int8Cache;
+    layer.hasKeyBias = hasKeyBias;
     *kernel = new Kernel(api, layer);
     return nullptr;
   }

@@ -19,12 +19,15 @@ const Op<abi::kFloat, CpuKernel> cpuFloat("CPUExecutionProvider");
 const Op<abi::kFloat16, CpuKernel> cpuHalf("CPUExecutionProvider");
 const Op<abi::kFloat, CpuKernel, true> cpuFloatInt8Cache("CPUExecutionProvider");
 const Op<abi::kFloat16, CpuKernel, true> cpuHalfInt8Cache("CPUExecutionProvider");
+const Op<abi::kFloat, CpuKernel, true, true> cpuFloatKeyBias("CPUExecutionProvider");
+const Op<abi::kFloat16, CpuKernel, true, true> cpuHalfKeyBias("CPUExecutionProvider");
 #if defined(LMINF_ORT_CUDA)
 const Op<abi::kFloat, CudaKernel> cudaFloat("CUDAExecutionProvider");
 const Op<abi::kFloat16, CudaKernel> cudaHalf("CUDAExecutionProvider");
 const Op<abi::kBFloat16, CudaKernel> cudaBfloat("CUDAExecutionProvider");
-const abi::CustomOp* const kKernels[] = {
-    &cpuFloat, &cpuHalf, &cpuFloatInt8Cache, &cpuHalfInt8Cache, &cudaFloat, &cudaHalf, &cudaBfloat};
+const abi::CustomOp* const kKernels[] = {&cpuFloat,         &cpuHalf,         &cpuFloatInt8Cache,
+                                         &cpuHalfInt8Cache, &cpuFloatKeyBias, &cpuHalfKeyBias,
+                                         &cudaFloat,        &cudaHalf,        &cudaBfloat};
 constexpr const char* kProviders = "cpu cuda";
 #else
 // Not beside a GPU's kernels: onnxruntime would bring the work to the only kernel it finds.
@@ -42,9 +45,10 @@ const LinearNBitsOp<abi::kFloat16, true> nbitsAddHalf;
 // Elsewhere onnxruntime's MatMulNBits has vectors for integers, and ours has none.
 #define LMINF_NBITS
 #endif
-const abi::CustomOp* const kKernels[] = {&cpuFloat,         &cpuHalf,       &cpuFloatInt8Cache,
-                                         &cpuHalfInt8Cache, &linearFloat,   &linearHalf,
-                                         &linearAddFloat,   &linearAddHalf, LMINF_NBITS};
+const abi::CustomOp* const kKernels[] = {&cpuFloat,         &cpuHalf,         &cpuFloatInt8Cache,
+                                         &cpuHalfInt8Cache, &cpuFloatKeyBias, &cpuHalfKeyBias,
+                                         &linearFloat,      &linearHalf,      &linearAddFloat,
+                                         &linearAddHalf,    LMINF_NBITS};
 constexpr const char* kProviders = "cpu";
 #endif
 

@@ -15,6 +15,11 @@ inline constexpr int kVersion = 1;
 inline constexpr const char* kName = "LambdaAttention";
 // The same operator over rings of int8. Its scales follow the other inputs and outputs.
 inline constexpr const char* kInt8CacheName = "LambdaAttentionInt8Cache";
+// The same, where keys lie in the ring without their bias.
+inline constexpr const char* kKeyBiasName = "LambdaAttentionInt8CacheKeyBias";
+// Digit tables: row kDigitBase · k + d is the rotation of position d · kDigitBaseᵏ.
+inline constexpr std::int64_t kDigitBase = 1024;
+inline constexpr std::int64_t kTableRows = 4096;
 
 enum Input : std::int32_t {
   kQuery,
@@ -38,6 +43,10 @@ enum Input : std::int32_t {
   kPastKeyScale = kNumInputs,
   kPastValueScale,
   kNumInt8CacheInputs,
+  kKeyBias = kNumInt8CacheInputs,
+  kCosTable,
+  kSinTable,
+  kNumKeyBiasInputs,
 };
 
 enum Output : std::int32_t {
@@ -56,7 +65,7 @@ enum Output : std::int32_t {
 enum class ElementKind : std::int32_t { kModel, kRing, kInt64, kFloat32 };
 
 // Dimensions by name. kRotaryPairs is R/2; sinks have max(N, 1) slots.
-enum class Letter : std::int32_t { kB, kH, kS, kD, kG, kC, kN, kRotaryPairs, kOne };
+enum class Letter : std::int32_t { kB, kH, kS, kD, kG, kC, kN, kRotaryPairs, kOne, kTableRows };
 
 inline constexpr int kMostDimensions = 4;
 
@@ -67,7 +76,7 @@ struct Operand {
   Letter shape[kMostDimensions];
 };
 
-inline constexpr Operand kInputs[kNumInt8CacheInputs] = {
+inline constexpr Operand kInputs[kNumKeyBiasInputs] = {
     {"query", ElementKind::kModel, 4,
      {Letter::kB, Letter::kH, Letter::kS, Letter::kD}},
     {"key", ElementKind::kModel, 4,
@@ -106,6 +115,12 @@ inline constexpr Operand kInputs[kNumInt8CacheInputs] = {
      {Letter::kB, Letter::kG, Letter::kC, Letter::kOne}},
     {"past_value_scale", ElementKind::kFloat32, 4,
      {Letter::kB, Letter::kG, Letter::kC, Letter::kOne}},
+    {"key_bias", ElementKind::kModel, 2,
+     {Letter::kG, Letter::kD}},
+    {"cos_table", ElementKind::kFloat32, 2,
+     {Letter::kTableRows, Letter::kRotaryPairs}},
+    {"sin_table", ElementKind::kFloat32, 2,
+     {Letter::kTableRows, Letter::kRotaryPairs}},
 };
 
 inline constexpr Operand kOutputs[kNumInt8CacheOutputs] = {
@@ -212,6 +227,12 @@ struct Tensors {
   const float* pastKeyScale = nullptr;
   // float32 (B, G, C, 1): of past_value, one for each token and head
   const float* pastValueScale = nullptr;
+  // T (G, D): part of every key, kept out of the ring
+  const void* keyBias = nullptr;
+  // float32 (T, R/2): rows of the digits of any position
+  const float* cosTable = nullptr;
+  // float32 (T, R/2): rows of the digits of any position
+  const float* sinTable = nullptr;
   // T (B, H, S, D): what the new tokens attend to
   void* output = nullptr;
   // T or int8 (B, G, C, D): past_key with the new keys
@@ -228,9 +249,10 @@ struct Tensors {
   float* presentValueScale = nullptr;
 };
 
-// Takes addresses in the operator's order; those of scales only with an int8 cache.
+// Takes addresses in the operator's order; those of scales only with an int8 cache, those of a
+// bias only in the operator that has one.
 inline void setTensors(Tensors& tensors, const void* const* inputs, void* const* outputs,
-                       bool int8Cache) {
+                       bool int8Cache, bool hasKeyBias) {
   tensors.query = inputs[kQuery];
   tensors.key = inputs[kKey];
   tensors.value = inputs[kValue];
@@ -258,6 +280,10 @@ inline void setTensors(Tensors& tensors, const void* const* inputs, void* const*
   tensors.pastValueScale = static_cast<const float*>(inputs[kPastValueScale]);
   tensors.presentKeyScale = static_cast<float*>(outputs[kPresentKeyScale]);
   tensors.presentValueScale = static_cast<float*>(outputs[kPresentValueScale]);
+  if (!hasKeyBias) return;
+  tensors.keyBias = inputs[kKeyBias];
+  tensors.cosTable = static_cast<const float*>(inputs[kCosTable]);
+  tensors.sinTable = static_cast<const float*>(inputs[kSinTable]);
 }
 
 }  // namespace lminf

@@ -21,6 +21,7 @@ enum class DataType : std::int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 }
 struct LambdaAttentionParams : Tensors, Attributes {
   DataType dataType = DataType::kFloat16;  // T
   bool int8Cache = false;                  // the rings hold int8
+  bool hasKeyBias = false;                 // without the keys' bias; only with int8Cache
 
   std::int64_t batchSize = 0;       // B
   std::int64_t numHeads = 0;        // H

@@ -19,6 +19,7 @@ std::int64_t sizeOf(Letter letter, const LambdaAttentionParams& p) {
     case Letter::kD: return p.headDim;
     case Letter::kRotaryPairs: return p.rotaryDim / 2;
     case Letter::kOne: return 1;
+    case Letter::kTableRows: return kTableRows;
   }
   return kOpen;
 }
@@ -80,6 +81,11 @@ bool isUnread(std::int32_t input, const Attributes& a) {
 
 }  // namespace
 
+std::int32_t numInputs(bool int8Cache, bool hasKeyBias) {
+  if (hasKeyBias) return kNumKeyBiasInputs;
+  return int8Cache ? kNumInt8CacheInputs : kNumInputs;
+}
+
 std::string text(const Shape& shape) {
   std::string out = "(";
   for (std::size_t axis = 0; axis < shape.size(); ++axis) {
@@ -113,7 +119,7 @@ std::string checkAttributes(const Attributes& a) {
 }
 
 std::string readShapes(const Shape* inputs, LambdaAttentionParams& params) {
-  const std::int32_t count = params.int8Cache ? kNumInt8CacheInputs : kNumInputs;
+  const std::int32_t count = numInputs(params.int8Cache, params.hasKeyBias);
   std::string problem = checkRanks(inputs, count);
   if (!problem.empty()) return problem;
   setSizes(inputs, params);

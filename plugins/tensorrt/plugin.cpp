@@ -63,7 +63,7 @@ Shapes shapesOf(const PluginTensorDesc* inputs) {
 
 // Without sink tokens the present sinks are not read, and nothing is written there.
 void setPointers(LambdaAttentionParams& params, const void* const* inputs, void* const* outputs) {
-  setTensors(params, inputs, outputs, params.int8Cache);
+  setTensors(params, inputs, outputs, params.int8Cache, params.hasKeyBias);
   if (params.numSinkTokens == 0) params.presentSinkKey = params.presentSinkValue = nullptr;
 }
 

@@ -9,30 +9,45 @@ from collections.abc import Callable, Iterable, Iterator
 
 from lminf_export.operator import contract
 from lminf_export.operator.contract import Operand
+from lminf_export.operator.rope import BASE, NUM_DIGITS
 from scripts.docs.tables import table
 
 POINTEES = {"model": "void", "ring": "void", "int64": "std::int64_t", "float32": "float"}
 FIELDS = {"int": ("std::int64_t", "0"), "float": ("float", "0.0f")}
-LETTERS = {"R/2": "kRotaryPairs", "1": "kOne"}
+LETTERS = {"R/2": "kRotaryPairs", "1": "kOne", "T": "kTableRows"}
 ELEMENTS = {"model": "T", "ring": "T or int8"}
 MOST_DIMENSIONS = max(
     operand.rank
-    for operand in (*contract.inputs(int8_cache=True), *contract.outputs(int8_cache=True))
+    for operand in (*contract.inputs(key_bias=True), *contract.outputs(int8_cache=True))
 )
 
 
 def header() -> str:
     """Return the text of plugins/operator/contract.h."""
-    inputs, outputs = contract.inputs(int8_cache=True), contract.outputs(int8_cache=True)
+    inputs, outputs = contract.inputs(key_bias=True), contract.outputs(int8_cache=True)
+    with_scales = len(contract.inputs(int8_cache=True))
     return _HEADER.format(
         domain=contract.DOMAIN,
         version=contract.VERSION,
         name=contract.OP_TYPE,
         int8_name=contract.INT8_CACHE_OP_TYPE,
+        key_bias_name=contract.KEY_BIAS_OP_TYPE,
+        table_rows=NUM_DIGITS * BASE,
+        base=BASE,
         most_dimensions=MOST_DIMENSIONS,
         letters=", ".join(_letter(letter) for letter in _letters((*inputs, *outputs))),
-        inputs=_enumerators(inputs, len(contract.INPUTS), "Inputs"),
-        outputs=_enumerators(outputs, len(contract.OUTPUTS), "Outputs"),
+        inputs=_enumerators(
+            inputs,
+            {
+                "kNumInputs": len(contract.INPUTS),
+                "kNumInt8CacheInputs": with_scales,
+                "kNumKeyBiasInputs": len(inputs),
+            },
+        ),
+        outputs=_enumerators(
+            outputs,
+            {"kNumOutputs": len(contract.OUTPUTS), "kNumInt8CacheOutputs": len(outputs)},
+        ),
         input_table=_table(inputs),
         output_table=_table(outputs),
         sources="\n".join(f"    {_source(operand)}," for operand in outputs),
@@ -46,6 +61,8 @@ def header() -> str:
                 "  if (!int8Cache) return;",
                 *_assignments(contract.SCALE_INPUTS, "inputs", "const "),
                 *_assignments(contract.SCALE_OUTPUTS, "outputs", ""),
+                "  if (!hasKeyBias) return;",
+                *_assignments(contract.KEY_BIAS_INPUTS, "inputs", "const "),
             )
         ),
     )
@@ -53,12 +70,16 @@ def header() -> str:
 
 def operands(kind: str) -> str:
     """The table of the operator's inputs or outputs, by `kind`: "input" or "output"."""
-    always, scales = {
-        "input": (contract.INPUTS, contract.SCALE_INPUTS),
-        "output": (contract.OUTPUTS, contract.SCALE_OUTPUTS),
+    groups = {
+        "input": (
+            (contract.INPUTS, ""),
+            (contract.SCALE_INPUTS, "; only with an int8 cache"),
+            (contract.KEY_BIAS_INPUTS, f"; only in {contract.KEY_BIAS_OP_TYPE}"),
+        ),
+        "output": ((contract.OUTPUTS, ""), (contract.SCALE_OUTPUTS, "; only with an int8 cache")),
     }[kind]
     rows = []
-    for listed, note in ((always, ""), (scales, "; only with an int8 cache")):
+    for listed, note in groups:
         for operand in listed:
             element = ELEMENTS.get(operand.element, operand.element)
             shape = ", ".join(operand.shape)
@@ -92,12 +113,14 @@ def _letters(operands: Iterable[Operand]) -> list[str]:
     return list(dict.fromkeys(letter for operand in operands for letter in operand.shape))
 
 
-def _enumerators(operands: tuple[Operand, ...], without_scales: int, kind: str) -> str:
-    names = [_constant(operand.name) for operand in operands]
-    names[without_scales] += f" = kNum{kind}"
-    names.insert(without_scales, f"kNum{kind}")
-    names.append(f"kNumInt8Cache{kind}")
-    return "\n".join(f"  {name}," for name in names)
+def _enumerators(operands: tuple[Operand, ...], counts: dict[str, int]) -> str:
+    """Enumerate operands in order; a count has the value of the operand that follows it."""
+    lines = []
+    for index, operand in enumerate(operands):
+        ended = [name for name, count in counts.items() if count == index]
+        lines += [f"  {name}," for name in ended]
+        lines.append(f"  {_constant(operand.name)}{' = ' + ended[-1] if ended else ''},")
+    return "\n".join([*lines, *(f"  {name}," for name, n in counts.items() if n == len(operands))])
 
 
 def _table(operands: Iterable[Operand]) -> str:
@@ -160,6 +183,11 @@ inline constexpr int kVersion = {version};
 inline constexpr const char* kName = "{name}";
 // The same operator over rings of int8. Its scales follow the other inputs and outputs.
 inline constexpr const char* kInt8CacheName = "{int8_name}";
+// The same, where keys lie in the ring without their bias.
+inline constexpr const char* kKeyBiasName = "{key_bias_name}";
+// Digit tables: row kDigitBase · k + d is the rotation of position d · kDigitBaseᵏ.
+inline constexpr std::int64_t kDigitBase = {base};
+inline constexpr std::int64_t kTableRows = {table_rows};
 
 enum Input : std::int32_t {{
 {inputs}
@@ -184,7 +212,7 @@ struct Operand {{
   Letter shape[kMostDimensions];
 }};
 
-inline constexpr Operand kInputs[kNumInt8CacheInputs] = {{
+inline constexpr Operand kInputs[kNumKeyBiasInputs] = {{
 {input_table}
 }};
 
@@ -219,9 +247,10 @@ struct Tensors {{
 {fields}
 }};
 
-// Takes addresses in the operator's order; those of scales only with an int8 cache.
+// Takes addresses in the operator's order; those of scales only with an int8 cache, those of a
+// bias only in the operator that has one.
 inline void setTensors(Tensors& tensors, const void* const* inputs, void* const* outputs,
-                       bool int8Cache) {{
+                       bool int8Cache, bool hasKeyBias) {{
 {assignments}
 }}
 

@@ -21,7 +21,7 @@ KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128")
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 
 # Tensors an operator with an int8 cache has behind the others: the CUDA kernels take none of them.
-_TENSORS = (*contract.input_names(int8_cache=True), *contract.output_names(int8_cache=True))
+_TENSORS = (*contract.input_names(key_bias=True), *contract.output_names(int8_cache=True))
 _ATTRIBUTE_TYPES = {"int": ctypes.c_int64, "float": ctypes.c_float}
 _SIZES = (
     *("batch_size", "num_heads", "num_kv_heads", "sequence_length", "capacity", "head_dim"),
@@ -37,6 +37,7 @@ class Params(ctypes.Structure):
         *((x.name, _ATTRIBUTE_TYPES[x.kind]) for x in contract.ATTRIBUTES),
         ("data_type", ctypes.c_int32),
         ("int8_cache", ctypes.c_bool),
+        ("has_key_bias", ctypes.c_bool),
         *((name, ctypes.c_int64) for name in _SIZES),
         ("growing_ring", ctypes.c_bool),
     )

@@ -17,6 +17,7 @@ void appendHead(const Params& p, int64_t batch, int64_t kvHead) {
   const T* value = static_cast<const T*>(p.value) + pair * p.sequenceLength * dim;
   T* sinkKey = static_cast<T*>(p.presentSinkKey);
   T* sinkValue = static_cast<T*>(p.presentSinkValue);
+  const T* bias = p.hasKeyBias ? static_cast<const T*>(p.keyBias) + kvHead * dim : nullptr;
   const int64_t past = p.pastLength[batch];
   for (int64_t step = 0; step < p.newLength[batch]; ++step) {
     const int64_t position = past + step, slot = pair * p.capacity + position % p.capacity;
@@ -25,7 +26,7 @@ void appendHead(const Params& p, int64_t batch, int64_t kvHead) {
     if (p.int8Cache) {
       int8_t* ringKey = static_cast<int8_t*>(p.presentKey) + slot * dim;
       int8_t* ringValue = static_cast<int8_t*>(p.presentValue) + slot * dim;
-      p.presentKeyScale[slot] = quantizeRotated(p, newKey, p.cos + row, p.sin + row, ringKey);
+      p.presentKeyScale[slot] = quantizeRotated(p, newKey, bias, p.cos + row, p.sin + row, ringKey);
       p.presentValueScale[slot] = quantizeRow(newValue, dim, ringValue);
     } else {
       T* ringKey = static_cast<T*>(p.presentKey) + slot * dim;

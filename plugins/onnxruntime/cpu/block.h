@@ -22,7 +22,7 @@ class Block {
  public:
   Block(const Params& p, const Item& item, float* memory)
       : p_(p), item_(item), dim_(paddedDim(p)), group_(group(p)), rows_(item.numSteps * group_),
-        tile_(tileOf(rows_)) {
+        tile_(tileOf(rows_)), bias_(p, s_.bias, rows_) {
     layOut(p, item.numSteps, memory, &s_);
   }
 
@@ -89,6 +89,10 @@ class Block {
   void ring() {
     const int64_t base = (item_.batch * p_.numKvHeads + item_.kvHead) * p_.capacity;
     const bool few = rows_ < kManyRows && p_.headDim == dim_;
+    if (p_.hasKeyBias) {
+      bias_.template read<T>(item_.kvHead);
+      if (few) bias_.readQueries(s_.localQuery, dim_);
+    }
     const int64_t most = p_.int8Cache && !few ? std::min(tile_, kInt8Tile) : tile_;
     for (int64_t position = item_.firstKey; position < item_.endKey;) {
       const int64_t slot = position % p_.capacity;
@@ -113,6 +117,7 @@ class Block {
                                position, false};
     dots(s_.localQuery, rows_, dim_, tile.key, dim_, count, s_.logits, tile_);
     scaleLogits(p_.presentKeyScale + slot, count);
+    if (p_.hasKeyBias) bias_.addProducts(position, count, s_.logits, tile_);
     for (int64_t r = 0; r < rows_; ++r) weigh(tile, r);
     scaleLogits(p_.presentValueScale + slot, count);
     values(tile.value, count);
@@ -130,6 +135,7 @@ class Block {
     const int64_t offset = slot * p_.headDim;
     dequantize(static_cast<const int8_t*>(p_.presentKey) + offset, p_.presentKeyScale + slot, count,
                p_.headDim, s_.ringKeys);
+    if (p_.hasKeyBias) bias_.addTo(s_.ringKeys, position, count);
     dequantize(static_cast<const int8_t*>(p_.presentValue) + offset, p_.presentValueScale + slot,
                count, p_.headDim, s_.ringValues);
     take(Tile<float>{s_.ringKeys, s_.ringValues, count, position, false});
@@ -258,6 +264,7 @@ class Block {
   const Item& item_;
   const int64_t dim_, group_, rows_, tile_;
   Scratch s_{};
+  KeyBias bias_;
 };
 
 void attend(const Params& p, const Item& item, float* scratch) {

@@ -33,10 +33,18 @@ inline float quantize(VisitElements visitElements, int8_t* out) {
   return scale;
 }
 
+// Of a key and the bias that stays out of the ring, null for none.
 template <typename In>
-inline float quantizeRotated(const Params& p, const In* x, const float* cos, const float* sin,
-                             int8_t* out) {
-  return quantize([&](auto visit) { visitRotated(p, x, cos, sin, visit); }, out);
+inline float quantizeRotated(const Params& p, const In* x, const In* bias, const float* cos,
+                             const float* sin, int8_t* out) {
+  const auto rest = [&](int64_t i) { return toFloat(x[i]) - toFloat(bias[i]); };
+  const auto whole = [&](int64_t i) { return toFloat(x[i]); };
+  return quantize(
+      [&](auto visit) {
+        bias == nullptr ? visitRotated(p, whole, cos, sin, visit)
+                        : visitRotated(p, rest, cos, sin, visit);
+      },
+      out);
 }
 
 template <typename In>

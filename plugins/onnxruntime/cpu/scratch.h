@@ -3,6 +3,7 @@
 #pragma once
 
 #include "int8_rings.h"
+#include "key_bias.h"
 #include "tiles.h"
 
 namespace {
@@ -24,7 +25,22 @@ struct Scratch {
   float* output;      // (rows, padded D), not yet divided by the sum
   float* top;         // (rows) running maximum
   float* sum;         // (rows) running sum
+  BiasScratch bias;   // where keys lie in the ring without their bias
 };
+
+template <typename Take>
+inline void layOutBias(const Params& p, int64_t rows, Take take, BiasScratch* out) {
+  const int64_t few = std::min(rows, kManyRows), rotary = p.rotaryDim;
+  out->bias = take(p.headDim);
+  out->turned = take(p.headDim);
+  out->far = take(rotary);
+  out->products = take(few * rotary);
+  out->aligned = take(few * rotary);
+  out->block = take(few * rotary);
+  out->constant = take(few);
+  out->table = take(rotary * kBiasKeys);
+  out->logits = take(few * kBiasKeys);
+}
 
 inline size_t layOut(const Params& p, int64_t numSteps, float* memory, Scratch* s) {
   const int64_t rows = numSteps * group(p), dim = paddedDim(p), tile = tileOf(rows);
@@ -47,6 +63,7 @@ inline size_t layOut(const Params& p, int64_t numSteps, float* memory, Scratch* 
   out.output = take(rows * dim);
   out.top = take(rows);
   out.sum = take(rows);
+  if (p.hasKeyBias) layOutBias(p, rows, take, &out.bias);
   return used;
 }
 
