@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import psutil
+import torch
 
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.out import OutTarget
+from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.errors import ConfigError
 from lminf_export.export.options import CHOICES, LINK
 from lminf_export.export.weight_files import WrittenWeights
+from lminf_export.models.key_bias import named_key_biases
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
     AUTO_KV_CACHE_DTYPE,
@@ -30,6 +33,8 @@ LINK_NOTICE = (
 )
 # More memory than one machine that decodes has; on one that has more, its own is the limit.
 _LARGEST_CACHE = 2**40
+# Norm of the bias of one layer's keys from which on it would fill a row's 127 steps by itself.
+LARGE_KEY_BIAS = 50.0
 BFLOAT16_NOTICE = (
     "bfloat16 graphs are for engines and GPUs: onnxruntime's CPU provider does not run them"
 )
@@ -100,6 +105,31 @@ def decide_kv_cache_dtype(asked: str, dtype: str, target: OutTarget) -> Any:
             "dtype='bfloat16'; choose one of them or leave it out"
         )
     return asked
+
+
+def key_bias_notices(checkpoint: Checkpoint, kv_cache_dtype: str | None) -> Iterable[str]:
+    """Yield what to tell the user about large biases of keys, where the rings round keys."""
+    if kv_cache_dtype is None:
+        return
+    skeleton = checkpoint.skeleton
+    tensors = skeleton.conversion.apply(checkpoint.tensors)
+    largest = 0.0
+    for name, is_of_all in named_key_biases(skeleton.model):
+        if name in tensors:
+            bias = torch.cat([block.flatten() for block in tensors[name].blocks()])
+            own = _of_keys(bias, skeleton.model.config) if is_of_all else bias
+            largest = max(largest, float(own.float().norm()))
+    if largest >= LARGE_KEY_BIAS:
+        yield (
+            f"a layer's keys hold a bias of norm {largest:.0f}; the int8 rings keep biases out of "
+            f"what they round, so it costs time and no precision; what rounding costs, `lminf "
+            f"validate --model MODEL --text FILE` measures"
+        )
+
+
+def _of_keys(bias: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return the second third of every head's part of a bias of queries, keys and values."""
+    return bias.view(config.num_attention_heads, 3, -1)[:, 1]
 
 
 def dtype_notices(asked: str | None, chosen: str) -> Iterable[str]:

@@ -28,6 +28,7 @@ from lminf_export.export.decisions import (
     default_dtype,
     default_window,
     dtype_notices,
+    key_bias_notices,
     memory_notices,
     weight_notices,
 )
@@ -133,6 +134,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
     notices += [LINK_NOTICE] if options.weights == LINK else []
     notices += [*memory_notices(contract, settings), *eos_notices(source)]
+    notices += key_bias_notices(checkpoint, kv_cache_dtype)
     job = ExportJob(
         options=options,
         source=checkpoint.source,

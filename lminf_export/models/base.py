@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lminf_export.errors import ConfigError, ModelError, shortened
 from lminf_export.models.experts import EXPERTS_NAME, register_experts
 from lminf_export.models.internals import Internals
+from lminf_export.models.key_bias import bias_of_keys
 from lminf_export.models.transformers_tables import CODE_ERRORS
 from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.settings import LambdaConfig, ring_capacity
@@ -75,6 +77,10 @@ class AttentionPlan:
     sink_logits: bool = False
     sliding: tuple[bool, ...] = ()
     notices: tuple[str, ...] = ()
+
+    def keeps_bias_out(self, layer: int) -> bool:
+        """Whether a ring of int8 may lack the bias of its keys: it rotates as the others do."""
+        return self.layer_rotation[layer] is not None or not self.rotations
 
     def of_first(self, count: int) -> AttentionPlan:
         """Return the plan of the same model with its first `count` layers only."""
@@ -185,6 +191,7 @@ class AttentionCall:
         visible: the keys that the layer's own mask shows.
         softcap: soft cap of the logits, 0 for none.
         sink_logits: (H,) learned logits, or None.
+        key_bias: returns the (G, D) bias that every key holds, or None: see `bias_of_keys`.
     """
 
     layer: int
@@ -196,6 +203,7 @@ class AttentionCall:
     visible: Visible
     softcap: float
     sink_logits: Tensor | None
+    key_bias: Callable[[], Tensor | None] = lambda: None
 
 
 class Step(Protocol):
@@ -253,6 +261,7 @@ def attend(
         visible=attention_mask if isinstance(attention_mask, Visible) else Visible(),
         softcap=softcap or 0.0,
         sink_logits=s_aux,
+        key_bias=partial(bias_of_keys, module, key.shape[1], key.shape[3]),
     )
     output = _step.get().attend(call)
     return output.transpose(1, 2).contiguous(), None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lminf_export.models.base import AttentionCall, AttentionPlan
+from lminf_export.models.rounded_rings import Rings
 from lminf_export.operator import reference
 
 
@@ -17,7 +20,7 @@ class HistoryStep:
     Args:
         plan: how the layers attend.
         batch_size: B.
-        rounded: rounding of keys and values by a ring, see `reference.attend_by_distance`.
+        rounded: what rings make of keys and values; None for rings that hold them as they are.
     """
 
     def __init__(
@@ -25,7 +28,7 @@ class HistoryStep:
         plan: AttentionPlan,
         batch_size: int = 1,
         *,
-        rounded: reference.Rounding | None = None,
+        rounded: Rings | None = None,
     ) -> None:
         self.plan, self.rounded = plan, rounded
         self.past_length = torch.zeros(batch_size, dtype=torch.int64)
@@ -67,10 +70,19 @@ class HistoryStep:
             softcap=plan.softcap,
             alibi_slopes=plan.alibi_slopes,
             sink_logits=call.sink_logits,
-            rounded=self.rounded,
+            **self._roundings(call, position),
         )
         after = (self.past_length + self.new_length)[:, None]
         alive = (position > after - spec.window_size) | (position < spec.num_sink_tokens)
         keep = (alive & (position >= 0)).any(0)
         self.history[layer] = key[:, :, keep], value[:, :, keep], position[:, keep]
         return output
+
+    def _roundings(self, call: AttentionCall, position: Tensor) -> dict[str, Any]:
+        """Return what `reference.attend_by_distance` must know of rings that round."""
+        if self.rounded is None:
+            return {}
+        key, value = self.rounded.of_layer(call.layer, slice(None), position)
+        out = self.plan.keeps_bias_out(call.layer) and not self.rounded.keeps_bias
+        bias = call.key_bias() if out else None
+        return {"rounded": key, "rounded_value": value, "key_bias": bias}

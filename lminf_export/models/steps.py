@@ -72,6 +72,10 @@ class PlanTables(nn.Module):
         row, limit = self.get_buffer("no_rotation"), self.get_buffer("no_limit")
         return row, row, limit, limit
 
+    def no_table(self) -> Tensor:
+        """The digit table of a layer without rotation."""
+        return self.get_buffer("no_rotation")[0]
+
     def no_sinks(self, layer: LayerSpec) -> Tensor:
         """(1, G, 1, D) zeros for a layer without sink tokens."""
         return self.get_buffer(_no_sinks_name(layer))
@@ -120,11 +124,13 @@ class OperatorStep:
         caches, scales = (caches[:-2], caches[-2:]) if int8_cache else (caches, [])
         if not spec.num_sink_tokens:
             caches = [*caches, *(self.tables.no_sinks(spec),) * 2]
-        operator = (
-            torch_operator.lambda_attention_int8_cache
-            if int8_cache
-            else torch_operator.lambda_attention
-        )
+        operator, own = torch_operator.lambda_attention, scales
+        if int8_cache:
+            bias = self._key_bias(call)
+            operator = torch_operator.lambda_attention_int8_cache
+            if bias:
+                operator = torch_operator.lambda_attention_int8_cache_key_bias
+                own = [*scales, *bias]
         output, *present = operator(
             call.query,
             call.key,
@@ -137,7 +143,7 @@ class OperatorStep:
             *self._rotation(layer),
             self.tables.get_buffer("alibi_slopes"),
             self._sink_logits(call),
-            *scales,
+            *own,
             num_sink_tokens=spec.num_sink_tokens,
             window_size=spec.window_size,
             distance_limit=spec.distance_limit,
@@ -148,6 +154,16 @@ class OperatorStep:
         )
         self.present[layer] = present if spec.num_sink_tokens else [*present[:2], *present[4:]]
         return output
+
+    def _key_bias(self, call: AttentionCall) -> list[Tensor]:
+        """Return what stays out of an int8 ring, and the tables that rotate it; none without."""
+        bias = call.key_bias() if self.plan.keeps_bias_out(call.layer) else None
+        if bias is None:
+            return []
+        index = self.plan.layer_rotation[call.layer]
+        if index is None:
+            return [bias, *(self.tables.no_table(),) * 2]
+        return [bias, *(self.tables.get_buffer(f"{name}_{index}") for name in ("cos", "sin"))]
 
     def _sink_logits(self, call: AttentionCall) -> Tensor:
         if call.sink_logits is None:

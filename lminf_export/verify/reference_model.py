@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -18,9 +19,9 @@ from lminf_export.errors import BundleError
 from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family
 from lminf_export.models.expert_facts import Groups, expert_groups
 from lminf_export.models.history import HistoryStep
+from lminf_export.models.rounded_rings import Int8Rings, Rings
 from lminf_export.models.steps import run
-from lminf_export.operator.reference import Rounding
-from lminf_export.operator.reference_int8 import round_to_int8
+from lminf_export.operator.contract import KEY_BIAS_OP_TYPE
 from lminf_export.progress import Progress
 from lminf_export.verify.bundle_weights import dequantized_folder, quantized_names
 from lminf_export.verify.rounded_activations import rounded_activations
@@ -50,9 +51,14 @@ def bundle_plan(bundle: Bundle, family: Family, original: Checkpoint) -> Attenti
     return plan
 
 
-def rounding_of(bundle: Bundle) -> Rounding | None:
-    """Return the rounding of keys and values in a bundle's rings, None if they are exact."""
-    return round_to_int8 if bundle.manifest.contract.int8_cache else None
+def rounding_of(bundle: Bundle) -> Int8Rings | None:
+    """Return how a bundle's rings round keys and values, None if they hold them as they are."""
+    if not bundle.manifest.contract.int8_cache:
+        return None
+    graph = onnx.load(bundle.path / bundle.manifest.graph, load_external_data=False).graph
+    # In a graph from before there was another way, biases are rounded with their keys.
+    kept_out = any(node.op_type == KEY_BIAS_OP_TYPE for node in graph.node)
+    return Int8Rings(keeps_bias=not kept_out)
 
 
 @contextmanager
@@ -84,7 +90,7 @@ class Reference:
     plan: AttentionPlan
     tokens: NDArray[np.int64]
     progress: Progress
-    rounded: Rounding | None = None
+    rounded: Rings | None = None
 
     @torch.no_grad()
     def logits(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.operator.reference_int8 import INT8_LIMIT, round_to_int8
+from lminf_export.models.rounded_rings import Int8Rings
+from lminf_export.operator.reference_int8 import INT8_LIMIT
 from lminf_export.tensors.torch_dtypes import torch_dtype
 from lminf_export.verify.comparison import compare
 from lminf_export.verify.reference_model import Reference
@@ -61,7 +61,8 @@ class Precision:
             return reference.logits(self.low_dtype, routed, rounding=self.rounding)
         if not self.bundle.manifest.contract.int8_cache:
             return None
-        other_side = partial(round_to_int8, tie_margin=INT8_LIMIT * FLOAT32_TOLERANCE)
+        assert isinstance(reference.rounded, Int8Rings)
+        other_side = replace(reference.rounded, tie_margin=INT8_LIMIT * FLOAT32_TOLERANCE)
         return replace(reference, rounded=other_side).logits(dtype, routed)
 
     def tolerance(self, yardstick: Any | None, wanted: Any) -> float:

@@ -35,7 +35,11 @@ def export_without_weights(traced: Trace, plan: AttentionPlan, folder: Path) -> 
     save_graph(traced, plan, folder / "model.onnx", metadata={})
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     functions = {function.name for function in model.functions}
-    attention = contract.op_type(int8_cache=traced.contract.int8_cache)
-    assert attention in functions
-    assert functions <= {attention, "Linear", "LinearAdd"}
+    int8_cache = traced.contract.int8_cache
+    kinds = {
+        contract.op_type(int8_cache=int8_cache, key_bias=key_bias)
+        for key_bias in (False, int8_cache)
+    }
+    assert kinds & functions
+    assert functions <= {*kinds, "Linear", "LinearAdd"}
     return model.graph

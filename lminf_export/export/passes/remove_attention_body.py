@@ -19,8 +19,8 @@ class RemoveAttentionBodyPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         calls = [n.op_type for n in model.graph if n.domain == contract.DOMAIN]
-        int8 = contract.INT8_CACHE_OP_TYPE
-        require(int8 not in calls, f"no plugin takes {int8}")
+        for int8 in (contract.INT8_CACHE_OP_TYPE, contract.KEY_BIAS_OP_TYPE):
+            require(int8 not in calls, f"no plugin takes {int8}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         bodies = _bodies(model)
