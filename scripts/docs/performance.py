@@ -232,6 +232,41 @@ def cache_decode() -> str:
     return table(head, rows) + where(found, f"{found['threads']} thread")
 
 
+def ring_rounding() -> str:
+    found = load("ring_rounding")
+    biases = {"none": "–", "slow": "in one slow dimension", "all": "in all dimensions"}
+    rows = [
+        [
+            f"{row['model']}, {row['head_dim']}",
+            f"{row['norm']:.0f}, {biases[row['bias']]}" if row["norm"] else "–",
+            row["rounding"],
+            f"{row['mean_error']:.2e}",
+            f"{row['perplexity']:.1f}",
+            f"{row['cost']:+.2%} ± {row['standard_error']:.2%}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["model, D", "bias", "rounding of the rings", "mean error", "perplexity", "cost"]
+    return table(head, rows) + where(found)
+
+
+def key_bias() -> str:
+    found = load("key_bias")
+    rows = [
+        [
+            f"{row['num_heads']}, {row['num_kv_heads']}, {row['head_dim']}",
+            f"{row['window_size']:,}",
+            f"{row['tokens']}",
+            f"{row['ms']['none']:.3f}",
+            f"{row['ms']['bias']:.3f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["H, G, D", "window", "tokens", "no bias, ms", "bias kept out, ms", "ratio"]
+    return table(head, rows) + where(found, "1 thread")
+
+
 def origin(found: dict[str, Any]) -> str:
     return where(found["environment"], f"{found['threads']} thread")
 
@@ -258,4 +293,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "quantization": quantization,
     "cache-perplexity": cache_perplexity,
     "cache-decode": cache_decode,
+    "ring-rounding": ring_rounding,
+    "key-bias": key_bias,
 }
