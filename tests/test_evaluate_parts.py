@@ -53,6 +53,16 @@ def test_likelihoods_are_those_of_a_float64_softmax(vocab_size, dtype, tolerance
     assert np.abs(found - wanted.numpy()).max() < tolerance
 
 
+def test_a_length_saved_with_the_tokenizer_does_not_cut_a_text(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(11)
+    tokenizer.enable_padding(length=20)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("All of it counts.\n" * 100)
+    stream = text.read_stream(TextCodec(tmp_path / "tokenizer.json"), [tmp_path / "text.txt"])
+    assert len(stream.ids) == stream.text_tokens == 1800
+
+
 def test_buckets_cover_every_context_once_and_have_the_training_length_as_an_edge():
     for tokens, unit in ((2, 16), (1000, 96), (1 << 20, 256), (50, None), (5000, 7)):
         buckets = log_buckets(tokens, unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from lminf_export.errors import BundleError, InputError
 from lminf_export.runtime.text import StopStrings, StreamDecoder, TextCodec
 from tests.support.tiny_bundle import TinyModel, byte_tokenizer
+from tests.support.tokenizer_kinds import llama2
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +154,26 @@ def test_a_length_saved_with_the_tokenizer_neither_cuts_nor_pads_a_prompt(tmp_pa
 def test_a_prompt_of_bytes_that_are_no_text_is_refused(codec):
     with pytest.raises(InputError, match="not UTF-8"):
         codec.encode(b"a\xff".decode("utf-8", "surrogateescape"))
+
+
+def damaged(folder, part, **changes):
+    """A tokenizer.json that loads, with one of its parts changed."""
+    content = json.loads(llama2().to_str())
+    content[part].update(changes)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    return TextCodec(path)
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_one_line(tmp_path):
+    codec = damaged(tmp_path, "post_processor", special_tokens={})
+    with pytest.raises(InputError, match="the tokenizer cannot read this text: "):
+        codec.encode("a")
+
+
+def test_a_decoder_that_panics_is_an_error_of_one_line(tmp_path):
+    empty = {"type": "Replace", "pattern": {"String": "a"}, "content": ""}
+    strip = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
+    codec = damaged(tmp_path, "decoder", decoders=[empty, strip])
+    with pytest.raises(BundleError, match="cannot decode its own tokens: "):
+        list(codec.stream([codec.tokenizer.token_to_id("a")]))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
+from lminf_export.export.run import export
 from lminf_export.export.tokenizer_check import check_tokenizer
 from lminf_export.export.tokenizer_texts import TEXTS
 from lminf_export.runtime.text import TextCodec
 from tests.support.tokenizer_kinds import KINDS, byte_level, llama2
 
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo-llama"
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
 MORE = ["<x> the", "a<x>the <y>", "<|user|>a</s>", "<s>a</s> b", "the <tool>."]
@@ -196,3 +199,36 @@ def test_a_difference_that_stays_is_named(folder, monkeypatch):
     put(folder, tokenizer)
     (notice,), _ = checked(folder)
     assert "the bundle's tokenizer reads" in notice
+
+
+@pytest.mark.slow
+def test_an_exported_bundle_reads_as_its_model_does_and_carries_its_templates(tmp_path):
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(model / "tokenizer.json"))
+    table = {"<|user|>": size, "<|end|>": size + 1}
+    put(model, added_tokens=table, special_tokens_map={"additional_special_tokens": [*table]})
+    put(model, chat_template={"chat_template": CHAT})
+    templates = ["chat_template.jinja", "additional_chat_templates/tool.jinja"]
+    for name in templates:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(CHAT)
+    bundle = export(model, tmp_path / "bundle", window_size=64)
+    files = [*templates, "chat_template.json", "tokenizer.json", "added_tokens.json"]
+    assert all(bundle.manifest.files[name].role == "tokenizer" for name in files)
+    notices = " ".join(bundle.manifest.notices)
+    assert "truncation to 8 tokens" in notices
+    assert "AutoTokenizer" in notices
+    text = "<|user|>It is a truth universally acknowledged<|end|>" * 3
+    wanted = AutoTokenizer.from_pretrained(DEMO).encode("It is a truth universally acknowledged")
+    (start, *words) = wanted
+    ids = TextCodec.of(bundle).encode(text)
+    assert ids == [start, *([size, *words, size + 1] * 3)]
+    other = AutoTokenizer.from_pretrained(bundle.path)
+    assert other.encode(text) == ids
+    assert set(other.chat_template) == {"default", "tool"}

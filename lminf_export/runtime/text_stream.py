@@ -90,7 +90,7 @@ class StreamDecoder:
     def _decoded(self, groups: list[list[str]]) -> str:
         strings = [string for group in groups for string in group]
         decoder = self._tokenizer.decoder
-        if decoder is None:
+        if decoder is None or not strings:
             return " ".join(strings)
         with foreign_errors(BundleError, "the tokenizer cannot decode its own tokens"):
             return decoder.decode(strings)
