@@ -114,6 +114,18 @@ def test_a_plan_joins_its_bundle(bundle, plan, library, in_the_folder):
     Bundle.open(added.path, "full")
 
 
+def test_a_library_in_a_foreign_bundle_is_asked_for(bundle, plan, library, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    inside = library.rename(bundle.path / "liblminf_tensorrt.so")
+    with pytest.raises(EngineError, match="is code, and this bundle was not exported here"):
+        add_plan(bundle.path, plan, target="sm_90")
+    with pytest.raises(SessionError, match="is not the bundle of SHA-256"):
+        add_plan(bundle.path, plan, target="sm_90", trust_plan="0" * 64)
+    add_plan(bundle.path, plan, target="sm_90", trust_plan=True)
+    add_plan(bundle.path, plan, target="sm_90", plugin=inside, force=True)
+    add_plan(bundle.path, plan, target="sm_80", force=True)  # what was added here is trusted
+
+
 def test_a_second_plan_needs_force(bundle, plan, library):
     add_plan(bundle.path, plan, target="sm_90", plugin=library)
     with pytest.raises(EngineError, match=r"has a plan already \(tensorrt 10\.16\.1\.11"):

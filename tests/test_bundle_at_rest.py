@@ -181,6 +181,16 @@ def test_the_hubs_cache_layout_loads_and_can_be_watched(tmp_path):
         assert (plain_values == linked_values).all()
 
 
+def test_a_bundle_in_a_folder_of_a_repository_loads_from_that_layout(tmp_path):
+    snapshot = in_the_hubs_layout(TINY.write(tmp_path / "b").path, tmp_path / "cache")
+    inner = snapshot / "onnx"
+    inner.mkdir()
+    for link in [path for path in snapshot.iterdir() if path.is_symlink()]:
+        (inner / link.name).symlink_to(f"../../../blobs/{link.resolve().name}")
+        link.unlink()
+    load(inner, threads=1)
+
+
 def as_ids(values):
     import numpy as np
 
@@ -214,6 +224,19 @@ def test_a_model_whose_file_leads_out_of_its_folder_is_refused(model_folder, tmp
     with pytest.raises(ModelError, match=rf"{name} in model folder 'm' is a link to outside"):
         export(folder, tmp_path / "b", window_size=11)
     assert not (tmp_path / "b").exists()
+
+
+def test_links_to_nothing_in_circles_and_of_folders_are_refused_hidden_ones_are_not(
+    model_folder, tmp_path
+):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "m"))
+    (folder / ".git").symlink_to("/")
+    assert open_source(folder).model_type == "llama"
+    for name, target in (("a.json", "/none"), ("b", "b"), ("templates", "/"), ("c.x", "../c")):
+        (folder / name).symlink_to(target)
+        with pytest.raises(ModelError, match=rf"{name} in model folder 'm' is a link to outside"):
+            open_source(folder)
+        (folder / name).unlink()
 
 
 def test_links_within_a_model_folder_and_the_hubs_layout_are_read(model_folder, tmp_path):

@@ -111,16 +111,41 @@ def test_a_folder_that_others_can_write_counts_for_nothing(foreign):
     assert not is_trusted(foreign.manifest)
 
 
-def test_without_a_place_to_remember_trust_lasts_for_one_call(foreign, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
-    require_trust(foreign, True)
+@pytest.mark.parametrize("home", [True, False])
+def test_without_a_place_to_remember_trust_lasts_for_the_process(
+    foreign, monkeypatch, tmp_path, home
+):
+    monkeypatch.setattr("lminf_export.bundle.trust._agreed", set())
+    if home:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    else:
+        monkeypatch.delenv("XDG_CONFIG_HOME")
+        monkeypatch.setattr(
+            "pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("none"))
+        )
+        assert trusted_folder() is None
     with pytest.raises(SessionError, match="is code"):
         require_trust(foreign, False)
-    monkeypatch.delenv("XDG_CONFIG_HOME")
-    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("none")))
-    assert trusted_folder() is None
     require_trust(foreign, True)
+    require_trust(foreign, False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("validate",), ("eval", "passkey", "--trials", "1"), ("eval", "generate")],
+)
+def test_other_commands_ask_too(foreign, session, words):
+    command = [*words, str(foreign.plan_path)]
+    asked = CliRunner().invoke(cli, command)
+    assert asked.exit_code == 2
+    assert "is code, and brings" in asked.stderr
+    wrong = CliRunner().invoke(cli, [*command, "--trust-hash", "00"])
+    assert wrong.exit_code == 2
+    assert "is not the bundle of SHA-256" in wrong.stderr
+    assert session == []
+    CliRunner().invoke(cli, [*command, "--trust-plan"])
+    assert session == [foreign.path]
 
 
 def test_a_bundle_without_an_engine_is_not_remembered(foreign):

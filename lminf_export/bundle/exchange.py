@@ -13,8 +13,10 @@ from pathlib import Path
 _SWAP = 2
 _CURRENT_FOLDER = {"linux": -100, "darwin": -2}
 _FUNCTIONS = {"linux": "renameat2", "darwin": "renameatx_np"}
-# What a kernel, a filesystem or a sandbox that cannot do it says.
-_UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+# What a kernel, a filesystem (overlays say EXDEV) or a sandbox that cannot do it says.
+_UNABLE = (
+    *(errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM),
+)
 
 
 def exchange(left: Path, right: Path) -> bool:

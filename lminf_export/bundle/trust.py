@@ -7,6 +7,7 @@ covers both, as the name of an empty file in a folder of the user's own.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -19,6 +20,8 @@ from lminf_export.errors import SessionError
 logger = logging.getLogger(__name__)
 
 _SHOWN = 16
+# What was agreed to in this process and could not be kept.
+_agreed: set[str] = set()
 
 
 def trusted_folder() -> Path | None:
@@ -32,23 +35,28 @@ def trusted_folder() -> Path | None:
 
 
 def remember(manifest: Manifest) -> None:
-    """Remember that this user runs the plan of a bundle; where that fails it is asked again.
+    """Remember that this user runs a bundle's plan; where that fails, for this process only.
 
     Args:
-        manifest: sealed; without an engine there is nothing to remember.
+        manifest: sealed; without an engine or its recipe there is nothing to remember.
     """
-    folder = trusted_folder()
-    if manifest.engine is None or folder is None:
+    if manifest.engine is None and manifest.engine_recipe is None:
         return
+    folder = trusted_folder()
     try:
+        if folder is None:
+            raise FileNotFoundError(errno.ENOENT, "no home is known")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (folder / manifest.manifest_sha256).touch()
     except OSError as error:
-        logger.info("cannot remember the plan in %s: %s", folder, error.strerror)
+        _agreed.add(manifest.manifest_sha256)
+        logger.info("cannot remember the plan beyond this process: %s", error.strerror)
 
 
 def is_trusted(manifest: Manifest) -> bool:
     """Return whether this user has exported the bundle or has agreed to run its plan before."""
+    if manifest.manifest_sha256 in _agreed:
+        return True
     folder = trusted_folder()
     try:
         return (
@@ -74,7 +82,7 @@ def require_trust(bundle: Bundle, trust: bool | str) -> None:
     manifest = bundle.manifest
     assert manifest.engine is not None, "asked for bundles with a plan"
     if isinstance(trust, str):
-        _require_hash(bundle, trust.strip().lower())
+        require_hash(bundle, trust)
     elif not trust and not is_trusted(manifest):
         library = manifest.engine.plugin
         brings = f", and brings the library {library.file}" if library else ""
@@ -86,11 +94,17 @@ def require_trust(bundle: Bundle, trust: bool | str) -> None:
     remember(manifest)
 
 
-def _require_hash(bundle: Bundle, expected: str) -> None:
+def require_hash(bundle: Bundle, expected: str) -> None:
+    """Refuse a bundle that is not the one of a SHA-256 somebody vouched for.
+
+    Raises:
+        SessionError: it is another.
+    """
     manifest = bundle.manifest
     vouching = {manifest.manifest_sha256}
     if manifest.engine is not None and bundle.plugin_path is None:
         vouching.add(manifest.files[manifest.engine.file].sha256)
+    expected = expected.strip().lower()
     if expected not in vouching:
         raise SessionError(
             f"this is not the bundle of SHA-256 {expected[:_SHOWN]}…: manifest_sha256 in its "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lminf_export.cli.common import handle_errors, verbosity_options
+from lminf_export.cli.session_options import trust_options
 
 
 @click.command("add-plan")
@@ -22,10 +23,16 @@ from lminf_export.cli.common import handle_errors, verbosity_options
     help="The plugin's library it was built with.  [default: the bundle's]",
 )
 @click.option("--force", is_flag=True, help="Replace a plan the bundle has.")
+@trust_options
 @verbosity_options
 @handle_errors
 def add_plan_command(
-    bundle: str, plan: str, target: str | None, plugin: str | None, force: bool
+    bundle: str,
+    plan: str,
+    target: str | None,
+    plugin: str | None,
+    force: bool,
+    trust_plan: bool | str,
 ) -> None:
     """Register PLAN, built by TensorRT from the recipe of BUNDLE, so that BUNDLE runs it.
 
@@ -34,7 +41,9 @@ def add_plan_command(
     """
     from lminf_export.engine.add_plan import add_plan
 
-    opened = add_plan(bundle, plan, target=target, plugin=plugin, force=force)
+    opened = add_plan(
+        bundle, plan, target=target, plugin=plugin, force=force, trust_plan=trust_plan
+    )
     engine = opened.manifest.engine
     assert engine is not None
     click.echo(

@@ -15,6 +15,7 @@ from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import BUILD_SCRIPT_NAME, Layer, Plugin
+from lminf_export.bundle.trust import is_trusted
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.terminal import echo_json
 from lminf_export.errors import BundleError, SessionError
@@ -155,6 +156,7 @@ def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("layers", _layers(manifest.layers)),
         ("query heads", str(manifest.num_attention_heads)),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+        ("SHA-256 of the manifest", manifest.manifest_sha256),
     ]
 
 
@@ -211,6 +213,10 @@ def _engine_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("engine builder", f"{engine.builder} {engine.version}, for {engine.target}"),
         ("engine profiles", profiles),
         ("engine plugin", _plugin(engine.plugin)),
+        (
+            "plan trusted here",
+            "yes" if is_trusted(manifest) else "no; --trust-plan once, to run it",
+        ),
     ]
 
 

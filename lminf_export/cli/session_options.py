@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from lminf_export.cli.common import handle_errors
 from lminf_export.runtime.kernels import AUTO, NONE
 from lminf_export.runtime.options import PROVIDERS
 
@@ -32,8 +33,8 @@ threads_option = click.option(
 
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --provider, --threads and --kernels."""
-    return provider_option(threads_option(kernels_option(function)))
+    """Add --provider, --threads, --kernels, and trust in a plan."""
+    return provider_option(threads_option(kernels_option(trusted_first(function))))
 
 
 def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,5 +54,24 @@ def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, trust_plan: bool, trust_hash: str | None, **kwargs: Any) -> Any:
         return function(*args, trust_plan=trust_hash or trust_plan, **kwargs)
+
+    return wrapped
+
+
+def trusted_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the same options to a command with an argument `bundle`: it is trusted before it runs."""
+
+    @trust_options
+    @handle_errors
+    @functools.wraps(function)
+    def wrapped(*args: Any, trust_plan: bool | str, **kwargs: Any) -> Any:
+        if trust_plan is not False:
+            from lminf_export.bundle.folder import Bundle
+            from lminf_export.bundle.trust import require_trust
+
+            opened = Bundle.open(kwargs["bundle"])
+            if opened.manifest.engine is not None:
+                require_trust(opened, trust_plan)
+        return function(*args, **kwargs)
 
     return wrapped

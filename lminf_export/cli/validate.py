@@ -15,7 +15,7 @@ from lminf_export.cli.common import (
     verbosity_options,
 )
 from lminf_export.cli.progress_bar import progress_bar
-from lminf_export.cli.session_options import kernels_option, provider_option
+from lminf_export.cli.session_options import kernels_option, provider_option, trusted_first
 from lminf_export.cli.terminal import echo_json
 from lminf_export.runtime.options import Provider
 
@@ -60,6 +60,7 @@ HELDOUT_NAME = "heldout.txt"
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random tokens.")
 @provider_option
 @kernels_option
+@trusted_first
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @verbosity_options
 @handle_errors

@@ -20,7 +20,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.license import read_license
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.records import MANIFEST_NAME, Engine, EngineRecipe, FileEntry, Plugin, Role
-from lminf_export.bundle.trust import remember
+from lminf_export.bundle.trust import is_trusted, remember, require_hash
 from lminf_export.engine.common import LOGGER_NAME
 from lminf_export.engine.plugin import PLUGIN_FILE, check_plugin
 from lminf_export.errors import EngineError
@@ -59,6 +59,7 @@ def add_plan(
     target: str | None = None,
     plugin: str | Path | None = None,
     force: bool = False,
+    trust_plan: bool | str = False,
 ) -> Bundle:
     """Register a plan that TensorRT built from a bundle's recipe.
 
@@ -71,6 +72,8 @@ def add_plan(
         target: the GPU it was built on, such as "sm_90"; by default this machine's.
         plugin: the library it was built with; by default the one in the bundle's folder.
         force: replace a plan the bundle has.
+        trust_plan: to agree to a library that lies in the folder of a bundle that was not
+            exported here, as `load` has it; a library that `plugin` names needs no word.
 
     Returns:
         The bundle, opened again.
@@ -84,7 +87,7 @@ def add_plan(
     version = read_version(plan)
     target = _checked_target(target)
     files = [_new_file(recipe.file, "plan", plan)]
-    library = _library(bundle, recipe, plugin)
+    library = _library(bundle, recipe, plugin, trust_plan)
     if library is not None:
         files.append(_new_file(PLUGIN_FILE, "plugin", library))
     engine = Engine(
@@ -170,7 +173,9 @@ def _checked_target(asked: str | None) -> str:
     return asked
 
 
-def _library(bundle: Bundle, recipe: EngineRecipe, asked: str | Path | None) -> Path | None:
+def _library(
+    bundle: Bundle, recipe: EngineRecipe, asked: str | Path | None, trust: bool | str
+) -> Path | None:
     if not recipe.needs_plugin:
         if asked is not None:
             raise EngineError("plugin: this bundle's recipe is of standard operators, without one")
@@ -180,6 +185,7 @@ def _library(bundle: Bundle, recipe: EngineRecipe, asked: str | Path | None) -> 
     elif (bundle.path / PLUGIN_FILE).is_file():
         # Where the recipe's command has it, in the bundle already or put there for the build.
         library = bundle.path / PLUGIN_FILE
+        _require_trust(bundle, library, trust)
     else:
         raise EngineError(
             f"{bundle.path} lacks {PLUGIN_FILE}, the library the plan was built with; name it "
@@ -187,6 +193,17 @@ def _library(bundle: Bundle, recipe: EngineRecipe, asked: str | Path | None) -> 
         )
     check_plugin(library)
     return library
+
+
+def _require_trust(bundle: Bundle, library: Path, trust: bool | str) -> None:
+    """Whoever adds a plan trusts the plan; the library may be of whoever made the bundle."""
+    if isinstance(trust, str):
+        require_hash(bundle, trust)
+    elif not trust and not is_trusted(bundle.manifest):
+        raise EngineError(
+            f"{library} is code, and this bundle was not exported here: name it with --plugin if "
+            "it is yours, or say --trust-plan if you trust who made the bundle"
+        )
 
 
 def _new_file(name: str, role: Role, source: Path) -> _NewFile:

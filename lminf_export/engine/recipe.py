@@ -63,7 +63,8 @@ def trtexec_script(recipe: EngineRecipe) -> str:
     _, *words = shlex.split(recipe.command)
     lines = [
         "#!/bin/sh",
-        f"# Builds {recipe.file} from {recipe.graph} with NVIDIA's trtexec, of TensorRT 10.3 or",
+        f"# Builds {recipe.file} from {recipe.graph} with NVIDIA's trtexec, of TensorRT "
+        f"{'10.3' if recipe.needs_plugin else '10.15'} or",
         "# later, on the machine whose GPU the plan is for. TRTEXEC=PATH names another trtexec.",
         "set -eu",
         'cd -- "$(dirname -- "$0")"',

@@ -102,7 +102,7 @@ def open_library(path: Path) -> KernelLibrary:
         ):
             function.restype = ctypes.c_char_p
             texts.append(function().decode())
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise SessionError(
             f"{path} is not a kernel library of lminf-export, or is damaged ({reason}); "
