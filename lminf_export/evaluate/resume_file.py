@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lminf_export.errors import InputError
+from lminf_export.disk import parse_json
+from lminf_export.errors import InputError, shortened
+from lminf_export.operator.settings import as_integer
 
 VERSION = 1
 _META = "meta"
+# Raised by zipfile, zlib and numpy's own reader for bytes that they did not write.
+_DAMAGES = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError, ArithmeticError),
+    *(RuntimeError, SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass
@@ -103,19 +114,17 @@ class ResumeFile:
 
     def _read(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                meta = json.loads(arrays[_META].tobytes())
-                content = {name: arrays[name] for name in arrays.files if name != _META}
-                found = meta["identity"] if meta["version"] == VERSION else None
-                tracks = {
-                    method: _track(method, fields, content)
-                    for method, fields in meta["tracks"].items()
-                }
+            arrays = _read_arrays(path)
+            meta = parse_json(arrays.pop(_META).tobytes())
+            found = meta["identity"] if meta["version"] == VERSION else None
+            tracks = {
+                method: _track(method, fields, arrays) for method, fields in meta["tracks"].items()
+            }
         except OSError as error:
             if error.errno is not None:
                 raise InputError(f"cannot read {path}: {error.strerror}") from None
             raise _damaged(path) from None
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        except _DAMAGES:
             raise _damaged(path) from None
         for name, value in self.identity.items():
             if not isinstance(found, dict) or found.get(name) != value:
@@ -126,17 +135,45 @@ class ResumeFile:
         self.tracks = tracks
 
 
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read all arrays of a file as `save` writes it: stored, so never larger than the file."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as packed:
+        if sum(entry.file_size for entry in packed.infolist()) > size:
+            raise ValueError("it claims to hold more bytes than it has")
+        found = {}
+        for entry in packed.infolist():
+            with packed.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                reader = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shape, by_column, dtype = reader(file)
+                content = file.read()
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content):
+                raise ValueError("an array is not of the size that it names")
+            array = np.frombuffer(content, dtype).reshape(shape, order="F" if by_column else "C")
+            found[entry.filename.removesuffix(".npy")] = array.copy()
+    return found
+
+
 def _track(method: str, fields: dict[str, Any], content: Mapping[str, np.ndarray]) -> Track:
     prefix = f"snapshot/{method}/"
     snapshot = {n.removeprefix(prefix): a for n, a in content.items() if n.startswith(prefix)}
-    return Track(
+    track = Track(
         losses=content[f"losses/{method}"],
-        done=int(fields["done"]),
+        done=as_integer("done", fields["done"], 0, InputError),
         seconds=float(fields["seconds"]),
-        nbytes=int(fields["nbytes"]),
-        stopped=str(fields["stopped"]),
+        nbytes=as_integer("nbytes", fields["nbytes"], 0, InputError),
+        stopped=shortened(str(fields["stopped"]), 100),
         snapshot=snapshot if fields["has_snapshot"] else None,
     )
+    if track.losses.ndim != 1 or track.losses.dtype != np.float32:
+        raise ValueError("losses are a row of float32")
+    if track.done > len(track.losses) or not 0 <= track.seconds < float("inf"):
+        raise ValueError("more is done than there is")
+    return track
 
 
 def _damaged(path: Path) -> InputError:

@@ -10,6 +10,7 @@ import numpy as np
 from lminf_export.errors import SessionError
 from lminf_export.operator.bindings import BATCH, PAST_LENGTH
 from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.operator.settings import MAX_POSITION
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 
@@ -96,6 +97,8 @@ class Snapshot:
                     f"expected {spec.dtype}{spec.sized(sizes)}"
                 )
         furthest = int(self.past_length.max(initial=0))
+        if self.past_length.min(initial=0) < 0 or furthest > MAX_POSITION:
+            raise SessionError("this snapshot is damaged: its streams have impossible lengths")
         if any(count < min(furthest, full[symbol]) for symbol, count in slots.items()):
             raise SessionError(f"this snapshot is damaged: it lacks some of {furthest} tokens")
 
