@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -55,7 +56,7 @@ def mutate_json(content: Any, dice: random.Random) -> Any:
     for _ in range(dice.choice((1, 1, 1, 2, 3))):
         places = list(_places(changed))
         if not places or not isinstance(changed, (dict, list)):
-            return dice.choice(ODD)
+            return _odd(dice)
         owner, key = dice.choice(places)
         dice.choice(_CHANGES)(owner, key, dice)
     return changed
@@ -188,14 +189,18 @@ def _places(node: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def _odd(dice: random.Random) -> Any:
+    return copy.deepcopy(dice.choice(ODD))
+
+
 def _put_odd(owner: Any, key: Any, dice: random.Random) -> None:
-    owner[key] = dice.choice(ODD)
+    owner[key] = _odd(dice)
 
 
 def _scale(owner: Any, key: Any, dice: random.Random) -> None:
     value = owner[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        owner[key] = dice.choice(ODD)
+        owner[key] = _odd(dice)
         return
     owner[key] = dice.choice(
         (value + 1, value - 1, value * 2, -value, float(value), str(value), [value], value * 0.5)
@@ -226,7 +231,7 @@ def _add(owner: Any, key: Any, dice: random.Random) -> None:
         name, value = dice.choice(KEYS)
         owner[name] = json.loads(json.dumps(value))
     else:
-        owner.append(dice.choice(ODD))
+        owner.append(_odd(dice))
 
 
 _CHANGES: tuple[Callable[[Any, Any, random.Random], None], ...] = (

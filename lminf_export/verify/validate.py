@@ -40,6 +40,7 @@ from lminf_export.verify.reference_model import (
 )
 from lminf_export.verify.report import ValidationReport
 from lminf_export.verify.routing_check import RoutingReport
+from lminf_export.verify.same_model import check_same_model, check_weights_fit
 from lminf_export.verify.stream import make_stream
 from lminf_export.verify.weights_comparison import differing_weights
 
@@ -86,10 +87,13 @@ def validate(
     language_model = load(bundle, provider=provider, kernels=kernels)
     family = find_family(opened.manifest.model_type)
     source = open_source(model if model is not None else opened.path, allow_pickle=allow_pickle)
+    if model is not None:
+        check_same_model(opened, source)
     original = open_checkpoint(source, lora, allow_pickle=allow_pickle)
     plan = bundle_plan(opened, family, original)
     differing = None
     if model is not None:
+        check_weights_fit(original)
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
     dtype = _reference_dtype(original)

@@ -1,6 +1,6 @@
 """Thousands of damaged files, and what reads them: every error must be one line of a LminfError.
 
-    python -m scripts.checks.mutations --count 12000 --seed 1 --out benchmarks/results/mutations.json
+    python -m scripts.checks.mutations --count 12000 --out benchmarks/results/mutations.json
 
 Each mutant runs in a forked process of its own with limits of time and memory, so that a crash of
 a native library, a hang and exhausted memory count as escapes as well as exceptions do. Exits with
