@@ -19,6 +19,7 @@ from lminf_export.evaluate.resume_file import ResumeFile
 from lminf_export.runtime.text import TextCodec
 from lminf_export.verify.likelihood import negative_log_likelihood
 from tests.support.tiny_bundle import byte_tokenizer
+from tests.support.tokenizer_kinds import KINDS
 
 
 @pytest.fixture
@@ -61,6 +62,17 @@ def test_a_length_saved_with_the_tokenizer_does_not_cut_a_text(tmp_path):
     (tmp_path / "text.txt").write_text("All of it counts.\n" * 100)
     stream = text.read_stream(TextCodec(tmp_path / "tokenizer.json"), [tmp_path / "text.txt"])
     assert len(stream.ids) == stream.text_tokens == 1800
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_read_in_pieces_has_the_tokens_it_has_in_one(tmp_path, monkeypatch, kind):
+    """Also where the tokenizer begins every text with a space."""
+    KINDS[kind]().save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(tmp_path / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("the abc\nthe 日 the\n\n bad\nthe\n" * 20)
+    whole = text.read_stream(codec, [tmp_path / "text.txt"]).ids.tolist()
+    monkeypatch.setattr(text, "PIECE_CHARACTERS", 30)
+    assert text.read_stream(codec, [tmp_path / "text.txt"]).ids.tolist() == whole
 
 
 def test_buckets_cover_every_context_once_and_have_the_training_length_as_an_edge():

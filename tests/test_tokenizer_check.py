@@ -184,6 +184,15 @@ def test_a_chat_template_that_fails_is_named(folder, template):
     assert "chat template" in notice
 
 
+def test_a_tokenizer_of_transformers_that_reads_nothing_is_named(folder, monkeypatch):
+    monkeypatch.setattr(
+        "lminf_export.export.tokenizer_check._auto_tokenizer", lambda folder: (object(), "")
+    )
+    put(folder, byte_level())
+    (notice,), _ = checked(folder)
+    assert "not compared" in notice
+
+
 def test_a_difference_that_stays_is_named(folder, monkeypatch):
     """Where transformers' tokenizer cannot be written, the texts it reads otherwise are named."""
 

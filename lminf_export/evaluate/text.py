@@ -113,17 +113,28 @@ def _read(path: Path, digest: hashlib._Hash) -> str:
 
 
 def _encode(codec: TextCodec, texts: Sequence[str]) -> Iterator[int]:
+    """Yield the ids of texts, each tokenized as if in one piece."""
     for text in texts:
-        for piece in _pieces(text):
-            yield from codec.ids(piece)
+        for piece, is_behind_a_line in _pieces(text):
+            yield from _behind_a_line(codec, piece) if is_behind_a_line else codec.ids(piece)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a text behind line ends, into pieces of about PIECE_CHARACTERS."""
+def _behind_a_line(codec: TextCodec, piece: str) -> list[int]:
+    """Return a piece's ids without the space that some tokenizers begin every text with."""
+    line_end, ids = codec.ids("\n"), codec.ids("\n" + piece)
+    count = len(line_end)
+    return ids[count:] if count and ids[:count] == line_end else codec.ids(piece)
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Cut a text behind line ends, into pieces of about PIECE_CHARACTERS.
+
+    Yields each piece, and whether a line ended before it.
+    """
     start = 0
     while start < len(text):
         end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
         if end <= start or len(text) - start <= PIECE_CHARACTERS:
             end = min(start + PIECE_CHARACTERS, len(text))
-        yield text[start:end]
+        yield text[start:end], text[start - 1 : start] == "\n"
         start = end

@@ -48,6 +48,8 @@ def check_tokenizer(folder: Path, copied: Path) -> list[str]:
         problems = merge_added_tokens(ours, copied)
         return [*problems, f"the tokenizer is not compared; transformers cannot read it: {reason}"]
     comparison = _Comparison.of(theirs, folder, ours)
+    if not comparison.expected:
+        return [f"the tokenizer is not compared; {type(theirs).__name__} reads no text"]
     notices = [*comparison.notices]
     if ours is None:
         wrong = f"{TOKENIZER} " + ("cannot be read" if path.exists() else "is missing")
@@ -101,7 +103,9 @@ class _Comparison:
         }
         texts = [*TEXTS, *texts_of_tokens(added), *chats]
         made = cls(theirs, backend, {}, notices)
-        made.expected.update((text, made._read_by_them(text)) for text in texts)
+        # A text that they cannot read tells nothing.
+        read = ((text, made._read_by_them(text)) for text in texts)
+        made.expected.update((text, found) for text, found in read if found)
         return made
 
     def differences(self, ours: Tokenizer) -> str:
