@@ -186,7 +186,7 @@ def test_a_chat_template_that_fails_is_named(folder, template):
 
 def test_a_tokenizer_of_transformers_that_reads_nothing_is_named(folder, monkeypatch):
     monkeypatch.setattr(
-        "lminf_export.export.tokenizer_check._auto_tokenizer", lambda folder: (object(), "")
+        "lminf_export.export.tokenizer_check._auto_tokenizer", lambda folder: object()
     )
     put(folder, byte_level())
     (notice,), _ = checked(folder)
@@ -201,7 +201,7 @@ def test_a_difference_that_stays_is_named(folder, monkeypatch):
             return [1, 2]
 
     monkeypatch.setattr(
-        "lminf_export.export.tokenizer_check._auto_tokenizer", lambda folder: (Slow(), "")
+        "lminf_export.export.tokenizer_check._auto_tokenizer", lambda folder: Slow()
     )
     tokenizer = byte_level()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

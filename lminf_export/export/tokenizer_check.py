@@ -40,16 +40,14 @@ def check_tokenizer(folder: Path, copied: Path) -> list[str]:
     if not any((folder / name).is_file() for name in VOCABULARIES):
         return []
     path = copied / TOKENIZER
-    theirs, reason = _auto_tokenizer(folder)
     ours, limits = _read(path)
-    if theirs is None:
+    try:
+        comparison = _Comparison.of(_auto_tokenizer(folder), folder, ours)
+    except ModelError as error:
         if ours is None:
-            return [f"the bundle takes token ids only; transformers reads no tokenizer: {reason}"]
+            return [f"the bundle takes token ids only; transformers reads no tokenizer: {error}"]
         problems = merge_added_tokens(ours, copied)
-        return [*problems, f"the tokenizer is not compared; transformers cannot read it: {reason}"]
-    comparison = _Comparison.of(theirs, folder, ours)
-    if not comparison.expected:
-        return [f"the tokenizer is not compared; {type(theirs).__name__} reads no text"]
+        return [*problems, f"the tokenizer is not compared; transformers cannot read it: {error}"]
     notices = [*comparison.notices]
     if ours is None:
         wrong = f"{TOKENIZER} " + ("cannot be read" if path.exists() else "is missing")
@@ -65,8 +63,7 @@ def check_tokenizer(folder: Path, copied: Path) -> list[str]:
     if limits:
         notices.append(f"{TOKENIZER} was saved with {limits}: the bundle's is without")
     if ours is None:
-        name = type(theirs).__name__
-        return [*notices, f"the bundle takes token ids only; {name} has no {TOKENIZER}"]
+        return [*notices, f"the bundle takes token ids only; {comparison.name} has no {TOKENIZER}"]
     notices += merge_added_tokens(ours, copied)
     if found := comparison.differences(ours):
         notices.append(f"the bundle's tokenizer reads {found} otherwise than transformers")
@@ -91,7 +88,11 @@ class _Comparison:
 
     @classmethod
     def of(cls, theirs: Any, folder: Path, ours: Tokenizer | None) -> _Comparison:
-        """Read all texts by transformers' tokenizer."""
+        """Read all texts by transformers' tokenizer.
+
+        Raises:
+            ModelError: it reads none of them.
+        """
         backend = getattr(theirs, "backend_tokenizer", None)
         backend = backend if isinstance(backend, Tokenizer) else None
         chats, notices = rendered_chats(theirs, folder)
@@ -106,7 +107,14 @@ class _Comparison:
         # A text that they cannot read tells nothing.
         read = ((text, made._read_by_them(text)) for text in texts)
         made.expected.update((text, found) for text, found in read if found)
+        if not made.expected:
+            raise ModelError(f"{made.name} reads no text")
         return made
+
+    @property
+    def name(self) -> str:
+        """The name of transformers' class."""
+        return type(self.theirs).__name__
 
     def differences(self, ours: Tokenizer) -> str:
         """Return which texts another tokenizer reads otherwise, in a few words; "" for none."""
@@ -138,17 +146,16 @@ class _Comparison:
         return ()
 
 
-def _auto_tokenizer(folder: Path) -> tuple[Any, str]:
-    """Return transformers' tokenizer of a model, or None and why there is none."""
+def _auto_tokenizer(folder: Path) -> Any:
+    """Return transformers' tokenizer of a model.
+
+    Raises:
+        ModelError: there is none, for whatever reason.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        with foreign_errors(ModelError, "AutoTokenizer"):
-            return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            ), ""
-    except ModelError as error:
-        return None, str(error)
+    with foreign_errors(ModelError, "AutoTokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _read(path: Path) -> tuple[Tokenizer | None, str]:
