@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def test_every_bundle_has_a_card_that_the_hub_can_read(tmp_path):
     assert "lminf validate DIR --model somebody/tiny" in card
     assert "- a model made by hand" in card
     assert "| `model.onnx.data` | weights |" in card
+
+
+def test_what_the_card_says_about_use_runs(tmp_path, monkeypatch, capsys):
+    bundle = TINY.write(tmp_path / "DIR")
+    monkeypatch.chdir(tmp_path)
+    card = (bundle.path / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(compile(block, "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lminf_export.errors import BundleError
 from tests.support.fake_hub import TOKEN, Repository, running_hub
 from tests.support.tensorrt_doubles import bundle_with_plan
 from tests.support.tiny_bundle import TinyModel
+from tests.support.tiny_models import save_llama
 
 TINY = TinyModel()
 
@@ -135,6 +136,29 @@ def test_a_plan_of_the_hub_is_not_trusted(hub, run, tmp_path):
     loaded(run, "org/plan")  # its graph is
     done = run("generate", "org/plan/engine.plan", "--prompt", "x", "--trust-plan")
     assert "is code" not in last_line(done)
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_exported_from_its_cache_with_its_licence(hub, run, tmp_path):
+    source = save_llama(tmp_path / "m", num_hidden_layers=1)
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    card = b"---\nlicense: mit\n---\nwords of theirs\n"
+    hub.repositories["org/model"] = Repository(False)
+    more = {"README.md": card, "LICENSE": b"terms", "train.py": b"no", "big.gguf": b"no"}
+    commit = hub.repositories["org/model"].commit("main", files | more)
+    done = run(
+        "from lminf_export import export\n"
+        "bundle = export('org/model', 'b', window_size=11)\n"
+        "print(bundle.manifest.source.name, bundle.manifest.source.revision)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["org/model", commit]
+    text = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    assert 'license: "mit"' in text
+    assert 'base_model: "org/model"' in text
+    assert "words of theirs" not in text
+    assert (tmp_path / "b" / "LICENSE").read_bytes() == b"terms"
+    assert not [line for line in hub.requests if "train.py" in line or "gguf" in line]
 
 
 def test_what_cannot_be_fetched_is_one_line(hub, run, bundle):

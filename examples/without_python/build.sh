@@ -15,7 +15,11 @@ else
   include=$here/include
   library=$("${PYTHON:-python3}" -c '
 import glob, os, onnxruntime
-print(glob.glob(os.path.join(os.path.dirname(onnxruntime.__file__), "capi", "libonnxruntime.so.*"))[0])')
+print(glob.glob(os.path.join(os.path.dirname(onnxruntime.__file__), "capi", "libonnxruntime.so.*"))[0])
+' 2>/dev/null) || {
+    echo "error: ${PYTHON:-python3} has no onnxruntime with a library; set PYTHON or ONNXRUNTIME_ROOT" >&2
+    exit 2
+  }
 fi
 # The program looks for libonnxruntime.so.1, which a wheel has under another name.
 mkdir -p "$out.lib"

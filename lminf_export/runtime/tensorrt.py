@@ -46,7 +46,7 @@ class TensorRTSession(Session):
 
     Args:
         bundle: opened and checked; plan and plugin match the manifest's SHA-256. Both are
-            executable code: nothing else is ever loaded.
+            executable code: nothing else is ever loaded, and `load` asks for trust before.
         cuda_graphs: run single tokens from a CUDA graph. Only engines with the plugin are
             recorded; an engine that cannot be recorded is an error.
         libraries: what to run on; by default what the manifest's builder needs.
