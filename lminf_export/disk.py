@@ -13,6 +13,18 @@ _MOST_JSON_BYTES = 2**27
 _MOST_DEPTH = 32
 
 
+def user_path(path: str | Path, error: type[LminfError]) -> Path:
+    """Return a path as a user wrote it, with "~" for a home folder.
+
+    Raises:
+        LminfError: of the type asked for: "~name" of a user that is not there.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as problem:
+        raise error(f"{shortened(repr(str(path)))}: {problem}") from problem
+
+
 def is_file(path: Path) -> bool:
     """Whether there is a file; False too for a name that no file system takes."""
     try:

@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lminf_export
+from benchmarks.support import own_families
 from benchmarks.support.families import CASES
 from benchmarks.support.mutations import (
     json_text,
@@ -38,6 +42,7 @@ DEMO = ROOT / "examples" / "demo-llama"
 SETTINGS: dict[str, Any] = {"window_size": 8, "chunk_size": 4, "num_sink_tokens": 2}
 # Families whose configurations are mutated: every structure that an adapter treats by itself.
 FAMILIES = ("llama", "gemma3_text", "mixtral", "phi3", "gpt_oss", "glm4_moe", "gpt_neox", "cohere2")
+OWN = ("gptj", "mpt", "bloom", "falcon-40b")
 # Types without tests, which are refused by kind or probed.
 OTHERS = ("deepseek_v3", "lfm2", "qwen3_next", "gpt2", "cwm", "bert", "llama4_text", "gemma3n_text")
 # Mutants of a target for which the whole way is gone, not only the part before writing.
@@ -66,7 +71,9 @@ class Target:
 def make_targets(place: Path) -> list[Target]:
     """Write the models, bundles and state files that mutants start from."""
     models = tuple(_family(place / "models" / name, name) for name in FAMILIES)
-    configs = (*models, *(_config_only(place / "configs" / name, name) for name in OTHERS))
+    own = tuple(own_families.save(name, place / "own" / name) for name in OWN)
+    configs = (*models, *own, *(_config_only(place / "configs" / name, name) for name in OTHERS))
+    adapted = _adapted(place / "adapted", models[0])
     sharded = _sharded(place / "sharded")
     demo = _copy(DEMO, place / "demo")
     bundle = lminf_export.export(demo, place / "bundle", **SETTINGS).path
@@ -78,6 +85,7 @@ def make_targets(place: Path) -> list[Target]:
         Target("config.json", configs, _change_config, _prepare, 0.34),
         Target("weights index", (sharded,), _change_index, _prepare, 0.1),
         Target("safetensors header", (models[0], sharded), _change_weights, _prepare, 0.16),
+        Target("adapter", (adapted,), _change_adapter, _prepare_adapted, 0.04),
         Target("tokenizer files", (demo,), _change_tokenizer, _export, 0.01),
         Target("manifest", (bundle,), _change_manifest, _load, 0.16),
         Target("tokenizer in a bundle", (bundle,), _change_bundled_tokenizer, _generate, 0.06),
@@ -114,6 +122,24 @@ def _sharded(folder: Path) -> Path:
     return folder
 
 
+def _adapted(folder: Path, model: Path) -> Path:
+    """Write a model with an adapter in a folder below it."""
+    _copy(model, folder)
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        rows, columns = file.get_slice("model.layers.0.self_attn.q_proj.weight").get_shape()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    parts = {"A": torch.ones(2, columns), "B": torch.ones(rows, 2)}
+    save_file(
+        {f"{name}.lora_{part}.weight": tensor for part, tensor in parts.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    return folder
+
+
 def _copy(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
@@ -134,6 +160,13 @@ def _change_index(folder: Path, dice: random.Random) -> None:
 def _change_weights(folder: Path, dice: random.Random) -> None:
     path = dice.choice(sorted(folder.glob("*.safetensors")))
     path.write_bytes(mutate_safetensors(path.read_bytes(), dice))
+
+
+def _change_adapter(folder: Path, dice: random.Random) -> None:
+    if dice.random() < 0.5:
+        _json_file(folder / "adapter" / "adapter_config.json", dice)
+    else:
+        _change_weights(folder / "adapter", dice)
 
 
 def _change_tokenizer(folder: Path, dice: random.Random) -> None:
@@ -203,6 +236,13 @@ def _prepare(folder: Path, number: int) -> object:
     if number % WHOLE_WAY == 0:
         return _export(folder, number)
     return prepare(ExportOptions(folder, folder / "out", **SETTINGS))
+
+
+def _prepare_adapted(folder: Path, number: int) -> object:
+    options = {**SETTINGS, "lora": folder / "adapter"}
+    if number % WHOLE_WAY == 0:
+        return lminf_export.export(folder, folder / "out", **options)
+    return prepare(ExportOptions(folder, folder / "out", **options))
 
 
 def _export(folder: Path, number: int) -> object:

@@ -11,6 +11,7 @@ from lminf_export.bundle.files import HashProgress, file_sha256, require_utf8
 from lminf_export.bundle.links import stays_inside
 from lminf_export.bundle.manifest import Manifest, read_manifest
 from lminf_export.bundle.records import MANIFEST_NAME, FileEntry
+from lminf_export.disk import is_file
 from lminf_export.errors import BundleError
 
 Verify = Literal["fast", "full"]
@@ -119,7 +120,7 @@ class Bundle:
         self, name: str, entry: FileEntry, hashed: bool, progress: HashProgress | None
     ) -> None:
         path = self.path / name
-        if not path.is_file():
+        if not is_file(path):
             raise BundleError(f"{path} is missing; export the model again or copy the whole bundle")
         try:
             _require_inside(path, self.path)

@@ -38,7 +38,8 @@ from lminf_export.bundle.records import (
     Tensor,
 )
 from lminf_export.bundle.tables import first_difference, io_tables
-from lminf_export.errors import BundleError, ConfigError
+from lminf_export.disk import parse_json
+from lminf_export.errors import BundleError, ConfigError, shortened
 from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
@@ -209,33 +210,40 @@ def new_manifest(
         graph: file name of the ONNX graph.
 
     The other arguments are the manifest's fields.
+
+    Raises:
+        ConfigError: a value that a manifest cannot hold.
     """
     kinds: Sequence[LayerKind] = layer_kinds or ["lambda"] * len(contract.layers)
     inputs, outputs = io_tables(contract)
-    return Manifest(
-        model_type=model_type,
-        source=source,
-        lambda_config=LambdaSettings(**asdict(settings)),
-        dtype=contract.dtype,
-        quantization=quantization,
-        kv_cache_dtype=contract.kv_cache_dtype,
-        vocab_size=contract.vocab_size,
-        num_attention_heads=num_attention_heads,
-        training_length=training_length,
-        layers=tuple(
+    fields: dict[str, Any] = {
+        "model_type": model_type,
+        "source": source,
+        "lambda_config": LambdaSettings(**asdict(settings)),
+        "dtype": contract.dtype,
+        "quantization": quantization,
+        "kv_cache_dtype": contract.kv_cache_dtype,
+        "vocab_size": contract.vocab_size,
+        "num_attention_heads": num_attention_heads,
+        "training_length": training_length,
+        "layers": tuple(
             Layer(kind=kind, **vars(layer))
             for kind, layer in zip(kinds, contract.layers, strict=True)
         ),
-        inputs=inputs,
-        outputs=outputs,
-        bos_token_id=bos_token_id,
-        eos_token_ids=tuple(eos_token_ids),
-        graph=graph,
-        tools=tools or {},
-        notices=tuple(notices),
-        engine=engine,
-        engine_recipe=engine_recipe,
-    )
+        "inputs": inputs,
+        "outputs": outputs,
+        "bos_token_id": bos_token_id,
+        "eos_token_ids": tuple(eos_token_ids),
+        "graph": graph,
+        "tools": tools or {},
+        "notices": tuple(notices),
+        "engine": engine,
+        "engine_recipe": engine_recipe,
+    }
+    try:
+        return Manifest(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"a manifest cannot hold {_first_problem(error)}") from error
 
 
 def read_manifest(text: bytes, where: str) -> Manifest:
@@ -249,9 +257,11 @@ def read_manifest(text: bytes, where: str) -> Manifest:
         BundleError: damaged JSON, another schema version, a wrong field or a wrong hash.
     """
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where} is damaged: {error}; export the model again") from None
+        raw = parse_json(text)
+    except ValueError as error:
+        raise BundleError(
+            f"{where} is damaged: {shortened(str(error), 90)}; export the model again"
+        ) from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION or type(version) is not int:
         raise BundleError(

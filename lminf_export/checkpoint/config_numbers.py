@@ -59,6 +59,7 @@ _ROPE_REALS: Mapping[str, tuple[float, float]] = {
 }
 # Limits of time steps; the models that have them say "no limit" in this way.
 _MAY_BE_INFINITE = re.compile(r"time_step_\w+")
+_ROPE_TABLES = ("rope_parameters", "rope_scaling")
 _DTYPES = ("dtype", "torch_dtype")
 # Modules of experts that a model may have in all layers together.
 _MOST_EXPERTS = 2**20
@@ -124,7 +125,7 @@ def _entries(
 def _elements(
     values: list[Any], path: tuple[str, ...], name: str
 ) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    if not path and name in _DTYPES:
+    if (not path and name in _DTYPES) or name in _ROPE_TABLES:
         yield path, name, values
     for value in values:
         if isinstance(value, dict):
@@ -144,6 +145,8 @@ def _problem(path: tuple[str, ...], name: str, value: Any) -> str | None:
     """Return the rule that a value breaks."""
     if value is None:
         return None
+    if name in _ROPE_TABLES:
+        return None if isinstance(value, dict) else "must be a table"
     if not path and name in _DTYPES:
         return None if isinstance(value, str) else "must be the name of one element type"
     bound = _bound_of(name)
@@ -152,7 +155,7 @@ def _problem(path: tuple[str, ...], name: str, value: Any) -> str | None:
         if is_count and bound.least <= value <= bound.most:
             return None
         return f"must be an integer from {bound.least} to {bound.most}"
-    in_rope = any(part.startswith(("rope_parameters", "rope_scaling")) for part in path)
+    in_rope = any(part in _ROPE_TABLES for part in path)
     reals = {**_REALS, **_ROPE_REALS} if in_rope else _REALS
     for pattern, (least, most) in reals.items():
         if re.fullmatch(pattern, name):

@@ -13,7 +13,7 @@ from lminf_export.bundle.versions import package_version
 from lminf_export.checkpoint.config_numbers import check_config_numbers
 from lminf_export.checkpoint.dequantize.methods import check_quantization
 from lminf_export.checkpoint.links import refuse_links_to_outside
-from lminf_export.disk import is_dir, is_file, read_json
+from lminf_export.disk import is_dir, is_file, read_json, user_path
 from lminf_export.errors import ModelError, shortened
 from lminf_export.models.kinds import SEE_FAMILIES, check_kind
 from lminf_export.models.transformers_tables import CODE_ERRORS, is_known
@@ -88,7 +88,7 @@ def open_source(
     Raises:
         ModelError: the model is not there, not readable, or not a language model.
     """
-    folder = model_path(model)
+    folder = user_path(model, ModelError)
     require_utf8(folder, ModelError)
     commit = None
     if is_dir(folder):
@@ -112,18 +112,6 @@ def open_source(
     if hasattr(config, QUANTIZATION):
         delattr(config, QUANTIZATION)
     return Source(folder, name, commit, config, quantization)
-
-
-def model_path(model: str | Path) -> Path:
-    """Return the place of a model, if it is a folder and no hub id.
-
-    Raises:
-        ModelError: "~name" of a user that is not there.
-    """
-    try:
-        return Path(model).expanduser()
-    except RuntimeError as error:
-        raise ModelError(f"model {shortened(repr(str(model)))}: {error}") from error
 
 
 def _download(

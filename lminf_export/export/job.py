@@ -13,7 +13,7 @@ from lminf_export.bundle.versions import package_version
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.source import Source
 from lminf_export.export.options import LINK, ExportOptions
-from lminf_export.export.tokenizer_files import eos_ids
+from lminf_export.export.tokenizer_files import bos_id, eos_ids
 from lminf_export.models.base import AttentionPlan, Family
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
@@ -102,7 +102,7 @@ class ExportJob:
             layer_kinds=["sliding" if own else "lambda" for own in self.plan.sliding],
             graph=self.target.graph_name,
             training_length=self.family.training_length(config),
-            bos_token_id=getattr(config, "bos_token_id", None),
+            bos_token_id=bos_id(config),
             eos_token_ids=eos_ids(self.source),
             tools={name: package_version(name) for name in TOOLS},
             notices=(*self.notices, *notices),

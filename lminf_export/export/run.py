@@ -17,8 +17,9 @@ from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.from_bundle import bundle_notice
 from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
-from lminf_export.checkpoint.source import model_path, open_source
-from lminf_export.disk import exists
+from lminf_export.checkpoint.source import open_source
+from lminf_export.disk import exists, user_path
+from lminf_export.errors import ModelError
 from lminf_export.export.background_weights import BackgroundWeights, expected_pieces
 from lminf_export.export.decisions import (
     LINK_NOTICE,
@@ -105,7 +106,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     as_integer("max_batch_size", options.max_batch_size, 1)
     options.lambda_config(1 if options.window_size is None else options.window_size)
     # Mistakes in options come first; and before a model is fetched, that it has a place.
-    if not exists(model_path(options.model)):
+    if not exists(user_path(options.model, ModelError)):
         check_destination(target.directory, force=options.force)
     progress("reading the model", None)
     source = open_source(

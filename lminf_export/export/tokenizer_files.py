@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
+from typing import Any
 
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.source import (
@@ -14,7 +14,8 @@ from lminf_export.checkpoint.source import (
     Source,
     plain_config,
 )
-from lminf_export.errors import ModelError
+from lminf_export.disk import is_file, read_json
+from lminf_export.errors import ModelError, shortened
 from lminf_export.export.tokenizer_check import TOKENIZER, check_tokenizer
 from lminf_export.operator.settings import as_integer
 from lminf_export.tensors.files import INDEX_NAME
@@ -47,6 +48,16 @@ def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bo
     return notices
 
 
+def bos_id(config: Any) -> int | None:
+    """Return the start token of a configuration, None if it names none.
+
+    Raises:
+        ModelError: it names a value that is not a token id.
+    """
+    token = getattr(config, "bos_token_id", None)
+    return None if token is None else as_integer("bos_token_id", token, 0, ModelError)
+
+
 def eos_ids(source: Source) -> list[int]:
     """Return the stop tokens that a model's files name, those outside its vocabulary left out.
 
@@ -71,12 +82,12 @@ def _named_eos_ids(source: Source) -> list[int]:
     """Return the stop tokens; generation_config.json overrules config.json, as in transformers."""
     configured = getattr(source.config, "eos_token_id", None)
     path = source.folder / "generation_config.json"
-    if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            configured = content.get("eos_token_id", configured)
-        except (ValueError, AttributeError) as error:
-            raise ModelError(f"generation_config.json of {source.name!r} is damaged") from error
+    if is_file(path):
+        what = f"generation_config.json of {shortened(repr(source.name))}"
+        content = read_json(path, ModelError, what)
+        if not isinstance(content, dict):
+            raise ModelError(f"{what} is damaged: it holds no table")
+        configured = content.get("eos_token_id", configured)
     if configured is None:
         return []
     ids = configured if isinstance(configured, list) else [configured]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lminf_export.errors import ConfigError, ModelError, shortened
+from lminf_export.errors import ConfigError, LminfError, ModelError, shortened
 from lminf_export.models.experts import EXPERTS_NAME, register_experts
 from lminf_export.models.internals import Internals
 from lminf_export.models.key_bias import bias_of_keys
@@ -294,7 +294,7 @@ def build_model(
 
     register_attention()
     experts = {"experts_implementation": EXPERTS_NAME} if register_experts(config) else {}
-    with torch.device(device), _as_model_error(config):
+    with torch.device(device), model_errors(config):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),
             dtype=dtype,
@@ -306,11 +306,13 @@ def build_model(
 
 
 @contextmanager
-def _as_model_error(config: Any) -> Iterator[None]:
-    """Say of which configuration transformers could not make a model."""
+def model_errors(config: Any) -> Iterator[None]:
+    """Say of which configuration transformers could not make, or run, a model."""
     try:
         yield
     except CODE_ERRORS as error:
+        if isinstance(error, LminfError):
+            raise
         raise ModelError(
             f"transformers cannot build a {shortened(config.model_type, 40)} model of this "
             f"config.json: {_unusable(config, error)}"

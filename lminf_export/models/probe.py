@@ -67,7 +67,7 @@ class ProbedFamily(RotaryFamily):
             raise refusal(kind, reasons)
         with _explained(kind):
             # On the model itself first: what is said of its layers is true of all of them.
-            plan = super().plan(config, settings, model)
+            plan = self.observed_plan(config, settings, model)
             self._probe(small_config(config))
         notice = (
             f"model type {kind!r} has no test of its own; it passed the probe (one attention a "
@@ -85,7 +85,7 @@ class ProbedFamily(RotaryFamily):
             self._test_positions(model, tokens)
             self._test_tokens_meet_in_attention(model, tokens)
             settings = LambdaConfig(2 * _LENGTH, 0, chunk_size=_LENGTH)
-            plan = RotaryFamily.plan(self, config, settings)
+            plan = self.observed_plan(config, settings)
             self._test_rotation(model, plan, tokens)
             self._test_inside_the_window(model, plan, config, tokens)
 

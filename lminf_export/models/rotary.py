@@ -23,6 +23,7 @@ from lminf_export.models.base import (
     Rotation,
     Visible,
     build_model,
+    model_errors,
     use_step,
 )
 from lminf_export.models.interception import intercepted
@@ -50,7 +51,18 @@ class RotaryFamily(AnyWeights):
     def plan(
         self, config: Any, settings: LambdaConfig, model: GetModel | None = None
     ) -> AttentionPlan:
-        """Observe how each layer attends, and apply the Λ settings to it."""
+        """Observe how each layer attends, and apply the Λ settings to it.
+
+        Raises:
+            ModelError: the model's code cannot be run with this configuration.
+        """
+        with model_errors(config):
+            return self.observed_plan(config, settings, model)
+
+    def observed_plan(
+        self, config: Any, settings: LambdaConfig, model: GetModel | None = None
+    ) -> AttentionPlan:
+        """Plan as `plan` does; errors of the model's own code are raised as they are."""
         check_rope_types(config)
         regime, regime_notices = self._regime(config, settings)
         observed = model() if model else build_model(config, torch.float32, device="meta")

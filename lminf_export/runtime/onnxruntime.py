@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
-from lminf_export.errors import SessionError
+from lminf_export.errors import SessionError, shortened
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
@@ -37,7 +38,9 @@ _ERRORS: tuple[type[Exception], ...] = (
 _LOG_FATAL = 4
 # Where a graph that comes as bytes finds its external data.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_MESSAGE_LENGTH = 200
+_MESSAGE_LENGTH = 150
+# The place in onnxruntime's own source that its messages begin with.
+_SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) ")
 
 
 class OnnxRuntimeSession(Session):
@@ -248,5 +251,5 @@ def _line(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         # What could not be decoded is the message of the exception that was to be raised.
         text = bytes(error.object).decode("utf-8", "backslashreplace")
-    text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= _MESSAGE_LENGTH else text[:_MESSAGE_LENGTH] + " …"
+    text = _SOURCE_PLACE.sub("", " ".join(text.split()))
+    return shortened(text or type(error).__name__, _MESSAGE_LENGTH)

@@ -7,11 +7,13 @@ import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lminf_export.errors import ModelError
+from lminf_export.disk import is_file, read_json
+from lminf_export.errors import ModelError, shortened
 from lminf_export.tensors.dtypes import WEIGHT_DTYPES, safetensors_name
 from lminf_export.tensors.stored import PickledTensor, RawTensor, SourceTensor, StoredTensor
 
@@ -51,8 +53,8 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, Ra
         found = read(folder / name)
         if twice := tensors.keys() & found.keys():
             raise ModelError(
-                f"tensor {min(twice)} is in {name} and in another weights file of model folder "
-                f"{folder.name!r}; keep one checkpoint in it"
+                f"tensor {shortened(min(twice))} is in {name} and in another weights file of model "
+                f"folder {folder.name!r}; keep one checkpoint in it"
             )
         tensors.update(found)
     return tensors
@@ -62,26 +64,32 @@ def _shard_names(folder: Path, file_name: str, index_name: str) -> list[str]:
     """Return the one file, those of the index, or all of the same type."""
     suffix = Path(file_name).suffix
     index = folder / index_name
-    if (folder / file_name).is_file():
+    if is_file(folder / file_name):
         return [file_name]  # as transformers does, before any index
-    if not index.is_file():
+    if not is_file(index):
         return sorted(path.name for path in folder.glob(f"*{suffix}"))
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if not all(isinstance(name, str) and name.endswith(suffix) for name in names):
-            raise ValueError(f"it must map tensors to {suffix} files")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(f"{index_name} is damaged: {error}; fetch it again") from error
-    for name in names:
+    content = read_json(index, ModelError, index_name, "fetch it again")
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    files: list[Any] = list(table.values()) if isinstance(table, dict) else [None]
+    if not all(isinstance(name, str) and name.endswith(suffix) for name in files):
+        raise ModelError(
+            f"{index_name} is damaged: its weight_map must map tensors to {suffix} files; "
+            f"fetch it again"
+        )
+    for name in files:
         if Path(name).name != name:
-            raise ModelError(f"{index_name} names {name!r}, which is outside the model's folder")
-    return names
+            raise ModelError(
+                f"{index_name} names {shortened(repr(name))}, which is outside the model's folder"
+            )
+    return sorted(set(files))
 
 
 def _read_pickle(path: Path) -> dict[str, PickledTensor]:
     """Map a file of `torch.save` into memory; nothing but tensors is unpickled."""
-    if not path.is_file():
-        raise ModelError(f"weights file {path.name} is missing; the checkpoint is incomplete")
+    if not is_file(path):
+        raise ModelError(
+            f"weights file {shortened(path.name)} is missing; the checkpoint is incomplete"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -114,8 +122,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelError: the file is missing, truncated or damaged.
     """
-    if not path.is_file():
-        raise ModelError(f"weights file {path.name} is missing; the checkpoint is incomplete")
+    if not is_file(path):
+        raise ModelError(
+            f"weights file {shortened(path.name)} is missing; the checkpoint is incomplete"
+        )
     try:
         # The library checks types, sizes and that the tensors tile the file without a gap.
         with safe_open(path, framework="pt"):
@@ -123,7 +133,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"weights file {path.name} ({path.stat().st_size} bytes) is truncated or damaged: "
-            f"{error}; fetch it again"
+            f"{shortened(str(error), 90)}; fetch it again"
         ) from error
     with path.open("rb") as file:
         (count,) = struct.unpack("<Q", file.read(8))

@@ -25,7 +25,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=12000, help="mutants of all targets together")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at the same time")
     parser.add_argument("--only", default="", help="targets whose names contain this")
     parser.add_argument("--number", type=int, help="run one mutant of --only here, with traceback")
     parser.add_argument("--out", type=Path, help="JSON of the counts and the escapes")
@@ -58,7 +58,9 @@ def main() -> int:
             return 0
         total = sum(target.share for target in targets)
         result = {
-            target.name: _run(target, asked.seed, round(asked.count * target.share / total), place)
+            target.name: _run(
+                target, asked.seed, round(asked.count * target.share / total), place, asked.jobs
+            )
             for target in targets
         }
     escaped = [x for counts in result.values() for x in counts.pop("escapes")]
@@ -78,25 +80,30 @@ def main() -> int:
     return 1 if escaped else 0
 
 
-def _run(target: Target, seed: int, count: int, place: str) -> dict[str, Any]:
+def _run(target: Target, seed: int, count: int, place: str, jobs: int) -> dict[str, Any]:
     """Run the mutants of one target; return how many ended in which way."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     escapes = []
-    slowest = 0.0
-    for number in range(count):
-        folder = Path(place) / "mutant"
-        began = time.monotonic()
-        outcome, detail = _in_child(lambda: _outcome(target, seed, number, folder))  # noqa: B023
-        slowest = max(slowest, time.monotonic() - began)
-        shutil.rmtree(folder, ignore_errors=True)
-        outcomes[outcome] += 1
-        if outcome == "refused":
-            reasons[re.sub(r"[\d.]+|'[^']*'|/\S+", "…", detail)[:60]] += 1
-        if outcome not in ("accepted", "refused"):
-            escapes.append({"target": target.name, "number": number, outcome: detail})
-            print(f"{target.name} {number}: {outcome}: {detail}", file=sys.stderr, flush=True)
-    print(f"{target.name}: {dict(outcomes)}, slowest {slowest:.1f} s", flush=True)
+    live: list[_Child] = []
+    started = 0
+    while started < count or live:
+        while started < count and len(live) < jobs:
+            live.append(_Child(target, seed, started, Path(place) / f"mutant-{started}"))
+            started += 1
+        ended = [child for child in live if child.has_ended()]
+        live = [child for child in live if child not in ended]
+        for child in ended:
+            outcome, detail = child.outcome()
+            outcomes[outcome] += 1
+            if outcome == "refused":
+                reasons[re.sub(r"[\d.]+|'[^']*'|/\S+", "…", detail)[:60]] += 1
+            elif outcome != "accepted":
+                escapes.append({"target": target.name, "number": child.number, outcome: detail})
+                print(f"{target.name} {child.number}: {outcome}: {detail}", file=sys.stderr)
+                sys.stderr.flush()
+        time.sleep(0 if ended else 0.005)
+    print(f"{target.name}: {dict(outcomes)}", flush=True)
     return {
         "outcomes": dict(sorted(outcomes.items())),
         "kinds of refusals": len(reasons),
@@ -128,38 +135,51 @@ def _outcome(target: Target, seed: int, number: int, folder: Path) -> tuple[str,
     return "accepted", ""
 
 
-def _in_child(work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """Run work in a forked process with limits; say how the process ended if it says nothing."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        limit = _address_space() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-        os.write(writer, json.dumps(work()).encode())
-        os._exit(0)
-    os.close(writer)
-    deadline = time.monotonic() + 4 * SECONDS  # of waiting, beside the limit of its own work
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.002)
-    else:
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    with os.fdopen(reader, "rb") as file:
-        said = file.read()
-    if said:
-        kind, detail = json.loads(said)
-        return kind, detail
-    ended = os.waitstatus_to_exitcode(status)
-    return ("crash", signal.Signals(-ended).name if ended < 0 else f"exit code {ended}")
+class _Child:
+    """A forked process with limits that runs one mutant."""
+
+    def __init__(self, target: Target, seed: int, number: int, folder: Path) -> None:
+        self.number, self._folder = number, folder
+        self._reader, writer = os.pipe()
+        self._deadline = time.monotonic() + 4 * SECONDS  # of waiting, beside its own work's limit
+        self._process = os.fork()
+        if self._process == 0:
+            _limit()
+            os.write(writer, json.dumps(_outcome(target, seed, number, folder)).encode())
+            os._exit(0)
+        os.close(writer)
+        self._status = 0
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended; one that takes too long is ended here."""
+        if time.monotonic() > self._deadline:
+            os.kill(self._process, signal.SIGKILL)
+            _, self._status = os.waitpid(self._process, 0)
+            return True
+        done, self._status = os.waitpid(self._process, os.WNOHANG)
+        return done != 0
+
+    def outcome(self) -> tuple[str, str]:
+        """Return what the process said, or how it ended if it said nothing."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with os.fdopen(self._reader, "rb") as file:
+            said = file.read()
+        if said:
+            kind, detail = json.loads(said)
+            return kind, detail
+        code = os.waitstatus_to_exitcode(self._status)
+        return "crash", signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _limit() -> None:
+    """Silence this process, and limit its time and memory."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    limit = _address_space() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
 
 
 def _address_space() -> int:

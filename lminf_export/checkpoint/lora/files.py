@@ -6,7 +6,6 @@ else the adapter does.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lminf_export.checkpoint.links import refuse_links_to_outside
-from lminf_export.errors import ModelError
+from lminf_export.disk import is_dir, is_file, read_json, user_path
+from lminf_export.errors import ModelError, shortened
 from lminf_export.tensors.files import read_checkpoint_file
 from lminf_export.tensors.stored import RawTensor
 
@@ -95,10 +95,10 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
     Raises:
         ModelError: it is missing, damaged, or of a kind that cannot be merged.
     """
-    folder = Path(path).expanduser()
-    if folder.is_file() and folder.name in (CONFIG_NAME, *WEIGHT_NAMES):
+    folder = user_path(path, ModelError)
+    if is_file(folder) and folder.name in (CONFIG_NAME, *WEIGHT_NAMES):
         folder = folder.parent
-    if folder.is_dir():
+    if is_dir(folder):
         refuse_links_to_outside(folder)
     settings = _read_settings(folder, str(path))
     name = folder.resolve().name
@@ -126,24 +126,20 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
 
 
 def _read_settings(folder: Path, asked: str) -> dict[str, Any]:
-    if not folder.is_dir():
+    named = shortened(repr(asked))
+    if not is_dir(folder):
         raise ModelError(
-            f"adapter {asked!r}: no such folder; give the one that holds {CONFIG_NAME}, fetched "
+            f"adapter {named}: no such folder; give the one that holds {CONFIG_NAME}, fetched "
             f"from the hub where it is there"
         )
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    if not is_file(path):
         several = sorted(x.parent.name for x in folder.glob(f"*/{CONFIG_NAME}"))
         hint = f"; it holds several ({', '.join(several)}): give one of them" if several else ""
-        raise ModelError(f"adapter {asked!r} has no {CONFIG_NAME}{hint}")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{CONFIG_NAME} of adapter {asked!r} is not valid JSON: {error}"
-        ) from error
+        raise ModelError(f"adapter {named} has no {CONFIG_NAME}{hint}")
+    settings = read_json(path, ModelError, f"{CONFIG_NAME} of adapter {named}")
     if not isinstance(settings, dict):
-        raise ModelError(f"{CONFIG_NAME} of adapter {asked!r} holds no settings")
+        raise ModelError(f"{CONFIG_NAME} of adapter {named} holds no settings")
     return settings
 
 
