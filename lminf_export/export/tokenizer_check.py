@@ -123,8 +123,8 @@ class _Comparison:
         wrong = [text for text, wanted in self.expected.items() if self._read(ours, text) != wanted]
         if not wrong:
             return ""
-        shortest = min(wrong, key=len)
-        shown = repr(shortest if len(shortest) <= 40 else shortest[:40] + "…")
+        shown = repr(min(wrong, key=len))
+        shown = shown if len(shown) <= 60 else shown[:59] + "…"
         return f"{len(wrong)} of {len(self.expected)} texts, such as {shown},"
 
     def _read_by_them(self, text: str) -> tuple[object, ...]:

@@ -6,6 +6,7 @@ transformers adds them when it loads a tokenizer; read by itself, `tokenizer.jso
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 SIDE_FILES = (CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
+# Halves of characters, which are no text: Python reads bytes that are not UTF-8 as such, too.
+SURROGATE = re.compile("[\ud800-\udfff]")
 # Special tokens without a role: a list, or a table of roles of the model's own.
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
 # The order in which transformers adds those that have no id.
@@ -147,15 +150,12 @@ def _contents(entries: Iterable[object]) -> set[str]:
 
 def _token(entry: object, *, special: bool) -> AddedToken | None:
     """Return an added token, or None if this describes none."""
-    if isinstance(entry, str):
-        flags: dict[str, bool] = {"special": special, "normalized": not special}
-        return AddedToken(entry, **flags) if entry else None
-    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+    fields = entry if isinstance(entry, dict) else {"content": entry, "normalized": not special}
+    content = fields.get("content")
+    if not isinstance(content, str) or not content or SURROGATE.search(content):
         return None
-    flags = {name: entry[name] for name in _FIELDS if isinstance(entry.get(name), bool)}
-    if special:
-        flags["special"] = True
-    return AddedToken(entry["content"], **flags) if entry["content"] else None
+    flags = {name: fields[name] for name in _FIELDS if isinstance(fields.get(name), bool)}
+    return AddedToken(content, **flags | ({"special": True} if special else {}))
 
 
 def _other_ids(tokenizer: Tokenizer, numbered: dict[int, tuple[AddedToken, str]]) -> list[str]:
@@ -178,7 +178,7 @@ def _other_ids(tokenizer: Tokenizer, numbered: dict[int, tuple[AddedToken, str]]
 def _is_integer(number: object) -> bool:
     if isinstance(number, str):
         return number.isascii() and number.isdigit() and len(number) < 10
-    return isinstance(number, int) and not isinstance(number, bool)
+    return isinstance(number, int) and not isinstance(number, bool) and abs(number) < 2**63
 
 
 def _short(value: object) -> str:

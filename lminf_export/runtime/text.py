@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,12 +10,9 @@ from tokenizers import Tokenizer
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import BundleError, InputError
-from lminf_export.runtime.added_tokens import SIDE_FILES, merge_added_tokens
+from lminf_export.runtime.added_tokens import SIDE_FILES, SURROGATE, merge_added_tokens
 from lminf_export.runtime.foreign_errors import foreign_errors
 from lminf_export.runtime.text_stream import StreamDecoder
-
-# How Python passes on bytes of the command line that are no text.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +74,7 @@ class TextCodec:
         """
         if not text:
             raise InputError("the prompt is empty; give at least one character")
-        if _SURROGATE.search(text):
+        if SURROGATE.search(text):
             raise InputError("the prompt is not UTF-8; convert it, for example with iconv")
         token_ids = self.ids(text, add_special_tokens=add_special_tokens)
         if not token_ids:
