@@ -15,9 +15,9 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.cli.validate import validate_command
 from lminf_export.models.expert_facts import Groups
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.verify.comparison import run_in_pieces
 from lminf_export.verify.routing_check import RoutingWatch, compare_routing, find_choices
 from lminf_export.verify.validate import validate
+from tests.support.pieces import run_in_pieces
 
 BY_NAME = {case.model_type: case for case in CASES}
 

@@ -121,10 +121,26 @@ def save_in_order(tensors, order, original, path):
     path.write_bytes(raw[: 8 + count] + data)
 
 
-def test_too_short_a_stream_is_refused(bundle):
-    result = run(bundle.path, "--tokens", 60)
+@pytest.mark.parametrize(
+    ("tokens", "note"),
+    [
+        (1, "the stream of 1 tokens stays inside the window of 19"),
+        (19, "the stream of 19 tokens stays inside the window of 19"),
+        (28, "the stream of 28 tokens wraps no ring of 28 slots"),
+        (29, None),
+    ],
+)
+def test_a_stream_of_any_length_is_compared_and_a_short_one_named(bundle, tokens, note):
+    result = run(bundle.path, "--tokens", tokens)
+    assert result.exit_code == 0, result.output
+    assert ("note: " in result.output) == (note is not None)
+    assert (note or "") in result.output
+
+
+def test_no_stream_is_refused(bundle):
+    result = run(bundle.path, "--tokens", 0)
     assert result.exit_code == 2
-    assert "4 windows" in result.stderr
+    assert "tokens=0: must be at least 1" in result.stderr
 
 
 def test_another_model_is_refused(bundle, tmp_path):

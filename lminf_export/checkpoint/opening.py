@@ -18,6 +18,7 @@ from lminf_export.checkpoint.source import Source
 from lminf_export.checkpoint.tying import changed_apart, check_apart, split, stored_apart, untied
 from lminf_export.models.base import ATTENTION_NAME, attention_name, register_attention
 from lminf_export.tensors.files import find_weights, read_checkpoint
+from lminf_export.tensors.rows import fill
 from lminf_export.tensors.stored import SourceTensor
 
 TIED_APART = "config.json ties tensors of which the checkpoint holds different ones"
@@ -34,6 +35,7 @@ class Checkpoint:
         skeleton: the model of that configuration, without numbers.
         adapter: name of the adapter that is merged, or None.
         notices: lines for the user.
+        is_computed: the tensors are made of those in the files, such as a quantised bundle's.
     """
 
     source: Source
@@ -41,12 +43,14 @@ class Checkpoint:
     skeleton: Skeleton
     adapter: str | None
     notices: tuple[str, ...]
+    is_computed: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether transformers makes the same model of the folder as it is."""
         source = self.source
-        return self.adapter is None and source.quantization is None and not source.is_untied
+        is_made = self.adapter is not None or self.is_computed
+        return not is_made and source.quantization is None and not source.is_untied
 
 
 def open_checkpoint(
@@ -104,15 +108,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None
     """
     from transformers import AutoModelForCausalLM
 
-    register_attention()
-    source = checkpoint.source
-    if attention == ATTENTION_NAME:
-        attention = attention_name(source.model_type)
-    settings = {
-        "dtype": dtype,
-        "attn_implementation": attention,
-        "experts_implementation": "eager",  # the only one that takes float64, and the plainest
-    }
+    source, settings = checkpoint.source, model_settings(checkpoint, dtype, attention)
     if checkpoint.is_plain and any(source.folder.glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(
             source.folder, use_safetensors=True, **settings
@@ -122,6 +118,20 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None
     return model.eval()
 
 
+def model_settings(
+    checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None
+) -> dict[str, Any]:
+    """Return how transformers builds a model; arguments as for `load_model`."""
+    register_attention()
+    if attention == ATTENTION_NAME:
+        attention = attention_name(checkpoint.source.model_type)
+    return {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "experts_implementation": "eager",  # the only one that takes float64, and the plainest
+    }
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model's, block by block."""
@@ -129,7 +139,4 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     own = skeleton.conversion.apply(checkpoint.tensors)
     wanted = {group[0]: group for group in skeleton.groups}
     for name, tensor in find_weights(own, wanted, skeleton.shapes).items():
-        place, start = state[name].view(-1), 0
-        for block in tensor.blocks():
-            place[start : start + block.numel()] = block
-            start += block.numel()
+        fill(state[name], tensor)

@@ -18,6 +18,7 @@ from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.session_options import kernels_option, provider_option, trusted_first
 from lminf_export.cli.terminal import echo_json
 from lminf_export.runtime.options import Provider
+from lminf_export.verify.options import DEFAULT_MAX_HOURS
 
 if TYPE_CHECKING:
     from lminf_export.verify.report import ValidationReport
@@ -52,6 +53,14 @@ HELDOUT_NAME = "heldout.txt"
     help="Length of the stream.  [default: a little over 4 windows]",
 )
 @click.option(
+    "--window",
+    type=int,
+    metavar="W",
+    help="Largest window of a layer in the test, at most the bundle's own; a smaller one wraps the "
+    "rings within fewer tokens.  [default: the bundle's own up to 512 tokens, a smaller one where "
+    "that would take long]",
+)
+@click.option(
     "--text",
     type=click.Path(),
     help="Take the stream from this text, through the bundle's tokenizer; random otherwise.  "
@@ -61,6 +70,14 @@ HELDOUT_NAME = "heldout.txt"
 @provider_option
 @kernels_option
 @trusted_first
+@click.option(
+    "--max-hours",
+    type=float,
+    default=DEFAULT_MAX_HOURS,
+    show_default=True,
+    metavar="H",
+    help="Refuse at once what is expected to take longer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @verbosity_options
 @handle_errors
@@ -70,19 +87,23 @@ def validate_command(
     lora: str | None,
     allow_pickle: bool,
     num_tokens: int | None,
+    window: int | None,
     text: str | None,
     seed: int,
     provider: Provider,
     kernels: str,
+    max_hours: float,
     as_json: bool,
 ) -> None:
     """Run BUNDLE token by token and in uneven chunks, and compare every logit.
 
     The reference is the model's own code with the written-out mathematics of Λ-attention, in
-    float64. Exits 1 if an error is beyond its tolerance.
+    float64, which the stream passes layer by layer. Time and memory are estimated first. Exits 1
+    if an error is beyond its tolerance.
     """
     from lminf_export.bundle.folder import Bundle
     from lminf_export.runtime.text import TextCodec
+    from lminf_export.verify.small_window import tested_window
     from lminf_export.verify.stream import default_length
     from lminf_export.verify.validate import validate
 
@@ -97,17 +118,20 @@ def validate_command(
         if text is not None:
             token_ids = TextCodec.of(opened).encode(read_text(text))
             # A whole book is no stream to hold against float64.
-            num_tokens = num_tokens or default_length(opened.manifest)
+            tested = tested_window(bundle, opened, window)
+            num_tokens = default_length(tested) if num_tokens is None else num_tokens
         report = validate(
             bundle,
             model=model,
             lora=lora,
             allow_pickle=allow_pickle,
+            window=window,
             num_tokens=num_tokens,
             token_ids=token_ids,
             seed=seed,
             provider=provider,
             kernels=kernels,
+            max_hours=max_hours,
             progress=progress,
         )
     if as_json:
@@ -124,7 +148,7 @@ def _print_table(report: ValidationReport) -> None:
 
     table = Table(
         title=f"{report.bundle}: {report.dtype} against a {report.reference_dtype} reference, "
-        f"window {report.window_size}; errors relative to the logits' range",
+        f"window {report.tested_window}; errors relative to the logits' range",
         title_justify="left",
     )
     table.add_column("run")
@@ -158,6 +182,8 @@ def _print_table(report: ValidationReport) -> None:
         )
     if report.routing:
         click.echo("experts: logits are compared under the bundle's choices")
+    for note in report.notes:
+        click.echo(f"note: {note}")
     if report.quantization is not None or report.kv_cache_dtype is not None:
         _print_cost(report)
 

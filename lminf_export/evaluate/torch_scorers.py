@@ -29,7 +29,8 @@ from lminf_export.models.base import ATTENTION_NAME, Step
 from lminf_export.models.history import HistoryStep
 from lminf_export.models.registry import find_family
 from lminf_export.models.steps import run
-from lminf_export.verify.reference_model import bundle_plan, reference_checkpoint, rounding_of
+from lminf_export.verify.bundle_weights import reference_checkpoint
+from lminf_export.verify.reference_model import bundle_plan, rounding_of
 
 CHUNK_SIZE = 256
 # A snapshot is written many times; a history larger than this is read again instead.
@@ -74,8 +75,7 @@ def _load(bundle: Bundle, original: Checkpoint, own_weights: bool) -> Any:
     """Load the weights in float32: the bundle's, dequantised where needed, or another model's."""
     if not own_weights:
         return load_model(original, torch.float32, ATTENTION_NAME)
-    with reference_checkpoint(bundle, original) as checkpoint:
-        return load_model(checkpoint, torch.float32, ATTENTION_NAME)
+    return load_model(reference_checkpoint(bundle, original), torch.float32, ATTENTION_NAME)
 
 
 class CachedScorer:

@@ -56,12 +56,30 @@ def load(
     path = find_bundle(path, revision=revision, cache_dir=cache_dir)
     bundle = Bundle.open(path, verify)
     session: Session
-    if bundle.plan_path is not None and _is_same_file(path, bundle.plan_path):
+    if names_plan(path, bundle):
         require_trust(bundle, trust_plan)
         from lminf_export.runtime.tensorrt import TensorRTSession
 
         session = TensorRTSession(bundle, cuda_graphs=cuda_graphs)
         return LanguageModel(bundle, session)
+    if provider == "cpu":
+        require_memory(bundle.manifest, None, batch_size=1)
+    session = OnnxRuntimeSession(bundle, provider=provider, threads=threads, kernels=kernels)
+    return LanguageModel(bundle, session)
+
+
+def names_plan(path: str | Path, bundle: Bundle) -> bool:
+    """Return whether a path names a bundle's plan; otherwise it names what its graph stands for.
+
+    Args:
+        path: the bundle's folder or a file in it.
+        bundle: opened from it.
+
+    Raises:
+        SessionError: it is a plan or a graph that is not run.
+    """
+    if bundle.plan_path is not None and _is_same_file(path, bundle.plan_path):
+        return True
     if Path(path).suffix == ".plan":
         raise SessionError(f"{path} is not the plan of this bundle; it has {bundle.plan_path}")
     if Path(path).suffix == ".onnx" and not _is_same_file(path, bundle.graph_path):
@@ -69,10 +87,7 @@ def load(
             f"{path} is not the graph that onnxruntime runs; name the bundle's folder or "
             f"{bundle.graph_path}"
         )
-    if provider == "cpu":
-        require_memory(bundle.manifest, None, batch_size=1)
-    session = OnnxRuntimeSession(bundle, provider=provider, threads=threads, kernels=kernels)
-    return LanguageModel(bundle, session)
+    return False
 
 
 def _is_same_file(left: str | Path, right: Path) -> bool:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 from lminf_export.bundle.folder import Bundle
+from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
+from lminf_export.checkpoint.source import open_source
 from lminf_export.quantize.reading import dequantize_stored
 from lminf_export.quantize.stored import QUANTIZED
-from lminf_export.tensors.files import FILE_NAME as CHECKPOINT_NAME
 from lminf_export.tensors.files import read_header
-from lminf_export.tensors.pieces import Converted
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
-from lminf_export.tensors.writing import write_pieces
 
 
 def stored_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
@@ -59,21 +54,19 @@ def _are_stored_apart(tensors: Mapping[str, SourceTensor], skeleton: Skeleton) -
     return any(sum(name in tensors for name in group) > 1 for group in skeleton.tied)
 
 
-@contextmanager
-def dequantized_folder(bundle: Bundle, skeleton: Skeleton) -> Iterator[Path]:
-    """Write a temporary model folder of the bundle's weights, dequantised to float32.
+def reference_checkpoint(bundle: Bundle, original: Checkpoint) -> Checkpoint:
+    """Return the model that defines the right logits: for a quantised bundle, its own weights.
+
+    They are dequantised, in float32, when they are read.
 
     Raises:
         ModelError: the weights file does not fit the model.
     """
+    if bundle.manifest.quantization is None:
+        return original
+    source, skeleton = open_source(bundle.path), original.skeleton
     tensors = bundle_weights(bundle, skeleton)
-    with tempfile.TemporaryDirectory(prefix="lminf-") as name:
-        folder = Path(name)
-        config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = "float32"
-        if _are_stored_apart(tensors, skeleton):
-            config["tie_word_embeddings"] = False
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        pieces = [Converted(n, tensor, "float32") for n, tensor in tensors.items()]
-        write_pieces(folder / CHECKPOINT_NAME, pieces)
-        yield folder
+    if _are_stored_apart(tensors, skeleton):
+        source.config.tie_word_embeddings = False
+    skeleton = skeleton.of(source.config)
+    return Checkpoint(source, tensors, skeleton, None, (), is_computed=True)

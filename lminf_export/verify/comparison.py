@@ -1,17 +1,20 @@
-"""Logits of a whole stream, however it is cut into pieces, and how far they are from others."""
+"""How far logits are from others, of a whole stream that is seen a block of tokens at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lminf_export.runtime.language_model import LanguageModel
+Logits = NDArray[np.floating[Any]]
 
-Logits = NDArray[np.float32]
+# Logits of one block of tokens: 64 MiB in float64.
+BLOCK_ELEMENTS = 2**23
+# Elements whose differences are computed at a time.
+_SCRATCH_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -40,37 +43,69 @@ class Comparison:
         return self.max_error <= self.tolerance
 
 
-def run_in_pieces(
-    model: LanguageModel,
-    tokens: NDArray[np.int64],
-    sizes: Sequence[int],
-    report: Callable[[float], None] = lambda _: None,
-) -> Logits:
-    """Feed a stream (T,) in pieces of repeating sizes; return logits (T, V)."""
-    state = model.new_state(1)
-    found: list[Logits] = []
-    start = 0
-    for size in cycle(sizes):
-        if start >= len(tokens):
-            return np.concatenate(found)
-        logits = model.forward(tokens[None, start : start + size], state)
-        assert logits is not None
-        found.append(logits[0])
-        start += size
-        report(min(start / len(tokens), 1.0))
-    raise AssertionError("sizes must not be empty")
+@dataclass
+class LogitRange:
+    """The range of a reference's logits, over the blocks seen so far."""
+
+    lowest: float = np.inf
+    highest: float = -np.inf
+
+    def add(self, wanted: Logits) -> None:
+        """Take a block (n, V) into account."""
+        self.lowest = float(np.minimum(self.lowest, wanted.min()))
+        self.highest = float(np.maximum(self.highest, wanted.max()))
+
+    @property
+    def size(self) -> float:
+        """Highest minus lowest."""
+        return self.highest - self.lowest
 
 
-def compare(name: str, logits: Logits, wanted: Logits, tolerance: float) -> Comparison:
-    """Compare logits (T, V) with the reference's, relative to the reference's range."""
-    scale = float(wanted.max() - wanted.min())
-    error = np.abs(logits.astype(np.float64) - wanted) / scale
-    same = logits.argmax(-1) == wanted.argmax(-1)
-    return Comparison(
-        name=name,
-        tokens=len(wanted),
-        max_error=float(error.max()),
-        mean_error=float(error.mean()),
-        argmax_agreement=float(same.mean()),
-        tolerance=tolerance,
-    )
+@dataclass
+class Differences:
+    """The differences of two streams of logits, over the blocks seen so far.
+
+    Attributes:
+        tokens: positions.
+        largest: absolute difference; NaN if there was one.
+        total: of the absolute differences of all logits.
+        elements: their number.
+        agreeing: positions with the same best token.
+    """
+
+    tokens: int = 0
+    largest: float = 0.0
+    total: float = 0.0
+    elements: int = 0
+    agreeing: int = 0
+
+    def add(self, found: Logits, wanted: Logits) -> None:
+        """Take blocks (n, V) of the same positions into account."""
+        self.tokens += len(wanted)
+        self.elements += wanted.size
+        rows = max(1, _SCRATCH_ELEMENTS // wanted.shape[1])
+        for start in range(0, len(wanted), rows):
+            left, right = found[start : start + rows], wanted[start : start + rows]
+            error = np.subtract(left, right, dtype=np.float64)
+            np.abs(error, out=error)
+            self.largest = float(np.maximum(self.largest, error.max()))
+            self.total += float(error.sum())
+            self.agreeing += int((left.argmax(-1) == right.argmax(-1)).sum())
+
+    def relative_to(self, scale: LogitRange, name: str, tolerance: float) -> Comparison:
+        """Return the comparison relative to the reference's range."""
+        return Comparison(
+            name=name,
+            tokens=self.tokens,
+            max_error=self.largest / scale.size,
+            mean_error=self.total / self.elements / scale.size,
+            argmax_agreement=self.agreeing / self.tokens,
+            tolerance=tolerance,
+        )
+
+
+def token_blocks(num_tokens: int, vocab_size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of the blocks of tokens whose logits are in memory together."""
+    step = max(1, BLOCK_ELEMENTS // vocab_size)
+    for start in range(0, num_tokens, step):
+        yield start, min(start + step, num_tokens)

@@ -1,4 +1,4 @@
-"""Compares the logits of a bundle, run in several ways, with the reference's.
+"""Compares the logits of a bundle, run in several ways, with the reference's, block by block.
 
 A mixture of experts is compared under the bundle's own choice of experts. The reference itself is
 compared with the unmodified model of transformers, inside the window, where both must agree.
@@ -7,18 +7,26 @@ compared with the unmodified model of transformers, inside the window, where bot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.progress import Progress
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.verify.comparison import Comparison, Logits, compare, run_in_pieces
-from lminf_export.verify.reference_model import Reference
+from lminf_export.verify.bundle_run import BundleRun
+from lminf_export.verify.comparison import (
+    BLOCK_ELEMENTS,
+    Comparison,
+    Differences,
+    LogitRange,
+    Logits,
+    token_blocks,
+)
+from lminf_export.verify.likelihood import negative_log_likelihood
+from lminf_export.verify.reference_model import Reference, ReferenceLogits
 from lminf_export.verify.routing_check import (
     RoutingReport,
     RoutingWatch,
@@ -27,17 +35,19 @@ from lminf_export.verify.routing_check import (
     find_choices,
     largest_difference,
 )
+from lminf_export.verify.small_window import SmallWindow
 from lminf_export.verify.tolerance import FLOAT32_TOLERANCE, Precision
 
 # Names and sizes of pieces, repeated over the stream.
 WAYS = (("token by token", (1,)), ("in uneven chunks", (1, 7, 31, 2, 113, 3)))
+Way = tuple[str, Sequence[int]]
 # Stock models compute angles in float32; up to this position the error stays below the tolerance.
 STOCK_LIMIT = 1024
 
 
 @dataclass(frozen=True)
-class BundleRun:
-    """A bundle's model and the stream it is run on.
+class Stream:
+    """A bundle's model and the stream it is compared on.
 
     Attributes:
         model: the bundle's model.
@@ -49,55 +59,116 @@ class BundleRun:
     tokens: NDArray[np.int64]
     progress: Progress
 
-    def logits(self, name: str, sizes: Sequence[int]) -> Logits:
-        """Return logits (T, V) of the stream in pieces of repeating sizes."""
-        self.progress(name, 0.0)
-        return run_in_pieces(
-            self.model, self.tokens, sizes, lambda fraction: self.progress(name, fraction)
-        )
+    def run(self, sizes: Sequence[int]) -> BundleRun:
+        """Return a run of the bundle in pieces of repeating sizes, which fit into a block."""
+        most = max(1, BLOCK_ELEMENTS // self.model.vocab_size)
+        return BundleRun(self.model, self.tokens, [min(size, most) for size in sizes])
 
 
-def compare_dense(
-    run: BundleRun, reference: Reference, dtype: torch.dtype
-) -> tuple[list[Comparison], Logits]:
-    """Compare the bundle's logits in each of `WAYS`; return those of the last, too."""
+@dataclass
+class Found:
+    """The result of all comparisons with a bundle.
+
+    Attributes:
+        comparisons: one for each way of running.
+        routing: reports of the choice of experts, one for each way; none without experts.
+        losses: (T − 1,) nats that the bundle's last run gives the tokens behind the first.
+        wanted: the reference's logits, without experts.
+    """
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    routing: list[RoutingReport] = field(default_factory=list)
+    losses: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    wanted: ReferenceLogits | None = None
+
+
+def compare_dense(stream: Stream, reference: Reference, dtype: torch.dtype) -> Found:
+    """Compare the bundle's logits in each of `WAYS`."""
     wanted = reference.logits(dtype)
-    precision = Precision(run.model.bundle)
-    tolerance = precision.tolerance(precision.yardstick(reference, dtype), wanted)
-    comparisons = []
-    for name, sizes in WAYS:
-        logits = run.logits(name, sizes)
-        comparisons.append(compare(name, logits, wanted, tolerance))
-    return comparisons, logits
+    yardstick = Precision(stream.model.bundle).yardstick(reference, dtype)
+    comparisons, losses = _compare(stream, WAYS, wanted, yardstick)
+    return Found(comparisons, losses=losses, wanted=wanted)
 
 
 def compare_routed(
-    run: BundleRun, reference: Reference, dtype: torch.dtype, watch: RoutingWatch
-) -> tuple[list[Comparison], Logits, list[RoutingReport]]:
+    stream: Stream, reference: Reference, dtype: torch.dtype, watch: RoutingWatch
+) -> Found:
     """Compare a mixture of experts under the bundle's own routing, and the routing itself.
 
-    Returns:
-        Comparisons and the last logits, as `compare_dense`; a report of the routing for each way.
-        No such reports for a model whose routers do not choose as `Routed` expects.
+    A model whose routers do not choose as `Routed` expects is compared as one without experts.
     """
-    precision = Precision(run.model.bundle)
-    comparisons, reports = [], []
+    precision, found = Precision(stream.model.bundle), Found()
     for name, sizes in WAYS:
-        logits = run.logits(name, sizes)
-        chosen = watch.take(len(run.tokens))
+        stream.progress(f"experts {name}", None)
+        stream.run(sizes).skip()
+        chosen = watch.take(len(stream.tokens))
         routed = reference.routed(chosen)
         wanted = reference.logits(dtype, routed)
         scores = routed.all_scores()
         if len(scores) != len(chosen):
-            return (*compare_dense(run, reference, dtype), [])
+            return compare_dense(stream, reference, dtype)
         error = FLOAT32_TOLERANCE * max(_range(score) for score in scores)
         low = reference.routed(chosen)
         yardstick = precision.yardstick(reference, dtype, low)
         if yardstick is not None:
             error = largest_difference(low.all_scores(), scores)
-        comparisons.append(compare(name, logits, wanted, precision.tolerance(yardstick, wanted)))
-        reports.append(compare_routing(scores, chosen, error, reference.groups()))
-    return comparisons, logits, reports
+        found.routing.append(compare_routing(scores, chosen, error, reference.groups()))
+        comparisons, found.losses = _compare(stream, [(name, sizes)], wanted, yardstick)
+        found.comparisons += comparisons
+        watch.clear()
+    return found
+
+
+def _compare(
+    stream: Stream,
+    ways: Sequence[Way],
+    wanted: ReferenceLogits,
+    yardstick: ReferenceLogits | None,
+) -> tuple[list[Comparison], NDArray[np.float64]]:
+    """Compare the bundle's runs with wanted logits, all a block of tokens at a time.
+
+    Returns:
+        One comparison for each way; the nats of the tokens behind the first, by the last way.
+    """
+    model, tokens = stream.model, stream.tokens
+    scale, rounding = LogitRange(), Differences()
+    runs = [stream.run(sizes) for _, sizes in ways]
+    differences = [Differences() for _ in ways]
+    losses = []
+    for start, stop in token_blocks(len(tokens), model.vocab_size):
+        stream.progress("comparing logits", start / len(tokens))
+        right = wanted.rows(start, stop)
+        scale.add(right)
+        if yardstick is not None:
+            rounding.add(yardstick.rows(start, stop), right)
+        for run, found in zip(runs, differences, strict=True):
+            place = start
+            for piece in run.rows(stop - start):
+                found.add(piece, right[place - start : place - start + len(piece)])
+                if run is runs[-1]:
+                    losses.append(_losses(piece, tokens, place))
+                place += len(piece)
+    error = None if yardstick is None else rounding.relative_to(scale, "", 0).max_error
+    tolerance = Precision(model.bundle).tolerance(error)
+    comparisons = [
+        found.relative_to(scale, name, tolerance)
+        for (name, _), found in zip(ways, differences, strict=True)
+    ]
+    return comparisons, np.concatenate(losses)
+
+
+def losses_of(reference: ReferenceLogits, stream: Stream) -> NDArray[np.float64]:
+    """Return the nats (T − 1,) that a model gives the tokens behind the first."""
+    blocks = token_blocks(len(stream.tokens), stream.model.vocab_size)
+    return np.concatenate(
+        [_losses(reference.rows(start, stop), stream.tokens, start) for start, stop in blocks]
+    )
+
+
+def _losses(logits: Logits, tokens: NDArray[np.int64], start: int) -> NDArray[np.float64]:
+    """Return the nats of the tokens behind those that logits (n, V) stand at, from `start` on."""
+    targets = tokens[start + 1 : start + 1 + len(logits)]
+    return negative_log_likelihood(logits[: len(targets)], targets, np.float64)
 
 
 def _range(score: torch.Tensor) -> float:
@@ -113,19 +184,28 @@ def routing_watch(model: LanguageModel, original: Checkpoint) -> RoutingWatch | 
     return RoutingWatch(model.session, model.bundle) if experts else None
 
 
-def compare_with_stock(reference: Reference, dtype: torch.dtype, bundle: Bundle) -> Comparison:
+def compare_with_stock(
+    reference: Reference, dtype: torch.dtype, small: SmallWindow, wanted: ReferenceLogits | None
+) -> Comparison:
     """Compare the reference with the unmodified model where both must agree: inside the window.
 
-    The reference's caches are exact here, whatever the bundle's are.
+    Args:
+        reference: of the bundle. Its caches are exact here, whatever the bundle's are.
+        dtype: in which it computes.
+        small: the bundle as it is tested.
+        wanted: the reference's logits if they are known; experts are the model's own here.
     """
-    reference = replace(reference, rounded=None)
-    count = min(bundle.manifest.settings.window_size, STOCK_LIMIT, len(reference.tokens))
-    own = reference.own_routing()
-    wanted = reference.logits(dtype, own, count)
-    chosen = reference.routed(own.all_taken()) if own is not None and own.taken else None
-    return compare(
-        f"reference and stock model, first {count}",
-        reference.stock_logits(count, chosen),
-        wanted,
-        FLOAT32_TOLERANCE,
-    )
+    count = min(small.common_length, STOCK_LIMIT, len(reference.tokens))
+    routed = None
+    if wanted is None or reference.rounded is not None:
+        own = reference.own_routing()
+        wanted = replace(reference, rounded=None).logits(dtype, own, count)
+        routed = reference.routed(own.all_taken()) if own is not None and own.taken else None
+    stock = reference.stock_logits(count, routed)
+    scale, differences = LogitRange(), Differences()
+    for start, stop in token_blocks(count, small.bundle.manifest.vocab_size):
+        right = wanted.rows(start, stop)
+        scale.add(right)
+        differences.add(stock.rows(start, stop), right)
+    name = f"reference and stock model, first {count}"
+    return differences.relative_to(scale, name, FLOAT32_TOLERANCE)

@@ -34,6 +34,11 @@ def perplexity_cost(unquantized: Any, quantized: Any, tokens: NDArray[np.int64])
     """Compare the logits (T, V) of two models on one text's tokens (T,)."""
     before = negative_log_likelihood(unquantized[:-1], tokens[1:], np.float64)
     after = negative_log_likelihood(quantized[:-1], tokens[1:], np.float64)
+    return cost_of(before, after)
+
+
+def cost_of(before: NDArray[np.float64], after: NDArray[np.float64]) -> PerplexityCost:
+    """Compare two models by the nats (T,) that the same tokens cost them."""
     difference = after - before
     ratio = float(np.exp(difference.mean()))
     return PerplexityCost(

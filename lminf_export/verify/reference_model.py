@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +13,24 @@ import torch
 from numpy.typing import NDArray
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.checkpoint.opening import Checkpoint, load_model, open_checkpoint
-from lminf_export.checkpoint.source import open_source
+from lminf_export.checkpoint.opening import Checkpoint, load_model
+from lminf_export.checkpoint.streamed import StreamedModel
 from lminf_export.errors import BundleError
-from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family
+from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, use_step
 from lminf_export.models.expert_facts import Groups, expert_groups
 from lminf_export.models.history import HistoryStep
 from lminf_export.models.rounded_rings import Int8Rings, Rings
-from lminf_export.models.steps import run
 from lminf_export.operator.contract import KEY_BIAS_OP_TYPE
 from lminf_export.progress import Progress
-from lminf_export.verify.bundle_weights import dequantized_folder, quantized_names
+from lminf_export.verify.bundle_weights import quantized_names
 from lminf_export.verify.rounded_activations import rounded_activations
 from lminf_export.verify.routing_check import Routed, experts_of
+
+# Tokens that a layer of the reference computes together.
+WIDTH = 256
+# A model up to this size is loaded whole, by transformers' own reading of its files, to be the
+# stock model.
+_WHOLE_BYTES = 256 * 2**20
 
 
 def bundle_plan(bundle: Bundle, family: Family, original: Checkpoint) -> AttentionPlan:
@@ -61,15 +66,34 @@ def rounding_of(bundle: Bundle) -> Int8Rings | None:
     return Int8Rings(keeps_bias=not kept_out)
 
 
-@contextmanager
-def reference_checkpoint(bundle: Bundle, original: Checkpoint) -> Iterator[Checkpoint]:
-    """Yield the model that defines the right logits: for a quantised bundle, its own weights."""
-    if bundle.manifest.quantization is None:
-        yield original
-        return
-    with dequantized_folder(bundle, original.skeleton) as folder:
-        source = open_source(folder)
-        yield open_checkpoint(source, skeleton=original.skeleton.of(source.config))
+class ReferenceLogits:
+    """The logits of a stream, computed when they are asked for, from hidden states that are kept.
+
+    Args:
+        model: that computed the hidden states.
+        hidden: (T, H).
+        opened: returns the context in which the model runs.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        hidden: torch.Tensor,
+        opened: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._model, self._hidden, self._opened = model, hidden, opened
+
+    def __len__(self) -> int:
+        """T, the number of tokens."""
+        return len(self._hidden)
+
+    def rows(self, start: int, stop: int) -> NDArray[np.floating[Any]]:
+        """Return the logits (n, V) of the tokens start … stop − 1, in float64 or float32."""
+        with self._opened():
+            logits = self._model.logits(self._hidden[start:stop])
+        if logits.dtype not in (torch.float32, torch.float64):
+            logits = logits.to(torch.float32)
+        return logits.numpy()
 
 
 @dataclass(frozen=True)
@@ -92,51 +116,51 @@ class Reference:
     progress: Progress
     rounded: Rings | None = None
 
-    @torch.no_grad()
     def logits(
         self,
         dtype: torch.dtype,
         routed: Routed | None = None,
         count: int | None = None,
         rounding: Bundle | None = None,
-    ) -> Any:
-        """Logits (T, V) in float64 of the stream, or its first tokens, at a given precision.
+    ) -> ReferenceLogits:
+        """Run the stream, or its first tokens, through the layers at a given precision.
 
         With a bundle given that lets onnxruntime round activations, so are they here.
         """
+        model = StreamedModel.of(self.checkpoint, dtype, ATTENTION_NAME)
+        tokens = torch.from_numpy(self.tokens[:count])
         name = f"reference in {str(dtype).removeprefix('torch.')}"
-        self.progress(name, None)
-        tokens = self.tokens[:count]
-        model = load_model(self.checkpoint, dtype, ATTENTION_NAME)
-        rounded: AbstractContextManager[None] = nullcontext()
-        if rounding is not None and rounding.manifest.quantization is not None:
-            block_size = rounding.manifest.quantization.block_size
-            rounded = rounded_activations(model, quantized_names(rounding), block_size)
-        step = HistoryStep(self.plan, rounded=self.rounded)
-        width = min(256, len(tokens))
-        logits = []
-        with self.family.patched(model), rounded:
-            for start in range(0, len(tokens), width):
-                piece = torch.from_numpy(tokens[None, start : start + width])
-                step.begin(torch.tensor([piece.shape[1]]))
-                rows = torch.arange(piece.shape[1])[None]
-                if routed is not None:
-                    routed.begin(start)
-                with routed or nullcontext():
-                    logits.append(run(model, piece, step, rows)[0].to(torch.float64))
-                self.progress(name, start / len(tokens))
-        return torch.cat(logits).numpy()
+        walk = _StreamWalk(
+            HistoryStep(self.plan, rounded=self.rounded), routed, len(tokens), self.progress, name
+        )
 
-    @torch.no_grad()
-    def stock_logits(self, count: int, routed: Routed | None) -> Any:
-        """Logits (T, V) float32 of the unmodified model for the first tokens."""
-        self.progress("stock model", None)
-        model = load_model(self.checkpoint, torch.float32, None)
-        tokens = torch.from_numpy(self.tokens[None, :count])
+        quantization = None if rounding is None else rounding.manifest.quantization
+        names: frozenset[str] = frozenset()
+        if rounding is not None and quantization is not None:
+            names = quantized_names(rounding)
+
+        @contextmanager
+        def opened() -> Iterator[None]:
+            block_size = 1 if quantization is None else quantization.block_size
+            rounded = rounded_activations(model.model, names, block_size)
+            with self.family.patched(model.model), rounded:
+                yield
+
         if routed is not None:
-            routed.begin(0)
+            routed.begin()
+        with opened(), use_step(walk.step), routed or nullcontext():
+            hidden = model.hidden_states(tokens, walk)
+        return ReferenceLogits(model, hidden, opened)
+
+    def stock_logits(self, count: int, routed: Routed | None) -> ReferenceLogits:
+        """Run the first tokens through the unmodified model, in float32."""
+        self.progress("stock model", None)
+        model = stock_model(self.checkpoint)
+        if routed is not None:
+            routed.begin()
         with routed or nullcontext():
-            return model(tokens, use_cache=False).logits[0].numpy()
+            hidden = model.hidden_states(torch.from_numpy(self.tokens[:count]))
+        return ReferenceLogits(model, hidden)
 
     def routed(self, chosen: list[torch.Tensor] | None) -> Routed:
         """Return a mode in which the model's tokens meet the given experts."""
@@ -152,3 +176,48 @@ class Reference:
         """Return a mode that keeps the model's own choice of experts, if it has any."""
         sizes = experts_of(self.checkpoint.skeleton.model)
         return Routed(*sizes) if sizes else None
+
+
+@dataclass
+class _StreamWalk:
+    """Leads a stream through the layers of a reference: see `checkpoint.streamed.Walk`.
+
+    Attributes:
+        step: answers attention.
+        routed: the choice of experts, if there is any.
+        num_tokens: T.
+        progress: told of every block of tokens in every layer.
+        name: of the phase.
+    """
+
+    step: HistoryStep
+    routed: Routed | None
+    num_tokens: int
+    progress: Progress
+    name: str
+    width: int = WIDTH
+    layer: int = -1
+
+    def begin_layer(self) -> None:
+        self.layer += 1
+        self.step.restart()
+        if self.routed is not None:
+            self.routed.begin_layer()
+
+    def begin_block(self, start: int, count: int) -> None:
+        self.step.begin(torch.tensor([count]))
+        if self.routed is not None:
+            self.routed.begin_block(start)
+        done = self.layer + start / self.num_tokens
+        self.progress(self.name, done / len(self.step.plan.layers))
+
+    def end_layer(self) -> None:
+        self.step.restart()
+
+
+def stock_model(checkpoint: Checkpoint) -> StreamedModel:
+    """Return the unmodified model of transformers in float32, read by itself if it is small."""
+    size = sum(tensor.numel() for tensor in checkpoint.skeleton.model.parameters())
+    if checkpoint.is_plain and size * torch.float32.itemsize <= _WHOLE_BYTES:
+        return StreamedModel(load_model(checkpoint, torch.float32, None))
+    return StreamedModel.of(checkpoint, torch.float32)

@@ -18,6 +18,7 @@ class ValidationReport:
         bundle: the bundle's folder name.
         dtype: its element type.
         window_size: W.
+        tested_window: the largest window of a layer in the test, which may be smaller.
         reference_dtype: element type of the reference.
         comparisons: one for each way of running.
         differing_weights: tensors that are not the original model's, converted; None where no
@@ -44,6 +45,8 @@ class ValidationReport:
     kv_cache_dtype: str | None = None
     perplexity_cost: PerplexityCost | None = None
     routing: tuple[RoutingReport, ...] = ()
+    tested_window: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -72,6 +72,10 @@ class RoutingWatch:
         self._steps: list[Mapping[str, NDArray[np.int64]]] = []
         self.session = session.watch(self._names, self._steps.append)
 
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._steps.clear()
+
     def take(self, num_tokens: int) -> list[Tensor]:
         """Return for each layer with experts those of the T tokens (T, k) read since the last call.
 
@@ -79,7 +83,7 @@ class RoutingWatch:
             num_tokens: T.
         """
         layers = [np.concatenate([step[name] for step in self._steps]) for name in self._names]
-        self._steps.clear()
+        self.clear()
         return [torch.from_numpy(layer.reshape(num_tokens, -1)) for layer in layers]
 
 
@@ -93,10 +97,10 @@ class Routed(TorchFunctionMode):
     Attributes:
         num_experts: E.
         chosen: for each layer (T, k) int64, or None.
-        start: first token of the present forward pass.
-        scores: for each layer and pass (tokens, E), float64; of routers that take groups first,
+        start: first token of the present block.
+        scores: for each layer and block (tokens, E), float64; of routers that take groups first,
             before that.
-        taken: for each layer and pass (tokens, k), the experts taken.
+        taken: for each layer and block (tokens, k), the experts taken.
     """
 
     num_experts: int
@@ -110,11 +114,19 @@ class Routed(TorchFunctionMode):
         super().__init__()
         self._picked: list[Tensor] = []
         self._ungrouped: Tensor | None = None
-        self._layer = 0
+        self._layer = self._before = 0
 
-    def begin(self, start: int) -> None:
-        """Prepare for a forward pass whose first token has the position `start`."""
-        self.start, self._layer, self._picked = start, 0, []
+    def begin(self) -> None:
+        """Prepare for a forward pass of all tokens, layer by layer."""
+        self.start, self._layer, self._before, self._picked = 0, 0, 0, []
+
+    def begin_layer(self) -> None:
+        """Prepare for the first block of tokens of the next layer."""
+        self._before = self._layer
+
+    def begin_block(self, start: int) -> None:
+        """Prepare for a block of the layer's tokens whose first has the position `start`."""
+        self.start, self._layer, self._picked = start, self._before, []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

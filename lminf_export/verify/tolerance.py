@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -11,8 +10,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.models.rounded_rings import Int8Rings
 from lminf_export.operator.reference_int8 import INT8_LIMIT
 from lminf_export.tensors.torch_dtypes import torch_dtype
-from lminf_export.verify.comparison import compare
-from lminf_export.verify.reference_model import Reference
+from lminf_export.verify.reference_model import Reference, ReferenceLogits
 from lminf_export.verify.routing_check import Routed
 
 # In float32: rounding of a few thousand terms, relative to the logits' range.
@@ -43,10 +41,20 @@ class Precision:
         dtype = self.bundle.manifest.dtype
         return None if dtype == "float32" and self.rounding is None else torch_dtype(dtype)
 
+    def yardstick_dtypes(self, dtype: torch.dtype) -> list[torch.dtype]:
+        """Return the element type of the yardstick; none where there is no yardstick.
+
+        Args:
+            dtype: in which the reference computes.
+        """
+        if self.low_dtype is not None:
+            return [self.low_dtype]
+        return [dtype] if self.bundle.manifest.contract.int8_cache else []
+
     def yardstick(
         self, reference: Reference, dtype: torch.dtype, routed: Routed | None = None
-    ) -> Any | None:
-        """Return logits (T, V) of a correct computation with the bundle's rounding errors.
+    ) -> ReferenceLogits | None:
+        """Return logits of a correct computation with the bundle's rounding errors.
 
         In a lower precision, the reference in that precision. With rings of int8 alone, the
         reference with every value that float32 errors could push over a rounding tie rounded the
@@ -65,15 +73,14 @@ class Precision:
         other_side = replace(reference.rounded, tie_margin=INT8_LIMIT * FLOAT32_TOLERANCE)
         return replace(reference, rounded=other_side).logits(dtype, routed)
 
-    def tolerance(self, yardstick: Any | None, wanted: Any) -> float:
+    def tolerance(self, error: float | None) -> float:
         """Return the largest error that passes.
 
         Args:
-            yardstick: as returned by `yardstick`.
-            wanted: the reference's logits (T, V).
+            error: the largest one of the yardstick, relative to the reference's range; None where
+                there is no yardstick.
         """
-        if yardstick is None:
+        if error is None:
             return FLOAT32_TOLERANCE
-        error = compare("", yardstick, wanted, 0).max_error
         exact = self.low_dtype is None
         return FLOAT32_TOLERANCE + error if exact else LOW_PRECISION_FACTOR * error

@@ -3,6 +3,9 @@
 The reference is the model's own code with `reference.attend_by_distance` for its attention, in
 float64, with the weights read back from the bundle (or from the original model). It has no
 ring, no digits and no ONNX: an agreement is an agreement of two different computations.
+
+Neither all weights of the reference nor all logits are ever in memory together: the stream passes
+the reference layer by layer, and logits are compared a block of tokens at a time.
 """
 
 from __future__ import annotations
@@ -10,39 +13,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import torch
 
-from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.opening import Checkpoint, open_checkpoint
 from lminf_export.checkpoint.source import open_source
-from lminf_export.errors import InputError, ModelError
+from lminf_export.errors import InputError
 from lminf_export.models.registry import find_family
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
+from lminf_export.runtime.mapped_weights import few_resident_pages
+from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
 from lminf_export.runtime.options import Provider
+from lminf_export.verify.bundle_weights import reference_checkpoint
+from lminf_export.verify.estimate import estimate
 from lminf_export.verify.logits_comparison import (
-    BundleRun,
+    Stream,
     compare_dense,
     compare_routed,
     compare_with_stock,
+    losses_of,
     routing_watch,
 )
-from lminf_export.verify.perplexity_cost import perplexity_cost
-from lminf_export.verify.reference_model import (
-    Reference,
-    bundle_plan,
-    reference_checkpoint,
-    rounding_of,
-)
+from lminf_export.verify.options import DEFAULT_MAX_HOURS
+from lminf_export.verify.perplexity_cost import cost_of
+from lminf_export.verify.reference_model import Reference, bundle_plan, rounding_of
 from lminf_export.verify.report import ValidationReport
-from lminf_export.verify.routing_check import RoutingReport
 from lminf_export.verify.same_model import check_same_model, check_weights_fit
-from lminf_export.verify.stream import make_stream
+from lminf_export.verify.small_window import SmallWindow, largest_window, tested_window, with_window
+from lminf_export.verify.stream import make_stream, notes_on
+from lminf_export.verify.tolerance import Precision
 from lminf_export.verify.weights_comparison import differing_weights
+
+REFERENCE_DTYPE = torch.float64
 
 
 def validate(
@@ -51,11 +56,13 @@ def validate(
     model: str | None = None,
     lora: str | Path | None = None,
     allow_pickle: bool = False,
+    window: int | None = None,
     num_tokens: int | None = None,
     token_ids: Sequence[int] | None = None,
     seed: int = 0,
     provider: Provider = "cpu",
     kernels: str | Path = AUTO,
+    max_hours: float = DEFAULT_MAX_HOURS,
     progress: Progress = silent,
 ) -> ValidationReport:
     """Run a bundle token by token and in uneven chunks, and compare every logit.
@@ -68,68 +75,94 @@ def validate(
             is what the graph must compute; the original model tells what quantisation costs.
         lora: the adapter that was merged into the bundle, to merge into `model` too.
         allow_pickle: read `.bin` weights of the model and the adapter.
-        num_tokens: length of the stream; at least, and by default just over, 4 windows.
+        window: largest window of a layer in the test, at most the bundle's own: a smaller one
+            wraps the rings within fewer tokens. By default the bundle's own up to 512 tokens,
+            a smaller one where that would take long.
+        num_tokens: length of the stream; by default just over 4 windows.
         token_ids: the stream itself, a text's tokens; random tokens by default.
         seed: of the random tokens.
         provider: onnxruntime's provider, "cpu" or "cuda".
         kernels: what computes attention in onnxruntime: see `load`.
+        max_hours: a validation that is expected to take longer is refused.
         progress: told what is going on.
 
     Raises:
         BundleError: the bundle is damaged.
-        InputError: fewer tokens than 4 windows, or an adapter without a model or the reverse.
-        ModelError: the reference cannot be built, or needs more memory than there is.
+        InputError: a window or a stream that cannot be tested, more memory or time than there is,
+            or an adapter without a model or the reverse.
+        ModelError: the reference cannot be built.
     """
     progress("checking files", None)
     opened = Bundle.open(bundle, verify="full")
     _check_adapter(opened, model, lora)
-    tokens = make_stream(opened.manifest, num_tokens, token_ids, seed)
-    language_model = load(bundle, provider=provider, kernels=kernels)
-    family = find_family(opened.manifest.model_type)
+    small = with_window(opened, tested_window(bundle, opened, window))
+    manifest = small.bundle.manifest
+    tokens = make_stream(manifest, num_tokens, token_ids, seed)
+    language_model = _load(bundle, small, provider, kernels)
+    family = find_family(manifest.model_type)
     source = open_source(model if model is not None else opened.path, allow_pickle=allow_pickle)
     if model is not None:
         check_same_model(opened, source)
     original = open_checkpoint(source, lora, allow_pickle=allow_pickle)
-    plan = bundle_plan(opened, family, original)
+    plan = small.plan(bundle_plan(opened, family, original))
     differing = None
     if model is not None:
         check_weights_fit(original)
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
-    dtype = _reference_dtype(original)
     watch = routing_watch(language_model, original)
     if watch is not None:
-        language_model = LanguageModel(opened, watch.session)
-    run = BundleRun(language_model, tokens, progress)
-    routing: list[RoutingReport] = []
-    with reference_checkpoint(opened, original) as checkpoint:
-        reference = Reference(checkpoint, family, plan, tokens, progress, rounding_of(opened))
+        language_model = LanguageModel(small.bundle, watch.session)
+    quantization = manifest.quantization
+    measurable = model is not None if quantization is not None else manifest.contract.int8_cache
+    with_cost = measurable and token_ids is not None
+    checkpoint = reference_checkpoint(opened, original)
+    dtypes = [REFERENCE_DTYPE, *Precision(small.bundle).yardstick_dtypes(REFERENCE_DTYPE)]
+    dtypes += [torch.float32] if with_cost else []
+    progress("estimating time and memory", None)
+    expected = estimate(language_model, checkpoint, len(tokens), dtypes, routed=watch is not None)
+    expected.require_room(max_hours)
+    progress(expected.description, None)
+    if watch is not None:
+        watch.clear()
+    stream = Stream(language_model, tokens, progress)
+    reference = Reference(checkpoint, family, plan, tokens, progress, rounding_of(opened))
+    with few_resident_pages(opened):
         if watch is None:
-            comparisons, logits = compare_dense(run, reference, dtype)
+            found = compare_dense(stream, reference, REFERENCE_DTYPE)
         else:
-            comparisons, logits, routing = compare_routed(run, reference, dtype, watch)
-        comparisons.append(compare_with_stock(reference, dtype, opened))
-    cost, quantization = None, opened.manifest.quantization
-    measurable = (
-        model is not None if quantization is not None else opened.manifest.contract.int8_cache
-    )
-    if measurable and token_ids is not None:
-        progress("unquantised model", None)
-        full = Reference(original, family, plan, tokens, progress).logits(torch.float32)
-        cost = perplexity_cost(full, logits, tokens)
+            found = compare_routed(stream, reference, REFERENCE_DTYPE, watch)
+        stock = compare_with_stock(reference, REFERENCE_DTYPE, small, found.wanted)
+        cost = None
+        if with_cost:
+            full = Reference(original, family, plan, tokens, progress).logits(torch.float32)
+            cost = cost_of(losses_of(full, stream), found.losses)
     return ValidationReport(
         bundle=opened.path.resolve().name,
-        dtype=opened.manifest.dtype,
+        dtype=manifest.dtype,
         window_size=opened.manifest.settings.window_size,
-        reference_dtype=str(dtype).removeprefix("torch."),
-        comparisons=tuple(comparisons),
+        reference_dtype=str(REFERENCE_DTYPE).removeprefix("torch."),
+        comparisons=(*found.comparisons, stock),
         differing_weights=differing,
         compared_with=None if model is None else _named(original),
         quantization=quantization.description if quantization is not None else None,
-        kv_cache_dtype=opened.manifest.kv_cache_dtype,
+        kv_cache_dtype=manifest.kv_cache_dtype,
         perplexity_cost=cost,
-        routing=tuple(routing),
+        routing=tuple(found.routing),
+        tested_window=largest_window(manifest),
+        notes=notes_on(manifest, largest_window(opened.manifest), len(tokens)),
     )
+
+
+def _load(
+    path: str | Path, small: SmallWindow, provider: Provider, kernels: str | Path
+) -> LanguageModel:
+    if small.graph is None:
+        return load(path, provider=provider, kernels=kernels)
+    session = OnnxRuntimeSession(
+        small.bundle, provider=provider, kernels=kernels, graph=small.graph
+    )
+    return LanguageModel(small.bundle, session)
 
 
 def _check_adapter(bundle: Bundle, model: str | None, lora: str | Path | None) -> None:
@@ -150,17 +183,3 @@ def _check_adapter(bundle: Bundle, model: str | None, lora: str | Path | None) -
 def _named(checkpoint: Checkpoint) -> str:
     name = checkpoint.source.name
     return f"{name} with adapter {checkpoint.adapter}" if checkpoint.adapter else name
-
-
-def _reference_dtype(original: Checkpoint) -> torch.dtype:
-    """float64 where it fits into memory, else float32."""
-    parameters = sum(tensor.numel() for tensor in original.skeleton.model.parameters())
-    available = psutil.virtual_memory().available
-    for dtype in (torch.float64, torch.float32):
-        needed = parameters * dtype.itemsize * 1.3
-        if needed < available:
-            return dtype
-    raise ModelError(
-        f"the float32 reference of {original.source.name!r} needs {human_bytes(needed)} of memory, "
-        f"{human_bytes(available)} is available; validate on a larger machine"
-    )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lminf_export.models.internals import replaced
+from lminf_export.models.layer_stack import layer_lists
 from lminf_export.operator import bindings
 
 Signature = tuple[Any, ...]
@@ -69,15 +70,10 @@ def find_stack(model: nn.Module, num_layers: int) -> str:
     Raises:
         UnlikeLayersError: there is no such list, or more than one.
     """
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
-    if len(outermost) != 1:
-        raise UnlikeLayersError(f"{len(outermost)} lists of {num_layers} modules in the model")
-    return outermost[0]
+    found = layer_lists(model, num_layers)
+    if len(found) != 1:
+        raise UnlikeLayersError(f"{len(found)} lists of {num_layers} modules in the model")
+    return found[0]
 
 
 @contextmanager
