@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import lminf_export
 from lminf_export.bundle.files import file_sha256
 from lminf_export.bundle.manifest import content_sha256
-from lminf_export.errors import InputError, SessionError
+from lminf_export.errors import BundleError, InputError, SessionError
 from lminf_export.runtime import onnxruntime as runtime_onnxruntime
 from lminf_export.runtime.cache import grown_capacity
 from lminf_export.runtime.language_model import LanguageModel
@@ -440,8 +440,10 @@ def test_messages_and_names_that_are_not_utf8_are_one_line(tmp_path, capfd, old,
 def test_a_path_that_is_not_utf8_is_one_line(tmp_path):
     path = TINY.write(tmp_path / "b").path
     odd = path.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    with pytest.raises(SessionError, match="opens paths in UTF-8 only"):
+    with pytest.raises(BundleError, match="is not UTF-8, which safetensors and onnxruntime need"):
         load(odd)
+    with pytest.raises(BundleError, match="is not UTF-8"):
+        load("a \ud800 surrogate")
 
 
 def test_a_plan_that_is_not_the_bundles_is_refused(tmp_path):

@@ -33,11 +33,12 @@ def require_utf8(path: Path, error: type[LminfError]) -> None:
     Raises:
         LminfError: of the given type, if they are not.
     """
-    place = os.fsencode(path.absolute())
     try:
-        place.decode("utf-8")
-    except UnicodeDecodeError:
-        shown = place.decode("utf-8", "backslashreplace")
+        os.fsencode(path.absolute()).decode("utf-8")
+    except UnicodeError as problem:
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        if isinstance(problem, UnicodeDecodeError):
+            shown = bytes(problem.object).decode("utf-8", "backslashreplace")
         raise error(
             f"the path {shown} is not UTF-8, which safetensors and onnxruntime need; rename it"
         ) from None

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from lminf_export.bundle.files import require_utf8
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError, shortened
@@ -191,7 +192,7 @@ def _session_options(
     # What goes wrong arrives as an exception; the log would only repeat it on stderr.
     options.log_severity_level = _LOG_FATAL
     if kernels is not None:
-        _require_utf8(kernels.path)
+        require_utf8(kernels.path, SessionError)
         with _as_session_error(f"onnxruntime does not take the kernels of {kernels.path}"):
             options.register_custom_ops_library(str(kernels.path))
         # The library brings an allocator, too: packed weights stand on huge pages.
@@ -202,7 +203,7 @@ def _session_options(
 def _open_session(
     path: Path, provider: str, options: ort.SessionOptions, graph: bytes | None
 ) -> ort.InferenceSession:
-    _require_utf8(path)
+    require_utf8(path, SessionError)
     with _as_session_error(f"onnxruntime cannot load {path}"):
         return ort.InferenceSession(
             str(path) if graph is None else graph,
@@ -210,15 +211,6 @@ def _open_session(
             providers=[_PROVIDER_NAMES[provider]],
             enable_fallback=0,  # a second try would print, and fail in the same way
         )
-
-
-def _require_utf8(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise SessionError(
-            f"onnxruntime opens paths in UTF-8 only, and {path} is none; rename or move it"
-        ) from None
 
 
 def _weights_of_bytes(bundle: Bundle, options: ort.SessionOptions) -> list[np.ndarray]:
