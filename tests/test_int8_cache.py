@@ -56,14 +56,11 @@ def test_rounding_stays_finite_at_the_ends_of_float32(x):
         assert q.tolist() == [[127, -127]]
 
 
-def test_rounding_errs_by_half_a_step_and_the_other_side_by_little_more():
+def test_rounding_errs_by_half_a_step():
     x = torch.randn(5, 3, 977, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     _, scale = quantize(x)
     error = ((round_to_int8(x) - x) / scale).abs()
-    other = ((round_to_int8(x, tie_margin=0.01) - x) / scale).abs()
-    assert error.max() <= 0.5
-    assert 0.5 < other.max() <= 0.51
-    assert (error != other).double().mean() == pytest.approx(0.02, abs=0.01)
+    assert 0.49 < error.max() <= 0.5
 
 
 @pytest.mark.parametrize("name", CASES)

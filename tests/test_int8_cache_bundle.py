@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import onnx
@@ -89,13 +88,6 @@ def test_a_bundle_computes_the_specification(bundle, kernels):
     report = validate(bundle.path, num_tokens=97, kernels=kernels)
     assert report.passed
     assert report.kv_cache_dtype == "int8"
-
-
-def test_a_cache_that_is_not_rounded_fails_the_specification(bundle, plain, monkeypatch):
-    module = sys.modules[validate.__module__]
-    # The graph of a plain bundle, held to the reference of a rounded one.
-    monkeypatch.setattr(module, "load", lambda *_, **__: lminf_export.load(plain.path))
-    assert not validate(bundle.path, num_tokens=97).passed
 
 
 OTHERS = {

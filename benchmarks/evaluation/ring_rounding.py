@@ -69,7 +69,9 @@ class Blocks:
     size: int
     keeps_bias: bool = True
 
-    def of_layer(self, layer: int, heads: slice, position: Tensor) -> tuple[Rounding, Rounding]:
+    def of_layer(
+        self, layer: int, heads: slice, position: Tensor, bias: Tensor | None
+    ) -> tuple[Rounding, Rounding]:
         rounding = partial(round_in_blocks, size=self.size)
         return rounding, rounding
 
@@ -90,7 +92,9 @@ class ScaledDimensions:
     sizes: dict[int, Tensor]
     keeps_bias: bool = True
 
-    def of_layer(self, layer: int, heads: slice, position: Tensor) -> tuple[Rounding, Rounding]:
+    def of_layer(
+        self, layer: int, heads: slice, position: Tensor, bias: Tensor | None
+    ) -> tuple[Rounding, Rounding]:
         size = self.sizes[layer][None, heads, None]
         return lambda x: round_to_int8(x / size) * size, round_to_int8
 

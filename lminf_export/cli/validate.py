@@ -182,10 +182,31 @@ def _print_table(report: ValidationReport) -> None:
         )
     if report.routing:
         click.echo("experts: logits are compared under the bundle's choices")
+    _print_rings(report)
     for note in report.notes:
         click.echo(f"note: {note}")
     if report.quantization is not None or report.kv_cache_dtype is not None:
         _print_cost(report)
+
+
+def _print_rings(report: ValidationReport) -> None:
+    for row, rings in zip(report.comparisons, report.rings, strict=False):
+        click.echo(
+            f"int8 rings, {row.name}: values are up to {rings.largest_gap:.1e} steps off what the "
+            f"reference rounds to (a near-tie is up to {rings.allowed_gap:.1e}): "
+            f"{'ok' if rings.passed else 'FAILED'}"
+        )
+    if report.ring_cost is None:
+        return
+    cost = report.ring_cost
+    found = "ok" if cost.passed else "FAILED: leave out --kv-cache-dtype int8 for this model"
+    if cost.passed and cost.is_notable:
+        found = "ok, but much; --text measures what it costs in perplexity"
+    click.echo("int8 rings: logits are compared over the bundle's values")
+    click.echo(
+        f"rounding the int8 rings moves a logit by {cost.mean_error:.1e} of the range in the mean "
+        f"(up to {cost.limit:.0e} passes) and by {cost.max_error:.1e} at most: {found}"
+    )
 
 
 def _print_cost(report: ValidationReport) -> None:

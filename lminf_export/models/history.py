@@ -73,10 +73,10 @@ class HistoryStep:
         """Return what `reference.attend_by_distance` must know of rings that round."""
         if self.rounded is None:
             return {}
-        key, value = self.rounded.of_layer(call.layer, heads, position)
         out = self.plan.keeps_bias_out(call.layer) and not self.rounded.keeps_bias
         bias = call.key_bias() if out else None
         own = None if bias is None else bias[heads]
+        key, value = self.rounded.of_layer(call.layer, heads, position, own)
         return {"rounded": key, "rounded_value": value, "key_bias": own}
 
     def _attended(self, call: AttentionCall, query_position: Tensor, position: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -20,13 +19,16 @@ class Rings(Protocol):
         """Whether the bias of keys is rounded with them instead of kept out."""
         ...
 
-    def of_layer(self, layer: int, heads: slice, position: Tensor) -> tuple[Rounding, Rounding]:
+    def of_layer(
+        self, layer: int, heads: slice, position: Tensor, bias: Tensor | None
+    ) -> tuple[Rounding, Rounding]:
         """Return what becomes of rotated keys, and of values, (B, G, M, D).
 
         Args:
             layer: its index.
             heads: which of its key/value heads come.
             position: (B, M) int64, of their tokens.
+            bias: (G, D) of those heads that is kept out of the keys, or None.
         """
         ...
 
@@ -37,13 +39,12 @@ class Int8Rings:
 
     Attributes:
         keeps_bias: the bias of keys is rounded with them.
-        tie_margin: see `reference_int8.round_to_int8`.
     """
 
     keeps_bias: bool = False
-    tie_margin: float = 0.0
 
-    def of_layer(self, layer: int, heads: slice, position: Tensor) -> tuple[Rounding, Rounding]:
+    def of_layer(
+        self, layer: int, heads: slice, position: Tensor, bias: Tensor | None
+    ) -> tuple[Rounding, Rounding]:
         """See `Rings`."""
-        rounding = partial(round_to_int8, tie_margin=self.tie_margin)
-        return rounding, rounding
+        return round_to_int8, round_to_int8

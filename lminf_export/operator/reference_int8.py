@@ -44,20 +44,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return steps.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8), scale
 
 
-def round_to_int8(x: Tensor, *, tie_margin: float = 0.0) -> Tensor:
-    """Return what remains of rows (…, D) in an int8 ring, in float32 or float64.
-
-    Args:
-        x: (…, D).
-        tie_margin: what lies nearer to a tie than this, in steps of the scale, is rounded to the
-            other side: as right for a computation that errs so much.
-    """
-    q, scale = quantize(x)
-    if tie_margin:
-        beyond = x.to(scale.dtype) / scale.masked_fill(scale == 0, 1.0) - q
-        near = (beyond.abs() > 0.5 - tie_margin) & (q.abs() < INT8_LIMIT)
-        q = torch.where(near, q + beyond.sign().to(torch.int8), q)
-    return dequantize(q, scale)
+def round_to_int8(x: Tensor) -> Tensor:
+    """Return what remains of rows (…, D) in an int8 ring, in float32 or float64."""
+    return dequantize(*quantize(x))
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:

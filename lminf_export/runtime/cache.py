@@ -102,6 +102,19 @@ class State:
             }
         )
 
+    def ring_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return copies of rows that the rings still hold.
+
+        Args:
+            name: the graph's input, of a ring or its scales.
+            start: position of the first token.
+            stop: behind that of the last.
+
+        Returns:
+            (B, G, stop − start, row).
+        """
+        raise NotImplementedError
+
     def _move_to(self, past_length: np.ndarray) -> None:
         self._past_length[...] = past_length
         self._furthest = max(self._past_length.tolist())

@@ -75,6 +75,12 @@ class OnnxRuntimeState(State):
         self._latest = call
         return call.logits
 
+    def ring_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """See `State.ring_rows`."""
+        cache = next(cache for cache in self._caches if cache.past == name)
+        content = cache.array if not self._on_device else cache.read()
+        return content[:, :, np.arange(start, stop) % content.shape[2]]
+
     def watched_values(self) -> dict[str, np.ndarray]:
         """Return copies of the watched outputs of the latest step, by name."""
         if not self._watched or self._latest is None:

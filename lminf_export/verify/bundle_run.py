@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lminf_export.runtime.cache import State
 from lminf_export.runtime.language_model import LanguageModel
 
 
@@ -37,10 +38,19 @@ class BundleRun:
             count -= len(piece)
             yield piece
 
-    def skip(self) -> None:
-        """Read the whole stream without its logits."""
+    def skip(self, seen: Callable[[State, int, int], None] = lambda *_: None) -> None:
+        """Read the whole stream without its logits.
+
+        Args:
+            seen: called after every step with the state and the step's first and last token + 1.
+        """
         while self._start < len(self._tokens):
-            self._model.forward(self._next(), self._state, logits="none")
+            start, piece = self._start, self._next()
+            while piece.shape[1]:
+                count = min(piece.shape[1], self._model.session.step_limit(self._state))
+                self._model.forward(piece[:, :count], self._state, logits="none")
+                seen(self._state, start, start + count)
+                start, piece = start + count, piece[:, count:]
 
     def _read(self) -> NDArray[np.float32]:
         logits = self._model.forward(self._next(), self._state)

@@ -116,7 +116,7 @@ def estimate(
     num_tokens: int,
     dtypes: list[torch.dtype],
     *,
-    routed: bool,
+    apart: bool,
 ) -> Estimate:
     """Estimate a validation from a few measurements on this machine.
 
@@ -125,11 +125,12 @@ def estimate(
         checkpoint: the reference's.
         num_tokens: T.
         dtypes: of each pass through the reference; the first is the reference itself.
-        routed: logits are compared under the bundle's routing, each way by itself.
+        apart: each way of running has a reference of its own: under the bundle's routing, over
+            its int8 rings.
     """
     sizes = Sizes.of(checkpoint)
     return Estimate(
-        _seconds(model, sizes, num_tokens, dtypes, routed=routed),
+        _seconds(model, sizes, num_tokens, dtypes, apart=apart),
         _bytes(model, sizes, num_tokens, dtypes),
     )
 
@@ -145,7 +146,13 @@ def _bytes(model: LanguageModel, sizes: Sizes, num_tokens: int, dtypes: list[tor
     pieces = 2 * largest_piece * sizes.vocab * np.dtype(np.float32).itemsize * len(WAYS)
     comparing = rows * sizes.vocab * widest * 2 + pieces
     states = model.bundle.manifest.cache_bytes_per_sequence * len(WAYS)
-    return int(kept + states + max(passing, comparing) + _MARGIN)
+    contract = model.bundle.manifest.contract
+    recorded = sum(
+        contract.layer_bytes(layer, num_tokens, 0)
+        for layer in contract.layers
+        if contract.int8_cache
+    )
+    return int(kept + states + recorded + max(passing, comparing) + _MARGIN)
 
 
 def _seconds(
@@ -154,18 +161,18 @@ def _seconds(
     num_tokens: int,
     dtypes: list[torch.dtype],
     *,
-    routed: bool,
+    apart: bool,
 ) -> float:
     one, many, count = _bundle_seconds(model)
     runs = num_tokens * (one + many / count)
-    seconds = runs * (2 if routed else 1)
+    seconds = runs * (2 if apart else 1)
     blocks = max(1.0, num_tokens * sizes.vocab / BLOCK_ELEMENTS)
     head = sizes.vocab * sizes.hidden
     for dtype in dtypes:
         product, copying = _product_seconds(dtype), _copy_seconds(dtype)
         passing = sizes.layers * (2 * num_tokens * product + copying)
         logits = head * (2 * num_tokens * product + blocks * copying)
-        seconds += (passing + logits) * (len(WAYS) if routed else 1)
+        seconds += (passing + logits) * (len(WAYS) if apart else 1)
     return seconds
 
 

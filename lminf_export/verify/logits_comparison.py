@@ -1,6 +1,7 @@
 """Compares the logits of a bundle, run in several ways, with the reference's, block by block.
 
-A mixture of experts is compared under the bundle's own choice of experts. The reference itself is
+A mixture of experts is compared under the bundle's own choice of experts, rings of int8 over what
+the bundle's own rings held. The reference itself is
 compared with the unmodified model of transformers, inside the window, where both must agree.
 """
 
@@ -26,6 +27,7 @@ from lminf_export.verify.comparison import (
     token_blocks,
 )
 from lminf_export.verify.likelihood import negative_log_likelihood
+from lminf_export.verify.recorded_rings import RecordedRings, RingCost, RingReport
 from lminf_export.verify.reference_model import Reference, ReferenceLogits
 from lminf_export.verify.routing_check import (
     RoutingReport,
@@ -73,21 +75,65 @@ class Found:
         comparisons: one for each way of running.
         routing: reports of the choice of experts, one for each way; none without experts.
         losses: (T − 1,) nats that the bundle's last run gives the tokens behind the first.
-        wanted: the reference's logits, without experts.
+        exact: the reference's logits over exact rings, without experts.
+        rings: reports of the content of int8 rings, one for each way; none without.
+        ring_cost: what rounding them costs; None without.
     """
 
     comparisons: list[Comparison] = field(default_factory=list)
     routing: list[RoutingReport] = field(default_factory=list)
     losses: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    wanted: ReferenceLogits | None = None
+    exact: ReferenceLogits | None = None
+    rings: list[RingReport] = field(default_factory=list)
+    ring_cost: RingCost | None = None
 
 
 def compare_dense(stream: Stream, reference: Reference, dtype: torch.dtype) -> Found:
     """Compare the bundle's logits in each of `WAYS`."""
-    wanted = reference.logits(dtype)
-    yardstick = Precision(stream.model.bundle).yardstick(reference, dtype)
-    comparisons, losses = _compare(stream, WAYS, wanted, yardstick)
-    return Found(comparisons, losses=losses, wanted=wanted)
+    precision = Precision(stream.model.bundle)
+    if reference.rounded is None:
+        wanted = reference.logits(dtype)
+        yardstick = precision.yardstick(reference)
+        comparisons, losses = _compare(stream, WAYS, wanted, yardstick)
+        return Found(comparisons, losses=losses, exact=wanted)
+    found = Found()
+    for name, sizes in WAYS:
+        followed, rings = _recorded(stream, reference, sizes)
+        wanted = followed.logits(dtype)
+        yardstick = precision.yardstick(followed)
+        comparisons, found.losses = _compare(stream, [(name, sizes)], wanted, yardstick)
+        found.comparisons += comparisons
+        found.rings += [ring.report(comparisons[0].tolerance) for ring in rings]
+    found.exact = replace(reference, rounded=None).logits(dtype)
+    found.ring_cost = _ring_cost(stream, wanted, found.exact)
+    return found
+
+
+def _recorded(
+    stream: Stream, reference: Reference, sizes: Sequence[int]
+) -> tuple[Reference, list[RecordedRings]]:
+    """Run the bundle once without logits; return a reference over what its int8 rings held.
+
+    A bundle without such rings is run all the same: experts may be watched.
+    """
+    if reference.rounded is None:
+        stream.run(sizes).skip()
+        return reference, []
+    contract = stream.model.bundle.manifest.contract
+    rings = RecordedRings(contract, len(stream.tokens), reference.rounded.keeps_bias)
+    stream.progress("recording int8 rings", None)
+    stream.run(sizes).skip(rings.take)
+    return replace(reference, rounded=rings), [rings]
+
+
+def _ring_cost(stream: Stream, rounded: ReferenceLogits, exact: ReferenceLogits) -> RingCost:
+    scale, differences = LogitRange(), Differences()
+    for start, stop in token_blocks(len(stream.tokens), stream.model.vocab_size):
+        right = exact.rows(start, stop)
+        scale.add(right)
+        differences.add(rounded.rows(start, stop), right)
+    found = differences.relative_to(scale, "", 0.0)
+    return RingCost(found.max_error, found.mean_error)
 
 
 def compare_routed(
@@ -100,22 +146,26 @@ def compare_routed(
     precision, found = Precision(stream.model.bundle), Found()
     for name, sizes in WAYS:
         stream.progress(f"experts {name}", None)
-        stream.run(sizes).skip()
+        followed, rings = _recorded(stream, reference, sizes)
         chosen = watch.take(len(stream.tokens))
         routed = reference.routed(chosen)
-        wanted = reference.logits(dtype, routed)
+        wanted = followed.logits(dtype, routed)
         scores = routed.all_scores()
         if len(scores) != len(chosen):
             return compare_dense(stream, reference, dtype)
         error = FLOAT32_TOLERANCE * max(_range(score) for score in scores)
         low = reference.routed(chosen)
-        yardstick = precision.yardstick(reference, dtype, low)
+        yardstick = precision.yardstick(followed, low)
         if yardstick is not None:
             error = largest_difference(low.all_scores(), scores)
         found.routing.append(compare_routing(scores, chosen, error, reference.groups()))
         comparisons, found.losses = _compare(stream, [(name, sizes)], wanted, yardstick)
         found.comparisons += comparisons
+        found.rings += [ring.report(comparisons[0].tolerance) for ring in rings]
         watch.clear()
+    if reference.rounded is not None:
+        exact = replace(reference, rounded=None).logits(dtype, reference.routed(chosen))
+        found.ring_cost = _ring_cost(stream, wanted, exact)
     return found
 
 
@@ -193,11 +243,11 @@ def compare_with_stock(
         reference: of the bundle. Its caches are exact here, whatever the bundle's are.
         dtype: in which it computes.
         small: the bundle as it is tested.
-        wanted: the reference's logits if they are known; experts are the model's own here.
+        wanted: its logits over exact caches if they are known; experts are the model's own here.
     """
     count = min(small.common_length, STOCK_LIMIT, len(reference.tokens))
     routed = None
-    if wanted is None or reference.rounded is not None:
+    if wanted is None:
         own = reference.own_routing()
         wanted = replace(reference, rounded=None).logits(dtype, own, count)
         routed = reference.routed(own.all_taken()) if own is not None and own.taken else None

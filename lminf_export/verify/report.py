@@ -7,6 +7,7 @@ from typing import Any
 
 from lminf_export.verify.comparison import Comparison
 from lminf_export.verify.perplexity_cost import PerplexityCost
+from lminf_export.verify.recorded_rings import RingCost, RingReport
 from lminf_export.verify.routing_check import RoutingReport
 
 
@@ -32,6 +33,9 @@ class ValidationReport:
             original model.
         routing: for a mixture of experts, the comparison of its choices with the reference's, one
             for each way of running. Logits are compared under the bundle's choices.
+        rings: for int8 rings, the comparison of their content with what the reference rounds to,
+            one for each way of running. Logits are compared over the bundle's content.
+        ring_cost: how far rounding the rings alone moves the logits; None for rings of dtype.
     """
 
     bundle: str
@@ -47,11 +51,14 @@ class ValidationReport:
     routing: tuple[RoutingReport, ...] = ()
     tested_window: int | None = None
     notes: tuple[str, ...] = ()
+    rings: tuple[RingReport, ...] = ()
+    ring_cost: RingCost | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison passed, no weight differs and experts differ by ties only."""
-        ties = all(row.passed for row in self.routing)
+        """Whether all comparisons passed: logits, weights, experts, int8 rings and their cost."""
+        ties = all(row.passed for row in self.routing) and all(row.passed for row in self.rings)
+        ties = ties and (self.ring_cost is None or self.ring_cost.passed)
         return ties and all(x.passed for x in self.comparisons) and not self.differing_weights
 
     def to_dict(self) -> dict[str, Any]:

@@ -117,10 +117,12 @@ def validate(
     measurable = model is not None if quantization is not None else manifest.contract.int8_cache
     with_cost = measurable and token_ids is not None
     checkpoint = reference_checkpoint(opened, original)
-    dtypes = [REFERENCE_DTYPE, *Precision(small.bundle).yardstick_dtypes(REFERENCE_DTYPE)]
+    dtypes = [REFERENCE_DTYPE, *Precision(small.bundle).yardstick_dtypes()]
     dtypes += [torch.float32] if with_cost else []
+    dtypes += [REFERENCE_DTYPE] if manifest.contract.int8_cache else []
     progress("estimating time and memory", None)
-    expected = estimate(language_model, checkpoint, len(tokens), dtypes, routed=watch is not None)
+    apart = watch is not None or manifest.contract.int8_cache
+    expected = estimate(language_model, checkpoint, len(tokens), dtypes, apart=apart)
     expected.require_room(max_hours)
     progress(expected.description, None)
     if watch is not None:
@@ -132,7 +134,7 @@ def validate(
             found = compare_dense(stream, reference, REFERENCE_DTYPE)
         else:
             found = compare_routed(stream, reference, REFERENCE_DTYPE, watch)
-        stock = compare_with_stock(reference, REFERENCE_DTYPE, small, found.wanted)
+        stock = compare_with_stock(reference, REFERENCE_DTYPE, small, found.exact)
         cost = None
         if with_cost:
             full = Reference(original, family, plan, tokens, progress).logits(torch.float32)
@@ -149,6 +151,8 @@ def validate(
         kv_cache_dtype=manifest.kv_cache_dtype,
         perplexity_cost=cost,
         routing=tuple(found.routing),
+        rings=tuple(found.rings),
+        ring_cost=found.ring_cost,
         tested_window=largest_window(manifest),
         notes=notes_on(manifest, largest_window(opened.manifest), len(tokens)),
     )
