@@ -162,6 +162,7 @@ WITHOUT_ROPE = {name: value for name, value in SIZES.items() if name != "rope_pa
 # Types that the configuration alone does not give away, and what is seen instead; those that it
 # does are in test_refusals.py.
 REFUSED = {
+    "beam": ({}, "attention temperature"),
     "biogpt": ({}, "learned absolute positions"),
     "ctrl": ({}, "absolute positions"),
     "doge": ({}, "attention code is unlike that of the tested models"),

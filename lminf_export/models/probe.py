@@ -34,6 +34,10 @@ _UNLIKE = (
     "its attention code is unlike that of the tested models, so how it uses positions is unknown "
     "and text beyond the window could be wrong"
 )
+_TEMPERATURE = (
+    "attention temperature: queries or keys grow with the absolute position, which a graph that "
+    "knows distances only cannot follow"
+)
 # Beyond every trained length: some models scale their queries by how many of those have passed.
 _FAR_OFFSET = 2**24 + _OFFSET
 # float32 through a few layers; a wrong rotation is wrong by orders of magnitude more.
@@ -101,16 +105,15 @@ class ProbedFamily(RotaryFamily):
             moved = self._seen(model, tokens, _OFFSET)
         except IndexError:
             moved = None  # a table of positions has ended
+        if moved is not None and not start.equals(moved) and start.points_as(moved):
+            raise ModelError(_TEMPERATURE)
         if moved is None or not start.equals(moved):
             raise ModelError(
                 "absolute positions: queries and keys change with them even without rotation, as "
                 "by a learned table, so text after the window would be wrong"
             )
         if not start.equals(self._seen(model, tokens, _FAR_OFFSET)):
-            raise ModelError(
-                "attention temperature: queries or keys change with the absolute position far "
-                "from the start, which a graph that knows distances only cannot follow"
-            )
+            raise ModelError(_TEMPERATURE)
 
     def _test_tokens_meet_in_attention(self, model: nn.Module, tokens: Tensor) -> None:
         other = tokens.clone()
@@ -177,7 +180,7 @@ class _Record:
         return call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
 
     def pair(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.calls[layer].query, self.calls[layer].key
+        return _pair_of(self.calls[layer])
 
     def without_first(self) -> _Record:
         """Leave out the first token."""
@@ -186,6 +189,14 @@ class _Record:
             query, key, value = (x[:, :, 1:] for x in (call.query, call.key, call.value))
             calls[layer] = replace(call, query=query, key=key, value=value)
         return _Record(calls, self.logits[:, 1:])
+
+    def points_as(self, other: _Record) -> bool:
+        """Whether all queries and keys have the directions of the other's, at any length."""
+        return all(
+            torch.allclose(_direction(x), _direction(y), rtol=0, atol=_TOLERANCE)
+            for layer, call in self.calls.items()
+            for x, y in zip(_pair_of(call), _pair_of(other.calls[layer]), strict=True)
+        )
 
     def equals(self, other: _Record, tolerance: float = 0.0) -> bool:
         """Whether all queries, keys, values and logits agree; by default bit by bit."""
@@ -216,6 +227,15 @@ def _explained(kind: str) -> Iterator[None]:
             raise
         reason = str(error) if isinstance(error, ModelError) else _UNLIKE
         raise refusal(kind, [reason]) from error
+
+
+def _pair_of(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Return the query and the key of a call."""
+    return call.query, call.key
+
+
+def _direction(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
 def _size(x: Tensor) -> float:

@@ -33,7 +33,8 @@ from benchmarks.support.mutation_targets import Target, make_targets
 from lminf_export.errors import LminfError
 
 VERSIONS = ("torch", "transformers", "safetensors", "tokenizers", "onnxruntime", "numpy")
-SECONDS, MEMORY = 20, 2 * 2**30
+# Of CPU time, of waiting for a busy machine too, of memory beyond what the libraries take.
+SECONDS, WAITING, MEMORY = 20, 600, 2 * 2**30
 LONGEST = 300
 
 
@@ -44,40 +45,44 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=12000, help="mutants of all targets together")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--each", type=int, help="model types of each kind; all by default")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at the same time")
-    parser.add_argument("--only", default="", help="targets whose names contain this")
+    parser.add_argument("--only", default="", help="targets whose names match this")
     parser.add_argument("--number", type=int, help="run one mutant of --only here, with traceback")
     parser.add_argument("--out", type=Path, help="JSON of the counts and the escapes")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as place:
-        targets = [t for t in make_targets(Path(place)) if asked.only in t.name]
+        every = make_targets(Path(place), asked.each)
+        targets = [target for target in every if re.search(asked.only, target.name)]
         if asked.number is not None:
             _act(targets[0], asked.seed, asked.number, Path(place) / "one")
             return 0
-        total = sum(target.share for target in targets)
-        result = {
-            target.name: _run(
-                target, asked.seed, round(asked.count * target.share / total), place, asked.jobs
-            )
-            for target in targets
-        }
-    escaped = [x for counts in result.values() for x in counts.pop("escapes")]
+        result = {}
+        for target in targets:
+            count = max(1, round(asked.count * target.share / sum(x.share for x in every)))
+            result[target.name] = _run(target, asked.seed, count, place, asked.jobs)
+            if asked.out is not None:
+                _write(asked.out, result, asked.only != "")
+    escaped = sum(len(counts["escapes"]) for counts in result.values())
+    print(f"{sum(counts['mutants'] for counts in result.values())} mutants, {escaped} escaped")
+    return 1 if escaped else 0
+
+
+def _write(path: Path, result: dict[str, Any], keeps_others: bool) -> None:
+    """Write the report; a run of some targets leaves what an earlier one says of the others."""
+    before = json.loads(path.read_text())["targets"] if keeps_others and path.exists() else {}
+    targets = dict(sorted({**before, **result}.items()))
     report = {
-        "count": sum(sum(counts["outcomes"].values()) for counts in result.values()),
-        "seed": asked.seed,
-        "limits": {"seconds": SECONDS, "bytes": MEMORY, "characters": LONGEST},
-        "escaped": len(escaped),
-        "targets": result,
-        "escapes": escaped,
+        "mutants": sum(counts["mutants"] for counts in targets.values()),
+        "escaped": sum(len(counts["escapes"]) for counts in targets.values()),
+        "limits": {"CPU seconds": SECONDS, "bytes": MEMORY, "characters": LONGEST},
+        "targets": targets,
         "device": platform.machine(),
         "versions": {"python": platform.python_version(), **{x: version(x) for x in VERSIONS}},
     }
-    if asked.out is not None:
-        asked.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    print(f"{report['count']} mutants, {len(escaped)} escaped")
-    return 1 if escaped else 0
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def _run(target: Target, seed: int, count: int, place: str, jobs: int) -> dict[str, Any]:
@@ -105,6 +110,8 @@ def _run(target: Target, seed: int, count: int, place: str, jobs: int) -> dict[s
         time.sleep(0 if ended else 0.005)
     print(f"{target.name}: {dict(outcomes)}", flush=True)
     return {
+        "mutants": count,
+        "seed": seed,
         "outcomes": dict(sorted(outcomes.items())),
         "kinds of refusals": len(reasons),
         "commonest refusals": dict(reasons.most_common(8)),
@@ -141,7 +148,7 @@ class _Child:
     def __init__(self, target: Target, seed: int, number: int, folder: Path) -> None:
         self.number, self._folder = number, folder
         self._reader, writer = os.pipe()
-        self._deadline = time.monotonic() + 4 * SECONDS  # of waiting, beside its own work's limit
+        self._deadline = time.monotonic() + WAITING
         self._process = os.fork()
         if self._process == 0:
             _limit()
