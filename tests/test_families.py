@@ -187,6 +187,8 @@ def test_a_norm_after_the_rotation_needs_weights_equal_in_pairs(model_type, tmp_
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_the_probe_says_why_a_model_is_refused(model_type):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not know it")
     changes, reason = REFUSED[model_type]
     config = CONFIG_MAPPING[model_type](**{**WITHOUT_ROPE, **changes})
     with pytest.raises(ModelError, match=reason) as caught:

@@ -86,6 +86,8 @@ def refused(folder: Path, content: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_a_model_is_named_as_what_it_is(model_type, tmp_path):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not know it")
     changes, reason = KINDS[model_type]
     known = CONFIG_MAPPING[model_type]().to_dict()
     sizes = {k: v for k, v in SMALL.items() if k in known} | changes

@@ -35,6 +35,7 @@ from lminf_export.bundle.manifest import content_sha256
 from lminf_export.evaluate.perplexity import evaluate_perplexity
 from lminf_export.export.options import ExportOptions
 from lminf_export.export.run import prepare
+from lminf_export.models.transformers_tables import is_known
 from lminf_export.runtime.snapshot import Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +78,8 @@ def make_targets(place: Path, each: int | None = None) -> list[Target]:
     """
     models = tuple(_family(place / "models" / name, name) for name in FAMILIES[:each])
     own = tuple(own_families.save(name, place / "own" / name) for name in OWN[:each])
-    others = tuple(_config_only(place / "configs" / name, name) for name in OTHERS[:each])
+    known = [name for name in OTHERS[:each] if is_known(name)]
+    others = tuple(_config_only(place / "configs" / name, name) for name in known)
     configs = (*models, *own, *others)
     adapted = _adapted(place / "adapted", models[0])
     sharded = _sharded(place / "sharded")
