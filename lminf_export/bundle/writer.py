@@ -151,8 +151,8 @@ class BundleWriter:
         for folder in [p for p in self._temporary.rglob("*") if p.is_dir()]:
             sync(folder)
         sync(self._temporary)
-        self._move_into_place()
         remember(manifest)
+        self._move_into_place()
         return manifest
 
     def _entry(self, name: str, progress: HashProgress | None) -> FileEntry:

@@ -97,7 +97,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @option(
     "builder",
     help="Builder of the engine, needed only where both are installed; none writes the files and "
-    "the command with which TensorRT builds it on another machine.",
+    "the script with which TensorRT builds it on another machine.",
 )
 @option(
     "max_batch_size",

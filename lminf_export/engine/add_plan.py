@@ -108,9 +108,7 @@ def add_plan(
     with _alone_in(bundle), _partial_copies(bundle, files) as copies:
         engine = _loaded_if_possible(bundle, engine, copies)
         _put(bundle, engine, files, copies)
-    added = Bundle.open(bundle.path)
-    remember(added.manifest)
-    return added
+    return Bundle.open(bundle.path)
 
 
 def read_version(path: Path) -> str:
@@ -318,6 +316,8 @@ def _write_card(
 
 
 def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:
+    # First, so that a killed call may be repeated without a question.
+    remember(manifest)
     draft = bundle.path / f".{MANIFEST_NAME}.{os.getpid()}.partial"
     try:
         draft.write_text(manifest.to_json(), encoding="utf-8")
