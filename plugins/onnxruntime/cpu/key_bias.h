@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "matrix_product.h"
 #include "rotate.h"
@@ -16,7 +17,8 @@ namespace {
 
 using lminf::kDigitBase;
 
-constexpr int64_t kBiasKeys = 32;  // a block's table stays in the first-level cache
+constexpr int64_t kRowsTogether = 6;  // of a product in registers
+constexpr int64_t kBiasKeys = 32;     // a block's table stays in the first-level cache
 static_assert(kDigitBase % kBiasKeys == 0 && kBiasKeys % kWidth == 0);
 
 // Memory of one item for its bias; R dimensions are rotated.
@@ -45,26 +47,22 @@ class KeyBias {
 
   // u, w and the constant of every row; queries are rotated and scaled.
   void readQueries(const float* query, int64_t stride) {
+    // Rows of the last digit carry the attention factor, which a product must have once.
+    const float once = half_ == 0 ? 1.0f : 1.0f / p_.cosTable[0];
     for (int64_t r = 0; r < rows_; ++r) {
       const float* q = query + r * stride;
       float *u = s_.products + r * 2 * half_, *w = u + half_;
       for (int64_t i = 0; i < half_; ++i) {
         const int64_t a = first(i), b = second(i);
-        u[i] = q[a] * s_.bias[a] + q[b] * s_.bias[b];
-        w[i] = q[b] * s_.bias[a] - q[a] * s_.bias[b];
+        u[i] = (q[a] * s_.bias[a] + q[b] * s_.bias[b]) * once;
+        w[i] = (q[b] * s_.bias[a] - q[a] * s_.bias[b]) * once;
       }
       float rest = 0.0f;
       for (int64_t i = 2 * half_; i < p_.headDim; ++i) rest += q[i] * s_.bias[i];
       s_.constant[r] = rest;
     }
-    // Rows of the last digit carry the attention factor, which a product must have once.
-    const float factor = half_ == 0 ? 1.0f : 1.0f / p_.cosTable[0];
-    for (int64_t i = 0; i < half_; ++i) {
-      for (int64_t k = 0; k < kBiasKeys; ++k) {
-        s_.table[i * kBiasKeys + k] = p_.cosTable[k * half_ + i] * factor;
-        s_.table[(half_ + i) * kBiasKeys + k] = p_.sinTable[k * half_ + i] * factor;
-      }
-    }
+    makeTable(p_.cosTable, s_.table);
+    makeTable(p_.sinTable, s_.table + half_ * kBiasKeys);
   }
 
   // logits[r][k] += q_r · R_p b for keys at positions p = position + k.
@@ -140,8 +138,46 @@ class KeyBias {
 
   void blockProducts(int64_t near) {
     turn(s_.aligned, p_.cosTable + near * half_, p_.sinTable + near * half_, s_.block);
-    product<false>(s_.block, 2 * half_, rows_, s_.table, kBiasKeys, 2 * half_, s_.logits, kBiasKeys,
-                   kBiasKeys);
+    // A product of fewer rows would wait for its sums.
+    const int64_t rest = rows_ % kRowsTogether, lone = rest < 3 ? rest : 0, many = rows_ - lone;
+    if (many > 0) {
+      product<false>(s_.block, 2 * half_, many, s_.table, kBiasKeys, 2 * half_, s_.logits,
+                     kBiasKeys, kBiasKeys);
+    }
+    for (int64_t r = many; r < rows_; ++r) {
+      productOfRow(s_.block + r * 2 * half_, s_.logits + r * kBiasKeys);
+    }
+  }
+
+  void productOfRow(const float* row, float* out) {
+    Vec sum[2][kBiasKeys / kWidth] = {};
+    const float* table = s_.table;
+    for (int64_t i = 0; i < 2 * half_; i += 2, table += 2 * kBiasKeys) {
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        const Vec factor = splat(row[i + odd]);
+        for (int c = 0; c < kBiasKeys / kWidth; ++c) {
+          sum[odd][c] += factor * load(table + odd * kBiasKeys + c * kWidth);
+        }
+      }
+    }
+    for (int c = 0; c < kBiasKeys / kWidth; ++c) store(out + c * kWidth, sum[0][c] + sum[1][c]);
+  }
+
+  // Positions 0 … kBiasKeys − 1 of a table of digits, turned to columns.
+  void makeTable(const float* digits, float* out) {
+    const int64_t aligned = half_ / 4 * 4;
+    for (int64_t i = 0; i < aligned; i += 4) {
+      for (int64_t k = 0; k < kBiasKeys; k += 4) {
+        Vec4 rows[4];
+        for (int j = 0; j < 4; ++j) std::memcpy(rows + j, digits + (k + j) * half_ + i, 16);
+        transpose4(rows, rows + 1, rows + 2, rows + 3);
+        for (int j = 0; j < 4; ++j) std::memcpy(out + (i + j) * kBiasKeys + k, rows + j, 16);
+      }
+    }
+    for (int64_t i = aligned; i < half_; ++i) {
+      for (int64_t k = 0; k < kBiasKeys; ++k) out[i * kBiasKeys + k] = digits[k * half_ + i];
+    }
   }
 
   const Params& p_;
