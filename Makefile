@@ -9,11 +9,12 @@ else
 EXTRAS ?= dev
 endif
 
-.PHONY: help install demo test test-fast lint docs format clean
+.PHONY: help install demo test test-fast test-versions lint docs format clean
 
 help:
 	@echo "make demo       install, export the demo model, validate it, let it write"
 	@echo "make test       lint, types, import rules and all tests"
+	@echo "make test-versions  the lowest and newest dependencies, and the wheel; needs the registry"
 	@echo "make test-fast  the tests of every package that take little time"
 	@echo "make lint       only the static checks"
 	@echo "make docs       write all generated pages"
@@ -22,7 +23,7 @@ help:
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
@@ -39,10 +40,14 @@ lint: install
 	$(BIN)/python -m scripts.checks.cpp_lint
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not registry"
+
+test-versions: install
+	$(BIN)/python -m scripts.checks.dependency_matrix --ci
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m registry tests/test_packages.py
 
 test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not registry"
 
 docs: install
 	$(BIN)/python -m scripts.docs.write_all

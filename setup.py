@@ -1,16 +1,21 @@
 """Builds the CPU kernel for onnxruntime with the package; everything else is in pyproject.toml.
 
 Without a C++ compiler the package installs all the same, and graphs run by the operator's
-function body. The library links neither Python nor onnxruntime: onnxruntime loads it.
+function body. The library links neither Python nor onnxruntime: onnxruntime loads it. One wheel
+therefore serves every Python 3 of a platform, and its tag says which C library it needs.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("plugins/onnxruntime")
@@ -63,13 +68,24 @@ KERNELS = Extension(
 )
 
 
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"  # lminf_export/runtime/kernels.py agrees
+# The C library of manylinux_2_N → the newest GLIBCXX_3.4.x that its distributions have.
+LIBSTDCXX = {17: 19, 24: 22, 28: 24, 31: 28, 34: 29, 35: 30, 38: 32, 39: 33}
+
+
 class BuildKernels(build_ext):
     """A plain shared library, each source compiled for its own instruction set."""
+
+    def run(self) -> None:
+        """Build for the processor of this machine, also where Python itself is for two."""
+        if sys.platform == "darwin":
+            os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+        super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         """Name it as a plain library: onnxruntime loads it, Python does not."""
         package, _, name = fullname.rpartition(".")
-        return str(Path(*package.split("."), f"lib{name}.so"))
+        return str(Path(*package.split("."), f"lib{name}{SUFFIX}"))
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link, where the platform is one we know."""
@@ -78,7 +94,9 @@ class BuildKernels(build_ext):
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        objects = [name for source in ext.sources for name in self._compile(source)]
+        with ThreadPoolExecutor(self.parallel or _cores()) as pool:
+            compiled = list(pool.map(self._compile, ext.sources))
+        objects = [name for names in compiled for name in names]
         # Operators and allocator are known to onnxruntime for good: the library must stay.
         stay = ["-Wl,-z,nodelete"] if sys.platform == "linux" else []
         self.compiler.link_shared_object(
@@ -99,4 +117,37 @@ class BuildKernels(build_ext):
         )
 
 
-setup(ext_modules=[KERNELS], cmdclass={"build_ext": BuildKernels})
+class PlatformWheel(bdist_wheel):
+    """A wheel for every Python 3 of a platform, tagged by what the library needs of it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return Python, ABI and platform."""
+        *_, platform_tag = super().get_tag()
+        build = self.get_finalized_command("build_ext")
+        library = Path(build.get_ext_fullpath(KERNELS.name))
+        if library.is_file():
+            return "py3", "none", _platform_tag(platform_tag, library.read_bytes())
+        if self.distribution.have_run.get("build_ext") and not build.editable_mode:
+            return "py3", "none", "any"  # there was no compiler: only Python is left
+        return "py3", "none", platform_tag
+
+
+def _platform_tag(tag: str, library: bytes) -> str:
+    """Return the tag of the oldest systems that have every symbol version a library asks for."""
+    if sys.platform == "darwin":
+        return tag.replace("universal2", platform.machine())
+    glibc = [int(found) for found in re.findall(rb"\0GLIBC_2\.(\d+)", library)]
+    if not tag.startswith("linux_") or not glibc:
+        return tag
+    libstdcxx = max(map(int, re.findall(rb"\0GLIBCXX_3\.4\.(\d+)", library)), default=0)
+    systems = [old for old, newest in LIBSTDCXX.items() if newest >= libstdcxx]
+    if not systems:
+        return tag
+    return f"manylinux_2_{max(*glibc, min(systems))}_{tag.removeprefix('linux_')}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+setup(ext_modules=[KERNELS], cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel})

@@ -2,9 +2,11 @@
 
     python -m benchmarks.evaluation.families                  all of them
     python -m benchmarks.evaluation.families cwm --engine     one, with a TensorRT-RTX engine
+    python -m benchmarks.evaluation.families --quick --out F  all, on shorter texts, written to F
 
 Repeats the checks of the tests and keeps the results in benchmarks/results/models.json, from which
-`scripts/docs/write_all.py` writes docs/models.md.
+`scripts/docs/write_all.py` writes docs/models.md. The quick form is what
+`scripts/checks/dependency_matrix.py` runs with other versions of what the package depends on.
 """
 
 from __future__ import annotations
@@ -13,18 +15,26 @@ import argparse
 import importlib.metadata
 import json
 import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 
 from benchmarks.support import own_families as own
 from benchmarks.support.families import CASES, FamilyCase
-from benchmarks.support.family_check import check_family, stock_error
+from benchmarks.support.family_check import LENGTHS, QUICK_LENGTHS, check_family, stock_error
 from lminf_export import LminfError, export
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "models.json"
+# What a release of a dependency may end a family's check with.
+FOREIGN = (
+    *(LminfError, AssertionError, AttributeError, ImportError, KeyError, NotImplementedError),
+    *(OSError, RuntimeError, TypeError, ValueError, StrictDataclassError),
+)
 
 # What the families without the attention interface have, beside what their tests measure.
 OWN = {
@@ -42,7 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="rows of the table; default: all")
     parser.add_argument("--engine", action="store_true", help="build TensorRT-RTX engines too")
+    parser.add_argument("--quick", action="store_true", help="shorter texts; needs --out")
+    parser.add_argument("--out", type=Path, help="where the quick form writes")
     options = parser.parse_args()
+    if options.quick:
+        quick(options.names, options.out)
+        return
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
     rows = results["rows"]
     for name, measure in jobs().items():
@@ -58,18 +73,37 @@ def main() -> None:
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
-def jobs() -> dict[str, Callable[[Path], dict[str, Any]]]:
+def quick(names: list[str], out: Path) -> None:
+    """Measure rows on shorter texts, in one process; write what each gave, or its error."""
+    rows: dict[str, Any] = {}
+    made_with = versions("onnx", "onnx-ir", "onnxscript", "huggingface_hub", "tokenizers")
+    for name, measure in jobs(is_quick=True).items():
+        if names and name not in names:
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                found = measure(Path(folder))
+                rows[name] = {"stock": found["stock"], "oracle": found["oracle"]}
+            except FOREIGN as error:
+                rows[name] = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        rows[name]["seconds"] = round(time.perf_counter() - start, 2)
+        print(name, rows[name], flush=True)
+        out.write_text(json.dumps({"versions": made_with, "rows": rows}, indent=1) + "\n")
+
+
+def jobs(*, is_quick: bool = False) -> dict[str, Callable[[Path], dict[str, Any]]]:
     """Return for each row of the table what measures it in an empty folder."""
     found: dict[str, Callable[[Path], dict[str, Any]]] = {}
     for case in CASES:
-        found[case.model_type] = lambda folder, case=case: measure_case(case, folder)
+        found[case.model_type] = partial(measure_case, case, is_quick=is_quick)
     for name in own.CASES:
-        found[name] = lambda folder, name=name: measure_own(name, folder)
+        found[name] = partial(measure_own, name, is_quick=is_quick)
     return found
 
 
-def measure_case(case: FamilyCase, folder: Path) -> dict[str, Any]:
-    errors = check_family(case, folder)
+def measure_case(case: FamilyCase, folder: Path, *, is_quick: bool = False) -> dict[str, Any]:
+    errors = check_family(case, folder, lengths=QUICK_LENGTHS if is_quick else LENGTHS)
     return {
         "position": case.position,
         "special": case.special,
@@ -78,8 +112,8 @@ def measure_case(case: FamilyCase, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_own(name: str, folder: Path) -> dict[str, Any]:
-    exported = own.export_case(name, folder)
+def measure_own(name: str, folder: Path, *, is_quick: bool = False) -> dict[str, Any]:
+    exported = own.export_case(name, folder, own.QUICK_LENGTHS if is_quick else own.LENGTHS)
     rng = np.random.default_rng(3)
     streams = [
         own.decode(exported, lambda remaining: np.array([1, 1])),
@@ -116,8 +150,8 @@ def try_engine(folder: Path) -> str:
     return "yes"
 
 
-def versions() -> dict[str, str]:
-    names = ("transformers", "torch", "onnxruntime")
+def versions(*more: str) -> dict[str, str]:
+    names = ("transformers", "torch", "onnxruntime", *more)
     return {name: importlib.metadata.version(name) for name in names}
 
 

@@ -17,6 +17,7 @@ from lminf_export import LanguageModel, export, load
 
 TOLERANCE = 2e-5  # of the logits' range: the contract for float32
 LENGTHS = (6 * WINDOW + 3, 5 * WINDOW + 1)  # of the batch's two texts
+QUICK_LENGTHS = (3 * WINDOW + 1, 2 * WINDOW + 5)  # every ring has wrapped all the same
 CHUNKS = ((3, 1), (1, 7), (7, 2), (0, 5), (19, 3), (2, 0), (5, 31), (1, 1), (41, 2))
 
 
@@ -29,8 +30,13 @@ class FamilyErrors:
     in_chunks: float
 
 
-def check_family(case: FamilyCase, folder: Path, lambda_layers: str = "full") -> FamilyErrors:
-    """Export a family's model once and measure everything on it."""
+def check_family(
+    case: FamilyCase,
+    folder: Path,
+    lambda_layers: str = "full",
+    lengths: Sequence[int] = LENGTHS,
+) -> FamilyErrors:
+    """Export a family's model once and measure everything on it, on two texts of these lengths."""
     source = case.save(folder / "m")
     export(
         source,
@@ -50,7 +56,7 @@ def check_family(case: FamilyCase, folder: Path, lambda_layers: str = "full") ->
     assert [Rule(*(layer[name] for name in names)) for layer in layers] == rules
     model = load(folder / "b")
     rng = np.random.default_rng(1)
-    texts = [rng.integers(3, model.vocab_size, length) for length in LENGTHS]
+    texts = [rng.integers(3, model.vocab_size, length) for length in lengths]
     wanted = [oracle_logits(source, rules, torch.from_numpy(text)).numpy() for text in texts]
     return FamilyErrors(
         stock=stock_error(model, source, case.stock, texts[0][: _common_length(rules)]),

@@ -16,6 +16,7 @@ from lminf_export import export, load
 
 WINDOW, SINKS, LIMIT, CHUNK, TRAINED, VOCAB = 23, 5, 37, 7, 29, 131
 LENGTHS = (5 * WINDOW + 2, 6 * WINDOW + 1)  # of the two texts of a batch
+QUICK_LENGTHS = (2 * WINDOW + 4, 3 * WINDOW + 1)  # every ring has wrapped all the same
 TOLERANCE = 2e-5  # of the logits' range: the contract for float32
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
 FALCON = {
@@ -83,7 +84,7 @@ class Exported:
     wanted: list[np.ndarray]
 
 
-def export_case(name: str, folder: Path) -> Exported:
+def export_case(name: str, folder: Path, lengths: tuple[int, ...] = LENGTHS) -> Exported:
     """Export a family's model into a folder, with two texts and what Λ-attention makes of them."""
     source = save(name, folder / "m")
     bundle = export(
@@ -95,7 +96,7 @@ def export_case(name: str, folder: Path) -> Exported:
         chunk_size=CHUNK,
     )
     rng = np.random.default_rng(7)
-    texts = [rng.integers(0, VOCAB, length) for length in LENGTHS]
+    texts = [rng.integers(0, VOCAB, length) for length in lengths]
     rule = Rule(WINDOW, SINKS, LIMIT)
     wanted = [own_logits(source, rule, torch.from_numpy(text)).numpy() for text in texts]
     return Exported(source, bundle.graph_path, load(folder / "b", threads=1), texts, wanted)

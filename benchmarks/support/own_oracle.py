@@ -81,8 +81,11 @@ def _mpt(code: Any, config: Any, rule: Rule, count: int) -> list[tuple[Any, str,
 def _bloom(code: Any, config: Any, rule: Rule, count: int) -> list[tuple[Any, str, Any]]:
     seen, distance = rule.tables(count)
     bias = -paper_slopes(config.n_head)[:, None, None] * distance
+    heads, none = config.n_head, torch.zeros(())
     return [
-        (code, "_get_alibi_slopes", _giving(torch.zeros(config.n_head))),
+        (code, "_get_alibi_slopes", _giving(none.expand(heads)))
+        if hasattr(code, "_get_alibi_slopes")  # from transformers 5.14 on
+        else (code, "build_alibi_tensor", _giving(none.double().expand(heads, 1, count))),
         (code, "create_causal_mask", _giving(torch.where(seen, bias, HIDDEN)[None])),
         (code.F, "softmax", lambda x, dim, dtype: x.softmax(dim)),  # not in float32
     ]

@@ -2,20 +2,22 @@
 
 The same operator over rings of int8 has kernels of its own, on fewer providers.
 
-The library `liblminf_ort.so` is built and installed with the package where a C++ compiler is at
-hand. A kernel registered under the operator's name takes its nodes; without one onnxruntime runs
-the function body the graph carries.
+The library `liblminf_ort.so` (`.dylib` on macOS) is built and installed with the package where a
+C++ compiler is at hand. A kernel registered under the operator's name takes its nodes; without one
+onnxruntime runs the function body the graph carries.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from lminf_export.errors import SessionError
 
-INSTALLED = Path(__file__).parents[1] / "lib" / "liblminf_ort.so"
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"  # setup.py agrees
+INSTALLED = Path(__file__).parents[1] / "lib" / f"liblminf_ort{_SUFFIX}"
 OPERATOR_VERSION = 1
 AUTO, NONE = "auto", "none"
 
