@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lminf_export.errors import ModelError
 from lminf_export.models.base import Turn, Visible, announce_turn
-from lminf_export.models.internals import code_of, replaced
+from lminf_export.models.internals import Internals, code_of, replaced
 
 
 @contextmanager
@@ -119,8 +119,9 @@ def _known_embed_scale(module: nn.Module) -> Iterator[None]:
     if scale is None or not scale.is_meta:
         yield
         return
+    factor = Internals("models that scale their embeddings").member(module, "scalar_embed_scale")
     del module._buffers["embed_scale"]
-    module.__dict__["embed_scale"] = _Factor(module.scalar_embed_scale)  # type: ignore[arg-type]  # a float
+    module.__dict__["embed_scale"] = _Factor(factor)
     try:
         yield
     finally:

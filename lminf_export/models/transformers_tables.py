@@ -6,6 +6,11 @@ from collections.abc import Collection
 
 from huggingface_hub.errors import StrictDataclassError
 
+from lminf_export.errors import DependencyError
+from lminf_export.models.internals import Internals
+
+_INTERNALS = Internals("messages about models")
+
 # What code of a model raises on a configuration or on inputs that it was not written for.
 CODE_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
@@ -42,7 +47,8 @@ def is_encoder_decoder(model_type: str) -> bool:
 
 def _names(table: str) -> Collection[str]:
     """Return the model types of a table; none where a release renamed it, as it serves messages."""
-    from transformers.models.auto import modeling_auto
-
-    found: Collection[str] = getattr(modeling_auto, table, ())
+    try:
+        found: Collection[str] = _INTERNALS.lookup(f"models.auto.modeling_auto.{table}")
+    except DependencyError:
+        return ()
     return found
