@@ -121,6 +121,12 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     help="Merge this PEFT LoRA adapter into the weights.",
 )
 @option("force", help="Replace an existing bundle.")
+@option(
+    "check",
+    "--check/--no-check",
+    help="Run the written graph on a few tokens and compare it with the unmodified model.  "
+    "[default: check]",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be written.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print what was written, or would be, as JSON."

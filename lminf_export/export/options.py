@@ -74,6 +74,7 @@ class ExportOptions:
         allow_pickle: read `.bin` weights where there are no safetensors.
         lora: folder of a PEFT LoRA adapter to merge into the weights.
         force: replace an existing bundle.
+        check: run the written graph on a few tokens and compare it with the unmodified model.
     """
 
     model: str | Path
@@ -97,6 +98,7 @@ class ExportOptions:
     allow_pickle: bool = False
     lora: str | Path | None = None
     force: bool = False
+    check: bool = True
 
     @property
     def builder_settings(self) -> EngineOptions:

@@ -38,6 +38,7 @@ from lminf_export.export.graph import write_graph
 from lminf_export.export.job import ExportJob
 from lminf_export.export.license_files import copy_license_files
 from lminf_export.export.options import LINK, ExportOptions
+from lminf_export.export.spot_check import check_graph
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import trace
 from lminf_export.export.weight_files import WrittenWeights, weights_name
@@ -165,6 +166,9 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
     with BundleWriter(job.target.directory, force=job.options.force) as writer:
         writer.require_space(0 if job.links_weights else job.weight_bytes)
         written, graph = _write_model(job, writer, progress)
+        if job.options.check:
+            progress("checking the graph", None)
+            check_graph(job, graph.parent)
         for name, digest in written.files.items():
             writer.add(name, "weights")
             if digest is not None:

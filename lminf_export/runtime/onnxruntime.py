@@ -37,6 +37,7 @@ _ERRORS: tuple[type[Exception], ...] = (
     UnicodeError,
 )
 _LOG_FATAL = 4
+_NO_PACKED_WEIGHTS = "session.disable_prepacking"
 # Where a graph that comes as bytes finds its external data.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MESSAGE_LENGTH = 150
@@ -57,6 +58,7 @@ class OnnxRuntimeSession(Session):
             outputs that begin with its own.
         watched: values of the graph to return from every step.
         receive: called after every step with the watched values.
+        lean: make no copies of weights that are faster to compute with, for a few steps.
 
     Raises:
         SessionError: the provider is missing or cannot run the type, the graph does not load,
@@ -74,6 +76,7 @@ class OnnxRuntimeSession(Session):
         graph: bytes | None = None,
         watched: Sequence[str] = (),
         receive: Receiver | None = None,
+        lean: bool = False,
     ) -> None:
         self.manifest = bundle.manifest
         self.provider = provider
@@ -86,13 +89,15 @@ class OnnxRuntimeSession(Session):
         self.kernels = find_kernels(kernels, provider, self.manifest.kv_cache_dtype)
         logger.info("attention: %s", self.attention)
         options = _session_options(threads, self.kernels, profile)
+        if lean:
+            options.add_session_config_entry(_NO_PACKED_WEIGHTS, "1")
         if watched:
             graph = with_outputs(
                 bundle.graph_path.read_bytes() if graph is None else graph, watched
             )
         # Weights that onnxruntime does not map itself live as long as the session.
         self._weights = _weights_of_bytes(bundle, options) if graph is not None else []
-        self._session = _open_session(bundle.graph_path, provider, options, graph)
+        self._session = _open_session(bundle.graph_path, provider, options, graph, lean=lean)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
                 f"onnxruntime could not start its {provider} provider (its libraries or the "
@@ -201,7 +206,7 @@ def _session_options(
 
 
 def _open_session(
-    path: Path, provider: str, options: ort.SessionOptions, graph: bytes | None
+    path: Path, provider: str, options: ort.SessionOptions, graph: bytes | None, *, lean: bool
 ) -> ort.InferenceSession:
     require_utf8(path, SessionError)
     with _as_session_error(f"onnxruntime cannot load {path}"):
@@ -210,6 +215,8 @@ def _open_session(
             options,
             providers=[_PROVIDER_NAMES[provider]],
             enable_fallback=0,  # a second try would print, and fail in the same way
+            # Folding would convert all weights of half precision for kernels that have none.
+            disabled_optimizers=["ConstantFolding"] if lean else None,
         )
 
 

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.checkpoint.opening import Checkpoint, load_model
+from lminf_export.checkpoint.opening import Checkpoint
+from lminf_export.checkpoint.stock import stock_model
 from lminf_export.checkpoint.streamed import StreamedModel
 from lminf_export.errors import BundleError
 from lminf_export.models.base import ATTENTION_NAME, AttentionPlan, Family, use_step
@@ -28,9 +29,6 @@ from lminf_export.verify.routing_check import Routed, experts_of
 
 # Tokens that a layer of the reference computes together.
 WIDTH = 256
-# A model up to this size is loaded whole, by transformers' own reading of its files, to be the
-# stock model.
-_WHOLE_BYTES = 256 * 2**20
 
 
 def bundle_plan(bundle: Bundle, family: Family, original: Checkpoint) -> AttentionPlan:
@@ -213,11 +211,3 @@ class _StreamWalk:
 
     def end_layer(self) -> None:
         self.step.restart()
-
-
-def stock_model(checkpoint: Checkpoint) -> StreamedModel:
-    """Return the unmodified model of transformers in float32, read by itself if it is small."""
-    size = sum(tensor.numel() for tensor in checkpoint.skeleton.model.parameters())
-    if checkpoint.is_plain and size * torch.float32.itemsize <= _WHOLE_BYTES:
-        return StreamedModel(load_model(checkpoint, torch.float32, None))
-    return StreamedModel.of(checkpoint, torch.float32)

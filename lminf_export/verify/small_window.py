@@ -25,7 +25,7 @@ from lminf_export.operator.settings import ring_capacity
 from lminf_export.runtime.load import names_plan
 
 # Bytes of weights → the largest window that is tested as it is; the last for larger bundles.
-_LIMITS = ((2**28, 512), (2**31, 128), (math.inf, 64))
+_LIMITS = ((2**28, 512), (2**31, 128), (math.inf, 32))
 
 
 @dataclass(frozen=True)

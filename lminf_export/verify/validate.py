@@ -120,16 +120,16 @@ def validate(
     dtypes = [REFERENCE_DTYPE, *Precision(small.bundle).yardstick_dtypes()]
     dtypes += [torch.float32] if with_cost else []
     dtypes += [REFERENCE_DTYPE] if manifest.contract.int8_cache else []
-    progress("estimating time and memory", None)
     apart = watch is not None or manifest.contract.int8_cache
-    expected = estimate(language_model, checkpoint, len(tokens), dtypes, apart=apart)
-    expected.require_room(max_hours)
-    progress(expected.description, None)
-    if watch is not None:
-        watch.clear()
     stream = Stream(language_model, tokens, progress)
     reference = Reference(checkpoint, family, plan, tokens, progress, rounding_of(opened))
     with few_resident_pages(opened):
+        progress("estimating time and memory", None)
+        expected = estimate(language_model, checkpoint, len(tokens), dtypes, apart=apart)
+        expected.require_room(max_hours)
+        progress(expected.description, None)
+        if watch is not None:
+            watch.clear()
         if watch is None:
             found = compare_dense(stream, reference, REFERENCE_DTYPE)
         else:
