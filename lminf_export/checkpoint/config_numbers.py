@@ -57,6 +57,8 @@ _ROPE_REALS: Mapping[str, tuple[float, float]] = {
     r"(low|high)_freq_factor|beta_(fast|slow)|(long|short)_factor": (0.0, 2.0**20),
     r"attention_factor": (0.0, 2.0**20),
 }
+_ALL_REALS = {**_REALS, **_ROPE_REALS}
+_ROPE_LISTS = ("long_factor", "short_factor")
 # Limits of time steps; the models that have them say "no limit" in this way.
 _MAY_BE_INFINITE = re.compile(r"time_step_\w+")
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")
@@ -125,8 +127,8 @@ def _entries(
 def _elements(
     values: list[Any], path: tuple[str, ...], name: str
 ) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    if (not path and name in _DTYPES) or name in _ROPE_TABLES:
-        yield path, name, values
+    if (not path and name in _DTYPES) or name in _ROPE_TABLES or _is_single(path, name):
+        yield path, name, values  # as it is: no rule lets a list pass
     for value in values:
         if isinstance(value, dict):
             yield from _entries(value, (*path, name))
@@ -134,6 +136,15 @@ def _elements(
             yield from _elements(value, path, name)
         else:
             yield path, name, value
+
+
+def _is_single(path: tuple[str, ...], name: str) -> bool:
+    """Whether a name stands for one real number and never for a list of them."""
+    return name not in _ROPE_LISTS and any(re.fullmatch(x, name) for x in _reals(path))
+
+
+def _reals(path: tuple[str, ...]) -> Mapping[str, tuple[float, float]]:
+    return _ALL_REALS if any(part in _ROPE_TABLES for part in path) else _REALS
 
 
 @lru_cache(maxsize=4096)
@@ -155,9 +166,7 @@ def _problem(path: tuple[str, ...], name: str, value: Any) -> str | None:
         if is_count and bound.least <= value <= bound.most:
             return None
         return f"must be an integer from {bound.least} to {bound.most}"
-    in_rope = any(part in _ROPE_TABLES for part in path)
-    reals = {**_REALS, **_ROPE_REALS} if in_rope else _REALS
-    for pattern, (least, most) in reals.items():
+    for pattern, (least, most) in _reals(path).items():
         if re.fullmatch(pattern, name):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if is_number and least < value <= most:

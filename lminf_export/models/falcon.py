@@ -23,6 +23,7 @@ from lminf_export.models.base import (
     announce_turn,
     attend,
     lambda_layers,
+    model_errors,
     nothing,
 )
 from lminf_export.models.internals import Internals, code_of
@@ -57,10 +58,12 @@ class FalconFamily(AnyWeights):
             # bfloat16 on the way, which at 2,000 tokens moves a key by up to four; we do not.
             slopes = alibi_slopes(heads) * config.head_dim**-0.5
             return alibi_plan(config, settings, slopes, num_kv_heads=groups)
+        with model_errors(config):
+            rotation = _rotation(config)
         return AttentionPlan(
             layers=lambda_layers(config, groups, settings),
             num_attention_heads=heads,
-            rotations=(_rotation(config),),
+            rotations=(rotation,),
             layer_rotation=(0,) * count,
             sliding=(False,) * count,
         )
