@@ -25,6 +25,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at the same time")
     parser.add_argument("--only", default="", help="targets whose names match this")
     parser.add_argument("--number", type=int, help="run one mutant of --only here, with traceback")
+    parser.add_argument(
+        "--again", action="store_true", help="run those that escaped in --out again"
+    )
     parser.add_argument("--out", type=Path, help="JSON of the counts and the escapes")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -60,14 +64,37 @@ def main() -> int:
             _act(targets[0], asked.seed, asked.number, Path(place) / "one")
             return 0
         result = {}
+        if asked.again:
+            before = json.loads(asked.out.read_text())["targets"]
+            result = {t.name: _again(t, before[t.name], place) for t in targets}
+            _write(asked.out, result, True)
+            targets = []
         for target in targets:
             count = max(1, round(asked.count * target.share / sum(x.share for x in every)))
-            result[target.name] = _run(target, asked.seed, count, place, asked.jobs)
+            result[target.name] = _run(target, asked.seed, range(count), place, asked.jobs)
             if asked.out is not None:
                 _write(asked.out, result, asked.only != "")
     escaped = sum(len(counts["escapes"]) for counts in result.values())
     print(f"{sum(counts['mutants'] for counts in result.values())} mutants, {escaped} escaped")
     return 1 if escaped else 0
+
+
+def _again(target: Target, before: dict[str, Any], place: str) -> dict[str, Any]:
+    """Run the mutants that escaped once more, after a change; their numbers stay in the report."""
+    numbers = [escape["number"] for escape in before["escapes"]]
+    found = _run(target, before["seed"], numbers, place, 1)
+    outcomes = Counter(before["outcomes"])
+    for escape in before["escapes"]:
+        outcomes[next(key for key in escape if key not in ("target", "number"))] -= 1
+    outcomes.update(found["outcomes"])
+    kept = {name: count for name, count in sorted(outcomes.items()) if count}
+    repeated = [*before.get("run again after a correction", []), *numbers]
+    return {
+        **before,
+        "outcomes": kept,
+        "escapes": found["escapes"],
+        "run again after a correction": repeated,
+    }
 
 
 def _write(path: Path, result: dict[str, Any], keeps_others: bool) -> None:
@@ -85,17 +112,19 @@ def _write(path: Path, result: dict[str, Any], keeps_others: bool) -> None:
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
-def _run(target: Target, seed: int, count: int, place: str, jobs: int) -> dict[str, Any]:
+def _run(
+    target: Target, seed: int, numbers: Sequence[int], place: str, jobs: int
+) -> dict[str, Any]:
     """Run the mutants of one target; return how many ended in which way."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     escapes = []
     live: list[_Child] = []
-    started = 0
-    while started < count or live:
-        while started < count and len(live) < jobs:
-            live.append(_Child(target, seed, started, Path(place) / f"mutant-{started}"))
-            started += 1
+    waiting = list(numbers)[::-1]
+    while waiting or live:
+        while waiting and len(live) < jobs:
+            number = waiting.pop()
+            live.append(_Child(target, seed, number, Path(place) / f"mutant-{number}"))
         ended = [child for child in live if child.has_ended()]
         live = [child for child in live if child not in ended]
         for child in ended:
@@ -110,7 +139,7 @@ def _run(target: Target, seed: int, count: int, place: str, jobs: int) -> dict[s
         time.sleep(0 if ended else 0.005)
     print(f"{target.name}: {dict(outcomes)}", flush=True)
     return {
-        "mutants": count,
+        "mutants": len(numbers),
         "seed": seed,
         "outcomes": dict(sorted(outcomes.items())),
         "kinds of refusals": len(reasons),
