@@ -42,12 +42,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of the stream; by default the command's")
     parser.add_argument("--work", type=Path, help="folder on a disk with room for the models")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep the other models of --out")
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if arguments.add:
+        rows = json.loads(arguments.out.read_text(encoding="utf-8"))["models"]
     for model in (*arguments.model, *arguments.shape):
         work = Path(tempfile.mkdtemp(prefix="lminf-", dir=arguments.work))
         try:
-            rows.append(measure(work, model, arguments.window_size, arguments.tokens))
+            row = measure(work, model, arguments.window_size, arguments.tokens)
+            rows = [*(other for other in rows if other["model"] != row["model"]), row]
         finally:
             shutil.rmtree(work)
         print(rows[-1], file=sys.stderr)
