@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.evaluation import families
 from scripts.checks import dependency_matrix, overlays, raise_caps
 
 EXACT = {"stock": 1e-7, "oracle": 2e-7}
@@ -114,3 +116,25 @@ def test_an_overlay_sees_the_running_environment(tmp_path, monkeypatch):
     assert numpy.startswith(sys.prefix)
     overlays.make_overlay(tmp_path / "env", ["transformers==0.0.1"])
     assert len(installed) == 1
+
+
+def test_the_kept_results_cover_every_family_and_are_exact():
+    results = json.loads(dependency_matrix.RESULTS.read_text())
+    lanes = results["lanes"]
+    assert {"pinned", "transformers-lowest", "transformers-newest"} <= set(lanes)
+    for name, result in lanes.items():
+        assert set(result["rows"]) == set(families.jobs()), name
+        assert dependency_matrix.failures(result) == {}, name
+
+
+def test_the_bounds_are_those_of_the_kept_results():
+    lanes = json.loads(dependency_matrix.RESULTS.read_text())["lanes"].values()
+    for package in ("transformers", "onnxruntime"):
+        tested = {
+            overlays.numbers(result["versions"][package].partition("+")[0]) for result in lanes
+        }
+        low, cap = overlays.bounds(package)
+        assert cap is not None
+        count = len(overlays.numbers(low))
+        assert min(tested)[:count] == overlays.numbers(low), package
+        assert raise_caps.next_minor(".".join(map(str, max(tested)))) == cap, package
