@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
@@ -287,7 +288,8 @@ def test_a_size_may_have_a_unit():
 
 
 def test_the_library_built_or_installed_with_the_package_is_the_default(tmp_path, monkeypatch):
-    places = (tmp_path / "lib" / plugin.PLUGIN_FILE, tmp_path / "build" / plugin.PLUGIN_FILE)
+    monkeypatch.chdir(tmp_path)
+    places = (Path("lib", plugin.PLUGIN_FILE), Path("build", plugin.PLUGIN_FILE))
     monkeypatch.setattr(plugin, "default_places", lambda: places)
     with pytest.raises(EngineError, match=r"is not at .*lib.* or .*build.*--plugin none"):
         plugin.find_plugin(EngineOptions())

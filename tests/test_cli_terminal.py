@@ -175,7 +175,7 @@ def test_ctrl_c_prints_the_statistics_and_what_is_kept(bundle):
         stderr=subprocess.PIPE,
         preexec_fn=default_signals,
     )
-    assert process.stdout.read(1)
+    assert process.stdout.read(4)  # a few tokens: one alone has no speed
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=30)
     assert process.returncode == 130

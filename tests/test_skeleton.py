@@ -89,7 +89,7 @@ def test_an_export_and_a_validation_build_one(tmp_path, counts):
     assert counts.take() == (1, 1)
 
 
-@pytest.mark.parametrize(("embeddings", "needed"), [("auto", (1, 1)), ("full", (2, 1))])
+@pytest.mark.parametrize(("embeddings", "needed"), [("auto", (1, 1)), ("full", (2, 2))])
 def test_a_quantised_bundle_builds_one_unless_its_reference_is_untied(
     embeddings, needed, tmp_path, counts
 ):
