@@ -2,6 +2,7 @@
 
     python -m scripts.checks.dependency_matrix                   every lane, results kept
     python -m scripts.checks.dependency_matrix newest torch-lowest
+    python -m scripts.checks.dependency_matrix lowest --families gemma2
     python -m scripts.checks.dependency_matrix --ci              the two that CI runs, nothing kept
 
 Every tested family's tiny model is exported, run over a wrap of its rings and compared with stock
@@ -66,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("lanes", nargs="*", choices=[*LANES, []], help="default: all")
     parser.add_argument("--ci", action="store_true", help=f"{' and '.join(CI)}; keep no results")
-    parser.add_argument("--families", nargs="*", default=[], help="rows; default: all; not kept")
+    parser.add_argument("--families", nargs="*", default=[], help="rows; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="lanes at a time")
     parser.add_argument("--envs", type=Path, help="folder of environments, to use them again")
     options = parser.parse_args()
@@ -74,8 +75,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         envs = options.envs or Path(scratch)
         found = run_lanes({lane: LANES[lane]() for lane in lanes}, envs, options)
-    if not options.ci and not options.families:
-        keep(found)
+    if not options.ci:
+        keep(found, whole=not options.families)
     sys.exit(max(report(lane, result) for lane, result in found.items()))
 
 
@@ -137,8 +138,14 @@ def report(lane: str, result: dict[str, Any]) -> int:
     return int(bool(failed) or not rows)
 
 
-def keep(found: dict[str, Any]) -> None:
-    """Write lanes into the results, beside those of earlier runs."""
+def keep(found: dict[str, Any], *, whole: bool) -> None:
+    """Write lanes into the results, beside those of earlier runs.
+
+    Args:
+        found: lane → its result.
+        whole: every row was run. Else the rows take the place of those of an earlier run with the
+            same versions.
+    """
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"lanes": {}}
     machine = {k: v for k, v in environment().items() if k != "versions"}
     for lane, result in found.items():
@@ -146,7 +153,14 @@ def keep(found: dict[str, Any]) -> None:
             name: {key: value for key, value in row.items() if key != "seconds"}
             for name, row in result["rows"].items()
         }
-        results["lanes"][lane] = {**result, "rows": rows, "machine": machine}
+        before = results["lanes"].get(lane, {})
+        if whole:
+            results["lanes"][lane] = {**result, "rows": rows, "machine": machine}
+        elif before.get("versions") == result["versions"]:
+            before["rows"].update(rows)
+            before["seconds"] += result["seconds"]
+        else:
+            raise SystemExit(f"{lane}: these rows ran with other versions; run the whole lane")
     ordered = {lane: results["lanes"][lane] for lane in LANES if lane in results["lanes"]}
     text = json.dumps({"limit": LIMIT, "lanes": ordered}, indent=1, ensure_ascii=False)
     RESULTS.write_text(text + "\n", encoding="utf-8")
