@@ -21,7 +21,14 @@ from lminf_export.operator.reference_int8 import (
     round_to_int8,
 )
 from lminf_export.runtime.kernels import INSTALLED
-from tests.support.int8_streams import ExactHistory, exact_inputs, follow, rounded_caches
+from tests.support.int8_streams import (
+    ExactHistory,
+    exact_inputs,
+    follow,
+    follow_far_and_near,
+    follow_large,
+    rounded_caches,
+)
 from tests.support.kernel_sets import SETS, instruction_set
 from tests.support.operator_streams import BASES, CASES, TOLERANCE, cases, random_chunks, total
 
@@ -115,17 +122,9 @@ def test_the_result_does_not_depend_on_how_a_text_is_cut():
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_form_follows_the_specification(name, node):
-    case, ties, written = CASES[name], 0, 0
-    for base in (0, 10**12):
-        chunks = random_chunks(case, rows=3, steps=12, seed=base % 89)
-        bases = [base, base + 5, base + 131 if base else 0]
-        history = History(case, bases, total(chunks), torch.float32)
-        error, count = follow(node(case, in_place=bool(base)), case, history, chunks)
-        assert error < TOLERANCE
-        ties += count
-        written += 2 * case.num_kv_heads * case.head_dim * sum(map(sum, chunks))
-    # A row stays up to a window's tokens; each is compared at every step.
-    assert ties <= 1e-3 * written
+    error, ties = follow_far_and_near(node, CASES[name])
+    assert error < TOLERANCE
+    assert ties <= 1e-3
 
 
 @pytest.mark.parametrize(
@@ -139,10 +138,7 @@ def test_every_form_follows_the_specification(name, node):
     ids=["long_window", "odd_head_dim", "many_sinks"],
 )
 def test_large_cases_follow_the_specification(case, steps, node):
-    chunks = [[case.chunk_size, case.chunk_size - 1]] * steps + [[1, 1]] * 3
-    history = History(case, [0, 10**9], total(chunks), torch.float32)
-    error, _ = follow(node(case, in_place=True), case, history, chunks)
-    assert error < TOLERANCE
+    assert follow_large(node, case, steps, [0, 10**9]) < TOLERANCE
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))

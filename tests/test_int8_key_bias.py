@@ -15,7 +15,7 @@ from benchmarks.support.operator_node import OnnxNode
 from lminf_export.operator import contract, torch_operator
 from lminf_export.operator.attention_body import BodyFeatures, function_body
 from lminf_export.operator.reference_int8 import (
-    lambda_attention_int8_cache_key_bias,
+    lambda_attention_int8_cache,
     round_to_int8,
 )
 from lminf_export.runtime.kernels import INSTALLED
@@ -24,6 +24,8 @@ from tests.support.int8_streams import (
     behind_scales,
     exact_inputs,
     follow,
+    follow_far_and_near,
+    follow_large,
     rounded_caches,
 )
 from tests.support.kernel_sets import SETS, instruction_set
@@ -61,7 +63,7 @@ def test_reference_ring_equals_distances(name):
             new, width = torch.tensor(new_lengths), max(new_lengths)
             shared = exact_inputs(case, past, new, width, case.capacity)
             inputs = [*history.chunk(past, new, width), *caches, *shared, *scales, *behind]
-            output, *present = lambda_attention_int8_cache_key_bias(*inputs, **case.attributes())
+            output, *present = lambda_attention_int8_cache(*inputs, **case.attributes())
             caches, scales = present[:4], present[4:]
             for row in range(3):
                 count, start = new_lengths[row], int(past[row]) - bases[row]
@@ -87,16 +89,9 @@ def test_rounding_costs_about_the_same_with_a_bias_as_without():
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_form_follows_the_specification(name, node):
-    case, ties, written = CASES[name].with_(key_bias=BIAS), 0, 0
-    for base in (0, 10**12):
-        chunks = random_chunks(case, rows=3, steps=12, seed=base % 89)
-        bases = [base, base + 5, base + 131 if base else 0]
-        history = History(case, bases, total(chunks), torch.float32)
-        error, count = follow(node(case, in_place=bool(base)), case, history, chunks)
-        assert error < BIAS_TOLERANCE
-        ties += count
-        written += 2 * case.num_kv_heads * case.head_dim * sum(map(sum, chunks))
-    assert ties <= 1e-2 * written
+    error, ties = follow_far_and_near(node, CASES[name].with_(key_bias=BIAS))
+    assert error < BIAS_TOLERANCE
+    assert ties <= 1e-2
 
 
 @pytest.mark.parametrize(
@@ -110,10 +105,7 @@ def test_every_form_follows_the_specification(name, node):
     ids=["long_window", "odd_head_dim", "decoding"],
 )
 def test_large_cases_follow_the_specification(case, steps, node):
-    chunks = [[case.chunk_size, case.chunk_size - 1]] * steps + [[1, 1]] * 3
-    history = History(case, [2047, 10**9], total(chunks), torch.float32)
-    error, _ = follow(node(case, in_place=True), case, history, chunks)
-    assert error < BIAS_TOLERANCE
+    assert follow_large(node, case, steps, [2047, 10**9]) < BIAS_TOLERANCE
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -145,7 +137,7 @@ def test_torch_op_passes_opcheck(name):
     caches, scales = rounded_caches(history, case.capacity)
     shared = shared_inputs(case, past, new, 5, case.capacity)
     inputs = (*history.chunk(past, new, 5), *caches, *shared, *scales, *behind_scales(case))
-    operator = torch_operator.lambda_attention_int8_cache_key_bias
+    operator = torch_operator.lambda_attention_int8_cache
     torch.library.opcheck(operator, inputs, case.attributes())
 
 

@@ -126,11 +126,8 @@ class OperatorStep:
             caches = [*caches, *(self.tables.no_sinks(spec),) * 2]
         operator, own = torch_operator.lambda_attention, scales
         if int8_cache:
-            bias = self._key_bias(call)
             operator = torch_operator.lambda_attention_int8_cache
-            if bias:
-                operator = torch_operator.lambda_attention_int8_cache_key_bias
-                own = [*scales, *bias]
+            own = [*scales, *self._key_bias(call)]
         output, *present = operator(
             call.query,
             call.key,

@@ -49,7 +49,7 @@ def function_body(features: BodyFeatures) -> onnx.FunctionProto:
     """Return the operator as a model-local function.
 
     Inputs, outputs and attributes are those of `reference.lambda_attention`, with an int8 cache
-    those of `reference_int8.lambda_attention_int8_cache`, or of its form with a key bias.
+    those of `reference_int8.lambda_attention_int8_cache`, its bias of keys where there is one.
     """
     int8_cache, key_bias = features.int8_cache, features.key_bias
     rotation, new_key = _ROTATION[features.rotary], _NEW_KEY[int8_cache][features.rotary]

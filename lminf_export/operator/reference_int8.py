@@ -1,14 +1,13 @@
 """Λ-attention over a ring of int8: the specification of the operator that rounds what it keeps.
 
 The format (`quantize`) and `lambda_attention_int8_cache`, which is `reference.lambda_attention`
-over a ring in it, with keys as they are or without a bias. Letters as in `reference`;
+over a ring in it; keys lie there as they are or without a bias. Letters as in `reference`;
 docs/operator.md, "Rings of int8", says why.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +73,9 @@ def lambda_attention_int8_cache(
     sink_logits: Tensor,
     past_key_scale: Tensor,
     past_value_scale: Tensor,
+    key_bias: Tensor | None = None,
+    cos_table: Tensor | None = None,
+    sin_table: Tensor | None = None,
     *,
     num_sink_tokens: int,
     window_size: int,
@@ -88,146 +90,51 @@ def lambda_attention_int8_cache(
     Every query, those of the same chunk included, meets what the ring holds, so the result does
     not depend on how a text is cut into chunks. Sinks stay in the model's type.
 
+    With a bias b of keys, a key k of position p is R_p(k − b) in the ring, rounded; a query meets
+    that plus R_p b. In exact arithmetic every b gives the same result; one near the keys' mean
+    leaves little to round.
+
     Args:
-        past_key: (B, G, C, D) int8; slot p mod C holds the key of position p, rotated at p and
-            rounded by `quantize`.
+        past_key: (B, G, C, D) int8; slot p mod C holds the key of position p, without its bias,
+            rotated at p and rounded by `quantize`.
         past_value: (B, G, C, D) int8.
         past_key_scale: (B, G, C, 1) float32 (or float64 where T is), the scales of the keys.
         past_value_scale: like past_key_scale.
+        key_bias: (G, D) T, the part b of every key that the ring lacks; None for keys as they are.
+        cos_table: (T, R/2) float32 (or float64 where T is), the digit tables of `rope`, from
+            which R_p is composed for the positions in the ring; with a key_bias only. Any small
+            constant without rotation.
+        sin_table: like cos_table.
 
     The other arguments are those of `lambda_attention`.
 
     Returns:
         The five of `lambda_attention`, then present_key_scale and present_value_scale.
     """
-    return _over_int8_rings(
-        query,
-        key,
-        value,
-        (past_key, past_key_scale, past_value, past_value_scale),
-        (past_sink_key, past_sink_value),
-        (past_length, new_length, query_position, slot_position),
-        (cos, sin, limit_cos, limit_sin),
-        (alibi_slopes, sink_logits),
-        None,
-        num_sink_tokens=num_sink_tokens,
-        window_size=window_size,
-        distance_limit=distance_limit,
-        scale=scale,
-        softcap=softcap,
-        rotary_dim=rotary_dim,
-        rotary_interleaved=rotary_interleaved,
-    )
-
-
-def lambda_attention_int8_cache_key_bias(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_sink_key: Tensor,
-    past_sink_value: Tensor,
-    past_length: Tensor,
-    new_length: Tensor,
-    query_position: Tensor,
-    slot_position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    limit_cos: Tensor,
-    limit_sin: Tensor,
-    alibi_slopes: Tensor,
-    sink_logits: Tensor,
-    past_key_scale: Tensor,
-    past_value_scale: Tensor,
-    key_bias: Tensor,
-    cos_table: Tensor,
-    sin_table: Tensor,
-    *,
-    num_sink_tokens: int,
-    window_size: int,
-    distance_limit: int,
-    scale: float,
-    softcap: float,
-    rotary_dim: int,
-    rotary_interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`lambda_attention_int8_cache` over keys that lie in the ring without a known part.
-
-    A key k of position p is R_p(k − b) in the ring, rounded; a query meets that plus R_p b. In
-    exact arithmetic every b gives the same result; one near the keys' mean leaves little to round.
-
-    Args:
-        key_bias: (G, D) T, the part b of every key.
-        cos_table: (T, R/2) float32 (or float64 where T is), the digit tables of `rope`, from
-            which R_p is composed for the positions in the ring. Any small constant without
-            rotation.
-        sin_table: like cos_table.
-
-    The other arguments and results are those of `lambda_attention_int8_cache`.
-    """
-    return _over_int8_rings(
-        query,
-        key,
-        value,
-        (past_key, past_key_scale, past_value, past_value_scale),
-        (past_sink_key, past_sink_value),
-        (past_length, new_length, query_position, slot_position),
-        (cos, sin, limit_cos, limit_sin),
-        (alibi_slopes, sink_logits),
-        (key_bias, cos_table, sin_table),
-        num_sink_tokens=num_sink_tokens,
-        window_size=window_size,
-        distance_limit=distance_limit,
-        scale=scale,
-        softcap=softcap,
-        rotary_dim=rotary_dim,
-        rotary_interleaved=rotary_interleaved,
-    )
-
-
-def _over_int8_rings(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rings: tuple[Tensor, Tensor, Tensor, Tensor],
-    sinks: tuple[Tensor, Tensor],
-    places: tuple[Tensor, Tensor, Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor, Tensor],
-    heads: tuple[Tensor, Tensor],
-    bias: tuple[Tensor, Tensor, Tensor] | None,
-    *,
-    rotary_dim: int,
-    rotary_interleaved: bool,
-    **settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    past_length, new_length, query_position, slot_position = places
-    cos, sin, limit_cos, limit_sin = rows
     turn = partial(turned, rotary_dim=rotary_dim, interleaved=rotary_interleaved)
     local_query, sink_query = turn(query, cos, sin), turn(query, limit_cos, limit_sin)
-    new_key = key if bias is None else key.to(real_type(key)) - _of_heads(bias[0], key)
+    real = real_type(query)
+    bias = None if key_bias is None else key_bias.to(real)[None, :, None]  # (1, G, 1, D)
 
-    presents = []
-    for past, past_scale, new in (
-        (*rings[:2], turn(new_key, cos, sin)),
-        (*rings[2:], value.to(real_type(query))),
-    ):
-        q, q_scale = quantize(new)
-        presents.append(write_ring(past, q, past_length))
-        presents.append(write_ring(past_scale, q_scale, past_length))
-    present_key, present_key_scale, present_value, present_value_scale = presents
+    new_key = key if bias is None else key.to(real) - bias
+    rounded_key, key_scale = quantize(turn(new_key, cos, sin))
+    rounded_value, value_scale = quantize(value.to(real))
+    present_key = write_ring(past_key, rounded_key, past_length)
+    present_key_scale = write_ring(past_key_scale, key_scale, past_length)
+    present_value = write_ring(past_value, rounded_value, past_length)
+    present_value_scale = write_ring(past_value_scale, value_scale, past_length)
+    present_sink_key = write_sinks(past_sink_key, key, past_length, new_length)
+    present_sink_value = write_sinks(past_sink_value, value, past_length, new_length)
+
     ring_key = dequantize(present_key, present_key_scale)
     if bias is not None:
-        own, *tables = bias
-        of_slots = _of_heads(own, key).expand(*present_key.shape[:3], -1)
-        # An empty slot's position is negative; what is there, no query sees.
-        slots = rotary_rows(slot_position.clamp_min(0), *tables) if rotary_dim else (cos, sin)
-        ring_key = ring_key + turn(of_slots, *slots)
-    present_sinks = (
-        write_sinks(past, new, past_length, new_length)
-        for past, new in zip(sinks, (key, value), strict=True)
-    )
-    present_sink_key, present_sink_value = present_sinks
+        assert cos_table is not None
+        assert sin_table is not None
+        rows = (cos, sin)
+        if rotary_dim:
+            # An empty slot's position is negative; what is there, no query sees.
+            rows = rotary_rows(slot_position.clamp_min(0), cos_table, sin_table)
+        ring_key = ring_key + turn(bias.expand(*present_key.shape[:3], -1), *rows)
     output = attend_caches(
         local_query,
         sink_query,
@@ -237,8 +144,13 @@ def _over_int8_rings(
         present_sink_value,
         query_position,
         slot_position,
-        *heads,
-        **settings,
+        alibi_slopes,
+        sink_logits,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        distance_limit=distance_limit,
+        scale=scale,
+        softcap=softcap,
     )
     return (
         output.to(query.dtype),
@@ -249,8 +161,3 @@ def _over_int8_rings(
         present_key_scale,
         present_value_scale,
     )
-
-
-def _of_heads(bias: Tensor, key: Tensor) -> Tensor:
-    """(1, G, 1, D) in the type that is computed in."""
-    return bias.to(real_type(key))[None, :, None]

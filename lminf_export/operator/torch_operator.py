@@ -27,11 +27,6 @@ lambda_attention_int8_cache = torch.library.custom_op(
     reference_int8.lambda_attention_int8_cache,
     mutates_args=(),
 )
-lambda_attention_int8_cache_key_bias = torch.library.custom_op(
-    "lminf::lambda_attention_int8_cache_key_bias",
-    reference_int8.lambda_attention_int8_cache_key_bias,
-    mutates_args=(),
-)
 
 
 @lambda_attention.register_fake
@@ -41,20 +36,10 @@ def _(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
 
 @lambda_attention_int8_cache.register_fake
 def _(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
-    return _shapes_of_int8(contract.input_names(int8_cache=True), tensors)
-
-
-@lambda_attention_int8_cache_key_bias.register_fake
-def _(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
-    return _shapes_of_int8(contract.input_names(int8_cache=True, key_bias=True), tensors)
-
-
-def _shapes_of_int8(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    inputs = dict(zip(names, tensors, strict=True))
-    return (
-        *_shapes(inputs),
-        *(_contiguous(inputs[operand.name]) for operand in contract.SCALE_INPUTS),
-    )
+    names = contract.input_names(int8_cache=True)  # a bias of keys has no part in the shapes
+    inputs = dict(zip(names, tensors, strict=False))
+    scales = (_contiguous(inputs[operand.name]) for operand in contract.SCALE_INPUTS)
+    return (*_shapes(inputs), *scales)
 
 
 def _shapes(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -119,13 +104,14 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     register_schema()
     return {
         torch.ops.lminf.lambda_attention.default: _translation(contract.OP_TYPE),
-        torch.ops.lminf.lambda_attention_int8_cache.default: _translation(
-            contract.INT8_CACHE_OP_TYPE
-        ),
-        torch.ops.lminf.lambda_attention_int8_cache_key_bias.default: _translation(
-            contract.KEY_BIAS_OP_TYPE
-        ),
+        torch.ops.lminf.lambda_attention_int8_cache.default: _int8_translation,
     }
+
+
+def _int8_translation(*tensors: Any, **settings: Any) -> Any:
+    with_bias = len(tensors) > len(contract.inputs(int8_cache=True))
+    name = contract.op_type(int8_cache=True, key_bias=with_bias)
+    return _translation(name)(*tensors, **settings)
 
 
 def _translation(op_type: str) -> Callable[..., Any]:

@@ -12,10 +12,10 @@ from lminf_export.operator.reference_int8 import (
     INT8_LIMIT,
     dequantize,
     lambda_attention_int8_cache,
-    lambda_attention_int8_cache_key_bias,
     quantize,
 )
 from lminf_export.operator.rope import BASE, NUM_DIGITS, rotary_rows
+from tests.support.operator_streams import random_chunks, total
 
 
 class ExactHistory(History):
@@ -74,11 +74,6 @@ def exact_tables(case):
     return angles.cos() * factors, angles.sin() * factors
 
 
-def specification(case):
-    """The operator over rings of int8 in torch: with a bias of keys where the case has one."""
-    return lambda_attention_int8_cache_key_bias if case.key_bias else lambda_attention_int8_cache
-
-
 def follow(form, case, history, chunks):
     """Feed a stream in ragged chunks; hold rings and outputs of each step to the specification.
 
@@ -93,7 +88,7 @@ def follow(form, case, history, chunks):
         shared = shared_inputs(case, past, new, width, case.capacity)
         inputs = [*history.chunk(past, new, width), *caches, *shared, *scales]
         inputs += behind_scales(case, history.key.dtype)
-        wanted = specification(case)(*inputs, **case.attributes())
+        wanted = lambda_attention_int8_cache(*inputs, **case.attributes())
         before = caches
         output, *present = form(case, inputs)
         caches, scales = present[:4], present[4:]
@@ -108,6 +103,30 @@ def follow(form, case, history, chunks):
         assert output.isfinite().all()
         past = past + new
     return error, ties
+
+
+def follow_far_and_near(node, case):
+    """Follow ragged streams of three rows at positions near and far.
+
+    Returns the largest error, and how many of the numbers written fell to a tie's other side.
+    """
+    worst, ties, written = 0.0, 0, 0
+    for base in (0, 10**12):
+        chunks = random_chunks(case, rows=3, steps=12, seed=base % 89)
+        bases = [base, base + 5, base + 131 if base else 0]
+        history = History(case, bases, total(chunks), torch.float32)
+        error, count = follow(node(case, in_place=bool(base)), case, history, chunks)
+        worst, ties = max(worst, error), ties + count
+        written += 2 * case.num_kv_heads * case.head_dim * sum(map(sum, chunks))
+    # A row stays up to a window's tokens; each is compared at every step.
+    return worst, ties / written
+
+
+def follow_large(node, case, steps, bases):
+    """Follow two rows through full chunks, then single tokens; return the largest error."""
+    chunks = [[case.chunk_size, case.chunk_size - 1]] * steps + [[1, 1]] * 3
+    history = History(case, bases, total(chunks), torch.float32)
+    return follow(node(case, in_place=True), case, history, chunks)[0]
 
 
 def check_rings(case, inputs, found, wanted):
