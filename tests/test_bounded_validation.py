@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,12 +19,12 @@ from lminf_export.cli.validate import validate_command
 from lminf_export.tensors.rows import gather_rows, row_blocks
 from lminf_export.verify import comparison, estimate
 from lminf_export.verify.comparison import Differences, LogitRange
+from tests.support.memory import MIB, peak_of
 from tests.support.tiny_models import save_llama
 
 SAVERS = {case.model_type: case.save for case in CASES} | {
     name: lambda folder, name=name: own_families.save(name, folder) for name in own_families.CASES
 }
-MIB = 2**20
 
 
 @pytest.mark.sampled
@@ -123,34 +121,12 @@ def test_what_does_not_fit_is_refused_in_one_line(bundle, monkeypatch):
     assert "--max-hours" in result.stderr
 
 
-_MEASURE = """
-import sys
-from lminf_export import validate
-def anonymous():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon")) * 1024
-import threading, time, torch
-import lminf_export.verify.validate, transformers.models.llama.modeling_llama
-before, peak, done = anonymous(), 0, False
-def sample():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.005)
-thread = threading.Thread(target=sample)
-thread.start()
-assert validate(sys.argv[1], window=32).passed
-done = True
-thread.join()
-print(peak - before)
-"""
-
-
 @pytest.mark.slow
 def test_a_large_vocabulary_takes_no_more_than_a_gibibyte(tmp_path):
     model = save_llama(tmp_path / "m", vocab_size=262144, hidden_size=252)
     bundle = export(model, tmp_path / "b", window_size=64, chunk_size=16)
-    code = [sys.executable, "-c", _MEASURE, str(bundle.path)]
-    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    validation = f"lminf_export.validate({str(bundle.path)!r}, window=32)"
+    code = f"import lminf_export; assert {validation}.passed"
+    imports = ("lminf_export.verify.validate", "transformers.models.llama.modeling_llama")
     # All logits of the stream in float64 would be 297 MiB, the embeddings twice 504.
-    assert int(done.stdout.split()[-1]) < 1024 * MIB
+    assert peak_of(code, *imports) < 1024 * MIB

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -60,13 +62,19 @@ def write(folder, dice, *, of_side_files):
             (folder / name).write_bytes(json_text(changed, dice) if of_side_files else b"{}")
 
 
-@pytest.mark.parametrize("of_side_files", [True, False])
-def test_a_codec_raises_our_errors_only(tmp_path, of_side_files):
-    dice = random.Random(0)
-    for number in range(150):
-        folder = tmp_path / str(number)
+def mutants(root: Path, seed: int, count: int, *, of_side_files: bool) -> Iterator[Path]:
+    """Yield folders of a mutated tokenizer."""
+    dice = random.Random(seed)
+    for number in range(count):
+        folder = root / str(number)
         folder.mkdir()
         write(folder, dice, of_side_files=of_side_files)
+        yield folder
+
+
+@pytest.mark.parametrize("of_side_files", [True, False])
+def test_a_codec_raises_our_errors_only(tmp_path, of_side_files):
+    for folder in mutants(tmp_path, 0, 150, of_side_files=of_side_files):
         problems = read(folder / "tokenizer.json")
         assert all(len(line) <= 300 and "\n" not in line for line in problems)
 
@@ -74,12 +82,8 @@ def test_a_codec_raises_our_errors_only(tmp_path, of_side_files):
 @pytest.mark.slow
 @pytest.mark.parametrize("of_side_files", [True, False])
 def test_the_check_at_export_raises_nothing(tmp_path, of_side_files):
-    dice = random.Random(1)
-    for number in range(100):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        write(folder, dice, of_side_files=of_side_files)
-        copy = tmp_path / f"{number}-copy"
+    for folder in mutants(tmp_path, 1, 100, of_side_files=of_side_files):
+        copy = tmp_path / f"{folder.name}-copy"
         shutil.copytree(folder, copy)
         notices = check_tokenizer(folder, copy)
         assert all(len(line) <= 300 and "\n" not in line for line in notices)

@@ -93,8 +93,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
 def _commands(manifest: Manifest) -> str:
     model = f" --model {manifest.source.name}" if _is_hub_id(manifest.source.name) else ""
     return (
+        "With lminf-export installed:\n\n"
         "```sh\n"
-        "pip install lminf-export\n"
         'lminf generate DIR --prompt "Once upon a time"   # DIR: this folder\n'
         f"lminf validate DIR{model}\n"
         "lminf inspect DIR\n"

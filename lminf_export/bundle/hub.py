@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.hub_errors import hub_errors_as, transport_error
 from lminf_export.bundle.manifest import read_manifest
 from lminf_export.bundle.records import MANIFEST_NAME
 from lminf_export.errors import BundleError
@@ -75,7 +74,7 @@ def push_to_hub(
     opened = Bundle.open(bundle.path if isinstance(bundle, Bundle) else bundle, "full")
     names = [*opened.manifest.files, MANIFEST_NAME]
     api = HfApi(library_name="lminf-export", token=token)
-    with _as_bundle_error(repo_id):
+    with hub_errors_as(BundleError, repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -92,7 +91,11 @@ def _fetch(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> 
     """Fetch the files that the manifest names, of one commit, and no others."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    with _as_bundle_error(repo_id, revision):
+    no_bundle = (
+        f"holds no bundle: it has no {MANIFEST_NAME}; a model of transformers is exported first: "
+        f"lminf-export --model {repo_id} --out DIR"
+    )
+    with hub_errors_as(BundleError, repo_id, revision, lacks=no_bundle):
         offline = not _answers(repo_id, revision)
         found = hf_hub_download(
             repo_id,
@@ -125,58 +128,12 @@ def _answers(repo_id: str, revision: str | None) -> bool:
         HfApi(library_name="lminf-export").model_info(repo_id, revision=revision)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
-    except (errors.OfflineModeIsEnabled, _transport_error(), OSError) as error:
+    except (errors.OfflineModeIsEnabled, transport_error(), OSError) as error:
         logger.info("the hub cannot be asked about %s: %s", repo_id, error)
         return False
     return True
 
 
-def _transport_error() -> type[Exception]:
-    """Return the base of what the HTTP library raises: requests or httpx, by the hub's release."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    base: type[Exception] = HfHubHTTPError.__bases__[0]
-    return base
-
-
 def _literal(name: str) -> str:
     """Return a pattern that matches one name."""
     return re.sub(r"([*?[])", r"[\1]", name)
-
-
-@contextmanager
-def _as_bundle_error(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise BundleError(f"{repo_id}: no such folder, and not a valid hub id") from error
-    except errors.RevisionNotFoundError as error:
-        raise BundleError(f"{repo_id}: the hub has no revision {revision!r} of it") from error
-    except errors.GatedRepoError as error:
-        raise BundleError(
-            f"{repo_id} is gated: accept its terms on the hub and log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise BundleError(
-            f"{repo_id}: no such folder here, and the hub does not know it or keeps it private; "
-            "check the spelling, or log in with `hf auth login`"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise BundleError(
-            f"{repo_id}: no such folder here, not in the hub's cache, and the hub could not be "
-            "reached; check the spelling, the network or HF_HUB_OFFLINE"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise BundleError(
-            f"{repo_id} holds no bundle: it has no {MANIFEST_NAME}; a model of transformers is "
-            f"exported first: lminf-export --model {repo_id} --out DIR"
-        ) from error
-    except (errors.OfflineModeIsEnabled, _transport_error(), OSError) as error:
-        raise BundleError(f"{repo_id}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return f"the hub could not do it: {lines[0][:150] if lines else type(error).__name__}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_export.bundle.files import require_utf8
+from lminf_export.bundle.hub_errors import hub_errors_as
 from lminf_export.bundle.versions import package_version
 from lminf_export.checkpoint.config_numbers import check_config_numbers
 from lminf_export.checkpoint.dequantize.methods import check_quantization
@@ -117,29 +118,13 @@ def open_source(
 def _download(
     name: str, revision: str | None, cache_dir: str | Path | None, weights: Iterable[str]
 ) -> Path:
-    from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
     patterns = [*weights, *TOKENIZER_FILES, EXTRA_TEMPLATES, *CONFIG_FILES, *LICENSE_PATTERNS]
-    try:
+    with hub_errors_as(ModelError, f"model {shortened(repr(name))}", revision):
         folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
         )
-    except hub_errors.HFValidationError as error:
-        raise ModelError(f"model {name!r}: no such folder, and not a valid hub id") from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise ModelError(f"model {name!r}: the hub has no revision {revision!r}") from error
-    except hub_errors.GatedRepoError as error:
-        raise ModelError(
-            f"model {name!r} is gated: accept its terms on the hub and log in with `hf auth login`"
-        ) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise ModelError(f"model {name!r}: no such folder, and the hub does not know it") from error
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"model {name!r}: no such folder, and the hub could not be reached; "
-            f"check the spelling, the network or HF_HUB_OFFLINE"
-        ) from error
     return Path(folder)
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from lminf_export.bundle.files import human_bytes
 from lminf_export.cli.common import (
     handle_errors,
     not_utf8,
@@ -24,89 +20,11 @@ from lminf_export.cli.session_options import (
     threads_option,
     trust_options,
 )
-from lminf_export.cli.terminal import echo_json, when_interrupted
+from lminf_export.cli.terminal import when_interrupted
+from lminf_export.cli.written_text import WrittenText
 from lminf_export.errors import InputError
 
-if TYPE_CHECKING:
-    from lminf_export.runtime.cache import State
-
-
 DEFAULT_NEW_TOKENS = 256
-
-
-@dataclass
-class Run:
-    """A text while it is written: when its tokens came, and how it ended.
-
-    Attributes:
-        num_prompt_tokens: tokens read.
-        max_new_tokens: tokens to write at most; None for no end.
-        started: when the command began, of `time.perf_counter`, as the other times.
-        first: when the first token came.
-        last: when the latest token came.
-        count: tokens written.
-        ran_out: whether the model gave no more tokens.
-        keep_ids: whether to keep the tokens.
-        token_ids: those kept.
-    """
-
-    num_prompt_tokens: int
-    max_new_tokens: int | None
-    started: float
-    first: float = 0.0
-    last: float = 0.0
-    count: int = 0
-    ran_out: bool = False
-    keep_ids: bool = False
-    token_ids: list[int] = field(default_factory=list)
-
-    def watch(self, token_ids: Iterator[int]) -> Iterator[int]:
-        """Pass tokens on and count them."""
-        for token in token_ids:
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
-            self.count += 1
-            if self.keep_ids:
-                self.token_ids.append(token)
-            yield token
-        self.ran_out = True
-
-    @property
-    def finish_reason(self) -> str:
-        """Why the text ended: "length", "end_of_text" (the model's own end) or "stop_text"."""
-        if not self.ran_out:
-            return "stop_text"
-        return "length" if self.count == self.max_new_tokens else "end_of_text"
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Speed from the first token to the latest; None for fewer than two."""
-        return (self.count - 1) / (self.last - self.first) if self.last > self.first else None
-
-    def line(self, state: State) -> str:
-        """Return the statistics in one line."""
-        speed = self.tokens_per_second
-        rate = f"{speed:.1f} tokens/s" if speed else "one token"
-        waited = f"{self.first - self.started:.2f} s" if self.count else "none"
-        return (
-            f"prompt {self.num_prompt_tokens} tokens, first token after {waited}, "
-            f"{self.count} tokens at {rate}, "
-            f"cache {human_bytes(state.nbytes)} of at most {human_bytes(state.max_nbytes)}"
-        )
-
-    def to_dict(self, text: str, finish_reason: str, state: State) -> dict[str, Any]:
-        """Return the result as JSON can hold it."""
-        return {
-            "text": text,
-            "token_ids": self.token_ids,
-            "finish_reason": finish_reason,
-            "prompt_tokens": self.num_prompt_tokens,
-            "new_tokens": self.count,
-            "seconds_to_first_token": self.first - self.started if self.count else None,
-            "tokens_per_second": self.tokens_per_second,
-            "cache_bytes": state.nbytes,
-            "max_cache_bytes": state.max_nbytes,
-        }
 
 
 @click.command("generate")
@@ -234,29 +152,11 @@ def generate_command(
         stop_token_ids=() if ignore_eos else None,
         state=state,
     )
-    run = Run(len(prompt_ids), limit, started, keep_ids=as_json)
-    pieces: list[str] = []
-
-    def finish(reason: str) -> None:
-        if as_json:
-            echo_json(run.to_dict("".join(pieces), reason, state))
-        else:
-            click.echo()
-        if stats:
-            click.echo(run.line(state), err=True)
-
-    def kept() -> str:
-        finish("interrupted")
-        return f"the {run.count} tokens written so far are above; no state is kept"
-
-    with when_interrupted(kept):
-        for piece in model.codec.stream(run.watch(token_ids), after=prompt_ids, stop=stop):
-            if as_json:
-                pieces.append(piece)
-            else:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
-    finish(run.finish_reason)
+    text = WrittenText(len(prompt_ids), limit, started, state, as_json, stats)
+    with when_interrupted(text.interrupt):
+        for piece in model.codec.stream(text.watch(token_ids), after=prompt_ids, stop=stop):
+            text.write(piece)
+    text.finish()
 
 
 def _limit(max_new_tokens: int | None, endless: bool, as_json: bool) -> int | None:

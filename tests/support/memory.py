@@ -1,4 +1,4 @@
-"""How much memory of its own an export takes, measured in a process of its own."""
+"""How much memory of its own a piece of code takes, measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 
 MIB = 2**20
 
-# Samples its own anonymous memory, before and while it exports.
+# Samples its own anonymous memory, before and while it runs the code in its first argument.
 _MEASURE = """
     import importlib, sys, threading, time
-    import lminf_export, lminf_export.export.run, torch.onnx
-    importlib.import_module(sys.argv[3])
+
+    code, imports = sys.argv[1], sys.argv[2].split()
+    for name in imports:
+        importlib.import_module(name)
 
     def anonymous():
         with open("/proc/self/status") as status:
@@ -29,23 +31,31 @@ _MEASURE = """
 
     thread = threading.Thread(target=sample)
     thread.start()
-    # Without the comparison with the unmodified model, which holds one layer in float32.
-    settings = {"window_size": 64, "dtype": "float16", "check": False}
-    lminf_export.export(sys.argv[1], sys.argv[2], **settings)
+    exec(code)
     done = True
     thread.join()
     print(peak - before)
 """
+_EXPORT_IMPORTS = ("lminf_export.export.run", "torch.onnx")
+
+
+def peak_of(code: str, *imports: str) -> int:
+    """Run Python code; return the bytes taken at most over what these imports took."""
+    command = [sys.executable, "-c", textwrap.dedent(_MEASURE), code, " ".join(imports)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(run.stdout.split()[-1])
 
 
 def peak_of_export(folder: Path, out: Path, code: str) -> int:
     """Export a model; return the bytes taken at most over what its imports took.
+
+    Without the comparison with the unmodified model, which holds one layer in float32.
 
     Args:
         folder: the model.
         out: the bundle.
         code: module of transformers that has its code.
     """
-    command = [sys.executable, "-c", textwrap.dedent(_MEASURE), folder, out, code]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(run.stdout.split()[-1])
+    settings = {"window_size": 64, "dtype": "float16", "check": False}
+    call = f"lminf_export.export({str(folder)!r}, {str(out)!r}, **{settings})"
+    return peak_of(f"import lminf_export; {call}", *_EXPORT_IMPORTS, code)

@@ -1,0 +1,129 @@
+"""A text while a command writes it: printed as it comes, its tokens timed, its end explained."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lminf_export.bundle.files import human_bytes
+from lminf_export.cli.terminal import echo_json
+
+if TYPE_CHECKING:
+    from lminf_export.runtime.cache import State
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass
+class WrittenText:
+    """A text while it is written.
+
+    Attributes:
+        num_prompt_tokens: tokens read.
+        max_new_tokens: tokens to write at most; None for no end.
+        started: when the command began, of `time.perf_counter`, as the other times.
+        state: of the stream, for the cache's size.
+        as_json: keep text and tokens and print them at the end, in place of text as it comes.
+        stats: print speed and cache at the end, to stderr.
+        first: when the first token came.
+        last: when the latest token came.
+        count: tokens written.
+        ran_out: whether the model gave no more tokens.
+        token_ids: the tokens, where JSON is wanted.
+        pieces: the text, where JSON is wanted.
+    """
+
+    num_prompt_tokens: int
+    max_new_tokens: int | None
+    started: float
+    state: State
+    as_json: bool
+    stats: bool
+    first: float = 0.0
+    last: float = 0.0
+    count: int = 0
+    ran_out: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    def watch(self, token_ids: Iterator[int]) -> Iterator[int]:
+        """Pass tokens on and count them."""
+        for token in token_ids:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            self.count += 1
+            if self.as_json:
+                self.token_ids.append(token)
+            yield token
+        self.ran_out = True
+
+    def write(self, piece: str) -> None:
+        """Print a piece of the text, or keep it."""
+        if self.as_json:
+            self.pieces.append(piece)
+        else:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+
+    def finish(self, reason: str | None = None) -> None:
+        """Print what comes behind the text.
+
+        Args:
+            reason: why it ended; by default "length", "end_of_text" (the model's own end) or
+                "stop_text".
+        """
+        if self.as_json:
+            echo_json(self._result(reason or self._reason))
+        else:
+            click.echo()
+        if self.stats:
+            click.echo(self._statistics, err=True)
+
+    def interrupt(self) -> str:
+        """Print what comes behind an interrupted text; return a line that says what is kept."""
+        self.finish(INTERRUPTED)
+        return f"the {self._num_written} written so far are above; no state is kept"
+
+    @property
+    def _reason(self) -> str:
+        if not self.ran_out:
+            return "stop_text"
+        return "length" if self.count == self.max_new_tokens else "end_of_text"
+
+    @property
+    def _tokens_per_second(self) -> float | None:
+        """Speed from the first token to the latest; None for fewer than two."""
+        return (self.count - 1) / (self.last - self.first) if self.last > self.first else None
+
+    @property
+    def _num_written(self) -> str:
+        return f"{self.count} {'token' if self.count == 1 else 'tokens'}"
+
+    @property
+    def _statistics(self) -> str:
+        speed = self._tokens_per_second
+        waited = f"{self.first - self.started:.2f} s" if self.count else "none"
+        return (
+            f"prompt {self.num_prompt_tokens} tokens, first token after {waited}, "
+            f"{self._num_written}{f' at {speed:.1f} tokens/s' if speed else ''}, "
+            f"cache {human_bytes(self.state.nbytes)} of at most "
+            f"{human_bytes(self.state.max_nbytes)}"
+        )
+
+    def _result(self, finish_reason: str) -> dict[str, Any]:
+        return {
+            "text": "".join(self.pieces),
+            "token_ids": self.token_ids,
+            "finish_reason": finish_reason,
+            "prompt_tokens": self.num_prompt_tokens,
+            "new_tokens": self.count,
+            "seconds_to_first_token": self.first - self.started if self.count else None,
+            "tokens_per_second": self._tokens_per_second,
+            "cache_bytes": self.state.nbytes,
+            "max_cache_bytes": self.state.max_nbytes,
+        }
