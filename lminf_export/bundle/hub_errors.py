@@ -18,7 +18,7 @@ def hub_errors_as(
         kind: of error.
         name: what was asked for, as the line begins.
         revision: the one asked for.
-        lacks: end of the line where a repository has not the file that was asked for.
+        lacks: end of the line where a repository does not hold the file that was asked for.
 
     Raises:
         LminfError: of that kind.

@@ -11,10 +11,10 @@ from typing import Any
 from lminf_export.bundle.files import require_utf8
 from lminf_export.bundle.hub_errors import hub_errors_as
 from lminf_export.bundle.versions import package_version
-from lminf_export.checkpoint.config_numbers import check_config_numbers
+from lminf_export.checkpoint.config_file import read_config_file
 from lminf_export.checkpoint.dequantize.methods import check_quantization
 from lminf_export.checkpoint.links import refuse_links_to_outside
-from lminf_export.disk import is_dir, is_file, read_json, user_path
+from lminf_export.disk import is_dir, is_file, user_path
 from lminf_export.errors import ModelError, shortened
 from lminf_export.models.kinds import SEE_FAMILIES, check_kind
 from lminf_export.models.transformers_tables import CODE_ERRORS, is_known
@@ -126,32 +126,6 @@ def _download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
         )
     return Path(folder)
-
-
-def read_config_file(folder: Path, model: str) -> dict[str, Any]:
-    """Read a model's config.json.
-
-    Args:
-        folder: the model's.
-        model: the model as the user named it, for messages.
-
-    Raises:
-        ModelError: it is missing, damaged, or names no model type.
-    """
-    path = folder / "config.json"
-    named = shortened(repr(model))
-    if not is_file(path):
-        if is_file(folder / "adapter_config.json"):
-            raise ModelError(
-                f"model {named} is an adapter; give the model it was trained on as --model, "
-                f"and the adapter as --lora"
-            )
-        raise ModelError(f"model {named} has no {path.name}; is it a Hugging Face model folder?")
-    content = read_json(path, ModelError, f"{path.name} of model {named}")
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise ModelError(f"{path.name} of model {named} names no model_type")
-    check_config_numbers(content, model)
-    return content
 
 
 def plain_config(source: Source) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from lminf_export.checkpoint.config_file import check_local_config
 from lminf_export.cli.common import (
     handle_errors,
     one_adapter,
@@ -148,6 +149,7 @@ def export_command(dry_run: bool, as_json: bool, **options: Any) -> None:
     Writes a bundle: the model as ONNX with Λ-shaped attention over a bounded cache, its weights
     and tokenizer, an engine if OUT asks for one, and a manifest. Run it with `lminf generate`.
     """
+    check_local_config(options["model"])
     from lminf_export.cli.export_report import ExportReport, PlanReport
     from lminf_export.export.run import prepare, run_job
 

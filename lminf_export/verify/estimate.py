@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
@@ -57,11 +57,11 @@ class Sizes:
         for name, shape in checkpoint.skeleton.shapes.items():
             if (place := _LAYER.match(name)) is None:
                 continue
-            per_layer[place[0]] += prod(shape)
+            per_layer[place[0]] += math.prod(shape)
             share = 1.0
             if len(shape) > 2:  # a stack of experts
                 share = min(1.0, (experts_per_token(config) or shape[0]) / shape[0])
-            met += int(prod(shape) * share)
+            met += int(math.prod(shape) * share)
             widest = max(widest, *shape[-2:])
         return cls(
             layer=max(per_layer.values(), default=0),
@@ -211,4 +211,4 @@ def human_time(seconds: float) -> str:
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {name}"
-    return f"{max(seconds, 1):.0f} s"
+    return f"{math.ceil(seconds)} s"
