@@ -33,7 +33,7 @@ class LazyTensor:
         for start in range(0, count, step):
             yield self.rows(start, min(count, start + step)).flatten()
 
-    def at(self, index: int) -> LazyRow:
+    def at(self, index: int) -> LazyTensor:
         """Return the sub-tensor at an index of the first dimension."""
         return LazyRow(self, index)
 
