@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
+from lminf_export.tensors.dtypes import MODEL_DTYPES, safetensors_name
 from lminf_export.tensors.lazy import LazyTensor
 from lminf_export.tensors.stored import StoredTensor
 
-# GGUF's name of an element type → safetensors', of numbers that are stored as they are.
-_PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+# Types of single numbers, which GGUF and safetensors call alike.
+_PLAIN = tuple(safetensors_name(name) for name in MODEL_DTYPES)
 # Elements that are decoded in one call: few calls, and their intermediate results stay in cache.
 _AT_ONCE = 2**16
 
@@ -132,10 +133,9 @@ class GgufTensor(LazyTensor):
 
     def as_stored(self) -> StoredTensor | None:
         """Return the tensor as one that can be copied as it is; None for blocks or reordered."""
-        kind = _PLAIN.get(self.ggml_type)
-        if kind is None or self.order is not None:
+        if self.ggml_type not in _PLAIN or self.order is not None:
             return None
-        return StoredTensor(self.path, kind, self.shape, self.offset, self.length)
+        return StoredTensor(self.path, self.ggml_type, self.shape, self.offset, self.length)
 
     def check_readable(self, name: str) -> None:
         """Check that the type of the tensor, called `name` in its file, can be decoded.
