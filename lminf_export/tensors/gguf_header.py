@@ -36,7 +36,7 @@ _NUMBERS: Mapping[int, str] = {
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF file says of itself.
+    """A GGUF file: its metadata and its tensors.
 
     Attributes:
         path: the file.
