@@ -9,7 +9,7 @@ else
 EXTRAS ?= dev
 endif
 
-.PHONY: help install demo test test-fast test-versions lint docs format clean
+.PHONY: help install demo test test-fast test-versions lint docs format clean evidence-real
 
 help:
 	@echo "make demo       install, export the demo model, validate it, let it write"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint       only the static checks"
 	@echo "make docs       write all generated pages"
 	@echo "make format     format the code"
+	@echo "make evidence-real  measure Gemma 3 270M: hours, goes on where it stopped, not in CI"
 
 install: $(VENV)/installed
 
@@ -48,6 +49,9 @@ test-versions: install
 
 test-fast: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not registry"
+
+evidence-real: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.evidence --real
 
 docs: install
 	$(BIN)/python -m scripts.docs.write_all

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, MptConfig, MptForCausalLM
 from lminf_export import export, load
 from lminf_export.cli.eval import eval_group
 from lminf_export.cli.main import main
-from lminf_export.evaluate import perplexity_reading
+from lminf_export.evaluate import lookup, perplexity_reading
 from lminf_export.evaluate.baselines import CachedStep
-from lminf_export.evaluate.passkey import ask, make_instance
+from lminf_export.evaluate.passkey import make_instance
 from lminf_export.evaluate.resume_file import ResumeFile
+from lminf_export.evaluate.retrieval import ask
 from lminf_export.evaluate.scorers import BundleScorer
 from lminf_export.evaluate.torch_scorers import TorchModel, recompute
 from lminf_export.runtime.kernels import find_kernels
@@ -352,9 +353,33 @@ def test_passkey_table_json_and_picture(byte_bundle, tmp_path):
     assert outcome.exit_code == 0, outcome.output
     assert "likeliest of 3" in " ".join(outcome.output.split())
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    outcome = run("lookup", byte_bundle, *options, "--plot", tmp_path / "l.png")
+    assert outcome.exit_code == 0, outcome.output
+    assert "likeliest of 3" in " ".join(outcome.output.split())
     cells = result_of("passkey", byte_bundle, *options)["cells"]
     assert [(c["windows"], c["depth"]) for c in cells] == [(0.5, 0), (0.5, 1), (2, 0), (2, 1)]
     assert cells[2]["key_is_in"] == {"evicted": 2}
+
+
+def test_a_record_is_asked_for_by_its_name_beside_codes_of_its_list(byte_bundle):
+    model = load(byte_bundle)
+    decode = model.codec.tokenizer.decode
+    for depth, place in ((1.0, "window"), (0.0, "evicted")):
+        made = lookup.make_instance(model, 2000, depth, 3, random.Random(1))
+        text = decode(made.prompt)
+        name = text[text.rindex("What is the code of ") + 20 : text.rindex("?")]
+        right, *wrong = (decode(candidate).strip() for candidate in made.candidates)
+        record = f"The code of {name} is {right}."
+        assert text.count(record) == 1
+        assert all(f"is {code}." in text for code in wrong)
+        assert made.place == place
+        assert made.distance == len(made.prompt) + 5 - (text.index(record) + len(record) - 6)
+        assert 1900 < len(made.prompt) <= 2000
+
+
+def test_a_list_of_one_record_still_has_wrong_codes(byte_bundle):
+    made = lookup.make_instance(load(byte_bundle), 1, 0.5, 3, random.Random(1))
+    assert len({tuple(candidate) for candidate in made.candidates}) == 4
 
 
 @pytest.mark.parametrize(
@@ -364,11 +389,12 @@ def test_passkey_table_json_and_picture(byte_bundle, tmp_path):
         (("--lengths", "0"), "above 0"),
         (("--depths", "150"), "between 0 and 1"),
         (("--trials", 0), "at least 1"),
-        (("--distractors", 100000), "there are 100000 keys"),
+        (("--distractors", 100000), "there are 100000"),
     ],
 )
-def test_a_mistake_in_passkey_costs_one_line(arguments, said, byte_bundle):
-    outcome = run("passkey", byte_bundle, *arguments)
+@pytest.mark.parametrize("task", ["passkey", "lookup"])
+def test_a_mistake_in_a_task_costs_one_line(task, arguments, said, byte_bundle):
+    outcome = run(task, byte_bundle, *arguments)
     assert outcome.exit_code == 2
     assert said in outcome.stderr
     assert len(outcome.stderr.strip().splitlines()) == 1
@@ -418,6 +444,7 @@ def test_a_truncated_bundle_is_refused(bundle, words, tmp_path):
 COMMANDS = {
     "perplexity": ("--max-tokens", 60),
     "passkey": ("--lengths", 2, "--depths", 50, "--trials", 1, "--distractors", 1),
+    "lookup": ("--lengths", 2, "--depths", 50, "--trials", 1, "--distractors", 1),
     "generate": ("--prompt", "w1 w2 w3", "--tokens", 40, "--segment", 40),
 }
 

@@ -14,8 +14,8 @@ from lminf_export.errors import InputError
 from lminf_export.evaluate import passkey_text, text
 from lminf_export.evaluate.buckets import estimate, log_buckets, ratio
 from lminf_export.evaluate.fluency import distinct, longest_repeat, near_repetition
-from lminf_export.evaluate.passkey import wilson
 from lminf_export.evaluate.resume_file import ResumeFile
+from lminf_export.evaluate.retrieval import wilson
 from lminf_export.runtime.text import TextCodec
 from lminf_export.verify.likelihood import negative_log_likelihood
 from tests.support.tiny_bundle import byte_tokenizer

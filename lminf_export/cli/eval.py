@@ -23,6 +23,10 @@ _COMMANDS = {
         "lminf_export.cli.eval_passkey:passkey_command",
         "Whether a key hidden in a text is found again, by length and depth.",
     ),
+    "lookup": (
+        "lminf_export.cli.eval_lookup:lookup_command",
+        "Whether the code of a name is found in a list of many, by length and depth.",
+    ),
     "generate": (
         "lminf_export.cli.eval_generate:generate_command",
         "Whether a long text the bundle writes stays fluent.",

@@ -1,1 +1,1 @@
-"""Measures what an exported model does with long texts: perplexity, passkeys, fluency."""
+"""Measures what an exported model does with long texts: perplexity, retrieval, fluency."""

@@ -17,6 +17,7 @@ from scripts.docs import (
     api_reference,
     cpu_kernel,
     evidence,
+    evidence_real,
     models,
     operator_contract,
     performance,
@@ -27,9 +28,10 @@ from scripts.train.model_card import card
 
 # File → what it must hold.
 PAGES: dict[str, Callable[[], str]] = {
+    "README.md": partial(page, "../README.md", evidence_real.TABLES),
     "docs/api.md": api_reference.page,
     "docs/cpu_kernel.md": partial(page, "cpu_kernel.md", cpu_kernel.TABLES),
-    "docs/evidence.md": partial(page, "evidence.md", evidence.TABLES),
+    "docs/evidence.md": partial(page, "evidence.md", {**evidence.TABLES, **evidence_real.TABLES}),
     "docs/gpu.md": report.current_page,
     "docs/models.md": partial(page, "models.md", models.TABLES),
     "docs/operator.md": partial(page, "operator.md", operator_contract.TABLES),

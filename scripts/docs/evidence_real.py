@@ -1,0 +1,262 @@
+"""The tables of a real model and of very long streams: docs/evidence.md and README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from scripts.docs.tables import MIB, NotMeasuredError, load, table
+
+NAMES = {
+    "lambda": "Λ export",
+    "window": "window only (N = 0)",
+    "streaming": "StreamingLLM",
+    "stock": "full cache",
+    "transformers": "transformers",
+    "recompute": "recompute",
+    "lambda-int8-ring": "Λ export, int8 ring",
+    "lambda-int8": "Λ export, int8 weights",
+    "lambda-int4": "Λ export, int4 weights",
+    "lambda-4096": "Λ export, W = 4,096",
+    "window-4096": "window only, W = 4,096",
+    "streaming-4096": "StreamingLLM, W = 4,096",
+    "recompute-4096": "recompute, W = 4,096",
+    "whale-lambda": "Λ export",
+    "whale-window": "window only (N = 0)",
+    "whale-stock": "full cache",
+    "all-layers": "sinks in all layers",
+}
+
+
+def readings() -> dict[str, Any]:
+    """Return the results of benchmarks/real/readings.py."""
+    return load("real/readings")
+
+
+def by_length(*names: str) -> str:
+    """Perplexity by tokens before the target, one column a method, its ratio to Λ in brackets."""
+    result = readings()
+    rows = {name: result["summary"][name]["by_bucket"] for name in names if name in result["rows"]}
+    if not rows:
+        raise NotMeasuredError(names[0])
+    longest = max(rows.values(), key=len)
+    lines = []
+    for index, span in enumerate(longest):
+        cells = [f"{span['from']:,} – {span['to']:,}"]
+        for found in rows.values():
+            # A bucket that a shorter reading ends in is another bucket.
+            same = index < len(found) and found[index]["to"] == span["to"]
+            cells.append(_with_ratio(found[index]) if same else "–")
+        lines.append(cells)
+    return table(["tokens before the target", *(NAMES[name] for name in rows)], lines)
+
+
+def _with_ratio(found: dict[str, Any]) -> str:
+    text = f"{found['value']:.2f}"
+    return f"{text} (× {found['over']['value']:.3f})" if "over" in found else text
+
+
+def beyond(*names: str) -> str:
+    """All rows behind twice the window: tokens, perplexity, ratio to Λ and the cache."""
+    result = readings()
+    lines = []
+    for name in names:
+        row = result["rows"].get(name)
+        if row is None or "beyond" not in result["summary"][name]:
+            continue
+        found = result["summary"][name]["beyond"]
+        config = row["lambda_config"]
+        over = found.get("over")
+        lines.append(
+            [
+                NAMES.get(name, name),
+                f"{found['from']:,} – {found['to']:,}",
+                f"{found['value']:.2f} ({found['low']:.2f} – {found['high']:.2f})",
+                "1" if over is None else _interval(over),
+                f"{row['cache_bytes'] / MIB:.1f}",
+                "all" if row["settings"]["window_size"] >= row["tokens"] else
+                f"{config['window_size']:,}",
+                f"{config['num_sink_tokens']}" if "stock" not in name else "–",
+            ]
+        )  # fmt: skip
+    if not lines:
+        raise NotMeasuredError(names[0])
+    head = ["", "tokens", "perplexity", "over Λ, same tokens", "cache, MiB", "W", "N"]
+    return table(head, lines)
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['value']:.4f} ({found['low']:.4f} – {found['high']:.4f})"
+
+
+def in_words() -> str:
+    """Sentences on sinks, the bounded cache and the length, as the rows have it."""
+    result = readings()
+    rows, found = result["rows"], result["summary"]
+    if not {"lambda", "window", "stock"} <= rows.keys():
+        raise NotMeasuredError("stock")
+    ours, trained = rows["lambda"], rows["lambda"]["training_length"]
+    window, stock = (found[name]["beyond"] for name in ("window", "stock"))
+    buckets = found["lambda"]["by_bucket"]
+    values = [bucket["value"] for bucket in buckets if bucket["from"] > BEYOND]
+    sinks = ours["lambda_config"]["num_sink_tokens"]
+    reach = f"{ours['tokens'] / trained:.2g} × the training length of {trained:,}"
+    return (
+        f"- **Sinks**: without its {sinks} sinks the same window reads "
+        f"{window['over']['value'] - 1:.0%} worse (tokens {window['from']:,} – "
+        f"{window['to']:,}, {_interval(window['over'])} times Λ's perplexity).\n"
+        f"- **What the bounded cache costs**: the full cache reads "
+        f"{1 - stock['over']['value']:.1%} better (tokens {stock['from']:,} – {stock['to']:,}, "
+        f"{_interval(stock['over'])} times), and grows with every token.\n"
+        f"- **Length**: read to {ours['tokens']:,} tokens, {reach}; perplexity by doubling of the "
+        f"length lies between {min(values):.1f} and {max(values):.1f}, as the text has it; the "
+        f"cache takes {ours['cache_bytes'] / MIB:.1f} MiB throughout."
+    )
+
+
+def recompute() -> str:
+    """Sampled targets from a context that was read afresh."""
+    result, lines = readings(), []
+    for name in ("recompute", "recompute-4096"):
+        if name not in result["rows"]:
+            continue
+        row, found = result["rows"][name], result["summary"][name]["single"]
+        lines.append(
+            [
+                f"{row['lambda_config']['window_size']:,}",
+                f"{found['numbers']}",
+                f"{found['value']:.2f}",
+                _interval(found["over"]),
+            ]
+        )
+    if not lines:
+        raise NotMeasuredError("recompute")
+    return table(["W", "targets", "perplexity", "over Λ, same targets"], lines)
+
+
+# Tokens up to which all of them are in the window, or only just have left it.
+BEYOND = 2048
+ABLATION = (
+    *(("N = 0", "window"), ("N = 1", "N=1"), ("N = 4", "N=4"), ("N = 16", "lambda")),
+    *(("N = 64", "N=64"), ("W = 256", "W=256"), ("W = 512", "W=512"), ("W = 1,024", "lambda")),
+    *(("W = 2,048", "W=2048"), ("W = 4,096", "lambda-4096"), ("L = 1,024", "lambda")),
+    *(("L = 2,048", "L=2048"), ("L = 8,192", "L=8192"), ("L = 32,768", "L=32768")),
+    ("sinks in all layers", "all-layers"),
+)
+
+
+def ablation() -> str:
+    """One setting at a time, on the same tokens as the default."""
+    result, lines = readings(), []
+    for label, name in ABLATION:
+        found = result["summary"].get(name, {}).get("short")
+        if found is None:
+            continue
+        over = found.get("over")
+        lines.append(
+            [
+                label,
+                f"{found['from']:,} – {found['to']:,}",
+                f"{found['value']:.2f}",
+                "1" if over is None else _interval(over),
+            ]
+        )
+    if len(lines) < 2:
+        raise NotMeasuredError("ablation")
+    return table(["setting", "tokens", "perplexity", "over the default"], lines)
+
+
+def sources() -> str:
+    """The texts and where they are from."""
+    found = readings()["texts"]
+    return table(
+        ["text", "Debian package", "bytes", "SHA-256"],
+        [
+            [
+                text["title"],
+                f"`{text['debian_package']}` {text['package_version']}",
+                f"{text['bytes']:,}",
+                f"`{text['sha256'][:16]}…`",
+            ]
+            for text in found.values()
+        ],
+    )
+
+
+def long_reading(*models: str) -> str:
+    """The marks of ten million tokens, each model in columns."""
+    results = [load(f"evidence/long-reading-{model}") for model in models]
+    lines = []
+    for marks in zip(*(result["marks"] for result in results), strict=True):
+        cells = [f"{marks[0]['tokens']:,}"]
+        for mark in marks:
+            cells += [f"{mark['perplexity']:.2f}", f"{mark['rss_bytes'] / MIB:.1f}"]
+        lines.append(cells)
+    head = ["tokens read"]
+    for result in results:
+        head += [f"{result['model']}: perplexity of this million", "resident, MiB"]
+    return table(head, lines)
+
+
+def same_again(*models: str) -> str:
+    """Each reading of the text against the second one."""
+    lines = []
+    for model in models:
+        result = load(f"evidence/long-reading-{model}")
+        whole = [row for row in result["readings"] if row["reading"] > 1]
+        values = [row["perplexity"] for row in whole]
+        lines.append(
+            [
+                result["model"],
+                f"{result['tokens']:,}",
+                f"{len(whole)}",
+                f"{min(values):.5f} – {max(values):.5f}",
+                f"{result['largest_difference_nats']:.1e}",
+                f"{result['marks'][-1]['cache_bytes'] / MIB:.2f}",
+            ]
+        )
+    head = [
+        "model",
+        "tokens",
+        "readings",
+        "perplexity, lowest – highest",
+        "largest difference of a",
+    ]
+    return table([*head[:-1], "largest difference of a token, nats", "cache, MiB"], lines)
+
+
+def far_positions() -> str:
+    """A million tokens across 200,000,000 against the same at the beginning."""
+    result = load("evidence/far-positions")
+    lines = []
+    for row in result["rows"].values():
+        moved, floor = row["moved"], row["floor"]
+        lines.append(
+            [
+                row["model"],
+                row["attention"],
+                f"{row['from_position']:,} – {row['to_position']:,}",
+                f"{moved['tokens_compared']:,}",
+                f"{moved['largest_logit_difference']:.1e}",
+                f"{moved['largest_logit_range']:.0f}",
+                f"{moved['largest_difference_nats']:.1e}",
+                f"{moved['same_argmax']:.4%}",
+                f"{floor['largest_logit_difference']:.1e}",
+            ]
+        )
+    head = ["model", "kernel", "positions", "tokens compared", "largest difference of a logit"]
+    head += ["range of logits", "of a token's nats", "same argmax", "rounding alone"]
+    return table(head, lines)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "real_by_length": by_length,
+    "real_beyond": beyond,
+    "real_in_words": in_words,
+    "real_recompute": recompute,
+    "real_ablation": ablation,
+    "real_texts": sources,
+    "long_reading": long_reading,
+    "same_again": same_again,
+    "far_positions": far_positions,
+}
