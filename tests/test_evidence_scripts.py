@@ -10,8 +10,9 @@ import zlib
 import pytest
 import torch
 
+from benchmarks.support import debian_books
 from scripts.docs import evidence
-from scripts.train import copying_data, corpora, ngram_baseline, training_data, training_loop
+from scripts.train import copying_data, ngram_baseline, training_data, training_loop
 from scripts.train import train_demo_models as training
 
 
@@ -27,13 +28,13 @@ def r_vector(strings):
 
 def test_character_vectors_of_r_are_read_in_their_order():
     first, second = ["EMMA", "", "naïve — é"], ["PERSUASION"]
-    found = list(corpora.read_character_vectors(r_vector(first) + r_vector(second)))
+    found = list(debian_books.read_character_vectors(r_vector(first) + r_vector(second)))
     assert found == [first, second]
 
 
 def test_paragraphs_become_lines():
     lines = ["CHAPTER 1", "", "", "One line", "  and the next.  ", "", "Another."]
-    assert corpora.join_paragraphs(lines) == "CHAPTER 1\nOne line and the next.\nAnother.\n\n"
+    assert debian_books.join_paragraphs(lines) == "CHAPTER 1\nOne line and the next.\nAnother.\n\n"
 
 
 @pytest.fixture(scope="module")

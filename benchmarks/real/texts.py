@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.train.corpora import fetch_novels, join_paragraphs, read_character_vectors, unpacked
+from benchmarks.support.debian_books import (
+    fetch_novels,
+    join_paragraphs,
+    read_character_vectors,
+    unpacked,
+)
 
 _GUTENBERG = re.compile(r"\*\*\* ?(START|END) OF TH(?:E|IS) PROJECT GUTENBERG[^\n]*")
 

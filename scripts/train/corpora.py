@@ -1,24 +1,19 @@
 """Two public-domain corpora out of Debian's packages, cut into training and held-out text.
 
-The packages are downloaded with ``apt-get download`` and unpacked with ``dpkg-deb``; nothing is
-installed and no rights are needed. Run this file to write the texts to a folder:
+Run this file to write the texts to a folder:
 
     python -m scripts.train.corpora build/corpora
 """
 
 from __future__ import annotations
 
-import os
 import re
-import struct
 import subprocess
 import sys
-import tempfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.support.debian_books import fetch_novels, join_paragraphs, unpacked
 
 # The program's abbreviations, and the names the chapter headings show.
 BOOKS = dict(
@@ -43,15 +38,7 @@ BOOKS = dict(
 # words). Kings and Chronicles, the gospels, Isaiah or the Psalms would leak whole chapters.
 HELDOUT_BOOKS = ("Lamentations", "Ezekiel", "Daniel")
 
-# The novels lie in the package in this order, and the last one written is held out.
-NOVELS = (
-    "Emma",
-    "Mansfield Park",
-    "Northanger Abbey",
-    "Persuasion",
-    "Pride and Prejudice",
-    "Sense and Sensibility",
-)
+# The last one written.
 HELDOUT_NOVEL = "Persuasion"
 
 
@@ -70,18 +57,6 @@ def fetch_corpora() -> list[Corpus]:
         Corpus("kjv", *split_bible(fetch_bible())),
         Corpus("austen", *split_novels(fetch_novels())),
     ]
-
-
-@contextmanager
-def unpacked(*packages: str) -> Iterator[Path]:
-    """Download Debian packages and unpack them into a folder that lasts as long as the block."""
-    with tempfile.TemporaryDirectory() as folder:
-        # apt drops its privileges to download, so the folder has to be open to others.
-        os.chmod(folder, 0o755)
-        subprocess.run(["apt-get", "download", *packages], cwd=folder, check=True)
-        for package in sorted(Path(folder).glob("*.deb")):
-            subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
-        yield Path(folder)
 
 
 def fetch_bible() -> str:
@@ -117,54 +92,11 @@ def split_bible(verses: str) -> tuple[str, str]:
     return "".join(parts[False]), "".join(parts[True])
 
 
-def fetch_novels() -> dict[str, list[str]]:
-    """Return Jane Austen's six novels by title, each as the lines of its printed text."""
-    with unpacked("r-cran-janeaustenr") as folder:
-        data = next(folder.glob("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")).read_bytes()
-    novels = list(read_character_vectors(data))
-    for title, lines in zip(NOVELS, novels, strict=True):
-        if title.upper() != lines[0].upper():
-            raise SystemExit(f"expected the novel {title!r}, found {lines[0]!r}")
-    return dict(zip(NOVELS, novels, strict=True))
-
-
 def split_novels(novels: dict[str, list[str]]) -> tuple[str, str]:
     """Return (training text, held-out text), one paragraph a line."""
     texts = {title: join_paragraphs(lines) for title, lines in novels.items()}
     train = "".join(text for title, text in texts.items() if title != HELDOUT_NOVEL)
     return train, texts[HELDOUT_NOVEL]
-
-
-def join_paragraphs(lines: list[str]) -> str:
-    """Undo the typesetting: a paragraph becomes one line."""
-    paragraphs = re.split(r"\n\s*\n", "\n".join(line.rstrip() for line in lines))
-    joined = (re.sub(r"\s*\n\s*", " ", paragraph).strip() for paragraph in paragraphs)
-    return "\n".join(paragraph for paragraph in joined if paragraph) + "\n\n"
-
-
-def read_character_vectors(data: bytes) -> Iterator[list[str]]:
-    """Yield the character vectors in an R lazy-load database, in the order they lie in it.
-
-    Each is a zlib stream behind its length, and in it an object in R's serialisation format,
-    version 3, XDR (R Internals, section 1.8).
-    """
-    while data:
-        inflater = zlib.decompressobj()
-        raw = inflater.decompress(data[4:])
-        data = inflater.unused_data
-        (encoding_length,) = struct.unpack_from(">i", raw, 14)
-        offset = 18 + encoding_length
-        kind, count = struct.unpack_from(">2i", raw, offset)
-        if raw[:2] != b"X\n" or kind & 0xFF != 16:
-            raise SystemExit(f"expected a character vector, found R type {kind & 0xFF}")
-        offset += 8
-        strings = []
-        for _ in range(count):
-            (length,) = struct.unpack_from(">i", raw, offset + 4)
-            offset += 8
-            strings.append(raw[offset : offset + length].decode())
-            offset += length
-        yield strings
 
 
 def main() -> None:
