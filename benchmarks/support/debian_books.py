@@ -1,7 +1,7 @@
 """Public-domain books out of Debian's packages.
 
-Packages are downloaded with ``apt-get download`` and unpacked with ``dpkg-deb``; nothing is installed
-and no rights are needed.
+Packages are downloaded with ``apt-get download`` and unpacked with ``dpkg-deb``; nothing is
+installed and no rights are needed.
 """
 
 from __future__ import annotations
