@@ -59,7 +59,17 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "opt": ({}, "learned absolute positions"),
     "gpt_neo": ({}, "learned absolute positions"),
     "minimax_m3_vl_text": ({}, "sparse attention"),
-    "gemma3": ({}, "several models in one"),
+    "paligemma": ({}, "prefix LM: the whole prompt, image and text"),
+    "mllama": ({}, "cross-attention: some of its layers attend to the image alone"),
+    "gemma3n": ({}, r"the text model of gemma3n\) cannot be exported: shared keys and values"),
+    "llama4": ({}, r"the text model of llama4\) cannot be exported: chunked attention"),
+    "lfm2_vl": (
+        {"text_config": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}},
+        r"the text model of lfm2_vl\) cannot be exported: recurrent hybrid",
+    ),
+    "kimi_k25": ({}, r"the text model of kimi_k25\) cannot be exported: latent attention"),
+    "florence2": ({}, "encoder–decoder"),
+    "kosmos-2": ({}, "exists as a part of it only"),
     "clip": ({}, "several models in one"),
     "vit": ({}, "no causal language model"),
 }

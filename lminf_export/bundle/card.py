@@ -72,6 +72,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         "source",
         _code(source.name) + (f" at {_code(source.revision)}" if source.revision else ""),
     )
+    if source.wrapper:
+        yield "text part of", f"a {_code(source.wrapper)} model; it reads text only"
     if source.adapter:
         yield "adapter, merged", _code(source.adapter)
     yield "element type", manifest.dtype

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
+    model_serializer,
     model_validator,
 )
 
@@ -66,11 +68,20 @@ class SourceRecord(Record):
         name: of the model.
         revision: of the hub.
         adapter: name of a LoRA adapter merged into them, or None.
+        wrapper: type of the multimodal model whose text model it is; only there if it is one.
     """
 
     name: Annotated[str, AfterValidator(check_source_name)]
     revision: str | None = None
     adapter: Annotated[str, AfterValidator(check_source_name)] | None = None
+    wrapper: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.wrapper is None:  # a bundle of a text model is what it always was
+            fields.pop("wrapper", None)
+        return fields
 
 
 class LambdaSettings(Record):

@@ -12,7 +12,7 @@ In the order of elements that is w1 of expert 0, w3 of expert 0, w1 of expert 1 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -171,12 +171,12 @@ class Conversion:
     Attributes:
         transforms: transformers' renamings (names only) and converters (several tensors into one,
             with a list of operations), in their order.
-        names: names of the model's parameters and buffers.
+        shapes: of the model's parameters and buffers, by name.
         prefix: name of the base model within the model, such as "model".
     """
 
     transforms: tuple[Any, ...]
-    names: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
     prefix: str
 
     @staticmethod
@@ -185,7 +185,13 @@ class Conversion:
         mapping = _INTERNALS.lookup("conversion_mapping.get_model_conversion_mapping")
         transforms = tuple(mapping(model))
         prefix: str = model.base_model_prefix  # type: ignore[assignment]  # of PreTrainedModel
-        return Conversion(transforms, frozenset(model.state_dict()), prefix)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return Conversion(transforms, shapes, prefix)
+
+    @property
+    def names(self) -> Set[str]:
+        """Names of the model's parameters and buffers."""
+        return self.shapes.keys()
 
     def apply(self, checkpoint: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
         """Return a checkpoint under the model's names; tensors unknown to the model keep theirs.
@@ -195,21 +201,15 @@ class Conversion:
                 asks for an operation that is not known here.
         """
         dot_natural_key = _INTERNALS.lookup("core_model_loading.dot_natural_key")
-        rename_source_key = _INTERNALS.lookup("core_model_loading.rename_source_key")
-        known = dict.fromkeys(self.names, True)
-        renamings = [t for t in self.transforms if not hasattr(t, "operations")]
-        converters = [t for t in self.transforms if hasattr(t, "operations")]
-        of_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
+        of_pattern = {pattern: t for t in self._converters for pattern in t.source_patterns}
         converted: dict[str, SourceTensor] = {}
         merged: dict[str, tuple[Any, Collected]] = {}
         # `of_pattern`: the pattern of a converter that a name matched → that converter.
         # `merged`: target name → its converter, and the tensors found so far for each pattern.
         # Sorted by number ("experts.10" after "experts.9"): stacks are in the order of collection.
         for name in sorted(checkpoint, key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, self.prefix, known)
-            if target not in known and name in known:
-                target, pattern = name, None  # saved under the model's own names already
-            if target not in known:
+            target, pattern = self._renamed(name)
+            if target not in self.names:
                 converted[name] = checkpoint[name]  # `find_weights` never asks for it
             elif pattern is None:
                 converted[target] = checkpoint[name]
@@ -217,12 +217,48 @@ class Conversion:
                 _, collected = merged.setdefault(target, (of_pattern[pattern], {}))
                 collected.setdefault(pattern, []).append(checkpoint[name])
         for target, (converter, collected) in merged.items():
-            converted[target] = _merge(target, converter, collected)
+            converted[target] = _merge(target, self.shapes[target], converter, collected)
         return converted
 
+    @cached_property
+    def _renamings(self) -> list[Any]:
+        return [t for t in self.transforms if not hasattr(t, "operations")]
 
-def _merge(target: str, converter: Any, collected: Collected) -> SourceTensor:
-    """Describe the tensor that a converter of transformers makes of those collected for it."""
+    @cached_property
+    def _converters(self) -> list[Any]:
+        return [t for t in self.transforms if hasattr(t, "operations")]
+
+    @cached_property
+    def _known(self) -> dict[str, bool]:
+        return dict.fromkeys(self.shapes, True)
+
+    def name_of(self, name: str) -> str | None:
+        """Return the model's name of a checkpoint's tensor; None of an unknown or merged one."""
+        target, pattern = self._renamed(name)
+        return target if target in self.names and pattern is None else None
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """Return a tensor's name in the model, and the pattern of the converter that takes it."""
+        rename_source_key = _INTERNALS.lookup("core_model_loading.rename_source_key")
+        target, pattern = rename_source_key(
+            name, self._renamings, self._converters, self.prefix, self._known
+        )
+        if target not in self.names and name in self.names:
+            return name, None  # saved under the model's own names already
+        return target, pattern
+
+
+def _merge(
+    target: str, shape: tuple[int, ...], converter: Any, collected: Collected
+) -> SourceTensor:
+    """Describe the tensor that a converter of transformers makes of those collected for it.
+
+    Args:
+        target: its name.
+        shape: that the model has it in.
+        converter: of transformers.
+        collected: for each pattern of the converter, the tensors whose names match it.
+    """
     missing = [pattern for pattern in converter.source_patterns if pattern not in collected]
     if missing:
         raise ModelError(f"the checkpoint lacks {missing[0]!r}, a part of {target}")
@@ -236,12 +272,18 @@ def _merge(target: str, converter: Any, collected: Collected) -> SourceTensor:
                 f"supported; save it with transformers' save_pretrained(…, "
                 f"save_original_format=False) first"
             )
+        if getattr(operation, "check_dims", False) and _have_shape(tensors, shape):
+            continue  # some files hold it as the model has it, some turned
         try:
             tensors = _OPERATIONS[kind](operation, tensors)
         except ModelError as error:
             raise ModelError(f"tensor {target} cannot be put together: {error}") from error
     ((result,),) = tensors.values()
     return result
+
+
+def _have_shape(tensors: Collected, shape: tuple[int, ...]) -> bool:
+    return all(part.shape == shape for parts in tensors.values() for part in parts)
 
 
 def _stack(operation: Any, tensors: Collected) -> Collected:

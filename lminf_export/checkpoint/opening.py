@@ -13,10 +13,12 @@ from torch import nn
 from lminf_export.checkpoint.dequantize import methods
 from lminf_export.checkpoint.lora.adapter import merge
 from lminf_export.checkpoint.lora.files import read_adapter
+from lminf_export.checkpoint.lora.text_part import of_text_part
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import Source
 from lminf_export.checkpoint.tying import changed_apart, check_apart, split, stored_apart, untied
 from lminf_export.models.base import ATTENTION_NAME, attention_name, register_attention
+from lminf_export.models.wrappers import text_only_notice
 from lminf_export.tensors.files import find_weights, read_checkpoint
 from lminf_export.tensors.rows import fill
 from lminf_export.tensors.stored import SourceTensor
@@ -50,7 +52,8 @@ class Checkpoint:
         """Whether transformers makes the same model of the folder as it is."""
         source = self.source
         is_made = self.adapter is not None or self.is_computed
-        return not is_made and source.quantization is None and not source.is_untied
+        is_whole = source.quantization is None and source.text_part is None
+        return not is_made and is_whole and not source.is_untied
 
 
 def open_checkpoint(
@@ -77,6 +80,12 @@ def open_checkpoint(
     raw = read_checkpoint(source.folder, allow_pickle=allow_pickle)
     tensors = methods.dequantize_checkpoint(raw, source.quantization)
     notices = (methods.notice(source.quantization),) if source.quantization else ()
+    if source.text_part is not None:
+        tensors = source.text_part.tensors(tensors)
+        notices = (text_only_notice(source.text_part.model_type), *notices)
+        if found is not None:
+            found, notice = of_text_part(found, source.text_part)
+            notices = (*notices, *([notice] if notice else []))
     skeleton = skeleton or Skeleton(source.config)
     apart = stored_apart(tensors, skeleton)
     if apart:

@@ -14,10 +14,12 @@ from lminf_export.bundle.versions import package_version
 from lminf_export.checkpoint.config_file import read_config_file
 from lminf_export.checkpoint.dequantize.methods import check_quantization
 from lminf_export.checkpoint.links import refuse_links_to_outside
+from lminf_export.checkpoint.text_part import TextPart, find_text_part
 from lminf_export.disk import is_dir, is_file, user_path
 from lminf_export.errors import ModelError, shortened
 from lminf_export.models.kinds import SEE_FAMILIES, check_kind
-from lminf_export.models.transformers_tables import CODE_ERRORS, is_known
+from lminf_export.models.transformers_tables import CODE_ERRORS, causal_lm_name, is_known
+from lminf_export.models.wrappers import text_config_of
 
 QUANTIZATION = "quantization_config"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
@@ -51,9 +53,11 @@ class Source:
         folder: where its files are.
         name: hub id, or the folder's own name; never a path of this machine.
         revision: commit of the hub, or None for a folder.
-        config: the model's configuration as transformers reads it, of the unquantised model.
+        config: the model's configuration as transformers reads it, of the unquantised model; of a
+            multimodal model, that of its text model.
         quantization: how its checkpoint is quantised, checked, or None.
         is_untied: config.json ties its embeddings; its tensors, of which there are two, are not.
+        text_part: the text model in the multimodal model of the folder; None for a text model.
     """
 
     folder: Path
@@ -62,6 +66,12 @@ class Source:
     config: Any
     quantization: dict[str, Any] | None = None
     is_untied: bool = False
+    text_part: TextPart | None = None
+
+    @property
+    def wrapper(self) -> str | None:
+        """transformers' name of the multimodal model whose text model it is, if it is one."""
+        return None if self.text_part is None else self.text_part.model_type
 
     @property
     def model_type(self) -> str:
@@ -106,13 +116,16 @@ def open_source(
         name, commit = str(model), folder.name
     refuse_links_to_outside(folder)
     content = read_config_file(folder, str(model))
-    quantization = content.get(QUANTIZATION)
+    quantization = _quantization(content)
     if quantization is not None:
         check_quantization(quantization, str(model))
     config = _load_config(folder, str(model), content, trust_remote_code)
     if hasattr(config, QUANTIZATION):
         delattr(config, QUANTIZATION)
-    return Source(folder, name, commit, config, quantization)
+    text_part = _text_part(content, config)
+    if text_part is not None:
+        config = text_part.config
+    return Source(folder, name, commit, config, quantization, text_part=text_part)
 
 
 def _download(
@@ -128,12 +141,18 @@ def _download(
     return Path(folder)
 
 
-def plain_config(source: Source) -> str:
+def plain_config(source: Source, *, of_files: bool = False) -> str:
     """Return the text of config.json for the tensors in a bundle.
 
     As it is, but for quantisation, which is undone there, and tied embeddings, which the checkpoint
-    or an adapter may have set apart.
+    or an adapter may have set apart. Of a multimodal model it is that of the text model.
+
+    Args:
+        source: the model.
+        of_files: the bundle holds the model's own files; of a multimodal model, all of it.
     """
+    if source.text_part is not None and not of_files:
+        return _text_config(source.config)
     text = (source.folder / "config.json").read_text(encoding="utf-8")
     if source.quantization is None and not source.is_untied:
         return text
@@ -144,10 +163,24 @@ def plain_config(source: Source) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
+def _text_config(config: Any) -> str:
+    """Return config.json of a text model that had none of its own."""
+    from transformers import PreTrainedConfig
+
+    usual = PreTrainedConfig().to_dict()
+    own = {
+        name: value
+        for name, value in config.to_dict().items()
+        if not name.startswith("_") and (name not in usual or usual[name] != value)
+    }
+    own.pop(QUANTIZATION, None)
+    own |= {"model_type": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
+    own["architectures"] = [causal_lm_name(config.model_type)]
+    return json.dumps(own, indent=2, ensure_ascii=False) + "\n"
+
+
 def _load_config(folder: Path, model: str, content: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
-
-    from lminf_export.models.registry import FAMILIES
 
     kind = content["model_type"]
     if not is_known(kind):
@@ -161,8 +194,32 @@ def _load_config(folder: Path, model: str, content: Any, trust_remote_code: bool
         raise ModelError(
             f"config.json of model {shortened(repr(model))} cannot be used: {reason}"
         ) from error
-    check_kind(content, config, tested=kind in FAMILIES)
     return config
+
+
+def _text_part(content: dict[str, Any], config: Any) -> TextPart | None:
+    """Check what kind of model a configuration is; return its text model if it wraps one.
+
+    Raises:
+        ModelError: it is of a kind that cannot be exported.
+    """
+    from lminf_export.models.registry import FAMILIES
+
+    kind, text = content["model_type"], text_config_of(config)
+    if text is None:
+        check_kind(content, config, tested=kind in FAMILIES)
+        return None
+    check_kind(content, config, tested=True)
+    inner = text.model_type
+    check_kind({"model_type": inner}, text, tested=inner in FAMILIES, wrapper=kind)
+    return find_text_part(config, text)
+
+
+def _quantization(content: dict[str, Any]) -> Any:
+    """Return how a checkpoint is quantised; some name it in the table of the text model."""
+    text = content.get("text_config")
+    inner = text.get(QUANTIZATION) if isinstance(text, dict) else None
+    return content.get(QUANTIZATION, inner)
 
 
 def _unknown(kind: str, content: dict[str, Any]) -> str:

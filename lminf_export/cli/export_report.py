@@ -33,6 +33,11 @@ class PlanReport:
         settings, cache = job.settings, human_bytes(draft.cache_bytes_per_sequence)
         rows = [
             ("model", f"{draft.model_type} from {draft.source.name}, {len(draft.layers)} layers"),
+            *(
+                [("text part of", f"a {wrapper} model")]
+                if (wrapper := draft.source.wrapper)
+                else []
+            ),
             *([("adapter", draft.source.adapter)] if draft.source.adapter else []),
             ("bundle", str(job.target.directory)),
             ("graph", job.target.graph_name),
@@ -86,8 +91,10 @@ class ExportReport:
         manifest = self.bundle.manifest
         settings = manifest.settings
         quantized = f" and {manifest.quantization.weights}" if manifest.quantization else ""
+        wrapper = manifest.source.wrapper
+        kind = f"{manifest.model_type}{f' of a {wrapper} model' if wrapper else ''}"
         click.echo(
-            f"{_shown(self.bundle.path)}: {manifest.model_type}, {manifest.dtype}{quantized}, "
+            f"{_shown(self.bundle.path)}: {kind}, {manifest.dtype}{quantized}, "
             f"window {settings.window_size} + {settings.num_sink_tokens} sink tokens, cache "
             f"{_kind_of_cache(manifest)}{human_bytes(manifest.cache_bytes_per_sequence)} per "
             "sequence, without end"

@@ -144,6 +144,7 @@ def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         ("model", manifest.model_type),
         ("source", f"{source.name}{revision}"),
+        *([("text part of", f"a {source.wrapper} model")] if source.wrapper else []),
         *([("adapter", f"{source.adapter}, merged")] if source.adapter else []),
         ("element type", manifest.dtype),
         ("quantised", manifest.quantization.description if manifest.quantization else "no"),

@@ -94,6 +94,7 @@ class ExportJob:
                 name=self.source.name,
                 revision=self.source.revision,
                 adapter=self.checkpoint.adapter,
+                wrapper=self.source.wrapper,
             ),
             settings=self.settings,
             contract=self.contract,

@@ -24,8 +24,9 @@ from lminf_export.tensors.files import INDEX_NAME
 def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bool) -> list[str]:
     """Copy the tokenizer, chat templates and configuration into a bundle.
 
-    `config.json` is that of the unquantised model. With `with_index` (linked weights) the index
-    of the shards is copied too. The tokenizer is compared with transformers', and mended.
+    `config.json` is that of the unquantised text model. With `with_index` (linked weights) it is
+    that of the files, and the index of the shards is copied too. The tokenizer is compared with
+    transformers', and mended.
 
     Returns:
         Notices: what was mended, or cannot be.
@@ -41,7 +42,7 @@ def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bo
             if name != "config.json" and (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]
     config = writer.add("config.json", "config")
-    config.write_text(plain_config(source), encoding="utf-8")
+    config.write_text(plain_config(source, of_files=with_index), encoding="utf-8")
     notices = check_tokenizer(source.folder, config.parent)
     if (config.parent / TOKENIZER).is_file():
         writer.add(TOKENIZER, "tokenizer")

@@ -92,13 +92,16 @@ def _fields_of(config: Any) -> dict[str, Any]:
     return {name: getattr(type(config), name, None) for name in names}
 
 
-def check_kind(content: Mapping[str, Any], config: Any, *, tested: bool) -> None:
+def check_kind(
+    content: Mapping[str, Any], config: Any, *, tested: bool, wrapper: str | None = None
+) -> None:
     """Refuse a model whose attention cannot be computed with rings, saying what kind it is.
 
     Args:
         content: of config.json; it names a model type.
         config: as transformers reads it, or None for a type that it does not know.
         tested: the model type has tests; then only settings that change its masks are checked.
+        wrapper: type of the multimodal model whose text model it is.
 
     Raises:
         ModelError: in one line what the model is.
@@ -108,15 +111,16 @@ def check_kind(content: Mapping[str, Any], config: Any, *, tested: bool) -> None
     if not tested:
         reasons += _kinds(facts)
     if reasons:
-        raise refusal(facts.model_type, reasons)
+        raise refusal(facts.model_type, reasons, wrapper)
 
 
-def refusal(model_type: str, reasons: list[str]) -> ModelError:
+def refusal(model_type: str, reasons: list[str], wrapper: str | None = None) -> ModelError:
     """Return the error for a model type: its first reason in full, the names of the others."""
     first, *others = reasons
     also = " and ".join(reason.split(":")[0] for reason in others[:2])
+    of = f" (the text model of {shortened(wrapper, 40)})" if wrapper else ""
     return ModelError(
-        f"model type {shortened(repr(model_type), 40)} cannot be exported: {first}"
+        f"model type {shortened(repr(model_type), 40)}{of} cannot be exported: {first}"
         + (f" (also {also})" if also else "")
         + f"; {SEE_FAMILIES}"
     )
@@ -165,7 +169,7 @@ def _kinds(facts: Facts) -> Iterator[str]:
     if parts:
         yield (
             f"several models in one: it is multimodal or composed of parts ({', '.join(parts[:3])})"
-            f"; a text model of its own folder and config.json is needed"
+            f", and transformers knows no text model in it that could be exported by itself"
         )
         return
     if facts.get("add_cross_attention") or facts.get("cross_attention_hidden_size"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -33,6 +34,13 @@ def is_causal_lm(model_type: str) -> bool | None:
     return model_type in names if names else None
 
 
+def causal_lm_name(model_type: str) -> str:
+    """Return the name of the class that writes text with a type; the type has one."""
+    names = _INTERNALS.lookup("models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    name: str = names[model_type]
+    return name
+
+
 def is_masked_lm(model_type: str) -> bool:
     """Whether transformers fills gaps with it, which takes attention to later tokens."""
     return model_type in _names("MODEL_FOR_MASKED_LM_MAPPING_NAMES")
@@ -45,10 +53,19 @@ def is_encoder_decoder(model_type: str) -> bool:
     return model_type in _names("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
 
 
-def _names(table: str) -> Collection[str]:
+def wrapper_class_name(model_type: str) -> str | None:
+    """Return transformers' class that reads more than text with a type and writes text, if any."""
+    for task in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM"):
+        found = _names(f"MODEL_FOR_{task}_MAPPING_NAMES").get(model_type)
+        if found is not None:
+            return found if isinstance(found, str) else str(found[0])
+    return None
+
+
+def _names(table: str) -> Mapping[str, Any]:
     """Return the model types of a table; none where a release renamed it, as it serves messages."""
     try:
-        found: Collection[str] = _INTERNALS.lookup(f"models.auto.modeling_auto.{table}")
+        found: Mapping[str, Any] = _INTERNALS.lookup(f"models.auto.modeling_auto.{table}")
     except DependencyError:
-        return ()
+        return {}
     return found

@@ -109,8 +109,9 @@ def _target_parameters(adapter: Adapter, model: nn.Module, module: str) -> list[
         owner = model.get_submodule(module)
     except AttributeError:
         return []
+    outer = adapter.outer_name(module)
     names = [name for name, _ in owner.named_parameters(recurse=False)]
-    return [name for name in names if any(_ends_with(f"{module}.{name}", x) for x in targets)]
+    return [name for name in names if any(_ends_with(f"{outer}.{name}", x) for x in targets)]
 
 
 def _ends_with(name: str, target: str) -> bool:
@@ -194,7 +195,7 @@ def _require_all_targets(adapter: Adapter, model: nn.Module) -> None:
 
 def _is_targeted(adapter: Adapter, name: str) -> bool:
     """Say whether PEFT would change a module; by the same rules."""
-    settings = adapter.settings
+    settings, name = adapter.settings, adapter.outer_name(name)
     targets = settings.get("target_modules")
     if not targets or targets == "all-linear" or _matches(settings.get("exclude_modules"), name):
         return False

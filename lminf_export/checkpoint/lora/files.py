@@ -7,7 +7,7 @@ else the adapter does.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,15 @@ class Adapter:
         settings: its configuration.
         changes: (module, how deep it is wrapped) → change; depth is 0 but for parameters.
         replaced: name of a tensor → the tensor in its place.
+        outer_name: from a name in `changes` and `replaced` to the one that the settings mean, which
+            differs where the adapter was trained on a model around this one.
     """
 
     name: str
     settings: Mapping[str, Any]
     changes: dict[tuple[str, int], Change]
     replaced: dict[str, RawTensor]
+    outer_name: Callable[[str], str] = str
 
     def scale(self, name: str) -> tuple[int, float]:
         """Return rank and factor of a module or parameter, after the adapter's patterns."""
@@ -76,7 +79,7 @@ class Adapter:
 
     def _of_pattern(self, setting: str, name: str, default: Any) -> Any:
         for pattern, value in (self.settings.get(setting) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if re.match(rf"(.*\.)?({pattern})$", self.outer_name(name)):
                 return value
         return default
 

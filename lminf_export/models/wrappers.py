@@ -1,0 +1,133 @@
+"""Models that wrap a text model: which text model it is, as a causal language model of its own.
+
+A multimodal model reads images or sound by towers of their own and writes text by a decoder, which
+is a text model like any other, and is what can be exported. transformers names it by
+`get_text_config`. Some of these decoders are model types that exist inside of wrappers only; those
+in `PLAIN_TYPES` compute what a causal language model of another type computes, as the tests of
+each wrapper show.
+
+Rotation by three ids a token (`mrope` of the Qwen-VL and GLM-V types): frequency i turns by
+id_{s(i)} · f_i, where s(i) is the section that i is assigned to, in blocks or interleaved. A token
+of text has three equal ids, its position p, so the angle is p · f_i whatever s is: plain rotation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from lminf_export.errors import ModelError, shortened
+from lminf_export.models.kinds import SEE_FAMILIES
+from lminf_export.models.transformers_tables import CODE_ERRORS, is_causal_lm, wrapper_class_name
+
+# Model type of a text model inside of wrappers only → the model type that computes the same.
+PLAIN_TYPES: Mapping[str, str] = {
+    "emu3_text_model": "llama",
+    "glm4v_moe_text": "glm4_moe",
+    "glm4v_text": "glm4",
+    "granite_docling_text": "granite",
+    "paddleocr_vl_text": "llama",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen3_omni_moe_text": "qwen3_moe",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen3_vl_text": "qwen3",
+}
+# What the code of such a type does whatever its configuration says.
+_ALWAYS: Mapping[str, Mapping[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+# Wrappers whose text model by itself is another model than the one that was trained.
+_NOT_BY_ITSELF: Mapping[str, str] = {
+    "paligemma": (
+        "prefix LM: the whole prompt, image and text, is attended in both directions, by training "
+        "and by its processor, and a stream does not have the later tokens of a prompt yet"
+    ),
+    "shieldgemma2": "it classifies images by policies and writes no text",
+    "mllama": (
+        "cross-attention: some of its layers attend to the image alone and are left out where "
+        "there is none, and its text table has rows that its vocabulary lacks"
+    ),
+}
+_NOT_SETTINGS = {"model_type", "architectures", "transformers_version"}
+# What of a rotation says how three ids are shared among frequencies.
+_SECTIONS = ("mrope_section", "mrope_interleaved", "xdrope_section")
+
+
+def text_config_of(config: Any) -> Any | None:
+    """Return the configuration of the causal language model that a model wraps.
+
+    Args:
+        config: of the whole model, as transformers reads it.
+
+    Returns:
+        A copy, of a type that transformers has a causal language model of; None for a model that
+        is not one that wraps another and writes text.
+
+    Raises:
+        ModelError: it wraps a text model that cannot be one by itself, with the reason.
+    """
+    text = _wrapped(config)
+    if text is None:
+        return None
+    if getattr(text, "is_encoder_decoder", False):
+        raise refusal(
+            config.model_type,
+            "it is an encoder–decoder, whose decoder attends to an encoder's output beside its "
+            "own keys",
+        )
+    kind, inner = config.model_type, text.model_type
+    if kind in _NOT_BY_ITSELF:
+        raise refusal(kind, _NOT_BY_ITSELF[kind])
+    if inner in PLAIN_TYPES:
+        return _as_plain(text, PLAIN_TYPES[inner])
+    if is_causal_lm(inner) is not True:
+        raise refusal(
+            kind,
+            f"its text model {shortened(repr(inner), 40)} exists as a part of it only: "
+            f"transformers has no causal language model of that type",
+        )
+    return copy.deepcopy(text)
+
+
+def text_only_notice(model_type: str) -> str:
+    """Return what the user should know of a bundle that holds a wrapper's text model."""
+    return (
+        f"text only: this is the text model of a {model_type} model; what reads images, video or "
+        f"sound is not exported"
+    )
+
+
+def _wrapped(config: Any) -> Any | None:
+    """Return the configuration of the text model in a wrapper that writes text, else None."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except CODE_ERRORS:
+        return None  # it has several
+    if text is config or getattr(config, "is_encoder_decoder", False):
+        return None
+    if not isinstance(getattr(text, "model_type", None), str) or not text.model_type:
+        return None
+    return text if wrapper_class_name(config.model_type) else None
+
+
+def _as_plain(text: Any, model_type: str) -> Any:
+    """Return a configuration of another type with every setting that the type has."""
+    from transformers import CONFIG_MAPPING
+
+    plain = CONFIG_MAPPING[model_type]
+    known = {*plain().to_dict(), *plain.attribute_map} - _NOT_SETTINGS
+    known -= _ALWAYS.get(text.model_type, {}).keys()
+    settings = {name: value for name, value in text.to_dict().items() if name in known}
+    rope = settings.get("rope_parameters")
+    if isinstance(rope, dict):
+        settings["rope_parameters"] = {k: v for k, v in rope.items() if k not in _SECTIONS}
+    return plain(**settings, **_ALWAYS.get(text.model_type, {}))
+
+
+def refusal(model_type: str, reason: str) -> ModelError:
+    """Return the error for a wrapper whose text model cannot be exported."""
+    return ModelError(
+        f"the text model of a {shortened(model_type, 40)} model cannot be exported: {reason}; "
+        f"{SEE_FAMILIES}"
+    )
