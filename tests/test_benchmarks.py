@@ -55,6 +55,16 @@ def test_peers_race_in_turns_and_say_who_is_missing(tmp_path):
     assert set(sections["twin"]["rows"]["ours fp32"]["ms_per_token"]) == {"4096", "1000000"}
 
 
+@pytest.mark.skipif(not INSTALLED.is_file(), reason="no kernels were built")
+def test_drawing_measures_every_kind_of_sampling(tmp_path):
+    out = tmp_path / "drawing.json"
+    benchmark("decoding.drawing", "--vocabularies", 999, "--rounds", 2, "--out", out)
+    rows = json.loads(out.read_text())["ms_a_token_by_batch_size"]
+    assert all(
+        row[way][b]["best"] > 0 for row in rows for way in ("numpy", "library") for b in "14"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc/self/io on this system")
 def test_large_export_measures_memory_traffic_and_copying(tmp_path):

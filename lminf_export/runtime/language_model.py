@@ -13,6 +13,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import InputError, SessionError
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.drawing import drawing_of
 from lminf_export.runtime.inputs import checked_chunk, checked_prompt, integers
 from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.sampling import Sampler, SamplingConfig
@@ -218,7 +219,7 @@ class LanguageModel:
         state: State,
     ) -> Iterator[int]:
         window = self.bundle.manifest.lambda_config.window_size
-        sampler = Sampler(sampling, self._vocab_size, window)
+        sampler = Sampler(sampling, self._vocab_size, window, drawing_of(self.session.library))
         sampler.observe(ids[0, -window:].tolist())
         if max_new_tokens == 0:
             return

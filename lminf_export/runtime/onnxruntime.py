@@ -87,6 +87,8 @@ class OnnxRuntimeSession(Session):
         self._graph = graph
         _check_provider(provider, self.manifest)
         self.kernels = find_kernels(kernels, provider, self.manifest.kv_cache_dtype)
+        is_auto = self.kernels is None and str(kernels) == AUTO
+        self._library = find_kernels(AUTO, "cpu") if is_auto else self.kernels
         logger.info("attention: %s", self.attention)
         options = _session_options(threads, self.kernels, profile)
         if lean:
@@ -120,6 +122,11 @@ class OnnxRuntimeSession(Session):
     def caches_in_main_memory(self) -> bool:
         """See `Session.caches_in_main_memory`."""
         return self.provider == "cpu"
+
+    @property
+    def library(self) -> KernelLibrary | None:
+        """See `Session.library`."""
+        return self._library
 
     @property
     def attention(self) -> str:

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from lminf_export.errors import ConfigError
+from lminf_export.errors import ConfigError, InputError
 from lminf_export.operator.settings import as_integer
+from lminf_export.runtime.drawing import Drawing
 
 _FEW = 1024
+_NO_TOKEN = (
+    "no token can be chosen: a logit is not a number, or none is finite; the model's weights are "
+    "damaged, or what masks its logits leaves nothing"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,16 @@ class SamplingConfig:
             if value is not None or name != "seed":
                 object.__setattr__(self, name, as_integer(name, value, 0))
 
+    @property
+    def inverse_temperature(self) -> float:
+        """1 / temperature, finite."""
+        return min(1 / self.temperature, sys.float_info.max)
+
+    @property
+    def least_exponent(self) -> float:
+        """The exponent of the least weight that min-p keeps; the likeliest token's is 0."""
+        return math.log(self.min_p) if self.min_p > 0 else -math.inf
+
 
 class Sampler:
     """Draws tokens of one stream.
@@ -70,45 +86,115 @@ class Sampler:
         config: how.
         vocab_size: V.
         memory: tokens the repetition penalty looks back.
+        drawing: of the kernel library; draws the same tokens, faster.
     """
 
-    def __init__(self, config: SamplingConfig, vocab_size: int, memory: int) -> None:
+    def __init__(
+        self,
+        config: SamplingConfig,
+        vocab_size: int,
+        memory: int,
+        drawing: Drawing | None = None,
+    ) -> None:
         self.config = config
         self._random = np.random.default_rng(config.seed)
-        self._penalises = config.repetition_penalty != 1
-        self._recent: deque[int] = deque(maxlen=memory)
-        self._counts = np.zeros(vocab_size if self._penalises else 0, np.int64)
+        self._drawing = drawing
+        self._seen = SeenTokens(memory, vocab_size) if config.repetition_penalty != 1 else None
+        self._changed = np.empty(0, np.float32)
 
     def observe(self, token_ids: Iterable[int]) -> None:
         """Add tokens that the stream has seen; only the repetition penalty needs them."""
-        if not self._penalises:
-            return
-        for token in token_ids:
-            if len(self._recent) == self._recent.maxlen:
-                self._counts[self._recent[0]] -= 1
-            self._recent.append(token)
-            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen.add(token_ids)
 
     def choose(self, logits: np.ndarray) -> int:
         """Choose a token.
 
         Args:
             logits: (V,) float32; not changed.
+
+        Raises:
+            InputError: a logit is not a number, or no token is possible.
         """
         config = self.config
-        if self._penalises:
-            logits = penalised(logits, np.flatnonzero(self._counts), config.repetition_penalty)
+        if self._seen is not None:
+            if self._changed.shape != logits.shape or self._changed.dtype != logits.dtype:
+                self._changed = np.empty_like(logits)
+            logits = penalised(logits, self._seen.ids, config.repetition_penalty, self._changed)
         if config.temperature == 0:
-            return int(np.argmax(logits))
+            token = int(logits.argmax())
+            if not logits[token] > -math.inf:
+                raise InputError(_NO_TOKEN)
+            return token
+        uniform = self._random.random()
+        if self._drawing is not None and self._drawing.takes(logits):
+            found = self._drawing.token(
+                logits,
+                inverse_temperature=config.inverse_temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                least_exponent=config.least_exponent,
+                uniform=uniform,
+            )
+            if found is None:
+                raise InputError(_NO_TOKEN)
+            return found
+        if not math.isfinite(logits.max()):
+            raise InputError(_NO_TOKEN)
         token_ids, probabilities = distribution(logits, config)
         cumulative = np.cumsum(probabilities)
-        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        drawn = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
         return int(token_ids[min(drawn, len(token_ids) - 1)])
 
 
-def penalised(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Return logits (V,) with those of the seen ids made less likely."""
-    changed = logits.copy()
+class SeenTokens:
+    """The different tokens among the last ones.
+
+    Args:
+        memory: how many tokens are the last ones.
+        vocab_size: V.
+    """
+
+    def __init__(self, memory: int, vocab_size: int) -> None:
+        self._recent: deque[int] = deque(maxlen=memory)
+        self._counts: dict[int, int] = {}
+        self._places: dict[int, int] = {}
+        self._ids = np.zeros(min(memory, vocab_size), np.int64)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids (M,), each once, in no order; valid until the next `add`."""
+        return self._ids[: len(self._places)]
+
+    def add(self, token_ids: Iterable[int]) -> None:
+        """Add tokens; the oldest are forgotten."""
+        for token in token_ids:
+            if len(self._recent) == self._recent.maxlen:
+                self._forget(self._recent[0])
+            self._recent.append(token)
+            count = self._counts.get(token, 0)
+            self._counts[token] = count + 1
+            if count == 0:
+                place = self._places[token] = len(self._places)
+                self._ids[place] = token
+
+    def _forget(self, token: int) -> None:
+        self._counts[token] -= 1
+        if self._counts[token] > 0:
+            return
+        del self._counts[token]
+        # The last one takes its place.
+        place, last = self._places.pop(token), int(self._ids[len(self._places)])
+        if last != token:
+            self._ids[place], self._places[last] = last, place
+
+
+def penalised(
+    logits: np.ndarray, seen: np.ndarray, penalty: float, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Return logits (V,), in `out` if there is one, with those of the seen ids made less likely."""
+    changed = np.empty_like(logits) if out is None else out
+    np.copyto(changed, logits)
     picked = changed[seen]
     changed[seen] = np.where(picked < 0, picked * penalty, picked / penalty)
     return changed
@@ -129,14 +215,16 @@ def distribution(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray
         token_ids = _top_k(logits, config.top_k)
         logits = logits[token_ids]
     # Subtracting the largest first keeps tiny temperatures finite.
-    scaled = (logits.astype(np.float64) - logits.max()) / config.temperature
+    with np.errstate(over="ignore"):  # what is so far below the largest has no weight
+        scaled = (logits.astype(np.float64) - logits.max()) * config.inverse_temperature
+    weights = np.exp(scaled)
+    kept = np.ones(len(weights), bool)
     if config.top_p < 1:
-        kept = _top_p(scaled, config.top_p)
-        token_ids, scaled = token_ids[kept], scaled[kept]
+        kept = _top_p(logits, weights, config.top_p)
     if config.min_p > 0:
-        kept = np.flatnonzero(np.exp(scaled) >= config.min_p)
-        token_ids, scaled = token_ids[kept], scaled[kept]
-    return token_ids, _softmax(scaled)
+        kept &= scaled >= config.least_exponent
+    weights = weights[kept]
+    return token_ids[kept], weights / weights.sum()
 
 
 def _top_k(values: np.ndarray, k: int) -> np.ndarray:
@@ -144,19 +232,15 @@ def _top_k(values: np.ndarray, k: int) -> np.ndarray:
     return np.flatnonzero(values >= np.partition(values, -k)[-k])
 
 
-def _top_p(scaled: np.ndarray, p: float) -> np.ndarray:
-    """Indices of the smallest set of likeliest tokens that reaches p, never empty."""
-    probabilities = _softmax(scaled)
+def _top_p(logits: np.ndarray, weights: np.ndarray, p: float) -> np.ndarray:
+    """Tell which are in the smallest set of likeliest tokens that reaches p, never empty."""
     # Few tokens reach p, nearly always: sorting a whole vocabulary takes longer than a layer.
-    candidates = _top_k(scaled, _FEW) if len(scaled) > _FEW else np.arange(len(scaled))
-    if probabilities[candidates].sum() < p:
-        candidates = np.arange(len(scaled))
-    order = candidates[np.argsort(-scaled[candidates], kind="stable")]
-    before = np.cumsum(probabilities[order])
-    count = int(np.searchsorted(before, p, side="left")) + 1
-    return np.sort(order[:count])
-
-
-def _softmax(scaled: np.ndarray) -> np.ndarray:
-    weights = np.exp(scaled - scaled.max())
-    return weights / weights.sum()
+    target = p * weights.sum()
+    candidates = _top_k(logits, _FEW) if len(logits) > _FEW else np.arange(len(logits))
+    if weights[candidates].sum() < target:
+        candidates = np.arange(len(logits))
+    order = candidates[np.argsort(-logits[candidates], kind="stable")]
+    count = int(np.searchsorted(np.cumsum(weights[order]), target, side="left")) + 1
+    kept = np.zeros(len(logits), bool)
+    kept[order[:count]] = True
+    return kept

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.kernels import KernelLibrary
 from lminf_export.runtime.snapshot import Snapshot
 
 # Takes the watched values of a step, by name.
@@ -24,6 +25,11 @@ class Session(Protocol):
     @property
     def attention(self) -> str:
         """Description of what computes the attention, for logs and reports."""
+        ...
+
+    @property
+    def library(self) -> KernelLibrary | None:
+        """The kernel library whose functions work beside the engine on this machine's CPU."""
         ...
 
     @property

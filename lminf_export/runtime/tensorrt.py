@@ -35,6 +35,7 @@ from lminf_export.runtime.engine import (
     reason,
 )
 from lminf_export.runtime.gpu import Cuda, find_gpu
+from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.session import Receiver, Session
 from lminf_export.runtime.tensorrt_state import Decoder, TensorRTState
 
@@ -96,6 +97,11 @@ class TensorRTSession(Session):
     def attention(self) -> str:
         """See `Session.attention`."""
         return "the engine"
+
+    @property
+    def library(self) -> KernelLibrary | None:
+        """See `Session.library`."""
+        return find_kernels(AUTO, "cpu")
 
     @property
     def caches_in_main_memory(self) -> bool:

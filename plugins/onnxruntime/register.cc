@@ -2,6 +2,7 @@
 #include <mutex>
 
 #include "cpu/attention.h"
+#include "cpu/draw.h"
 #include "cpu_kernel.h"
 #include "huge_pages.h"
 #include "lambda_attention_op.h"
@@ -91,6 +92,14 @@ LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::activeKernels()
 
 // For tests and measurements: runs on this set from now on; 0 where this processor cannot.
 LMINF_ORT_EXPORT int lminfUseInstructionSet(const char* name) { return cpu::useKernels(name); }
+
+// See cpu/draw.h.
+LMINF_ORT_EXPORT int64_t lminfDrawToken(const float* logits, int64_t count, double inverse,
+                                        int64_t topK, double topP, double leastExponent,
+                                        double uniform) {
+  return cpu::drawToken({logits, count, inverse, topK, topP, leastExponent, uniform},
+                        cpu::activeDraw());
+}
 }  // extern "C"
 
 }  // namespace lminf

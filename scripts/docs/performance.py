@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+from scripts.docs import step
 from scripts.docs.tables import GIB, MIB, NotMeasuredError, load, table
 
 
@@ -295,4 +296,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "cache-decode": cache_decode,
     "ring-rounding": ring_rounding,
     "key-bias": key_bias,
+    "drawing": step.drawing,
 }
