@@ -1,4 +1,4 @@
-"""What drawing a token costs: every kind of sampling, by the kernel library and by numpy.
+"""Time to draw a token: every kind of sampling, by the kernel library and by numpy.
 
 Random logits, flat ones and such that few tokens stand out; after each draw another array is read,
 as a step of a model would, so that logits come from where a step leaves them. The check that
