@@ -44,25 +44,26 @@ class Weight:
     packed: np.ndarray
     scales: np.ndarray
     zero_points: np.ndarray | None
+    offsets: None = None
 
     @classmethod
-    def random(cls, form: BlockFormat, dtype: type) -> Weight:
+    def random(cls, form: BlockFormat, dtype: type, scales: type | None = None) -> Weight:
         whole = torch.from_numpy(numbers(1, (form.rows, form.columns), np.float32))
         blocks = quantize_rows(whole, form)
         # What pads the last block must not matter.
         columns = form.packed_shape[1] * form.packed_shape[2]
         used = -(-form.columns * form.bits // 8)
         blocks.packed.reshape(form.rows, columns)[:, used:] = 0xA5
-        return cls(form, blocks.packed, blocks.scales.astype(dtype), blocks.zero_points)
+        return cls(form, blocks.packed, blocks.scales.astype(scales or dtype), blocks.zero_points)
 
     @property
     def dense(self) -> np.ndarray:
         return dequantize_rows(self, self.form).astype(np.float64)  # type: ignore[arg-type]
 
 
-def one_node(weight: Weight, level: int, rank: int) -> bytes:
-    """A model of one node; `rank` is that of the addend, 0 for none."""
-    form, kind = weight.form, TYPES[weight.scales.dtype.type]
+def one_node(weight: Weight, level: int, rank: int, dtype: type | None = None) -> bytes:
+    """A model of one node; `rank` is that of the addend, 0 for none; dtype: that of the scales."""
+    form, kind = weight.form, TYPES[dtype or weight.scales.dtype.type]
     op_type = LINEAR_NBITS_ADD if rank else LINEAR_NBITS
     shapes = {"x": ["M", form.columns]}
     shapes |= {"addend": [["M", form.rows], [form.rows]][2 - rank]} if rank else {}
@@ -84,7 +85,7 @@ def one_node(weight: Weight, level: int, rank: int) -> bytes:
     model = oh.make_model(
         graph,
         opset_imports=[oh.make_opsetid(*pair) for pair in domains.items()],
-        functions=[nbits_body(op_type, zero_points=bool(zeros))],
+        functions=[nbits_body(op_type, zero_points=True, half_scales=True)],
         ir_version=10,
     )
     return model.SerializeToString()
@@ -110,11 +111,12 @@ def rounded(x: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("level", [EXACT, ROUNDED])
 def test_the_kernel_is_the_product_with_the_dequantised_weight(level, bits, block_size):
     sets = available_sets(INTEGER_SETS if level == ROUNDED else SETS)
-    cases = product((np.float32, np.float16), (True, False), FEATURES)
-    for turn, (dtype, symmetric, (out, width)) in enumerate(cases):
+    kinds = ((np.float32, np.float32), (np.float16, np.float16), (np.float32, np.float16))
+    cases = product(kinds, (True, False), FEATURES)
+    for turn, ((dtype, scales), symmetric, (out, width)) in enumerate(cases):
         form, rank = BlockFormat(out, width, bits, block_size, symmetric), turn % 3
-        weight = Weight.random(form, dtype)
-        model, dense = one_node(weight, level, rank), weight.dense
+        weight = Weight.random(form, dtype, scales)
+        model, dense = one_node(weight, level, rank, dtype), weight.dense
         runs = [session(model, str(INSTALLED), threads) for threads in (1, 2)]
         for tokens in TOKENS:
             x = numbers(tokens, (tokens, width), dtype)
@@ -133,7 +135,7 @@ def test_the_kernel_is_the_product_with_the_dequantised_weight(level, bits, bloc
                 np.testing.assert_array_equal(found[0], found[1])
                 assert found[0].shape == wanted.shape
                 wrong = np.abs(found[0] - wanted) > bound
-                assert not wrong.any(), (name, dtype, symmetric, out, width, rank, tokens)
+                assert not wrong.any(), (name, dtype, scales, symmetric, out, width, rank, tokens)
 
 
 @needs_kernels

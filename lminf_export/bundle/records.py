@@ -183,16 +183,43 @@ class Engine(Record):
     note: str = NOT_EXECUTED
 
 
+class TensorBlocks(Record):
+    """How one quantised weight is stored where it is in blocks.
+
+    Attributes:
+        bits: of an integer.
+        block_size: input features that share a scale.
+        method: "keep" for blocks of the source with their own values, else how scales were found.
+        source_type: GGUF's name of the type of blocks that were kept.
+    """
+
+    bits: Literal[4, 8]
+    block_size: Literal[16, 32, 64, 128, 256]
+    method: Literal["range", "search", "calibrate", "keep"]
+    source_type: str | None = None
+
+
 class Quantization(Record):
-    """The fields of `QuantizeConfig`, its form decided."""
+    """The fields of `QuantizeConfig`, its form decided, and every weight in blocks by its name.
+
+    Bundles of earlier versions name no weights: all have the block size of the settings.
+    """
 
     weights: Literal["int4", "int8", "fp8"]
     block_size: Literal[16, 32, 64, 128, 256]
     symmetric: bool
     accuracy_level: Literal[1, 4]
-    lm_head: Literal["same", "int8", "full"]
+    lm_head: Literal["auto", "same", "int8", "full"]
     embeddings: Literal["auto", "quantized", "full"]
     form: Literal["matmul_nbits", "qdq"]
+    scales: Literal["search", "range"] = "range"
+    source_blocks: Literal["keep", "requantize"] = "requantize"
+    tensors: dict[str, TensorBlocks] = {}
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the weights that have the source's own blocks."""
+        return tuple(name for name, blocks in self.tensors.items() if blocks.method == "keep")
 
     @property
     def rounds_activations(self) -> bool:
@@ -208,7 +235,8 @@ class Quantization(Record):
         kind = "symmetric" if self.symmetric else "asymmetric"
         rounding = ", activations rounded to int8" if self.rounds_activations else ""
         form = ", Q/DQ form" if self.form == "qdq" else ""
-        return f"{self.weights} in {kind} blocks of {self.block_size}{head}{rounding}{form}"
+        kept = f", {len(self.kept)} weights as the source had them" if self.kept else ""
+        return f"{self.weights} in {kind} blocks of {self.block_size}{head}{kept}{rounding}{form}"
 
 
 class EngineRecipe(Record):

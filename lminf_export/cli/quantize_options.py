@@ -18,7 +18,16 @@ R = TypeVar("R")
 
 option = functools.partial(option_of, QuantizeConfig, CHOICES)
 
-_DETAILS = ("block_size", "symmetric", "accuracy_level", "lm_head", "embeddings", "form")
+_DETAILS = (
+    "block_size",
+    "symmetric",
+    "accuracy_level",
+    "lm_head",
+    "embeddings",
+    "form",
+    "scales",
+    "source_blocks",
+)
 
 
 def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
@@ -35,23 +44,38 @@ def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
     @option(
         "symmetric",
         "--symmetric/--asymmetric",
-        help="Whether quantised blocks are centred on zero.  [default: symmetric]",
+        default=None,
+        help="Whether quantised blocks are centred on zero.  [default: asymmetric for int4, but "
+        "not in the Q/DQ form]",
     )
     @option(
         "accuracy_level",
         help="4: onnxruntime rounds activations to int8 before quantised products, which is "
         "fast; 1: it does not.",
     )
-    @option("lm_head", help="Type of the quantised last projection; full: it is not quantised.")
+    @option(
+        "lm_head",
+        help="Type of the quantised last projection; auto: int8 for int4, else the same; full: it "
+        "is not quantised.",
+    )
     @option(
         "embeddings",
-        help="Whether the embedding table is quantised; auto: if it is also the last projection's.",
+        help="Whether the embedding table is quantised; auto: if it is also the last projection's, "
+        "and to 8 bits beside int4.",
     )
     @option(
         "form",
         "--quantize-form",
         help="onnxruntime's own product, or DequantizeLinear, which TensorRT takes.  "
         "[default: qdq with an engine]",
+    )
+    @option(
+        "scales",
+        help="Scales of 4-bit blocks: searched for the least squared error, or from the range.",
+    )
+    @option(
+        "source_blocks",
+        help="Whether quantised blocks of a GGUF file keep their own values where that can be.",
     )
     @click.pass_context
     @handle_errors

@@ -98,7 +98,7 @@ class ExportJob:
             ),
             settings=self.settings,
             contract=self.contract,
-            quantization=Quantization(**asdict(self.quantize)) if self.quantize else None,
+            quantization=self._quantization(),
             num_attention_heads=self.plan.num_attention_heads,
             layer_kinds=["sliding" if own else "lambda" for own in self.plan.sliding],
             graph=self.target.graph_name,
@@ -110,3 +110,10 @@ class ExportJob:
             engine=engine,
             engine_recipe=recipe,
         )
+
+    def _quantization(self) -> Quantization | None:
+        """Return the manifest's record of the settings, without the single weights."""
+        if self.quantize is None:
+            return None
+        symmetric = self.quantize.is_symmetric(self.quantize.weights)
+        return Quantization(**{**asdict(self.quantize), "symmetric": symmetric})

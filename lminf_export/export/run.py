@@ -38,6 +38,7 @@ from lminf_export.export.graph import write_graph
 from lminf_export.export.job import ExportJob
 from lminf_export.export.license_files import copy_license_files
 from lminf_export.export.options import LINK, ExportOptions
+from lminf_export.export.quantized_weights import kept_notices, with_blocks
 from lminf_export.export.spot_check import check_graph
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import trace
@@ -178,8 +179,10 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
         engine, recipe = add_engine(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
-        draft = job.manifest(engine, recipe, [*weight_notices(written), *notices])
-        draft = draft.model_copy(update={"linked_files": linked})
+        notices = [*weight_notices(written), *kept_notices(written.quantized), *notices]
+        draft = job.manifest(engine, recipe, notices)
+        record = with_blocks(draft.quantization, written.quantized)
+        draft = draft.model_copy(update={"linked_files": linked, "quantization": record})
         manifest = writer.commit(draft, license=license)
     for notice in manifest.notices:
         logger.warning(notice)

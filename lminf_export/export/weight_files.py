@@ -35,12 +35,14 @@ class WrittenWeights:
         num_bytes: of all of them.
         full_stacks: names of stacks of matrices that a quantisation left in full.
         full_bytes: their bytes.
+        quantized: the weights that were quantised.
     """
 
     files: dict[str, str | None]
     num_bytes: int
     full_stacks: tuple[str, ...] = ()
     full_bytes: int = 0
+    quantized: tuple[Quantized, ...] = ()
 
 
 def find_named_weights(
@@ -129,6 +131,7 @@ def write_files(
         num_bytes=path.stat().st_size,
         full_stacks=tuple(piece.name for piece in stacks),
         full_bytes=sum(stored[piece.name].length for piece in stacks),
+        quantized=tuple(quantized or ()),
     )
 
 

@@ -6,9 +6,10 @@
     LinearNBitsAdd(x, weight, scales, addend[, zero_points]) → y = x · weightᵀ + addend
 
 The bodies are Gemm, and onnxruntime's MatMulNBits for weights in blocks of integers, whose storage
-and attributes the last two have. That is what runs wherever no kernel is registered. The CPU
-kernels (`plugins/onnxruntime/linear_op.h`, `linear_nbits_op.h`) take the nodes instead and read a
-weight where it lies: onnxruntime's own keep a packed copy of every weight in memory.
+and attributes the last two have; scales may be float16 where everything else is float32. That is
+what runs wherever no kernel is registered. The CPU kernels (`plugins/onnxruntime/linear_op.h`,
+`linear_nbits_op.h`) take the nodes instead and read a weight where it lies: onnxruntime's own keep
+a packed copy of every weight in memory.
 """
 
 from __future__ import annotations
@@ -35,13 +36,22 @@ def linear_body(op_type: str) -> onnx.FunctionProto:
     )
 
 
-def nbits_body(op_type: str, *, zero_points: bool) -> onnx.FunctionProto:
-    """Return LinearNBits or LinearNBitsAdd, with or without zero points, as a function."""
+def nbits_body(op_type: str, *, zero_points: bool, half_scales: bool = False) -> onnx.FunctionProto:
+    """Return LinearNBits or LinearNBitsAdd as a function.
+
+    Args:
+        op_type: which of the two.
+        zero_points: it has that input, last; a node may leave it out.
+        half_scales: scales may be float16 where x is float32.
+    """
     zeros = ", zero_points" if zero_points else ""
     attributes = ", ".join(f"{name}: int = @{name}" for name in NBITS_ATTRIBUTES)
-    product = f"{CONTRIB_DOMAIN}.MatMulNBits <{attributes}> (x, weight, scales{zeros})"
+    scales = "wide" if half_scales else "scales"
+    product = f"{CONTRIB_DOMAIN}.MatMulNBits <{attributes}> (x, weight, {scales}{zeros})"
     adds = op_type == LINEAR_NBITS_ADD
     body = f"product = {product}\n  y = Add (product, addend)" if adds else f"y = {product}"
+    if half_scales:
+        body = f"wide = CastLike (scales, x)\n  {body}"
     inputs = f"x, weight, scales{', addend' if adds else ''}{zeros}"
     return onnx.parser.parse_function(
         f'<opset_import: ["" : {OPSET}, "{CONTRIB_DOMAIN}" : 1], domain: "{contract.DOMAIN}">\n'

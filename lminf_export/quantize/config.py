@@ -12,9 +12,11 @@ WEIGHT_TYPES = ("int4", "int8", "fp8")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # onnxruntime's numbers: activations are multiplied in float32, or rounded to int8 in blocks.
 ACCURACY_LEVELS = (1, 4)
-LM_HEADS = ("same", "int8", "full")
+LM_HEADS = ("auto", "same", "int8", "full")
 EMBEDDINGS = ("auto", "quantized", "full")
 FORMS = ("matmul_nbits", "qdq")
+SCALES = ("search", "range")
+SOURCE_BLOCKS = ("keep", "requantize")
 # Field of `QuantizeConfig` → the values it may have, beside None where that is the default.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": WEIGHT_TYPES,
@@ -23,6 +25,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "lm_head": LM_HEADS,
     "embeddings": EMBEDDINGS,
     "form": FORMS,
+    "scales": SCALES,
+    "source_blocks": SOURCE_BLOCKS,
 }
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 # Element types of weights that have one scale for each row.
@@ -38,14 +42,21 @@ class QuantizeConfig:
         weights: "int4", "int8", or "fp8" (E4M3), which engines alone take.
         block_size: input features that share one scale: 16, 32, 64, 128 or 256. In the Q/DQ
             form 8-bit weights have one scale for each output feature, as TensorRT wants it.
-        symmetric: blocks are centred on zero; else each has a zero point as well.
+        symmetric: blocks are centred on zero; else each has a zero point as well. None is
+            False for int4 in blocks of onnxruntime, True for all others.
         accuracy_level: 4 lets onnxruntime round activations to int8, block by block, which its
             fast kernels need; 1 keeps them in float32 (int8 weights are then very slow).
-        lm_head: "same" as the other weights, "int8", or "full" for the element type.
+        lm_head: "same" as the other weights, "int8", or "full" for the element type; "auto" is
+            "int8" for int4 and "same" for others.
         embeddings: "auto" quantises the table where it is the lm_head's too, so that it is
-            stored once; "quantized" and "full" decide it.
+            stored once, and for int4 in every case, to 8 bits unless lm_head is "same";
+            "quantized" and "full" decide it.
         form: "matmul_nbits" is onnxruntime's own operator, "qdq" a DequantizeLinear in front of
             each product, which TensorRT takes; None means "qdq" with an engine.
+        scales: "search" chooses those of 4-bit blocks for the least squared error, "range" takes
+            a block's largest weight or its extremes. Blocks of 8 bits have the latter.
+        source_blocks: "keep" takes over the blocks of a GGUF file with their own values where a
+            format here has them; "requantize" quantises what they stand for.
 
     Raises:
         ConfigError: naming the field, its value and the rule it breaks.
@@ -53,20 +64,22 @@ class QuantizeConfig:
 
     weights: str
     block_size: int = DEFAULT_BLOCK_SIZE
-    symmetric: bool = True
+    symmetric: bool | None = None
     accuracy_level: int = 4
-    lm_head: str = "same"
+    lm_head: str = "auto"
     embeddings: str = "auto"
     form: str | None = None
+    scales: str = "search"
+    source_blocks: str = "keep"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             allowed = (None, *choices) if name == "form" else choices
             # Users know the first by the name of the option.
             require_one_of("quantize" if name == "weights" else name, getattr(self, name), allowed)
-        if not isinstance(self.symmetric, bool):
-            raise ConfigError(f"symmetric={self.symmetric!r}: must be True or False")
-        if self.form == "qdq" and not self.symmetric:
+        if self.symmetric is not None and not isinstance(self.symmetric, bool):
+            raise ConfigError(f"symmetric={self.symmetric!r}: must be True, False or None")
+        if self.form == "qdq" and self.symmetric is False:
             raise ConfigError(
                 "symmetric=False: the Q/DQ form for engines has no zero points; quantise "
                 "symmetrically"
@@ -82,10 +95,31 @@ class QuantizeConfig:
         """Bits of a stored weight."""
         return BITS[self.weights]
 
+    def is_symmetric(self, kind: str) -> bool:
+        """Say whether blocks of a kind of weights are centred on zero, by default those of int8."""
+        if self.symmetric is None:
+            return kind != "int4" or self.form == "qdq"
+        return self.symmetric
+
     @property
     def lm_head_kind(self) -> str | None:
         """Kind of quantisation of the lm_head; None where it keeps the element type."""
-        return {"same": self.weights, "int8": "int8", "full": None}[self.lm_head]
+        of_auto = "int8" if self.weights == "int4" else self.weights
+        kinds = {"auto": of_auto, "same": self.weights, "int8": "int8", "full": None}
+        return kinds[self.lm_head]
+
+    def table_kind(self, *, tied: bool) -> str | None:
+        """Return the kind of quantisation of an embedding table; None where it stays in full.
+
+        Args:
+            tied: the lm_head reads it, too.
+        """
+        if self.form == "qdq" or self.embeddings == "full":
+            return None
+        if self.embeddings == "quantized" or tied:
+            return self.lm_head_kind if tied else self.lm_head_kind or self.weights
+        # Rows of 8 bits lose nothing beside weights of 4, and a table can be half of a model.
+        return "int8" if (self.weights, self.lm_head_kind) == ("int4", "int8") else None
 
 
 def decide_form(
@@ -113,6 +147,8 @@ def decide_form(
         )
     if config.form is None:
         config = replace(config, form="qdq" if with_engine else "matmul_nbits")
+    if config.lm_head == "auto":
+        config = replace(config, lm_head="int8" if config.weights == "int4" else "same")
     if config.form == "matmul_nbits" and dtype == "bfloat16":
         raise ConfigError(
             "dtype='bfloat16': onnxruntime's quantised product is exported in float32 and "

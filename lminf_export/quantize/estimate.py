@@ -25,18 +25,18 @@ def weight_bytes(
         return sum(prod(shape) for shape in shapes) * width
     tables = [shape for shape in shapes if len(shape) == 2 and shape[0] == vocab_size]
     rest = [shape for shape in shapes if shape not in tables]
-    total = sum(_bytes(shape, config.bits, width, config) for shape in rest)
-    kept, heads = (tables[1:], tables[:1]) if config.embeddings != "quantized" else ([], tables)
-    total += sum(prod(shape) * width for shape in kept)
-    return total + sum(
-        _bytes(shape, BITS[config.lm_head_kind] if config.lm_head_kind else None, width, config)
-        for shape in heads
-    )
+    total = sum(_bytes(shape, config.weights, width, config) for shape in rest)
+    # Of two tables one is looked up alone; one alone is the lm_head's, too.
+    for shape in tables[1:]:
+        total += _bytes(shape, config.table_kind(tied=False), width, config)
+    return total + sum(_bytes(shape, config.lm_head_kind, width, config) for shape in tables[:1])
 
 
-def _bytes(shape: Sequence[int], bits: int | None, width: int, config: QuantizeConfig) -> int:
-    if bits is None or len(shape) != 2:
+def _bytes(shape: Sequence[int], kind: str | None, width: int, config: QuantizeConfig) -> int:
+    if kind is None or len(shape) != 2:
         return prod(shape) * width
-    form = BlockFormat(shape[0], shape[1], bits, config.block_size, config.symmetric)
+    symmetric = config.is_symmetric(kind)
+    form = BlockFormat(shape[0], shape[1], BITS[kind], config.block_size, symmetric)
+    scale = 2 if kind == "int4" and config.form != "qdq" else width
     zero_points = 0 if form.symmetric else prod(form.zero_points_shape)
-    return prod(form.packed_shape) + prod(form.scales_shape) * width + zero_points
+    return prod(form.packed_shape) + prod(form.scales_shape) * scale + zero_points

@@ -26,6 +26,7 @@ class BlockFormat:
         bits: 4 or 8.
         block_size: columns that share a scale.
         symmetric: no zero points; the integer 2^(bits − 1) stands for zero.
+        offsets: every block has a number that is added to all its weights.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class BlockFormat:
     bits: int
     block_size: int
     symmetric: bool
+    offsets: bool = False
 
     @cached_property
     def blocks(self) -> int:
@@ -63,11 +65,13 @@ class Blocks:
         packed: (R, M, bytes of a block) uint8.
         scales: (R, M) float32.
         zero_points: (R, bytes) uint8; None where symmetric.
+        offsets: (R, M) float32; None for none.
     """
 
     packed: NDArray[np.uint8]
     scales: NDArray[np.float32]
     zero_points: NDArray[np.uint8] | None
+    offsets: NDArray[np.float32] | None = None
 
 
 def quantize_rows(rows: torch.Tensor, form: BlockFormat) -> Blocks:
@@ -98,6 +102,8 @@ def dequantize_rows(blocks: Blocks, form: BlockFormat) -> NDArray[np.float32]:
     if blocks.zero_points is not None:
         zero = _unpacked(blocks.zero_points, form.bits)[:, : form.blocks, None].astype(np.float32)
     scaled = (integers.astype(np.float32) - zero) * blocks.scales[:, :, None].astype(np.float32)
+    if blocks.offsets is not None:
+        scaled += blocks.offsets[:, :, None]
     return scaled.reshape(len(scaled), -1)[:, : form.columns]
 
 
@@ -115,6 +121,13 @@ def as_unsigned(rows: NDArray[np.uint8], form: BlockFormat) -> NDArray[np.uint8]
     padded = np.zeros((len(rows), form.packed_shape[1] * form.packed_shape[2]), np.uint8)
     padded[:, : rows.shape[1]] = rows
     return (padded ^ np.uint8(0x88)).reshape(len(rows), *form.packed_shape[1:])
+
+
+def packed_integers(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Put integers (…, an even number) of 4 bits two into a byte; those of 8 bits are bytes."""
+    if bits == 8:
+        return integers
+    return np.bitwise_or(integers[..., 0::2], integers[..., 1::2] << np.uint8(4), dtype=np.uint8)
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -11,7 +11,13 @@ import torch
 from lminf_export.errors import ModelError
 from lminf_export.quantize.config import CHANNEL_DTYPES
 from lminf_export.quantize.formats import BlockFormat, Blocks, as_unsigned, dequantize_rows
-from lminf_export.quantize.stored import BLOCK_ELEMENTS, QUANTIZED, SCALES, ZERO_POINTS
+from lminf_export.quantize.stored import (
+    BLOCK_ELEMENTS,
+    OFFSETS,
+    QUANTIZED,
+    SCALES,
+    ZERO_POINTS,
+)
 from lminf_export.tensors.dtypes import safetensors_name
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
 
@@ -26,6 +32,7 @@ class DequantizedWeight:
         packed: where its integers are.
         scales: where its scales are.
         zero_points: where its zero points are; None where symmetric.
+        offsets: where its offsets are; None for none.
     """
 
     form: BlockFormat
@@ -33,6 +40,7 @@ class DequantizedWeight:
     packed: StoredTensor
     scales: StoredTensor
     zero_points: StoredTensor | None
+    offsets: StoredTensor | None = None
 
     @property
     def dtype(self) -> str:
@@ -52,11 +60,13 @@ class DequantizedWeight:
             packed = _rows(self.packed, rows).numpy()
             if self.signed:
                 packed = as_unsigned(packed, self.form)
-            zero_points = None
+            zero_points = offsets = None
             if self.zero_points is not None:
                 zero_points = _rows(self.zero_points, rows).numpy()
+            if self.offsets is not None:
+                offsets = _rows(self.offsets, rows).to(torch.float32).numpy()
             scales = _rows(self.scales, rows).to(torch.float32).numpy()
-            dense = dequantize_rows(Blocks(packed, scales, zero_points), self.form)
+            dense = dequantize_rows(Blocks(packed, scales, zero_points, offsets), self.form)
             yield torch.from_numpy(np.ascontiguousarray(dense)).flatten()
 
     def at(self, index: int) -> SourceTensor:
@@ -123,6 +133,7 @@ def _rows(tensor: StoredTensor, rows: slice) -> torch.Tensor:
 def dequantize_stored(
     stored: Mapping[str, StoredTensor],
     shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, tuple[int, int]],
     block_size: int,
     signed: bool,
 ) -> dict[str, SourceTensor]:
@@ -131,7 +142,8 @@ def dequantize_stored(
     Args:
         stored: tensors of the file, of `tensors.files.read_header`.
         shapes: the model's own shapes, by name.
-        block_size: columns that share a scale.
+        sizes: bits and block size of the weights in blocks, by name.
+        block_size: that of weights that are not in `sizes`, whose bits follow from it.
         signed: see `QuantizedWeight`.
 
     Raises:
@@ -140,7 +152,10 @@ def dequantize_stored(
     found: dict[str, SourceTensor] = {}
     for name, tensor in stored.items():
         weight = name.removesuffix(QUANTIZED)
-        if name.endswith((SCALES, ZERO_POINTS)) and name.rpartition(".")[0] + QUANTIZED in stored:
+        if (
+            name.endswith((SCALES, ZERO_POINTS, OFFSETS))
+            and name.rpartition(".")[0] + QUANTIZED in stored
+        ):
             continue
         if weight == name:
             found[name] = tensor
@@ -151,14 +166,24 @@ def dequantize_stored(
             found[weight] = DequantizedChannels(tensor, stored[weight + SCALES])
             continue
         rows, columns = shapes[weight]
-        zero_points = stored.get(weight + ZERO_POINTS)
+        zero_points, offsets = stored.get(weight + ZERO_POINTS), stored.get(weight + OFFSETS)
         integers = columns if signed else block_size
-        bits = tensor.shape[-1] * 8 // integers
+        bits, size = sizes.get(weight, (tensor.shape[-1] * 8 // integers, block_size))
+        form = BlockFormat(rows, columns, bits, size, zero_points is None, offsets is not None)
+        _check_shapes(weight, form, tensor, stored[weight + SCALES], signed=signed)
         found[weight] = DequantizedWeight(
-            BlockFormat(rows, columns, bits, block_size, zero_points is None),
-            signed,
-            tensor,
-            stored[weight + SCALES],
-            zero_points,
+            form, signed, tensor, stored[weight + SCALES], zero_points, offsets
         )
     return found
+
+
+def _check_shapes(
+    name: str, form: BlockFormat, packed: StoredTensor, scales: StoredTensor, *, signed: bool
+) -> None:
+    wanted = (form.rows, form.columns // 2) if signed else form.packed_shape
+    if packed.shape != wanted or scales.shape != form.scales_shape:
+        raise ModelError(
+            f"weight {name} has integers of shape {list(packed.shape)} and scales of "
+            f"{list(scales.shape)}, expected {list(wanted)} and {list(form.scales_shape)}; export "
+            f"the model again"
+        )

@@ -1,8 +1,8 @@
 """Quantised weights as they are stored in a bundle: names, types, and writing row by row.
 
 A weight `x.weight` (N, K) becomes tensors `x.weight.quantized`, `x.weight.scales` and, where it
-is asymmetric, `x.weight.zero_points`, one behind the other. Rows go through memory a few at a
-time, so a lm_head of 128,000 rows costs no more than any other.
+has them, `x.weight.zero_points` and `x.weight.offsets`, one behind the other. Rows go through
+memory a few at a time, so a lm_head of 128,000 rows costs no more than any other.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
 from lminf_export.quantize.config import CHANNEL_DTYPES
-from lminf_export.quantize.formats import (
-    BlockFormat,
-    as_signed,
-    quantize_rows,
-)
+from lminf_export.quantize.formats import BlockFormat, Blocks, as_signed, quantize_rows
+from lminf_export.quantize.kept import KeptType, kept_rows
+from lminf_export.quantize.search import searched_rows
 from lminf_export.tensors.dtypes import safetensors_name
+from lminf_export.tensors.gguf_blocks import GgufTensor
 from lminf_export.tensors.pieces import Entry, all_finite
 from lminf_export.tensors.stored import SourceTensor
 from lminf_export.tensors.torch_dtypes import torch_dtype
 
 FILE_NAME = "weights.safetensors"
-QUANTIZED, SCALES, ZERO_POINTS = ".quantized", ".scales", ".zero_points"
+QUANTIZED, SCALES, ZERO_POINTS, OFFSETS = ".quantized", ".scales", ".zero_points", ".offsets"
 # Elements quantised in one go: 32 MB of float32, which the quantiser wants transposed as well.
 BLOCK_ELEMENTS = 2**23
 
@@ -43,6 +42,8 @@ class QuantizedWeight:
         dtype: element type of the scales.
         signed: two's complement without padding, as ONNX's INT4, instead of the blocks of
             MatMulNBits.
+        method: "keep" for the source's own blocks, "search" or "range" of `QuantizeConfig.scales`.
+        offset_dtype: element type of offsets.
     """
 
     name: str
@@ -50,6 +51,8 @@ class QuantizedWeight:
     form: BlockFormat
     dtype: str
     signed: bool
+    method: str = "range"
+    offset_dtype: str = "float32"
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -64,32 +67,49 @@ class QuantizedWeight:
         ]
         if not form.symmetric:
             entries.append(Entry(self.name + ZERO_POINTS, "U8", form.zero_points_shape))
+        if form.offsets:
+            kind = safetensors_name(self.offset_dtype)
+            entries.append(Entry(self.name + OFFSETS, kind, form.scales_shape))
         return tuple(entries)
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield the packed rows as they are quantised, then scales and zero points.
+        """Yield the packed rows as they are quantised, then scales, zero points and offsets.
 
         Raises:
             ModelError: a weight is not finite, or a scale does not fit into the element type.
         """
-        scales, zero_points = [], []
-        for rows in row_blocks(self.tensor, max(1, BLOCK_ELEMENTS // self.form.columns)):
-            if not all_finite(rows):
-                raise ModelError(f"tensor {self.name} holds values that are not finite")
-            blocks = quantize_rows(rows, self.form)
+        scales, zero_points, offsets = [], [], []
+        for blocks in self._blocks(max(1, BLOCK_ELEMENTS // self.form.columns)):
             yield as_signed(blocks.packed, self.form) if self.signed else blocks.packed
-            scales.append(self._in_dtype(blocks.scales))
+            scales.append(self._in_dtype(blocks.scales, self.dtype))
             if blocks.zero_points is not None:
                 zero_points.append(blocks.zero_points)
-        for part in (*scales, *zero_points):
+            if blocks.offsets is not None:
+                offsets.append(self._in_dtype(blocks.offsets, self.offset_dtype))
+        for part in (*scales, *zero_points, *offsets):
             yield part.view(np.uint8)
 
-    def _in_dtype(self, scales: NDArray[np.float32]) -> NDArray[np.uint8]:
-        converted = torch.from_numpy(scales).to(torch_dtype(self.dtype))
+    def _blocks(self, count: int) -> Iterator[Blocks]:
+        """Yield the blocks of up to `count` rows at a time."""
+        if self.method == "keep":
+            assert isinstance(self.tensor, GgufTensor)
+            yield from kept_rows(self.tensor, self.form, count)
+            return
+        for rows in row_blocks(self.tensor, count):
+            if not all_finite(rows):
+                raise ModelError(f"tensor {self.name} holds values that are not finite")
+            searched = self.method == "search" and self.form.bits == 4
+            yield (
+                searched_rows(rows, self.form, self.dtype)
+                if searched
+                else quantize_rows(rows, self.form)
+            )
+
+    def _in_dtype(self, numbers: NDArray[np.float32], dtype: str) -> NDArray[np.uint8]:
+        converted = torch.from_numpy(numbers).to(torch_dtype(dtype))
         if not all_finite(converted):
             raise ModelError(
-                f"tensor {self.name} has values beyond {self.dtype}'s range; export with "
-                f"--dtype float32"
+                f"tensor {self.name} has values beyond {dtype}'s range; export with --dtype float32"
             )
         return converted.view(torch.uint8).numpy()
 
@@ -170,3 +190,42 @@ def row_blocks(tensor: SourceTensor, count: int) -> Iterator[torch.Tensor]:
             waiting, size = [rest], len(rest)
     if size:
         yield torch.cat(waiting).to(torch.float32).reshape(-1, columns)
+
+
+def kept_piece(
+    name: str, tensor: SourceTensor, kind: KeptType, dtype: str, *, signed: bool
+) -> QuantizedWeight:
+    """Describe a weight that keeps its own blocks.
+
+    Args:
+        name: the weight's own name.
+        tensor: the source, (N, K), of blocks of that kind.
+        kind: of its blocks.
+        dtype: element type of activations; products of float16 take scales of float16 only.
+        signed: see `QuantizedWeight`.
+    """
+    rows, columns = tensor.shape
+    form = kind.form(rows, columns)
+    scales = dtype if signed or dtype == "float16" else kind.scales
+    return QuantizedWeight(name, tensor, form, scales, signed, "keep", dtype)
+
+
+# Scales below this lose digits in float16, and below the second nearly all of them.
+_HALF_NORMAL, _HALF_LARGEST = 2.0**-14, 60000.0
+
+
+def fits_half(tensor: SourceTensor, block_size: int) -> bool:
+    """Say whether float16 holds the scales of a matrix's blocks of 4 bits.
+
+    Blocks a thousand times smaller than the largest may have rougher scales: their errors are as
+    much smaller.
+    """
+    largest, smallest = 0.0, np.inf
+    for rows in row_blocks(tensor, max(1, BLOCK_ELEMENTS // tensor.shape[1])):
+        padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block_size))
+        sizes = padded.unflatten(1, (-1, block_size)).abs_().amax(2)
+        largest = max(largest, float(sizes.max()))
+        smallest = min(smallest, float(sizes.where(sizes > 0, np.inf).min()))
+    if not np.isfinite(largest) or largest == 0:
+        return True  # the quantiser names what is not finite
+    return largest < _HALF_LARGEST and max(smallest, largest / 1000) / 8 >= _HALF_NORMAL

@@ -20,11 +20,14 @@ def stored_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
     return {n: t for file in files for n, t in read_header(bundle.path / file).items()}
 
 
-def quantized_names(bundle: Bundle) -> frozenset[str]:
-    """Return the names of the weights that a bundle stores quantised."""
-    return frozenset(
-        n.removesuffix(QUANTIZED) for n in stored_tensors(bundle) if n.endswith(QUANTIZED)
-    )
+def quantized_blocks(bundle: Bundle) -> dict[str, int]:
+    """Return the block sizes of the weights that a bundle stores quantised, by their names."""
+    quantization = bundle.manifest.quantization
+    if quantization is None:
+        return {}
+    names = [n.removesuffix(QUANTIZED) for n in stored_tensors(bundle) if n.endswith(QUANTIZED)]
+    sizes = {name: blocks.block_size for name, blocks in quantization.tensors.items()}
+    return {name: sizes.get(name, quantization.block_size) for name in names}
 
 
 def bundle_weights(bundle: Bundle, skeleton: Skeleton) -> dict[str, SourceTensor]:
@@ -46,7 +49,8 @@ def bundle_weights(bundle: Bundle, skeleton: Skeleton) -> dict[str, SourceTensor
     if quantization is None:
         return dict(stored)
     signed = quantization.form == "qdq"
-    return dequantize_stored(stored, shapes, quantization.block_size, signed)
+    sizes = {name: (b.bits, b.block_size) for name, b in quantization.tensors.items()}
+    return dequantize_stored(stored, shapes, sizes, quantization.block_size, signed)
 
 
 def _are_stored_apart(tensors: Mapping[str, SourceTensor], skeleton: Skeleton) -> bool:

@@ -23,7 +23,7 @@ from lminf_export.models.history import HistoryStep
 from lminf_export.models.rounded_rings import Int8Rings, Rings
 from lminf_export.operator.contract import KEY_BIAS_OP_TYPE
 from lminf_export.progress import Progress
-from lminf_export.verify.bundle_weights import quantized_names
+from lminf_export.verify.bundle_weights import quantized_blocks
 from lminf_export.verify.rounded_activations import rounded_activations
 from lminf_export.verify.routing_check import Routed, experts_of
 
@@ -132,15 +132,11 @@ class Reference:
             HistoryStep(self.plan, rounded=self.rounded), routed, len(tokens), self.progress, name
         )
 
-        quantization = None if rounding is None else rounding.manifest.quantization
-        names: frozenset[str] = frozenset()
-        if rounding is not None and quantization is not None:
-            names = quantized_names(rounding)
+        sizes = {} if rounding is None else quantized_blocks(rounding)
 
         @contextmanager
         def opened() -> Iterator[None]:
-            block_size = 1 if quantization is None else quantization.block_size
-            rounded = rounded_activations(model.model, names, block_size)
+            rounded = rounded_activations(model.model, sizes)
             with self.family.patched(model.model), rounded:
                 yield
 

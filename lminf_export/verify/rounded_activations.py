@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +11,22 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def rounded_activations(model: Any, names: frozenset[str], block_size: int) -> Iterator[None]:
+def rounded_activations(model: Any, sizes: Mapping[str, int]) -> Iterator[None]:
     """Round the inputs of a model's quantised projections, as accuracy level 4 does.
 
     Args:
         model: of transformers, its weights dequantised.
-        names: the weights that are quantised.
-        block_size: of the weights, and of the activations.
+        sizes: block sizes of the weights that are quantised, and of the activations they meet,
+            by name.
     """
-    quantized = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+    named = model.named_parameters(remove_duplicate=False)
+    quantized = {id(parameter): sizes[name] for name, parameter in named if name in sizes}
+
+    def rounding(block_size: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        return lambda _, args: (_round_blocks(args[0], block_size), *args[1:])
+
     hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args: (_round_blocks(args[0], block_size), *args[1:])
-        )
+        module.register_forward_pre_hook(rounding(quantized[id(module.weight)]))
         for module in model.modules()
         if isinstance(module, nn.Linear) and id(module.weight) in quantized
     ]

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.records import TensorBlocks
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
+from lminf_export.quantize.kept import kept_type
 from lminf_export.quantize.reading import DequantizedChannels, DequantizedWeight
 from lminf_export.quantize.stored import ChannelWeight, QuantizedWeight
 from lminf_export.tensors.dtypes import BY_SAFETENSORS
@@ -24,12 +26,15 @@ def differing_weights(bundle: Bundle, original: Checkpoint) -> tuple[str, ...]:
         ModelError: the source's checkpoint is damaged or incomplete.
     """
     dtype, skeleton = bundle.manifest.dtype, original.skeleton
+    quantization = bundle.manifest.quantization
+    blocks = {} if quantization is None else quantization.tensors
     converted = skeleton.conversion.apply(original.tensors)
     wanted = _with_tied_names(converted, skeleton)
     return tuple(
         name
         for name, tensor in bundle_weights(bundle, skeleton).items()
-        if name not in wanted or not _is_made_of(name, tensor, wanted[name], dtype)
+        if name not in wanted
+        or not _is_made_of(name, tensor, wanted[name], dtype, blocks.get(name))
     )
 
 
@@ -44,7 +49,9 @@ def _with_tied_names(
     return named
 
 
-def _is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: str) -> bool:
+def _is_made_of(
+    name: str, stored: SourceTensor, source: SourceTensor, dtype: str, blocks: TensorBlocks | None
+) -> bool:
     """Return whether a bundle's weight equals, bit for bit, an export of a source tensor.
 
     Args:
@@ -52,6 +59,7 @@ def _is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: st
         stored: of `bundle_weights`.
         source: the original.
         dtype: the bundle's.
+        blocks: how the weight was quantised, None where the manifest does not say it.
     """
     if stored.shape != source.shape:
         return False
@@ -59,7 +67,13 @@ def _is_made_of(name: str, stored: SourceTensor, source: SourceTensor, dtype: st
     piece: Piece = Converted(name, source, kind.name if kind else dtype)
     first = stored
     if isinstance(stored, DequantizedWeight):
-        piece = QuantizedWeight(name, source, stored.form, dtype, stored.signed)
+        scales = BY_SAFETENSORS[stored.scales.dtype].name
+        method = "range" if blocks is None else blocks.method
+        if method == "keep" and kept_type(source) is None:
+            return False
+        piece = QuantizedWeight(
+            name, source, stored.form, scales, stored.signed, method, offset_dtype=dtype
+        )
         first = stored.packed
     if isinstance(stored, DequantizedChannels):
         piece = ChannelWeight(name, source, stored.kind, dtype)

@@ -68,7 +68,7 @@ abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
   }
   const auto& a = attributes_;
   cpu::Blocks blocks{};
-  blocks.bits = a.bits, blocks.size = a.blockSize;
+  blocks.bits = a.bits, blocks.size = a.blockSize, blocks.scaleType = dataTypeOf(scaleElement_);
   blocks.perRow = (a.inFeatures + a.blockSize - 1) / a.blockSize;
   const Shape& x = shapes[kX];
   if (x.size() != 2 || x[1] != a.inFeatures) {

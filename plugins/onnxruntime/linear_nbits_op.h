@@ -5,7 +5,7 @@
 //
 // with attributes and storage of onnxruntime's MatMulNBits, which is in their function bodies:
 // weight (N, ⌈K / block_size⌉, bytes of a block) uint8, scales (N, ⌈K / block_size⌉), zero points
-// (N, bytes) uint8. This kernel reads them in place: MatMulNBits makes a packed copy.
+// (N, bytes) uint8. Scales may be float16 where all else is float32. This kernel reads them in place: MatMulNBits makes a packed copy.
 #pragma once
 
 #include <mutex>
@@ -24,8 +24,12 @@ abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, NB
 class LinearNBitsKernel {
  public:
   LinearNBitsKernel(const abi::Api* api, const NBitsAttributes& attributes,
-                    abi::ElementType element, bool adds)
-      : api_(api), attributes_(attributes), element_(element), adds_(adds) {}
+                    abi::ElementType element, abi::ElementType scaleElement, bool adds)
+      : api_(api),
+        attributes_(attributes),
+        element_(element),
+        scaleElement_(scaleElement),
+        adds_(adds) {}
 
   abi::Status* compute(abi::KernelContext* context) noexcept;
 
@@ -35,16 +39,17 @@ class LinearNBitsKernel {
 
   const abi::Api* api_;
   NBitsAttributes attributes_;
-  abi::ElementType element_;
+  abi::ElementType element_, scaleElement_;
   bool adds_;
   std::once_flag advised_;
 };
 
-template <abi::ElementType element, bool adds>
+template <abi::ElementType element, bool adds, abi::ElementType scales = element>
 struct LinearNBitsOp : MatrixOp<element, adds ? 5 : 4> {
   LinearNBitsOp() noexcept {
     this->getName = [](const abi::CustomOp*) { return adds ? "LinearNBitsAdd" : "LinearNBits"; };
     this->getInputType = [](const abi::CustomOp*, size_t i) {
+      if (i == 2) return scales;
       return i == 1 || i == (adds ? 4 : 3) ? abi::kUint8 : element;
     };
     this->getInputCharacteristic = [](const abi::CustomOp*, size_t i) {
@@ -54,7 +59,7 @@ struct LinearNBitsOp : MatrixOp<element, adds ? 5 : 4> {
                               const abi::KernelInfo* info, void** kernel) -> abi::Status* {
       NBitsAttributes attributes{};
       if (abi::Status* wrong = readAttributes(api, info, &attributes)) return wrong;
-      *kernel = new LinearNBitsKernel(api, attributes, element, adds);
+      *kernel = new LinearNBitsKernel(api, attributes, element, scales, adds);
       return nullptr;
     };
     this->kernelComputeV2 = [](void* kernel, abi::KernelContext* context) {

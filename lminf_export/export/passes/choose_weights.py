@@ -16,7 +16,8 @@ from lminf_export.export.passes.editing import is_op
 from lminf_export.models.expert_facts import is_router_weight
 from lminf_export.quantize.config import BITS, QuantizeConfig
 from lminf_export.quantize.formats import BlockFormat
-from lminf_export.quantize.stored import ChannelWeight, QuantizedWeight
+from lminf_export.quantize.kept import KeptType, kept_type
+from lminf_export.quantize.stored import ChannelWeight, QuantizedWeight, fits_half, kept_piece
 from lminf_export.tensors.stored import SourceTensor
 
 Quantized: TypeAlias = QuantizedWeight | ChannelWeight
@@ -73,13 +74,14 @@ def choose_weights(
         rows, columns = value.shape.numpy()
         is_head = bool(products) and rows == vocab_size
         kind = config.lm_head_kind if is_head else config.weights
+        if not products:
+            kind = config.table_kind(tied=False)
         # The choice of experts depends on small differences, and routers are small.
         if kind is None or is_router_weight(name):
             continue
         if config.form == "qdq" and kind == "int4" and columns % 2:
             continue  # two share a byte, and rows begin with one
-        wanted = {"auto": bool(products), "quantized": True, "full": False}[config.embeddings]
-        taken = lookups if wanted and config.form != "qdq" else ()
+        taken = lookups if config.table_kind(tied=bool(products)) else ()
         stays = others > 0 or taken != lookups
         spare = [alias for alias in aliases if alias != name] if stays else [name]
         if spare and (products or taken):
@@ -92,11 +94,24 @@ def _piece(
     name: str, tensor: SourceTensor, kind: str, config: QuantizeConfig, dtype: str
 ) -> Quantized:
     """Describe how a weight is stored: as blocks, or with one scale a row where engines want it."""
+    own = kept_type(tensor) if config.source_blocks == "keep" else None
+    if own is not None and (config.form != "qdq" or _suits_engines(own, kind, config, dtype)):
+        return kept_piece(name, tensor, own, dtype, signed=config.form == "qdq")
     if config.form == "qdq" and kind != "int4":
         return ChannelWeight(name, tensor, kind, dtype)
     rows, columns = tensor.shape
-    form = BlockFormat(rows, columns, BITS[kind], config.block_size, config.symmetric)
-    return QuantizedWeight(name, tensor, form, dtype, signed=config.form == "qdq")
+    symmetric = config.is_symmetric(kind)
+    form = BlockFormat(rows, columns, BITS[kind], config.block_size, symmetric)
+    method = config.scales if kind == "int4" else "range"
+    halves = method == "search" and config.form != "qdq" and fits_half(tensor, form.block_size)
+    scales = "float16" if halves else dtype
+    return QuantizedWeight(name, tensor, form, scales, config.form == "qdq", method)
+
+
+def _suits_engines(own: KeptType, kind: str, config: QuantizeConfig, dtype: str) -> bool:
+    """Say whether blocks are INT4 as engines take it, with the scales that they have."""
+    same = own.bits == BITS[kind] == 4 and own.block_size == config.block_size
+    return same and not own.offsets and dtype in (own.scales, "float32")
 
 
 def check_chosen(

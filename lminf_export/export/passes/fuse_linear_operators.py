@@ -78,7 +78,7 @@ class FuseLinearOperatorsPass(ir.passes.InPlacePass):
         for node in model.graph:
             if node.domain == DOMAIN and node.op_type in _OPERATORS:
                 body = model.functions.get(node.op_identifier())
-                fits = body is not None and len(body.inputs) == len(node.inputs)
+                fits = body is not None and len(body.inputs) >= len(node.inputs)
                 ensure(fits, f"no body of {node.op_type} takes {len(node.inputs)} inputs")
         ensure_sound(model)
 
@@ -177,13 +177,25 @@ def _is_rows(value: ir.Value) -> bool:
 
 
 def _attach_bodies(model: ir.Model) -> None:
-    used = {node.op_type: node for node in model.graph if node.domain == DOMAIN}
-    protos = [linear_body(kind) for kind in (LINEAR, LINEAR_ADD) if kind in used]
+    used = [node for node in model.graph if node.domain == DOMAIN]
+    kinds = {node.op_type for node in used}
+    protos = [linear_body(kind) for kind in (LINEAR, LINEAR_ADD) if kind in kinds]
     for kind, inputs in ((LINEAR_NBITS, 3), (LINEAR_NBITS_ADD, 4)):
-        if kind in used:
-            # A bundle's weights have zero points or not, all of them.
-            protos.append(nbits_body(kind, zero_points=len(used[kind].inputs) > inputs))
+        nodes = [node for node in used if node.op_type == kind]
+        if nodes:
+            # One body for all: a node without zero points leaves the last input out.
+            zero_points = any(len(node.inputs) > inputs for node in nodes)
+            half_scales = any(_scales_are_narrow(node) for node in nodes)
+            protos.append(nbits_body(kind, zero_points=zero_points, half_scales=half_scales))
     for proto in protos:
         editing.attach_function(model, proto)
     if used:
         model.opset_imports[DOMAIN] = 1
+
+
+def _scales_are_narrow(node: ir.Node) -> bool:
+    """Say whether a product in blocks has scales of another type than the model's float32."""
+    scales, x = node.inputs[2], node.inputs[0]
+    assert scales is not None
+    wide = x is None or x.dtype != ir.DataType.FLOAT16
+    return wide and scales.dtype == ir.DataType.FLOAT16

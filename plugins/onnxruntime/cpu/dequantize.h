@@ -38,17 +38,22 @@ inline float zeroPoint(const Blocks& b, int64_t row, int64_t block) {
   return static_cast<float>(zeros[block / 2] >> 4 * (block % 2) & 15);
 }
 
-// Blocks firstBlock … firstBlock + count − 1 of `rows` rows, padding included; T: of the scales.
-template <typename T>
-void dequantizeRows(const Blocks& b, int64_t firstRow, int64_t rows, int64_t firstBlock,
+// The scale of a row's block.
+inline float scaleAt(const Blocks& b, int64_t row, int64_t block) {
+  const int64_t at = row * b.perRow + block;
+  if (b.scaleType == lminf::DataType::kFloat32) return static_cast<const float*>(b.scales)[at];
+  return toFloat(static_cast<const Half*>(b.scales)[at]);
+}
+
+// Blocks firstBlock … firstBlock + count − 1 of `rows` rows, padding included.
+inline void dequantizeRows(const Blocks& b, int64_t firstRow, int64_t rows, int64_t firstBlock,
                     int64_t count, float* out, int64_t stride) {
-  const T* scales = static_cast<const T*>(b.scales);
   const int64_t step = 2 * b.bits;  // bytes of 16 integers
   for (int64_t row = firstRow; row < firstRow + rows; ++row, out += stride) {
     float* to = out;
     for (int64_t block = firstBlock; block < firstBlock + count; ++block) {
       const uint8_t* packed = b.packed + row * b.rowBytes() + block * b.bytes();
-      const Vec scale = splat(toFloat(scales[row * b.perRow + block]));
+      const Vec scale = splat(scaleAt(b, row, block));
       const Vec zero = splat(zeroPoint(b, row, block));
       for (int64_t i = 0; i < b.size; i += 16, packed += step, to += 16) {
         alignas(64) float integers[16];

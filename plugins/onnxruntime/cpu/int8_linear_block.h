@@ -107,9 +107,12 @@ inline void meetSome(const Blocks& b, const Rows& rows, const Token* tokens, Vec
 Rows rowsAt(const Linear& p, int64_t row, int64_t count, float* scratch) {
   const Blocks& b = *p.blocks;
   const float* scales = static_cast<const float*>(b.scales) + row * b.perRow;
-  if (p.dataType == DataType::kFloat16) {
+  if (b.scaleType == DataType::kFloat16) {
     const Half* halves = static_cast<const Half*>(b.scales) + row * b.perRow;
-    for (int64_t i = 0; i < count * b.perRow; ++i) scratch[i] = toFloat(halves[i]);
+    const int64_t all = count * b.perRow;
+    int64_t i = 0;
+    for (; i + kWidth <= all; i += kWidth) store(scratch + i, load(halves + i));
+    for (; i < all; ++i) scratch[i] = toFloat(halves[i]);
     scales = scratch;
   }
   const int64_t one = count > 1 ? 1 : 0;
@@ -180,7 +183,8 @@ void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
 }
 
 size_t fewFloats(const Linear& p) {
-  return p.dataType == DataType::kFloat32 ? 0 : static_cast<size_t>(4 * p.blocks->perRow);
+  return p.blocks->scaleType == DataType::kFloat32 ? 0
+                                                   : static_cast<size_t>(4 * p.blocks->perRow);
 }
 
 }  // namespace

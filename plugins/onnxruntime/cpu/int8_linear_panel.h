@@ -2,6 +2,7 @@
 // (AVX-512 VNNI).
 #pragma once
 
+#include "dequantize.h"
 #include "int8_linear_block.h"
 
 namespace {
@@ -52,7 +53,7 @@ inline void transpose(const __m128i* rows, __m512i* out) {
 
 // Packs blocks firstBlock … firstBlock + count − 1 of up to kPanelRows rows. Rows behind the last
 // repeat it: their results are not read.
-template <int kBits, typename T>
+template <int kBits>
 void packPanel(const Blocks& b, int64_t firstRow, int64_t endRow, int64_t firstBlock, int64_t count,
                const Panel& panel) {
   const int64_t bytes = count * b.bytes(), lanes = kChunk / 4;
@@ -61,9 +62,9 @@ void packPanel(const Blocks& b, int64_t firstRow, int64_t endRow, int64_t firstB
     for (int64_t r = 0; r < kWidth; ++r) {
       const int64_t row = std::min(firstRow + column * kWidth + r, endRow - 1);
       starts[r] = b.packed + row * b.rowBytes() + firstBlock * b.bytes();
-      const T* scales = static_cast<const T*>(b.scales) + row * b.perRow + firstBlock;
       for (int64_t block = 0; block < count; ++block) {
-        panel.scales[block * kPanelRows + column * kWidth + r] = toFloat(scales[block]);
+        panel.scales[block * kPanelRows + column * kWidth + r] =
+            scaleAt(b, row, firstBlock + block);
       }
       if (b.zeroPoints == nullptr) continue;
       const uint8_t* zeros = b.zeroPoints + row * b.zeroBytes();
@@ -172,7 +173,7 @@ void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t
   std::fill_n(sums, tokens * kPanelRows, 0.0f);
   for (int64_t block = 0; block < b.perRow; block += kDepth / b.size) {
     const int64_t count = std::min(kDepth / b.size, b.perRow - block);
-    packPanel<kBits, T>(b, firstRow, endRow, block, count, panel);
+    packPanel<kBits>(b, firstRow, endRow, block, count, panel);
     const auto multiply =
         b.zeroPoints == nullptr ? multiplyPanel<kBits, false> : multiplyPanel<kBits, true>;
     multiply(p, firstToken, endToken, block * b.bytes() / 4, panel, count, sums);

@@ -18,8 +18,9 @@ struct Blocks {
   int64_t size;               // elements of a block: 16, 32, 64, 128 or 256
   int64_t perRow;             // ⌈K / size⌉; the last one is padded
   const uint8_t* packed;      // (N, perRow, size · bits / 8)
-  const void* scales;         // (N, perRow), elements
+  const void* scales;         // (N, perRow), of type scaleType
   const uint8_t* zeroPoints;  // (N, ⌈perRow · bits / 8⌉); null: 2^(bits − 1) everywhere
+  DataType scaleType;         // float32 or float16
 
   int64_t bytes() const { return size * bits / 8; }
   int64_t rowBytes() const { return perRow * bytes(); }

@@ -107,7 +107,7 @@ void streamRows(const Linear& p, int64_t firstRow, int64_t endRow, float* scratc
       meetTokens<T, T>(p, rows, length, row, end);
     } else {
       const int64_t stride = p.blocks->perRow * p.blocks->size;
-      dequantizeRows<T>(*p.blocks, row, end - row, 0, p.blocks->perRow, scratch, stride);
+      dequantizeRows(*p.blocks, row, end - row, 0, p.blocks->perRow, scratch, stride);
       meetTokens<float, T>(p, scratch, stride, row, end);
     }
   }
@@ -176,14 +176,13 @@ void pack(const W* weight, int64_t stride, int64_t count, int64_t depth, float* 
 }
 
 // The same of a weight in blocks, from its column `first` on.
-template <typename T>
-void packBlocks(const Blocks& b, int64_t firstRow, int64_t count, int64_t first, int64_t depth,
+inline void packBlocks(const Blocks& b, int64_t firstRow, int64_t count, int64_t first, int64_t depth,
                 float* panel) {
   alignas(64) float rows[4 * kDepth];
   const int64_t block = first / b.size, blocks = (depth + b.size - 1) / b.size;
   for (int64_t r = 0; r < kPanelRows; r += 4) {
     const int64_t here = std::min<int64_t>(std::max<int64_t>(count - r, 0), 4);
-    dequantizeRows<T>(b, firstRow + r, here, block, blocks, rows, kDepth);
+    dequantizeRows(b, firstRow + r, here, block, blocks, rows, kDepth);
     std::fill(rows + here * kDepth, rows + 4 * kDepth, 0.0f);
     packFour(rows, kDepth, r, depth, panel);
   }
@@ -245,7 +244,7 @@ void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t
     if (p.blocks == nullptr) {
       pack(static_cast<const T*>(p.weight) + firstRow * length + k, length, count, depth, panel);
     } else {
-      packBlocks<T>(*p.blocks, firstRow, count, k, depth, panel);
+      packBlocks(*p.blocks, firstRow, count, k, depth, panel);
     }
     multiplyPanel(p.x + firstToken * length + k, length, tokens, panel, depth, sums);
   }
