@@ -29,13 +29,16 @@ PIECE = 2**15
 _FITS = 2
 
 
-def searched_rows(rows: Tensor, form: BlockFormat, scales: str) -> Blocks:
+def searched_rows(
+    rows: Tensor, form: BlockFormat, scales: str, *, positive: bool = False
+) -> Blocks:
     """Quantise rows (R, K) float32 to blocks of 4 bits.
 
     Args:
         rows: the weights.
         form: of 4 bits, without offsets.
         scales: element type the scales are rounded to.
+        positive: no scale is negative, which symmetric blocks may otherwise have.
     """
     count, size = len(rows), form.block_size
     padded = form.blocks * size
@@ -51,7 +54,7 @@ def searched_rows(rows: Tensor, form: BlockFormat, scales: str) -> Blocks:
     step = max(1, PIECE // size)
     for start in range(0, len(blocks), step):
         piece = slice(start, start + step)
-        scale, zero = fit(blocks[piece], scales, symmetric=form.symmetric)
+        scale, zero = fit(blocks[piece], scales, form.symmetric, positive)
         found = levels(blocks[piece], scale, zero)
         integers[piece] = found.to(torch.uint8)
         found_scales[piece], zeros[piece] = scale, zero.to(torch.uint8)
@@ -64,20 +67,23 @@ def searched_rows(rows: Tensor, form: BlockFormat, scales: str) -> Blocks:
     )
 
 
-def fit(blocks: Tensor, scales: str, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+def fit(
+    blocks: Tensor, scales: str, symmetric: bool, positive: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the scales and zero points (B,) float32 of blocks (B, size) float32.
 
     Args:
         blocks: the weights.
         scales: element type of the scales; they are returned as it rounds them.
         symmetric: all zero points are 8; scales have either sign.
+        positive: but not these.
     """
     low, high = blocks.amin(1).clamp_(max=0), blocks.amax(1).clamp_(min=0)
     largest = torch.maximum(high, -low)
     best = torch.full_like(low, -1.0)
     scale, zero = torch.ones_like(low), torch.full_like(low, _CENTRE)
     for factor in FACTORS:
-        for sign in (-1, 1) if symmetric else (1,):
+        for sign in (-1, 1) if symmetric and not positive else (1,):
             if symmetric:
                 tried, point = largest * (sign * factor / _CENTRE), zero
             else:

@@ -100,7 +100,7 @@ class QuantizedWeight:
                 raise ModelError(f"tensor {self.name} holds values that are not finite")
             searched = self.method == "search" and self.form.bits == 4
             yield (
-                searched_rows(rows, self.form, self.dtype)
+                searched_rows(rows, self.form, self.dtype, positive=self.signed)
                 if searched
                 else quantize_rows(rows, self.form)
             )
