@@ -1,4 +1,4 @@
-"""What the manifest and the user are told of the weights that were quantised, one by one."""
+"""The part of the manifest, and of the notices, that is about single quantised weights."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Parts:
-    """What blocks stand for: integers less their centre, scales, and offsets if there are any.
+    """The numbers of blocks: integers less their centre, scales, and offsets if there are any.
 
     Attributes:
         integers: (…, block size) int16, −8 … 7 or −128 … 127.
