@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.real import stages
 from benchmarks.real.checkpoint import open_model
+from benchmarks.real.readings import LONG
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "evidence-real")
     parser.add_argument("--results", type=Path, default=stages.RESULTS, help="folder of the JSON")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=LONG, help="read rows no further for now")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.stages if name not in stages.STAGES]
     if unknown:
@@ -51,7 +53,10 @@ def main() -> None:
     model = None
     if any(name not in stages.WITHOUT_MODEL for name in wanted):
         model = open_model(arguments.work, arguments.model, arguments.gguf)
-    run = stages.Run(model, arguments.work, arguments.results, arguments.threads, arguments.only)
+    run = stages.Run(
+        model, arguments.work, arguments.results, arguments.threads, arguments.only,
+        arguments.tokens,
+    )  # fmt: skip
     for name in wanted:
         stages.STAGES[name](run)
 

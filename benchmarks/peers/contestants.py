@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.prepare import path_of
+from benchmarks.peers.worker import READ_LIMIT
 
 CONTESTANTS = {
     "transformers fp32": ("transformers", "fp32"),
@@ -29,12 +30,21 @@ CONTESTANTS = {
     "ours int4": ("ours", "int4"),
     "ours int4, no kernel": ("ours-body", "int4"),
 }
+# Only of a real model, from its GGUF: benchmarks/real/speed.py.
+REAL_CONTESTANTS = {
+    "llama.cpp q4_k_m": ("llama.cpp", "q4_k_m"),
+    "llama.cpp q4_k_m, context shift": ("llama.cpp-shift", "q4_k_m"),
+    "ours fp32, int8 ring": ("ours", "fp32-int8-ring"),
+}
 PACKAGES = {
     "transformers": "transformers",
     "genai": "onnxruntime_genai",
     "genai-graph": "onnxruntime_genai",
     "llama.cpp": "llama_cpp",
+    "llama.cpp-shift": "llama_cpp",
 }
+# Where llama-cpp-python is in an environment of its own: that environment's Python.
+LLAMA_PYTHON = "LMINF_LLAMA_PYTHON"
 OURS = ("ours", "ours-body")
 LONGEST = 32768 + 128
 ROOM = 256  # behind a context that is read
@@ -43,13 +53,23 @@ ROOM = 256  # behind a context that is read
 class Child:
     """A contestant's process, stopped unless it is asked something."""
 
-    def __init__(self, name: str, work: Path, threads: int, longest: int) -> None:
-        kind, precision = CONTESTANTS[name]
-        numbers = [str(threads), str(longest)]
+    def __init__(
+        self, name: str, work: Path, threads: int, longest: int, read_limit: int = READ_LIMIT
+    ) -> None:
+        kind, precision = kind_of(name)
+        numbers = [str(threads), str(longest), str(read_limit)]
         limits = {key: str(threads) for key in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        self.name, self.begun = name, time.perf_counter()
+        self.name, self.longest, self.begun = name, longest, time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers.worker", kind, precision, str(work), *numbers],
+            [
+                python_of(kind),
+                "-m",
+                "benchmarks.peers.worker",
+                kind,
+                precision,
+                str(work),
+                *numbers,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -82,22 +102,39 @@ class Child:
         self.process.wait()
 
 
+def kind_of(name: str) -> tuple[str, str]:
+    """Return a contestant's kind and precision."""
+    return {**CONTESTANTS, **REAL_CONTESTANTS}[name]
+
+
+def python_of(kind: str) -> str:
+    """Return the Python that has a kind's package."""
+    other = os.environ.get(LLAMA_PYTHON) if kind.startswith("llama.cpp") else None
+    return other or sys.executable
+
+
 def missing(name: str, work: Path) -> str | None:
-    kind, precision = CONTESTANTS[name]
-    package = PACKAGES.get(kind)
-    if package is not None and not find_spec(package):
+    kind, precision = kind_of(name)
+    package, python = PACKAGES.get(kind), python_of(kind)
+    if package is not None and python == sys.executable and not find_spec(package):
         return "not installed"
+    if package is not None and python != sys.executable:
+        tried = subprocess.run(
+            [python, "-c", f"import {package}"], capture_output=True, check=False
+        )
+        if tried.returncode:
+            return "not installed"
     return None if path_of(work, kind, precision).exists() else "not prepared"
 
 
 def longest_of(name: str, arguments: argparse.Namespace) -> int:
     """Caches that are allocated up front get what this run needs of them."""
-    return LONGEST if CONTESTANTS[name][0] == "genai-graph" else arguments.read_limit + ROOM
+    return LONGEST if kind_of(name)[0] == "genai-graph" else arguments.read_limit + ROOM
 
 
 def stand(child: Child, context: int) -> dict[str, Any]:
-    kind = CONTESTANTS[child.name][0]
-    if kind == "transformers" and context > LONGEST:
+    kind = kind_of(child.name)[0]
+    if kind == "transformers" and context > max(LONGEST, child.longest):
         return {"refused": "its cache would not fit"}
     if kind == "genai-graph" and context > LONGEST:
         return {"refused": "its context ends"}

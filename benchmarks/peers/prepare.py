@@ -50,6 +50,7 @@ def path_of(work: Path, kind: str, precision: str) -> Path:
         "genai": f"genai-{precision}",
         "genai-graph": f"genai-{precision}",
         "llama.cpp": f"llama-{precision}.gguf",
+        "llama.cpp-shift": f"llama-{precision}.gguf",
     }
     return work / names[kind]
 

@@ -27,7 +27,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.contestants import CONTESTANTS, OURS, Child, longest_of, missing, stand
+from benchmarks.peers.contestants import (
+    CONTESTANTS,
+    OURS,
+    Child,
+    kind_of,
+    longest_of,
+    missing,
+    stand,
+)
 from benchmarks.peers.prepare import SINKS, WINDOW, prepare
 from benchmarks.support.checkpoints import SHAPES
 from benchmarks.support.result import write_result
@@ -57,7 +65,7 @@ def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     later heat has ours's turns beside its own.
     """
     names = [name for name in names if name in arguments.contestants]
-    ours = [name for name in names if CONTESTANTS[name][0] in OURS]
+    ours = [name for name in names if kind_of(name)[0] in OURS]
     peers = [name for name in names if name not in ours]
     size = arguments.peers_at_once or len(peers) or 1
     heats = [peers[i : i + size] for i in range(0, len(peers), size)] or [[]]
@@ -90,7 +98,7 @@ def heat(
             if reason := missing(name, arguments.work):
                 rows[name] = {str(c): {"refused": reason} for c in arguments.contexts}
                 continue
-            child = Child(name, arguments.work, arguments.threads, longest_of(name, arguments))
+            child = _child(name, arguments, longest_of(name, arguments))
             children[name] = stack.enter_context(child)
             if text := child.ask("load").get("attention"):
                 attention[name] = text
@@ -116,6 +124,10 @@ def heat(
     return rows
 
 
+def _child(name: str, arguments: argparse.Namespace, longest: int) -> Child:
+    return Child(name, arguments.work, arguments.threads, longest, arguments.read_limit)
+
+
 def summary(rounds: list[list[float]], how: str) -> dict[str, Any]:
     flat = sorted(t * 1e3 for times in rounds for t in times)
     low, middle, high = statistics.quantiles(flat, n=4)
@@ -131,14 +143,14 @@ def prefill(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds to read a prompt into a fresh cache, contestants in turns."""
     rows: dict[str, Any] = {}
     names = [name for name in names if name in arguments.contestants]
-    names = [name for name in names if CONTESTANTS[name][0] != "genai-graph"]
+    names = [name for name in names if kind_of(name)[0] != "genai-graph"]
     with ExitStack() as stack:
         children = {}
         for name in names:
             if reason := missing(name, arguments.work):
                 rows[name] = {"refused": reason}
                 continue
-            child = Child(name, arguments.work, arguments.threads, longest_of(name, arguments))
+            child = _child(name, arguments, longest_of(name, arguments))
             children[name] = stack.enter_context(child)
             child.ask("load")
             child.ask("prefill", tokens=64)
@@ -166,7 +178,7 @@ def memory(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         row: dict[str, Any] = {}
         for context in (2048, 32768):
-            with Child(name, arguments.work, arguments.threads, context + 128) as child:
+            with _child(name, arguments, context + 128) as child:
                 load = child.ask("load")["seconds"]
                 first = child.ask("first")
                 if "seconds" in first and "load_to_first_token_seconds" not in row:
@@ -217,15 +229,13 @@ def twin(arguments: argparse.Namespace) -> dict[str, Any]:
     So what one process owes to where its memory lies counts on both sides.
     """
     rows: dict[str, Any] = {}
-    for name in (name for name in arguments.contestants if CONTESTANTS[name][0] in OURS):
+    for name in (name for name in arguments.contestants if kind_of(name)[0] in OURS):
         if reason := missing(name, arguments.work):
             rows[name] = {"refused": reason}
             continue
         with ExitStack() as stack:
             pair = [
-                stack.enter_context(
-                    Child(name, arguments.work, arguments.threads, longest_of(name, arguments))
-                )
+                stack.enter_context(_child(name, arguments, longest_of(name, arguments)))
                 for _ in TWINS
             ]
             for child in pair:
@@ -254,7 +264,7 @@ def floors(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the time of streaming each of our bundles' bytes once, at every context."""
     bandwidth = streaming_bandwidth(arguments.threads)
     rows = {}
-    for kind, precision in (CONTESTANTS[name] for name in arguments.contestants):
+    for kind, precision in (kind_of(name) for name in arguments.contestants):
         if kind != "ours":
             continue
         bundle = Bundle.open(arguments.work / f"ours-{precision}")

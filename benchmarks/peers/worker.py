@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,12 @@ import numpy as np
 READ_LIMIT = 4096
 ROOM = 256
 SEED = 0
+
+
+class Limits:
+    """Set by the parent."""
+
+    read = READ_LIMIT
 
 
 class Contestant(Protocol):
@@ -118,21 +125,25 @@ class Transformers:
             self.folder, dtype=self.torch.float32, attn_implementation="sdpa"
         ).eval()
         self.config = self.model.config
-        self.vocab_size, self.new_cache = self.config.vocab_size, DynamicCache
+        self.vocab_size = self.config.vocab_size
+        # By the configuration, layers with a sliding window forget.
+        self.new_cache = partial(DynamicCache, config=self.config)
         self.token = self.torch.tensor([[7]])
-        self.cache = DynamicCache()
+        self.cache = self.new_cache()
 
     def prefill(self, tokens: list[int]) -> None:
         self.cache = self.new_cache()
         self._run(self.torch.tensor([tokens]))
 
     def stand(self, context: int) -> str:
-        if self.cache.get_seq_length() > context:
+        forgets = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
+        if self.cache.get_seq_length() > context and not forgets:
             self.cache.crop(context)
         if self.cache.get_seq_length() == context:
             return "set"
         config = self.config
-        dim = config.hidden_size // config.num_attention_heads
+        dim = getattr(config, "head_dim", None)
+        dim = dim or config.hidden_size // config.num_attention_heads
         shape = (1, config.num_key_value_heads, context, dim)
         self.cache = self.new_cache()
         for layer in range(config.num_hidden_layers):
@@ -176,7 +187,7 @@ class Genai:
         self.generator.generate_next_token()
 
     def stand(self, context: int) -> str:
-        if context > min(READ_LIMIT, self.longest - ROOM // 2):
+        if context > min(Limits.read, self.longest - ROOM // 2):
             raise ValueError("its cache cannot be set; reading that many tokens takes too long")
         before = context - 1
         if self.generator.token_count() > before:
@@ -260,9 +271,12 @@ class LlamaCpp:
         self.threads, self.longest = threads, longest
 
     def load(self) -> None:
+        # Caches of sliding windows in full, so that it can go back, and shift.
+        known = inspect.signature(self.api.Llama.__init__).parameters
+        whole = {"swa_full": True} if "swa_full" in known else {}
         self.model = self.api.Llama(
             str(self.path), n_ctx=self.longest, n_threads=self.threads,
-            n_threads_batch=self.threads, n_batch=512, verbose=False,
+            n_threads_batch=self.threads, n_batch=512, verbose=False, **whole,
         )  # fmt: skip
         self.context = self.model.ctx
         self.vocab_size, self.count = self.model.n_vocab(), 0
@@ -272,7 +286,7 @@ class LlamaCpp:
         self._read(tokens)
 
     def stand(self, context: int) -> str:
-        if context > min(READ_LIMIT, self.longest - ROOM // 2):
+        if context > min(Limits.read, self.longest - ROOM // 2):
             raise ValueError("its cache cannot be set; reading that many tokens takes too long")
         self._rewind(min(context, self.count))
         self._read(random_tokens(context, self.vocab_size)[self.count :])
@@ -296,6 +310,33 @@ class LlamaCpp:
         self.count += len(tokens)
 
 
+class LlamaCppShift(LlamaCpp):
+    """llama.cpp with a bounded context: when it is full, half of what is not kept is dropped."""
+
+    CONTEXT, KEPT = 2048, 16
+
+    def load(self) -> None:
+        self.longest = self.CONTEXT
+        super().load()
+
+    def stand(self, context: int) -> str:
+        if context < self.CONTEXT:
+            return super().stand(context)
+        self._rewind(0)
+        self._read(random_tokens(self.CONTEXT, self.vocab_size))
+        return "its context full"
+
+    def step(self) -> None:
+        if self.count == self.CONTEXT:
+            memory = self.api.llama_get_memory(self.context)
+            dropped = (self.CONTEXT - self.KEPT) // 2
+            first = self.KEPT + dropped
+            self.api.llama_memory_seq_rm(memory, 0, self.KEPT, first)
+            self.api.llama_memory_seq_add(memory, 0, first, self.count, -dropped)
+            self.count -= dropped
+        super().step()
+
+
 KINDS: dict[str, Any] = {
     "ours": Ours,
     "ours-body": OursWithoutKernel,
@@ -303,6 +344,7 @@ KINDS: dict[str, Any] = {
     "genai": Genai,
     "genai-graph": GenaiGraph,
     "llama.cpp": LlamaCpp,
+    "llama.cpp-shift": LlamaCppShift,
 }
 
 
@@ -333,7 +375,8 @@ def answer(contestant: Contestant, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    kind, precision, work, threads, longest = sys.argv[1:]
+    kind, precision, work, threads, longest, read_limit = sys.argv[1:]
+    Limits.read = int(read_limit)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
     contestant = KINDS[kind](Path(work), precision, int(threads), int(longest))

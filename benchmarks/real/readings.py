@@ -103,13 +103,13 @@ class Readings:
         if out.is_file():
             self.result = json.loads(out.read_text(encoding="utf-8"))
 
-    def make_all(self, wanted: list[Reading], threads: int) -> None:
+    def make_all(self, wanted: list[Reading], threads: int, tokens: int = LONG) -> None:
         """Read what is not in the file yet: all rows to the same length, then twice as far.
 
-        So rows can be compared whenever a run is cut off.
+        So rows can be compared whenever a run is cut off, at the latest behind so many tokens.
         """
         limit = FIRST
-        while limit <= LONG:
+        while limit <= tokens:
             for reading in wanted:
                 if reading.method == "recompute" and limit < LONG:
                     continue

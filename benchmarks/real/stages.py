@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.real import generation, pictures, readings, texts
+from benchmarks.real import generation, pictures, readings, speed, texts
 from benchmarks.real.checkpoint import RealModel
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real"
@@ -26,7 +26,8 @@ class Run:
         work: folder of what is made on the way.
         results: folder of the JSON files.
         threads: of every operator.
-        only: names of rows, or None for all.
+        only: names of rows or sections of a stage, or None for all.
+        tokens: rows are read no further.
     """
 
     model: RealModel | None
@@ -34,11 +35,13 @@ class Run:
     results: Path
     threads: int
     only: list[str] | None
+    tokens: int = readings.LONG
 
 
 def _readings(run: Run, rows: list[readings.Reading]) -> None:
     made = _made(run)
-    made.make_all([row for row in rows if run.only is None or row.name in run.only], run.threads)
+    wanted = [row for row in rows if run.only is None or row.name in run.only]
+    made.make_all(wanted, run.threads, run.tokens)
 
 
 def _task(run: Run, task: str) -> None:
@@ -62,6 +65,11 @@ def _generation(run: Run) -> None:
     generation.generate(_default(run), text, run.work, out, GENERATED, run.threads)
 
 
+def _speed(run: Run) -> None:
+    assert run.model is not None
+    speed.measure(_made(run), run.model, run.results / "speed.json", run.threads, run.only)
+
+
 def _default(run: Run) -> Path:
     return _made(run).bundle(readings.DEFAULT)
 
@@ -81,6 +89,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "passkey": lambda run: _task(run, "passkey"),
     "lookup": lambda run: _task(run, "lookup"),
     "generation": _generation,
+    "speed": _speed,
     "picture": _picture,
 }
 # Stages that only read results.

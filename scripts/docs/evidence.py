@@ -17,8 +17,8 @@ NAMES = {
 
 
 def result_of(name: str) -> dict[str, Any]:
-    """One of the stages of benchmarks/evaluation/evidence.py."""
-    return load(f"evidence/{name}")
+    """Return a result of benchmarks/evaluation/evidence.py, or FOLDER/NAME of another folder."""
+    return load(name if "/" in name else f"evidence/{name}")
 
 
 def perplexity(name: str) -> str:

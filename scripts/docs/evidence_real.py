@@ -183,6 +183,54 @@ def sources() -> str:
     )
 
 
+def decode() -> str:
+    """Milliseconds a token, contestants in turns; what a peer cannot do is said below."""
+    sections = _sections("decode")
+    rows, refusals = [], []
+    contexts = list(next(iter(sections[0]["rows"].values())))
+    for section in sections:
+        for name, cells in section["rows"].items():
+            rows.append([name, *(_milliseconds(cells.get(context, {})) for context in contexts)])
+            said = {c["refused"] for c in cells.values() if "refused" in c}
+            refusals += [f"{name}: {reason}" for reason in sorted(said)]
+    text = table(["ms a token at position", *(f"{int(c):,}" for c in contexts)], rows)
+    return text + ("\n\n" + "; ".join(refusals) + "." if refusals else "")
+
+
+def _milliseconds(cell: dict[str, Any]) -> str:
+    return f"{cell['ms_per_token']:.1f}" if "ms_per_token" in cell else "–"
+
+
+def prefill_and_memory() -> str:
+    """Prefill, time to load and memory of each contestant."""
+    rows = []
+    memory = {n: row for section in _sections("memory") for n, row in section["rows"].items()}
+    for section in _sections("prefill"):
+        for name, row in section["rows"].items():
+            own = memory.get(name, {})
+            sizes = [own.get(context, {}).get("anonymous_bytes") for context in ("2048", "32768")]
+            first = own.get("load_to_first_token_seconds")
+            rate = row.get("tokens_per_second")
+            rows.append(
+                [
+                    name,
+                    "–" if rate is None else f"{rate:.0f}",
+                    "–" if first is None else f"{first:.2f}",
+                    *("–" if size is None else f"{size / MIB:.0f}" for size in sizes),
+                ]
+            )
+    head = ["", "prefill, tokens/s", "s to first token", "MiB at 2,048", "MiB at 32,768"]
+    return table(head, rows)
+
+
+def _sections(kind: str) -> list[dict[str, Any]]:
+    found = load("real/speed")["sections"]
+    names = [f"{kind}-{group}" for group in ("fp32", "quantized") if f"{kind}-{group}" in found]
+    if not names:
+        raise NotMeasuredError(kind)
+    return [found[name] for name in names]
+
+
 def long_reading(*models: str) -> str:
     """The marks of ten million tokens, each model in columns."""
     results = [load(f"evidence/long-reading-{model}") for model in models]
@@ -256,6 +304,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "real_recompute": recompute,
     "real_ablation": ablation,
     "real_texts": sources,
+    "real_decode": decode,
+    "real_prefill_and_memory": prefill_and_memory,
     "long_reading": long_reading,
     "same_again": same_again,
     "far_positions": far_positions,
