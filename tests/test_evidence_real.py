@@ -205,3 +205,50 @@ def test_the_model_that_is_named_is_taken(tmp_path):
     twin = checkpoint.open_model(tmp_path, tmp_path, file)
     assert (twin.path, twin.gguf) == (tmp_path, file)
     assert len(twin.sha256) == 64
+
+
+def test_rows_are_read_to_one_length_then_further_and_not_again(bundle, tmp_path, monkeypatch):
+    for name, value in {"FIRST": 256, "LONG": 1024, "BUCKET": 256}.items():
+        monkeypatch.setattr(readings, name, value)
+    book = tmp_path / "book.txt"
+    book.write_text(TEXT * 16)
+    monkeypatch.setattr(texts, "path_of", lambda name, work: book)
+    monkeypatch.setattr(texts, "described", lambda name, work: {"title": name})
+    monkeypatch.setattr(readings.Readings, "bundle", lambda self, settings: bundle)
+    model = checkpoint.RealModel(bundle, None, None)
+    wanted = [readings.Reading(name, tokens=1024, settings={}) for name in ("lambda", "window")]
+    wanted.append(readings.Reading("recompute", tokens=1024, settings={}, method="recompute"))
+    order = []
+    read = readings.Readings._read
+
+    def noted(self, reading, threads):
+        order.append((reading.name, reading.tokens))
+        return read(self, reading, threads)
+
+    monkeypatch.setattr(readings.Readings, "_read", noted)
+    for tokens in (512, 512, 1024):
+        made = readings.Readings(model, tmp_path, tmp_path / "out.json")
+        made.make_all(wanted, 1, tokens)
+    names = [("lambda", n) for n in (256, 512, 1024)]
+    assert [entry for entry in order if entry[0] == "lambda"] == names
+    assert order[:4] == [("lambda", 256), ("window", 256), ("lambda", 512), ("window", 512)]
+    assert order[-1] == ("recompute", 1024)
+    result = json.loads((tmp_path / "out.json").read_text())
+    rows = result["rows"]
+    assert len(readings.unpacked_numbers(rows["lambda"]["nats"])) == 4
+    assert rows["lambda"]["nats"] == rows["window"]["nats"]
+    assert result["summary"]["window"]["beyond"]["over"]["value"] == pytest.approx(1.0)
+    assert result["summary"]["recompute"]["single"]["numbers"] == 1
+
+
+def test_what_a_peer_cannot_do_is_said(monkeypatch):
+    cell = {"ms_per_token": 12.34}
+    refused = {"refused": "its context ends"}
+    cells = {"ours fp32": {"512": cell, "2048": cell}, "peer": {"512": cell, "2048": refused}}
+    found = {"sections": {"decode-fp32": {"rows": cells}}}
+    monkeypatch.setattr(evidence_real, "load", lambda name: found)
+    lines = evidence_real.decode().splitlines()
+    assert lines[-1] == "peer: its context ends."
+    assert "| peer | 12.3 | – |" in lines
+    with pytest.raises(evidence_real.NotMeasuredError):
+        evidence_real.prefill_and_memory()

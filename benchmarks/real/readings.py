@@ -129,8 +129,7 @@ class Readings:
         row = self._read(reading, threads)
         self.result["rows"][reading.name] = {**wanted, **row, **environment()}
         self.write()
-        speed = row["tokens"] / row["seconds"]
-        print(f"{reading.name}: {speed:.0f} tokens/s", file=sys.stderr, flush=True)
+        print(f"{reading.name}: {row['seconds']:.0f} s", file=sys.stderr, flush=True)
 
     def _read(self, reading: Reading, threads: int) -> dict[str, Any]:
         loaded = lminf_export.load(self.bundle(reading.settings), threads=threads)

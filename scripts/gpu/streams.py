@@ -8,6 +8,8 @@ from benchmarks.support.operator_case import Case
 from scripts.gpu.check import Stream
 
 BASES = (0, 10**6, 2 * 10**8, 10**12)
+# Rows that cross 2·10⁸ after a few tokens, and one that is far from it.
+CROSSING = (2 * 10**8 - 9, 2 * 10**8 - 31, 31)
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 SMALL = Case(window_size=37, num_sink_tokens=5, chunk_size=7, head_dim=64, rotary_dim=64)
@@ -64,10 +66,13 @@ def shape_streams(dtype: torch.dtype) -> list[Stream]:
 
 
 def lap_streams(dtype: torch.dtype) -> list[Stream]:
-    """A ring that goes round several times from position 0, ragged."""
+    """A ring that goes round several times from position 0, and across 2·10⁸, ragged."""
     case = SMALL.with_(window_size=11, chunk_size=5, num_heads=4)
     chunks = tuple((1 + i % 5, (i * 3) % 6 % 5, 1) for i in range(24))
-    return [Stream(f"laps-{_name(dtype)}", case, (0, 0, 0), chunks, dtype)]
+    return [
+        Stream(f"laps-{_name(dtype)}", case, (0, 0, 0), chunks, dtype),
+        Stream(f"across_200_million-{_name(dtype)}", case, CROSSING, chunks, dtype),
+    ]
 
 
 def long_streams(dtype: torch.dtype) -> list[Stream]:
