@@ -18,6 +18,7 @@ from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import Source
 from lminf_export.checkpoint.tying import changed_apart, check_apart, split, stored_apart, untied
 from lminf_export.models.base import ATTENTION_NAME, attention_name, register_attention
+from lminf_export.models.remote_code import new_model, runs_own_code
 from lminf_export.models.wrappers import text_only_notice
 from lminf_export.tensors.files import find_weights, read_checkpoint
 from lminf_export.tensors.rows import fill
@@ -118,11 +119,17 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None
     from transformers import AutoModelForCausalLM
 
     source, settings = checkpoint.source, model_settings(checkpoint, dtype, attention)
-    if checkpoint.is_plain and any(source.folder.glob("*.safetensors")):
+    # transformers' loading leaves empty what code of a repository computes when it is built.
+    is_plain = checkpoint.is_plain and not runs_own_code(source.config)
+    if is_plain and any(source.folder.glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(
-            source.folder, use_safetensors=True, **settings
+            source.folder,
+            config=copy.deepcopy(source.config),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **settings,
         ).eval()
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), **settings)
+    model = new_model(source.config, **settings)
     _fill(model, checkpoint)
     return model.eval()
 
@@ -133,7 +140,7 @@ def model_settings(
     """Return how transformers builds a model; arguments as for `load_model`."""
     register_attention()
     if attention == ATTENTION_NAME:
-        attention = attention_name(checkpoint.source.model_type)
+        attention = attention_name(checkpoint.source.config)
     return {
         "dtype": dtype,
         "attn_implementation": attention,

@@ -29,12 +29,10 @@ class Skeleton:
     Attributes:
         config: the configuration of transformers.
         dtype: of the floating-point parameters.
-        trust_remote_code: run Python that the model's repository brings.
     """
 
     config: Any
     dtype: torch.dtype = torch.float32
-    trust_remote_code: bool = False
 
     @cached_property
     def model(self) -> nn.Module:
@@ -43,9 +41,7 @@ class Skeleton:
         Raises:
             ModelError: transformers cannot build a model of this configuration.
         """
-        return build_model(
-            self.config, self.dtype, device="meta", trust_remote_code=self.trust_remote_code
-        )
+        return build_model(self.config, self.dtype, device="meta")
 
     @cached_property
     def conversion(self) -> Conversion:

@@ -18,11 +18,14 @@ from lminf_export.checkpoint.text_part import TextPart, find_text_part
 from lminf_export.disk import is_dir, is_file, user_path
 from lminf_export.errors import ModelError, shortened
 from lminf_export.models.kinds import SEE_FAMILIES, check_kind
+from lminf_export.models.remote_code import allow_code, runs_own_code
 from lminf_export.models.transformers_tables import CODE_ERRORS, causal_lm_name, is_known
 from lminf_export.models.wrappers import text_config_of
 
 QUANTIZATION = "quantization_config"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+# Python of a repository, fetched only where it may run.
+CODE_PATTERNS = ("*.py",)
 PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 # Copied into the bundle where they exist.
 TOKENIZER_FILES = (
@@ -111,7 +114,11 @@ def open_source(
     elif is_file(folder):
         raise ModelError(f"model {str(model)!r} is a file; give the folder that holds config.json")
     else:
-        weights = (*WEIGHT_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ()))
+        weights = (
+            *WEIGHT_PATTERNS,
+            *(PICKLE_PATTERNS if allow_pickle else ()),
+            *(CODE_PATTERNS if trust_remote_code else ()),
+        )
         folder = _download(str(model), revision, cache_dir, weights)
         name, commit = str(model), folder.name
     refuse_links_to_outside(folder)
@@ -194,6 +201,8 @@ def _load_config(folder: Path, model: str, content: Any, trust_remote_code: bool
         raise ModelError(
             f"config.json of model {shortened(repr(model))} cannot be used: {reason}"
         ) from error
+    if trust_remote_code:
+        allow_code(config)
     return config
 
 
@@ -207,7 +216,8 @@ def _text_part(content: dict[str, Any], config: Any) -> TextPart | None:
 
     kind, text = content["model_type"], text_config_of(config)
     if text is None:
-        check_kind(content, config, tested=kind in FAMILIES)
+        tested = kind in FAMILIES and not runs_own_code(config)
+        check_kind(content, config, tested=tested)
         return None
     check_kind(content, config, tested=True)
     inner = text.model_type

@@ -8,6 +8,7 @@ import torch
 
 from lminf_export.checkpoint.opening import Checkpoint, load_model
 from lminf_export.checkpoint.streamed import StreamedModel
+from lminf_export.models.remote_code import runs_own_code
 
 # A model up to this size is loaded whole, by transformers' own reading of its files.
 _WHOLE_BYTES = 64 * 2**20
@@ -26,6 +27,8 @@ def _attention_of(config: Any) -> str | None:
     """Return the attention to compare with: transformers' default, if that computes all of it.
 
     In some releases only the eager one has the soft caps of logits. It is not taken for all models:
-    Falcon's scales its biases in another way than the default does.
+    Falcon's scales its biases in another way than the default does. A repository's own code always
+    has one that it calls eager, and the probe has run it.
     """
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    is_eager = getattr(config, "attn_logit_softcapping", None) or runs_own_code(config)
+    return "eager" if is_eager else None

@@ -24,6 +24,7 @@ from lminf_export.checkpoint.opening import Checkpoint, model_settings
 from lminf_export.errors import ModelError
 from lminf_export.models.internals import replaced
 from lminf_export.models.layer_stack import layer_lists
+from lminf_export.models.remote_code import new_model, running_code_of
 from lminf_export.tensors.files import find_weights
 from lminf_export.tensors.rows import fill, gather_rows, row_blocks
 from lminf_export.tensors.stored import SourceTensor
@@ -97,7 +98,8 @@ class StreamedModel:
             walk.begin_block(0, len(tokens))
         hook = self._base.register_forward_hook(self._keep_output)
         try:
-            self.model(input_ids=tokens[None], use_cache=False)
+            with running_code_of(self.model.config, self.model.dtype):
+                self.model(input_ids=tokens[None], use_cache=False)
         finally:
             hook.remove()
         self._pool.clear()
@@ -112,7 +114,8 @@ class StreamedModel:
         """
         self._rows = hidden
         token = torch.zeros(1, 1, dtype=torch.int64)
-        with replaced(self._base, "forward", lambda *_, **__: self._output):
+        own_code = running_code_of(self.model.config, self.model.dtype)
+        with own_code, replaced(self._base, "forward", lambda *_, **__: self._output):
             logits: Tensor = self.model(input_ids=token, use_cache=False).logits[0]
         return logits
 
@@ -253,14 +256,8 @@ class StreamedModel:
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None) -> Any:
     """Build a model: parameters on the meta device, what is computed from the configuration not."""
-    from transformers import AutoModelForCausalLM
-
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(checkpoint.source.config),
-            **model_settings(checkpoint, dtype, attention),
-            trust_remote_code=checkpoint.skeleton.trust_remote_code,
-        )
+        model = new_model(checkpoint.source.config, **model_settings(checkpoint, dtype, attention))
     return model.eval()
 
 

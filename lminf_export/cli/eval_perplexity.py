@@ -10,7 +10,7 @@ import click
 from lminf_export.cli.common import handle_errors, quiet_transformers, verbosity_options
 from lminf_export.cli.eval import check_outputs, deliver, output_options
 from lminf_export.cli.progress_bar import progress_bar
-from lminf_export.cli.session_options import session_options
+from lminf_export.cli.session_options import session_options, trust_code_option
 from lminf_export.cli.terminal import when_interrupted
 from lminf_export.errors import InputError
 from lminf_export.runtime.options import Provider
@@ -46,6 +46,7 @@ from lminf_export.runtime.options import Provider
 @click.option(
     "--model", metavar="ID|DIR", help="Take the comparisons' weights from this model instead."
 )
+@trust_code_option
 @click.option(
     "--budget",
     type=float,
@@ -87,6 +88,7 @@ def perplexity_command(
     start_tokens: bool,
     compare: str,
     model: str | None,
+    trust_remote_code: bool,
     budget: float,
     targets: int,
     per_octave: int,
@@ -116,6 +118,7 @@ def perplexity_command(
     options = Options(
         compare=tuple(name.strip() for name in compare.split(",") if name.strip()),
         model=model,
+        trust_remote_code=trust_remote_code,
         targets=targets,
         budget_seconds=budget,
         buckets_per_octave=per_octave,

@@ -27,6 +27,11 @@ kernels_option = click.option(
     help="Implementation of attention in onnxruntime: auto takes the kernels installed with this "
     "package, if any; none the graph's own function body; or the path of a library.",
 )
+trust_code_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code of the model's repository, as the export did. Off by default.",
+)
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of one operator."
 )

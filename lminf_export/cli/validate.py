@@ -15,7 +15,12 @@ from lminf_export.cli.common import (
     verbosity_options,
 )
 from lminf_export.cli.progress_bar import progress_bar
-from lminf_export.cli.session_options import kernels_option, provider_option, trusted_first
+from lminf_export.cli.session_options import (
+    kernels_option,
+    provider_option,
+    trust_code_option,
+    trusted_first,
+)
 from lminf_export.cli.terminal import echo_json
 from lminf_export.runtime.options import Provider
 from lminf_export.verify.options import DEFAULT_MAX_HOURS
@@ -45,6 +50,7 @@ HELDOUT_NAME = "heldout.txt"
 @click.option(
     "--allow-pickle", is_flag=True, help="Read .bin weights of the model. Off by default."
 )
+@trust_code_option
 @click.option(
     "--tokens",
     "num_tokens",
@@ -86,6 +92,7 @@ def validate_command(
     model: str | None,
     lora: str | None,
     allow_pickle: bool,
+    trust_remote_code: bool,
     num_tokens: int | None,
     window: int | None,
     text: str | None,
@@ -125,6 +132,7 @@ def validate_command(
             model=model,
             lora=lora,
             allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
             window=window,
             num_tokens=num_tokens,
             token_ids=token_ids,

@@ -104,7 +104,9 @@ def _compare(
         torch.set_num_threads(threads)
 
     progress("loading the model in torch", None)
-    torch_model = torch_scorers.TorchModel(bundle, options.model)
+    torch_model = torch_scorers.TorchModel(
+        bundle, options.model, trust_remote_code=options.trust_remote_code
+    )
     makers: dict[str, Callable[[torch_scorers.TorchModel], Scorer]] = {
         "stock": torch_scorers.stock_scorer,
         "window": torch_scorers.window_scorer,

@@ -28,6 +28,7 @@ class Options:
     Attributes:
         compare: names out of COMPARISONS.
         model: original model the comparisons take their weights from; the bundle's by default.
+        trust_remote_code: run Python that the model's repository, or the bundle, brings.
         targets: sampled targets of each bucket for "recompute".
         budget_seconds: time each comparison may take.
         buckets_per_octave: buckets for each doubling of the context.
@@ -36,6 +37,7 @@ class Options:
 
     compare: tuple[str, ...] = ()
     model: str | None = None
+    trust_remote_code: bool = False
     targets: int = DEFAULT_TARGETS
     budget_seconds: float = DEFAULT_BUDGET_SECONDS
     buckets_per_octave: int = 1

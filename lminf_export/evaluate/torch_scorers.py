@@ -27,7 +27,7 @@ from lminf_export.evaluate.baselines import UNBOUNDED, CachedStep
 from lminf_export.evaluate.scorers import Arrays
 from lminf_export.models.base import ATTENTION_NAME, Step
 from lminf_export.models.history import HistoryStep
-from lminf_export.models.registry import find_family
+from lminf_export.models.registry import family_of
 from lminf_export.models.steps import run
 from lminf_export.verify.bundle_weights import reference_checkpoint
 from lminf_export.verify.reference_model import bundle_plan, rounding_of
@@ -40,11 +40,21 @@ BATCH_TOKENS = 4096
 
 
 class TorchModel:
-    """A bundle's model in torch float32, opened so that its attention can be replaced."""
+    """A bundle's model in torch float32, opened so that its attention can be replaced.
 
-    def __init__(self, bundle: Bundle, model: str | None = None) -> None:
-        self._family = find_family(bundle.manifest.model_type)
-        original = open_checkpoint(open_source(model if model is not None else bundle.path))
+    Args:
+        bundle: opened.
+        model: another model that has the weights; the bundle by default.
+        trust_remote_code: run Python that its repository, or the bundle, brings.
+    """
+
+    def __init__(
+        self, bundle: Bundle, model: str | None = None, *, trust_remote_code: bool = False
+    ) -> None:
+        source = open_source(
+            model if model is not None else bundle.path, trust_remote_code=trust_remote_code
+        )
+        self._family, original = family_of(source.config), open_checkpoint(source)
         self.plan = bundle_plan(bundle, self._family, original)
         self._model = _load(bundle, original, own_weights=model is None)
         self.rounded = rounding_of(bundle)

@@ -43,7 +43,7 @@ from lminf_export.export.spot_check import check_graph
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import trace
 from lminf_export.export.weight_files import WrittenWeights, weights_name
-from lminf_export.models.registry import find_family
+from lminf_export.models.registry import family_of
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import as_integer
 from lminf_export.progress import Progress, byte_counter, silent
@@ -119,11 +119,11 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         allow_pickle=options.allow_pickle,
     )
     from_bundle = bundle_notice(source)
-    family = find_family(source.model_type)
+    family = family_of(source.config)
     training_length = family.training_length(source.config)
     window, notices = default_window(options.window_size, training_length)
     settings = options.lambda_config(window)
-    skeleton = Skeleton(source.config, torch_dtype(dtype), options.trust_remote_code)
+    skeleton = Skeleton(source.config, torch_dtype(dtype))
     plan = family.plan(source.config, settings, lambda: skeleton.model)
     contract = GraphContract(plan.layers, dtype, kv_cache_dtype, source.config.vocab_size)
     batch_size = options.max_batch_size if target.engine_name else 1

@@ -23,16 +23,17 @@ VOCABULARIES = (
 )
 
 
-def check_tokenizer(folder: Path, copied: Path) -> list[str]:
+def check_tokenizer(folder: Path, copied: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Compare a bundle's tokenizer with transformers' AutoTokenizer; mend it where it differs.
 
     Both read a few dozen texts, every added token and the rendered chat template among them.
-    None of the model's own code is run, and nothing is raised for a tokenizer that is odd.
+    Nothing is raised for a tokenizer that is odd.
 
     Args:
         folder: the model's.
         copied: the bundle's, with the copied files. `tokenizer.json` is written there if the
             one there reads a text otherwise, cuts or fills it, or does not exist.
+        trust_remote_code: run Python that the model's repository brings.
 
     Returns:
         What the user should know, one line each.
@@ -42,7 +43,7 @@ def check_tokenizer(folder: Path, copied: Path) -> list[str]:
     path = copied / TOKENIZER
     ours, limits = _read(path)
     try:
-        comparison = _Comparison.of(_auto_tokenizer(folder), folder, ours)
+        comparison = _Comparison.of(_auto_tokenizer(folder, trust_remote_code), folder, ours)
     except ModelError as error:
         if ours is None:
             return [f"the bundle takes token ids only; transformers reads no tokenizer: {error}"]
@@ -146,7 +147,7 @@ class _Comparison:
         return ()
 
 
-def _auto_tokenizer(folder: Path) -> Any:
+def _auto_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """Return transformers' tokenizer of a model.
 
     Raises:
@@ -155,7 +156,9 @@ def _auto_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with foreign_errors(ModelError, "AutoTokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
 
 
 def _read(path: Path) -> tuple[Tokenizer | None, str]:

@@ -17,6 +17,7 @@ from lminf_export.checkpoint.source import (
 from lminf_export.disk import is_file, read_json
 from lminf_export.errors import ModelError, shortened
 from lminf_export.export.tokenizer_check import TOKENIZER, check_tokenizer
+from lminf_export.models.remote_code import may_run_code
 from lminf_export.operator.settings import as_integer
 from lminf_export.tensors.files import INDEX_NAME
 
@@ -25,8 +26,8 @@ def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bo
     """Copy the tokenizer, chat templates and configuration into a bundle.
 
     `config.json` is that of the unquantised text model. With `with_index` (linked weights) it is
-    that of the files, and the index of the shards is copied too. The tokenizer is compared with
-    transformers', and mended.
+    that of the files, and the index of the shards is copied too. Python of the repository is copied
+    if it may run. The tokenizer is compared with transformers', and mended.
 
     Returns:
         Notices: what was mended, or cannot be.
@@ -37,13 +38,19 @@ def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bo
         for path in sorted(source.folder.glob(EXTRA_TEMPLATES))
         if path.is_file()
     ]
-    for names, role in (((*TOKENIZER_FILES, *templates), "tokenizer"), (configs, "config")):
+    trusts = may_run_code(source.config)
+    # Without them the reference of a validation could not be built from the bundle alone.
+    code = sorted(path.name for path in source.folder.glob("*.py")) if trusts else []
+    for names, role in (
+        ((*TOKENIZER_FILES, *templates), "tokenizer"),
+        ((*configs, *code), "config"),
+    ):
         for name in names:
             if name != "config.json" and (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]
     config = writer.add("config.json", "config")
     config.write_text(plain_config(source, of_files=with_index), encoding="utf-8")
-    notices = check_tokenizer(source.folder, config.parent)
+    notices = check_tokenizer(source.folder, config.parent, trust_remote_code=trusts)
     if (config.parent / TOKENIZER).is_file():
         writer.add(TOKENIZER, "tokenizer")
     return notices

@@ -7,7 +7,6 @@ keys that carry no position. The step in force (`use_step`) computes the result.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from lminf_export.errors import ConfigError, LminfError, ModelError, shortened
 from lminf_export.models.experts import EXPERTS_NAME, register_experts
 from lminf_export.models.internals import Internals
 from lminf_export.models.key_bias import bias_of_keys
+from lminf_export.models.remote_code import new_model, runs_own_code
 from lminf_export.models.transformers_tables import CODE_ERRORS
 from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.settings import LambdaConfig, ring_capacity
@@ -45,6 +45,14 @@ class Rotation:
     inv_freq: Tensor
     attention_factor: float = 1.0
     interleaved: bool = False
+
+    def equals(self, other: Rotation) -> bool:
+        """Whether two rotations turn alike."""
+        same = (self.attention_factor, self.interleaved) == (
+            other.attention_factor,
+            other.interleaved,
+        )
+        return same and torch.equal(self.inv_freq, other.inv_freq)
 
     @property
     def rotary_dim(self) -> int:
@@ -277,31 +285,23 @@ def register_attention() -> None:
     functions.register(ATTENTION_NAME, attend)
 
 
-def attention_name(model_type: str) -> str:
+def attention_name(config: Any) -> str:
     """Return the attention that transformers builds a model with, before it is patched.
 
     Older code picks a class by that name and knows its own names only. Families that replace the
     forward of that class need no name of ours.
     """
-    return "eager" if model_type in REPLACED_FORWARDS else ATTENTION_NAME
+    is_replaced = config.model_type in REPLACED_FORWARDS and not runs_own_code(config)
+    return "eager" if is_replaced else ATTENTION_NAME
 
 
-def build_model(
-    config: Any, dtype: torch.dtype, *, device: str, trust_remote_code: bool = False
-) -> nn.Module:
+def build_model(config: Any, dtype: torch.dtype, *, device: str) -> nn.Module:
     """Build a causal language model of transformers with our attention and random weights."""
-    from transformers import AutoModelForCausalLM
-
     register_attention()
     experts = {"experts_implementation": EXPERTS_NAME} if register_experts(config) else {}
     with torch.device(device), model_errors(config):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config),
-            dtype=dtype,
-            attn_implementation=attention_name(config.model_type),
-            trust_remote_code=trust_remote_code,
-            **experts,
-        )
+        attention = attention_name(config)
+        model = new_model(config, dtype=dtype, attn_implementation=attention, **experts)
     return model.eval()
 
 

@@ -7,16 +7,25 @@ attention call, and the mask functions return what the layer may see (`Visible`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lminf_export.errors import ModelError
-from lminf_export.models.base import Turn, Visible, announce_turn
-from lminf_export.models.internals import Internals, code_of, replaced
+from lminf_export.models.base import Turn, Visible, announce_turn, nothing
+from lminf_export.models.internals import Internals, code_of, codes_of, replaced
+from lminf_export.models.remote_code import is_own_class
+from lminf_export.models.written_attention import WrittenAttention, watching
+
+APPLY_ROTATION = "apply_rotary_pos_emb"
+_ROTARY = re.compile(r"(RotaryEmbedding|RotaryEmbeddings|RotaryEmb|LongRoPE|RoPE)$")
 
 
 @contextmanager
@@ -26,17 +35,23 @@ def intercepted(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: the model rotates by other means than `apply_rotary_pos_emb`.
     """
-    code = code_of(model)
+    codes = codes_of(model) or (code_of(model),)
     rotary = _rotary_modules(model)
     with ExitStack() as stack:
-        if hasattr(code, "apply_rotary_pos_emb"):
-            stack.enter_context(replaced(code, "apply_rotary_pos_emb", _remember_turn))
-        elif rotary:
+        rotating = [code for code in codes if hasattr(code, APPLY_ROTATION)]
+        remember = _remember_turn
+        if is_own_class(type(model)):
+            watch = stack.enter_context(watching(model))
+            remember = partial(_remember_for, watch)
+            _leave_out_masks(model, codes, stack)
+        for code in rotating:
+            stack.enter_context(replaced(code, APPLY_ROTATION, remember))
+        if rotary and not rotating:
             raise ModelError(
                 f"{type(model).__name__} rotates by code of its own, not by "
                 f"apply_rotary_pos_emb; the rotation cannot be taken out of it"
             )
-        for name, mask in _MASKS.items():
+        for code, (name, mask) in product(codes, _MASKS.items()):
             if hasattr(code, name):
                 stack.enter_context(replaced(code, name, mask))
         for module in model.modules():
@@ -61,7 +76,7 @@ class _TurnSource(nn.Module):
         return getattr(self.__dict__["_replaced"][0], name)
 
     def forward(
-        self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None
+        self, x: Tensor, position_ids: Any = None, layer_type: str | None = None, **_: Any
     ) -> tuple[Turn, Turn]:
         turn = Turn(self.path, layer_type)
         return turn, turn
@@ -73,6 +88,48 @@ def _remember_turn(
     """Take the place of `apply_rotary_pos_emb`."""
     announce_turn(cos)
     return query, key
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[None]:
+    """Let the step answer the attention of a model that rotates and masks as it always does."""
+    if not is_own_class(type(model)):
+        yield
+        return
+    with ExitStack() as stack:
+        watch = stack.enter_context(watching(model))
+        for code in codes_of(model):
+            apply = getattr(code, APPLY_ROTATION, None)
+            if apply is not None:
+                stack.enter_context(replaced(code, APPLY_ROTATION, partial(_told, watch, apply)))
+        yield
+
+
+def _told(
+    watch: WrittenAttention, apply: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    query, key = apply(*args, **kwargs)
+    watch.rotated(query, key)
+    return query, key
+
+
+def _remember_for(watch: WrittenAttention, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Take the place of `apply_rotary_pos_emb` in code that may write its attention out."""
+    query, key = _remember_turn(*args, **kwargs)
+    watch.rotated(query, key)
+    return query, key
+
+
+def _leave_out_masks(model: nn.Module, codes: Iterable[ModuleType], stack: ExitStack) -> None:
+    """Let code of a repository attend without the causal masks it builds by known names.
+
+    Building one looks at its numbers, which a trace has not. A mask by another name is built, and
+    hides nothing more: the probe shows that.
+    """
+    classes = {cls for part in model.modules() for cls in type(part).__mro__ if is_own_class(cls)}
+    for owner, name in product((*codes, *classes), _OLDER_MASKS):
+        if name in vars(owner):
+            stack.enter_context(replaced(owner, name, nothing))
 
 
 def _causal(*_: Any, **__: Any) -> Visible:
@@ -89,6 +146,12 @@ def _chunked(*_: Any, **__: Any) -> Visible:
     )
 
 
+_OLDER_MASKS = (
+    "_prepare_4d_causal_attention_mask",
+    "_prepare_4d_causal_attention_mask_for_sdpa",
+    "_prepare_decoder_attention_mask",
+    "_update_causal_mask",
+)
 _MASKS = {
     "create_causal_mask": _causal,
     "create_sliding_window_causal_mask": _sliding,
@@ -98,11 +161,7 @@ _MASKS = {
 
 def _rotary_modules(model: nn.Module) -> list[str]:
     """Return the paths of a model's rotary embeddings."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if type(module).__name__.endswith("RotaryEmbedding")
-    ]
+    return [path for path, module in model.named_modules() if _ROTARY.search(type(module).__name__)]
 
 
 class _Factor(float):

@@ -16,6 +16,9 @@ from typing import Any
 from lminf_export.bundle.versions import package_version, supported_versions
 from lminf_export.errors import DependencyError
 
+# Where models are written: in transformers, and in what it fetches from repositories.
+_CODE = ("transformers.models.", "transformers_modules.")
+
 
 class Internals:
     """Access to transformers' own code on behalf of one user of it.
@@ -87,6 +90,17 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def code_of(model: Any) -> ModuleType:
     """Return the module in which the class of a model is written."""
     return sys.modules[type(model).__module__]
+
+
+def codes_of(model: Any) -> tuple[ModuleType, ...]:
+    """Return every module in which a model's classes, or their bases, are written.
+
+    A class of a repository may inherit its forward from one of transformers, whose functions are
+    then those of the latter's module. The model's own class comes first.
+    """
+    classes = [c for part in model.modules() for c in type(part).__mro__]
+    names = dict.fromkeys(c.__module__ for c in classes if c.__module__.startswith(_CODE))
+    return tuple(sys.modules[name] for name in names)
 
 
 def _name(owner: Any) -> str:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.base import AttentionCall, AttentionPlan, GetModel, use_step
 from lminf_export.models.history import HistoryStep
+from lminf_export.models.interception import watched
 from lminf_export.models.kinds import check_kind, refusal
+from lminf_export.models.remote_code import running_code_of
 from lminf_export.models.rotary import RotaryFamily, in_layer_order, keep_call
 from lminf_export.models.small_model import random_model, small_config, stock_model
 from lminf_export.models.steps import run
@@ -69,7 +71,7 @@ class ProbedFamily(RotaryFamily):
         reasons = structural_reasons(config)
         if reasons:
             raise refusal(kind, reasons)
-        with _explained(kind):
+        with _explained(kind), running_code_of(config):
             # On the model itself first: what is said of its layers is true of all of them.
             plan = self.observed_plan(config, settings, model)
             self._probe(small_config(config))
@@ -132,9 +134,15 @@ class ProbedFamily(RotaryFamily):
 
     def _test_rotation(self, model: nn.Module, plan: AttentionPlan, tokens: Tensor) -> None:
         position = _OFFSET + torch.arange(_LENGTH)
+        with watched(model):
+            try:
+                turned = _record(model, tokens, _OFFSET)
+            except IndexError:
+                # A table of angles that has a row for every token of the step, and no more.
+                position -= _OFFSET
+                turned = _record(model, tokens, None)
         with self.patched(model):
-            plain = _record(model, tokens, _OFFSET)
-        turned = _record(model, tokens, _OFFSET)
+            plain = _record(model, tokens, int(position[0]))
         for layer, index in enumerate(plan.layer_rotation):
             for before, after in zip(plain.pair(layer), turned.pair(layer), strict=True):
                 wanted = before

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lminf_export.bundle.versions import package_version, supported_versions
 from lminf_export.errors import DependencyError
+from lminf_export.models.remote_code import runs_own_code
 
 if TYPE_CHECKING:
     from lminf_export.models.base import Family
@@ -79,6 +80,17 @@ FAMILIES: dict[str, str] = {
 }
 
 
+def family_of(config: Any) -> Family:
+    """Return the family of a configuration: one that probes where the model's code is its own.
+
+    Raises:
+        DependencyError: as `find_family`.
+    """
+    if runs_own_code(config):
+        return _probed(config.model_type)
+    return find_family(config.model_type)
+
+
 def find_family(model_type: str) -> Family:
     """Return the family of a `model_type`; of an unknown one, a family that probes it first.
 
@@ -86,9 +98,7 @@ def find_family(model_type: str) -> Family:
         DependencyError: the family's code cannot be imported beside the installed transformers.
     """
     if model_type not in FAMILIES:
-        from lminf_export.models.probe import ProbedFamily
-
-        return ProbedFamily(model_type)
+        return _probed(model_type)
     module, _, name = FAMILIES[model_type].rpartition(".")
     try:
         family: Family = getattr(import_module(f"{__package__}.{module}"), name)(model_type)
@@ -99,3 +109,9 @@ def find_family(model_type: str) -> Family:
             f"transformers{supported_versions('transformers')}: {' '.join(str(error).split())}"
         ) from error
     return family
+
+
+def _probed(model_type: str) -> Family:
+    from lminf_export.models.probe import ProbedFamily
+
+    return ProbedFamily(model_type)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from lminf_export.errors import ConfigError, ModelError
 from lminf_export.models.base import Rotation, Turn
-from lminf_export.models.internals import Internals, code_of
-from lminf_export.operator import reference
+from lminf_export.models.internals import Internals
+from lminf_export.models.own_rotation import apply_of, own_rotation
+from lminf_export.models.pairing import find_pairing
+from lminf_export.models.remote_code import is_own_class
 from lminf_export.operator.settings import LambdaConfig
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
@@ -25,17 +27,35 @@ _INTERNALS = Internals("models with rotary embeddings")
 
 def read_rotation(model: nn.Module, config: Any, turn: Turn, regime: str | None) -> Rotation:
     """Compute a rotation's frequencies and pairing on the CPU, by the model's own rotary class."""
-    module: Any = type(model.get_submodule(turn.module))(config)
+    cls: Any = type(model.get_submodule(turn.module))
+    rope = rope_parameters(config, turn.layer_type)[0]
+    is_long = regime == "long" and rope.get("rope_type") in LENGTH_DEPENDENT
+    if is_own_class(cls):
+        if is_long:
+            raise ModelError(
+                f"the repository's own {cls.__name__} has no long regime that is known; leave out "
+                f"--rope-regime, or use a window within the training length"
+            )
+        return own_rotation(model, config, turn.module)
+    module = cls(config)
     prefix = f"{turn.layer_type}_" if turn.layer_type else ""
     names = (f"{prefix}inv_freq", f"{prefix}attention_scaling")
     frequencies, scaling = _INTERNALS.members(module, *names)
     inv_freq, factor = frequencies.float(), float(scaling)
-    apply = _INTERNALS.member(code_of(model), "apply_rotary_pos_emb")
-    interleaved = _is_interleaved(module, apply, turn, inv_freq, factor)
-    rope = rope_parameters(config, turn.layer_type)[0]
-    if regime == "long" and rope.get("rope_type") in LENGTH_DEPENDENT:
+    # Phi-3.5-MoE: a factor for each regime, beside frequencies that do not change with it.
+    own_factor = rope.get(f"{regime}_mscale")
+    if own_factor is not None:
+        factor = float(rope["short_mscale"])
+    apply = apply_of(model)
+    extra = (turn.layer_type,) if turn.layer_type else ()
+    pairing = find_pairing(
+        lambda x, position: apply(x, x, *module(x, position, *extra))[0], inv_freq, factor
+    )
+    if own_factor is not None:
+        factor = float(own_factor)
+    elif is_long:
         inv_freq, factor = _long_regime(config, rope, turn.layer_type)
-    return Rotation(inv_freq, factor, interleaved)
+    return Rotation(pairing.sign * inv_freq, factor, pairing.interleaved)
 
 
 def _long_regime(config: Any, rope: Any, layer_type: str | None) -> tuple[Tensor, float]:
@@ -89,28 +109,6 @@ def choose_regime(
         f"frozen in its {regime} regime, {equal}; --rope-regime sets it"
     )
     return regime, (notice,)
-
-
-def _is_interleaved(
-    module: nn.Module, apply: Any, turn: Turn, inv_freq: Tensor, factor: float
-) -> bool:
-    """Say which dimensions are paired, by rotating known vectors with the model's own function."""
-    position = torch.tensor([[1, 2, 3]])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 1, 3, 2 * inv_freq.numel(), generator=generator)
-    extra = (turn.layer_type,) if turn.layer_type else ()
-    rotated, _ = apply(x, x, *module(x, position, *extra))
-    angle = position[:, None, :, None] * inv_freq
-    for interleaved in (False, True):
-        wanted = reference.rotate(
-            x, angle.cos() * factor, angle.sin() * factor, interleaved=interleaved
-        )
-        if torch.allclose(rotated, wanted, atol=1e-4):
-            return interleaved
-    raise ModelError(
-        "the rotary embedding of this model pairs its dimensions in a way that is not recognised "
-        "(neither half-split nor interleaved); its keys could not be re-positioned"
-    )
 
 
 def rope_parameters(config: Any, layer_type: str | None = None) -> list[dict[str, Any]]:

@@ -70,7 +70,8 @@ class RotaryFamily(AnyWeights):
         if any(call.key.shape[-1] != call.value.shape[-1] for call in calls):
             raise ModelError("keys and values of different sizes are not supported")
         turns = sorted({call.turn for call in calls if call.turn is not None}, key=str)
-        rotations = [read_rotation(observed, config, turn, regime) for turn in turns]
+        found = [read_rotation(observed, config, turn, regime) for turn in turns]
+        rotations, places = distinct(found)
         if rotations and any(call.turn is None for call in calls):
             # A layer without rotation turns by angle zero: one operator body for all layers.
             rotations.append(Rotation(torch.zeros_like(rotations[0].inv_freq)))
@@ -83,7 +84,8 @@ class RotaryFamily(AnyWeights):
             num_attention_heads=calls[0].query.shape[1],
             rotations=tuple(rotations),
             layer_rotation=tuple(
-                turns.index(call.turn) if call.turn is not None else unrotated for call in calls
+                places[turns.index(call.turn)] if call.turn is not None else unrotated
+                for call in calls
             ),
             softcap=softcaps.pop(),
             sink_logits=calls[0].sink_logits is not None,
@@ -179,6 +181,22 @@ def _layer(call: AttentionCall, settings: LambdaConfig) -> LayerSpec:
         distance_limit=size if own else settings.distance_limit,
         ring_capacity=ring_capacity(size, settings.chunk_size),
     )
+
+
+def distinct(rotations: list[Rotation]) -> tuple[list[Rotation], list[int]]:
+    """Return each different rotation once, and for every given one its place among them.
+
+    A model with a rotary module in each layer asks for the same one again and again.
+    """
+    kept: list[Rotation] = []
+    places = []
+    for rotation in rotations:
+        equal = (index for index, other in enumerate(kept) if rotation.equals(other))
+        place = next(equal, len(kept))
+        if place == len(kept):
+            kept.append(rotation)
+        places.append(place)
+    return kept, places
 
 
 def _notices(calls: list[AttentionCall], settings: LambdaConfig) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 from lminf_export.errors import ModelError
 from lminf_export.models.base import build_model
 from lminf_export.models.expert_facts import GROUP_COUNT_NAME, TOP_K_NAMES
+from lminf_export.models.remote_code import new_model
 
 # Sizes that affect cost only, by the names that configurations use.
 _SMALL = {
@@ -120,8 +121,4 @@ def random_model(config: Any, most_parameters: int) -> nn.Module:
 
 def stock_model(config: Any, attention: str) -> nn.Module:
     """Build a model of transformers in float32 with one of its own attentions."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
-    ).eval()
+    return new_model(config, dtype=torch.float32, attn_implementation=attention).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lminf_export.models.remote_code import new_model
 from lminf_export.models.transformers_tables import CODE_ERRORS
 
 _POSITION_NAME = re.compile(r"(^|\.)(wpe|\w*positions?_embed\w*|embed_positions|pos_emb\w*)$")
@@ -28,11 +28,9 @@ def structural_reasons(config: Any) -> list[str]:
     Returns:
         Texts as `kinds.refusal` takes them; empty where nothing is found or nothing can be built.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = new_model(config)
     except CODE_ERRORS:
         return []  # building it with our attention says why
     return list(_reasons(model))

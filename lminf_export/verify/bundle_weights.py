@@ -8,6 +8,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import open_source
+from lminf_export.models.remote_code import may_run_code
 from lminf_export.quantize.reading import dequantize_stored
 from lminf_export.quantize.stored import QUANTIZED
 from lminf_export.tensors.files import read_header
@@ -68,7 +69,8 @@ def reference_checkpoint(bundle: Bundle, original: Checkpoint) -> Checkpoint:
     """
     if bundle.manifest.quantization is None:
         return original
-    source, skeleton = open_source(bundle.path), original.skeleton
+    trusts = may_run_code(original.source.config)
+    source, skeleton = open_source(bundle.path, trust_remote_code=trusts), original.skeleton
     tensors = bundle_weights(bundle, skeleton)
     if _are_stored_apart(tensors, skeleton):
         source.config.tie_word_embeddings = False

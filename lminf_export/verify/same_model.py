@@ -9,6 +9,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.source import Source, open_source
 from lminf_export.errors import InputError, shortened
+from lminf_export.models.remote_code import may_run_code
 from lminf_export.tensors.files import find_weights
 
 # Facts that shape a model's tensors, as transformers' configurations name them.
@@ -66,7 +67,7 @@ def _differences(bundle: Bundle, source: Source) -> Iterator[tuple[str, Any, Any
     if source.model_type != bundle.manifest.model_type:
         yield "model_type", source.model_type, bundle.manifest.model_type
         return
-    own = open_source(bundle.path).config
+    own = open_source(bundle.path, trust_remote_code=may_run_code(source.config)).config
     for name in _STRUCTURE:
         found, expected = (getattr(config, name, None) for config in (source.config, own))
         if found != expected:

@@ -19,7 +19,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.opening import Checkpoint, open_checkpoint
 from lminf_export.checkpoint.source import open_source
 from lminf_export.errors import InputError
-from lminf_export.models.registry import find_family
+from lminf_export.models.registry import family_of
 from lminf_export.progress import Progress, silent
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
@@ -56,6 +56,7 @@ def validate(
     model: str | None = None,
     lora: str | Path | None = None,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     window: int | None = None,
     num_tokens: int | None = None,
     token_ids: Sequence[int] | None = None,
@@ -75,6 +76,7 @@ def validate(
             is what the graph must compute; the original model tells what quantisation costs.
         lora: the adapter that was merged into the bundle, to merge into `model` too.
         allow_pickle: read `.bin` weights of the model and the adapter.
+        trust_remote_code: run Python that the model's repository, or the bundle, brings.
         window: largest window of a layer in the test, at most the bundle's own: a smaller one
             wraps the rings within fewer tokens. By default the bundle's own up to 512 tokens,
             a smaller one where that would take long.
@@ -99,8 +101,12 @@ def validate(
     manifest = small.bundle.manifest
     tokens = make_stream(manifest, num_tokens, token_ids, seed)
     language_model = _load(bundle, small, provider, kernels)
-    family = find_family(manifest.model_type)
-    source = open_source(model if model is not None else opened.path, allow_pickle=allow_pickle)
+    source = open_source(
+        model if model is not None else opened.path,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    family = family_of(source.config)
     if model is not None:
         check_same_model(opened, source)
     original = open_checkpoint(source, lora, allow_pickle=allow_pickle)
