@@ -79,7 +79,7 @@ def test_code_beside_a_model_that_transformers_knows_runs_with_the_flag_only(
 ):
     """A repository of a known type may bring code too; what was agreed to once is not kept."""
     folder, marker = tmp_path / "m", tmp_path / "marker"
-    save_hub_model(folder, "subclass")
+    save_hub_model(folder, "subclass", num_nextn_predict_layers=1)
     content = json.loads((folder / "config.json").read_text())
     content["auto_map"].pop("AutoConfig")
     (folder / "config.json").write_text(json.dumps({**content, "model_type": "qwen2"}))
@@ -137,7 +137,7 @@ def test_code_that_fails_is_named_with_its_reason(tmp_path):
         (
             "written_out",
             "mask = torch.triu(mask, diagonal=1)",
-            "mask = torch.triu(mask, diagonal=1) + torch.tril(mask, diagonal=-3)",
+            "mask = (torch.triu(mask, diagonal=1) + torch.tril(mask, diagonal=-3))",
             "already inside the window",
         ),
         (
