@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_export.checkpoint.config_numbers import check_config_numbers
+from lminf_export.checkpoint.gguf.files import gguf_parts
 from lminf_export.disk import is_dir, is_file, read_json, user_path
 from lminf_export.errors import ModelError, shortened
 
@@ -17,10 +18,10 @@ def check_local_config(model: str | Path) -> None:
     """Check the config.json of a model that is a folder; one of the hub is not fetched for it.
 
     Raises:
-        ModelError: as `read_config_file`.
+        ModelError: as `read_config_file`, and as `gguf_parts` for a folder of GGUF files.
     """
     folder = user_path(model, ModelError)
-    if is_dir(folder):
+    if is_dir(folder) and not gguf_parts(folder):
         read_config_file(folder, str(model))
 
 

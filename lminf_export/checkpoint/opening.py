@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lminf_export.checkpoint.dequantize import methods
+from lminf_export.checkpoint.gguf.names import model_tensors
 from lminf_export.checkpoint.lora.adapter import merge
 from lminf_export.checkpoint.lora.files import read_adapter
 from lminf_export.checkpoint.lora.text_part import of_text_part
@@ -52,7 +53,7 @@ class Checkpoint:
     def is_plain(self) -> bool:
         """Whether transformers makes the same model of the folder as it is."""
         source = self.source
-        is_made = self.adapter is not None or self.is_computed
+        is_made = self.adapter is not None or self.is_computed or source.gguf is not None
         is_whole = source.quantization is None and source.text_part is None
         return not is_made and is_whole and not source.is_untied
 
@@ -78,16 +79,13 @@ def open_checkpoint(
             not one of this model.
     """
     found = read_adapter(adapter, allow_pickle=allow_pickle) if adapter is not None else None
-    raw = read_checkpoint(source.folder, allow_pickle=allow_pickle)
-    tensors = methods.dequantize_checkpoint(raw, source.quantization)
-    notices = (methods.notice(source.quantization),) if source.quantization else ()
+    skeleton = skeleton or Skeleton(source.config)
+    tensors, notices = _read_tensors(source, skeleton, allow_pickle=allow_pickle)
     if source.text_part is not None:
-        tensors = source.text_part.tensors(tensors)
         notices = (text_only_notice(source.text_part.model_type), *notices)
         if found is not None:
             found, notice = of_text_part(found, source.text_part)
             notices = (*notices, *([notice] if notice else []))
-    skeleton = skeleton or Skeleton(source.config)
     apart = stored_apart(tensors, skeleton)
     if apart:
         source, skeleton = untied(source, skeleton)
@@ -103,6 +101,19 @@ def open_checkpoint(
         notices = (*notices, f"adapter {found.name!r} unties {' and '.join(apart)}")
     tensors = merge(found, tensors, skeleton, source.name)
     return Checkpoint(source, tensors, skeleton, found.name, notices)
+
+
+def _read_tensors(
+    source: Source, skeleton: Skeleton, *, allow_pickle: bool
+) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
+    """Describe the tensors of a source, decoded; return them with lines for the user."""
+    if source.gguf is not None:
+        return model_tensors(source.gguf.gguf, skeleton), source.gguf.notices
+    raw = read_checkpoint(source.folder, allow_pickle=allow_pickle)
+    tensors = methods.dequantize_checkpoint(raw, source.quantization)
+    if source.text_part is not None:
+        tensors = source.text_part.tensors(tensors)
+    return tensors, (methods.notice(source.quantization),) if source.quantization else ()
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None) -> Any:

@@ -13,9 +13,11 @@ from lminf_export.bundle.hub_errors import hub_errors_as
 from lminf_export.bundle.versions import package_version
 from lminf_export.checkpoint.config_file import read_config_file
 from lminf_export.checkpoint.dequantize.methods import check_quantization
+from lminf_export.checkpoint.gguf.files import gguf_parts
+from lminf_export.checkpoint.gguf.folder import GgufFolder, open_gguf
 from lminf_export.checkpoint.links import refuse_links_to_outside
 from lminf_export.checkpoint.text_part import TextPart, find_text_part
-from lminf_export.disk import is_dir, is_file, user_path
+from lminf_export.disk import exists, is_file, user_path
 from lminf_export.errors import ModelError, shortened
 from lminf_export.models.kinds import SEE_FAMILIES, check_kind
 from lminf_export.models.remote_code import allow_code, runs_own_code
@@ -61,6 +63,7 @@ class Source:
         quantization: how its checkpoint is quantised, checked, or None.
         is_untied: config.json ties its embeddings; its tensors, of which there are two, are not.
         text_part: the text model in the multimodal model of the folder; None for a text model.
+        gguf: its GGUF files, which have the weights; `folder` is then made of their metadata.
     """
 
     folder: Path
@@ -70,6 +73,7 @@ class Source:
     quantization: dict[str, Any] | None = None
     is_untied: bool = False
     text_part: TextPart | None = None
+    gguf: GgufFolder | None = None
 
     @property
     def wrapper(self) -> str | None:
@@ -93,7 +97,7 @@ def open_source(
     """Find a model; an id that is no folder here is fetched from the Hugging Face hub.
 
     Args:
-        model: folder, or hub id such as "meta-llama/Llama-2-7b-hf".
+        model: folder, GGUF file, or hub id such as "meta-llama/Llama-2-7b-hf".
         revision: branch, tag or commit of the hub.
         cache_dir: where the hub's files are kept.
         trust_remote_code: run Python that a model repository brings; off by default.
@@ -104,15 +108,21 @@ def open_source(
     """
     folder = user_path(model, ModelError)
     require_utf8(folder, ModelError)
-    commit = None
-    if is_dir(folder):
-        name = folder.resolve().name
+    commit, gguf = None, None
+    if exists(folder):
         if revision is not None:
             raise ModelError(
-                f"--revision {revision} is for hub models; {str(model)!r} is a local folder"
+                f"--revision {revision} is for hub models; {str(model)!r} is on this machine"
             )
-    elif is_file(folder):
-        raise ModelError(f"model {str(model)!r} is a file; give the folder that holds config.json")
+        name = folder.resolve().name
+        if parts := gguf_parts(folder):
+            gguf = open_gguf(parts)
+            folder, name = gguf.path, gguf.gguf.name
+        elif is_file(folder):
+            raise ModelError(
+                f"model {shortened(repr(str(model)))} is a file and not GGUF; give the folder that "
+                f"holds config.json"
+            )
     else:
         weights = (
             *WEIGHT_PATTERNS,
@@ -132,7 +142,7 @@ def open_source(
     text_part = _text_part(content, config)
     if text_part is not None:
         config = text_part.config
-    return Source(folder, name, commit, config, quantization, text_part=text_part)
+    return Source(folder, name, commit, config, quantization, text_part=text_part, gguf=gguf)
 
 
 def _download(

@@ -42,7 +42,8 @@ class GgufTensor(LazyTensor):
         ggml_type: name of the type, such as "Q4_K", a member of `gguf.GGMLQuantizationType`.
         dimensions: outermost first, as `shape` gives them.
         offset: first byte in the file.
-        order: (N,) int64; row i of this tensor is row order[i] of the file; None for its own order.
+        order: (N,) int64; row i of this tensor is row order[i] of the file; None for its own
+            order. Of a tensor of one dimension the order of its elements.
     """
 
     path: Path
@@ -83,8 +84,11 @@ class GgufTensor(LazyTensor):
 
     def raw_rows(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Return a copy of the stored bytes of rows start … stop − 1: (stop − start, row_bytes)."""
-        size = (self.num_rows, self.row_bytes)
+        is_cut = self.order is not None and len(self.shape) == 1
+        size = (self.shape[-1], self.block_bytes) if is_cut else (self.num_rows, self.row_bytes)
         stored = np.memmap(self.path, np.uint8, "r", self.offset, size)
+        if is_cut:
+            return np.array(stored[self.order]).reshape(1, -1)[start:stop]
         chosen = slice(start, stop) if self.order is None else self.order[start:stop]
         return np.array(stored[chosen])
 
@@ -114,14 +118,19 @@ class GgufTensor(LazyTensor):
     def reordered(self, order: NDArray[np.int64]) -> GgufTensor:
         """Return this tensor with its rows in another order: row i is row order[i] of this one.
 
-        A tensor of one dimension has one row: it is cut into rows of one element first, which only
-        types of blocks of one element can be.
+        A tensor of one dimension, one row, is reordered by its elements, which a type of blocks
+        of one element can be.
+
+        Raises:
+            ModelError: the order has another number of rows, or would cut blocks.
         """
-        if len(self.shape) == 1 and self.block_size == 1:
-            column = replace(self, dimensions=(*self.shape, 1))
-            return column.reordered(order)
-        if len(order) != self.num_rows:
-            raise ModelError(f"{len(order)} rows asked for of a tensor of shape {list(self.shape)}")
+        is_vector = len(self.shape) == 1
+        count = self.shape[0] if is_vector else self.num_rows
+        if len(order) != count or (is_vector and self.block_size > 1):
+            raise ModelError(
+                f"a tensor of type {self.ggml_type} and shape {list(self.shape)} has no "
+                f"{len(order)} rows that can be reordered"
+            )
         own = order if self.order is None else self.order[order]
         return replace(self, order=np.asarray(own, np.int64))
 

@@ -1,0 +1,1 @@
+"""Models in GGUF files: their configuration, tensors and tokenizer under transformers' names."""
