@@ -9,6 +9,7 @@ from typing import Any
 from lminf_export.checkpoint.gguf.metadata import Gguf
 from lminf_export.checkpoint.gguf.rope import rope_parameters
 from lminf_export.errors import ModelError, shortened
+from lminf_export.models.expert_facts import TOP_K_NAMES
 
 Settings = dict[str, Any]
 RMS_EPS, LAYER_EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
@@ -79,7 +80,7 @@ def _biased(model_type: str) -> Callable[[Gguf], Settings]:
 def _experts(gguf: Gguf, count: str = "num_experts") -> Settings:
     return {
         count: gguf.required("expert_count", 1, 2**15),
-        "num_experts_per_tok": gguf.required("expert_used_count", 1, 2**15),
+        TOP_K_NAMES[0]: gguf.required("expert_used_count", 1, 2**15),
     }
 
 
