@@ -38,6 +38,7 @@ PARTS = {
     "out_hidden_size": 60,
     "vocab_size": 8,
 }
+_FULL, _SLIDES = "full_attention", "sliding_attention"
 _THETA = {"rope_type": "default", "rope_theta": 1000.0}
 _IN_BLOCKS = {"rope_parameters": {**_THETA, "mrope_section": [2, 2, 1]}}
 _INTERLEAVED = {
@@ -127,7 +128,7 @@ CASES = (
     WrapperCase("deepseek_vl_hybrid", "llama"),
     WrapperCase("exaone4_5", "exaone4"),
     WrapperCase("fuyu", "persimmon", {"text_config": _HALF}),
-    WrapperCase("gemma3", "gemma3_text"),
+    WrapperCase("gemma3", "gemma3_text", {"text_config": {"layer_types": [_FULL, _SLIDES, _FULL]}}),
     WrapperCase("glm46v", "glm4", {"text_config": _PARTIAL}),
     WrapperCase("glm4v", "glm4", {"text_config": _PARTIAL}),
     WrapperCase("glm4v_moe", "glm4_moe", {"text_config": _PARTIAL}),

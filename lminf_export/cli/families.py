@@ -34,12 +34,20 @@ def families_command(as_json: bool) -> None:
     The model type is `model_type` in a model's config.json.
     """
     from lminf_export.models.registry import FAMILIES
+    from lminf_export.models.wrappers import TESTED_WRAPPERS
 
-    tested = sorted(FAMILIES)
+    tested, wrappers = sorted(FAMILIES), sorted(TESTED_WRAPPERS)
     if as_json:
-        click.echo(json.dumps({"tested": tested, "refused": list(REFUSED_KINDS)}, indent=1))
+        found = {"tested": tested, "text_models_of": wrappers, "refused": list(REFUSED_KINDS)}
+        click.echo(json.dumps(found, indent=1))
         return
     click.echo(_paragraph(f"Tested ({len(tested)}): {', '.join(tested)}."))
+    click.echo(
+        _paragraph(
+            f"Multimodal, tested, of which the text model is exported ({len(wrappers)}): "
+            f"{', '.join(wrappers)}."
+        )
+    )
     click.echo(
         _paragraph(
             "Other types with rotary embeddings behind transformers' attention interface are "

@@ -21,6 +21,57 @@ from lminf_export.errors import ModelError, shortened
 from lminf_export.models.kinds import SEE_FAMILIES
 from lminf_export.models.transformers_tables import CODE_ERRORS, is_causal_lm, wrapper_class_name
 
+# Each is proved by a case of the same name in benchmarks/support/wrappers.py.
+TESTED_WRAPPERS = (
+    "aria",
+    "audioflamingo3",
+    "aya_vision",
+    "cohere2_vision",
+    "cosmos3_omni",
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "exaone4_5",
+    "fuyu",
+    "gemma3",
+    "glm46v",
+    "glm4v",
+    "glm4v_moe",
+    "glmasr",
+    "glmga",
+    "got_ocr2",
+    "granite_docling",
+    "granite_speech",
+    "granite_speech_plus",
+    "hyperclovax_vision_v2",
+    "idefics2",
+    "idefics3",
+    "internvl",
+    "janus",
+    "lighton_ocr",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "moss_transcribe_diarize",
+    "ovis2",
+    "paddleocr_vl",
+    "pp_chart2table",
+    "qianfan_ocr",
+    "qwen2_5_omni_thinker",
+    "qwen2_5_vl",
+    "qwen2_audio",
+    "qwen2_vl",
+    "qwen3_asr",
+    "qwen3_omni_moe_thinker",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "video_llama_3",
+    "video_llava",
+    "vipllava",
+    "voxtral",
+)
 # Model type of a text model inside of wrappers only → the model type that computes the same.
 PLAIN_TYPES: Mapping[str, str] = {
     "emu3_text_model": "llama",
@@ -92,9 +143,14 @@ def text_config_of(config: Any) -> Any | None:
 
 def text_only_notice(model_type: str) -> str:
     """Return what the user should know of a bundle that holds a wrapper's text model."""
+    untested = (
+        ""
+        if model_type in TESTED_WRAPPERS
+        else "; no test has compared it with the whole model on text"
+    )
     return (
-        f"text only: this is the text model of a {model_type} model; what reads images, video or "
-        f"sound is not exported"
+        f"text only: this is the text model of a {shortened(model_type, 40)} model; what reads "
+        f"images, video or sound is not exported{untested}"
     )
 
 
