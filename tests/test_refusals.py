@@ -60,7 +60,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "gpt_neo": ({}, "learned absolute positions"),
     "minimax_m3_vl_text": ({}, "sparse attention"),
     "paligemma": ({}, "prefix LM: the whole prompt, image and text"),
-    "mllama": ({}, "cross-attention: some of its layers attend to the image alone"),
+    "idefics": ({}, "cross-attention: among its text layers"),
+    "git": ({}, "learned absolute positions"),
     "gemma3n": ({}, r"the text model of gemma3n\) cannot be exported: shared keys and values"),
     "llama4": ({}, r"the text model of llama4\) cannot be exported: chunked attention"),
     "lfm2_vl": (

@@ -58,7 +58,7 @@ def test_the_text_model_is_the_whole_model_on_text(case, tmp_path):
         wanted = wanted * getattr(whole.config.get_text_config(), case.scale)
     for is_old in (True, False):  # names of the hub, and of transformers 5
         folder = tmp_path / f"{is_old}"
-        whole.save_pretrained(folder, save_original_format=is_old)
+        case.write(whole, folder, is_old=is_old)
         source = open_source(folder)
         assert (source.model_type, source.wrapper) == (case.text_type, case.model_type)
         assert error(logits_of(text_model(folder)), wanted) < TOLERANCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from benchmarks.support.families import SIZES
@@ -52,6 +54,23 @@ _PARTIAL = {
     "head_dim": 12,
     "rope_parameters": {**_THETA, "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.5},
 }
+_SMALL_CODES = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "latent_channels": 8,
+    "codebook_size": 32,
+    "num_embeddings": 32,
+    "image_token_embed_dim": 16,
+}
+_EMU3 = {"vq_config": _SMALL_CODES, "vocabulary_map": {"<image>": 130}}
+_CROSSED = {"text_config": {"num_hidden_layers": 4, "cross_attention_layers": [1]}}
+# Of a type whose one configuration is that of its text model too.
+_FLAT = {
+    "": {"rope_parameters": {**_THETA, "partial_rotary_factor": 0.6}},
+    "vision_config": {"num_hidden_layers": 2, "crop_size": 28},
+    "audio_config": {"num_blocks": 1, "ext_pw_out_channel": 16, "nemo_conv_channels": 16},
+}
 _HALF = {"hidden_size": 72, "rope_parameters": {**_THETA, "partial_rotary_factor": 0.5}}
 
 
@@ -62,18 +81,22 @@ class WrapperCase:
     Attributes:
         model_type: transformers' name of the whole.
         text_type: that of the causal language model which its text model is.
-        changes: settings beside those of `SIZES`, by the name of a part, such as "text_config".
+        changes: settings beside those of `SIZES`, by the name of a part, such as "text_config";
+            under "" those of the whole.
         scale: name of a factor of the logits that the text model alone applies.
+        reads_by: the part that reads and writes text, of a model that speaks too; the others are
+            not built.
     """
 
     model_type: str
     text_type: str
-    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
     scale: str = ""
+    reads_by: str = ""
 
     def config(self) -> Any:
-        """Make the configuration."""
-        kind = CONFIG_MAPPING[self.model_type]
+        """Make the configuration, of the part that reads."""
+        kind = CONFIG_MAPPING["_".join(x for x in (self.model_type, self.reads_by) if x)]
         text = kind().get_text_config(decoder=True).to_dict()
         settings = kind().to_dict()
         for name, value in settings.items():
@@ -85,18 +108,27 @@ class WrapperCase:
         text |= {"rope_parameters": copy.deepcopy(SIZES["rope_parameters"])}
         if "layer_types" in text:
             text["layer_types"] = None
-        settings["text_config"] = text
+        if kind().get_text_config(decoder=True).model_type == self.model_type:
+            settings = {**text, **{k: v for k, v in settings.items() if k.endswith("_config")}}
+        else:
+            settings["text_config"] = text
         for name, change in self.changes.items():
-            settings[name] = {**settings.get(name, {}), **copy.deepcopy(dict(change))}
+            if not name:
+                settings |= change
+            elif isinstance(settings.get(name), dict):
+                settings[name] = {**settings[name], **copy.deepcopy(change)}
+            else:
+                settings[name] = copy.deepcopy(change)
         settings.pop("model_type")
         return kind(**settings)
 
     def build(self, seed: int = 0) -> PreTrainedModel:
-        """Make the whole model, random in every parameter."""
+        """Make the whole model, or the part that reads, random in every parameter."""
         torch.manual_seed(seed)
-        name = wrapper_class_name(self.model_type)
+        config = self.config()
+        name = wrapper_class_name(config.model_type)
         assert name is not None
-        model: PreTrainedModel = getattr(transformers, name)(self.config())
+        model: PreTrainedModel = getattr(transformers, name)(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.numel() > 1 and float(parameter.std()) == 0:
@@ -106,8 +138,20 @@ class WrapperCase:
 
     def save(self, folder: Path, seed: int = 0) -> Path:
         """Write the model as the hub has it; return its folder."""
-        self.build(seed).save_pretrained(folder)
+        self.write(self.build(seed), folder)
         return folder
+
+    def write(self, model: PreTrainedModel, folder: Path, *, is_old: bool = True) -> None:
+        """Write a model of the case, in the names of the hub or in those of transformers 5."""
+        model.save_pretrained(folder, save_original_format=is_old)
+        if not self.reads_by:
+            return
+        path = folder / "model.safetensors"
+        tensors = {f"{self.reads_by}.{name}": x for name, x in load_file(path).items()}
+        save_file(tensors, path)
+        content = json.loads((folder / "config.json").read_text())
+        whole = {"model_type": self.model_type, f"{self.reads_by}_config": content}
+        (folder / "config.json").write_text(json.dumps(whole))
 
 
 def _shrink(settings: dict[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -126,7 +170,13 @@ CASES = (
     WrapperCase("cosmos3_omni", "qwen3", _INTERLEAVED),
     WrapperCase("deepseek_vl", "llama"),
     WrapperCase("deepseek_vl_hybrid", "llama"),
+    WrapperCase("emu3", "llama", _EMU3),
     WrapperCase("exaone4_5", "exaone4"),
+    WrapperCase(
+        "fun_asr_nano",
+        "qwen3",
+        {"adaptor_config": {"hidden_size": 60, "intermediate_size": 15}},
+    ),
     WrapperCase("fuyu", "persimmon", {"text_config": _HALF}),
     WrapperCase("gemma3", "gemma3_text", {"text_config": {"layer_types": [_FULL, _SLIDES, _FULL]}}),
     WrapperCase("glm46v", "glm4", {"text_config": _PARTIAL}),
@@ -142,23 +192,27 @@ CASES = (
     WrapperCase("idefics2", "mistral"),
     WrapperCase("idefics3", "llama"),
     WrapperCase("internvl", "qwen2"),
-    WrapperCase("janus", "llama"),
+    WrapperCase("janus", "llama", {"vq_config": _SMALL_CODES}),
     WrapperCase("lighton_ocr", "qwen3"),
     WrapperCase("llava", "llama"),
     WrapperCase("llava_next", "llama"),
     WrapperCase("llava_next_video", "llama"),
     WrapperCase("llava_onevision", "qwen2"),
     WrapperCase("mistral3", "mistral"),
+    WrapperCase("mllama", "llama", _CROSSED),
     WrapperCase("moss_transcribe_diarize", "qwen3"),
-    WrapperCase("ovis2", "qwen2"),
+    WrapperCase("ovis2", "qwen2", {"vision_config": {"vocab_size": 64}}),
     WrapperCase("paddleocr_vl", "llama", {"text_config": _IN_BLOCKS}),
+    WrapperCase("phi4_multimodal", "phi3", _FLAT),
     WrapperCase("pp_chart2table", "qwen2"),
     WrapperCase("qianfan_ocr", "qwen3"),
+    WrapperCase("qwen2_5_omni", "qwen2", {"text_config": _IN_BLOCKS}, reads_by="thinker"),
     WrapperCase("qwen2_5_omni_thinker", "qwen2", {"text_config": _IN_BLOCKS}),
     WrapperCase("qwen2_5_vl", "qwen2", {"text_config": _IN_BLOCKS}),
     WrapperCase("qwen2_audio", "qwen2"),
     WrapperCase("qwen2_vl", "qwen2", {"text_config": _IN_BLOCKS}),
     WrapperCase("qwen3_asr", "qwen3"),
+    WrapperCase("qwen3_omni_moe", "qwen3_moe", _INTERLEAVED, reads_by="thinker"),
     WrapperCase("qwen3_omni_moe_thinker", "qwen3_moe", _INTERLEAVED),
     WrapperCase("qwen3_vl", "qwen3", _INTERLEAVED),
     WrapperCase("qwen3_vl_moe", "qwen3_moe", _INTERLEAVED),

@@ -21,13 +21,22 @@ from lminf_export.checkpoint.conversion import Conversion
 from lminf_export.errors import ModelError, shortened
 from lminf_export.models.base import build_model, model_errors
 from lminf_export.models.transformers_tables import wrapper_class_name
-from lminf_export.models.wrappers import refusal
+from lminf_export.models.wrappers import (
+    BESIDE_TEXT,
+    MORE_ROWS,
+    layers_of_text,
+    reading_part,
+    refusal,
+)
+from lminf_export.tensors.rows import FirstRows
 from lminf_export.tensors.stored import SourceTensor
 
 # Tokens that a wrapper may name in the place of its text model.
 _TOKENS = ("bos_token_id", "eos_token_id")
 # A vision tower of a library that reads images; none of its tensors is needed.
 _OUTSIDE = "timm_wrapper"
+# In the place of a path of layers that no text passes.
+_LEFT_OUT = "left_out"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -41,12 +50,14 @@ class TextPart:
             the wrapper does, and stops at the wrapper's tokens.
         places: paths of the base model and of the vocabulary projection, in the wrapper and in the
             causal language model: (("model.language_model", "model"), ("lm_head", "lm_head")).
+        embedding: name of the table of tokens in the wrapper.
         conversion: from a checkpoint's names and tensors to those of the text model in the wrapper.
     """
 
     wrapper: Any
     config: Any
     places: tuple[tuple[str, str], ...]
+    embedding: str
     conversion: Conversion
 
     @property
@@ -62,13 +73,23 @@ class TextPart:
             ModelError: the checkpoint holds none of them.
         """
         found = self.conversion.apply(checkpoint)
-        own = {self.own_name(name): found[name] for name in self.conversion.names & found.keys()}
+        own = {
+            self.own_name(name): self._of_vocabulary(name, found[name])
+            for name in self.conversion.names & found.keys()
+        }
         if not own:
             raise ModelError(
                 f"the checkpoint holds no tensor of the text model of a {self.model_type} model, "
                 f"such as {min(self.conversion.names)}; is it one?"
             )
         return own
+
+    def _of_vocabulary(self, name: str, tensor: SourceTensor) -> SourceTensor:
+        """Leave out the rows of a table that are for tokens of no text."""
+        text, size = self.wrapper.get_text_config(decoder=True), self.config.vocab_size
+        if text.model_type not in MORE_ROWS or name != self.embedding:
+            return tensor
+        return FirstRows(tensor, min(size, tensor.shape[0]))
 
     def own_name(self, name: str) -> str:
         """Return the name in the text model of one of its modules or tensors in the wrapper."""
@@ -101,46 +122,82 @@ def find_text_part(config: Any, text: Any) -> TextPart:
     Raises:
         ModelError: transformers cannot build the wrapper, or it holds another text model.
     """
-    wrapper = _build(config)
+    wrapper = _build(reading_part(config))
     model: Any = build_model(text, torch.float32, device="meta")
     tensors = wrapper.state_dict(keep_vars=True)
-    base, head = _find(wrapper, model, {name: tuple(x.shape) for name, x in tensors.items()})
+    base = _find(wrapper, model, {name: tuple(x.shape) for name, x in tensors.items()})
+    head = _head(wrapper, model, base)
     own_base, own_head = _path(model, model.base_model), _path(model, model.get_output_embeddings())
-    places = ((head, own_head), (base, own_base))
+    layers = [(f"{base}.{outer}", f"{own_base}.{own}") for outer, own in _layers(config)]
+    places = ((head, own_head), *layers, (base, own_base))
     embedding = f"{base}.{_path(model.base_model, model.get_input_embeddings())}.weight"
     text.tie_word_embeddings = tensors[embedding] is tensors[f"{head}.weight"]
     named = config.to_dict()
     for name in _TOKENS:
         if named.get(name) is not None:
             setattr(text, name, named[name])
-    whole = Conversion.of(wrapper)
-    inside = {n: x for n, x in whole.shapes.items() if n.startswith((f"{base}.", f"{head}."))}
-    return TextPart(config, text, places, Conversion(whole.transforms, inside, whole.prefix))
+    whole, own = Conversion.of(wrapper), model.state_dict()
+    inside = {
+        name: shape
+        for name, shape in whole.shapes.items()
+        if name.startswith((f"{base}.", f"{head}.")) and _moved(name, places) in own
+    }
+    conversion = Conversion(whole.transforms, inside, whole.prefix)
+    return TextPart(config, text, places, embedding, conversion)
 
 
-def _find(wrapper: Any, model: Any, shapes: Shapes) -> tuple[str, str]:
-    """Return the paths in a wrapper of the module with a base model's tensors, and of its head."""
+def _find(wrapper: Any, model: Any, shapes: Shapes) -> str:
+    """Return the path in a wrapper of the module with a base model's tensors."""
+    config, nearest = wrapper.config, None
     wanted = {name: tuple(x.shape) for name, x in model.base_model.state_dict().items()}
-    nearest: set[tuple[str, tuple[int, ...]]] | None = None
+    kind, layers = config.get_text_config(decoder=True).model_type, _layers(config)
+    beside = BESIDE_TEXT.get(kind)
     for path, _ in wrapper.named_modules():
         prefix = f"{path}." if path else ""
-        found = {
-            name.removeprefix(prefix): x for name, x in shapes.items() if name.startswith(prefix)
-        }
+        found: Shapes = {}
+        for name in (name.removeprefix(prefix) for name in shapes if name.startswith(prefix)):
+            if not (beside and name.startswith(beside)) and not _is_left_out(name, layers):
+                found[_moved(name, layers)] = shapes[prefix + name]
+        if kind in MORE_ROWS:
+            found |= {name: wanted[name] for name in found if _is_longer(found, wanted, name)}
         if found == wanted:
-            return path, _head(wrapper, model, path, shapes)
+            return path
         difference = set(found.items()) ^ set(wanted.items())
         if nearest is None or len(difference) < len(nearest):
             nearest = difference
     name, shape = min(nearest or {("", ())})
     raise refusal(
-        wrapper.config.model_type,
+        config.model_type,
         f"it is not a {model.config.model_type} model: they differ in {name} {list(shape)}",
     )
 
 
-def _head(wrapper: Any, model: Any, base: str, shapes: Shapes) -> str:
+def _layers(config: Any) -> list[tuple[str, str]]:
+    """Return the paths of layers in a wrapped base model and by itself, where these differ."""
+    kept = layers_of_text(config)
+    if kept is None:
+        return []
+    number = {outer: own for own, outer in enumerate(kept)}
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    return [
+        (f"layers.{layer}", f"layers.{number[layer]}" if layer in number else _LEFT_OUT)
+        for layer in range(count)
+    ]
+
+
+def _is_left_out(name: str, layers: list[tuple[str, str]]) -> bool:
+    return _moved(name, layers).startswith(_LEFT_OUT)
+
+
+def _is_longer(found: Shapes, wanted: Shapes, name: str) -> bool:
+    """Whether a table has the rows of another and more."""
+    own = wanted.get(name, ())
+    return found[name][1:] == own[1:] and len(own) == 2 and found[name][0] > own[0]
+
+
+def _head(wrapper: Any, model: Any, base: str) -> str:
     """Return the path of the projection that belongs to a base model: the nearest one."""
+    shapes = {name: tuple(x.shape) for name, x in wrapper.state_dict().items()}
     own = _path(model, model.get_output_embeddings())
     wanted = tuple(model.get_output_embeddings().weight.shape)
     parts = base.split(".")

@@ -174,16 +174,16 @@ def _kinds(facts: Facts) -> Iterator[str]:
         return
     if facts.get("add_cross_attention") or facts.get("cross_attention_hidden_size"):
         yield "cross-attention: it also attends to another model's output"
-    known = is_causal_lm(facts.model_type)
-    if known is False and not facts.get("auto_map"):
-        yield "no causal language model: transformers has no class of it that writes text"
-        return
-    yield from _recurrent(facts)
     if facts.get("kv_lora_rank"):
         yield (
             "latent attention (MLA): it caches one compressed vector a token for all heads, not "
             "keys and values that a ring could hold"
         )
+    known = is_causal_lm(facts.model_type)
+    if known is False and not facts.get("auto_map"):
+        yield "no causal language model: transformers has no class of it that writes text"
+        return
+    yield from _recurrent(facts)
     if any(_INDEX_FIELDS.fullmatch(name) and facts.get(name) for name in facts.fields):
         yield (
             "sparse attention: an index chooses the keys that a query sees, by content, so no "

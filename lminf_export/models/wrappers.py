@@ -23,6 +23,12 @@ from lminf_export.models.transformers_tables import CODE_ERRORS, is_causal_lm, w
 
 # Each is proved by a case of the same name in benchmarks/support/wrappers.py.
 TESTED_WRAPPERS = (
+    "emu3",
+    "fun_asr_nano",
+    "mllama",
+    "phi4_multimodal",
+    "qwen2_5_omni",
+    "qwen3_omni_moe",
     "aria",
     "audioflamingo3",
     "aya_vision",
@@ -78,7 +84,9 @@ PLAIN_TYPES: Mapping[str, str] = {
     "glm4v_moe_text": "glm4_moe",
     "glm4v_text": "glm4",
     "granite_docling_text": "granite",
+    "mllama_text_model": "llama",
     "paddleocr_vl_text": "llama",
+    "phi4_multimodal": "phi3",
     "qwen2_5_omni_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen2_vl_text": "qwen2",
@@ -86,6 +94,10 @@ PLAIN_TYPES: Mapping[str, str] = {
     "qwen3_vl_moe_text": "qwen3_moe",
     "qwen3_vl_text": "qwen3",
 }
+# Modules beside those of the plain type, which text does not pass, by their paths' beginnings; and
+# types whose table of embeddings has more rows than the vocabulary, for tokens of no text.
+BESIDE_TEXT: Mapping[str, str] = {"phi4_multimodal": "embed_tokens_extend."}
+MORE_ROWS = ("mllama_text_model",)
 # What the code of such a type does whatever its configuration says.
 _ALWAYS: Mapping[str, Mapping[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
 # Wrappers whose text model by itself is another model than the one that was trained.
@@ -95,14 +107,19 @@ _NOT_BY_ITSELF: Mapping[str, str] = {
         "and by its processor, and a stream does not have the later tokens of a prompt yet"
     ),
     "shieldgemma2": "it classifies images by policies and writes no text",
-    "mllama": (
-        "cross-attention: some of its layers attend to the image alone and are left out where "
-        "there is none, and its text table has rows that its vocabulary lacks"
-    ),
+    "evolla": "cross-attention: among its text layers are others that attend to the protein",
+    "git": "learned absolute positions, and beyond the last of them is none to give a token",
+    "idefics": "cross-attention: among its text layers are others that attend to the image",
+    "kyutai_speech_to_text": "every token of text comes with the sound of the same moment",
 }
 _NOT_SETTINGS = {"model_type", "architectures", "transformers_version"}
 # What of a rotation says how three ids are shared among frequencies.
 _SECTIONS = ("mrope_section", "mrope_interleaved", "xdrope_section")
+
+
+def reading_part(config: Any) -> Any:
+    """Return the configuration of the part that reads and writes text, of models that speak too."""
+    return getattr(config, "thinker_config", None) or config
 
 
 def text_config_of(config: Any) -> Any | None:
@@ -121,6 +138,8 @@ def text_config_of(config: Any) -> Any | None:
     text = _wrapped(config)
     if text is None:
         return None
+    if config.model_type in _NOT_BY_ITSELF:
+        raise refusal(config.model_type, _NOT_BY_ITSELF[config.model_type])
     if getattr(text, "is_encoder_decoder", False):
         raise refusal(
             config.model_type,
@@ -128,8 +147,6 @@ def text_config_of(config: Any) -> Any | None:
             "own keys",
         )
     kind, inner = config.model_type, text.model_type
-    if kind in _NOT_BY_ITSELF:
-        raise refusal(kind, _NOT_BY_ITSELF[kind])
     if inner in PLAIN_TYPES:
         return _as_plain(text, PLAIN_TYPES[inner])
     if is_causal_lm(inner) is not True:
@@ -139,6 +156,19 @@ def text_config_of(config: Any) -> Any | None:
             f"transformers has no causal language model of that type",
         )
     return copy.deepcopy(text)
+
+
+def layers_of_text(config: Any) -> tuple[int, ...] | None:
+    """Return the layers that a text passes where there are others for images alone; else None.
+
+    Args:
+        config: of the whole model.
+    """
+    text = config.get_text_config(decoder=True)
+    others = getattr(text, "cross_attention_layers", None)
+    if text.model_type != "mllama_text_model" or not isinstance(others, (list, tuple)):
+        return None
+    return tuple(layer for layer in range(text.num_hidden_layers) if layer not in others)
 
 
 def text_only_notice(model_type: str) -> str:
@@ -160,11 +190,12 @@ def _wrapped(config: Any) -> Any | None:
         text = config.get_text_config(decoder=True)
     except CODE_ERRORS:
         return None  # it has several
-    if text is config or getattr(config, "is_encoder_decoder", False):
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False) or wrapper_class_name(kind) is None:
         return None
-    if not isinstance(getattr(text, "model_type", None), str) or not text.model_type:
-        return None
-    return text if wrapper_class_name(config.model_type) else None
+    if text is config:  # one configuration for all parts, or a text model
+        return text if kind in PLAIN_TYPES or kind in _NOT_BY_ITSELF else None
+    return text if isinstance(getattr(text, "model_type", None), str) else None
 
 
 def _as_plain(text: Any, model_type: str) -> Any:
@@ -175,6 +206,9 @@ def _as_plain(text: Any, model_type: str) -> Any:
     known = {*plain().to_dict(), *plain.attribute_map} - _NOT_SETTINGS
     known -= _ALWAYS.get(text.model_type, {}).keys()
     settings = {name: value for name, value in text.to_dict().items() if name in known}
+    kept = layers_of_text(text)
+    if kept is not None:
+        settings["num_hidden_layers"] = len(kept)
     rope = settings.get("rope_parameters")
     if isinstance(rope, dict):
         settings["rope_parameters"] = {k: v for k, v in rope.items() if k not in _SECTIONS}

@@ -4,14 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lminf_export.tensors.stored import SourceTensor
+from lminf_export.tensors.stored import InFiles, SourceTensor, StoredTensor
 
 # Elements of a block of rows: 32 MiB in float64.
 BLOCK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of a tensor.
+
+    Attributes:
+        tensor: (R, …).
+        count: of the rows, at most R.
+    """
+
+    tensor: SourceTensor
+    count: int
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of the element type."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
+        return (self.count, *self.tensor.shape[1:])
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the elements in order as flat tensors."""
+        left = math.prod(self.shape)
+        for block in self.tensor.blocks():
+            yield block[:left]
+            left -= min(left, block.numel())
+            if not left:
+                return
+
+    def at(self, index: int) -> SourceTensor:
+        """Return the sub-tensor at an index of the first dimension."""
+        return self.tensor.at(index)
+
+    def stored(self) -> list[StoredTensor] | None:
+        """Return the part of a file that holds its bytes, if its tensor lies in one."""
+        stored = self.tensor.stored() if isinstance(self.tensor, InFiles) else None
+        if stored is None or len(stored) != 1:
+            return None
+        [whole] = stored
+        length = whole.length // self.tensor.shape[0] * self.count
+        return [replace(whole, shape=self.shape, length=length)]
 
 
 def fill(place: Tensor, tensor: SourceTensor) -> None:
