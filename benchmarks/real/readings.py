@@ -138,6 +138,7 @@ class Readings:
         ids = stream.ids
         manifest = loaded.bundle.manifest
         told = {
+            "exported_from": self.model.described()["exported_from"],
             "bundle_sha256": manifest.manifest_sha256,
             "lambda_config": manifest.lambda_config.model_dump(),
             "training_length": manifest.training_length,

@@ -51,13 +51,6 @@ def _whale() -> str:
     return join_paragraphs(_inside("\n".join(lines)).splitlines())
 
 
-def _opticks() -> str:
-    with unpacked("golang-1.19-src") as folder:
-        found = next(folder.rglob("src/testdata/Isaac.Newton-Opticks.txt"))
-        text = found.read_text(encoding="utf-8", errors="replace")
-    return join_paragraphs(_inside(text).splitlines())
-
-
 def _inside(text: str) -> str:
     """Return an electronic book without the publisher's words around it."""
     marks = list(_GUTENBERG.finditer(text))
@@ -71,7 +64,6 @@ SOURCES = {
         "Persuasion, then Northanger Abbey, by Jane Austen", "r-cran-janeaustenr", _austen
     ),
     "whale": Source("Moby Dick, by Herman Melville", "r-cran-tokenizers", _whale),
-    "opticks": Source("Opticks, by Isaac Newton", "golang-1.19-src", _opticks),
 }
 
 
