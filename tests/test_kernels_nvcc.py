@@ -18,6 +18,7 @@ RESULT = ROOT / "benchmarks" / "results" / "kernels-ptxas.json"
 
 def check_decode(kernels):
     decode = [k for k in kernels if k["kernel"] == "decodeKernel"]
+    assert {k.get("rings") for k in decode} == {None, "int8"}
     assert {k["head_dim"] for k in decode} == {64, 80, 96, 128, 256}
     assert [k for k in decode if k["spill_bytes"] or k["stack_bytes"]] == []
     for kernel in decode:
@@ -35,7 +36,8 @@ def test_decode_kernels_do_not_spill_where_most_of_them_run():
 @needs_nvcc
 @pytest.mark.slow
 def test_the_other_kernels_compile_and_do_not_spill():
-    kernels = kernels_ptxas.report(("tiles_bfloat16.cu", "rows.cu"), ("90",))
+    sources = ("tiles_bfloat16.cu", "tiles_float16_int8.cu", "rows.cu")
+    kernels = kernels_ptxas.report(sources, ("90",))
     assert [k for k in kernels if k["spill_bytes"] or k["stack_bytes"]] == []
     assert {k["kernel"] for k in kernels} == {
         *("appendKernel", "combineKernel", "simpleKernel", "tilesKernel")
@@ -61,3 +63,8 @@ ptxas info    : Used 244 registers, used 1 barriers, 584 bytes cmem[0]
         "query_rows": 16, "threads": 128, "stack_bytes": 16, "spill_bytes": 12, "registers": 244,
         "blocks_per_multiprocessor": 2,
     }  # fmt: skip
+
+
+def test_the_report_tells_kernels_over_rings_of_int8_apart():
+    name = "_ZN5lminf11tilesKernelINS_8Bfloat16ENS_4Int8ELi128ELi8EEEvNS_15KernelArgumentsE"
+    assert kernels_ptxas.kernel_name(name) == ("tilesKernel", "bfloat16", True, [128, 8])

@@ -27,6 +27,7 @@ Device device;
 struct Copy {
   void* shared;
   const void* global;
+  std::size_t bytes;
 };
 
 struct Lane {
@@ -160,7 +161,7 @@ void carryOut(WarpInstruction instruction, Lane* const* lanes) {
 }
 
 void arrive(const std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) std::memcpy(copy.shared, copy.global, 16);
+  for (const Copy& copy : copies) std::memcpy(copy.shared, copy.global, copy.bytes);
 }
 
 void threadMain() {
@@ -329,13 +330,13 @@ void meetBlock() {
 
 unsigned char* blockShared() { return block.shared; }
 
-void copyLater(void* shared, const void* global) {
-  const auto* target = static_cast<const unsigned char*>(aligned(shared, 16));
-  if (target < block.shared || target + 16 > block.shared + block.sharedBytes) {
+void copyLater(void* shared, const void* global, std::size_t bytes) {
+  const auto* target = static_cast<const unsigned char*>(aligned(shared, bytes));
+  if (target < block.shared || target + bytes > block.shared + block.sharedBytes) {
     fail("cp.async outside of shared memory");
   }
-  block.lanes[block.current]->open.push_back({shared, aligned(global, 16)});
-  counters.copiedBytes += 16;
+  block.lanes[block.current]->open.push_back({shared, aligned(global, bytes), bytes});
+  counters.copiedBytes += bytes;
 }
 
 void commitGroup() {

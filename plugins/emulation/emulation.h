@@ -34,8 +34,8 @@ extern Index blockIndex;
 // What kernels asked of memory since the last reset, in bytes; one launch counts one.
 struct Counters {
   std::uint64_t launches;
-  std::uint64_t streamedBytes;  // loadGlobal4, 8, 16
-  std::uint64_t copiedBytes;    // copyAsync16
+  std::uint64_t streamedBytes;  // loadGlobal2, 4, 8, 16
+  std::uint64_t copiedBytes;    // copyAsync4, 16
 };
 extern Counters counters;
 
@@ -65,7 +65,7 @@ LaneOutput meetWarp(WarpInstruction instruction, const LaneInput& input);
 void meetBlock();
 
 unsigned char* blockShared();
-void copyLater(void* shared, const void* global);
+void copyLater(void* shared, const void* global, std::size_t bytes);
 void commitGroup();
 void waitGroups(int pending);
 
@@ -123,8 +123,36 @@ void loadGlobal(std::uint32_t (&word)[words], const void* source) {
 inline void loadGlobal16(std::uint32_t (&word)[4], const void* source) { loadGlobal(word, source); }
 inline void loadGlobal8(std::uint32_t (&word)[2], const void* source) { loadGlobal(word, source); }
 inline void loadGlobal4(std::uint32_t (&word)[1], const void* source) { loadGlobal(word, source); }
+inline void loadGlobal2(std::uint32_t (&word)[1], const void* source) {
+  word[0] = 0;
+  std::memcpy(word, emulation::aligned(source, 2), 2);
+  emulation::counters.streamedBytes += 2;
+}
 
-inline void copyAsync16(void* shared, const void* global) { emulation::copyLater(shared, global); }
+inline std::uint32_t selectBytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  const std::uint64_t bytes = static_cast<std::uint64_t>(b) << 32 | a;
+  std::uint32_t word = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const std::uint32_t from = selector >> 4 * byte & 7u;
+    word |= static_cast<std::uint32_t>(bytes >> 8 * from & 0xffu) << 8 * byte;
+  }
+  return word;
+}
+inline std::uint32_t subtractHalves(std::uint32_t a, std::uint32_t b) {
+  const auto half = [&](int shift) -> std::uint32_t {
+    const float left = emulation::floatOfHalf(static_cast<std::uint16_t>(a >> shift));
+    return emulation::halfOfFloat(left -
+                                  emulation::floatOfHalf(static_cast<std::uint16_t>(b >> shift)));
+  };
+  return half(0) | half(16) << 16;
+}
+
+inline void copyAsync16(void* shared, const void* global) {
+  emulation::copyLater(shared, global, 16);
+}
+inline void copyAsync4(void* shared, const void* global) {
+  emulation::copyLater(shared, global, 4);
+}
 inline void commitCopies() { emulation::commitGroup(); }
 template <int pending>
 void waitCopies() {

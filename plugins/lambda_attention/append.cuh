@@ -1,7 +1,7 @@
 // append: one pass over the new tokens that writes ring and sinks.
 #pragma once
 
-#include "row.cuh"
+#include "ring.cuh"
 #include "tile_shapes.h"
 
 namespace lminf {
@@ -9,7 +9,7 @@ namespace lminf {
 // A new token goes to ring slot position mod C, its key rotated at that position; padding too,
 // which lands on tokens that have left every window (docs/operator.md). A real token at a
 // position below N also goes to its sink slot, not rotated.
-template <class T, int D>
+template <class T, class Ring, int D>
 __device__ __forceinline__ void appendToken(const KernelArguments& a, int batch, int kvHead,
                                             int step, int lane) {
   constexpr int kParts = (D + 31) / 32;
@@ -31,16 +31,38 @@ __device__ __forceinline__ void appendToken(const KernelArguments& a, int batch,
   }
 
   const std::int64_t position = a.pastLength[batch] + step;
-  const std::int64_t slot = (pair * a.capacity + floorMod(position, a.capacity)) * D;
+  const std::int64_t slot = pair * a.capacity + floorMod(position, a.capacity);
   const std::int64_t sink = (pair * a.sinkSlots + position) * D;
   const bool isSink = a.writeSinks && position >= 0 && position < a.sinkSlots &&
                       step < realTokens(a.newLength[batch], a.sequenceLength);
+  float keyScale = 0.0f, valueScale = 0.0f;
+  if constexpr (isRounded<T, Ring>()) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (part * 32 + lane >= D) continue;
+      keyScale = fmaxf(keyScale, fabsf(keys[part].rotated()));
+      valueScale = fmaxf(valueScale, fabsf(toFloat(values[part])));
+    }
+    keyScale = int8Scale(maximumOver(keyScale, 1, 16));
+    valueScale = int8Scale(maximumOver(valueScale, 1, 16));
+    if (lane == 0) {
+      a.presentKeyScale[slot] = keyScale;
+      a.presentValueScale[slot] = valueScale;
+    }
+  }
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const int dim = part * 32 + lane;
     if (dim >= D) continue;
-    static_cast<T*>(a.presentKey)[slot + dim] = fromFloat<T>(keys[part].rotated());
-    static_cast<T*>(a.presentValue)[slot + dim] = values[part];
+    Ring* ringKey = static_cast<Ring*>(a.presentKey) + slot * D;
+    Ring* ringValue = static_cast<Ring*>(a.presentValue) + slot * D;
+    if constexpr (isRounded<T, Ring>()) {
+      ringKey[dim] = toInt8(keys[part].rotated(), keyScale);
+      ringValue[dim] = toInt8(toFloat(values[part]), valueScale);
+    } else {
+      ringKey[dim] = fromFloat<T>(keys[part].rotated());
+      ringValue[dim] = values[part];
+    }
     if (isSink) {
       static_cast<T*>(a.presentSinkKey)[sink + dim] = keys[part].element;
       static_cast<T*>(a.presentSinkValue)[sink + dim] = values[part];
@@ -72,7 +94,7 @@ __device__ __forceinline__ void carrySink(const KernelArguments& a, int batch, i
 
 // One warp takes one row of (B, G, S, D), keys and values alike; where present sinks are another
 // tensor than their past, further warps take the sink slots.
-template <class T, int D>
+template <class T, class Ring, int D>
 __global__ void __launch_bounds__(kAppendWarps * 32, 4) appendKernel(const KernelArguments a) {
   const int carried = a.copySinkKey || a.copySinkValue ? a.sinkSlots : 0;
   const int perPair = a.sequenceLength + carried;
@@ -82,7 +104,7 @@ __global__ void __launch_bounds__(kAppendWarps * 32, 4) appendKernel(const Kerne
   const int batch = pair / a.numKvHeads, kvHead = pair % a.numKvHeads;
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (row < a.sequenceLength) {
-    appendToken<T, D>(a, batch, kvHead, row, lane);
+    appendToken<T, Ring, D>(a, batch, kvHead, row, lane);
   } else {
     carrySink<T, D>(a, batch, kvHead, row - a.sequenceLength, lane);
   }

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "../operator/rules.h"
 #include "plan.h"
 #include "validate.h"
 
@@ -10,7 +11,7 @@ std::size_t lminfParamsSize() { return sizeof(lminf::LambdaAttentionParams); }
 std::size_t lminfValidate(const lminf::LambdaAttentionParams* params, char* message,
                           std::size_t messageBytes) {
   std::string problem = lminf::validate(*params);
-  if (!problem.empty()) problem = std::string(lminf::kName) + ": " + problem;
+  if (!problem.empty()) problem = std::string(lminf::nameOf(*params)) + ": " + problem;
   if (messageBytes > 0) {
     const std::size_t count = problem.size() < messageBytes ? problem.size() : messageBytes - 1;
     std::memcpy(message, problem.data(), count);

@@ -11,7 +11,7 @@
 // and this tile's values are under way while it computes.
 #pragma once
 
-#include "row.cuh"
+#include "ring.cuh"
 #include "tile_shapes.h"
 
 namespace lminf {
@@ -19,7 +19,7 @@ namespace lminf {
 // One warp's state. The head dimension lies in blocks: for keys 32 dimensions, 8 in each lane of a
 // quad; for values 64 dimensions, 8 for each of the 8 quads. What D = 80 and 96 leave over is a
 // narrower last block ("rest").
-template <class T, int D, int kRowTiles>
+template <class T, class Ring, int D, int kRowTiles>
 struct DecodeWarp {
   static_assert(D <= kLargestDoubledHeadDim || D % 64 == 0, "large heads have whole blocks only");
   static constexpr int kKeyBlocks = D / 32, kKeyRest = D % 32 / 4;      // rest: 0 or 4 elements
@@ -31,6 +31,7 @@ struct DecodeWarp {
   const KernelArguments& a;
   int quad, inQuad;                     // lane = 4 * quad + inQuad
   std::int64_t sinkOffset, ringOffset;  // of this key/value head, in elements
+  std::int64_t scaleOffset;             // the same of its scales
   int sinkCount, ringCount, firstSlot, sinkTiles;
   // Of rows 2 * inQuad and + 1: the last sink they see, the distance to ring key 0; -1 for padding.
   int lastSink[kRowTiles][2];
@@ -40,6 +41,9 @@ struct DecodeWarp {
   // Fragments. key[...][0] is key `quad` of the tile, key[...][1] key quad + 8.
   Packed<8> key[kKeyBlocks][2];
   Packed<kKeyRest ? kKeyRest : 2> keyRest[2];
+  // Of a ring that rounds: the scales of keys quad and quad + 8, and of their values.
+  static constexpr bool kRounded = isRounded<T, Ring>();
+  float keyScale[2], valueScale[2];
   // Keys 2 * inQuad, + 1, + 8, + 9 of the tile.
   Packed<8> value[kValueBlocks][4];
   Packed<kValueRest ? kValueRest : 2> valueRest[4];
@@ -56,21 +60,37 @@ struct DecodeWarp {
   __device__ __forceinline__ explicit DecodeWarp(const KernelArguments& arguments)
       : a(arguments), quad(threadIdx.x % 32 / 4), inQuad(threadIdx.x % 4) {}
 
-  // Row of a numbered key or value. Behind the last one it is repeated; the mask drops those.
+  // Slot of a numbered key or value. Behind the last one it is repeated; the mask drops those.
+  __device__ __forceinline__ int sinkSlot(int number) const {
+    return smaller(number, sinkCount - 1);
+  }
+  __device__ __forceinline__ int slotOf(int number) const {
+    return ringSlot(firstSlot, smaller(number, ringCount - 1), a.capacity);
+  }
+
+  // The row of a numbered key or value, in sinks or ring.
   __device__ __forceinline__ const T* rowOf(bool isSink, int number, const void* sinks,
                                             const void* ring) const {
-    if (isSink) {
-      return static_cast<const T*>(sinks) + sinkOffset + smaller(number, sinkCount - 1) * D;
-    }
-    const int slot = ringSlot(firstSlot, smaller(number, ringCount - 1), a.capacity);
-    return static_cast<const T*>(ring) + ringOffset + slot * D;
+    if (isSink) return static_cast<const T*>(sinks) + sinkOffset + sinkSlot(number) * D;
+    return static_cast<const T*>(ring) + ringOffset + slotOf(number) * D;
+  }
+  __device__ __forceinline__ const Ring* ringRowOf(int number, const void* ring) const {
+    return static_cast<const Ring*>(ring) + ringOffset + slotOf(number) * D;
   }
 
   __device__ __forceinline__ int firstKey(int tile) const {
     return (tile < sinkTiles ? tile : tile - sinkTiles) * kDecodeKeys;
   }
 
+  // Bytes stay as they are until they are multiplied; sinks are of T in every ring.
   __device__ __forceinline__ void loadKeys(int tile) {
+    if constexpr (kRounded) {
+      keyScale[0] = keyScale[1] = 1.0f;
+      if (tile >= sinkTiles) {
+        loadKeyBytes(tile);
+        return;
+      }
+    }
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const T* row =
@@ -85,7 +105,68 @@ struct DecodeWarp {
     }
   }
 
+  __device__ __forceinline__ void loadKeyBytes(int tile) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int number = firstKey(tile) + quad + 8 * side;
+      const Ring* row = ringRowOf(number, a.presentKey);
+#pragma unroll
+      for (int block = 0; block < kKeyBlocks; ++block) {
+        key[block][side] = loadStreamedBytes<8>(row + block * 32 + inQuad * 8);
+      }
+      if constexpr (kKeyRest > 0) {
+        keyRest[side] = loadStreamedBytes<kKeyRest>(row + kKeyBlocks * 32 + inQuad * kKeyRest);
+      }
+      keyScale[side] = a.presentKeyScale[scaleOffset + slotOf(number)];
+    }
+  }
+
+  __device__ __forceinline__ void loadValueBytes(int tile) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int number = firstKey(tile) + 2 * inQuad + (part & 1) + (part & 2) * 4;
+      const Ring* row = ringRowOf(number, a.presentValue);
+#pragma unroll
+      for (int block = 0; block < kValueBlocks; ++block) {
+        value[block][part] = loadStreamedBytes<8>(row + block * 64 + quad * 8);
+      }
+      if constexpr (kValueRest > 0) {
+        valueRest[part] =
+            loadStreamedBytes<kValueRest>(row + kValueBlocks * 64 + quad * kValueRest);
+      }
+    }
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      valueScale[side] = a.presentValueScale[scaleOffset + slotOf(firstKey(tile) + quad + 8 * side)];
+    }
+  }
+
+  // Bytes become elements of T, in the same registers.
+  __device__ __forceinline__ void expandKeys() {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+#pragma unroll
+      for (int block = 0; block < kKeyBlocks; ++block) expandBytes<T>(key[block][side]);
+      if constexpr (kKeyRest > 0) expandBytes<T>(keyRest[side]);
+    }
+  }
+  __device__ __forceinline__ void expandValues() {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+#pragma unroll
+      for (int block = 0; block < kValueBlocks; ++block) expandBytes<T>(value[block][part]);
+      if constexpr (kValueRest > 0) expandBytes<T>(valueRest[part]);
+    }
+  }
+
   __device__ __forceinline__ void loadValues(int tile) {
+    if constexpr (kRounded) {
+      valueScale[0] = valueScale[1] = 1.0f;
+      if (tile >= sinkTiles) {
+        loadValueBytes(tile);
+        return;
+      }
+    }
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const int number = firstKey(tile) + 2 * inQuad + (part & 1) + (part & 2) * 4;
@@ -123,7 +204,10 @@ struct DecodeWarp {
   }
 
   // products[rowTile]: keys quad (elements 0, 1) and quad + 8 (2, 3) times rows 2 * inQuad, + 1.
-  __device__ __forceinline__ void multiplyKeys(float (&products)[kRowTiles][4]) const {
+  __device__ __forceinline__ void multiplyKeys(int tile, float (&products)[kRowTiles][4]) {
+    if constexpr (kRounded) {
+      if (tile >= sinkTiles) expandKeys();
+    }
 #pragma unroll
     for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
 #pragma unroll
@@ -141,6 +225,12 @@ struct DecodeWarp {
       if constexpr (kKeyRest > 0) {
         multiplyPairs<2>(products[rowTile], keyRest[0].word, keyRest[1].word,
                          queryRest[rowTile].word);
+      }
+      if constexpr (kRounded) {
+#pragma unroll
+        for (int element = 0; element < 4; ++element) {
+          products[rowTile][element] *= keyScale[element / 2];
+        }
       }
     }
   }
@@ -174,7 +264,7 @@ struct DecodeWarp {
         const float logit = scaledLogit(weight, a, slope[rowTile][column],
                                         isSink ? a.limitDistance : static_cast<float>(distance));
         weight = seen ? logit : -INFINITY;
-        top = fmaxf(top, weight);
+        top = fmaxf(top, weight - weightShift<T, Ring>());
       }
       top = maximumOver(top, 4, 16);
       const float base = finiteMaximum(top);
@@ -193,11 +283,18 @@ struct DecodeWarp {
   }
 
   // sum += values (as rows: dimensions) times weights (as columns: query rows).
-  __device__ __forceinline__ void multiplyValues(const float (&weights)[kRowTiles][4]) {
+  __device__ __forceinline__ void multiplyValues(int tile, float (&weights)[kRowTiles][4]) {
+    if constexpr (kRounded) {
+      if (tile >= sinkTiles) expandValues();
+    }
     std::uint32_t weightWord[kRowTiles][2];
 #pragma unroll
     for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
-      const float (&w)[4] = weights[rowTile];
+      float (&w)[4] = weights[rowTile];
+      if constexpr (kRounded) {
+#pragma unroll
+        for (int element = 0; element < 4; ++element) w[element] *= valueScale[element / 2];
+      }
       weightWord[rowTile][0] = transposeMatrix(packPair<T>(w[0], w[1]));
       weightWord[rowTile][1] = transposeMatrix(packPair<T>(w[2], w[3]));
     }
@@ -335,7 +432,7 @@ __device__ __forceinline__ void rotateQueries(const KernelArguments& a, const Ro
 }
 
 // grid: (B * G * rowBlocks, splits).
-template <class T, int D, int kRowTiles>
+template <class T, class Ring, int D, int kRowTiles>
 __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocessor(D, kRowTiles))
     decodeKernel(const KernelArguments a) {
   constexpr int kRows = kRowTiles * 8;
@@ -345,8 +442,9 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   const int real = realTokens(a.newLength[group.batch], a.sequenceLength);
   const std::int64_t pair = static_cast<std::int64_t>(group.batch) * a.numKvHeads + group.kvHead;
 
-  DecodeWarp<T, D, kRowTiles> warp(a);
+  DecodeWarp<T, Ring, D, kRowTiles> warp(a);
   warp.sinkOffset = pair * a.sinkSlots * D;
+  warp.scaleOffset = pair * a.capacity;
   warp.ringOffset = pair * a.capacity * D;
   const KeySpan span =
       keySpan(past, real, 0, a.sequenceLength - 1, a.windowSize, a.numSinkTokens, a.capacity);
@@ -396,13 +494,13 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
     }
     float weights[kRowTiles][4];
     warp.loadValues(tile);
-    warp.multiplyKeys(weights);
+    warp.multiplyKeys(tile, weights);
     if (tile + kDecodeWarps < end) warp.loadKeys(tile + kDecodeWarps);
 #pragma unroll
     for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
       warp.softmax(tile, weights[rowTile], rowTile);
     }
-    warp.multiplyValues(weights);
+    warp.multiplyValues(tile, weights);
   }
 
   syncBlock();  // the results take the place of the queries

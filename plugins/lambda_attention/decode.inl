@@ -6,20 +6,20 @@
 
 namespace lminf {
 
-template <class T>
+template <class T, class Ring>
 cudaError_t enqueueDecode(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
                           cudaStream_t stream) {
   const LaunchShape shape = shapeOf(arguments, plan);
   if (plan.kernel == AttentionKernel::kDecode16) {
     switch (headDim) {
-      case 64: return enqueue(decodeKernel<T, 64, 2>, shape, stream, arguments);
-      case 80: return enqueue(decodeKernel<T, 80, 2>, shape, stream, arguments);
-      case 96: return enqueue(decodeKernel<T, 96, 2>, shape, stream, arguments);
-      case 128: return enqueue(decodeKernel<T, 128, 2>, shape, stream, arguments);
+      case 64: return enqueue(decodeKernel<T, Ring, 64, 2>, shape, stream, arguments);
+      case 80: return enqueue(decodeKernel<T, Ring, 80, 2>, shape, stream, arguments);
+      case 96: return enqueue(decodeKernel<T, Ring, 96, 2>, shape, stream, arguments);
+      case 128: return enqueue(decodeKernel<T, Ring, 128, 2>, shape, stream, arguments);
       default: return cudaErrorInvalidValue;  // the plan takes another kernel there
     }
   }
-#define LMINF_DECODE(D) enqueue(decodeKernel<T, D, 1>, shape, stream, arguments)
+#define LMINF_DECODE(D) enqueue(decodeKernel<T, Ring, D, 1>, shape, stream, arguments)
   LMINF_FOR_HEAD_DIM(headDim, LMINF_DECODE)
 #undef LMINF_DECODE
 }

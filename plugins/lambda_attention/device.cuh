@@ -34,6 +34,23 @@ __device__ __forceinline__ Packed<count> loadStreamed(const void* source) {
   return loaded;
 }
 
+// Loads count = 2, 4 or 8 contiguous bytes, aligned to their size, to the first registers.
+template <int count>
+__device__ __forceinline__ Packed<count> loadStreamedBytes(const void* source) {
+  Packed<count> loaded{};
+  std::uint32_t bytes[count == 8 ? 2 : 1];
+  if constexpr (count == 8) {
+    loadGlobal8(bytes, source);
+    loaded.word[1] = bytes[1];
+  } else if constexpr (count == 4) {
+    loadGlobal4(bytes, source);
+  } else {
+    loadGlobal2(bytes, source);
+  }
+  loaded.word[0] = bytes[0];
+  return loaded;
+}
+
 template <int words>
 struct alignas(4 * words) Words {
   std::uint32_t word[words];

@@ -67,6 +67,19 @@ __device__ __forceinline__ std::uint32_t packHigh(std::uint32_t a, std::uint32_t
   return __byte_perm(a, b, 0x7632);
 }
 
+// Four bytes of a register pair: nibble i of the selector says which byte of b:a becomes byte i.
+__device__ __forceinline__ std::uint32_t selectBytes(std::uint32_t a, std::uint32_t b,
+                                                     std::uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// a - b of two float16 in each register.
+__device__ __forceinline__ std::uint32_t subtractHalves(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t word;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+
 // Keys and values are read once per block: they pass by the first-level cache. Volatile keeps the
 // loads where the kernel issues them, ahead of the work that hides their latency.
 __device__ __forceinline__ void loadGlobal16(std::uint32_t (&word)[4], const void* source) {
@@ -82,6 +95,11 @@ __device__ __forceinline__ void loadGlobal8(std::uint32_t (&word)[2], const void
 __device__ __forceinline__ void loadGlobal4(std::uint32_t (&word)[1], const void* source) {
   asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(word[0]) : "l"(source));
 }
+__device__ __forceinline__ void loadGlobal2(std::uint32_t (&word)[1], const void* source) {
+  std::uint16_t half;
+  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(half) : "l"(source));
+  word[0] = half;
+}
 
 __device__ __forceinline__ std::uint32_t sharedAddress(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
@@ -89,6 +107,10 @@ __device__ __forceinline__ std::uint32_t sharedAddress(const void* shared) {
 
 __device__ __forceinline__ void copyAsync16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(sharedAddress(shared)), "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void copyAsync4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(sharedAddress(shared)), "l"(global)
                : "memory");
 }
 __device__ __forceinline__ void commitCopies() {

@@ -7,16 +7,18 @@
 
 namespace lminf {
 
-template <class T>
+// T is the model's element type, Ring that of the rings: T or Int8.
+template <class T, class Ring>
 cudaError_t enqueueAppend(const KernelArguments& arguments, int headDim, cudaStream_t stream);
 template <class T>
 cudaError_t enqueueCombine(const KernelArguments& arguments, int headDim, cudaStream_t stream);
-template <class T>
+template <class T, class Ring>
 cudaError_t enqueueDecode(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
                           cudaStream_t stream);
-template <class T>
+template <class T, class Ring>
 cudaError_t enqueueTiles(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
                          cudaStream_t stream);
+template <class Ring>
 cudaError_t enqueueSimple(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
                           cudaStream_t stream);
 

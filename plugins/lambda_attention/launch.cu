@@ -8,7 +8,10 @@
 namespace lminf {
 namespace {
 
-std::size_t elementBytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
+std::size_t ringElementBytes(const LambdaAttentionParams& p) {
+  if (p.int8Cache) return 1;
+  return p.dataType == DataType::kFloat32 ? 4 : 2;
+}
 
 KernelArguments argumentsOf(const LambdaAttentionParams& p) {
   KernelArguments a{};
@@ -35,13 +38,23 @@ KernelArguments argumentsOf(const LambdaAttentionParams& p) {
   return a;
 }
 
-cudaError_t copyRing(const void* past, void* present, const LambdaAttentionParams& p,
-                     cudaStream_t stream) {
+// Copies the past of a cache of `rowBytes` a slot where the present is another.
+cudaError_t copySlots(const void* past, void* present, const LambdaAttentionParams& p,
+                      std::size_t rowBytes, cudaStream_t stream) {
   if (past == present) return cudaSuccess;
-  const std::size_t bytes =
-      static_cast<std::size_t>(p.batchSize) * static_cast<std::size_t>(p.numKvHeads) *
-      static_cast<std::size_t>(p.capacity * p.headDim) * elementBytes(p.dataType);
-  return cudaMemcpyAsync(present, past, bytes, cudaMemcpyDeviceToDevice, stream);
+  const std::size_t rows =
+      static_cast<std::size_t>(p.batchSize * p.numKvHeads) * static_cast<std::size_t>(p.capacity);
+  return cudaMemcpyAsync(present, past, rows * rowBytes, cudaMemcpyDeviceToDevice, stream);
+}
+
+cudaError_t copyRings(const LambdaAttentionParams& p, cudaStream_t stream) {
+  const std::size_t row = static_cast<std::size_t>(p.headDim) * ringElementBytes(p);
+  cudaError_t status = copySlots(p.pastKey, p.presentKey, p, row, stream);
+  if (status == cudaSuccess) status = copySlots(p.pastValue, p.presentValue, p, row, stream);
+  if (status != cudaSuccess || !p.int8Cache) return status;
+  status = copySlots(p.pastKeyScale, p.presentKeyScale, p, sizeof(float), stream);
+  if (status != cudaSuccess) return status;
+  return copySlots(p.pastValueScale, p.presentValueScale, p, sizeof(float), stream);
 }
 
 cudaError_t readLimits(DeviceLimits& limits) {
@@ -60,33 +73,46 @@ cudaError_t readLimits(DeviceLimits& limits) {
   return status;
 }
 
-template <class T>
+template <class T, class Ring>
 cudaError_t attend(const KernelArguments& a, const AttentionPlan& plan, int headDim,
                    cudaStream_t stream) {
   const bool isDecode =
       plan.kernel == AttentionKernel::kDecode8 || plan.kernel == AttentionKernel::kDecode16;
-  const cudaError_t status = isDecode ? enqueueDecode<T>(a, plan, headDim, stream)
-                                      : enqueueTiles<T>(a, plan, headDim, stream);
+  const cudaError_t status = isDecode ? enqueueDecode<T, Ring>(a, plan, headDim, stream)
+                                      : enqueueTiles<T, Ring>(a, plan, headDim, stream);
   if (status != cudaSuccess || plan.splits == 1) return status;
   return enqueueCombine<T>(a, headDim, stream);
+}
+
+template <class Ring>
+cudaError_t runSimple(const KernelArguments& a, const AttentionPlan& plan, int headDim,
+                      cudaStream_t stream) {
+  const cudaError_t status = enqueueAppend<float, Ring>(a, headDim, stream);
+  return status != cudaSuccess ? status : enqueueSimple<Ring>(a, plan, headDim, stream);
+}
+
+template <class T, class Ring>
+cudaError_t runTensorCores(const KernelArguments& a, const AttentionPlan& plan, int headDim,
+                           cudaStream_t stream) {
+  const cudaError_t status = enqueueAppend<T, Ring>(a, headDim, stream);
+  return status != cudaSuccess ? status : attend<T, Ring>(a, plan, headDim, stream);
 }
 
 cudaError_t appendAndAttend(const KernelArguments& a, const AttentionPlan& plan,
                             const LambdaAttentionParams& p, cudaStream_t stream) {
   const int headDim = static_cast<int>(p.headDim);
-  cudaError_t status = cudaErrorInvalidValue;
   switch (p.dataType) {
     case DataType::kFloat32:
-      status = enqueueAppend<float>(a, headDim, stream);
-      return status != cudaSuccess ? status : enqueueSimple(a, plan, headDim, stream);
+      return p.int8Cache ? runSimple<Int8>(a, plan, headDim, stream)
+                         : runSimple<float>(a, plan, headDim, stream);
     case DataType::kFloat16:
-      status = enqueueAppend<Half>(a, headDim, stream);
-      return status != cudaSuccess ? status : attend<Half>(a, plan, headDim, stream);
+      return p.int8Cache ? runTensorCores<Half, Int8>(a, plan, headDim, stream)
+                         : runTensorCores<Half, Half>(a, plan, headDim, stream);
     case DataType::kBfloat16:
-      status = enqueueAppend<Bfloat16>(a, headDim, stream);
-      return status != cudaSuccess ? status : attend<Bfloat16>(a, plan, headDim, stream);
+      return p.int8Cache ? runTensorCores<Bfloat16, Int8>(a, plan, headDim, stream)
+                         : runTensorCores<Bfloat16, Bfloat16>(a, plan, headDim, stream);
   }
-  return status;
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -110,9 +136,7 @@ cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::si
   arguments.partialOutput = static_cast<float*>(workspace);
   arguments.partialStats = arguments.partialOutput + partialRows * params.headDim;
 
-  status = copyRing(params.pastKey, params.presentKey, params, stream);
-  if (status != cudaSuccess) return status;
-  status = copyRing(params.pastValue, params.presentValue, params, stream);
+  status = copyRings(params, stream);
   if (status != cudaSuccess) return status;
   return appendAndAttend(arguments, plan, params, stream);
 }

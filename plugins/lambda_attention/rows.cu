@@ -6,13 +6,13 @@
 
 namespace lminf {
 
-template <class T>
+template <class T, class Ring>
 cudaError_t enqueueAppend(const KernelArguments& a, int headDim, cudaStream_t stream) {
   const int carried = a.copySinkKey || a.copySinkValue ? a.sinkSlots : 0;
   const std::int64_t rows = static_cast<std::int64_t>(a.batchSize) * a.numKvHeads *
                             (std::int64_t{a.sequenceLength} + carried);
   const LaunchShape shape = shapeOfRows(rows, kAppendWarps);
-#define LMINF_APPEND(D) enqueue(appendKernel<T, D>, shape, stream, a)
+#define LMINF_APPEND(D) enqueue(appendKernel<T, Ring, D>, shape, stream, a)
   LMINF_FOR_HEAD_DIM(headDim, LMINF_APPEND)
 #undef LMINF_APPEND
 }
@@ -28,18 +28,26 @@ cudaError_t enqueueCombine(const KernelArguments& a, int headDim, cudaStream_t s
 #undef LMINF_COMBINE
 }
 
+template <class Ring>
 cudaError_t enqueueSimple(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
                           cudaStream_t stream) {
   const LaunchShape shape{static_cast<unsigned>(plan.rowBlocks), 1,
                           static_cast<unsigned>(plan.threads), 0};
-#define LMINF_SIMPLE(D) enqueue(simpleKernel<float, D>, shape, stream, arguments)
+#define LMINF_SIMPLE(D) enqueue(simpleKernel<float, Ring, D>, shape, stream, arguments)
   LMINF_FOR_HEAD_DIM(headDim, LMINF_SIMPLE)
 #undef LMINF_SIMPLE
 }
 
-template cudaError_t enqueueAppend<float>(const KernelArguments&, int, cudaStream_t);
-template cudaError_t enqueueAppend<Half>(const KernelArguments&, int, cudaStream_t);
-template cudaError_t enqueueAppend<Bfloat16>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueAppend<float, float>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueAppend<float, Int8>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueAppend<Half, Half>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueAppend<Half, Int8>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueAppend<Bfloat16, Bfloat16>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueAppend<Bfloat16, Int8>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueSimple<float>(const KernelArguments&, const AttentionPlan&, int,
+                                          cudaStream_t);
+template cudaError_t enqueueSimple<Int8>(const KernelArguments&, const AttentionPlan&, int,
+                                         cudaStream_t);
 template cudaError_t enqueueCombine<Half>(const KernelArguments&, int, cudaStream_t);
 template cudaError_t enqueueCombine<Bfloat16>(const KernelArguments&, int, cudaStream_t);
 

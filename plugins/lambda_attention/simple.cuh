@@ -1,12 +1,12 @@
 // attend, simply: one warp per query row, one key at a time. For float32, which tests use.
 #pragma once
 
-#include "row.cuh"
+#include "ring.cuh"
 #include "tile_shapes.h"
 
 namespace lminf {
 
-template <class T, int D>
+template <class T, class Ring, int D>
 __global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const KernelArguments a) {
   constexpr int kParts = (D + 31) / 32;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -44,16 +44,23 @@ __global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const Kerne
     const int ring = number - span.sinkCount;
     const std::int64_t at = isSink ? pair * a.sinkSlots + number
                                    : pair * a.capacity + ringSlot(span.firstSlot, ring, a.capacity);
-    const T* key = static_cast<const T*>(isSink ? a.presentSinkKey : a.presentKey) + at * D;
-    const T* value = static_cast<const T*>(isSink ? a.presentSinkValue : a.presentValue) + at * D;
+    const auto element = [&](const void* sinks, const void* rings, int dim) {
+      return isSink ? toFloat(static_cast<const T*>(sinks)[at * D + dim])
+                    : ringElement<Ring>(rings, at * D + dim);
+    };
+    float keyScale = 1.0f, valueScale = 1.0f;
+    if (isRounded<T, Ring>() && !isSink) {
+      keyScale = a.presentKeyScale[at];
+      valueScale = a.presentValueScale[at];
+    }
     float product = 0.0f;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const int dim = part * 32 + lane;
-      const float element = isSink ? sinkQuery[part] : ringQuery[part];
-      if (dim < D) product += element * toFloat(key[dim]);
+      const float turned = isSink ? sinkQuery[part] : ringQuery[part];
+      if (dim < D) product += turned * element(a.presentSinkKey, a.presentKey, dim);
     }
-    product = sumOver(product, 1, 16);
+    product = sumOver(product, 1, 16) * keyScale;
     const float distance =
         isSink ? a.limitDistance : static_cast<float>(step - span.firstRelative - ring);
     float logit = product * a.scale;
@@ -66,7 +73,9 @@ __global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const Kerne
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const int dim = part * 32 + lane;
-      if (dim < D) sum[part] = sum[part] * carried + weight * toFloat(value[dim]);
+      if (dim >= D) continue;
+      const float taken = element(a.presentSinkValue, a.presentValue, dim);
+      sum[part] = sum[part] * carried + weight * valueScale * taken;
     }
   }
   const float factor = softmaxFactor(a, head, maximum * kLog2E, total);

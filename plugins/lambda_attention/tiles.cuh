@@ -4,15 +4,16 @@
 // in one list of rows, so a short chunk of a large group fills a tile too) and walks over the keys
 // that these rows can see, sinks first, then the ring by position. Tiles of keys come in by
 // cp.async, one ahead. A tile that a warp's rows see in full skips the mask; one they do not see at
-// all is skipped.
+// all is skipped. A ring that rounds comes in as bytes and becomes tiles of T in shared memory
+// (tiles_rounded.cuh); from there on everything is the same but for the scales.
 #pragma once
 
-#include "row.cuh"
+#include "ring.cuh"
 #include "tile_shapes.h"
 
 namespace lminf {
 
-template <class T, int D, int kWarps>
+template <class T, class Ring, int D, int kWarps>
 struct TilesWarp {
   static constexpr int kKeys = tileKeys(D);
   static constexpr int kStride = D + kRowPadding;
@@ -53,6 +54,26 @@ struct TilesWarp {
       seenByAll.high = smaller(seenByAll.high, shuffleXor(seenByAll.high, mask));
       seenByAny.low = smaller(seenByAny.low, shuffleXor(seenByAny.low, mask));
       seenByAny.high = larger(seenByAny.high, shuffleXor(seenByAny.high, mask));
+    }
+  }
+
+  // Whether some row of the warp sees one of these keys, and whether all rows see all of them.
+  __device__ __forceinline__ bool seesAny(int first, int last) const {
+    return first <= seenByAny.high && last >= seenByAny.low;
+  }
+  __device__ __forceinline__ bool seesAll(int first, int last) const {
+    return first >= seenByAll.low && last <= seenByAll.high;
+  }
+
+  // Products with keys, or weights of values, times the scales of the rows of a tile.
+  __device__ __forceinline__ void applyScales(float (&elements)[kKeys / 8][4],
+                                              const float* scales) const {
+#pragma unroll
+    for (int tile = 0; tile < kKeys / 8; ++tile) {
+#pragma unroll
+      for (int element = 0; element < 4; ++element) {
+        elements[tile][element] *= scales[tile * 8 + lane % 4 * 2 + element % 2];
+      }
     }
   }
 
@@ -131,7 +152,8 @@ struct TilesWarp {
       float top = maximum[side];
 #pragma unroll
       for (int tile = 0; tile < kKeys / 8; ++tile) {
-        top = fmaxf(top, fmaxf(logits[tile][2 * side], logits[tile][2 * side + 1]));
+        top = fmaxf(top, fmaxf(logits[tile][2 * side], logits[tile][2 * side + 1]) -
+                             weightShift<T, Ring>());
       }
       top = maximumOver(top, 1, 2);
       const float base = finiteMaximum(top);
@@ -176,10 +198,10 @@ struct TilesWarp {
 };
 
 // A list of keys (sinks, or ring) as one block walks over it.
-template <class T>
+template <class Element>
 struct KeyList {
-  const T* keys;
-  const T* values;
+  const Element* keys;
+  const Element* values;
   int count;
   int firstSlot;
   int capacity;
@@ -236,8 +258,8 @@ __device__ __forceinline__ void rotateTileQueries(const KernelArguments& a, cons
 }
 
 // Attends to tiles begin ... end - 1 of one list of keys.
-template <class T, int D, int kWarps>
-__device__ __forceinline__ void walkTiles(TilesWarp<T, D, kWarps>& warp, const KeyList<T>& list,
+template <class T, class Ring, int D, int kWarps>
+__device__ __forceinline__ void walkTiles(TilesWarp<T, Ring, D, kWarps>& warp, const KeyList<T>& list,
                                           int begin, int end, bool isSink, int firstRelative,
                                           T* stages) {
   constexpr int kKeys = tileKeys(D), kTile = kKeys * (D + kRowPadding);
@@ -253,11 +275,11 @@ __device__ __forceinline__ void walkTiles(TilesWarp<T, D, kWarps>& warp, const K
     waitCopies<1>();
     syncBlock();
     const int first = tile * kKeys, last = first + kKeys - 1;
-    if (first <= warp.seenByAny.high && last >= warp.seenByAny.low) {
+    if (warp.seesAny(first, last)) {
       float weights[kKeys / 8][4];
       warp.multiplyKeys(weights, keys);
       warp.toLogits(weights, isSink, -firstRelative - first);
-      if (first < warp.seenByAll.low || last > warp.seenByAll.high) warp.mask(weights, first);
+      if (!warp.seesAll(first, last)) warp.mask(weights, first);
       warp.softmax(weights);
       warp.multiplyValues(weights, keys + kTile);
     }
@@ -266,9 +288,9 @@ __device__ __forceinline__ void walkTiles(TilesWarp<T, D, kWarps>& warp, const K
 }
 
 // Writes the warp's rows of output through shared memory, 16 bytes at a time.
-template <class T, int D, int kWarps>
+template <class T, class Ring, int D, int kWarps>
 __device__ __forceinline__ void storeTile(const KernelArguments& a, const RowGroup& group,
-                                          const TilesWarp<T, D, kWarps>& warp, int firstRow,
+                                          const TilesWarp<T, Ring, D, kWarps>& warp, int firstRow,
                                           T* staged) {
   constexpr int kStride = D + kRowPadding;
 #pragma unroll
@@ -297,9 +319,9 @@ __device__ __forceinline__ void storeTile(const KernelArguments& a, const RowGro
 }
 
 // Writes the warp's rows of one split: sums, maxima and totals as they are.
-template <class T, int D, int kWarps>
+template <class T, class Ring, int D, int kWarps>
 __device__ __forceinline__ void storePartial(const KernelArguments& a, const RowGroup& group,
-                                             const TilesWarp<T, D, kWarps>& warp, int firstRow,
+                                             const TilesWarp<T, Ring, D, kWarps>& warp, int firstRow,
                                              int split) {
   const std::int64_t allRows =
       static_cast<std::int64_t>(a.batchSize) * a.numKvHeads * a.group * a.sequenceLength;
@@ -321,88 +343,21 @@ __device__ __forceinline__ void storePartial(const KernelArguments& a, const Row
   }
 }
 
-// What a block's rows can see: the steps of its rows are contiguous if they belong to one head.
-template <int kRows>
-__device__ __forceinline__ KeySpan spanOfBlock(const KernelArguments& a, const RowGroup& group,
-                                               std::int64_t past, int real) {
-  const int lastRow = smaller(group.firstRow + kRows, group.rows) - 1;
-  const bool oneHead = group.firstRow / a.sequenceLength == lastRow / a.sequenceLength;
-  const int firstStep = oneHead ? group.firstRow % a.sequenceLength : 0;
-  const int lastStep = oneHead ? lastRow % a.sequenceLength : a.sequenceLength - 1;
-  return keySpan(past, real, firstStep, lastStep, a.windowSize, a.numSinkTokens, a.capacity);
+// The sinks that some row of a block sees, and its keys in the ring.
+template <class T, int D>
+__device__ __forceinline__ KeyList<T> sinkList(const KernelArguments& a, const KeySpan& span,
+                                               std::int64_t pair) {
+  const std::int64_t head = pair * a.sinkSlots * D;
+  return {static_cast<const T*>(a.presentSinkKey) + head,
+          static_cast<const T*>(a.presentSinkValue) + head, span.sinkCount, 0, a.sinkSlots};
 }
-
-// grid: (B * G * rowBlocks, splits).
-template <class T, int D, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 1) tilesKernel(const KernelArguments a) {
-  constexpr int kRows = kWarps * 16, kKeys = tileKeys(D), kStride = D + kRowPadding;
-  const int warpNumber = static_cast<int>(threadIdx.x / 32);
-  const RowGroup group(a, blockIdx.x, kRows);
-  const int firstRow = group.firstRow + warpNumber * 16;
-  const std::int64_t past = a.pastLength[group.batch];
-  const int real = realTokens(a.newLength[group.batch], a.sequenceLength);
-  const std::int64_t pair = static_cast<std::int64_t>(group.batch) * a.numKvHeads + group.kvHead;
-  const KeySpan span = spanOfBlock<kRows>(a, group, past, real);
-  const int sinkTiles = ceilDiv(span.sinkCount, kKeys);
-  const int tiles = sinkTiles + ceilDiv(span.ringCount, kKeys);
-  const int split = static_cast<int>(blockIdx.y);
-  const int begin = splitBegin(tiles, split, a.splits);
-  const int end = splitBegin(tiles, split + 1, a.splits);
-
-  T* shared = reinterpret_cast<T*>(dynamicShared());
-  T* stages = queryStaysShared(D) ? shared + kRows * kStride : shared;
-  TilesWarp<T, D, kWarps> warp(a);
-  warp.queryRows = shared + warpNumber * 16 * kStride;
-#pragma unroll
-  for (int index = 0; index < D / 2; ++index) warp.sum[index / 4][index % 4] = 0.0f;
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const int row = firstRow + warp.lane / 4 + 8 * side;
-    warp.rowStep[side] = row % a.sequenceLength;
-    warp.slope[side] = row < group.rows ? slopeOf(a, group.head(a, row)) : 0.0f;
-    warp.maximum[side] = -INFINITY;
-    warp.total[side] = 0.0f;
-  }
-
-#pragma unroll 1
-  for (int kind = 0; kind < 2; ++kind) {
-    const bool isSink = kind == 0;
-    const int from = isSink ? begin : larger(begin - sinkTiles, 0);
-    const int to = isSink ? smaller(end, sinkTiles) : end - sinkTiles;
-    if (from >= to) continue;
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const bool sees =
-          firstRow + warp.lane / 4 + 8 * side < group.rows && warp.rowStep[side] < real;
-      const int sinks = visibleSinks(past + warp.rowStep[side], a.windowSize, a.numSinkTokens);
-      warp.range[side] = !sees    ? noKeys()
-                         : isSink ? KeyRange{0, sinks - 1}
-                                  : visibleRingKeys(span, warp.rowStep[side], a.windowLimit);
-    }
-    warp.shareRanges();
-    rotateTileQueries<T, D, kWarps>(a, group, isSink, shared);
-    syncBlock();
-    warp.loadQuery();
-    if (!queryStaysShared(D)) syncBlock();  // tiles of keys take the queries' place
-    KeyList<T> list;
-    list.keys = static_cast<const T*>(isSink ? a.presentSinkKey : a.presentKey);
-    list.values = static_cast<const T*>(isSink ? a.presentSinkValue : a.presentValue);
-    const std::int64_t head = pair * (isSink ? a.sinkSlots : a.capacity) * D;
-    list.keys += head;
-    list.values += head;
-    list.count = isSink ? span.sinkCount : span.ringCount;
-    list.firstSlot = isSink ? 0 : span.firstSlot;
-    list.capacity = isSink ? a.sinkSlots : a.capacity;
-    walkTiles<T, D, kWarps>(warp, list, from, to, isSink, span.firstRelative, stages);
-  }
-
-#pragma unroll
-  for (int side = 0; side < 2; ++side) warp.total[side] = sumOver(warp.total[side], 1, 2);
-  if (a.splits > 1) {
-    storePartial<T, D, kWarps>(a, group, warp, firstRow, split);
-  } else {
-    storeTile<T, D, kWarps>(a, group, warp, firstRow, shared + warpNumber * 16 * kStride);
-  }
+template <class Ring, int D>
+__device__ __forceinline__ KeyList<Ring> ringList(const KernelArguments& a, const KeySpan& span,
+                                                  std::int64_t pair) {
+  const std::int64_t head = pair * a.capacity * D;
+  return {static_cast<const Ring*>(a.presentKey) + head,
+          static_cast<const Ring*>(a.presentValue) + head, span.ringCount, span.firstSlot,
+          a.capacity};
 }
 
 }  // namespace lminf

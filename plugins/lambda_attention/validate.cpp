@@ -99,7 +99,7 @@ std::string validateSettings(const LambdaAttentionParams& p) {
     return message("data type ", static_cast<std::int32_t>(p.dataType),
                    ": the kernels take float32, float16 and bfloat16");
   }
-  if (p.int8Cache) return "rings of int8: the CUDA kernels take rings of the model's type";
+  if (p.hasKeyBias) return "rings without the bias of keys: only the CPU kernel takes them";
   std::string problem = checkAttributes(p);
   if (problem.empty()) problem = checkLimits(p);
   if (problem.empty()) problem = checkRingOf(p);
@@ -124,6 +124,12 @@ std::string validate(const LambdaAttentionParams& p) {
                              {kInputs[kSin], p.sin},
                              {kInputs[kLimitCos], p.limitCos},
                              {kInputs[kLimitSin], p.limitSin}});
+  }
+  if (problem.empty() && p.int8Cache) {
+    problem = checkPointers({{kInputs[kPastKeyScale], p.pastKeyScale},
+                             {kInputs[kPastValueScale], p.pastValueScale},
+                             {kOutputs[kPresentKeyScale], p.presentKeyScale},
+                             {kOutputs[kPresentValueScale], p.presentValueScale}});
   }
   const bool writesSinks = p.numSinkTokens > 0 || p.presentSinkKey || p.presentSinkValue;
   if (problem.empty() && writesSinks) {

@@ -1,5 +1,5 @@
 // What the CUDA kernels take, beyond the operator's own rules (../operator/rules.h): head
-// dimensions, 32-bit offsets, aligned pointers.
+// dimensions, 32-bit offsets, aligned pointers, rings of the model's type or of int8.
 //
 // Plain C++17: no CUDA header, no device. Messages are as in rules.h.
 #pragma once

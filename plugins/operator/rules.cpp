@@ -81,6 +81,11 @@ bool isUnread(std::int32_t input, const Attributes& a) {
 
 }  // namespace
 
+const char* nameOf(const LambdaAttentionParams& params) {
+  if (params.hasKeyBias) return kKeyBiasName;
+  return params.int8Cache ? kInt8CacheName : kName;
+}
+
 std::int32_t numInputs(bool int8Cache, bool hasKeyBias) {
   if (hasKeyBias) return kNumKeyBiasInputs;
   return int8Cache ? kNumInt8CacheInputs : kNumInputs;

@@ -19,6 +19,9 @@ inline constexpr std::int64_t kOpen = -1;
 // Positions end here: from here on they have no exact rotation (docs/operator.md).
 inline constexpr std::int64_t kMaxPosition = std::int64_t{1} << 40;
 
+// The operator of a kind of ring.
+const char* nameOf(const LambdaAttentionParams& params);
+
 // Inputs that the operator of a kind of ring has.
 std::int32_t numInputs(bool int8Cache, bool hasKeyBias);
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from benchmarks.support.operator_case import Case, History, shared_inputs
 from lminf_export.operator import reference
 from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
+from scripts.gpu.ring_kinds import Int8Rings, ModelRings, RingKind, same
 
 GUARD_BYTES = 256
 GUARD = 0xFF  # NaN in every floating type, −1 in an integer
-ATTENTION_OUTPUT, RING_KEY = 0, 1
+# The bytes of an int8 output before anything is written.
+UNWRITTEN = 0x55
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Stream:
         dtype: of queries, keys and values.
         in_place: present tensors are their pasts.
         with_workspace: scratch memory is given; without, keys are not split.
+        int8_rings: the rings hold int8.
     """
 
     name: str
@@ -42,6 +45,12 @@ class Stream:
     dtype: torch.dtype = torch.float16
     in_place: bool = True
     with_workspace: bool = True
+    int8_rings: bool = False
+
+    @property
+    def rings(self) -> RingKind:
+        """The kind of its rings."""
+        return Int8Rings() if self.int8_rings else ModelRings()
 
 
 @dataclass
@@ -113,45 +122,53 @@ def run_stream(
     Returns:
         Errors and problems; nothing is raised for a wrong result.
     """
-    case, outcome = stream.case, Outcome()
+    case, outcome, rings = stream.case, Outcome(), stream.rings
     length = max(sum(chunk[row] for chunk in stream.chunks) for row in range(len(stream.bases)))
     history = History(case, list(stream.bases), length, stream.dtype)
     wanted = history.oracle()
     past = torch.tensor(stream.bases)
-    caches = history.caches(case.capacity)
+    caches = rings.caches(history, case.capacity)
     for chunk in stream.chunks:
         new, width = torch.tensor(chunk), max(1, *chunk)
-        state = [*history.chunk(past, new, width), *caches]
-        inputs = [
-            x.contiguous() for x in (*state, *shared_inputs(case, past, new, width, case.capacity))
-        ]
-        expected = reference.lambda_attention(*inputs, **case.attributes())
-        poisoned = [*inputs[:3], *poison(case, inputs, new), *inputs[7:]]
+        shared = shared_inputs(case, past, new, width, case.capacity)
+        state = [*history.chunk(past, new, width), *caches[:4], *shared, *caches[4:]]
+        inputs = [x.contiguous() for x in state]
+        expected = rings.expected(case, inputs)
+        poisoned = list(inputs)
+        for place, cache in zip(rings.places, poison(stream, inputs, new), strict=True):
+            poisoned[place] = cache
         outputs = _step(library, device, stream, poisoned, outcome, enqueue)
-        _compare_caches(case, poisoned, outputs, expected, outcome)
-        torch_output = same_precision(case, inputs, expected)
-        _compare_output(outputs[0], torch_output, wanted, past, new, stream.bases, outcome)
+        _compare_caches(stream, poisoned, outputs, outcome)
+        present = rings.in_model_type(expected, stream.dtype)
+        torch_output = same_precision(case, inputs, [expected[0], *present])
+        starts = past - torch.tensor(stream.bases)
+        truth = rings.truth(case, inputs, outputs)
+        if truth is None:
+            _compare_output(outputs[0], torch_output, wanted, starts, new, outcome)
+        else:
+            zeros = torch.zeros_like(starts)
+            _compare_output(outputs[0], torch_output, truth, zeros, new, outcome)
         caches = list(expected[1:])
         if not case.num_sink_tokens:
-            caches[2:] = inputs[5:7]
+            caches[2:4] = inputs[5:7]
         past = past + new
     return outcome
 
 
-def poison(case: Case, inputs: list[Tensor], new: Tensor) -> list[Tensor]:
+def poison(stream: Stream, inputs: list[Tensor], new: Tensor) -> list[Tensor]:
     """Return the caches with NaN wherever no query of this step may look."""
-    ring_key, ring_value, sink_key, sink_value = (x.clone() for x in inputs[3:7])
+    case = stream.case
+    caches = [inputs[place].clone() for place in stream.rings.places]
     past = inputs[7]
-    held = reference.slot_positions(past, torch.zeros_like(past), ring_key.shape[2])
+    held = reference.slot_positions(past, torch.zeros_like(past), caches[0].shape[2])
     dead = (held < 0) | (held < (past - case.window_size + 1)[:, None])
-    for ring in (ring_key, ring_value):
-        ring.masked_fill_(dead[:, None, :, None], float("nan"))
+    stream.rings.poison_rings(caches, dead)
     if case.num_sink_tokens:
         seen = (past + new - case.window_size).clamp(0, case.num_sink_tokens)
         unseen = torch.arange(case.num_sink_tokens) >= seen[:, None]
-        for sinks in (sink_key, sink_value):
+        for sinks in caches[2:4]:
             sinks.masked_fill_(unseen[:, None, :, None], float("nan"))
-    return [ring_key, ring_value, sink_key, sink_value]
+    return caches
 
 
 def _step(
@@ -166,10 +183,13 @@ def _step(
     held = [Guarded(x, name) for x in inputs]
     outputs = [Guarded(torch.full_like(inputs[0], float("nan")), name)]
     # Sinks that are a shared constant of one row have no place to write to.
-    for position in range(3, 7):
-        constant = position >= 5 and not case.num_sink_tokens
+    places = stream.rings.places
+    for position in places:
+        constant = position in places[2:4] and not case.num_sink_tokens
         shape = (inputs[0].shape[0], *inputs[position].shape[1:])
-        fresh = torch.full(shape, float("nan"), dtype=stream.dtype)
+        dtype = inputs[position].dtype
+        blank = float("nan") if dtype.is_floating_point else UNWRITTEN
+        fresh = torch.full(shape, blank, dtype=dtype)
         in_place = stream.in_place and (not constant or shape == inputs[position].shape)
         outputs.append(held[position] if in_place else Guarded(fresh, name))
     call = [x.tensor for x in held], [x.tensor for x in outputs]
@@ -186,8 +206,8 @@ def _step(
         if not memory.intact():
             outcome.problems.append(f"{what}: guard bytes overwritten")
     for position, (before, after) in enumerate(zip(inputs, held, strict=True)):
-        written = stream.in_place and 3 <= position < 7
-        if not written and not _same(before, after.tensor.cpu()):
+        written = stream.in_place and position in places
+        if not written and not same(before, after.tensor.cpu()):
             outcome.problems.append(f"input {position} changed")
     return [x.tensor.cpu() for x in outputs]
 
@@ -253,21 +273,13 @@ def _launch(
 
 
 def _compare_caches(
-    case: Case, inputs: list[Tensor], outputs: list[Tensor], expected: Any, outcome: Outcome
+    stream: Stream, inputs: list[Tensor], outputs: list[Tensor], outcome: Outcome
 ) -> None:
     """Present tensors are the (poisoned) pasts with the new tokens written in, nothing else."""
-    written = reference.lambda_attention(*inputs, **case.attributes())
-    for position in range(RING_KEY, 3 if not case.num_sink_tokens else 5):
-        got, want = outputs[position], written[position]
-        if position == RING_KEY:
-            # A device contracts the rotation's products: one unit in the last place of T, or of
-            # the float32 products (up to 20) where they cancel.
-            step = torch.finfo(got.dtype).eps * want.abs().float().nan_to_num()
-            near = (got.float() - want.float()).abs() <= step + 2e-6
-            good = bool((near | (got.isnan() & want.isnan())).all())
-        else:
-            good = _same(got, want)
-        if not good:
+    written = stream.rings.expected(stream.case, inputs)
+    outcome.problems += stream.rings.ring_problems(outputs, written)
+    for position in (3, 4) if stream.case.num_sink_tokens else ():
+        if not same(outputs[position], written[position]):
             outcome.problems.append(f"present tensor {position} differs")
 
 
@@ -275,17 +287,17 @@ def _compare_output(
     output: Tensor,
     torch_output: Tensor,
     wanted: Tensor,
-    past: Tensor,
+    starts: Tensor,
     new: Tensor,
-    bases: tuple[int, ...],
     outcome: Outcome,
 ) -> None:
+    """Compare a step's real rows; `wanted` (B, H, ·, D) has its first at `starts` (B,)."""
     if not torch.isfinite(output).all():
         outcome.problems.append("output is not finite")
         outcome.error = float("inf")
         return
-    for row, base in enumerate(bases):
-        count, start = int(new[row]), int(past[row]) - base
+    for row in range(len(output)):
+        count, start = int(new[row]), int(starts[row])
         truth = wanted[row, :, start : start + count]
         if count:
             error = (output[row, :, :count].double() - truth).abs().max()
@@ -294,7 +306,3 @@ def _compare_output(
             outcome.torch_error = max(outcome.torch_error, float(torch_error))
         if output[row, :, count:].any():
             outcome.problems.append("padded rows of output are not zero")
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(((a == b) | ((a != a) & (b != b))).all())  # NaN where NaN is expected

@@ -20,7 +20,6 @@ DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128")
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 
-# Tensors an operator with an int8 cache has behind the others: the CUDA kernels take none of them.
 _TENSORS = (*contract.input_names(key_bias=True), *contract.output_names(int8_cache=True))
 _ATTRIBUTE_TYPES = {"int": ctypes.c_int64, "float": ctypes.c_float}
 _SIZES = (
@@ -137,8 +136,10 @@ def params_of(
     """Describe one call of the operator.
 
     Args:
-        inputs: the operator's 17 inputs in order (lminf_export/operator/contract.py), contiguous.
-        outputs: its 5 outputs; a present tensor that is its past is updated in place.
+        inputs: the operator's 17 inputs in order (lminf_export/operator/contract.py), contiguous;
+            19 with rings of int8.
+        outputs: its 5 outputs, 7 with rings of int8; a present tensor that is its past is updated
+            in place.
         attributes: num_sink_tokens, window_size, distance_limit, scale, softcap, rotary_dim,
             rotary_interleaved.
         growing: the ring may be smaller than W + S − 1 and does not wrap in this call.
@@ -146,7 +147,8 @@ def params_of(
     Returns:
         The struct; it holds addresses only, so the tensors must outlive it.
     """
-    names = (*contract.input_names(), *contract.output_names())
+    int8 = inputs[3].dtype == torch.int8
+    names = (*contract.input_names(int8_cache=int8), *contract.output_names(int8_cache=int8))
     tensors = dict(zip(names, (*inputs, *outputs), strict=True))
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
@@ -156,6 +158,7 @@ def params_of(
     return Params(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         data_type=DATA_TYPES[tensors["query"].dtype],
+        int8_cache=int8,
         batch_size=batch,
         num_heads=heads,
         num_kv_heads=kv_heads,

@@ -23,25 +23,34 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "plugins" / "lambda_attention"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-DECODE_SOURCES = ("decode_float16.cu", "decode_bfloat16.cu")
-SOURCES = (*DECODE_SOURCES, "tiles_float16.cu", "tiles_bfloat16.cu", "rows.cu")
+DECODE_SOURCES = (
+    *("decode_float16.cu", "decode_bfloat16.cu"),
+    *("decode_float16_int8.cu", "decode_bfloat16_int8.cu"),
+)
+SOURCES = (
+    *DECODE_SOURCES,
+    *("tiles_float16.cu", "tiles_bfloat16.cu"),
+    *("tiles_float16_int8.cu", "tiles_bfloat16_int8.cu"),
+    "rows.cu",
+)
 REGISTERS = 65536
 _FUNCTION = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _NAME = re.compile(r"5lminf\d+(\w+?Kernel)I(.*?)EEv")
 _TYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16"}
+_INT8 = "NS_4Int8E"
 _THREADS = {"decodeKernel": 128, "appendKernel": 128, "combineKernel": 128, "simpleKernel": 128}
 
 
-def kernel_name(mangled: str) -> tuple[str, str, list[int]]:
-    """Return function, element type and integer template arguments of a mangled kernel."""
+def kernel_name(mangled: str) -> tuple[str, str, bool, list[int]]:
+    """Return function, element type, whether rings are int8, and integer template arguments."""
     found = _NAME.search(mangled)
     if found is None:
         raise ValueError(f"{mangled}: not a kernel of this project")
     function, arguments = found.groups()
     kind = next(name for code, name in _TYPES.items() if arguments.startswith(code))
-    return function, kind, [int(n) for n in re.findall(r"Li(\d+)", arguments + "E")]
+    return function, kind, _INT8 in arguments, [int(n) for n in re.findall(r"Li(\d+)", arguments + "E")]
 
 
 def parse(output: str) -> list[dict[str, Any]]:
@@ -49,12 +58,14 @@ def parse(output: str) -> list[dict[str, Any]]:
     kernels: list[dict[str, Any]] = []
     for line in output.splitlines():
         if found := _FUNCTION.search(line):
-            function, kind, numbers = kernel_name(found[1])
+            function, kind, int8, numbers = kernel_name(found[1])
             head_dim, *rest = numbers
             threads = rest[0] * 32 if function == "tilesKernel" else _THREADS[function]
             kernels.append(
                 {"architecture": found[2], "kernel": function, "dtype": kind, "head_dim": head_dim}
             )
+            if int8:
+                kernels[-1]["rings"] = "int8"
             if function == "decodeKernel":
                 kernels[-1]["query_rows"] = rest[0] * 8
             kernels[-1]["threads"] = threads

@@ -6,15 +6,15 @@ from functools import partial
 
 import torch
 
+from benchmarks.support.int8_rings import attended, rounded_caches
 from benchmarks.support.operator_case import History, shared_inputs
 from lminf_export.operator import reference
 from lminf_export.operator.reference_int8 import (
     INT8_LIMIT,
-    dequantize,
     lambda_attention_int8_cache,
     quantize,
 )
-from lminf_export.operator.rope import BASE, NUM_DIGITS, rotary_rows
+from lminf_export.operator.rope import BASE, NUM_DIGITS
 from tests.support.operator_streams import random_chunks, total
 
 
@@ -33,14 +33,6 @@ def exact_rows(case, position):
     (c0, s0), (c1, s1) = ((turn.cos(), turn.sin()) for turn in turns)
     m = case.attention_factor
     return (c0 * c1 - s0 * s1) * m, (s0 * c1 + c0 * s1) * m
-
-
-def rounded_caches(history, capacity):
-    """Ring key, ring value, sinks and scales as they stand before the first query."""
-    _, value, *sinks = history.caches(capacity)
-    key = history.without_bias().caches(capacity)[0]
-    (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
-    return [key, value, *sinks], [key_scale, value_scale]
 
 
 def exact_inputs(case, past, new, width, capacity):
@@ -157,28 +149,3 @@ def check_rings(case, inputs, found, wanted):
         if case.num_sink_tokens:
             assert torch.equal(found[sinks], wanted[sinks])
     return ties
-
-
-def attended(case, inputs, caches, scales):
-    """The specification's output over given caches, in float64."""
-    query, cos, sin, limit_cos, limit_sin = inputs[0].double(), *inputs[11:15]
-    turn = partial(reference.turned, rotary_dim=case.rotary_dim, interleaved=case.interleaved)
-    attributes = case.attributes()
-    del attributes["rotary_dim"], attributes["rotary_interleaved"]
-    rings = [dequantize(q, scale.double()) for q, scale in zip(caches[:2], scales, strict=True)]
-    if case.key_bias:
-        bias, *tables = inputs[19:]
-        rows = inputs[11:13]
-        if case.rotary_dim:
-            rows = rotary_rows(inputs[10].clamp_min(0), *(x.double() for x in tables))
-        of_slots = bias.double()[None, :, None].expand_as(rings[0])
-        rings[0] = rings[0] + turn(of_slots, *rows)
-    return reference.attend_caches(
-        turn(query, cos, sin),
-        turn(query, limit_cos, limit_sin),
-        *rings,
-        *(sinks.double() for sinks in caches[2:]),
-        *inputs[9:11],
-        *inputs[15:17],
-        **attributes,
-    )

@@ -17,6 +17,8 @@ HOST_SOURCES = ("rules.cpp", "validate.cpp", "plan.cpp", "c_api.cpp")
 KERNEL_SOURCES = (
     *("launch.cu", "rows.cu", "decode_float16.cu", "decode_bfloat16.cu"),
     *("tiles_float16.cu", "tiles_bfloat16.cu"),
+    *("decode_float16_int8.cu", "decode_bfloat16_int8.cu"),
+    *("tiles_float16_int8.cu", "tiles_bfloat16_int8.cu"),
 )
 NO_COMPILER = "no C++ compiler (g++): the kernels are not built for the block emulation"
 FLAGS = (
