@@ -66,6 +66,24 @@ def test_without_sink_tokens_only_the_rings_are_aliased(harness, tmp_path):
     assert harness.play(tmp_path)["aliases"] == [-1, 3, 4, -1, -1]
 
 
+def test_rings_of_int8_and_their_scales_are_aliased(harness, tmp_path):
+    for name, sinks in (("int8_half_rotation-in place", [5, 6]), ("int8_no_sinks-apart", [-1, -1])):
+        stream = replace(STREAMS[name], chunks=((1, 1, 1),))
+        Feed(stream).write(tmp_path)
+        assert harness.play(tmp_path)["aliases"] == [-1, 3, 4, *sinks, 17, 18]
+
+
+def test_a_node_without_scales_is_no_node_of_rings_of_int8(harness, tmp_path):
+    stream = replace(STREAMS["int8_half_rotation-in place"], chunks=((1, 1, 1),))
+    Feed(stream).write(tmp_path)
+    path = tmp_path / "case.txt"
+    text = path.read_text(encoding="utf-8").replace("past_key_scale 3 2 21 1", "past_key_scale 3 2 20 1")
+    path.write_text(text, encoding="utf-8")
+    reply = harness.play(tmp_path)
+    assert (reply["ok"], reply["stage"]) == (False, "shapes")
+    assert any("past_key_scale has shape" in message for message in reply["messages"])
+
+
 # What is changed in case.txt → the stage that refuses it, and what the plugin's log says.
 REFUSED = {
     "window of zero": (

@@ -24,6 +24,9 @@ const char* nameOf(const LambdaAttentionParams& params);
 
 // Inputs that the operator of a kind of ring has.
 std::int32_t numInputs(bool int8Cache, bool hasKeyBias);
+constexpr std::int32_t numOutputs(bool int8Cache) {
+  return int8Cache ? kNumInt8CacheOutputs : kNumOutputs;
+}
 
 // "(2, 3, 5)".
 std::string text(const Shape& shape);

@@ -1,4 +1,4 @@
-// What TensorRT finds in the library: its creator, and where to say what goes wrong.
+// What TensorRT finds in the library: its creators, and where to say what goes wrong.
 
 #include <NvInferRuntime.h>
 
@@ -17,8 +17,11 @@
 namespace lminf::tensorrt {
 namespace {
 
+// Of the operator, or of the same over rings of int8.
 class Creator final : public nvinfer1::IPluginCreatorV3One {
  public:
+  explicit Creator(bool int8Cache) : int8Cache_(int8Cache) {}
+
   nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name,
                                     nvinfer1::PluginFieldCollection const* fc,
                                     nvinfer1::TensorRTPhase) noexcept override {
@@ -29,16 +32,21 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
         logError(problem + " (node " + (name != nullptr ? name : "without a name") + ")");
         return nullptr;
       }
-      return std::make_unique<Plugin>(attributes).release();
+      return std::make_unique<Plugin>(attributes, int8Cache_).release();
     });
   }
   nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override {
     return guarded<nvinfer1::PluginFieldCollection const*>("getFieldNames", nullptr,
                                                            [] { return fieldNames(); });
   }
-  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return kName; }
+  nvinfer1::AsciiChar const* getPluginName() const noexcept override {
+    return int8Cache_ ? kInt8CacheName : kName;
+  }
   nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kDomain; }
+
+ private:
+  const bool int8Cache_;
 };
 
 }  // namespace
@@ -49,8 +57,9 @@ LMINF_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
 }
 
 LMINF_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators) {
-  static lminf::tensorrt::Creator creator;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-  nbCreators = 1;
+  static lminf::tensorrt::Creator creator(false);
+  static lminf::tensorrt::Creator int8Creator(true);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator, &int8Creator};
+  nbCreators = 2;
   return creators;
 }

@@ -23,19 +23,13 @@ using nvinfer1::PluginTensorDesc;
 constexpr int32_t kOk = 0;
 constexpr int32_t kFailed = 1;
 
-using Shapes = std::array<Dims, kNumInputs>;
+// Of all inputs that a node may have.
+using Shapes = std::array<Dims, kNumInt8CacheInputs>;
 
 int32_t report(const std::string& problem) {
   if (problem.empty()) return kOk;
   logError(problem);
   return kFailed;
-}
-
-std::string checkCounts(int32_t nbInputs, int32_t nbOutputs) {
-  if (nbInputs == kNumInputs && nbOutputs == kNumOutputs) return {};
-  return message("version ", kPluginVersion, " has ", +kNumInputs, " inputs and ", +kNumOutputs,
-                 " outputs, the node has ", nbInputs, " and ", nbOutputs,
-                 "; export the model again");
 }
 
 // Dimensions of an expression that are known while the network is built; -1 for the others.
@@ -49,15 +43,19 @@ Dims knownDims(const nvinfer1::DimsExprs& exprs) {
   return dims;
 }
 
-Shapes maximalShapes(const DynamicPluginTensorDesc* inputs) {
+Shapes maximalShapes(const DynamicPluginTensorDesc* inputs, int32_t count) {
   Shapes shapes{};
-  for (std::size_t input = 0; input < shapes.size(); ++input) shapes[input] = inputs[input].max;
+  for (int32_t input = 0; input < count; ++input) {
+    shapes[static_cast<std::size_t>(input)] = inputs[input].max;
+  }
   return shapes;
 }
 
-Shapes shapesOf(const PluginTensorDesc* inputs) {
+Shapes shapesOf(const PluginTensorDesc* inputs, int32_t count) {
   Shapes shapes{};
-  for (std::size_t input = 0; input < shapes.size(); ++input) shapes[input] = inputs[input].dims;
+  for (int32_t input = 0; input < count; ++input) {
+    shapes[static_cast<std::size_t>(input)] = inputs[input].dims;
+  }
   return shapes;
 }
 
@@ -67,15 +65,29 @@ void setPointers(LambdaAttentionParams& params, const void* const* inputs, void*
   if (params.numSinkTokens == 0) params.presentSinkKey = params.presentSinkValue = nullptr;
 }
 
-// Place counts inputs, then outputs.
-const Operand& operandAt(int32_t place) {
-  return place < kNumInputs ? kInputs[place] : kOutputs[place - kNumInputs];
-}
-
 }  // namespace
 
-Plugin::Plugin(const Attributes& attributes)
-    : attributes_(attributes), fields_(attributes), metadata_(describe(attributes)) {}
+Plugin::Plugin(const Attributes& attributes, bool int8Cache)
+    : attributes_(attributes),
+      int8Cache_(int8Cache),
+      fields_(attributes),
+      metadata_(describe(attributes)) {
+  step_.int8Cache = int8Cache;
+}
+
+std::string Plugin::checkCounts(int32_t nbInputs, int32_t nbOutputs) const {
+  const int32_t inputs = numInputs(int8Cache_, false), outputs = numOutputs(int8Cache_);
+  if (nbInputs == inputs && nbOutputs == outputs) return {};
+  return message("version ", kPluginVersion, " of ", getPluginName(), " has ", inputs,
+                 " inputs and ", outputs, " outputs, the node has ", nbInputs, " and ", nbOutputs,
+                 "; export the model again");
+}
+
+// Place counts inputs, then outputs.
+const Operand& Plugin::operandAt(int32_t place) const {
+  const int32_t inputs = numInputs(int8Cache_, false);
+  return place < inputs ? kInputs[place] : kOutputs[place - inputs];
+}
 
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
   switch (type) {
@@ -88,7 +100,7 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType
 
 nvinfer1::IPluginV3* Plugin::clone() noexcept {
   return guarded<nvinfer1::IPluginV3*>("clone", nullptr, [this] {
-    auto copy = std::make_unique<Plugin>(attributes_);
+    auto copy = std::make_unique<Plugin>(attributes_, int8Cache_);
     copy->step_ = step_;
     copy->workspaceBytes_ = workspaceBytes_;
     copy->problem_ = problem_;
@@ -97,7 +109,7 @@ nvinfer1::IPluginV3* Plugin::clone() noexcept {
 }
 
 int32_t Plugin::getAliasedInput(int32_t outputIndex) noexcept {
-  if (outputIndex < 0 || outputIndex >= kNumOutputs) return kNone;
+  if (outputIndex < 0 || outputIndex >= getNbOutputs()) return kNone;
   // Without sink tokens the pasts are constants that all such layers share: nothing to update.
   const bool constant = isSinkOutput(outputIndex) && attributes_.numSinkTokens == 0;
   return constant ? kNone : kUpdatedInput[outputIndex];
@@ -110,14 +122,15 @@ int32_t Plugin::getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOu
     const std::string problem = checkCounts(nbInputs, nbOutputs);
     if (!problem.empty()) return report(problem);
     for (int32_t input = 0; input < nbInputs; ++input) {
-      if (!isTypeAllowed(kInputs[input], inputTypes[input], inputTypes[kQuery])) {
+      const nvinfer1::DataType query = inputTypes[kQuery];
+      if (!isModelType(query) || inputTypes[input] != typeOf(kInputs[input], query, int8Cache_)) {
         return report(message(
             kInputs[input].name, " has element type ", static_cast<int32_t>(inputTypes[input]),
             " of nvinfer1::DataType, query has ", static_cast<int32_t>(inputTypes[kQuery])));
       }
     }
     for (int32_t output = 0; output < nbOutputs; ++output) {
-      outputTypes[output] = inputTypes[kQuery];
+      outputTypes[output] = typeOf(kOutputs[output], inputTypes[kQuery], int8Cache_);
     }
     return kOk;
   });
@@ -134,11 +147,12 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInp
     }
     if (!problem.empty()) return report(problem);
     Shapes known{};
-    for (std::size_t input = 0; input < known.size(); ++input) {
-      known[input] = knownDims(inputs[input]);
+    for (int32_t input = 0; input < nbInputs; ++input) {
+      known[static_cast<std::size_t>(input)] = knownDims(inputs[input]);
     }
     // Element types are not known here; any of them has the same rules for shapes.
-    problem = checkOpenShapes(attributes_, known.data(), nvinfer1::DataType::kHALF);
+    problem =
+        checkOpenShapes(attributes_, known.data(), nvinfer1::DataType::kHALF, int8Cache_);
     if (!problem.empty()) return report(problem);
     for (int32_t output = 0; output < nbOutputs; ++output) {
       outputs[output] = inputs[shapeSource(output)];
@@ -151,13 +165,14 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInp
 
 bool Plugin::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut,
                                        int32_t nbInputs, int32_t nbOutputs) noexcept {
-  if (nbInputs != kNumInputs || nbOutputs != kNumOutputs || pos < 0 ||
+  if (nbInputs != numInputs(int8Cache_, false) || nbOutputs != numOutputs(int8Cache_) || pos < 0 ||
       pos >= nbInputs + nbOutputs) {
     return false;
   }
   const PluginTensorDesc& asked = inOut[pos].desc;
-  return asked.format == nvinfer1::TensorFormat::kLINEAR &&
-         isTypeAllowed(operandAt(pos), asked.type, inOut[kQuery].desc.type);
+  const nvinfer1::DataType query = inOut[kQuery].desc.type;
+  return asked.format == nvinfer1::TensorFormat::kLINEAR && isModelType(query) &&
+         asked.type == typeOf(operandAt(pos), query, int8Cache_);
 }
 
 int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,
@@ -166,7 +181,8 @@ int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInp
     const std::string problem = checkCounts(nbInputs, nbOutputs);
     if (!problem.empty()) return report(problem);
     LambdaAttentionParams largest;
-    const Shapes shapes = maximalShapes(in);
+    largest.int8Cache = int8Cache_;
+    const Shapes shapes = maximalShapes(in, nbInputs);
     return report(readStep(attributes_, shapes.data(), in[kQuery].desc.type, largest));
   });
 }
@@ -176,8 +192,9 @@ size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t n
   return guarded<size_t>("getWorkspaceSize", 0, [&]() -> size_t {
     std::string problem = checkCounts(nbInputs, nbOutputs);
     LambdaAttentionParams largest;
+    largest.int8Cache = int8Cache_;
     if (problem.empty()) {
-      const Shapes shapes = maximalShapes(inputs);
+      const Shapes shapes = maximalShapes(inputs, nbInputs);
       problem = readStep(attributes_, shapes.data(), inputs[kQuery].desc.type, largest);
     }
     return report(problem) == kOk ? workspaceSize(largest) : 0;
@@ -188,10 +205,11 @@ int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t nbInputs, Plug
                               int32_t nbOutputs) noexcept {
   return guarded<int32_t>("onShapeChange", kFailed, [&] {
     step_ = LambdaAttentionParams{};
+    step_.int8Cache = int8Cache_;
     workspaceBytes_ = 0;
     problem_ = checkCounts(nbInputs, nbOutputs);
     if (problem_.empty()) {
-      const Shapes shapes = shapesOf(in);
+      const Shapes shapes = shapesOf(in, nbInputs);
       problem_ = readStep(attributes_, shapes.data(), in[kQuery].type, step_);
     }
     if (problem_.empty()) workspaceBytes_ = workspaceSize(step_);

@@ -1,4 +1,4 @@
-// lminf::LambdaAttention as a TensorRT plugin: it maps descriptors to the kernels' parameters.
+// lminf::LambdaAttention, and the same over rings of int8, as TensorRT plugins: they map descriptors to the kernels' parameters.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../operator/params.h"
+#include "../operator/rules.h"
 #include "attributes.h"
 
 namespace lminf::tensorrt {
@@ -13,14 +14,15 @@ namespace lminf::tensorrt {
 inline constexpr const char* kPluginVersion = "1";
 static_assert(kVersion == 1, "kPluginVersion is the operator's version as text");
 
-// One node. All four caches are updated in place where TensorRT binds past and present to one
+// One node. All caches, scales too, are updated in place where TensorRT binds past and present to one
 // address; where it does not, the past is copied first.
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,
                      public nvinfer1::IPluginV3OneBuildV2,
                      public nvinfer1::IPluginV3OneRuntime {
  public:
-  explicit Plugin(const Attributes& attributes);
+  // With int8Cache it is the plugin of the operator over rings of int8.
+  Plugin(const Attributes& attributes, bool int8Cache);
 
   // IPluginV3
   nvinfer1::IPluginCapability* getCapabilityInterface(
@@ -28,12 +30,14 @@ class Plugin final : public nvinfer1::IPluginV3,
   nvinfer1::IPluginV3* clone() noexcept override;
 
   // IPluginV3OneCore
-  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return kName; }
+  nvinfer1::AsciiChar const* getPluginName() const noexcept override {
+    return int8Cache_ ? kInt8CacheName : kName;
+  }
   nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kDomain; }
 
   // IPluginV3OneBuildV2
-  int32_t getNbOutputs() const noexcept override { return kNumOutputs; }
+  int32_t getNbOutputs() const noexcept override { return numOutputs(int8Cache_); }
   int32_t getAliasedInput(int32_t outputIndex) noexcept override;
   int32_t getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOutputs,
                              nvinfer1::DataType const* inputTypes,
@@ -64,7 +68,11 @@ class Plugin final : public nvinfer1::IPluginV3,
   }
 
  private:
+  std::string checkCounts(int32_t nbInputs, int32_t nbOutputs) const;
+  const Operand& operandAt(int32_t place) const;
+
   const Attributes attributes_;
+  const bool int8Cache_;
   const SerializedFields fields_;
   const std::string metadata_;
   // The step of the latest onShapeChange, without pointers; `problem_` if it cannot run.

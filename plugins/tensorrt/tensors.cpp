@@ -13,11 +13,12 @@ namespace {
 
 using nvinfer1::Dims;
 
-using Shapes = std::array<Shape, kNumInputs>;
+using Shapes = std::array<Shape, kNumInt8CacheInputs>;
 
-Shapes shapesOf(const Dims* inputs) {
+Shapes shapesOf(const Dims* inputs, bool int8Cache) {
   Shapes shapes;
-  for (std::size_t input = 0; input < shapes.size(); ++input) {
+  const auto count = static_cast<std::size_t>(numInputs(int8Cache, false));
+  for (std::size_t input = 0; input < count; ++input) {
     const Dims& dims = inputs[input];
     shapes[input].assign(dims.d, dims.d + std::max<std::int32_t>(dims.nbDims, 0));
   }
@@ -49,26 +50,27 @@ bool isModelType(nvinfer1::DataType type) {
   return readType(type, ignored).empty();
 }
 
-bool isTypeAllowed(const Operand& operand, nvinfer1::DataType type, nvinfer1::DataType query) {
+nvinfer1::DataType typeOf(const Operand& operand, nvinfer1::DataType query, bool int8Cache) {
   switch (operand.element) {
-    case ElementKind::kModel:
-    case ElementKind::kRing: return type == query && isModelType(type);
-    case ElementKind::kInt64: return type == nvinfer1::DataType::kINT64;
-    case ElementKind::kFloat32: return type == nvinfer1::DataType::kFLOAT;
+    case ElementKind::kInt64: return nvinfer1::DataType::kINT64;
+    case ElementKind::kFloat32: return nvinfer1::DataType::kFLOAT;
+    case ElementKind::kRing: return int8Cache ? nvinfer1::DataType::kINT8 : query;
+    case ElementKind::kModel: break;
   }
-  return false;
+  return query;
 }
 
 std::string readStep(const Attributes& attributes, const Dims* inputs, nvinfer1::DataType type,
                      LambdaAttentionParams& params) {
-  const std::string problem = read(attributes, shapesOf(inputs), type, params);
+  const std::string problem = read(attributes, shapesOf(inputs, params.int8Cache), type, params);
   return problem.empty() ? validateSettings(params) : problem;
 }
 
 std::string checkOpenShapes(const Attributes& attributes, const Dims* inputs,
-                            nvinfer1::DataType type) {
-  const Shapes shapes = shapesOf(inputs);
+                            nvinfer1::DataType type, bool int8Cache) {
+  const Shapes shapes = shapesOf(inputs, int8Cache);
   LambdaAttentionParams params;
+  params.int8Cache = int8Cache;
   std::string problem = read(attributes, shapes, type, params);
   if (!problem.empty()) return problem;
   if (params.numHeads == kOpen || params.numKvHeads == kOpen || params.headDim == kOpen) {

@@ -9,21 +9,20 @@
 
 namespace lminf::tensorrt {
 
-// Whether a tensor may have this element type, given that of the query, of which all tensors of T
-// are. The plugin has no rings of int8.
-bool isTypeAllowed(const Operand& operand, nvinfer1::DataType type, nvinfer1::DataType query);
+// The type that a tensor must have, given that of the query, of which all tensors of T are.
+nvinfer1::DataType typeOf(const Operand& operand, nvinfer1::DataType query, bool int8Cache);
 
-// The same of the query itself.
+// Whether a query may have this element type.
 bool isModelType(nvinfer1::DataType type);
 
 // What is wrong with shapes that are known in full, in one line; empty if `params` was filled
-// with attributes and sizes and may run once it has pointers.
+// with attributes and sizes and may run once it has pointers. Its kind of ring comes in.
 std::string readStep(const Attributes& attributes, const nvinfer1::Dims* inputs,
                      nvinfer1::DataType type, LambdaAttentionParams& params);
 
 // What is wrong with shapes of which some dimensions are -1, still open. Batch size and new
 // tokens are taken as 1 while they are open.
 std::string checkOpenShapes(const Attributes& attributes, const nvinfer1::Dims* inputs,
-                            nvinfer1::DataType type);
+                            nvinfer1::DataType type, bool int8Cache);
 
 }  // namespace lminf::tensorrt

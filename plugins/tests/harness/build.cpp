@@ -88,11 +88,11 @@ class NodeFields {
   PluginFieldCollection collection_{};
 };
 
-void checkIdentity(nvinfer1::IPluginV3& plugin) {
+void checkIdentity(nvinfer1::IPluginV3& plugin, const Case& task) {
   auto* core = static_cast<nvinfer1::IPluginV3OneCore*>(
       plugin.getCapabilityInterface(nvinfer1::PluginCapabilityType::kCORE));
   require(core != nullptr, "capabilities", "there is no core");
-  require(std::strcmp(core->getPluginName(), lminf::kName) == 0 &&
+  require(std::strcmp(core->getPluginName(), task.name()) == 0 &&
               std::strcmp(core->getPluginVersion(), "1") == 0 &&
               std::strcmp(core->getPluginNamespace(), lminf::kDomain) == 0,
           "capabilities", "name, version or namespace differ from the creator's");
@@ -109,20 +109,23 @@ nvinfer1::IPluginV3OneBuildV2& buildCapability(nvinfer1::IPluginV3& plugin) {
 
 void checkTypes(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task) {
   std::vector<DataType> inputs;
-  inputs.reserve(kNumInputs);
-  for (std::int32_t input = 0; input < kNumInputs; ++input) inputs.push_back(task.typeOf(input));
-  std::vector<DataType> outputs(kNumOutputs, DataType::kINT8);
-  require(builder.getOutputDataTypes(outputs.data(), kNumOutputs, inputs.data(), kNumInputs) == 0,
+  inputs.reserve(static_cast<std::size_t>(task.numInputs()));
+  for (std::int32_t input = 0; input < task.numInputs(); ++input) inputs.push_back(task.typeOf(input));
+  std::vector<DataType> outputs(static_cast<std::size_t>(task.numOutputs()), DataType::kBOOL);
+  require(builder.getOutputDataTypes(outputs.data(), task.numOutputs(), inputs.data(), task.numInputs()) == 0,
           "types", "refused");
-  for (const DataType type : outputs) require(type == task.type, "types", "an output has another");
+  for (std::int32_t output = 0; output < task.numOutputs(); ++output) {
+    require(outputs[static_cast<std::size_t>(output)] == task.typeOf(task.numInputs() + output),
+            "types", "an output has another");
+  }
 }
 
 void checkShapes(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task) {
   ExprBuilder exprs;
   const nvinfer1::IDimensionExpr* batch = exprs.constant(-1);
   const nvinfer1::IDimensionExpr* sequence = exprs.constant(-1);
-  std::vector<DimsExprs> inputs(kNumInputs);
-  for (std::int32_t input = 0; input < kNumInputs; ++input) {
+  std::vector<DimsExprs> inputs(static_cast<std::size_t>(task.numInputs()));
+  for (std::int32_t input = 0; input < task.numInputs(); ++input) {
     const Dims& dims = task.steps.front().shapes[static_cast<std::size_t>(input)];
     const OpenAxes open = openAxes(input, task);
     DimsExprs& expr = inputs[static_cast<std::size_t>(input)];
@@ -133,9 +136,9 @@ void checkShapes(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task) {
                                              : exprs.constant(dims.d[axis]);
     }
   }
-  std::vector<DimsExprs> outputs(kNumOutputs);
-  require(builder.getOutputShapes(inputs.data(), kNumInputs, nullptr, 0, outputs.data(),
-                                  kNumOutputs, exprs) == 0,
+  std::vector<DimsExprs> outputs(static_cast<std::size_t>(task.numOutputs()));
+  require(builder.getOutputShapes(inputs.data(), task.numInputs(), nullptr, 0, outputs.data(),
+                                  task.numOutputs(), exprs) == 0,
           "shapes", "refused");
   for (std::size_t output = 0; output < outputs.size(); ++output) {
     const auto source = shapeSource(static_cast<std::int32_t>(output));
@@ -152,14 +155,14 @@ std::vector<DynamicPluginTensorDesc> rangesOf(const Case& task, const Profile& p
   std::vector<DynamicPluginTensorDesc> all;
   std::vector<Dims> shapes[3];
   for (int which = 0; which < 3; ++which) {
-    for (std::int32_t input = 0; input < kNumInputs; ++input) {
+    for (std::int32_t input = 0; input < task.numInputs(); ++input) {
       shapes[which].push_back(shapeIn(task, input, profile.batch[which], profile.sequence[which]));
     }
   }
-  for (std::int32_t place = 0; place < kNumInputs + kNumOutputs; ++place) {
+  for (std::int32_t place = 0; place < task.numInputs() + task.numOutputs(); ++place) {
     const auto pick = [&](int which) {
-      return place < kNumInputs ? shapes[which][static_cast<std::size_t>(place)]
-                                : outputShape(shapes[which], place - kNumInputs);
+      return place < task.numInputs() ? shapes[which][static_cast<std::size_t>(place)]
+                                : outputShape(shapes[which], place - task.numInputs());
     };
     Dims open = pick(0);
     for (std::int32_t axis = 0; axis < open.nbDims; ++axis) {
@@ -176,17 +179,20 @@ std::vector<DynamicPluginTensorDesc> rangesOf(const Case& task, const Profile& p
 }
 
 // The right combination is accepted; one wrong type or format, wherever it stands, is not.
-void checkFormats(nvinfer1::IPluginV3OneBuildV2& builder,
+void checkFormats(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task,
                   const std::vector<DynamicPluginTensorDesc>& right) {
-  for (std::int32_t place = 0; place < kNumInputs + kNumOutputs; ++place) {
+  for (std::int32_t place = 0; place < task.numInputs() + task.numOutputs(); ++place) {
     const auto supports = [&](const std::vector<DynamicPluginTensorDesc>& all) {
-      return builder.supportsFormatCombination(place, all.data(), kNumInputs, kNumOutputs);
+      return builder.supportsFormatCombination(place, all.data(), task.numInputs(), task.numOutputs());
     };
     const std::string where = "place " + std::to_string(place);
     require(supports(right), "formats", where + ": the right one is refused");
     auto wrong = right;
-    wrong[static_cast<std::size_t>(place)].desc.type = DataType::kINT8;
-    require(!supports(wrong), "formats", where + ": int8 is accepted");
+    for (const DataType type : {DataType::kINT8, DataType::kINT32}) {
+      if (type == task.typeOf(place)) continue;
+      wrong[static_cast<std::size_t>(place)].desc.type = type;
+      require(!supports(wrong), "formats", where + ": another type is accepted");
+    }
     wrong = right;
     wrong[static_cast<std::size_t>(place)].desc.format = TensorFormat::kCHW32;
     require(!supports(wrong), "formats", where + ": a vectorised format is accepted");
@@ -195,8 +201,9 @@ void checkFormats(nvinfer1::IPluginV3OneBuildV2& builder,
 
 void checkAliases(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task, Plan& plan) {
   const bool sinks = task.integers.at("num_sink_tokens") > 0;
-  const std::vector<std::int32_t> wanted{-1, 3, 4, sinks ? 5 : -1, sinks ? 6 : -1};
-  for (std::int32_t output = 0; output < kNumOutputs; ++output) {
+  std::vector<std::int32_t> wanted{-1, 3, 4, sinks ? 5 : -1, sinks ? 6 : -1};
+  if (task.int8Rings) wanted.insert(wanted.end(), {17, 18});
+  for (std::int32_t output = 0; output < task.numOutputs(); ++output) {
     plan.aliases.push_back(builder.getAliasedInput(output));
   }
   require(plan.aliases == wanted, "aliases", "not those of the caches");
@@ -226,12 +233,12 @@ void prepareProfile(nvinfer1::IPluginV3& plugin, const Case& task, const Profile
                     Plan& plan) {
   auto ranges = rangesOf(task, profile);
   const DynamicPluginTensorDesc* inputs = ranges.data();
-  const DynamicPluginTensorDesc* outputs = ranges.data() + kNumInputs;
+  const DynamicPluginTensorDesc* outputs = ranges.data() + task.numInputs();
   auto& builder = buildCapability(plugin);
-  checkFormats(builder, ranges);
-  require(builder.configurePlugin(inputs, kNumInputs, outputs, kNumOutputs) == 0, "configure",
+  checkFormats(builder, task, ranges);
+  require(builder.configurePlugin(inputs, task.numInputs(), outputs, task.numOutputs()) == 0, "configure",
           "refused");
-  plan.workspaceBytes.push_back(builder.getWorkspaceSize(inputs, kNumInputs, outputs, kNumOutputs));
+  plan.workspaceBytes.push_back(builder.getWorkspaceSize(inputs, task.numInputs(), outputs, task.numOutputs()));
   std::unique_ptr<nvinfer1::IPluginV3> clone(plugin.clone());
   require(clone != nullptr, "clone", "failed while building");
   std::vector<PluginTensorDesc> usual;
@@ -243,7 +250,7 @@ void prepareProfile(nvinfer1::IPluginV3& plugin, const Case& task, const Profile
       clone->getCapabilityInterface(nvinfer1::PluginCapabilityType::kRUNTIME));
   require(runtime->setTactic(0) == 0, "tactic", "the default one is refused");
   require(
-      runtime->onShapeChange(usual.data(), kNumInputs, usual.data() + kNumInputs, kNumOutputs) == 0,
+      runtime->onShapeChange(usual.data(), task.numInputs(), usual.data() + task.numInputs(), task.numOutputs()) == 0,
       "onShapeChange", "refused while building");
 }
 
@@ -256,26 +263,35 @@ Library::Library(const std::string& path, Logger& logger)
   using GetCreators = nvinfer1::IPluginCreatorInterface* const* (*)(std::int32_t&);
   std::int32_t count = 0;
   auto* const* creators = symbol<GetCreators>(handle_, "getCreators")(count);
-  require(count == 1 && creators != nullptr, "load", "one creator was expected");
-  require(std::strcmp(creators[0]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0, "load",
-          "the creator is of another kind");
-  creator_ = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[0]);
+  require(count == 2 && creators != nullptr, "load", "two creators were expected");
+  for (std::int32_t index = 0; index < count; ++index) {
+    require(std::strcmp(creators[index]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0,
+            "load", "a creator is of another kind");
+    creators_.push_back(static_cast<nvinfer1::IPluginCreatorV3One*>(creators[index]));
+  }
+}
+
+nvinfer1::IPluginCreatorV3One& Library::creator(const char* name) const {
+  for (nvinfer1::IPluginCreatorV3One* creator : creators_) {
+    if (std::strcmp(creator->getPluginName(), name) == 0) return *creator;
+  }
+  throw Failure("load", std::string("no creator has the name ") + name);
 }
 
 Library::~Library() { dlclose(handle_); }
 
 Plan build(const Library& library, const Case& task) {
   Plan plan;
-  require(library.creator().getFieldNames()->nbFields ==
+  require(library.creator(task.name()).getFieldNames()->nbFields ==
               static_cast<std::int32_t>(task.integers.size() + task.floats.size()),
           "fields", "the creator looks for another number of attributes");
   const NodeFields fields(task);
   std::unique_ptr<nvinfer1::IPluginV3> plugin(
-      library.creator().createPlugin("layer", fields.get(), nvinfer1::TensorRTPhase::kBUILD));
+      library.creator(task.name()).createPlugin("layer", fields.get(), nvinfer1::TensorRTPhase::kBUILD));
   require(plugin != nullptr, "createPlugin", "refused");
-  checkIdentity(*plugin);
+  checkIdentity(*plugin, task);
   auto& builder = buildCapability(*plugin);
-  require(builder.getNbOutputs() == kNumOutputs, "outputs", "another number of them");
+  require(builder.getNbOutputs() == task.numOutputs(), "outputs", "another number of them");
   checkTypes(builder, task);
   checkShapes(builder, task);
   checkAliases(builder, task, plan);

@@ -19,12 +19,12 @@ DataType readType(const std::string& name) {
   throw std::runtime_error("unknown type " + name);
 }
 
-void readTensor(std::istringstream& words, std::vector<Step>& steps) {
+void readTensor(std::istringstream& words, std::vector<Step>& steps, std::size_t count) {
   std::string name;
   words >> name;
   if (steps.empty()) throw std::runtime_error("a tensor before the first step");
   std::vector<Dims>& shapes = steps.back().shapes;
-  if (shapes.size() >= kNumInputs || kInputs[shapes.size()].name != name) {
+  if (shapes.size() >= count || kInputs[shapes.size()].name != name) {
     throw std::runtime_error("tensor " + name + " out of order");
   }
   Dims dims{};
@@ -46,6 +46,10 @@ void readLine(const std::string& line, Case& result) {
   } else if (kind == "type") {
     words >> name;
     result.type = readType(name);
+  } else if (kind == "rings") {
+    words >> name;
+    if (name != "int8") throw std::runtime_error("unknown rings " + name);
+    result.int8Rings = true;
   } else if (kind == "profile") {
     Profile profile{};
     for (std::int64_t& size : profile.batch) words >> size;
@@ -55,7 +59,7 @@ void readLine(const std::string& line, Case& result) {
     result.steps.emplace_back();
     words >> result.steps.back().profile;
   } else if (kind == "tensor") {
-    readTensor(words, result.steps);
+    readTensor(words, result.steps, static_cast<std::size_t>(result.numInputs()));
     return;  // a list of dimensions ends by failing to read one more
   } else {
     throw std::runtime_error("unknown word " + kind);
@@ -81,7 +85,8 @@ Case readCase(const std::filesystem::path& folder) {
     throw std::runtime_error("case.txt has no profile or no step");
   }
   for (const Step& step : result.steps) {
-    if (step.profile >= result.profiles.size() || step.shapes.size() != kNumInputs) {
+    if (step.profile >= result.profiles.size() || 
+        step.shapes.size() != static_cast<std::size_t>(result.numInputs())) {
       throw std::runtime_error("case.txt: a step lacks tensors or names an unknown profile");
     }
   }
@@ -90,10 +95,11 @@ Case readCase(const std::filesystem::path& folder) {
 
 DataType Case::typeOf(std::int32_t place) const {
   const lminf::Operand& operand =
-      place < kNumInputs ? kInputs[place] : kOutputs[place - kNumInputs];
+      place < numInputs() ? kInputs[place] : kOutputs[place - numInputs()];
   switch (operand.element) {
     case lminf::ElementKind::kInt64: return DataType::kINT64;
     case lminf::ElementKind::kFloat32: return DataType::kFLOAT;
+    case lminf::ElementKind::kRing: return int8Rings ? DataType::kINT8 : type;
     default: return type;
   }
 }
@@ -102,6 +108,7 @@ std::size_t Case::bytesOf(std::int32_t place, const Dims& shape) const {
   std::size_t size = 2;
   if (typeOf(place) == DataType::kFLOAT) size = 4;
   if (typeOf(place) == DataType::kINT64) size = 8;
+  if (typeOf(place) == DataType::kINT8) size = 1;
   for (std::int32_t axis = 0; axis < shape.nbDims; ++axis) {
     size *= static_cast<std::size_t>(shape.d[axis]);
   }

@@ -14,8 +14,6 @@
 namespace harness {
 
 using lminf::kInputs;
-using lminf::kNumInputs;
-using lminf::kNumOutputs;
 using lminf::kOutputs;
 
 // The input that an output has the shape of, but for the rows of sinks without sink tokens.
@@ -43,9 +41,17 @@ struct Case {
   std::map<std::string, std::int32_t> integers;
   std::map<std::string, float> floats;
   nvinfer1::DataType type = nvinfer1::DataType::kFLOAT;
+  bool int8Rings = false;
   std::vector<Profile> profiles;
   std::vector<Step> steps;
 
+  std::int32_t numInputs() const {
+    return int8Rings ? +lminf::kNumInt8CacheInputs : +lminf::kNumInputs;
+  }
+  std::int32_t numOutputs() const {
+    return int8Rings ? +lminf::kNumInt8CacheOutputs : +lminf::kNumOutputs;
+  }
+  const char* name() const { return int8Rings ? lminf::kInt8CacheName : lminf::kName; }
   nvinfer1::DataType typeOf(std::int32_t place) const;  // outputs follow the inputs
   std::size_t bytesOf(std::int32_t place, const nvinfer1::Dims& shape) const;
 };
@@ -53,6 +59,7 @@ struct Case {
 // Reads FOLDER/case.txt, whose lines are
 //   int NAME VALUE | float NAME VALUE            an attribute
 //   type float32 | float16 | bfloat16            element type of the model
+//   rings int8                                   rings of int8; of the model's type without it
 //   profile BMIN BOPT BMAX SMIN SOPT SMAX        an optimisation profile
 //   step PROFILE                                 begins a step
 //   tensor NAME DIM …                            an input of that step, in order

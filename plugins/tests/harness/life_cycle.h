@@ -25,7 +25,7 @@ class Failure : public std::runtime_error {
 
 void require(bool holds, const std::string& stage, const std::string& what);
 
-// A loaded library and its creator.
+// A loaded library and its creators.
 class Library {
  public:
   Library(const std::string& path, Logger& logger);
@@ -33,12 +33,12 @@ class Library {
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
-  nvinfer1::IPluginCreatorV3One& creator() const { return *creator_; }
+  nvinfer1::IPluginCreatorV3One& creator(const char* name) const;
 
  private:
   LoggerFinder finder_;
   void* handle_;
-  nvinfer1::IPluginCreatorV3One* creator_ = nullptr;
+  std::vector<nvinfer1::IPluginCreatorV3One*> creators_;
 };
 
 // What survives the build: the serialised fields, and for each profile the workspace.

@@ -38,8 +38,8 @@ class Runner {
     const Step& step = task_.steps[number];
     describe(step);
     if (!sameShapes(step.shapes, context.shapes)) {
-      require(context.runtime().onShapeChange(descs_.data(), kNumInputs, descs_.data() + kNumInputs,
-                                              kNumOutputs) == 0,
+      require(context.runtime().onShapeChange(descs_.data(), task_.numInputs(), descs_.data() + task_.numInputs(),
+                                              task_.numOutputs()) == 0,
               "onShapeChange", "step " + std::to_string(number) + " is refused");
       context.shapes = step.shapes;
     }
@@ -52,43 +52,43 @@ class Runner {
  private:
   void describe(const Step& step) {
     descs_.clear();
-    for (std::int32_t place = 0; place < kNumInputs + kNumOutputs; ++place) {
-      const std::int32_t from = place < kNumInputs ? place : shapeSource(place - kNumInputs);
+    for (std::int32_t place = 0; place < task_.numInputs() + task_.numOutputs(); ++place) {
+      const std::int32_t from = place < task_.numInputs() ? place : shapeSource(place - task_.numInputs());
       Dims dims = step.shapes[static_cast<std::size_t>(from)];
       // Without sink tokens the past is one row for all streams, the present one for each.
-      if (place >= kNumInputs) dims.d[0] = step.shapes[0].d[0];
+      if (place >= task_.numInputs()) dims.d[0] = step.shapes[0].d[0];
       descs_.push_back({dims, task_.typeOf(place), nvinfer1::TensorFormat::kLINEAR, -1.0F});
     }
   }
 
   void load(std::size_t number) {
-    for (std::int32_t input = 0; input < kNumInputs; ++input) {
+    for (std::int32_t input = 0; input < task_.numInputs(); ++input) {
       if (isCache(input) && number > 0) continue;  // the last step's present is this one's past
       const std::string name = kInputs[input].name;
       Buffer& buffer = place(inputs_, input, task_.bytesOf(input, descOf(input)));
       buffer.write(readBytes(task_.folder / (std::to_string(number) + "." + name + ".bin")));
     }
-    for (std::int32_t output = 0; output < kNumOutputs; ++output) {
+    for (std::int32_t output = 0; output < task_.numOutputs(); ++output) {
       Buffer& buffer =
-          place(outputs_, output, task_.bytesOf(kNumInputs + output, descOf(kNumInputs + output)));
+          place(outputs_, output, task_.bytesOf(task_.numInputs() + output, descOf(task_.numInputs() + output)));
       buffer.poison();
     }
   }
 
   void enqueue(std::size_t number, Context& context) {
-    std::array<const void*, kNumInputs> inputs{};
-    std::array<void*, kNumOutputs> outputs{};
-    for (std::int32_t input = 0; input < kNumInputs; ++input) {
+    std::array<const void*, lminf::kNumInt8CacheInputs> inputs{};
+    std::array<void*, lminf::kNumInt8CacheOutputs> outputs{};
+    for (std::int32_t input = 0; input < task_.numInputs(); ++input) {
       inputs[static_cast<std::size_t>(input)] = inputs_.at(input)->data();
     }
     if (options_.misaligned) inputs[0] = static_cast<const char*>(inputs[0]) + 2;
-    for (std::int32_t output = 0; output < kNumOutputs; ++output) {
+    for (std::int32_t output = 0; output < task_.numOutputs(); ++output) {
       Buffer& buffer = bufferOf(output);
       outputs[static_cast<std::size_t>(output)] = buffer.data();
     }
     if (options_.graph) device_.beginCapture();
     const std::int32_t status =
-        context.runtime().enqueue(descs_.data(), descs_.data() + kNumInputs, inputs.data(),
+        context.runtime().enqueue(descs_.data(), descs_.data() + task_.numInputs(), inputs.data(),
                                   outputs.data(), context.workspace->data(), device_.stream());
     if (options_.graph) device_.endCaptureAndRun();
     device_.synchronize();
@@ -97,7 +97,7 @@ class Runner {
 
   // Writes every output, and makes what is present the next step's past.
   void store(std::size_t number) {
-    for (std::int32_t output = 0; output < kNumOutputs; ++output) {
+    for (std::int32_t output = 0; output < task_.numOutputs(); ++output) {
       if (isSinkOutput(output) && !hasSinks()) continue;
       Buffer& buffer = bufferOf(output);
       const std::string name = kOutputs[output].name;
@@ -119,8 +119,8 @@ class Runner {
   }
 
   bool hasSinks() const { return task_.integers.at("num_sink_tokens") > 0; }
-  static bool isCache(std::int32_t input) {
-    const auto* end = lminf::kUpdatedInput + kNumOutputs;
+  bool isCache(std::int32_t input) const {
+    const auto* end = lminf::kUpdatedInput + task_.numOutputs();
     return std::find(lminf::kUpdatedInput, end, input) != end;
   }
   bool inPlace(std::int32_t output) const {
@@ -156,7 +156,7 @@ void run(const Library& library, const Case& task, const Plan& plan, Device& dev
   const nvinfer1::PluginFieldCollection fields{static_cast<std::int32_t>(plan.fields.size()),
                                                plan.fields.data()};
   std::unique_ptr<nvinfer1::IPluginV3> engine(
-      library.creator().createPlugin("layer", &fields, nvinfer1::TensorRTPhase::kRUNTIME));
+      library.creator(task.name()).createPlugin("layer", &fields, nvinfer1::TensorRTPhase::kRUNTIME));
   require(engine != nullptr, "createPlugin", "its own serialised fields are refused");
   ResourceContext resources;
   std::vector<Context> contexts;
