@@ -54,13 +54,15 @@ def test_the_suite_runs_on_the_emulation_and_writes_json_and_page(library, tmp_p
     done = json.loads(written.read_text())["steps"]
     statuses = {name: step["status"] for name, step in done.items()}
     skipped = dict.fromkeys(("graph_capture", "sanitizer", "harness", "tensorrt_rtx"), "not run")
-    ran = dict.fromkeys(("correctness", "repeatability", "onnxruntime", "timing"), "ok")
+    ran = dict.fromkeys(
+        ("correctness", "int8_rings", "repeatability", "onnxruntime", "timing"), "ok"
+    )
     assert statuses == {**ran, **skipped}
     assert all(done[name]["reason"] for name in skipped)
     assert done["correctness"]["largest_error_in_units_of_torchs"] <= steps.LARGEST_RATIO
     (small,) = done["timing"]["workloads"]
     assert set(small["times_faster_than"]) == {
-        *("torch SDPA, same keys", "torch SDPA, full context", timings.UNSPLIT)
+        *("torch SDPA, same keys", "torch SDPA, full context", timings.UNSPLIT, timings.INT8)
     }
     assert small["failed"] == {}
     page = (tmp_path / "gpu.md").read_text()

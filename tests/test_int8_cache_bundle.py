@@ -168,12 +168,14 @@ def test_every_command_says_what_the_cache_is(bundle):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out": "e/engine.plan"}, "engines keep caches in float32, float16 or bfloat16"),
-        ({"builder": "none"}, "engines keep caches in float32, float16 or bfloat16"),
+        (
+            {"builder": "none", "plugin": "none"},
+            "needs the plugin .*cache has type Int8 but must have type Float, Half, or BFloat16",
+        ),
         ({"dtype": "bfloat16"}, "is for graphs in float32 or float16"),
         ({"kv_cache_dtype": "fp8"}, "must be one of auto, int8"),
     ],
-    ids=["plan", "elsewhere", "bfloat16", "unknown"],
+    ids=["standard_operators", "bfloat16", "unknown"],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(model, tmp_path, options, message):
     options = {"kv_cache_dtype": "int8", "out": "e", **options}
@@ -184,8 +186,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(model, tmp_path, o
     assert not list(tmp_path.iterdir())
 
 
-def test_an_engine_with_an_int8_cache_costs_one_line_and_exit_2(model, tmp_path):
+def test_an_engine_without_the_plugin_costs_one_line_and_exit_2(model, tmp_path):
     command = ["--model", str(model), "--out", str(tmp_path / "e" / "engine.plan")]
+    command += ["--builder", "none", "--plugin", "none"]
     found = CliRunner().invoke(export_command, [*command, "--kv-cache-dtype", "int8"])
     assert found.exit_code == 2
     assert found.output.count("\n") == 1

@@ -77,7 +77,9 @@ def test_a_node_without_scales_is_no_node_of_rings_of_int8(harness, tmp_path):
     stream = replace(STREAMS["int8_half_rotation-in place"], chunks=((1, 1, 1),))
     Feed(stream).write(tmp_path)
     path = tmp_path / "case.txt"
-    text = path.read_text(encoding="utf-8").replace("past_key_scale 3 2 21 1", "past_key_scale 3 2 20 1")
+    text = path.read_text(encoding="utf-8").replace(
+        "past_key_scale 3 2 21 1", "past_key_scale 3 2 20 1"
+    )
     path.write_text(text, encoding="utf-8")
     reply = harness.play(tmp_path)
     assert (reply["ok"], reply["stage"]) == (False, "shapes")

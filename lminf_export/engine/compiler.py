@@ -155,7 +155,8 @@ def _kernel_updates(trt: Any, layers: list[Any], request: EngineRequest) -> dict
 def _plugin_updates(trt: Any, layers: list[Any], request: EngineRequest) -> dict[str, str]:
     """Past name → present name of the plugin's caches; there must be a plugin for every layer."""
     plugins = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
-    ours = [layer for layer in plugins if layer.num_inputs == len(contract.INPUTS)]
+    count = len(contract.inputs(int8_cache=request.contract.int8_cache))
+    ours = [layer for layer in plugins if layer.num_inputs == count]
     if len(ours) != len(request.contract.layers):
         raise EngineError(
             f"the parsed network has {len(ours)} layers of the LambdaAttention plugin, the model "

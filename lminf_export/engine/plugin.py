@@ -8,6 +8,7 @@ from pathlib import Path
 import lminf_export
 from lminf_export.engine.options import NO_PLUGIN, EngineOptions
 from lminf_export.errors import EngineError
+from lminf_export.operator import contract
 from lminf_export.operator.bindings import LayerSpec
 
 PLUGIN_FILE = "liblminf_tensorrt.so"
@@ -16,8 +17,8 @@ PLUGIN_FILE = "liblminf_tensorrt.so"
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
 _ELF = b"\x7fELF"
-# The symbol that TensorRT looks up in a library of plugins, and the name of our creator.
-_MARKS = (b"getCreators", b"LambdaAttention")
+# The symbol that TensorRT looks up in a library of plugins, and the name of our first creator.
+_MARKS = (b"getCreators", contract.OP_TYPE.encode())
 _HOW = (
     "build it with cmake (docs/engines.md) or name it with --plugin PATH; "
     f"--plugin {NO_PLUGIN} builds an engine of standard operators"
@@ -33,12 +34,15 @@ def default_places() -> tuple[Path, ...]:
     )
 
 
-def find_plugin(options: EngineOptions, *, required: bool = True) -> Path | None:
+def find_plugin(
+    options: EngineOptions, *, required: bool = True, int8_cache: bool = False
+) -> Path | None:
     """Return the library to build with, or None for an engine of standard operators.
 
     Args:
         options: whose `plugin` names a file, or "none", or leaves the choice.
         required: raise an error if no library was named and none is found.
+        int8_cache: the rings hold int8, which a library of before has no creator for.
 
     Raises:
         EngineError: no library was found, or the named file is not one.
@@ -47,7 +51,7 @@ def find_plugin(options: EngineOptions, *, required: bool = True) -> Path | None
         return None
     if options.plugin is not None:
         path = Path(options.plugin)
-        check_plugin(path)
+        check_plugin(path, int8_cache=int8_cache)
         return path
     found = next((path for path in default_places() if path.is_file()), None)
     if found is None:
@@ -55,12 +59,16 @@ def find_plugin(options: EngineOptions, *, required: bool = True) -> Path | None
             return None
         places = " or ".join(str(path) for path in default_places())
         raise EngineError(f"the plugin's library is not at {places}; {_HOW}")
-    check_plugin(found)
+    check_plugin(found, int8_cache=int8_cache)
     return found
 
 
-def check_plugin(path: Path) -> None:
+def check_plugin(path: Path, *, int8_cache: bool = False) -> None:
     """Check that a file looks like the plugin's library, without loading it.
+
+    Args:
+        path: of the file.
+        int8_cache: it must have the plugin over rings of int8, too.
 
     Raises:
         EngineError: it cannot be read, or is something else.
@@ -71,6 +79,11 @@ def check_plugin(path: Path) -> None:
         raise EngineError(f"cannot read the plugin {path}: {error.strerror}; {_HOW}") from None
     if not content.startswith(_ELF) or not all(mark in content for mark in _MARKS):
         raise EngineError(f"{path} is not the library of the LambdaAttention plugin; {_HOW}")
+    if int8_cache and contract.INT8_CACHE_OP_TYPE.encode() not in content:
+        raise EngineError(
+            f"{path} was built before its plugin took rings of int8; build it again with cmake "
+            "(docs/engines.md), or leave --kv-cache-dtype out"
+        )
 
 
 def head_dim_problem(layers: Sequence[LayerSpec]) -> str | None:

@@ -93,13 +93,7 @@ def decide_kv_cache_dtype(asked: str, dtype: str, target: OutTarget) -> Any:
     require_one_of("kv_cache_dtype", asked, CHOICES["kv_cache_dtype"])
     if asked == AUTO_KV_CACHE_DTYPE:
         return None
-    if target.engine_name is not None:
-        raise ConfigError(
-            f"kv_cache_dtype={asked!r}: engines keep caches in float32, float16 or bfloat16 "
-            "(TensorRT's cache update and the plugin take nothing else); leave it out, or export "
-            f"without an engine: --out {target.directory}"
-        )
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and target.engine_name is None:
         raise ConfigError(
             f"kv_cache_dtype={asked!r}: is for graphs in float32 or float16, found "
             "dtype='bfloat16'; choose one of them or leave it out"

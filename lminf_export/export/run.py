@@ -33,7 +33,14 @@ from lminf_export.export.decisions import (
     memory_notices,
     weight_notices,
 )
-from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
+from lminf_export.export.engine import (
+    add_engine,
+    check_key_bias,
+    check_rings,
+    choose_builder,
+    out_target,
+    plugin_notices,
+)
 from lminf_export.export.graph import write_graph
 from lminf_export.export.job import ExportJob
 from lminf_export.export.license_files import copy_license_files
@@ -103,6 +110,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     dtype = default_dtype(options.dtype, target)
     kv_cache_dtype = decide_kv_cache_dtype(options.kv_cache_dtype, dtype, target)
     builder, plugin = choose_builder(options, target)
+    check_rings(kv_cache_dtype, builder, options)
     quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
     check_weights(options.weights, quantize)
     as_integer("max_batch_size", options.max_batch_size, 1)
@@ -125,6 +133,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     settings = options.lambda_config(window)
     skeleton = Skeleton(source.config, torch_dtype(dtype))
     plan = family.plan(source.config, settings, lambda: skeleton.model)
+    check_key_bias(kv_cache_dtype, builder, skeleton.model)
     contract = GraphContract(plan.layers, dtype, kv_cache_dtype, source.config.vocab_size)
     batch_size = options.max_batch_size if target.engine_name else 1
     check_cache_size(contract, settings, batch_size, training_length)

@@ -44,7 +44,7 @@ _TABLE = (
     ElementType("float8_e5m2", 1, "F8_E5M2", "FLOAT8E5M2", "uint8"),
     ElementType("float8_e8m0fnu", 1, "F8_E8M0", "FLOAT8E8M0", "uint8"),
     ElementType("uint8", 1, "U8", "UINT8", "uint8"),
-    ElementType("int8", 1, "I8", "INT8", "int8"),
+    ElementType("int8", 1, "I8", "INT8", "int8", "INT8"),
     ElementType("int16", 2, "I16", "INT16", "int16"),
     ElementType("int32", 4, "I32", "INT32", "int32"),
     ElementType("int64", 8, "I64", "INT64", "int64", "INT64"),

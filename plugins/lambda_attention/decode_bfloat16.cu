@@ -1,4 +1,5 @@
 #include "decode.inl"
 
 template cudaError_t lminf::enqueueDecode<lminf::Bfloat16, lminf::Bfloat16>(const KernelArguments&,
-    const AttentionPlan&, int, cudaStream_t);
+                                                                            const AttentionPlan&,
+                                                                            int, cudaStream_t);

@@ -10,8 +10,8 @@
 
 namespace lminf {
 
-// Enqueue one step of one layer on a stream, at most three kernels (and up to four copies, six with rings of int8, where
-// present tensors are not their pasts).
+// Enqueue one step of one layer on a stream, at most three kernels (and up to four copies, six with
+// rings of int8, where present tensors are not their pasts).
 //
 // workspace: workspaceBytes of device memory, 16-byte aligned; contents are scratch. May be null
 // with workspaceBytes 0.

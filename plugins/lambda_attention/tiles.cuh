@@ -259,9 +259,9 @@ __device__ __forceinline__ void rotateTileQueries(const KernelArguments& a, cons
 
 // Attends to tiles begin ... end - 1 of one list of keys.
 template <class T, class Ring, int D, int kWarps>
-__device__ __forceinline__ void walkTiles(TilesWarp<T, Ring, D, kWarps>& warp, const KeyList<T>& list,
-                                          int begin, int end, bool isSink, int firstRelative,
-                                          T* stages) {
+__device__ __forceinline__ void walkTiles(TilesWarp<T, Ring, D, kWarps>& warp,
+                                          const KeyList<T>& list, int begin, int end, bool isSink,
+                                          int firstRelative, T* stages) {
   constexpr int kKeys = tileKeys(D), kTile = kKeys * (D + kRowPadding);
   copyTile<T, D, kWarps>(list, begin * kKeys, stages, stages + kTile);
   commitCopies();
@@ -321,8 +321,8 @@ __device__ __forceinline__ void storeTile(const KernelArguments& a, const RowGro
 // Writes the warp's rows of one split: sums, maxima and totals as they are.
 template <class T, class Ring, int D, int kWarps>
 __device__ __forceinline__ void storePartial(const KernelArguments& a, const RowGroup& group,
-                                             const TilesWarp<T, Ring, D, kWarps>& warp, int firstRow,
-                                             int split) {
+                                             const TilesWarp<T, Ring, D, kWarps>& warp,
+                                             int firstRow, int split) {
   const std::int64_t allRows =
       static_cast<std::int64_t>(a.batchSize) * a.numKvHeads * a.group * a.sequenceLength;
 #pragma unroll

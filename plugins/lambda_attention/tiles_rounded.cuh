@@ -22,9 +22,9 @@ __device__ __forceinline__ RingScales scalesOf(const KernelArguments& a, std::in
 template <class T, int D, int kWarps>
 struct RoundedTiles {
   static constexpr int kKeys = tileKeys(D), kStride = D + kRowPadding;
-  static constexpr int kTile = kKeys * kStride;        // elements of T
-  static constexpr int kStageBytes = 2 * kKeys * D;    // keys, then values
-  static constexpr int kStageScales = 2 * kKeys;       // of keys, then of values
+  static constexpr int kTile = kKeys * kStride;      // elements of T
+  static constexpr int kStageBytes = 2 * kKeys * D;  // keys, then values
+  static constexpr int kStageScales = 2 * kKeys;     // of keys, then of values
   static_assert(2 * kTile * sizeof(T) + 2 * kStageBytes + 3 * kStageScales * sizeof(float) <=
                     4 * kTile * sizeof(T),
                 "more than the stages of a ring of T");
@@ -34,8 +34,7 @@ struct RoundedTiles {
   float* scales;  // of the tile that is attended to, then of the stages
 
   __device__ __forceinline__ explicit RoundedTiles(T* shared)
-      : keys(shared),
-        bytes(reinterpret_cast<unsigned char*>(shared + 2 * kTile)),
+      : keys(shared), bytes(reinterpret_cast<unsigned char*>(shared + 2 * kTile)),
         scales(reinterpret_cast<float*>(bytes + 2 * kStageBytes)) {}
 
   template <class Warp>
@@ -79,8 +78,7 @@ struct RoundedTiles {
     constexpr int kChunks = D / 16;
     unsigned char* to = bytes + stage * kStageBytes;
 #pragma unroll 1
-    for (int chunk = static_cast<int>(threadIdx.x); chunk < kKeys * kChunks;
-         chunk += kWarps * 32) {
+    for (int chunk = static_cast<int>(threadIdx.x); chunk < kKeys * kChunks; chunk += kWarps * 32) {
       const int row = chunk / kChunks, byte = chunk % kChunks * 16;
       const int from = list.slot(first + row) * D + byte;
       copyAsync16(to + row * D + byte, list.keys + from);

@@ -68,9 +68,7 @@ void setPointers(LambdaAttentionParams& params, const void* const* inputs, void*
 }  // namespace
 
 Plugin::Plugin(const Attributes& attributes, bool int8Cache)
-    : attributes_(attributes),
-      int8Cache_(int8Cache),
-      fields_(attributes),
+    : attributes_(attributes), int8Cache_(int8Cache), fields_(attributes),
       metadata_(describe(attributes)) {
   step_.int8Cache = int8Cache;
 }
@@ -151,8 +149,7 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInp
       known[static_cast<std::size_t>(input)] = knownDims(inputs[input]);
     }
     // Element types are not known here; any of them has the same rules for shapes.
-    problem =
-        checkOpenShapes(attributes_, known.data(), nvinfer1::DataType::kHALF, int8Cache_);
+    problem = checkOpenShapes(attributes_, known.data(), nvinfer1::DataType::kHALF, int8Cache_);
     if (!problem.empty()) return report(problem);
     for (int32_t output = 0; output < nbOutputs; ++output) {
       outputs[output] = inputs[shapeSource(output)];

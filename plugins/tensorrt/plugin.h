@@ -1,4 +1,5 @@
-// lminf::LambdaAttention, and the same over rings of int8, as TensorRT plugins: they map descriptors to the kernels' parameters.
+// lminf::LambdaAttention, and the same over rings of int8, as TensorRT plugins: they map
+// descriptors to the kernels' parameters.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -14,8 +15,8 @@ namespace lminf::tensorrt {
 inline constexpr const char* kPluginVersion = "1";
 static_assert(kVersion == 1, "kPluginVersion is the operator's version as text");
 
-// One node. All caches, scales too, are updated in place where TensorRT binds past and present to one
-// address; where it does not, the past is copied first.
+// One node. All caches, scales too, are updated in place where TensorRT binds past and present to
+// one address; where it does not, the past is copied first.
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,
                      public nvinfer1::IPluginV3OneBuildV2,

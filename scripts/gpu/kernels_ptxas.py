@@ -50,7 +50,12 @@ def kernel_name(mangled: str) -> tuple[str, str, bool, list[int]]:
         raise ValueError(f"{mangled}: not a kernel of this project")
     function, arguments = found.groups()
     kind = next(name for code, name in _TYPES.items() if arguments.startswith(code))
-    return function, kind, _INT8 in arguments, [int(n) for n in re.findall(r"Li(\d+)", arguments + "E")]
+    return (
+        function,
+        kind,
+        _INT8 in arguments,
+        [int(n) for n in re.findall(r"Li(\d+)", arguments + "E")],
+    )
 
 
 def parse(output: str) -> list[dict[str, Any]]:

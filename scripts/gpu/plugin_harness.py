@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.support.operator_case import Case, History, shared_inputs
 from lminf_export.operator import contract, reference
-from scripts.gpu.check import Outcome, Stream
+from scripts.gpu.check import Outcome, Stream, same_precision
 
 MAX_RATIO = 2.0  # the error allowed, in units of torch's in the same precision
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -192,6 +192,11 @@ class Feed:
     ) -> None:
         past, new = self.steps[number][7], self.steps[number][8]
         of_step = self.stream.rings.truth(self.stream.case, self.steps[number], list(expected))
+        torch_output = expected[0]
+        if of_step is not None:
+            present = self.stream.rings.in_model_type(expected, self.stream.dtype)
+            inputs = self.steps[number]
+            torch_output = same_precision(self.stream.case, inputs, [torch_output, *present])
         if not torch.isfinite(output).all():
             outcome.problems.append(f"step {number}: the output is not finite")
         for row, base in enumerate(self.stream.bases):
@@ -201,7 +206,7 @@ class Feed:
             truth = self.truth[row, :, start : start + count]
             if of_step is not None:  # over what the rings hold
                 truth = of_step[row, :, :count]
-            found = (output, expected[0])
+            found = (output, torch_output)
             errors = [(x[row, :, :count].double() - truth).abs().max() for x in found]
             outcome.error = max(outcome.error, float(errors[0]))
             outcome.torch_error = max(outcome.torch_error, float(errors[1]))

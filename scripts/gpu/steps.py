@@ -84,8 +84,27 @@ def build(suite: Suite) -> dict[str, Any]:
 
 def correctness(suite: Suite, enqueue: Callable[..., None] | None = None) -> dict[str, Any]:
     """Run every stream against float64 and report the worst ratio to torch's own error."""
+    return _run_all(suite, list(all_streams(suite.quick)), enqueue)
+
+
+def int8_rings(suite: Suite) -> dict[str, Any]:
+    """The same streams over rings of int8, and on a GPU each launch captured in a CUDA graph."""
+    chosen = [replace(stream, int8_rings=True) for stream in all_streams(suite.quick)]
+    result = _run_all(suite, chosen, None)
+    if not suite.emulate:
+        from scripts.gpu.cuda_device import launch_in_graph
+
+        captured = _run_all(suite, chosen, launch_in_graph)
+        result["captured"] = captured
+        if captured["status"] == "failed":
+            result["status"] = "failed"
+    return result
+
+
+def _run_all(
+    suite: Suite, chosen: list[Stream], enqueue: Callable[..., None] | None
+) -> dict[str, Any]:
     library, worst, failures, kernels = suite.kernels(), 0.0, [], set()
-    chosen = list(all_streams(suite.quick))
     for stream in chosen:
         outcome = run_stream(library, suite.device, stream, enqueue)
         worst = max(worst, outcome.ratio)
@@ -262,6 +281,7 @@ STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "build": build,
     "graph_capture": graph_capture,  # first: no kernel has been loaded yet when one is captured
     "correctness": correctness,
+    "int8_rings": int8_rings,
     "repeatability": repeatability,
     "sanitizer": sanitizer,
     "harness": harness,

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lminf_export.operator.reference_int8 import quantize
 from lminf_export.operator.settings import ring_capacity
 from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
 
 ROUNDS = 7
 FULL_CONTEXT = 32768
+INT8 = "lambda kernels, rings of int8"
 UNSPLIT = "lambda kernels, keys not split"  # whether the planner's splits were worth it
 
 
@@ -38,6 +40,7 @@ class Workload:
         num_sink_tokens: N.
         full_context: keys of the full attention compared with; 0 for none.
         dtype: of queries, keys and values.
+        int8_rings: the rings hold int8.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Workload:
     num_sink_tokens: int = 16
     full_context: int = 0
     dtype: torch.dtype = torch.float16
+    int8_rings: bool = False
 
     @property
     def keys(self) -> int:
@@ -125,6 +129,7 @@ def measure(
     makers: dict[str, Callable[[], Callable[[], None]]] = {
         "lambda kernels": lambda: _ours(library, device, workload, copies),
         UNSPLIT: lambda: _ours(library, device, workload, copies, split=False),
+        INT8: lambda: _ours(library, device, replace(workload, int8_rings=True), copies),
         "torch SDPA, same keys": lambda: _sdpa(device, workload, workload.keys, copies),
         "copy": lambda: _copy(device, workload, copies),
     }
@@ -216,6 +221,10 @@ def operator_tensors(
 
     new = [random(w.batch, h, w.steps, w.head_dim) for h in (w.heads, w.kv_heads, w.kv_heads)]
     ring = [random(w.batch, w.kv_heads, capacity, w.head_dim) for _ in range(2)]
+    scales: list[Tensor] = []
+    if w.int8_rings:
+        rounded = [quantize(x) for x in ring]
+        ring, scales = [q for q, _ in rounded], [scale for _, scale in rounded]
     slots = max(w.num_sink_tokens, 1)
     sinks = [random(w.batch, w.kv_heads, slots, w.head_dim) for _ in range(2)]
     past = torch.full((w.batch,), position, device=device)
@@ -226,8 +235,9 @@ def operator_tensors(
     limit = angles(w.head_dim // 2)
     slopes = torch.zeros(w.heads, device=device)
     learned = torch.full((w.heads,), float("-inf"), device=device)
-    inputs = [*new, *ring, *sinks, past, count, queries, held, *rows, *limit, slopes, learned]
-    return inputs, [torch.empty_like(new[0]), *ring, *sinks]
+    lengths = [past, count, queries, held]
+    inputs = [*new, *ring, *sinks, *lengths, *rows, *limit, slopes, learned, *scales]
+    return inputs, [torch.empty_like(new[0]), *ring, *sinks, *scales]
 
 
 def _plain_tensors(device: TimingDevice, w: Workload, keys: int, copies: int) -> list[list[Tensor]]:

@@ -26,6 +26,7 @@ from lminf_export.runtime import tensorrt as runtime
 from lminf_export.runtime.engine import Libraries
 from lminf_export.runtime.gpu import Gpu
 from lminf_export.runtime.tensorrt import TensorRTSession
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 from tests.support.engine_graphs import request_of
 from tests.support.tiny_bundle import TinyModel
 
@@ -86,7 +87,7 @@ class TensorIOMode(enum.Enum):
 
 
 class DataType(enum.Enum):
-    INT64, FLOAT, HALF, BF16 = range(4)
+    INT64, FLOAT, HALF, BF16, INT8 = range(5)
 
 
 class ExecutionContextAllocationStrategy(enum.Enum):
@@ -215,8 +216,7 @@ class ICudaEngine:
         return TensorIOMode.INPUT if self._spec(name) in self._inputs else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name):
-        kinds = {"int64": DataType.INT64, "float32": DataType.FLOAT, "float16": DataType.HALF}
-        return kinds[self._spec(name).dtype]
+        return DataType[ELEMENT_TYPES[self._spec(name).dtype].tensorrt]
 
     def get_tensor_shape(self, name):
         shape = self._spec(name).shape

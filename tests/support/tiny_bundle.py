@@ -42,6 +42,7 @@ class TinyModel:
     vocab_size: int = 257
     sliding_window: int | None = None
     dtype: str = "float32"
+    kv_cache_dtype: str | None = None
     nan_token: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
@@ -62,7 +63,7 @@ class TinyModel:
 
     @property
     def contract(self) -> GraphContract:
-        return GraphContract(self.layers, self.dtype, None, self.vocab_size)
+        return GraphContract(self.layers, self.dtype, self.kv_cache_dtype, self.vocab_size)
 
     def _layer(self, window: int, sinks: int) -> LayerSpec:
         capacity = ring_capacity(window, self.chunk_size)
@@ -174,7 +175,7 @@ class _Builder:
         )
         return helper.make_model(
             graph,
-            functions=[function_body(BodyFeatures())],
+            functions=[function_body(BodyFeatures(int8_cache=tiny.contract.int8_cache))],
             opset_imports=[
                 helper.make_opsetid("", OPSET),
                 helper.make_opsetid(contract.DOMAIN, 1),
@@ -211,15 +212,20 @@ class _Builder:
             nothing = np.zeros((1, layer.num_kv_heads, 1, layer.head_dim))
             sinks = [self.weight(nothing), self.weight(nothing)]
             present += [f"no_sink_key_{index}", f"no_sink_value_{index}"]
+        int8 = tiny.contract.int8_cache
+        scale_kinds = bindings.SCALE_KINDS if int8 else ()
+        scales = [bindings.past_name(index, kind) for kind in scale_kinds]
+        present += [bindings.present_name(index, kind) for kind in scale_kinds]
         limit = np.zeros(layer.head_dim // 2, np.float32)
         output = f"attention_{index}"
         self.nodes.append(
             helper.make_node(
-                contract.OP_TYPE,
+                contract.op_type(int8_cache=int8),
                 [query, key, value, *ring, *sinks, bindings.PAST_LENGTH, bindings.NEW_LENGTH]
                 + [position, self.slots(ring[0]), cos, sin]
                 + [self.constant(limit + 0.5), self.constant(limit + 0.8)]
-                + [self.constant(np.full(tiny.num_heads, x, np.float32)) for x in (0, -np.inf)],
+                + [self.constant(np.full(tiny.num_heads, x, np.float32)) for x in (0, -np.inf)]
+                + scales,
                 [output, *present],
                 domain=contract.DOMAIN,
                 plugin_namespace=contract.DOMAIN,

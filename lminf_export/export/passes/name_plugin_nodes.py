@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lminf_export.engine.plugin_node import cache_updates
+from lminf_export.engine.plugin_node import OPERATORS, cache_updates
 from lminf_export.errors import EngineError
 from lminf_export.export.passes.checking import ensure, require
 from lminf_export.export.passes.editing import is_op
@@ -36,7 +36,7 @@ class NamePluginNodesPass(ir.passes.InPlacePass):
     num_layers: int
 
     def requires(self, model: ir.Model) -> None:
-        bodies = [key for key in model.functions if key[1] == contract.OP_TYPE]
+        bodies = [key for key in model.functions if key[1] in OPERATORS]
         require(not bodies, f"{contract.OP_TYPE} still has a body")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -63,7 +63,11 @@ class NamePluginNodesPass(ir.passes.InPlacePass):
 
 
 def _nodes(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if is_op(node, contract.OP_TYPE, contract.DOMAIN)]
+    return [
+        node
+        for node in model.graph
+        if any(is_op(node, operator, contract.DOMAIN) for operator in OPERATORS)
+    ]
 
 
 def _updates(nodes: list[ir.Node]) -> dict[str, str]:

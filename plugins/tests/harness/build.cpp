@@ -110,9 +110,11 @@ nvinfer1::IPluginV3OneBuildV2& buildCapability(nvinfer1::IPluginV3& plugin) {
 void checkTypes(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task) {
   std::vector<DataType> inputs;
   inputs.reserve(static_cast<std::size_t>(task.numInputs()));
-  for (std::int32_t input = 0; input < task.numInputs(); ++input) inputs.push_back(task.typeOf(input));
+  for (std::int32_t input = 0; input < task.numInputs(); ++input)
+    inputs.push_back(task.typeOf(input));
   std::vector<DataType> outputs(static_cast<std::size_t>(task.numOutputs()), DataType::kBOOL);
-  require(builder.getOutputDataTypes(outputs.data(), task.numOutputs(), inputs.data(), task.numInputs()) == 0,
+  require(builder.getOutputDataTypes(outputs.data(), task.numOutputs(), inputs.data(),
+                                     task.numInputs()) == 0,
           "types", "refused");
   for (std::int32_t output = 0; output < task.numOutputs(); ++output) {
     require(outputs[static_cast<std::size_t>(output)] == task.typeOf(task.numInputs() + output),
@@ -162,7 +164,7 @@ std::vector<DynamicPluginTensorDesc> rangesOf(const Case& task, const Profile& p
   for (std::int32_t place = 0; place < task.numInputs() + task.numOutputs(); ++place) {
     const auto pick = [&](int which) {
       return place < task.numInputs() ? shapes[which][static_cast<std::size_t>(place)]
-                                : outputShape(shapes[which], place - task.numInputs());
+                                      : outputShape(shapes[which], place - task.numInputs());
     };
     Dims open = pick(0);
     for (std::int32_t axis = 0; axis < open.nbDims; ++axis) {
@@ -183,7 +185,8 @@ void checkFormats(nvinfer1::IPluginV3OneBuildV2& builder, const Case& task,
                   const std::vector<DynamicPluginTensorDesc>& right) {
   for (std::int32_t place = 0; place < task.numInputs() + task.numOutputs(); ++place) {
     const auto supports = [&](const std::vector<DynamicPluginTensorDesc>& all) {
-      return builder.supportsFormatCombination(place, all.data(), task.numInputs(), task.numOutputs());
+      return builder.supportsFormatCombination(place, all.data(), task.numInputs(),
+                                               task.numOutputs());
     };
     const std::string where = "place " + std::to_string(place);
     require(supports(right), "formats", where + ": the right one is refused");
@@ -236,9 +239,10 @@ void prepareProfile(nvinfer1::IPluginV3& plugin, const Case& task, const Profile
   const DynamicPluginTensorDesc* outputs = ranges.data() + task.numInputs();
   auto& builder = buildCapability(plugin);
   checkFormats(builder, task, ranges);
-  require(builder.configurePlugin(inputs, task.numInputs(), outputs, task.numOutputs()) == 0, "configure",
-          "refused");
-  plan.workspaceBytes.push_back(builder.getWorkspaceSize(inputs, task.numInputs(), outputs, task.numOutputs()));
+  require(builder.configurePlugin(inputs, task.numInputs(), outputs, task.numOutputs()) == 0,
+          "configure", "refused");
+  plan.workspaceBytes.push_back(
+      builder.getWorkspaceSize(inputs, task.numInputs(), outputs, task.numOutputs()));
   std::unique_ptr<nvinfer1::IPluginV3> clone(plugin.clone());
   require(clone != nullptr, "clone", "failed while building");
   std::vector<PluginTensorDesc> usual;
@@ -249,9 +253,9 @@ void prepareProfile(nvinfer1::IPluginV3& plugin, const Case& task, const Profile
   auto* runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(
       clone->getCapabilityInterface(nvinfer1::PluginCapabilityType::kRUNTIME));
   require(runtime->setTactic(0) == 0, "tactic", "the default one is refused");
-  require(
-      runtime->onShapeChange(usual.data(), task.numInputs(), usual.data() + task.numInputs(), task.numOutputs()) == 0,
-      "onShapeChange", "refused while building");
+  require(runtime->onShapeChange(usual.data(), task.numInputs(), usual.data() + task.numInputs(),
+                                 task.numOutputs()) == 0,
+          "onShapeChange", "refused while building");
 }
 
 }  // namespace
@@ -287,7 +291,8 @@ Plan build(const Library& library, const Case& task) {
           "fields", "the creator looks for another number of attributes");
   const NodeFields fields(task);
   std::unique_ptr<nvinfer1::IPluginV3> plugin(
-      library.creator(task.name()).createPlugin("layer", fields.get(), nvinfer1::TensorRTPhase::kBUILD));
+      library.creator(task.name())
+          .createPlugin("layer", fields.get(), nvinfer1::TensorRTPhase::kBUILD));
   require(plugin != nullptr, "createPlugin", "refused");
   checkIdentity(*plugin, task);
   auto& builder = buildCapability(*plugin);

@@ -85,7 +85,7 @@ Case readCase(const std::filesystem::path& folder) {
     throw std::runtime_error("case.txt has no profile or no step");
   }
   for (const Step& step : result.steps) {
-    if (step.profile >= result.profiles.size() || 
+    if (step.profile >= result.profiles.size() ||
         step.shapes.size() != static_cast<std::size_t>(result.numInputs())) {
       throw std::runtime_error("case.txt: a step lacks tensors or names an unknown profile");
     }

@@ -38,7 +38,8 @@ class Runner {
     const Step& step = task_.steps[number];
     describe(step);
     if (!sameShapes(step.shapes, context.shapes)) {
-      require(context.runtime().onShapeChange(descs_.data(), task_.numInputs(), descs_.data() + task_.numInputs(),
+      require(context.runtime().onShapeChange(descs_.data(), task_.numInputs(),
+                                              descs_.data() + task_.numInputs(),
                                               task_.numOutputs()) == 0,
               "onShapeChange", "step " + std::to_string(number) + " is refused");
       context.shapes = step.shapes;
@@ -53,7 +54,8 @@ class Runner {
   void describe(const Step& step) {
     descs_.clear();
     for (std::int32_t place = 0; place < task_.numInputs() + task_.numOutputs(); ++place) {
-      const std::int32_t from = place < task_.numInputs() ? place : shapeSource(place - task_.numInputs());
+      const std::int32_t from =
+          place < task_.numInputs() ? place : shapeSource(place - task_.numInputs());
       Dims dims = step.shapes[static_cast<std::size_t>(from)];
       // Without sink tokens the past is one row for all streams, the present one for each.
       if (place >= task_.numInputs()) dims.d[0] = step.shapes[0].d[0];
@@ -70,7 +72,8 @@ class Runner {
     }
     for (std::int32_t output = 0; output < task_.numOutputs(); ++output) {
       Buffer& buffer =
-          place(outputs_, output, task_.bytesOf(task_.numInputs() + output, descOf(task_.numInputs() + output)));
+          place(outputs_, output,
+                task_.bytesOf(task_.numInputs() + output, descOf(task_.numInputs() + output)));
       buffer.poison();
     }
   }
@@ -156,7 +159,8 @@ void run(const Library& library, const Case& task, const Plan& plan, Device& dev
   const nvinfer1::PluginFieldCollection fields{static_cast<std::int32_t>(plan.fields.size()),
                                                plan.fields.data()};
   std::unique_ptr<nvinfer1::IPluginV3> engine(
-      library.creator(task.name()).createPlugin("layer", &fields, nvinfer1::TensorRTPhase::kRUNTIME));
+      library.creator(task.name())
+          .createPlugin("layer", &fields, nvinfer1::TensorRTPhase::kRUNTIME));
   require(engine != nullptr, "createPlugin", "its own serialised fields are refused");
   ResourceContext resources;
   std::vector<Context> contexts;
