@@ -44,7 +44,7 @@ from lminf_export.export.passes.repeat_layers import RepeatLayersPass
 from lminf_export.export.passes.write_rings_linearly import WriteRingsLinearlyPass
 from lminf_export.operator.attention_body import BodyFeatures, function_body
 from lminf_export.operator.bindings import TensorSpec
-from lminf_export.operator.contract import DOMAIN, INT8_CACHE_OP_TYPE, OP_TYPE
+from lminf_export.operator.contract import DOMAIN, KEY_BIAS_OP_TYPE, OP_TYPE
 from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.tensors.stored import PickledTensor, StoredTensor
 from tests.support.small_graphs import HEADER, LINEAR, NORM, VIEW, parsed, toy
@@ -210,7 +210,7 @@ def flattened_again(model: ir.Model) -> None:
 
 
 def other_kind(model: ir.Model) -> None:
-    model.graph[0].op_type = INT8_CACHE_OP_TYPE
+    model.graph[0].op_type = KEY_BIAS_OP_TYPE
 
 
 def add_call(model: ir.Model) -> None:
