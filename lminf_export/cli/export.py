@@ -88,7 +88,8 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @option(
     "kv_cache_dtype",
     help="Element type of the caches of the window; auto: that of --dtype, int8: integers with a "
-    "scale for each token and key/value head, about a quarter of float32's bytes. Engines need the plugin.",
+    "scale for each token and key/value head, about a quarter of float32's bytes; an engine with "
+    "it needs the plugin.",
 )
 @option(
     "weights",
