@@ -1,4 +1,4 @@
-"""What a check of the kernels must know of a kind of ring: of the model's type, or of int8."""
+"""The kinds of rings that kernels are checked with: of the model's type, or of int8."""
 
 from __future__ import annotations
 
