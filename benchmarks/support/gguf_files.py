@@ -59,6 +59,7 @@ def save_gguf(
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager"
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     config = model.config
     name = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, name, split_max_tensors=shard_tensors)
@@ -127,7 +128,7 @@ def _settings(name: str, config: Any) -> dict[str, Any]:
     heads = _first(config, "num_attention_heads", "n_head", "n_heads")
     hidden = _first(config, "hidden_size", "d_model")
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    groups = _first(config, "num_kv_heads", "num_key_value_heads", default=heads)
+    groups = _groups(config, heads)
     found: dict[str, Any] = {
         "block_count": _first(config, "num_hidden_layers", "n_layer", "n_layers"),
         "context_length": _first(config, "max_position_embeddings", "max_seq_len", default=64),
@@ -163,6 +164,7 @@ def _settings(name: str, config: Any) -> dict[str, Any]:
         found["attention.scale"] = float(config.query_pre_attn_scalar) ** -0.5
     if name == "mpt":
         found["attention.max_alibi_bias"] = float(config.attn_config.alibi_bias_max)
+        found["attention.clamp_kqv"] = config.attn_config.clip_qkv
     found |= _rope(config, head_dim)
     keyed = {f"{name}.{key}": value for key, value in found.items() if value is not None}
     ids = {"bos": "bos", "eos": "eos", "padding": "pad"}
@@ -194,7 +196,11 @@ def _rope(config: Any, head_dim: int) -> dict[str, Any]:
 def _tensors(name: str, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     config = model.config
     architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == name)
-    find = gguf.get_tensor_name_map(architecture, 64).get_name
+    known = gguf.get_tensor_name_map(architecture, 64).get_name
+
+    def find(hf: str) -> str | None:
+        return known(hf) or known(hf.partition(".")[2])
+
     state = dict(model.state_dict())
     if getattr(config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
@@ -230,7 +236,7 @@ def _tensors(name: str, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _laid_out(name: str, own: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
     heads = _first(config, "num_attention_heads", "n_head", "n_heads")
-    groups = _first(config, "num_kv_heads", "num_key_value_heads", default=heads)
+    groups = _groups(config, heads)
     if name in _ROTARY and (match := re.search(r"attn_([qk])\.", own)):
         count = heads if match[1] == "q" else groups
         shape = (count, 2, tensor.shape[0] // count // 2, *tensor.shape[1:])
@@ -240,7 +246,6 @@ def _laid_out(name: str, own: str, tensor: torch.Tensor, config: Any) -> torch.T
         parts = tensor.reshape(shape)
         return torch.cat([parts[:, i].flatten(0, 1) for i in range(3)])
     if name == "falcon" and "attn_qkv" in own:
-        groups = groups if config.new_decoder_architecture else 1
         width = tensor.shape[0] // (heads + 2 * groups)
         parts = tensor.reshape(groups, heads // groups + 2, width, *tensor.shape[1:])
         return torch.cat(
@@ -280,6 +285,12 @@ def _llama3_factors(rope: dict[str, Any], config: Any) -> torch.Tensor:
             smooth = (original / length - low) / (high - low)
             factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return torch.tensor(factors)
+
+
+def _groups(config: Any, heads: int) -> int:
+    if getattr(config, "multi_query", False) and not config.new_decoder_architecture:
+        return 1
+    return _first(config, "num_kv_heads", "num_key_value_heads", default=heads)
 
 
 def _first(config: Any, *names: str, default: Any = ...) -> Any:

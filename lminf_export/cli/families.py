@@ -33,13 +33,15 @@ def families_command(as_json: bool) -> None:
 
     The model type is `model_type` in a model's config.json.
     """
+    from lminf_export.checkpoint.gguf.architectures import ARCHITECTURES
     from lminf_export.models.registry import FAMILIES
     from lminf_export.models.wrappers import TESTED_WRAPPERS
 
     tested, wrappers = sorted(FAMILIES), sorted(TESTED_WRAPPERS)
+    of_gguf = sorted(ARCHITECTURES)
     if as_json:
-        found = {"tested": tested, "text_models_of": wrappers, "refused": list(REFUSED_KINDS)}
-        click.echo(json.dumps(found, indent=1))
+        found = {"tested": tested, "text_models_of": wrappers, "gguf": of_gguf}
+        click.echo(json.dumps({**found, "refused": list(REFUSED_KINDS)}, indent=1))
         return
     click.echo(_paragraph(f"Tested ({len(tested)}): {', '.join(tested)}."))
     click.echo(
@@ -55,6 +57,7 @@ def families_command(as_json: bool) -> None:
             "with a notice."
         )
     )
+    click.echo(_paragraph(f"Architectures read from GGUF files: {', '.join(of_gguf)}."))
     click.echo(_paragraph(f"Refused, each by its name: {'; '.join(REFUSED_KINDS)}."))
 
 

@@ -25,7 +25,7 @@ ALIGNMENT = "general.alignment"
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 # Far beyond every file in use.
-_MOST_TENSORS, _MOST_KEYS, _MOST_ITEMS = 2**20, 2**16, 2**24
+_MOST_TENSORS, _MOST_KEYS, _MOST_ITEMS, _MOST_STRINGS = 2**20, 2**16, 2**24, 2**22
 _MOST_NAME, _MOST_STRING, _MOST_DIMENSION = 2**10, 2**24, 2**40
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 # Number of a type in a file → struct's letter, and numpy's name, of a number.
@@ -177,9 +177,9 @@ class _Reader:
             dtype = np.dtype(_NUMBERS[item]).newbyteorder("<")
             return np.frombuffer(self._take(count * dtype.itemsize), dtype)
         if item == _STRING:
-            if count * 8 > self._size - self._at:
+            if count > _MOST_STRINGS or count * 8 > self._size - self._at:
                 raise _Damaged(f"key {shortened(repr(key))} claims {count} strings")
-            return [self._string(_MOST_STRING, key) for _ in range(count)]
+            return self._strings(count, key)
         raise _Damaged(f"key {shortened(repr(key))} holds a list of the type {item}")
 
     def _number(self, letter: str) -> Any:
@@ -191,6 +191,21 @@ class _Reader:
         if length > most:
             raise _Damaged(f"{shortened(what)} claims {length} bytes")
         return self._take(length).decode("utf-8", errors="replace")
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """Read a list of strings; vocabularies have hundreds of thousands."""
+        data, size, at, length_of = self._data, self._size, self._at, struct.Struct("<Q")
+        found = []
+        for _ in range(count):
+            start = at + 8
+            if start > size:
+                raise _Damaged(f"its header goes on beyond its end at byte {size}")
+            at = start + length_of.unpack_from(data, at)[0]
+            if at > size:
+                raise _Damaged(f"{shortened(key)} claims {at - start} bytes")
+            found.append(data[start:at].decode("utf-8", "replace"))
+        self._at = at
+        return found
 
     def _take(self, count: int) -> bytes:
         stop = self._at + count

@@ -277,7 +277,15 @@ def _phi2(gguf: Gguf) -> Settings:
 
 
 def _falcon(gguf: Gguf) -> Settings:
-    groups = gguf.integer("attention.head_count_kv") or 1
+    heads = gguf.required("attention.head_count", 1, 2**14)
+    hidden = gguf.required("embedding_length", 1, 2**22)
+    # Some files give the heads of queries here, so it is counted.
+    groups = (gguf.shape("blk.0.attn_qkv.weight")[0] * heads // hidden - heads) // 2
+    if groups < 1 or heads % groups:
+        raise ModelError(
+            f"tensor blk.0.attn_qkv.weight of GGUF file {shortened(gguf.name)} has shape "
+            f"{list(gguf.shape('blk.0.attn_qkv.weight'))}, which does not fit {heads} heads"
+        )
     two_norms = gguf.has("blk.{}.attn_norm_2.weight")
     is_new = two_norms or groups > 1
     return {

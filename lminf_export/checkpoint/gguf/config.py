@@ -32,9 +32,10 @@ def find_architecture(gguf: Gguf) -> Architecture:
             f"{file} holds a {shortened(repr(kind if kind != 'model' else name))}, not a language "
             f"model"
         )
+    # Without commas, so that a line has room for all.
     raise ModelError(
-        f"{file} is of architecture {shortened(repr(name), 40)}, which is not read from GGUF; "
-        f"read are {', '.join(sorted(ARCHITECTURES))}"
+        f"GGUF architecture {shortened(repr(name), 24)} is not read; those that are: "
+        f"{' '.join(sorted(ARCHITECTURES))}"
     )
 
 

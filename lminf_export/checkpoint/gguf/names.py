@@ -189,5 +189,11 @@ def _name_finder(gguf: Gguf) -> Callable[[str], str | None]:
             f"GGUF file {shortened(gguf.name)} is of architecture {name!r}, which gguf "
             f"{package_version('gguf')} does not know; install a newer one"
         )
-    found: Callable[[str], str | None] = get_tensor_name_map(architecture, gguf.num_layers).get_name
-    return found
+    known = get_tensor_name_map(architecture, gguf.num_layers)
+
+    def find(name: str) -> str | None:
+        # Some are listed as the model without its head has them.
+        found: str | None = known.get_name(name) or known.get_name(name.partition(".")[2])
+        return found
+
+    return find
