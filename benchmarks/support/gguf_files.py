@@ -166,7 +166,9 @@ def _settings(name: str, config: Any) -> dict[str, Any]:
         found["attention.max_alibi_bias"] = float(config.attn_config.alibi_bias_max)
         found["attention.clamp_kqv"] = config.attn_config.clip_qkv
     found |= _rope(config, head_dim)
-    keyed = {f"{name}.{key}": value for key, value in found.items() if value is not None}
+    keyed: dict[str, Any] = {
+        f"{name}.{key}": value for key, value in found.items() if value is not None
+    }
     ids = {"bos": "bos", "eos": "eos", "padding": "pad"}
     for key, own in ids.items():
         keyed[f"tokenizer.ggml.{key}_token_id"] = getattr(config, f"{own}_token_id", None)

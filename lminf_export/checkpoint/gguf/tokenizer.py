@@ -6,6 +6,7 @@ they apply (`tokenizer.ggml.pre`). The rest of a tokenizer follows from its kind
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from lminf_export.checkpoint.gguf.metadata import Gguf
@@ -139,7 +140,7 @@ class TokenizerFiles:
             "split": True,
         }
         return {
-            "normalizer": None,
+            "normalizer": _normalizer(bytes(self._list_of_bytes())),
             "pre_tokenizer": metaspace,
             "model": {
                 "type": "Unigram",
@@ -149,6 +150,11 @@ class TokenizerFiles:
             },
             "decoder": metaspace,
         }
+
+    def _list_of_bytes(self) -> list[int]:
+        """Return the table of characters that a unigram model replaces; empty for none."""
+        found = self._gguf.numbers("tokenizer.ggml.precompiled_charsmap")
+        return [int(item) & 0xFF for item in found]
 
     def _vocabulary(self) -> dict[str, int]:
         """Return token → id; of equal ones the first, and no places that were filled up."""
@@ -227,6 +233,15 @@ class TokenizerFiles:
                 found[f"{role}_token"] = self.tokens[index]
         length = self._gguf.integer("context_length")
         return found | ({"model_max_length": length} if length else {})
+
+
+def _normalizer(table: bytes) -> dict[str, Any]:
+    """Return what sentencepiece does to a text before it is cut: runs of spaces become one."""
+    replaced = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    strip = {"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""}
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    parts = [*([replaced] if table else []), strip, spaces]
+    return {"type": "Sequence", "normalizers": parts}
 
 
 def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **changes: Any) -> dict[str, Any]:
