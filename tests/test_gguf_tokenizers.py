@@ -17,8 +17,6 @@ from lminf_export.checkpoint.source import open_source
 from lminf_export.export.tokenizer_check import check_tokenizer
 from tests.support.tiny_models import save_llama
 
-sentencepiece = pytest.importorskip("sentencepiece")
-pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))][:12]
 TEXTS = [
@@ -44,6 +42,7 @@ def read(model: Path, path: Path, metadata: dict[str, Any]) -> Tokenizer:
 
 def trained(kind: str, **settings: Any) -> Any:
     """Train sentencepiece on the documentation."""
+    sentencepiece = pytest.importorskip("sentencepiece")
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(CORPUS).splitlines()),
@@ -100,7 +99,8 @@ def test_sentencepiece_with_scores(prefix, model, tmp_path):
 def test_unigram(model, tmp_path):
     own = trained("unigram")
     written = own.serialized_model_proto()
-    proto = sentencepiece.sentencepiece_model_pb2.ModelProto.FromString(written)
+    parts = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    proto = parts.ModelProto.FromString(written)
     settings: dict[str, Any] = {
         "model": "t5",
         "unknown_token_id": 0,
