@@ -36,7 +36,7 @@ def text(values):
 
 
 def test_every_field_is_an_option_of_the_command_and_the_reverse():
-    of_the_command = {"dry_run", "as_json", "version", "verbose", "quiet"}
+    of_the_command = {"sample_text", "dry_run", "as_json", "version", "verbose", "quiet"}
     folded_in = {"engine_options"}  # its own fields are options
     wanted = {*EXPORT, *QUANTIZE, *ENGINE} - folded_in
     assert {*PARAMETERS} - of_the_command == wanted

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lminf_export.quantize.formats import BlockFormat, as_signed, dequantize_rows, quantize_rows
-from lminf_export.quantize.search import searched_rows
+from lminf_export.quantize.search import rounded_rows, searched_rows
 from lminf_export.quantize.stored import fits_half
 
 WIDTH = 96
@@ -80,9 +80,10 @@ def test_engines_get_scales_of_one_sign_and_the_same_integers():
 
 
 @pytest.mark.parametrize(
-    ("scale", "fits"), [(1.0, True), (1e-5, False), (1e7, False), (0.0, True), (1e-2, True)]
+    ("scale", "fits"), [(1.0, True), (1e-6, False), (1e7, False), (0.0, True), (1e-2, True)]
 )
-def test_scales_are_float16_where_it_holds_them(scale, fits):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_are_float16_where_it_holds_them(scale, fits, bits):
     class Source:
         dtype, shape = "F32", (64, WIDTH)
 
@@ -92,4 +93,18 @@ def test_scales_are_float16_where_it_holds_them(scale, fits):
         def at(self, index):
             raise NotImplementedError
 
-    assert fits_half(Source(), 32) is fits
+    assert fits_half(Source(), BlockFormat(64, WIDTH, bits, 32, True)) is fits
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", [5, 96])
+def test_blocks_of_8_bits_are_rounded_to_the_scales_that_are_stored(columns, symmetric):
+    rows = weights("heavy tails")[:, :columns]
+    form = BlockFormat(64, columns, 8, 32, symmetric)
+    blocks = rounded_rows(rows, form, "float16")
+    assert blocks.packed.shape == form.packed_shape
+    assert np.array_equal(blocks.scales.astype(np.float16), blocks.scales)
+    level = blocks.scales.repeat(32, 1)[:, :columns]
+    # The ends of a range may lie a little beyond what a rounded scale reaches.
+    error = np.abs(dequantize_rows(blocks, form) - rows.numpy())
+    assert (error <= 0.57 * level + 1e-12).all()

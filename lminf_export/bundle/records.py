@@ -214,12 +214,23 @@ class Quantization(Record):
     form: Literal["matmul_nbits", "qdq"]
     scales: Literal["search", "range"] = "range"
     source_blocks: Literal["keep", "requantize"] = "requantize"
+    mixed: Literal["auto", "off"] = "off"
     tensors: dict[str, TensorBlocks] = {}
 
     @property
     def kept(self) -> tuple[str, ...]:
         """Names of the weights that have the source's own blocks."""
         return tuple(name for name, blocks in self.tensors.items() if blocks.method == "keep")
+
+    @property
+    def _mixed(self) -> int:
+        """Weights of int8 beside int4, but for the lm_head and tables."""
+        eights = [
+            name
+            for name, blocks in self.tensors.items()
+            if blocks.bits == 8 and blocks.method != "keep" and self.weights == "int4"
+        ]
+        return sum("embed" not in name and "lm_head" not in name for name in eights)
 
     @property
     def rounds_activations(self) -> bool:
@@ -230,6 +241,7 @@ class Quantization(Record):
     def description(self) -> str:
         """The settings as one line of text."""
         head = "" if self.lm_head == "same" else f", lm_head {self.lm_head}"
+        head += f", {self._mixed} of other weights int8" if self._mixed else ""
         if self.form == "qdq" and self.weights != "int4":
             return f"{self.weights} with a scale for each output feature{head}, Q/DQ form"
         kind = "symmetric" if self.symmetric else "asymmetric"

@@ -15,7 +15,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from lminf_export.models.remote_code import new_model, running_code_of
 from lminf_export.tensors.files import find_weights
 from lminf_export.tensors.rows import fill, gather_rows, row_blocks
 from lminf_export.tensors.stored import SourceTensor
+
+AroundLayer: TypeAlias = Callable[[str, nn.Module, Callable[[], Any]], Any]
 
 # Parameters outside of layers up to this size are read once.
 _SMALL_BYTES = 32 * 2**20
@@ -60,6 +62,8 @@ class StreamedModel:
 
     Attributes:
         model: the same model.
+        around_layer: called in the place of every layer with its name, the layer, its weights
+            read, and a function that runs it and returns its output; None to run it.
     """
 
     def __init__(self, model: Any, sources: Mapping[str, SourceTensor] | None = None) -> None:
@@ -70,6 +74,7 @@ class StreamedModel:
         self._kept: list[Tensor] = []  # the hidden state (T, H) that the projection received
         self._rows: Tensor | None = None  # those it receives now
         self._output: Any = None
+        self.around_layer: AroundLayer | None = None
         self._open()
 
     @classmethod
@@ -91,7 +96,10 @@ class StreamedModel:
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, walk: Walk | None = None) -> Tensor:
-        """Return what the vocabulary projection receives for tokens (T,): (T, H)."""
+        """Return what the vocabulary projection receives for tokens (T,): (T, H).
+
+        Of a batch of tokens (B, T) that is what it receives for the first of them.
+        """
         self._walk, self._kept, self._rows = walk, [], None
         if walk is not None and not self._layers:
             walk.begin_layer()
@@ -99,7 +107,7 @@ class StreamedModel:
         hook = self._base.register_forward_hook(self._keep_output)
         try:
             with running_code_of(self.model.config, self.model.dtype):
-                self.model(input_ids=tokens[None], use_cache=False)
+                self.model(input_ids=tokens.reshape(-1, tokens.shape[-1]), use_cache=False)
         finally:
             hook.remove()
         self._pool.clear()
@@ -167,10 +175,13 @@ class StreamedModel:
         modules = dict(layer.named_modules(prefix=name))
 
         def whole(*args: Any, **kwargs: Any) -> Any:
-            with self._real(modules):
+            def run() -> Any:
                 if self._walk is None:
                     return forward(*args, **kwargs)
                 return _in_blocks(forward, args, kwargs, self._walk)
+
+            with self._real(modules):
+                return run() if self.around_layer is None else self.around_layer(name, layer, run)
 
         layer.forward = whole
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,7 @@ from lminf_export.cli.common import (
     handle_errors,
     one_adapter,
     quiet_transformers,
+    read_text,
     run_command,
     verbosity_options,
 )
@@ -23,6 +24,11 @@ from lminf_export.cli.quantize_options import quantize_options
 from lminf_export.cli.terminal import echo_json, when_interrupted
 from lminf_export.export.options import CHOICES, ExportOptions
 from lminf_export.tensors.dtypes import DTYPE_ALIASES
+
+if TYPE_CHECKING:
+    from lminf_export.cli.export_report import ExportReport, PlanReport
+    from lminf_export.export.job import ExportJob
+    from lminf_export.progress import Progress
 
 option = functools.partial(option_of, ExportOptions, CHOICES)
 
@@ -86,6 +92,19 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @quantize_options
 @option(
+    "calibrate",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Make up for the rounding to int4 on the inputs that this text gives the weights.",
+)
+@click.option(
+    "--sample-text",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Measure what quantisation costs on the first tokens of this text.  [default: the text "
+    "of --calibrate]",
+)
+@option(
     "kv_cache_dtype",
     help="Element type of the caches of the window; auto: that of --dtype, int8: integers with a "
     "scale for each token and key/value head, about a quarter of float32's bytes; an engine with "
@@ -144,27 +163,41 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @verbosity_options
 @handle_errors
 @engine_options
-def export_command(dry_run: bool, as_json: bool, **options: Any) -> None:
+def export_command(dry_run: bool, as_json: bool, sample_text: str | None, **options: Any) -> None:
     """Export a language model so that it decodes a stream without end.
 
     Writes a bundle: the model as ONNX with Λ-shaped attention over a bounded cache, its weights
     and tokenizer, an engine if OUT asks for one, and a manifest. Run it with `lminf generate`.
     """
     check_local_config(options["model"])
-    from lminf_export.cli.export_report import ExportReport, PlanReport
-    from lminf_export.export.run import prepare, run_job
+    from lminf_export.cli.export_report import PlanReport
+    from lminf_export.export.run import prepare
 
     quiet_transformers()
     asked = ExportOptions(**options)
+    sample = sample_text or asked.calibrate
+    text = None if sample is None else read_text(str(sample))
     report: ExportReport | PlanReport
     with when_interrupted(lambda: "nothing was written"), progress_bar(quiet=dry_run) as progress:
         # A dry run replaces nothing, so it needs no leave to.
         job = prepare(replace(asked, force=asked.force or dry_run), progress)
-        report = PlanReport(job) if dry_run else ExportReport(run_job(job, progress))
+        report = PlanReport(job) if dry_run else _exported(job, text, progress)
     if as_json:
         echo_json(report.to_dict())
     else:
         report.print()
+
+
+def _exported(job: ExportJob, text: str | None, progress: Progress) -> ExportReport:
+    """Export, and measure what quantisation costs on a text where there is one."""
+    from lminf_export.cli.export_report import ExportReport
+    from lminf_export.export.run import run_job
+    from lminf_export.verify.sample_cost import sample_cost
+
+    bundle = run_job(job, progress)
+    if text is None or job.quantize is None:
+        return ExportReport(bundle)
+    return ExportReport(bundle, sample_cost(bundle, job.checkpoint, job.family, text, progress))
 
 
 @handle_errors

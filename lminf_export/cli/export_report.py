@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lminf_export.bundle.records import BUILD_SCRIPT_NAME, MANIFEST_NAME, Engine
 from lminf_export.engine.options import ELSEWHERE
 from lminf_export.engine.plugin import PLUGIN_FILE
 from lminf_export.export.job import ExportJob
+from lminf_export.verify.perplexity_cost import PerplexityCost
 
 _SHOWN_ROLES = ("graph", "weights", "plan", "plugin", "engine_graph")
 
@@ -85,6 +86,7 @@ class ExportReport:
     """An export's result."""
 
     bundle: Bundle
+    cost: PerplexityCost | None = None
 
     def print(self) -> None:
         """Print what was written and what to do with it."""
@@ -107,6 +109,12 @@ class ExportReport:
             click.echo(f"engine: {made_by}, {engine.note}")
         if manifest.engine_recipe is not None:
             self._print_recipe(manifest.engine_recipe)
+        if (cost := self.cost) is not None:
+            click.echo(
+                f"perplexity of the text's first {cost.tokens} predictions: {cost.quantized:.3f}, "
+                f"without quantisation {cost.unquantized:.3f} ({cost.cost:+.2%} ± "
+                f"{cost.standard_error:.2%})"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as JSON can hold it."""
@@ -117,6 +125,7 @@ class ExportReport:
             "cache_bytes_per_sequence": manifest.cache_bytes_per_sequence,
             "notices": list(manifest.notices),
             "manifest": manifest.model_dump(mode="json"),
+            **({"perplexity_cost": asdict(self.cost)} if self.cost is not None else {}),
         }
 
     def _print_recipe(self, recipe: EngineRecipe) -> None:

@@ -27,6 +27,7 @@ _DETAILS = (
     "form",
     "scales",
     "source_blocks",
+    "mixed",
 )
 
 
@@ -40,7 +41,11 @@ def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
         required=False,
         help="Quantise the weights of projections.  [default: not quantised]",
     )
-    @option("block_size", help="Input features of a quantised weight that share a scale.")
+    @option(
+        "block_size",
+        help="Input features of a quantised weight that share a scale.  [default: 32; 16 for int4 "
+        "of models narrower than 2,048]",
+    )
     @option(
         "symmetric",
         "--symmetric/--asymmetric",
@@ -77,6 +82,10 @@ def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
         "source_blocks",
         help="Whether quantised blocks of a GGUF file keep their own values where that can be.",
     )
+    @option(
+        "mixed",
+        help="Store as int8, beside int4, the few projections whose errors cost most.",
+    )
     @click.pass_context
     @handle_errors
     @functools.wraps(function)
@@ -86,7 +95,8 @@ def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
         if kind is None:
             _refuse_details(context)
         else:
-            details["block_size"] = int(details["block_size"])
+            if details["block_size"] is not None:
+                details["block_size"] = int(details["block_size"])
             details["accuracy_level"] = int(details["accuracy_level"])
             options["quantize"] = QuantizeConfig(kind, **details)
         return function(*args, **options)

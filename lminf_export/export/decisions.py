@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,7 +13,7 @@ import torch
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.out import OutTarget
 from lminf_export.checkpoint.opening import Checkpoint
-from lminf_export.errors import ConfigError
+from lminf_export.errors import ConfigError, InputError
 from lminf_export.export.options import CHOICES, LINK
 from lminf_export.export.weight_files import WrittenWeights
 from lminf_export.models.key_bias import named_key_biases
@@ -73,6 +74,24 @@ def check_weights(asked: str, quantize: QuantizeConfig | None) -> None:
         raise ConfigError(
             "weights='link': quantised weights are new ones and must be written; use 'copy'"
         )
+
+
+def check_calibration(text: str | Path | None, quantize: QuantizeConfig | None) -> None:
+    """Raise an error where a calibration is asked for that cannot be.
+
+    Raises:
+        ConfigError: weights are not quantised to int4.
+        InputError: the text cannot be read.
+    """
+    if text is None:
+        return
+    if quantize is None or quantize.weights != "int4":
+        raise ConfigError("calibrate: only int4 weights are calibrated; quantise to int4")
+    try:
+        with open(text, "rb"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot read {text}: {error.strerror}") from None
 
 
 def default_dtype(asked: str | None, target: OutTarget) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -12,6 +12,7 @@ from lminf_export.errors import ExportError
 from lminf_export.export import weight_files
 from lminf_export.export.background_weights import BackgroundWeights
 from lminf_export.export.passes import pipelines
+from lminf_export.export.passes.choose_weights import Quantized
 from lminf_export.export.trace.tracing import Trace
 from lminf_export.export.weight_files import WrittenWeights
 from lminf_export.models.base import AttentionPlan
@@ -29,6 +30,7 @@ def write_graph(
     *,
     metadata: Mapping[str, str],
     quantize: QuantizeConfig | None = None,
+    calibrate: Callable[[Sequence[Quantized]], list[Quantized]] | None = None,
     link: bool = False,
     background: BackgroundWeights | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -42,6 +44,7 @@ def write_graph(
         path: the graph's file, in an existing folder.
         metadata: ONNX metadata_props.
         quantize: how weights are quantised, its form decided; None for not at all.
+        calibrate: quantises weights beforehand, see `calibration.Calibration.of`.
         link: put hard links to the checkpoint's files beside the graph instead of a copy.
         background: the weights file, if it is being written already.
         progress: receives the bytes of weights written.
@@ -56,9 +59,11 @@ def write_graph(
     if link:
         written = weight_files.link_files(model, sources, dtype, path.parent)
     else:
-        pieces = weight_files.weight_pieces(model, sources, aliases, dtype, quantize)
+        full, quantized = weight_files.weight_pieces(model, sources, aliases, dtype, quantize)
+        if calibrate is not None and quantized is not None:
+            quantized = calibrate(quantized)
         file = path.with_name(weight_files.weights_name(quantize))
-        written = weight_files.write_files(model, *pieces, file, background, progress)
+        written = weight_files.write_files(model, full, quantized, file, background, progress)
     save_graph(trace, plan, path, metadata=metadata)
     return written
 

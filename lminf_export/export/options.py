@@ -59,6 +59,8 @@ class ExportOptions:
             float16 with an engine and float32 without.
         quantize: "int4", "int8" or "fp8" for the weights of projections, or a `QuantizeConfig`
             with the details; by default they are not quantised.
+        calibrate: a UTF-8 text file; int4 makes up for the rounding of weights on the inputs that
+            it gives them. A few thousand tokens like those the model will read are enough.
         kv_cache_dtype: "int8" stores the caches of the window as integers with a scale for each
             token and key/value head, about a quarter of float32's bytes; "auto" stores them in
             dtype.
@@ -87,6 +89,7 @@ class ExportOptions:
     rope_regime: str | None = None
     dtype: str | None = None
     quantize: str | QuantizeConfig | None = None
+    calibrate: str | Path | None = None
     kv_cache_dtype: str = AUTO_KV_CACHE_DTYPE
     weights: str = COPY
     builder: str | None = None

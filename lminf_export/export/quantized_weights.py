@@ -49,3 +49,13 @@ def _is_kept(piece: Quantized) -> bool:
 
 def _counts(types: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(types.items()))
+
+
+def calibrated_notices(asked: bool, pieces: Sequence[Quantized]) -> list[str]:
+    """Say how many weights of 4 bits a calibration reached; nothing where none was asked for."""
+    fours = [p for p in pieces if isinstance(p, QuantizedWeight) and p.form.bits == 4]
+    own = [piece for piece in fours if piece.method != "keep"]
+    if not asked:
+        return []
+    count = sum(piece.method == "calibrate" for piece in own)
+    return [f"{count} of {len(own)} weights of 4 bits are calibrated on the text"]

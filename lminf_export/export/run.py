@@ -8,6 +8,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lminf_export.bundle.destination import check_destination
@@ -21,9 +22,11 @@ from lminf_export.checkpoint.source import open_source
 from lminf_export.disk import exists, user_path
 from lminf_export.errors import ModelError
 from lminf_export.export.background_weights import BackgroundWeights, expected_pieces
+from lminf_export.export.calibration import Calibration, calibration_batch
 from lminf_export.export.decisions import (
     LINK_NOTICE,
     check_cache_size,
+    check_calibration,
     check_weights,
     decide_kv_cache_dtype,
     default_dtype,
@@ -45,8 +48,9 @@ from lminf_export.export.graph import write_graph
 from lminf_export.export.job import ExportJob
 from lminf_export.export.license_files import copy_license_files
 from lminf_export.export.options import LINK, ExportOptions
-from lminf_export.export.quantized_weights import kept_notices, with_blocks
+from lminf_export.export.quantized_weights import calibrated_notices, kept_notices, with_blocks
 from lminf_export.export.spot_check import check_graph
+from lminf_export.export.tokenizer_check import TOKENIZER
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import trace
 from lminf_export.export.weight_files import WrittenWeights, weights_name
@@ -113,6 +117,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     check_rings(kv_cache_dtype, builder, options)
     quantize = decide_form(options.quantize, dtype, with_engine=target.engine_name is not None)
     check_weights(options.weights, quantize)
+    check_calibration(options.calibrate, quantize)
     as_integer("max_batch_size", options.max_batch_size, 1)
     options.lambda_config(1 if options.window_size is None else options.window_size)
     # Mistakes in options come first; and before a model is fetched, that it has a place.
@@ -131,6 +136,8 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     training_length = family.training_length(source.config)
     window, notices = default_window(options.window_size, training_length)
     settings = options.lambda_config(window)
+    if quantize is not None:
+        quantize = quantize.for_width(getattr(source.config, "hidden_size", None))
     skeleton = Skeleton(source.config, torch_dtype(dtype))
     plan = family.plan(source.config, settings, lambda: skeleton.model)
     check_key_bias(kv_cache_dtype, builder, skeleton.model)
@@ -175,6 +182,8 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
     """
     with BundleWriter(job.target.directory, force=job.options.force) as writer:
         writer.require_space(0 if job.links_weights else job.weight_bytes)
+        # The tokenizer comes first: it reads the text of a calibration.
+        notices = copy_tokenizer_files(job.source, writer, with_index=job.links_weights)
         written, graph = _write_model(job, writer, progress)
         if job.options.check:
             progress("checking the graph", None)
@@ -183,12 +192,16 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             writer.add(name, "weights")
             if digest is not None:
                 writer.set_digest(name, digest)
-        notices = copy_tokenizer_files(job.source, writer, with_index=job.links_weights)
         license = copy_license_files(job.source, writer)
         engine, recipe = add_engine(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
-        notices = [*weight_notices(written), *kept_notices(written.quantized), *notices]
+        notices = [
+            *weight_notices(written),
+            *kept_notices(written.quantized),
+            *calibrated_notices(job.options.calibrate is not None, written.quantized),
+            *notices,
+        ]
         draft = job.manifest(engine, recipe, notices)
         record = with_blocks(draft.quantization, written.quantized)
         draft = draft.model_copy(update={"linked_files": linked, "quantization": record})
@@ -208,6 +221,7 @@ def _write_model(
         background = _background_weights(job, graph)
         if background is not None:
             stack.enter_context(background)
+        calibrate = _calibration(job, graph.parent, stack, progress)
         traced = trace(job.checkpoint.skeleton, job.family, job.plan, job.contract)
         written = write_graph(
             traced,
@@ -216,11 +230,23 @@ def _write_model(
             graph,
             metadata=_metadata(job),
             quantize=job.quantize,
+            calibrate=calibrate.of if calibrate else None,
             link=job.links_weights,
             background=background,
             progress=byte_counter(progress, "writing weights", job.weight_bytes),
         )
     return written, graph
+
+
+def _calibration(
+    job: ExportJob, folder: Path, stack: ExitStack, progress: Progress
+) -> Calibration | None:
+    """Return the calibration that was asked for; its folder goes with the stack."""
+    if job.options.calibrate is None:
+        return None
+    batch = calibration_batch(folder / TOKENIZER, Path(job.options.calibrate))
+    spool = Path(stack.enter_context(TemporaryDirectory(prefix=".calibration-", dir=folder)))
+    return Calibration(job.checkpoint, batch, spool, progress)
 
 
 def _background_weights(job: ExportJob, graph: Path) -> BackgroundWeights | None:

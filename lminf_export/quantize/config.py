@@ -17,6 +17,7 @@ EMBEDDINGS = ("auto", "quantized", "full")
 FORMS = ("matmul_nbits", "qdq")
 SCALES = ("search", "range")
 SOURCE_BLOCKS = ("keep", "requantize")
+MIXED = ("auto", "off")
 # Field of `QuantizeConfig` → the values it may have, beside None where that is the default.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": WEIGHT_TYPES,
@@ -27,11 +28,18 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "form": FORMS,
     "scales": SCALES,
     "source_blocks": SOURCE_BLOCKS,
+    "mixed": MIXED,
 }
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 # Element types of weights that have one scale for each row.
 CHANNEL_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 DEFAULT_BLOCK_SIZE = 32
+# Models of fewer features than this have little room for errors to average out, and most of their
+# bytes in the table.
+NARROW, NARROW_BLOCK_SIZE = 2048, 16
+# Projections whose errors cost most for their bytes, by the ends of their modules' names; the first
+# where keys and values are shared by groups of heads, the second in narrow models.
+_SHARED, _SENSITIVE = ("k_proj", "v_proj"), ("up_proj",)
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,9 @@ class QuantizeConfig:
 
     Attributes:
         weights: "int4", "int8", or "fp8" (E4M3), which engines alone take.
-        block_size: input features that share one scale: 16, 32, 64, 128 or 256. In the Q/DQ
-            form 8-bit weights have one scale for each output feature, as TensorRT wants it.
+        block_size: input features that share one scale: 16, 32, 64, 128 or 256; None is 16 for
+            int4 of models narrower than 2,048 in blocks of onnxruntime, else 32. In the Q/DQ form
+            8-bit weights have one scale for each output feature, as TensorRT wants it.
         symmetric: blocks are centred on zero; else each has a zero point as well. None is
             False for int4 in blocks of onnxruntime, True for all others.
         accuracy_level: 4 lets onnxruntime round activations to int8, block by block, which its
@@ -57,13 +66,16 @@ class QuantizeConfig:
             a block's largest weight or its extremes. Blocks of 8 bits have the latter.
         source_blocks: "keep" takes over the blocks of a GGUF file with their own values where a
             format here has them; "requantize" quantises what they stand for.
+        mixed: "auto" stores as int8, beside int4 in blocks of onnxruntime, the projections of
+            keys and values that groups of heads share and, of models narrower than 2,048, the
+            up-projections; "off" does not.
 
     Raises:
         ConfigError: naming the field, its value and the rule it breaks.
     """
 
     weights: str
-    block_size: int = DEFAULT_BLOCK_SIZE
+    block_size: int | None = None
     symmetric: bool | None = None
     accuracy_level: int = 4
     lm_head: str = "auto"
@@ -71,10 +83,11 @@ class QuantizeConfig:
     form: str | None = None
     scales: str = "search"
     source_blocks: str = "keep"
+    mixed: str = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            allowed = (None, *choices) if name == "form" else choices
+            allowed = (None, *choices) if name in ("form", "block_size") else choices
             # Users know the first by the name of the option.
             require_one_of("quantize" if name == "weights" else name, getattr(self, name), allowed)
         if self.symmetric is not None and not isinstance(self.symmetric, bool):
@@ -100,6 +113,33 @@ class QuantizeConfig:
         if self.symmetric is None:
             return kind != "int4" or self.form == "qdq"
         return self.symmetric
+
+    def block_size_of(self, kind: str) -> int:
+        """Return the block size of a kind of weights; int8 beside int4 needs no finer ones."""
+        size = self.block_size or DEFAULT_BLOCK_SIZE
+        return size if kind == self.weights else max(size, DEFAULT_BLOCK_SIZE)
+
+    def projection_kind(self, module: str, rows: int, columns: int, width: int) -> str:
+        """Return the kind of quantisation of a projection.
+
+        Args:
+            module: its name.
+            rows: its output features.
+            columns: its input features.
+            width: of the model: features of a token.
+        """
+        if self.weights != "int4" or self.mixed == "off" or self.form == "qdq":
+            return self.weights
+        shared = module.endswith(_SHARED) and 2 * rows <= columns
+        return "int8" if shared or (module.endswith(_SENSITIVE) and width < NARROW) else "int4"
+
+    def for_width(self, width: int | None) -> QuantizeConfig:
+        """Return the configuration with the block size that a model of a width has by default."""
+        if self.block_size is not None:
+            return self
+        narrow = width is not None and width < NARROW
+        fine = narrow and self.weights == "int4" and self.form != "qdq" and self.mixed == "auto"
+        return replace(self, block_size=NARROW_BLOCK_SIZE if fine else DEFAULT_BLOCK_SIZE)
 
     @property
     def lm_head_kind(self) -> str | None:

@@ -36,7 +36,8 @@ def _bytes(shape: Sequence[int], kind: str | None, width: int, config: QuantizeC
     if kind is None or len(shape) != 2:
         return prod(shape) * width
     symmetric = config.is_symmetric(kind)
-    form = BlockFormat(shape[0], shape[1], BITS[kind], config.block_size, symmetric)
-    scale = 2 if kind == "int4" and config.form != "qdq" else width
+    form = BlockFormat(shape[0], shape[1], BITS[kind], config.block_size_of(kind), symmetric)
+    searched = config.weights == "int4" and config.scales == "search" and config.form != "qdq"
+    scale = 2 if searched else width
     zero_points = 0 if form.symmetric else prod(form.zero_points_shape)
     return prod(form.packed_shape) + prod(form.scales_shape) * scale + zero_points

@@ -1,4 +1,4 @@
-"""Blocks of 4 bits whose scales and zero points are searched for the least squared error.
+"""Blocks whose scales are rounded first, those of 4 bits searched for the least squared error.
 
 For the integers d = q − z of a block, the best scale is s = Σ w·d / Σ d², and what is left of Σ w²
 with it is Σ w² − (Σ w·d)² / Σ d²: a candidate is judged by two sums. Candidates are ranges of a
@@ -41,13 +41,7 @@ def searched_rows(
         positive: no scale is negative, which symmetric blocks may otherwise have.
     """
     count, size = len(rows), form.block_size
-    padded = form.blocks * size
-    whole = (
-        rows
-        if padded == form.columns
-        else torch.nn.functional.pad(rows, (0, padded - form.columns))
-    )
-    blocks = whole.reshape(-1, size)
+    blocks = _blocks(rows, form).reshape(-1, size)
     integers = torch.empty(blocks.shape, dtype=torch.uint8)
     found_scales = torch.empty(len(blocks))
     zeros = torch.empty(len(blocks), dtype=torch.uint8)
@@ -64,6 +58,28 @@ def searched_rows(
         packed,
         found_scales.reshape(count, -1).numpy(),
         None if form.symmetric else packed_zero_points(zeros.reshape(count, -1)),
+    )
+
+
+def rounded_rows(rows: Tensor, form: BlockFormat, scales: str) -> Blocks:
+    """Quantise rows (R, K) float32 to blocks of 8 bits; scales are rounded before the weights are.
+
+    A symmetric block reaches from −127 to 127 around 128, an asymmetric one from 0 to 255.
+    """
+    blocks = _blocks(rows, form)
+    low, high = blocks.amin(2).clamp_(max=0), blocks.amax(2).clamp_(min=0)
+    dtype = torch_dtype(scales)
+    largest = torch.maximum(high, -low)
+    exact = largest / 127 if form.symmetric else (high - low) / 255
+    scale = exact.to(dtype).to(torch.float32)
+    zero = torch.full_like(scale, 128)
+    if not form.symmetric:
+        zero = (-low * inverse(scale)).round_().clamp_(0, 255)
+    levels = (blocks * inverse(scale)[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, 255)
+    return Blocks(
+        levels.to(torch.uint8).numpy(),
+        scale.numpy(),
+        None if form.symmetric else zero.to(torch.uint8).numpy(),
     )
 
 
@@ -126,3 +142,10 @@ def levels(blocks: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def inverse(scale: Tensor) -> Tensor:
     """Return 1 / scale, and 0 where that is no number."""
     return torch.where(scale == 0, 0, 1 / scale).nan_to_num_(0, 0, 0)
+
+
+def _blocks(rows: Tensor, form: BlockFormat) -> Tensor:
+    """Cut rows (R, K) into blocks (R, M, size), the last one padded with zeros."""
+    missing = form.blocks * form.block_size - form.columns
+    whole = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+    return whole.reshape(len(rows), form.blocks, form.block_size)

@@ -18,7 +18,8 @@ from lminf_export.errors import ModelError
 from lminf_export.quantize.config import CHANNEL_DTYPES
 from lminf_export.quantize.formats import BlockFormat, Blocks, as_signed, quantize_rows
 from lminf_export.quantize.kept import KeptType, kept_rows
-from lminf_export.quantize.search import searched_rows
+from lminf_export.quantize.search import rounded_rows, searched_rows
+from lminf_export.quantize.spool import SpooledBlocks
 from lminf_export.tensors.dtypes import safetensors_name
 from lminf_export.tensors.gguf_blocks import GgufTensor
 from lminf_export.tensors.pieces import Entry, all_finite
@@ -42,8 +43,10 @@ class QuantizedWeight:
         dtype: element type of the scales.
         signed: two's complement without padding, as ONNX's INT4, instead of the blocks of
             MatMulNBits.
-        method: "keep" for the source's own blocks, "search" or "range" of `QuantizeConfig.scales`.
+        method: "keep" for the source's own blocks, "search" or "range" of `QuantizeConfig.scales`,
+            "calibrate" for those that are made already.
         offset_dtype: element type of offsets.
+        made: where the blocks are that are made already.
     """
 
     name: str
@@ -53,6 +56,7 @@ class QuantizedWeight:
     signed: bool
     method: str = "range"
     offset_dtype: str = "float32"
+    made: SpooledBlocks | None = None
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -91,6 +95,9 @@ class QuantizedWeight:
 
     def _blocks(self, count: int) -> Iterator[Blocks]:
         """Yield the blocks of up to `count` rows at a time."""
+        if self.made is not None:
+            yield from self.made.rows(count)
+            return
         if self.method == "keep":
             assert isinstance(self.tensor, GgufTensor)
             yield from kept_rows(self.tensor, self.form, count)
@@ -98,12 +105,12 @@ class QuantizedWeight:
         for rows in row_blocks(self.tensor, count):
             if not all_finite(rows):
                 raise ModelError(f"tensor {self.name} holds values that are not finite")
-            searched = self.method == "search" and self.form.bits == 4
-            yield (
-                searched_rows(rows, self.form, self.dtype, positive=self.signed)
-                if searched
-                else quantize_rows(rows, self.form)
-            )
+            if self.method != "search":
+                yield quantize_rows(rows, self.form)
+            elif self.form.bits == 4:
+                yield searched_rows(rows, self.form, self.dtype, positive=self.signed)
+            else:
+                yield rounded_rows(rows, self.form, self.dtype)
 
     def _in_dtype(self, numbers: NDArray[np.float32], dtype: str) -> NDArray[np.uint8]:
         converted = torch.from_numpy(numbers).to(torch_dtype(dtype))
@@ -210,22 +217,23 @@ def kept_piece(
     return QuantizedWeight(name, tensor, form, scales, signed, "keep", dtype)
 
 
-# Scales below this lose digits in float16, and below the second nearly all of them.
-_HALF_NORMAL, _HALF_LARGEST = 2.0**-14, 60000.0
+# A scale that float16 rounds by much more than this part makes a coarser grid.
+_HALF_SMALLEST, _HALF_LARGEST = {4: 2.0**-18, 8: 2.0**-20}, 60000.0
 
 
-def fits_half(tensor: SourceTensor, block_size: int) -> bool:
-    """Say whether float16 holds the scales of a matrix's blocks of 4 bits.
+def fits_half(tensor: SourceTensor, form: BlockFormat) -> bool:
+    """Say whether float16 holds the scales of a matrix' blocks well enough.
 
     Blocks a thousand times smaller than the largest may have rougher scales: their errors are as
     much smaller.
     """
     largest, smallest = 0.0, np.inf
     for rows in row_blocks(tensor, max(1, BLOCK_ELEMENTS // tensor.shape[1])):
-        padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block_size))
-        sizes = padded.unflatten(1, (-1, block_size)).abs_().amax(2)
+        padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % form.block_size))
+        sizes = padded.unflatten(1, (-1, form.block_size)).abs_().amax(2)
         largest = max(largest, float(sizes.max()))
         smallest = min(smallest, float(sizes.where(sizes > 0, np.inf).min()))
     if not np.isfinite(largest) or largest == 0:
         return True  # the quantiser names what is not finite
-    return largest < _HALF_LARGEST and max(smallest, largest / 1000) / 8 >= _HALF_NORMAL
+    least = max(smallest, largest / 1000) / 2.0 ** (form.bits - 1)
+    return largest < _HALF_LARGEST and least >= _HALF_SMALLEST[form.bits]

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from lminf_export.export.passes.editing import is_op
 from lminf_export.models.expert_facts import is_router_weight
-from lminf_export.quantize.config import BITS, QuantizeConfig
+from lminf_export.quantize.config import BITS, NARROW, QuantizeConfig
 from lminf_export.quantize.formats import BlockFormat
 from lminf_export.quantize.kept import KeptType, kept_type
 from lminf_export.quantize.stored import ChannelWeight, QuantizedWeight, fits_half, kept_piece
@@ -62,7 +62,8 @@ def choose_weights(
         config: what the user asked for.
         dtype: element type of activations and scales.
     """
-    vocab_size = model.graph.outputs[0].shape[2]  # type: ignore[index]
+    vocab_size = int(model.graph.outputs[0].shape[2])  # type: ignore[index, arg-type]
+    width = _width(model, vocab_size)
     choices = []
     for name, aliases in names.items():
         value = model.graph.initializers[name]
@@ -73,9 +74,12 @@ def choose_weights(
         others = len(value.uses()) - len(products) - len(lookups)
         rows, columns = value.shape.numpy()
         is_head = bool(products) and rows == vocab_size
-        kind = config.lm_head_kind if is_head else config.weights
+        module = name.removesuffix(".weight")
+        kind = config.lm_head_kind if is_head else None
         if not products:
             kind = config.table_kind(tied=False)
+        elif not is_head:
+            kind = config.projection_kind(module, rows, columns, width)
         # The choice of experts depends on small differences, and routers are small.
         if kind is None or is_router_weight(name):
             continue
@@ -90,6 +94,13 @@ def choose_weights(
     return choices
 
 
+def _width(model: ir.Model, vocab_size: int) -> int:
+    """Return the features of a token: the columns of the narrowest table of the vocabulary."""
+    shapes = [value.shape for value in model.graph.initializers.values() if value.shape is not None]
+    widths = [int(s[1]) for s in shapes if len(s) == 2 and s[0] == vocab_size]  # type: ignore
+    return min(widths, default=NARROW)
+
+
 def _piece(
     name: str, tensor: SourceTensor, kind: str, config: QuantizeConfig, dtype: str
 ) -> Quantized:
@@ -101,16 +112,17 @@ def _piece(
         return ChannelWeight(name, tensor, kind, dtype)
     rows, columns = tensor.shape
     symmetric = config.is_symmetric(kind)
-    form = BlockFormat(rows, columns, BITS[kind], config.block_size, symmetric)
-    method = config.scales if kind == "int4" else "range"
-    halves = method == "search" and config.form != "qdq" and fits_half(tensor, form.block_size)
+    size = config.block_size_of(kind)
+    form = BlockFormat(rows, columns, BITS[kind], size, symmetric)
+    method = config.scales if config.weights == "int4" else "range"
+    halves = method == "search" and config.form != "qdq" and fits_half(tensor, form)
     scales = "float16" if halves else dtype
     return QuantizedWeight(name, tensor, form, scales, config.form == "qdq", method)
 
 
 def _suits_engines(own: KeptType, kind: str, config: QuantizeConfig, dtype: str) -> bool:
     """Say whether blocks are INT4 as engines take it, with the scales that they have."""
-    same = own.bits == BITS[kind] == 4 and own.block_size == config.block_size
+    same = own.bits == BITS[kind] == 4 and own.block_size == config.block_size_of(kind)
     return same and not own.offsets and dtype in (own.scales, "float32")
 
 

@@ -16,7 +16,7 @@ from lminf_export.export.passes.choose_weights import (
     check_chosen,
     check_replaced,
 )
-from lminf_export.export.passes.look_up_rows import dequantized_rows
+from lminf_export.export.passes.look_up_rows import TableParts, dequantized_rows
 from lminf_export.operator.linear_bodies import CONTRIB_DOMAIN
 from lminf_export.quantize.stored import (
     OFFSETS,
@@ -161,7 +161,8 @@ def _look_up_blocks(
         offsets = _offsets(graph, piece) if form.offsets else None
         ids = gather.inputs[1]
         assert ids is not None
-        nodes = dequantized_rows(form, (table, scales, offsets), ids, dtype)
+        parts = TableParts(table, scales, _zero_points(graph, piece), offsets)
+        nodes = dequantized_rows(form, parts, ids, dtype)
     else:
         nodes = [_contrib_look_up(graph, piece, table, gather.inputs[1])]
     if form.blocks * form.block_size != form.columns:  # padding of the last block
