@@ -143,13 +143,49 @@ def test_the_window_decides_on_the_regime_where_nobody_does(kind):
         assert torch.equal(found.rotations[0].inv_freq, chosen.rotations[0].inv_freq)
 
 
+@pytest.mark.parametrize("regime", ["short", "long"])
+def test_a_rotation_with_two_factors_has_that_of_its_regime(regime):
+    """Phi-3.5-MoE: cosines and sines as stock computes them in a short and in a long text."""
+    rope = {**LONGROPE, "short_mscale": 1.2, "long_mscale": 1.7}
+    config = case("phimoe", rope_parameters=rope, max_position_embeddings=124).config()
+    rotation = plan(config, rope_regime=regime).rotations[0]
+    assert rotation.attention_factor == rope[f"{regime}_mscale"]
+    model = AutoModelForCausalLM.from_config(config)
+    position = torch.arange(*((60, 70) if regime == "long" else (10, 20)))[None]
+    cos, sin = model.model.rotary_emb(torch.zeros(1), position)
+    angle = position[0, :, None] * rotation.inv_freq
+    for found, wanted in ((cos, angle.cos()), (sin, angle.sin())):
+        assert torch.allclose(found[0, :, :5], wanted * rotation.attention_factor, atol=1e-6)
+
+
+def test_a_model_that_turns_backwards_has_negative_frequencies():
+    assert plan(case("nanochat").config()).rotations[0].inv_freq.max() < 0
+
+
+@pytest.mark.sampled
+def test_a_temperature_that_grows_with_the_position_is_frozen_at_one(tmp_path):
+    rope = case("ministral3").changes["rope_parameters"]
+    rope = {**rope, "original_max_position_embeddings": 16}
+    source = case("ministral3", rope_parameters=rope).save(tmp_path / "m")
+    bundle = export(source, tmp_path / "b", window_size=WINDOW, chunk_size=40)
+    assert any("frozen at 1" in x and "up to 16 tokens" in x for x in bundle.manifest.notices)
+    model, tokens = load(bundle.path), np.random.default_rng(1).integers(3, 131, WINDOW)
+    assert stock_error(model, source, "eager", tokens[:16]) < TOLERANCE
+    assert stock_error(model, source, "eager", tokens) > 100 * TOLERANCE
+    content = json.loads((source / "config.json").read_text())
+    content["rope_parameters"]["llama_4_scaling_beta"] = 0.0
+    (source / "config.json").write_text(json.dumps(content))
+    assert stock_error(model, source, "eager", tokens) < TOLERANCE
+
+
 def test_a_regime_is_refused_where_the_rotation_has_none():
     for config in (case("llama").config(), UNKNOWN.config()):
         with pytest.raises(ConfigError, match="rope_regime=long: the rotary embedding of this"):
             plan(config, rope_regime="long")
 
 
-PROBED = [case for case in CASES if not case.equal_in_pairs]
+# What a family knows beyond the probe: weights, and a temperature that can be frozen.
+PROBED = [case for case in CASES if not case.equal_in_pairs and case.model_type != "ministral3"]
 
 
 @pytest.mark.parametrize("case", PROBED, ids=lambda case: case.model_type)
@@ -168,7 +204,6 @@ REFUSED = {
     "doge": ({}, "attention code is unlike that of the tested models"),
     "gpt_bigcode": ({}, "learned absolute positions"),
     "mimo_v2_flash": ({"num_hidden_layers": 2, "layer_types": None}, "keys and values of diff"),
-    "nanochat": ({}, "pairs its dimensions"),
     "xglm": ({}, "absolute positions"),
 }
 

@@ -52,7 +52,6 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "bert": ({}, "encoder only"),
     "modernbert": ({}, "encoder only"),
     "llama4_text": ({}, "chunked attention.*also attention temperature"),
-    "ministral3": ({}, "attention temperature"),
     "gemma3n_text": ({"num_hidden_layers": 6, "num_kv_shared_layers": 2}, "the last 2 of its 6"),
     "diffllama": ({}, "differential attention"),
     "gpt2": ({"n_positions": 77}, "learned absolute positions: its table wpe has 77"),

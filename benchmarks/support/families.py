@@ -111,6 +111,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 29,
 }
+TWO_MSCALES = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.1],
+    "long_factor": [1.0, 3.0, 5.0, 9.0, 17.0],
+    "short_mscale": 1.3,
+    "long_mscale": 1.6,
+    "original_max_position_embeddings": 512,  # longer than any text here
+}
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 GROUPED_EXPERTS = {
     "n_routed_experts": 6,
@@ -134,6 +142,22 @@ CASES = [
         (SLIDING,) * 3,
     ),
     FamilyCase("ministral", HALF_SPLIT, "sliding layers", _layers("sfs"), MIXED),
+    FamilyCase(
+        "ministral3",
+        HALF_SPLIT,
+        "attention temperature, frozen at 1; YaRN",
+        # Longer than any text here, as nothing is frozen up to there.
+        {
+            **_rope(**{**YARN, "original_max_position_embeddings": 512}, llama_4_scaling_beta=0.1),
+            "max_position_embeddings": 2048,
+        },
+    ),
+    FamilyCase(
+        "nanochat",
+        "rotary, backwards",
+        "QK-norm without weights after rotation, soft-capped logits",
+        {"final_logit_softcapping": 7.0, "attention_bias": True},
+    ),
     FamilyCase(
         "qwen2",
         HALF_SPLIT,
@@ -294,8 +318,14 @@ CASES = [
     FamilyCase(
         "phimoe",
         HALF_SPLIT,
-        "experts chosen by sparse mixing, biases",
-        {**EXPERTS, "attention_bias": True, "lm_head_bias": True},
+        "experts chosen by sparse mixing, biases; longrope with a factor for each regime",
+        {
+            **EXPERTS,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            **_rope(**TWO_MSCALES),
+            "max_position_embeddings": 2048,
+        },
     ),
     FamilyCase(
         "granitemoe",

@@ -103,8 +103,10 @@ class _Turns:
         """Rotate x (1, heads, T, D) further by angles given as positions (T,); length is kept."""
         if self.use is None:
             return x
-        (make, size), (apply, width, settings, keywords) = self.use
-        cos, sin = (table / size for table in make(x, angle[None]))
+        make, (apply, width, settings, keywords) = self.use
+        cos, sin = make(x, angle[None])
+        size = (cos.square() + sin.square()).sqrt()  # the attention factor
+        cos, sin = cos / size, sin / size
         head, rest = x[..., :width], x[..., width:]
         turned, _ = apply(head, head, cos, sin, *settings, **keywords)
         return torch.cat((turned, rest), -1)
@@ -115,10 +117,10 @@ class _Turns:
         def watched(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
             extra = (layer_type,) if layer_type else ()
             tables = forward(x, position_ids, *extra)
-            size = getattr(
-                module, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling"
-            )
-            make = (lambda y, p: forward(y, p, *extra)), size
+
+            def make(y: Tensor, position: Tensor) -> Any:
+                return forward(y, position, *extra)
+
             self.tables[id(tables[0])] = (make, tables)
             return tables
 

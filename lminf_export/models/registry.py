@@ -33,6 +33,7 @@ _DENSE = (
     "llama",
     "ministral",
     "mistral",
+    "nanochat",
     "nemotron",
     "olmo",
     "olmo2",
@@ -68,6 +69,7 @@ _CLASSES: dict[str, tuple[str, ...]] = {
     "rotary.RotaryFamily": (*_DENSE, *_EXPERTS),
     # Proved by cases in benchmarks/support/families.py, as the dense ones.
     "hunyuan.HunyuanFamily": ("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    "ministral3.Ministral3Family": ("ministral3",),
     # Families without the attention interface; proved in tests/test_families_own.py.
     "gptj.GptjFamily": ("gptj", "codegen"),
     "mpt.MptFamily": ("mpt",),
