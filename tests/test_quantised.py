@@ -16,7 +16,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from benchmarks.support.families import CASES, CHUNK, SINKS, WINDOW
 from lminf_export import ModelError, export, load
-from lminf_export.checkpoint.dequantize.methods import check_quantization, dequantize_checkpoint
+from lminf_export.checkpoint.dequantize.methods import (
+    check_quantization,
+    dequantize_checkpoint,
+    notices,
+)
 from lminf_export.tensors.files import read_checkpoint, read_header
 from lminf_export.verify.validate import validate
 from tests.support.memory import MIB, peak_of_export
@@ -330,6 +334,160 @@ def test_master_weights_of_bitnet_are_rounded_as_transformers_does_at_each_use(t
     assert torch.equal(whole(found["lm_head.weight"]), master + 1)
 
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+class Fp4:
+    """Random numbers of E2M1 in blocks, the scale of each, and one for all.
+
+    Attributes:
+        weight: (…, out, in) that they stand for.
+        packed: (…, out, in / 2) uint8; scale: (…, out, in / block); whole: ().
+    """
+
+    def __init__(self, shape, block=16, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        code = torch.randint(0, 16, shape, generator=generator)
+        number = E2M1[code % 8] * torch.where(code < 8, 1, -1)
+        blocks = (*shape[:-1], shape[-1] // block)
+        scale = torch.rand(blocks, generator=generator) * 20 + 0.1
+        self.scale, self.whole = scale.to(torch.float8_e4m3fn), torch.tensor(0.0007)
+        self.block, self.number = block, number
+        self.packed = (code[..., ::2] | code[..., 1::2] << 4).to(torch.uint8)
+        self.weight = self.scaled(self.scale.float() * self.whole)
+
+    def scaled(self, scale):
+        return self.number * scale.repeat_interleave(self.block, -1)
+
+    def modelopt(self):
+        return {"weight": self.packed, "weight_scale": self.scale, "weight_scale_2": self.whole}
+
+
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+SLICES = ((0, 1), (5, 6), (3, 29), (47, 48))
+
+
+def test_nvfp4_of_modelopt_is_the_numbers_that_were_packed(tmp_path):
+    made = Fp4((48, 96))
+    found = decode({**made.modelopt(), "input_scale": torch.tensor(3.0)}, NVFP4, tmp_path)
+    assert torch.equal(whole(found), made.weight)
+    for start, stop in SLICES:
+        assert torch.equal(found.rows(start, stop), made.weight[start:stop])
+    columns = torch.rand(96) + 0.5
+    parts = {**made.modelopt(), "pre_quant_scale": columns}
+    found = decode(parts, {**NVFP4, "quant_algo": "NVFP4_AWQ"}, tmp_path)
+    torch.testing.assert_close(whole(found), made.weight * columns)
+
+
+def test_a_stack_of_experts_in_nvfp4_is_read_matrix_by_matrix(tmp_path):
+    made = Fp4((3, 20, 64))
+    name = "x.experts.down_proj"
+    factors = torch.tensor([[0.5], [0.25], [2.0]])
+    wanted = made.scaled(made.scale.float() * factors[:, None])
+    parts = {
+        name: made.packed,
+        f"{name}_weight_scale": made.scale,
+        f"{name}_weight_scale_2": factors,
+        f"{name}_input_scale": torch.ones(3),
+    }
+    save_file(parts, tmp_path / "x.safetensors")
+    found = dequantize_checkpoint(read_header(tmp_path / "x.safetensors"), NVFP4)
+    assert torch.equal(whole(found[name]), wanted)
+    assert torch.equal(found[name].at(2).rows(3, 7), wanted[2][3:7])
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_fp4_of_compressed_tensors_is_the_numbers_that_were_packed(kind, tmp_path):
+    made = Fp4((48, 96), 16 if kind == "nvfp4" else 32)
+    parts = {"weight_packed": made.packed, "weight_scale": made.scale}
+    if kind == "nvfp4":
+        parts |= {"weight_global_scale": torch.tensor([1300.0]), "input_global_scale": made.whole}
+        wanted = made.scaled(made.scale.float() / 1300)
+    else:
+        parts["weight_scale"] = torch.randint(90, 160, (48, 3), dtype=torch.uint8)
+        wanted = made.scaled(torch.exp2(parts["weight_scale"].float() - 127))
+    settings = {"quant_method": "compressed-tensors", "format": f"{kind}-pack-quantized"}
+    found = decode(parts, settings, tmp_path)
+    assert torch.equal(whole(found), wanted)
+    for start, stop in SLICES:
+        assert torch.equal(found.rows(start, stop), wanted[start:stop])
+
+
+def test_fp8_of_modelopt_beside_fp4_and_plain_tensors(tmp_path):
+    """Excluded modules are plain, and layers of both widths may stand in one checkpoint."""
+    made, numbers = Fp4((48, 96)), torch.randn(8, 16).to(torch.float8_e4m3fn)
+    parts = {f"a.{name}": tensor for name, tensor in made.modelopt().items()}
+    parts |= {"b.weight": numbers, "b.weight_scale": torch.tensor(0.3)}
+    parts |= {"b.input_scale": torch.tensor(2.0), "b.k_scale": torch.tensor(1.0)}
+    parts["lm_head.weight"] = torch.ones(3, 3)
+    save_file(parts, tmp_path / "x.safetensors")
+    header = read_header(tmp_path / "x.safetensors")
+    settings = {**NVFP4, "quant_algo": "MIXED_PRECISION"}
+    found = dequantize_checkpoint(header, settings)
+    assert found.keys() == {"a.weight", "b.weight", "lm_head.weight"}
+    assert torch.equal(whole(found["a.weight"]), made.weight)
+    assert torch.equal(whole(found["b.weight"]), numbers.float() * 0.3)
+    assert "keys and values in a cache of 8 bits" in notices(header, settings)[1]
+    assert len(notices(["b.weight"], settings)) == 1
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("place", ["config.json", "hf_quant_config.json"])
+def test_a_checkpoint_of_modelopt_exports_as_its_plain_twin(place, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    folder = save("qwen3_moe", tmp_path / "m", **sizes, moe_intermediate_size=32)
+    shutil.copytree(folder, tmp_path / "twin")
+    plain, seeds = {}, iter(range(1000))
+
+    def quantised(name, tensor):
+        if not is_layer(name, tensor):
+            return None
+        made = Fp4(tuple(tensor.shape), seed=next(seeds))
+        plain[name] = made.weight
+        base = name.removesuffix(".weight")
+        return {f"{base}.{part}": x.clone() for part, x in made.modelopt().items()}
+
+    quantise(folder, {**NVFP4, "ignore": ["lm_head", "*.mlp.gate"]}, quantised)
+    if place != "config.json":
+        content = json.loads((folder / "config.json").read_text())
+        del content["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(content))
+        settings = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
+        (folder / place).write_text(json.dumps({"quantization": settings}))
+    path = tmp_path / "twin" / "model.safetensors"
+    assert any("experts" in name for name in plain)
+    save_file({**load_file(path), **plain}, path, metadata={"format": "pt"})
+    bundles = [export_tiny(tmp_path / x, tmp_path / f"{x}-b") for x in ("m", "twin")]
+    left, right = (load_file(bundle.path / "model.safetensors") for bundle in bundles)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    configs = [json.loads((bundle.path / "config.json").read_text()) for bundle in bundles]
+    assert configs[0] == configs[1]
+    assert not (bundles[0].path / "hf_quant_config.json").exists()
+
+
+def test_a_damaged_or_incomplete_nvfp4_checkpoint_is_named(tmp_path):
+    parts = Fp4((48, 96)).modelopt()
+    for name in ("weight_scale", "weight_scale_2"):
+        left = {key: x for key, x in parts.items() if key != name}
+        with pytest.raises(ModelError, match=rf"lacks 'a\.{name}', without which 'a\.weight'"):
+            decode(left, NVFP4, tmp_path)
+    for name, wrong in (
+        ("weight_scale", parts["weight_scale"][:, :5].contiguous()),
+        ("weight_scale_2", torch.ones(48)),
+    ):
+        with pytest.raises(ModelError, match=rf"a\.weight is U8 .* and a\.{name} is"):
+            decode({**parts, name: wrong}, NVFP4, tmp_path)
+    settings = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+    packed = {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"]}
+    with pytest.raises(ModelError, match=r"lacks 'a\.weight_global_scale'"):
+        decode(packed, settings, tmp_path)
+    folder = save("llama", tmp_path / "m")
+    (folder / "hf_quant_config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"hf_quant_config\.json of model .* is damaged"):
+        export_tiny(folder, tmp_path / "b")
+
+
 PACKERS = {
     "gptq": (lambda x: to_gptq(x, 4, 1), {"quant_method": "gptq", "bits": 4, "group_size": 16}),
     "awq": (to_awq, {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": 16}),
@@ -377,7 +535,8 @@ REFUSED = {
     },
     "awq": ({"version": "gemv"}, "gemm layout with 4 bits; this one has gemv"),
     "gptq": ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
-    "compressed-tensors": ({"format": "nvfp4-pack-quantized"}, "this one has nvfp4-pack"),
+    "compressed-tensors": ({"format": "marlin-24"}, "this one has marlin-24"),
+    "modelopt": ({"quant_algo": "W4A16_AWQ"}, "this one has quant_algo W4A16_AWQ"),
 }
 
 

@@ -254,7 +254,8 @@ CASES = [
     FamilyCase(
         "hunyuan_v1_dense",
         HALF_SPLIT,
-        "norms after rotation, with weights equal in pairs; dynamic scaling by a fixed alpha",
+        "norms after rotation: only weights equal in pairs, which trained ones are not; dynamic "
+        "scaling by a fixed alpha",
         # Longer than any text here: beyond it, the code of transformers 5.13 forgets alpha.
         {**_rope(rope_type="dynamic", alpha=3.0, factor=1.0), "max_position_embeddings": 512},
         equal_in_pairs=("query_layernorm.weight", "key_layernorm.weight"),
@@ -350,7 +351,8 @@ CASES = [
     FamilyCase(
         "hunyuan_v1_moe",
         HALF_SPLIT,
-        "experts, one shared by all; norms after rotation, with weights equal in pairs",
+        "experts, one shared by all; norms after rotation: only weights equal in pairs, which "
+        "trained ones are not",
         {"num_experts": 5, "moe_topk": 2},
         equal_in_pairs=("query_layernorm.weight", "key_layernorm.weight"),
     ),

@@ -113,7 +113,7 @@ def _read_tensors(
     tensors = methods.dequantize_checkpoint(raw, source.quantization)
     if source.text_part is not None:
         tensors = source.text_part.tensors(tensors)
-    return tensors, (methods.notice(source.quantization),) if source.quantization else ()
+    return tensors, methods.notices(raw, source.quantization) if source.quantization else ()
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None) -> Any:

@@ -16,6 +16,11 @@ from lminf_export.checkpoint.dequantize.methods import check_quantization
 from lminf_export.checkpoint.gguf.files import gguf_parts
 from lminf_export.checkpoint.gguf.folder import GgufFolder, open_gguf
 from lminf_export.checkpoint.links import refuse_links_to_outside
+from lminf_export.checkpoint.quantization_file import (
+    MODELOPT_FILE,
+    QUANTIZATION,
+    quantization_of,
+)
 from lminf_export.checkpoint.text_part import TextPart, find_text_part
 from lminf_export.disk import exists, is_file, user_path
 from lminf_export.errors import ModelError, shortened
@@ -24,7 +29,6 @@ from lminf_export.models.remote_code import allow_code, runs_own_code
 from lminf_export.models.transformers_tables import CODE_ERRORS, causal_lm_name, is_known
 from lminf_export.models.wrappers import text_config_of
 
-QUANTIZATION = "quantization_config"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 # Python of a repository, fetched only where it may run.
 CODE_PATTERNS = ("*.py",)
@@ -133,7 +137,7 @@ def open_source(
         name, commit = str(model), folder.name
     refuse_links_to_outside(folder)
     content = read_config_file(folder, str(model))
-    quantization = _quantization(content)
+    quantization = quantization_of(folder, content, str(model))
     if quantization is not None:
         check_quantization(quantization, str(model))
     config = _load_config(folder, str(model), content, trust_remote_code)
@@ -150,7 +154,8 @@ def _download(
 ) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*weights, *TOKENIZER_FILES, EXTRA_TEMPLATES, *CONFIG_FILES, *LICENSE_PATTERNS]
+    files = (*CONFIG_FILES, MODELOPT_FILE)
+    patterns = [*weights, *TOKENIZER_FILES, EXTRA_TEMPLATES, *files, *LICENSE_PATTERNS]
     with hub_errors_as(ModelError, f"model {shortened(repr(name))}", revision):
         folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
@@ -233,13 +238,6 @@ def _text_part(content: dict[str, Any], config: Any) -> TextPart | None:
     inner = text.model_type
     check_kind({"model_type": inner}, text, tested=inner in FAMILIES, wrapper=kind)
     return find_text_part(config, text)
-
-
-def _quantization(content: dict[str, Any]) -> Any:
-    """Return how a checkpoint is quantised; some name it in the table of the text model."""
-    text = content.get("text_config")
-    inner = text.get(QUANTIZATION) if isinstance(text, dict) else None
-    return content.get(QUANTIZATION, inner)
 
 
 def _unknown(kind: str, content: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ class Ministral3Family(RotaryFamily):
         rope = rope_parameters(config)[0]
         length = rope["original_max_position_embeddings"]
         notice = (
-            f"attention temperature grows from position {length} on, a stream has no such position: "
+            f"attention temperature grows from position {length} on, which a stream does not have: "
             f"it is frozen at 1, equal to the unmodified model for texts of up to "
             f"{min(length, settings.window_size)} tokens"
         )

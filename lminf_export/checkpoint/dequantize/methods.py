@@ -6,12 +6,12 @@ weights are decoded: a model that also quantises its activations is exported wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lminf_export.checkpoint.dequantize import bitnet, mxfp4, packed, scaled
+from lminf_export.checkpoint.dequantize import bitnet, fp4, mxfp4, packed, scaled
 from lminf_export.checkpoint.dequantize.common import Found
-from lminf_export.errors import ModelError
+from lminf_export.errors import ModelError, shortened
 from lminf_export.tensors.stored import RawTensor, SourceTensor
 
 Finder = Callable[[Mapping[str, RawTensor], Mapping[str, Any]], Found]
@@ -40,15 +40,39 @@ def _find_compressed(checkpoint: Mapping[str, RawTensor], settings: Mapping[str,
             f"compressed-tensors checkpoints are read as {', '.join(sorted(_COMPRESSED))}; this "
             f"one has {what}: export the unquantised checkpoint instead"
         )
+    finders = [finder for name, finder in _COMPRESSED.items() if name in formats]
+    return _one_after_another(checkpoint, finders or [scaled.find], {})
+
+
+def _one_after_another(
+    checkpoint: Mapping[str, RawTensor], finders: Iterable[Finder], settings: Mapping[str, Any]
+) -> Found:
+    """Let each finder see what those before it have left."""
     found = Found()
-    for finder in {_COMPRESSED[name] for name in formats} or {scaled.find}:
-        more = finder(checkpoint, {})
+    for finder in dict.fromkeys(finders):
+        left = {name: x for name, x in checkpoint.items() if name not in found.used}
+        more = finder(left, settings)
         found.tensors.update(more.tensors)
         found.used.update(more.used)
     return found
 
 
+def _find_modelopt(checkpoint: Mapping[str, RawTensor], settings: Mapping[str, Any]) -> Found:
+    algorithm = settings.get("quant_algo")
+    if algorithm not in MODELOPT_ALGORITHMS:
+        raise ModelError(
+            f"modelopt checkpoints are read as {', '.join(MODELOPT_ALGORITHMS)}; this one has "
+            f"quant_algo {shortened(str(algorithm), 40)}: export the unquantised checkpoint instead"
+        )
+    return _one_after_another(checkpoint, (fp4.find_modelopt, scaled.find), {})
+
+
+# MIXED_PRECISION names one of the others for each layer.
+MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", "NVFP4", "NVFP4_AWQ")
+# In the order in which they look: the scales of FP4 are numbers of 8 bits themselves.
 _COMPRESSED: dict[str, Finder] = {
+    "nvfp4-pack-quantized": fp4.find_compressed,
+    "mxfp4-pack-quantized": fp4.find_compressed,
     "float-quantized": scaled.find,
     "int-quantized": scaled.find,
     "naive-quantized": scaled.find,
@@ -61,6 +85,8 @@ _FINDERS: dict[str, Finder] = {
     "fbgemm_fp8": _find_fp8,
     "fp8": _find_fp8,
     "gptq": packed.find_gptq,
+    "modelopt": _find_modelopt,
+    "modelopt_fp4": _find_modelopt,
     "mxfp4": mxfp4.find,
 }
 
@@ -117,9 +143,21 @@ def dequantize_checkpoint(
     return {**plain, **found.tensors}
 
 
-def notice(settings: Mapping[str, Any]) -> str:
-    """Return the notice for the user about a quantised checkpoint."""
-    return (
+def notices(checkpoint: Iterable[str], settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the notices for the user about a quantised checkpoint.
+
+    Args:
+        checkpoint: names of its tensors.
+        settings: its checked `quantization_config`.
+    """
+    decoded = (
         f"the checkpoint is quantised ({settings['quant_method']}): its weights are decoded, so "
         f"they take the room of --dtype, and activations are not quantised"
+    )
+    if not any(name.rpartition(".")[2] in scaled.CACHE_SCALES for name in checkpoint):
+        return (decoded,)
+    return (
+        decoded,
+        "the checkpoint has scales for keys and values in a cache of 8 bits, which are not read; "
+        "--kv-cache-dtype int8 makes one with scales of its own",
     )

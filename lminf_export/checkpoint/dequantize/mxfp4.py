@@ -16,12 +16,12 @@ import torch
 
 from lminf_export.checkpoint.conversion import Stacked
 from lminf_export.checkpoint.dequantize.common import Found, require
+from lminf_export.checkpoint.dequantize.fp4 import unpacked
 from lminf_export.tensors.lazy import LazyTensor
 from lminf_export.tensors.stored import RawTensor
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _GROUP, _BIAS = 32, 127
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def find(checkpoint: Mapping[str, RawTensor], _: Mapping[str, Any]) -> Found:
@@ -67,8 +67,6 @@ class Mxfp4Matrix(LazyTensor):
         groups = slice(start // _GROUP, -(-stop // _GROUP))
         packed = self.packed.part(self.expert, slice(None), groups)
         exponent = self.scales.part(self.expert, slice(None), groups).to(torch.int32) - _BIAS
-        numbers = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-        table = torch.tensor([*_MAGNITUDES, *(-x for x in _MAGNITUDES)])
-        values = torch.ldexp(table[numbers.long()], exponent[..., None])
+        values = torch.ldexp(unpacked(packed), exponent[..., None])
         offset = groups.start * _GROUP
         return values.flatten(1)[:, start - offset : stop - offset].T

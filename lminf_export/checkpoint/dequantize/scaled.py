@@ -24,9 +24,14 @@ from lminf_export.tensors.lazy import LazyTensor
 from lminf_export.tensors.stored import RawTensor, SourceTensor
 
 NARROW = ("F8_E4M3", "F8_E5M2", "I8")
+# Of keys and values in a cache of 8 bits.
+CACHE_SCALES = ("k_scale", "v_scale")
 # DeepSeek names the scale after its inverse, by which weights were multiplied; both are factors.
 _FACTORS = ("_scale_inv", "_scale")
-_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale")
+_ACTIVATIONS = (
+    *("input_scale", "activation_scale", "output_scale", "input_global_scale"),
+    *("q_scale", *CACHE_SCALES),
+)
 _E8M0_BIAS = 127
 
 
