@@ -242,28 +242,36 @@ DrawCuts guessCuts(const Draw& d, const DrawKernels& kernels, Scale scale) {
   kernels.weights(some.data(), found, scale, weights);
   const double sum = std::accumulate(weights, weights + found, 0.0);
   sample(d, &some);
-  some.erase(std::remove_if(some.begin(), some.end(), [&](float x) { return x >= top; }),
-             some.end());
-  std::sort(some.begin(), some.end(), kDescending);
-  const int64_t count = static_cast<int64_t>(some.size());
-  kernels.weights(some.data(), count, scale, weights);
-  const double each = static_cast<double>(d.count) / kSamples;
-  for (int64_t i = 0; i < count; ++i) weights[i] *= each;
-  const double all = std::accumulate(weights, weights + count, sum), target = d.topP * all;
-  // The error of what is above the cut less p times all.
-  double above = sum, variance = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    above += weights[i];
-    const double part = weights[i] * (above < target ? 1 - d.topP : d.topP);
-    variance += part * part;
+  kernels.weights(some.data(), kSamples, scale, weights);
+  // The others, by how far they are below `top`; what is 700 / inverse below has no weight.
+  const double each = static_cast<double>(d.count) / kSamples, deepest = 700 / scale.inverse;
+  float least = top;
+  for (const float x : some) least = std::min(least, x);
+  const double step = (kBins - 0.01) / std::max(std::min(double{top} - least, deepest), 1e-30);
+  double sums[kBins] = {}, squares[kBins] = {}, all = sum;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    if (some[i] >= top) continue;
+    const double weight = each * weights[i];
+    const double at = std::min((double{top} - some[i]) * step, kBins - 1.0);
+    sums[static_cast<int32_t>(at)] += weight, squares[static_cast<int32_t>(at)] += weight * weight;
+    all += weight;
   }
-  const double error = 4 * std::sqrt(variance);
+  // The error of what is above the cut less p times all.
+  const double target = d.topP * all;
+  double above = sum, variance = 0;
+  for (int32_t i = 0; i < kBins; ++i) {
+    above += sums[i];
+    const double part = above < target ? 1 - d.topP : d.topP;
+    variance += part * part * squares[i];
+  }
+  const double error = 3 * std::sqrt(variance);
   DrawCuts cuts = {sum >= target + error ? top : kLowest, kInfinity, -kInfinity};
   above = sum;
-  for (int64_t i = 0; i < count; ++i) {
-    above += weights[i];
-    if (above < target - error) cuts.high = some[i];
-    if (above >= target + error && cuts.low == kLowest) cuts.low = some[i];
+  for (int32_t i = 0; i < kBins; ++i) {
+    above += sums[i];
+    const float below = static_cast<float>(top - (i + 1) / step);
+    if (above < target - error) cuts.high = below;
+    if (above >= target + error && cuts.low == kLowest) cuts.low = below;
   }
   return cuts;
 }

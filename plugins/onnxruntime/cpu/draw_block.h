@@ -126,14 +126,19 @@ inline int64_t addIds(const float* x, int64_t count, int64_t first, float low, f
   int64_t found = 0;
 #if defined(__AVX512F__)
   const __m512 from = _mm512_set1_ps(low), to = _mm512_set1_ps(high);
-  for (int64_t i = 0; i < count; i += 16) {
+  uint64_t wanted = 0;
+  for (int i = 0; i < kDrawBlock; i += 16) {
     const __m512 v = _mm512_loadu_ps(x + i);
-    __mmask16 mask =
+    const __mmask16 mask =
         _mm512_cmp_ps_mask(v, from, _CMP_GE_OQ) & _mm512_cmp_ps_mask(v, to, _CMP_LT_OQ);
-    if (count - i < 16) mask &= static_cast<__mmask16>((1 << (count - i)) - 1);
-    if (mask == 0) continue;
-    __m512i ids = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    ids = _mm512_add_epi32(ids, _mm512_set1_epi32(static_cast<int>(first + i)));
+    wanted |= uint64_t{mask} << i;
+  }
+  if (count < kDrawBlock) wanted &= (uint64_t{1} << count) - 1;
+  if (wanted == 0) return 0;
+  __m512i ids = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  ids = _mm512_add_epi32(ids, _mm512_set1_epi32(static_cast<int>(first)));
+  for (int i = 0; i < kDrawBlock; i += 16, ids = _mm512_add_epi32(ids, _mm512_set1_epi32(16))) {
+    const __mmask16 mask = static_cast<__mmask16>(wanted >> i);
     _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(mask, ids));
     found += __builtin_popcount(mask);
   }
