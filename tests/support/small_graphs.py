@@ -35,6 +35,10 @@ g (float[B, S, 6] x) => (float[B, S, 6] y)
     y = Identity (o)
 }"""
 )
+# Gemma's: the scale is 1 + weight, computed in float32 of a weight in half precision.
+NORM_OF_ONE_MORE = NORM.replace("float[6] w,", "float16[6] w, float one = {1.0},").replace(
+    "o = Mul (w, n)", "c = Cast <to = 1> (w)\n    k = Add (one, c)\n    o = Mul (n, k)"
+)
 VIEW = (
     HEADER
     + """

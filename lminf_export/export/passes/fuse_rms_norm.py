@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import onnx_ir as ir
 
 from lminf_export.export.passes import editing
@@ -14,14 +16,15 @@ _FIRST_OPSET = 23
 class FuseRmsNormPass(ir.passes.InPlacePass):
     """Replace the traced form of an RMS norm by the standard operator (opset 23).
 
-    Matches weight · cast?(x₃₂ · 1/√(mean(x₃₂²) + ε)) with x₃₂ = x or cast(x), over the last
-    axis: the statistics stay in float32 (stash_type 1) and the product with the weight in the
-    model's type, as traced. Nodes that served only the norm are left to dead-code removal.
-    `fuse_rms_normalization` of onnxscript 0.7.2 finds these too, but also fuses a scale that is
-    computed (Gemma's 1 + weight) or of another type than x, which this pass leaves as traced.
+    Matches scale · cast?(x₃₂ · 1/√(mean(x₃₂²) + ε)) with x₃₂ = x or cast(x), over the last
+    axis: the statistics stay in float32 (stash_type 1) and the product with the scale in its
+    type, as traced. The scale is a weight, or a number more than one (Gemma's 1 + weight), which
+    runtimes compute once when they load. Nodes that served only the norm are left to dead-code
+    removal. `fuse_rms_normalization` of onnxscript 0.7.2 finds these too, but also fuses a scale of
+    another type than x, which this pass leaves as traced.
 
     Requires: the graph's opset has the operator.
-    Ensures: the form is nowhere left; a norm has a vector of x's type as its weight.
+    Ensures: the form is nowhere left; a norm has a vector of x's type as its scale.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -46,26 +49,43 @@ class FuseRmsNormPass(ir.passes.InPlacePass):
             ensure(_match(node) is None, f"{node.outputs[0].name} is a norm that was not fused")
             if editing.is_op(node, "RMSNormalization"):
                 x, weight = node.inputs
-                fits = editing.is_weight(weight, 1) and x is not None and x.dtype == weight.dtype
-                ensure(fits, f"{node.outputs[0].name} has no vector of its type as its weight")
+                fits = _is_scale(weight) and x is not None and x.dtype == weight.dtype
+                ensure(fits, f"{node.outputs[0].name} has no vector of its type as its scale")
 
 
 def _match(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:
-    """Return x, weight and ε of the norm that ends with this product."""
+    """Return x, scale and ε of the norm that ends with this product."""
     if not editing.is_op(node, "Mul") or node.outputs[0].is_graph_output():
         return None
-    weight, normed = node.inputs
-    if not editing.is_weight(weight, 1):
-        weight, normed = normed, weight
-    product = producer(_through_cast(normed), "Mul")
-    if not editing.is_weight(weight, 1) or product is None:
+    scale, normed = node.inputs
+    if not _is_scale(scale):
+        scale, normed = normed, scale
+    cast = producer(normed, "Cast")
+    product = producer(normed if cast is None else cast.inputs[0], "Mul")
+    if not _is_scale(scale) or product is None:
         return None
-    for x, factor in (product.inputs, product.inputs[::-1]):
-        epsilon = _epsilon_of_rsqrt(factor, x)
-        source = _through_cast(x)
-        if epsilon is not None and source is not None and source.dtype == weight.dtype:
-            return source, weight, epsilon
+    for wide, factor in (product.inputs, product.inputs[::-1]):
+        epsilon = _epsilon_of_rsqrt(factor, wide)
+        if epsilon is None:
+            continue
+        # Without a cast back the result is of the type that the mean was taken in.
+        x = wide if cast is None else _through_cast(wide)
+        if x is not None and x.dtype == scale.dtype:
+            return x, scale, epsilon
     return None
+
+
+def _is_scale(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    """Say whether a value is a vector that is a weight, cast or not, or a number more than one."""
+    add = producer(value, "Add")
+    for term, number in ((0, 1), (1, 0)) if add is not None else ():
+        if editing.const_number(add.inputs[number]) is not None:
+            return editing.rank(value) == 1 and _is_vector(add.inputs[term])
+    return editing.is_weight(value, 1)
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    return editing.is_weight(_through_cast(value), 1)
 
 
 def _through_cast(value: ir.Value | None) -> ir.Value | None:
