@@ -78,14 +78,11 @@ def _match(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:
 def _is_scale(value: ir.Value | None) -> TypeGuard[ir.Value]:
     """Say whether a value is a vector that is a weight, cast or not, or a number more than one."""
     add = producer(value, "Add")
-    for term, number in ((0, 1), (1, 0)) if add is not None else ():
-        if editing.const_number(add.inputs[number]) is not None:
-            return editing.rank(value) == 1 and _is_vector(add.inputs[term])
-    return editing.is_weight(value, 1)
-
-
-def _is_vector(value: ir.Value | None) -> bool:
-    return editing.is_weight(_through_cast(value), 1)
+    if add is None:
+        return editing.is_weight(value, 1)
+    numbers = [term for term in add.inputs if editing.const_number(term) is not None]
+    vectors = [term for term in add.inputs if editing.is_weight(_through_cast(term), 1)]
+    return len(numbers) == len(vectors) == 1 and editing.rank(value) == 1
 
 
 def _through_cast(value: ir.Value | None) -> ir.Value | None:
