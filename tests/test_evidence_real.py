@@ -80,6 +80,17 @@ def test_a_reading_scores_each_fourth_token_and_goes_on_where_it_stopped(
     assert int(other.state.past_length[0]) == 256, "a state of something else is not used"
 
 
+def test_far_along_fewer_tokens_are_scored():
+    dense, end = scoring.DENSE, scoring.DENSE + 256
+    assert (scoring.scored_rows(dense - 256, dense) + dense - 255)[[0, -1]].tolist() == [
+        dense - 252,
+        dense,
+    ]
+    sparse = scoring.scored_rows(dense, end) + dense + 1
+    assert sparse.tolist() == list(range(dense + 16, end + 1, 16))
+    assert all(target % scoring.SINGLE or target in sparse for target in range(dense + 1, end + 1))
+
+
 def row(nats, **more):
     shown = " ".join(str(value) for value in nats)
     return {"text": "austen", "nats": shown, "tokens": 256 * len(nats), **more}
@@ -143,6 +154,29 @@ def test_a_stream_that_stands_far_away_reads_as_at_the_beginning(llama, kernels)
     moved = found["moved"]
     assert moved["tokens_compared"] == 500
     assert moved["largest_logit_difference"] < 1e-5 * moved["largest_logit_range"]
+
+
+@pytest.mark.slow
+def test_a_comparison_far_away_goes_on_where_it_stopped(llama, tmp_path, monkeypatch):
+    bundle, words = llama
+    whole = far_positions.measure(bundle, [words], "none", 300, 1)
+    step, calls = far_positions.Pair.step, []
+
+    def until_the_third(pair):
+        calls.append(pair.done)
+        if len(calls) == 3:
+            raise Interrupted
+        step(pair)
+
+    monkeypatch.setattr(far_positions, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(far_positions.Pair, "step", until_the_third)
+    with pytest.raises(Interrupted):
+        far_positions.measure(bundle, [words], "none", 300, 1, tmp_path)
+    again = far_positions.measure(bundle, [words], "none", 300, 1, tmp_path)
+    assert calls[:4] == [0, 48, 96, 96]
+    assert again["to_position"] == whole["to_position"]
+    assert again["moved"] == pytest.approx(whole["moved"], rel=1e-6)
+    assert again["floor"]["tokens_compared"] == 300
 
 
 @pytest.mark.slow

@@ -20,10 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from benchmarks.peers.contestants import (
     kind_of,
     longest_of,
     missing,
+    python_of,
     stand,
 )
 from benchmarks.peers.prepare import SINKS, WINDOW, prepare
@@ -278,12 +279,16 @@ def floors(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def environment_with_peers() -> dict[str, Any]:
     found = environment()
-    for name in ("onnxruntime-genai", "llama-cpp-python"):
-        try:
-            found["versions"][name] = version(name)
-        except PackageNotFoundError:
-            found["versions"][name] = "not installed"
+    found["versions"]["onnxruntime-genai"] = version_in(sys.executable, "onnxruntime-genai")
+    llama = python_of("llama.cpp")
+    found["versions"]["llama-cpp-python"] = version_in(llama, "llama-cpp-python")
     return found
+
+
+def version_in(python: str, package: str) -> str:
+    asked = f"from importlib.metadata import version; print(version({package!r}))"
+    told = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=False)
+    return told.stdout.strip() or "not installed"
 
 
 SECTIONS = {

@@ -264,6 +264,9 @@ class GenaiGraph:
 class LlamaCpp:
     """llama.cpp, its cache in float16 as it comes."""
 
+    # Layers with a sliding window keep everything where the cache is to be shifted.
+    SHIFTS = False
+
     def __init__(self, work: Path, precision: str, threads: int, longest: int) -> None:
         import llama_cpp
 
@@ -271,9 +274,8 @@ class LlamaCpp:
         self.threads, self.longest = threads, longest
 
     def load(self) -> None:
-        # Caches of sliding windows in full, so that it can go back, and shift.
         known = inspect.signature(self.api.Llama.__init__).parameters
-        whole = {"swa_full": True} if "swa_full" in known else {}
+        whole = {"swa_full": self.SHIFTS} if "swa_full" in known else {}
         self.model = self.api.Llama(
             str(self.path), n_ctx=self.longest, n_threads=self.threads,
             n_threads_batch=self.threads, n_batch=512, verbose=False, **whole,
@@ -313,6 +315,7 @@ class LlamaCpp:
 class LlamaCppShift(LlamaCpp):
     """llama.cpp with a bounded context: when it is full, half of what is not kept is dropped."""
 
+    SHIFTS = True
     CONTEXT, KEPT = 2048, 16
 
     def load(self) -> None:

@@ -138,7 +138,7 @@ class Readings:
         ids = stream.ids
         manifest = loaded.bundle.manifest
         told = {
-            "exported_from": self.model.described()["exported_from"],
+            "source": manifest.source.name,
             "bundle_sha256": manifest.manifest_sha256,
             "lambda_config": manifest.lambda_config.model_dump(),
             "training_length": manifest.training_length,
@@ -187,7 +187,7 @@ class Readings:
                 name: texts.described(name, self.work)
                 for name in sorted({r["text"] for r in rows.values()})
             },
-            "every": scoring.EVERY,
+            "every": {"up_to": scoring.DENSE, "scored": scoring.EVERY, "beyond": scoring.SPARSE},
             "tokens_of_a_number": scoring.CHUNK,
             "rows": rows,
             "summary": {name: summary(row, rows) for name, row in rows.items()},

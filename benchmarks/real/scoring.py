@@ -1,9 +1,10 @@
 """Reads a long text with one method, and notes the likelihood of a sample of its tokens.
 
 With a vocabulary of a quarter million the logits cost more than the layers, so that only each
-fourth token is scored. A chunk gives one number, the mean of its scored tokens: results hold them
-all, so that any two methods can be compared on the same tokens later. Tokens at multiples of
-SINGLE are noted one by one, too, for methods that are too slow to read everything.
+fourth token is scored, and from DENSE tokens on each sixteenth. A chunk gives one number, the mean
+of its scored tokens: results hold them all, so that any two methods can be compared on the same
+tokens later. Tokens at multiples of SINGLE are noted one by one, too, for methods that are too slow
+to read everything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.verify.likelihood import negative_log_likelihood
 
 CHUNK = 256
-EVERY = 4
+EVERY, SPARSE = 4, 16
+# Tokens up to which each fourth is scored; an edge of the buckets of `readings.buckets`.
+DENSE = 32_768
 SINGLE = 1024
 SAVE_SECONDS = 60.0
 # Caches as large as this are written as often as that, larger ones less often.
@@ -144,7 +147,7 @@ class TransformersReader:
 def scored_rows(start: int, stop: int) -> NDArray[np.int64]:
     """Return the rows of a chunk at positions start … stop − 1 whose next token is scored."""
     targets = np.arange(start + 1, stop + 1)
-    return np.flatnonzero(targets % EVERY == 0)
+    return np.flatnonzero(targets % (EVERY if stop <= DENSE else SPARSE) == 0)
 
 
 def read_stream(
