@@ -161,6 +161,17 @@ def test_a_model_of_the_hub_is_exported_from_its_cache_with_its_licence(hub, run
     assert not [line for line in hub.requests if "train.py" in line or "gguf" in line]
 
 
+def test_of_a_repository_of_gguf_files_one_is_to_be_fetched(hub, run):
+    files = {"m-q4_0.gguf": b"GGUF", "m-q8_0.gguf": b"GGUF", "README.md": b"words"}
+    hub.repositories["org/gguf"] = Repository(False)
+    hub.repositories["org/gguf"].commit("main", files)
+    done = run("from lminf_export import export\nexport('org/gguf', 'b')")
+    line = last_line(done)
+    assert "model 'org/gguf' holds GGUF files on the hub, and no safetensors" in line
+    assert "`hf download org/gguf m-q4_0.gguf --local-dir .`" in line
+    assert not [request for request in hub.requests if request.endswith(".gguf")]
+
+
 def test_what_cannot_be_fetched_is_one_line(hub, run, bundle):
     done = run("generate", "org/none", "--prompt", "x")
     assert "org/none: no such folder here, and the hub does not know it" in last_line(done)

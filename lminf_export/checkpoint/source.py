@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lminf_export.bundle.hub_errors import hub_errors_as
 from lminf_export.bundle.versions import package_version
 from lminf_export.checkpoint.config_file import read_config_file
 from lminf_export.checkpoint.dequantize.methods import check_quantization
-from lminf_export.checkpoint.gguf.files import gguf_parts
+from lminf_export.checkpoint.gguf.files import SUFFIX, gguf_parts
 from lminf_export.checkpoint.gguf.folder import GgufFolder, open_gguf
 from lminf_export.checkpoint.links import refuse_links_to_outside
 from lminf_export.checkpoint.quantization_file import (
@@ -135,6 +136,7 @@ def open_source(
         )
         folder = _download(str(model), revision, cache_dir, weights)
         name, commit = str(model), folder.name
+        _refuse_gguf_only(folder, name, commit)
     refuse_links_to_outside(folder)
     content = read_config_file(folder, str(model))
     quantization = quantization_of(folder, content, str(model))
@@ -161,6 +163,27 @@ def _download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
         )
     return Path(folder)
+
+
+def _refuse_gguf_only(folder: Path, name: str, commit: str) -> None:
+    """Refuse a repository of the hub whose only weights are GGUF files: which one is not said.
+
+    Raises:
+        ModelError: naming one of them.
+    """
+    if any(next(folder.glob(kind), None) for kind in (WEIGHT_PATTERNS[0], PICKLE_PATTERNS[0])):
+        return
+    from huggingface_hub import list_repo_files
+
+    files: list[str] = []
+    with suppress(ModelError), hub_errors_as(ModelError, name, commit):
+        files = sorted(x for x in list_repo_files(name, revision=commit) if x.endswith(SUFFIX))
+    if files:
+        raise ModelError(
+            f"model {shortened(repr(name))} holds GGUF files on the hub, and no safetensors: fetch "
+            f"one, `hf download {shortened(name)} {shortened(files[0])} --local-dir .`, and give "
+            f"it as --model"
+        )
 
 
 def plain_config(source: Source, *, of_files: bool = False) -> str:

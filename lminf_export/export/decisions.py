@@ -13,7 +13,8 @@ import torch
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.out import OutTarget
 from lminf_export.checkpoint.opening import Checkpoint
-from lminf_export.errors import ConfigError, InputError
+from lminf_export.checkpoint.source import Source
+from lminf_export.errors import ConfigError, InputError, shortened
 from lminf_export.export.options import CHOICES, LINK
 from lminf_export.export.weight_files import WrittenWeights
 from lminf_export.models.key_bias import named_key_biases
@@ -92,6 +93,15 @@ def check_calibration(text: str | Path | None, quantize: QuantizeConfig | None) 
             pass
     except OSError as error:
         raise InputError(f"cannot read {text}: {error.strerror}") from None
+
+
+def check_linked(asked: str, source: Source) -> None:
+    """Raise ConfigError where links to a model's weights are asked for that a graph cannot use."""
+    if asked == LINK and source.gguf is not None:
+        raise ConfigError(
+            f"weights='link': the weights of {shortened(source.name)} are decoded from GGUF and "
+            f"must be written; use 'copy'"
+        )
 
 
 def default_dtype(asked: str | None, target: OutTarget) -> Any:

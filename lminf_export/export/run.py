@@ -27,6 +27,7 @@ from lminf_export.export.decisions import (
     LINK_NOTICE,
     check_cache_size,
     check_calibration,
+    check_linked,
     check_weights,
     decide_kv_cache_dtype,
     default_dtype,
@@ -131,6 +132,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
     )
+    check_linked(options.weights, source)
     from_bundle = bundle_notice(source)
     family = family_of(source.config)
     training_length = family.training_length(source.config)
