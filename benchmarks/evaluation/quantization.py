@@ -23,15 +23,22 @@ from lminf_export.runtime.environment import environment
 from lminf_export.verify.perplexity_cost import perplexity_cost
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo-llama"
+CALIBRATION = MODEL / "heldout-austen.txt"
+# Before scales were searched: what onnxruntime's quantiser makes.
+BEFORE = QuantizeConfig(
+    "int4", symmetric=True, scales="range", block_size=32, mixed="off", lm_head="same"
+)
 SETTINGS: dict[str, QuantizeConfig] = {
     "int8": QuantizeConfig("int8"),
     "int4": QuantizeConfig("int4"),
+    "int4, calibrated on another text": QuantizeConfig("int4"),
     "int4, activations not rounded": QuantizeConfig("int4", accuracy_level=1),
-    "int4, asymmetric": QuantizeConfig("int4", symmetric=False),
-    "int4, blocks of 16": QuantizeConfig("int4", block_size=16),
+    "int4, symmetric": QuantizeConfig("int4", symmetric=True),
+    "int4, not mixed": QuantizeConfig("int4", block_size=16, mixed="off"),
+    "int4, blocks of 32": QuantizeConfig("int4", block_size=32),
     "int4, blocks of 128": QuantizeConfig("int4", block_size=128),
-    "int4, lm_head int8": QuantizeConfig("int4", lm_head="int8"),
-    "int4, lm_head full": QuantizeConfig("int4", lm_head="full"),
+    "int4, lm_head as the others": QuantizeConfig("int4", lm_head="same"),
+    "int4 as before scales were searched": BEFORE,
     "Q/DQ int4": QuantizeConfig("int4", form="qdq"),
     "Q/DQ int8": QuantizeConfig("int8", form="qdq"),
     "Q/DQ fp8": QuantizeConfig("fp8", form="qdq"),
@@ -53,7 +60,8 @@ def measure(work: Path, count: int, window: int) -> dict[str, Any]:
     full, full_bytes, tokens = score(work / "full", None, count, window)
     rows = []
     for name, config in SETTINGS.items():
-        logits, size, _ = score(work / "quantised", config, count, window)
+        text = CALIBRATION if "calibrated" in name else None
+        logits, size, _ = score(work / "quantised", config, count, window, text)
         cost = perplexity_cost(full, logits, tokens)
         rows.append(
             {
@@ -78,10 +86,12 @@ def measure(work: Path, count: int, window: int) -> dict[str, Any]:
 
 
 def score(
-    out: Path, config: QuantizeConfig | None, count: int, window: int
+    out: Path, config: QuantizeConfig | None, count: int, window: int, calibrate: Path | None = None
 ) -> tuple[Any, int, Any]:
     """Export, and return logits (T, V) on the held-out text, bytes of weights, and its tokens."""
-    bundle = lminf_export.export(MODEL, out, quantize=config, window_size=window, force=True)
+    bundle = lminf_export.export(
+        MODEL, out, quantize=config, calibrate=calibrate, window_size=window, force=True
+    )
     model = lminf_export.load(bundle.path)
     text = (MODEL / "heldout.txt").read_text(encoding="utf-8")
     tokens = np.asarray(model.codec.encode(text)[:count], np.int64)

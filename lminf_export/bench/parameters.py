@@ -8,12 +8,14 @@ import onnx_ir as ir
 
 from lminf_export.bench.graph import read_graph
 from lminf_export.bundle.folder import Bundle
+from lminf_export.quantize.names import OFFSETS, QUANTIZED, SCALES, ZERO_POINTS
 
-# Operators that take weights in integers, and their inputs that are scales and zero points.
-_INTEGERS = {"GatherBlockQuantized": (2, 3), "DequantizeLinear": (1, 2)}
+# Operators that take weights in integers.
+_INTEGERS = ("GatherBlockQuantized", "DequantizeLinear")
 _BLOCKS = ("MatMulNBits", "LinearNBits", "LinearNBitsAdd")
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
-_SCALES = {**_INTEGERS, **dict.fromkeys(_BLOCKS, (2, 3))}
+# Names of what belongs to weights in integers and is none itself.
+_BESIDE = (SCALES, ZERO_POINTS, OFFSETS)
 
 
 def count_parameters(bundle: Bundle) -> int:
@@ -21,15 +23,19 @@ def count_parameters(bundle: Bundle) -> int:
     seen: set[tuple[str, int]] = set()
     tables: list[int] = []
     others: list[int] = []
-    for value in read_graph(bundle).initializers.values():
+    quantization = bundle.manifest.quantization
+    blocks = {} if quantization is None else quantization.tensors
+    for name, value in read_graph(bundle).initializers.items():
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue  # tables and other constants of the graph
+        if not isinstance(tensor, ir.ExternalTensor) or name.endswith(_BESIDE):
+            continue  # tables and other constants of the graph, scales
         place = (str(tensor.location), tensor.offset or 0)
         if place not in seen:
             seen.add(place)
             is_table = all(node.op_type in _LOOKUPS for node, _ in value.uses())
-            (tables if is_table else others).append(_elements(value, tensor))
+            own = blocks.get(name.partition(QUANTIZED)[0]) if QUANTIZED in name else None
+            size = _elements(value, tensor, None if own is None else own.bits)
+            (tables if is_table else others).append(size)
     if _ties_embeddings(bundle):
         # A tied table is there a second time where the head is stored in another form.
         tables = [size for size in tables if size not in others]
@@ -44,15 +50,17 @@ def _ties_embeddings(bundle: Bundle) -> bool:
     return isinstance(config, dict) and bool(config.get("tie_word_embeddings", True))
 
 
-def _elements(value: ir.Value, tensor: ir.ExternalTensor) -> int:
-    """Return the number of parameters that a stored tensor holds."""
-    uses = [(node, index) for node, index in value.uses()]
-    if uses and all(index in _SCALES.get(node.op_type, ()) for node, index in uses):
-        return 0
-    for node, _ in uses:
+def _elements(value: ir.Value, tensor: ir.ExternalTensor, bits: int | None) -> int:
+    """Return the number of parameters that a stored tensor holds.
+
+    Args:
+        value: the initializer.
+        tensor: where its bytes are.
+        bits: of an integer, where the manifest says it.
+    """
+    for node, _ in value.uses():
         if node.op_type in _BLOCKS:  # packed in blocks, the last one padded
             return node.attributes["K"].as_int() * node.attributes["N"].as_int()
         if node.op_type in _INTEGERS and value.dtype == ir.DataType.UINT8:
             bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 8
-            return tensor.size * 8 // bits
-    return tensor.size
+    return tensor.size * 8 // bits if bits is not None else tensor.size

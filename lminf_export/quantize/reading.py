@@ -11,13 +11,8 @@ import torch
 from lminf_export.errors import ModelError
 from lminf_export.quantize.config import CHANNEL_DTYPES
 from lminf_export.quantize.formats import BlockFormat, Blocks, as_unsigned, dequantize_rows
-from lminf_export.quantize.stored import (
-    BLOCK_ELEMENTS,
-    OFFSETS,
-    QUANTIZED,
-    SCALES,
-    ZERO_POINTS,
-)
+from lminf_export.quantize.names import OFFSETS, QUANTIZED, SCALES, ZERO_POINTS
+from lminf_export.quantize.stored import BLOCK_ELEMENTS
 from lminf_export.tensors.dtypes import safetensors_name
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
 

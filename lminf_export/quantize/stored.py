@@ -18,6 +18,7 @@ from lminf_export.errors import ModelError
 from lminf_export.quantize.config import CHANNEL_DTYPES
 from lminf_export.quantize.formats import BlockFormat, Blocks, as_signed, quantize_rows
 from lminf_export.quantize.kept import KeptType, kept_rows
+from lminf_export.quantize.names import OFFSETS, QUANTIZED, SCALES, ZERO_POINTS
 from lminf_export.quantize.search import rounded_rows, searched_rows
 from lminf_export.quantize.spool import SpooledBlocks
 from lminf_export.tensors.dtypes import safetensors_name
@@ -27,7 +28,6 @@ from lminf_export.tensors.stored import SourceTensor
 from lminf_export.tensors.torch_dtypes import torch_dtype
 
 FILE_NAME = "weights.safetensors"
-QUANTIZED, SCALES, ZERO_POINTS, OFFSETS = ".quantized", ".scales", ".zero_points", ".offsets"
 # Elements quantised in one go: 32 MB of float32, which the quantiser wants transposed as well.
 BLOCK_ELEMENTS = 2**23
 

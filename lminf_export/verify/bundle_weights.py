@@ -9,8 +9,8 @@ from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import open_source
 from lminf_export.models.remote_code import may_run_code
+from lminf_export.quantize.names import QUANTIZED
 from lminf_export.quantize.reading import dequantize_stored
-from lminf_export.quantize.stored import QUANTIZED
 from lminf_export.tensors.files import read_header
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
 

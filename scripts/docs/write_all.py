@@ -21,6 +21,7 @@ from scripts.docs import (
     models,
     operator_contract,
     performance,
+    quantization,
 )
 from scripts.docs.tables import ROOT, page
 from scripts.gpu import report
@@ -36,6 +37,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/models.md": partial(page, "models.md", models.TABLES),
     "docs/operator.md": partial(page, "operator.md", operator_contract.TABLES),
     "docs/performance.md": partial(page, "performance.md", performance.TABLES),
+    "docs/quantization.md": partial(page, "quantization.md", quantization.TABLES),
     "examples/demo-llama/README.md": partial(card, ROOT / "examples" / "demo-llama"),
     "examples/demo-mpt/README.md": partial(card, ROOT / "examples" / "demo-mpt"),
     "plugins/operator/contract.h": operator_contract.header,

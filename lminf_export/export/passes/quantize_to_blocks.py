@@ -18,13 +18,8 @@ from lminf_export.export.passes.choose_weights import (
 )
 from lminf_export.export.passes.look_up_rows import TableParts, dequantized_rows
 from lminf_export.operator.linear_bodies import CONTRIB_DOMAIN
-from lminf_export.quantize.stored import (
-    OFFSETS,
-    QUANTIZED,
-    SCALES,
-    ZERO_POINTS,
-    QuantizedWeight,
-)
+from lminf_export.quantize.names import OFFSETS, QUANTIZED, SCALES, ZERO_POINTS
+from lminf_export.quantize.stored import QuantizedWeight
 from lminf_export.tensors.stored import StoredTensor
 
 # The same bytes with the two dimensions of a table instead of the three of blocks.

@@ -16,7 +16,8 @@ from lminf_export.export.passes.choose_weights import (
     check_replaced,
 )
 from lminf_export.quantize.config import CHANNEL_DTYPES
-from lminf_export.quantize.stored import QUANTIZED, SCALES, ChannelWeight
+from lminf_export.quantize.names import QUANTIZED, SCALES
+from lminf_export.quantize.stored import ChannelWeight
 
 
 @dataclass(frozen=True)
