@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import onnx
 import pytest
 
 from lminf_export.engine.plugin import default_places
 from lminf_export.export.engine_graph import write_engine_graph
+from lminf_export.operator import contract
 from tests.support.engine_graphs import request_of
 from tests.support.kernel_build import shared_folder
 from tests.support.plugin_build import emulated_plugin, needs_compiler, needs_headers
@@ -105,11 +107,11 @@ print("PARSED", parser.parse_from_file({graph!r}), flush=True)
 """
 
 
-def parse_with_rtx(plugin, folder, **changes):
+def parse_with_rtx(plugin, folder, tiny=TINY, **changes):
     """Parse the graph for the plugin with NVIDIA's current parser; returns what was said."""
-    bundle = TINY.write(folder / "bundle")
+    bundle = tiny.write(folder / "bundle")
     graph = bundle.path / "engine.onnx"
-    request = request_of(TINY, bundle.path, onnx_path=graph, with_plugin=True)
+    request = request_of(tiny, bundle.path, onnx_path=graph, with_plugin=True)
     write_engine_graph(bundle.graph_path, request)
     model = onnx.load(graph, load_external_data=False)
     for node in model.graph.node:
@@ -130,12 +132,14 @@ needs_rtx = pytest.mark.skipif(
 @needs_headers
 @needs_compiler
 @needs_rtx
-def test_nvidias_parser_maps_our_node_to_our_creator(emulated, tmp_path):
+@pytest.mark.parametrize("rings", [None, "int8"])
+def test_nvidias_parser_maps_our_node_to_our_creator(emulated, tmp_path, rings):
     # It refuses to run plugins, and ends the process once it has made one: so in a child.
-    said = parse_with_rtx(emulated, tmp_path)
+    said = parse_with_rtx(emulated, tmp_path, replace(TINY, kv_cache_dtype=rings))
     assert "plugin_namespace: lminf" in said
     assert "Plugin not found" not in said
-    assert "Successfully created plugin: LambdaAttention" in said
+    name = contract.op_type(int8_cache=rings is not None)
+    assert f"Successfully created plugin: {name}\n" in said
 
 
 @needs_headers
