@@ -16,6 +16,7 @@ from lminf_export.export.run import export
 from lminf_export.operator import contract
 from lminf_export.operator.attention_body import BodyFeatures, function_body
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.verify.reference_model import rounding_of
 from tests.support.biased_models import save_qwen2
 from tests.support.engine_graphs import request_of, run
 from tests.support.rtx import needs_rtx
@@ -76,9 +77,23 @@ def test_a_model_is_exported_for_a_build_elsewhere(tmp_path, llama, dtype):
     assert [(len(x.input), len(x.output)) for x in nodes] == [(19, 7)] * len(manifest.layer_specs)
 
 
-def test_the_engine_of_a_model_whose_keys_have_a_bias_is_refused_by_its_name(tmp_path):
+def test_a_small_bias_of_keys_stays_in_an_engines_rings_and_is_told(tmp_path):
     model = save_qwen2(tmp_path / "qwen", 3.0)
-    with pytest.raises(ConfigError, match=r"bias to its keys \(.*k_proj\.bias\)") as raised:
+    out = tmp_path / "out"
+    bundle = export(model, out, window_size=11, kv_cache_dtype="int8", builder="none")
+    assert any("which the engine's int8 rings round" in x for x in bundle.manifest.notices)
+    graph = onnx.load(bundle.path / "engine.onnx", load_external_data=False).graph
+    ours = {node.op_type for node in graph.node if node.domain == contract.DOMAIN}
+    assert ours == {contract.INT8_CACHE_OP_TYPE}
+    # The reference of a validation rounds as the graph does.
+    rounding = rounding_of(bundle)
+    assert rounding is not None
+    assert rounding.keeps_bias
+
+
+def test_a_bias_that_would_fill_the_steps_of_a_ring_is_refused(tmp_path):
+    model = save_qwen2(tmp_path / "qwen", 300.0)
+    with pytest.raises(ConfigError, match=r"keys hold a bias of norm 4\d\d, from 50 on") as raised:
         export(model, tmp_path / "out", window_size=11, kv_cache_dtype="int8", builder="none")
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) <= 300

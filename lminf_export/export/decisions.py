@@ -17,6 +17,7 @@ from lminf_export.checkpoint.source import Source
 from lminf_export.errors import ConfigError, InputError, shortened
 from lminf_export.export.options import CHOICES, LINK
 from lminf_export.export.weight_files import WrittenWeights
+from lminf_export.models.base import AttentionPlan
 from lminf_export.models.key_bias import named_key_biases
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
@@ -130,8 +131,14 @@ def decide_kv_cache_dtype(asked: str, dtype: str, target: OutTarget) -> Any:
     return asked
 
 
-def key_bias_notices(checkpoint: Checkpoint, kv_cache_dtype: str | None) -> Iterable[str]:
-    """Yield what to tell the user about large biases of keys, where the rings round keys."""
+def key_bias_notices(
+    checkpoint: Checkpoint, kv_cache_dtype: str | None, plan: AttentionPlan
+) -> Iterable[str]:
+    """Yield what to tell the user about biases of keys, where the rings round keys.
+
+    Raises:
+        ConfigError: a bias that is rounded with its keys would leave them no precision.
+    """
     if kv_cache_dtype is None:
         return
     skeleton = checkpoint.skeleton
@@ -142,7 +149,18 @@ def key_bias_notices(checkpoint: Checkpoint, kv_cache_dtype: str | None) -> Iter
             bias = torch.cat([block.flatten() for block in tensors[name].blocks()])
             own = _of_keys(bias, skeleton.model.config) if is_of_all else bias
             largest = max(largest, float(own.float().norm()))
-    if largest >= LARGE_KEY_BIAS:
+    if plan.key_bias_in_rings and largest >= LARGE_KEY_BIAS:
+        raise ConfigError(
+            f"kv_cache_dtype={kv_cache_dtype!r}: a layer's keys hold a bias of norm {largest:.0f}, "
+            f"from {LARGE_KEY_BIAS:.0f} on too large to be rounded with them, and the plugin has "
+            "no rings without it; leave the option out, or export without an engine"
+        )
+    if plan.key_bias_in_rings and largest > 0:
+        yield (
+            f"a layer's keys hold a bias of norm {largest:.2g}, which the engine's int8 rings "
+            "round with them; what that costs, `lminf validate --model MODEL --text FILE` measures"
+        )
+    elif largest >= LARGE_KEY_BIAS:
         yield (
             f"a layer's keys hold a bias of norm {largest:.0f}; the int8 rings keep biases out of "
             f"what they round, so it costs time and no precision; what rounding costs, `lminf "

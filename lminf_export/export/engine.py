@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from lminf_export.bundle.out import OutTarget, parse_out
 from lminf_export.bundle.records import BUILD_SCRIPT_NAME, Engine, EngineRecipe
 from lminf_export.bundle.writer import BundleWriter
@@ -33,7 +31,6 @@ from lminf_export.export.engine_graph import write_engine_graph
 from lminf_export.export.job import ExportJob
 from lminf_export.export.options import ExportOptions
 from lminf_export.models.base import AttentionPlan
-from lminf_export.models.key_bias import named_key_biases
 from lminf_export.operator.settings import AUTO_KV_CACHE_DTYPE
 from lminf_export.progress import Progress
 
@@ -81,28 +78,6 @@ def check_rings(kv_cache_dtype: str | None, builder: str | None, options: Export
             f"kv_cache_dtype={kv_cache_dtype!r}: needs the plugin (--builder tensorrt or none): "
             "TensorRT's own cache update refuses it (\"cache has type Int8 but must have type "
             'Float, Half, or BFloat16"), other updates copy the ring; leave it out'
-        )
-
-
-def check_key_bias(kv_cache_dtype: str | None, builder: str | None, model: nn.Module) -> None:
-    """Refuse a model whose keys have a bias, with an engine whose rings round.
-
-    Args:
-        kv_cache_dtype: "int8", or None for rings of the model's type.
-        builder: of the engine, None without one.
-        model: a skeleton will do.
-
-    Raises:
-        ConfigError: naming a bias.
-    """
-    if kv_cache_dtype is None or builder is None:
-        return
-    biased = next(named_key_biases(model), None)
-    if biased is not None:
-        raise ConfigError(
-            f"kv_cache_dtype={kv_cache_dtype!r}: the model adds a bias to its keys ({biased[0]}), "
-            "which the plugin cannot keep out of what it rounds; leave it out, or export without "
-            "an engine"
         )
 
 

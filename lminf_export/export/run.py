@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,7 +39,6 @@ from lminf_export.export.decisions import (
 )
 from lminf_export.export.engine import (
     add_engine,
-    check_key_bias,
     check_rings,
     choose_builder,
     out_target,
@@ -142,7 +141,8 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
         quantize = quantize.for_width(getattr(source.config, "hidden_size", None))
     skeleton = Skeleton(source.config, torch_dtype(dtype))
     plan = family.plan(source.config, settings, lambda: skeleton.model)
-    check_key_bias(kv_cache_dtype, builder, skeleton.model)
+    if kv_cache_dtype is not None and builder is not None:
+        plan = replace(plan, key_bias_in_rings=True)  # the plugin knows no other rings
     contract = GraphContract(plan.layers, dtype, kv_cache_dtype, source.config.vocab_size)
     batch_size = options.max_batch_size if target.engine_name else 1
     check_cache_size(contract, settings, batch_size, training_length)
@@ -155,7 +155,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     notices += [*plan.notices, *checkpoint.notices, *dtype_notices(options.dtype, dtype)]
     notices += [LINK_NOTICE] if options.weights == LINK else []
     notices += [*memory_notices(contract, settings), *eos_notices(source)]
-    notices += key_bias_notices(checkpoint, kv_cache_dtype)
+    notices += key_bias_notices(checkpoint, kv_cache_dtype, plan)
     job = ExportJob(
         options=options,
         source=checkpoint.source,

@@ -74,6 +74,7 @@ class AttentionPlan:
         sink_logits: the layers have learned sink logits.
         sliding: for each layer whether its window is its own, from training.
         notices: lines for the user about this model.
+        key_bias_in_rings: rings of int8 round keys with their bias, as an engine's plugin does.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -85,10 +86,12 @@ class AttentionPlan:
     sink_logits: bool = False
     sliding: tuple[bool, ...] = ()
     notices: tuple[str, ...] = ()
+    key_bias_in_rings: bool = False
 
     def keeps_bias_out(self, layer: int) -> bool:
-        """Whether a ring of int8 may lack the bias of its keys: it rotates as the others do."""
-        return self.layer_rotation[layer] is not None or not self.rotations
+        """Whether a ring of int8 lacks the bias of its keys, if it may: it rotates as others do."""
+        may = self.layer_rotation[layer] is not None or not self.rotations
+        return may and not self.key_bias_in_rings
 
     def of_first(self, count: int) -> AttentionPlan:
         """Return the plan of the same model with its first `count` layers only."""
