@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from benchmarks.evaluation import families
+from benchmarks.evaluation import families, wrappers
 from benchmarks.support import own_families as own
 from benchmarks.support.families import CASES
 from lminf_export import export
+from lminf_export.models.wrappers import TESTED_WRAPPERS
 from tests.support.rtx import RTX, needs_rtx
 
 BY_NAME = {case.model_type: case for case in CASES}
@@ -39,3 +40,11 @@ def test_an_engine_of_every_kind_is_built_on_a_cpu(name, tmp_path):
     bundle = export(source, out, builder=RTX, window_size=32, chunk_size=16)
     assert bundle.manifest.engine.builder == RTX
     assert bundle.plan_path.stat().st_size > 0
+
+
+def test_every_multimodal_type_is_exact_or_has_a_reason():
+    rows = json.loads(wrappers.RESULTS.read_text())["rows"]
+    exact = {name for name, row in rows.items() if "errors" in row}
+    assert exact == set(TESTED_WRAPPERS)
+    assert all(max(rows[name]["errors"].values()) < 2e-5 for name in exact)
+    assert all(rows[name].get("reason") or rows[name]["text"] for name in rows.keys() - exact)

@@ -100,6 +100,18 @@ REAL = {
     "smollm3-3b": Real(4096, (16, 4, 128), (5e6,), 128, own=(None,) * 4),
     "glm-4-9b": Real(4096, (32, 2, 128), (1e4,), 64),
     "command-r": Real(4096, (64, 64, 128), (8e6,), 128),
+    # Multimodal models, of which the text model is exported.
+    "gemma-3-4b-it": Real(
+        4096, (8, 4, 256), (1e6, 1e4), 256, own=(1024,) * 5 + (None,), scaled=1 / 8
+    ),
+    "mistral-small-3.1-24b": Real(4096, (32, 8, 128), (1e9,), 128),
+    "qwen2.5-vl-7b": Real(4096, (28, 4, 128), (1e6,), 128),
+    "qwen3-vl-8b": Real(4096, (32, 8, 128), (5e6,), 128),
+    "llava-1.5-7b": Real(4096, (32, 32, 128), (1e4,), 128),
+    "internvl3-8b": Real(4096, (28, 4, 128), (1e6,), 128, notice="frozen in its short regime"),
+    "smolvlm2-2.2b": Real(4096, (32, 32, 64), (1.3e5,), 64),
+    "voxtral-mini-3b": Real(4096, (32, 8, 128), (1e8,), 128),
+    "llama-3.2-11b-vision": Real(4096, (32, 8, 128), (5e5,), 128, scaled=1 / 8),
 }
 
 

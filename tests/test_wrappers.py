@@ -261,3 +261,25 @@ def test_an_adapter_of_other_modules_only_is_refused(tmp_path):
     get_peft_model(whole, LoraConfig(target_modules=["fc1"])).save_pretrained(tmp_path / "a")
     with pytest.raises(ModelError, match="changes nothing of the text model of this llava model"):
         open_checkpoint(open_source(tmp_path / "m"), tmp_path / "a")
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "a rotation of no known type": {"text_config": {"rope_parameters": {"rope_type": "llama"}}},
+    "a width that heads do not divide": {"text_config": {"hidden_size": 1}},
+    "an activation of no known name": {"vision_config": {"hidden_act": "x"}},
+    "a type that is none": {"vision_config": {"model_type": {}}},
+    "a tower of negative size": {"vision_config": {"hidden_size": -1}},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_damaged_configuration_ends_in_one_line(kind, tmp_path):
+    BY_NAME["mllama"].save(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for name, change in ODD[kind].items():
+        content[name] |= change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError) as caught:
+        open_source(tmp_path)
+    assert len(str(caught.value)) <= 300
+    assert "\n" not in str(caught.value)

@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from benchmarks.support.families import SIZES
+from lminf_export.checkpoint.opening import load_model, open_checkpoint
+from lminf_export.checkpoint.source import open_source
+from lminf_export.checkpoint.text_part import without_outside_towers
 from lminf_export.models.transformers_tables import wrapper_class_name
 
 # Sizes beside those of `families.SIZES`; a text model gets those that its type knows.
@@ -71,6 +74,19 @@ _FLAT = {
     "vision_config": {"num_hidden_layers": 2, "crop_size": 28},
     "audio_config": {"num_blocks": 1, "ext_pw_out_channel": 16, "nemo_conv_channels": 16},
 }
+_TWO_KINDS = {"rope_parameters": {"full_attention": _THETA, "sliding_attention": _THETA}}
+_DEEPSTACK = {
+    "text_config": {"logits_scaling": 2.0, "embedding_multiplier": 3.0},
+    "vision_config": {"hidden_size": 64, "image_size": 56},
+    "deepstack_layer_map": [[0, 0]],
+    "spatial_target_layers": [0],
+    "downsample_rate": "1/2",
+}
+_NORMS = ("query_layernorm.weight", "key_layernorm.weight")
+_FOUR_IDS = {
+    "text_config": {"head_dim": 10, "rope_parameters": {**_THETA, "mrope_section": [2, 1, 1, 1]}},
+    "vision_config": {"num_key_value_heads": 2},
+}
 _HALF = {"hidden_size": 72, "rope_parameters": {**_THETA, "partial_rotary_factor": 0.5}}
 
 
@@ -83,6 +99,7 @@ class WrapperCase:
         text_type: that of the causal language model which its text model is.
         changes: settings beside those of `SIZES`, by the name of a part, such as "text_config";
             under "" those of the whole.
+        equal_in_pairs: ends of names of weights that are equal within each rotated pair.
         scale: name of a factor of the logits that the text model alone applies.
         reads_by: the part that reads and writes text, of a model that speaks too; the others are
             not built.
@@ -92,6 +109,7 @@ class WrapperCase:
     text_type: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     scale: str = ""
+    equal_in_pairs: tuple[str, ...] = ()
     reads_by: str = ""
 
     def config(self) -> Any:
@@ -128,12 +146,17 @@ class WrapperCase:
         config = self.config()
         name = wrapper_class_name(config.model_type)
         assert name is not None
-        model: PreTrainedModel = getattr(transformers, name)(config)
+        with without_outside_towers():
+            model: PreTrainedModel = getattr(transformers, name)(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.numel() > 1 and float(parameter.std()) == 0:
                     # Norms and biases start as constants, which would hide a forgotten one.
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+            for name, parameter in model.named_parameters():
+                if name.endswith(self.equal_in_pairs):
+                    first, second = parameter.chunk(2)
+                    second.copy_(first)
         return model.eval()
 
     def save(self, folder: Path, seed: int = 0) -> Path:
@@ -162,16 +185,34 @@ def _shrink(settings: dict[str, Any], sizes: Mapping[str, Any]) -> None:
             settings[name] = copy.deepcopy(sizes[name])
 
 
+@torch.no_grad()
+def whole_logits(case: WrapperCase, whole: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits (T, V) of a whole model for text (1, T), scaled as its text model's are."""
+    factor = getattr(whole.config.get_text_config(decoder=True), case.scale) if case.scale else 1
+    logits: torch.Tensor = whole(input_ids=tokens).logits[0].float() * factor
+    return logits
+
+
+@torch.no_grad()
+def text_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits (T, V) for text (1, T) of a folder's text model, as an export reads it."""
+    model = load_model(open_checkpoint(open_source(folder)), torch.float32, None)
+    logits: torch.Tensor = model(input_ids=tokens).logits[0].float()
+    return logits
+
+
 CASES = (
     WrapperCase("aria", "aria_text"),
     WrapperCase("audioflamingo3", "qwen2"),
     WrapperCase("aya_vision", "cohere2", scale="logit_scale"),
     WrapperCase("cohere2_vision", "cohere2", scale="logit_scale"),
+    WrapperCase("cohere_compass", "cohere_compass_text", {"text_config": _TWO_KINDS}),
     WrapperCase("cosmos3_omni", "qwen3", _INTERLEAVED),
     WrapperCase("deepseek_vl", "llama"),
     WrapperCase("deepseek_vl_hybrid", "llama"),
     WrapperCase("emu3", "llama", _EMU3),
     WrapperCase("exaone4_5", "exaone4"),
+    WrapperCase("fast_vlm", "qwen2"),
     WrapperCase(
         "fun_asr_nano",
         "qwen3",
@@ -182,12 +223,15 @@ CASES = (
     WrapperCase("glm46v", "glm4", {"text_config": _PARTIAL}),
     WrapperCase("glm4v", "glm4", {"text_config": _PARTIAL}),
     WrapperCase("glm4v_moe", "glm4_moe", {"text_config": _PARTIAL}),
+    WrapperCase("glm_ocr", "glm4", {"text_config": _PARTIAL}),
     WrapperCase("glmasr", "llama", {"audio_config": {"num_key_value_heads": 2, "head_dim": 8}}),
     WrapperCase("glmga", "glm4", {"text_config": _PARTIAL}),
     WrapperCase("got_ocr2", "qwen2"),
+    WrapperCase("granite4_vision", "granite", _DEEPSTACK),
     WrapperCase("granite_docling", "granite"),
     WrapperCase("granite_speech", "granite"),
     WrapperCase("granite_speech_plus", "granite"),
+    WrapperCase("hunyuan_vl", "hunyuan_v1_dense", _FOUR_IDS, equal_in_pairs=_NORMS),
     WrapperCase("hyperclovax_vision_v2", "hyperclovax"),
     WrapperCase("idefics2", "mistral"),
     WrapperCase("idefics3", "llama"),
@@ -201,8 +245,10 @@ CASES = (
     WrapperCase("mistral3", "mistral"),
     WrapperCase("mllama", "llama", _CROSSED),
     WrapperCase("moss_transcribe_diarize", "qwen3"),
+    WrapperCase("musicflamingo", "qwen2"),
     WrapperCase("ovis2", "qwen2", {"vision_config": {"vocab_size": 64}}),
     WrapperCase("paddleocr_vl", "llama", {"text_config": _IN_BLOCKS}),
+    WrapperCase("perception_lm", "llama", {"vision_config": {"model_args": {"embed_dim": 16}}}),
     WrapperCase("phi4_multimodal", "phi3", _FLAT),
     WrapperCase("pp_chart2table", "qwen2"),
     WrapperCase("qianfan_ocr", "qwen3"),

@@ -59,6 +59,7 @@ _ROPE_REALS: Mapping[str, tuple[float, float]] = {
 }
 _ALL_REALS = {**_REALS, **_ROPE_REALS}
 _ROPE_LISTS = ("long_factor", "short_factor")
+_MAY_BE_NONE = ("head_dim", "qk_rope_head_dim")
 # Limits of time steps; the models that have them say "no limit" in this way.
 _MAY_BE_INFINITE = re.compile(r"time_step_\w+")
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")
@@ -147,6 +148,13 @@ def _reals(path: tuple[str, ...]) -> Mapping[str, tuple[float, float]]:
     return _ALL_REALS if any(part in _ROPE_TABLES for part in path) else _REALS
 
 
+def _is_count(name: str, value: Any) -> bool:
+    """Whether a value is a whole number; musicflamingo has a maximum of 1200.0 positions."""
+    if isinstance(value, float):
+        return name == "max_position_embeddings" and value.is_integer()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @lru_cache(maxsize=4096)
 def _bound_of(name: str) -> _Bound | None:
     return next((bound for bound in _BOUNDS if bound.matches(name)), None)
@@ -162,10 +170,11 @@ def _problem(path: tuple[str, ...], name: str, value: Any) -> str | None:
         return None if isinstance(value, str) else "must be the name of one element type"
     bound = _bound_of(name)
     if bound is not None:
-        is_count = isinstance(value, int) and not isinstance(value, bool)
-        if is_count and bound.least <= value <= bound.most:
+        # A latent attention without rotation has heads of 0, in a text model of a larger whole.
+        fewest = 0 if path and name in _MAY_BE_NONE else bound.least
+        if _is_count(name, value) and fewest <= value <= bound.most:
             return None
-        return f"must be an integer from {bound.least} to {bound.most}"
+        return f"must be an integer from {fewest} to {bound.most}"
     for pattern, (least, most) in _reals(path).items():
         if re.fullmatch(pattern, name):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -25,6 +25,7 @@ from lminf_export.checkpoint.quantization_file import (
 from lminf_export.checkpoint.text_part import TextPart, find_text_part
 from lminf_export.disk import exists, is_file, user_path
 from lminf_export.errors import ModelError, shortened
+from lminf_export.models.base import model_errors
 from lminf_export.models.kinds import SEE_FAMILIES, check_kind
 from lminf_export.models.remote_code import allow_code, runs_own_code
 from lminf_export.models.transformers_tables import CODE_ERRORS, causal_lm_name, is_known
@@ -252,7 +253,9 @@ def _text_part(content: dict[str, Any], config: Any) -> TextPart | None:
     """
     from lminf_export.models.registry import FAMILIES
 
-    kind, text = content["model_type"], text_config_of(config)
+    kind = content["model_type"]
+    with model_errors(config):
+        text = text_config_of(config)
     if text is None:
         tested = kind in FAMILIES and not runs_own_code(config)
         check_kind(content, config, tested=tested)
@@ -260,7 +263,10 @@ def _text_part(content: dict[str, Any], config: Any) -> TextPart | None:
     check_kind(content, config, tested=True)
     inner = text.model_type
     check_kind({"model_type": inner}, text, tested=inner in FAMILIES, wrapper=kind)
-    return find_text_part(config, text)
+    if hasattr(text, QUANTIZATION):
+        delattr(text, QUANTIZATION)
+    with model_errors(config):
+        return find_text_part(config, text)
 
 
 def _unknown(kind: str, content: dict[str, Any]) -> str:

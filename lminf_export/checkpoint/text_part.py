@@ -19,7 +19,7 @@ from torch import nn
 
 from lminf_export.checkpoint.conversion import Conversion
 from lminf_export.errors import ModelError, shortened
-from lminf_export.models.base import build_model, model_errors
+from lminf_export.models.base import build_model
 from lminf_export.models.transformers_tables import wrapper_class_name
 from lminf_export.models.wrappers import (
     BESIDE_TEXT,
@@ -216,14 +216,15 @@ def _build(config: Any) -> nn.Module:
     import transformers
 
     name = wrapper_class_name(config.model_type)
-    assert name is not None
-    with torch.device("meta"), model_errors(config), _without_outside_towers():
+    if name is None:
+        raise refusal(config.model_type, "its part that reads is of no type of transformers")
+    with torch.device("meta"), without_outside_towers():
         model: nn.Module = getattr(transformers, name)(copy.deepcopy(config))
     return model.eval()
 
 
 @contextmanager
-def _without_outside_towers() -> Iterator[None]:
+def without_outside_towers() -> Iterator[None]:
     """Let wrappers be built without the towers for which another library would be needed."""
     from transformers import AutoModel
 
@@ -246,7 +247,13 @@ def _without_outside_towers() -> Iterator[None]:
 
 
 def _path(model: nn.Module, wanted: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is wanted)
+    """Return where a module is in a model.
+
+    Raises:
+        LookupError: nowhere.
+    """
+    found = [path for path, module in model.named_modules() if module is wanted]
+    return found[0]
 
 
 def _moved(name: str, places: Any) -> str:

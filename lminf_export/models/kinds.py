@@ -174,16 +174,30 @@ def _kinds(facts: Facts) -> Iterator[str]:
         return
     if facts.get("add_cross_attention") or facts.get("cross_attention_hidden_size"):
         yield "cross-attention: it also attends to another model's output"
+    known = is_causal_lm(facts.model_type)
+    if known is False and not facts.get("auto_map") and not any(_unlike_rings(facts)):
+        yield "no causal language model: transformers has no class of it that writes text"
+        return
+    yield from _unlike_rings(facts)
+
+
+def unlike_rings(config: Any) -> str | None:
+    """Return why the attention of a model cannot be computed with rings, None if nothing shows it.
+
+    Args:
+        config: of a text model, as transformers reads it.
+    """
+    return next(_unlike_rings(Facts({"model_type": config.model_type}, config)), None)
+
+
+def _unlike_rings(facts: Facts) -> Iterator[str]:
+    """Yield what the attention of a model does that a ring of keys in each layer cannot."""
+    yield from _recurrent(facts)
     if facts.get("kv_lora_rank"):
         yield (
             "latent attention (MLA): it caches one compressed vector a token for all heads, not "
             "keys and values that a ring could hold"
         )
-    known = is_causal_lm(facts.model_type)
-    if known is False and not facts.get("auto_map"):
-        yield "no causal language model: transformers has no class of it that writes text"
-        return
-    yield from _recurrent(facts)
     if any(_INDEX_FIELDS.fullmatch(name) and facts.get(name) for name in facts.fields):
         yield (
             "sparse attention: an index chooses the keys that a query sees, by content, so no "

@@ -6,9 +6,10 @@ is a text model like any other, and is what can be exported. transformers names 
 in `PLAIN_TYPES` compute what a causal language model of another type computes, as the tests of
 each wrapper show.
 
-Rotation by three ids a token (`mrope` of the Qwen-VL and GLM-V types): frequency i turns by
-id_{s(i)} · f_i, where s(i) is the section that i is assigned to, in blocks or interleaved. A token
-of text has three equal ids, its position p, so the angle is p · f_i whatever s is: plain rotation.
+Rotation by several ids a token (`mrope`: three in the Qwen-VL and GLM-V types, four in HunYuan-VL):
+frequency i turns by id_{s(i)} · f_i, where s(i) is the section that i is assigned to, in blocks or
+interleaved. The ids of a token of text are equal, its position p, so the angle is p · f_i whatever
+s is: plain rotation.
 """
 
 from __future__ import annotations
@@ -18,36 +19,37 @@ from collections.abc import Mapping
 from typing import Any
 
 from lminf_export.errors import ModelError, shortened
-from lminf_export.models.kinds import SEE_FAMILIES
+from lminf_export.models.kinds import SEE_FAMILIES, unlike_rings
 from lminf_export.models.transformers_tables import CODE_ERRORS, is_causal_lm, wrapper_class_name
 
 # Each is proved by a case of the same name in benchmarks/support/wrappers.py.
 TESTED_WRAPPERS = (
-    "emu3",
-    "fun_asr_nano",
-    "mllama",
-    "phi4_multimodal",
-    "qwen2_5_omni",
-    "qwen3_omni_moe",
     "aria",
     "audioflamingo3",
     "aya_vision",
     "cohere2_vision",
+    "cohere_compass",
     "cosmos3_omni",
     "deepseek_vl",
     "deepseek_vl_hybrid",
+    "emu3",
     "exaone4_5",
+    "fast_vlm",
+    "fun_asr_nano",
     "fuyu",
     "gemma3",
     "glm46v",
     "glm4v",
     "glm4v_moe",
+    "glm_ocr",
     "glmasr",
     "glmga",
     "got_ocr2",
+    "granite4_vision",
     "granite_docling",
     "granite_speech",
     "granite_speech_plus",
+    "hunyuan_vl",
     "hyperclovax_vision_v2",
     "idefics2",
     "idefics3",
@@ -59,16 +61,22 @@ TESTED_WRAPPERS = (
     "llava_next_video",
     "llava_onevision",
     "mistral3",
+    "mllama",
     "moss_transcribe_diarize",
+    "musicflamingo",
     "ovis2",
     "paddleocr_vl",
+    "perception_lm",
+    "phi4_multimodal",
     "pp_chart2table",
     "qianfan_ocr",
+    "qwen2_5_omni",
     "qwen2_5_omni_thinker",
     "qwen2_5_vl",
     "qwen2_audio",
     "qwen2_vl",
     "qwen3_asr",
+    "qwen3_omni_moe",
     "qwen3_omni_moe_thinker",
     "qwen3_vl",
     "qwen3_vl_moe",
@@ -83,7 +91,10 @@ PLAIN_TYPES: Mapping[str, str] = {
     "emu3_text_model": "llama",
     "glm4v_moe_text": "glm4_moe",
     "glm4v_text": "glm4",
+    "glm_ocr_text": "glm4",
+    "granite4_vision_text": "granite",
     "granite_docling_text": "granite",
+    "hunyuan_vl_text": "hunyuan_v1_dense",
     "mllama_text_model": "llama",
     "paddleocr_vl_text": "llama",
     "phi4_multimodal": "phi3",
@@ -99,7 +110,10 @@ PLAIN_TYPES: Mapping[str, str] = {
 BESIDE_TEXT: Mapping[str, str] = {"phi4_multimodal": "embed_tokens_extend."}
 MORE_ROWS = ("mllama_text_model",)
 # What the code of such a type does whatever its configuration says.
-_ALWAYS: Mapping[str, Mapping[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+_ALWAYS: Mapping[str, Mapping[str, Any]] = {
+    "glm_ocr_text": {"attention_bias": False},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
+}
 # Wrappers whose text model by itself is another model than the one that was trained.
 _NOT_BY_ITSELF: Mapping[str, str] = {
     "paligemma": (
@@ -113,7 +127,7 @@ _NOT_BY_ITSELF: Mapping[str, str] = {
     "kyutai_speech_to_text": "every token of text comes with the sound of the same moment",
 }
 _NOT_SETTINGS = {"model_type", "architectures", "transformers_version"}
-# What of a rotation says how three ids are shared among frequencies.
+# What of a rotation says how several ids are shared among frequencies.
 _SECTIONS = ("mrope_section", "mrope_interleaved", "xdrope_section")
 
 
@@ -150,9 +164,11 @@ def text_config_of(config: Any) -> Any | None:
     if inner in PLAIN_TYPES:
         return _as_plain(text, PLAIN_TYPES[inner])
     if is_causal_lm(inner) is not True:
+        reason = unlike_rings(text)
         raise refusal(
             kind,
-            f"its text model {shortened(repr(inner), 40)} exists as a part of it only: "
+            reason
+            or f"its text model {shortened(repr(inner), 40)} exists as a part of it only: "
             f"transformers has no causal language model of that type",
         )
     return copy.deepcopy(text)
@@ -206,6 +222,10 @@ def _as_plain(text: Any, model_type: str) -> Any:
     known = {*plain().to_dict(), *plain.attribute_map} - _NOT_SETTINGS
     known -= _ALWAYS.get(text.model_type, {}).keys()
     settings = {name: value for name, value in text.to_dict().items() if name in known}
+    if "head_dim" in known and settings.get("head_dim") is None:
+        # Where a type has none of its own, heads share the width.
+        own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        settings["head_dim"] = own
     kept = layers_of_text(text)
     if kept is not None:
         settings["num_hidden_layers"] = len(kept)

@@ -62,4 +62,43 @@ def exact_versions(results: dict[str, Any], name: str) -> str:
     return ", ".join(version for _, version in sorted(found.items()))
 
 
-TABLES: dict[str, Callable[..., str]] = {"families": families, "versions": versions}
+def wrappers() -> str:
+    """A row for each multimodal type whose text model is exported."""
+    results = load("wrappers")
+    rows = [
+        [
+            f"`{name}`",
+            f"`{row['text']}`",
+            *(f"{row['errors'][way]:.1e}" for way in ("hub", "transformers", "graph")),
+            f"times `{row['scale']}`" if row["scale"] else "",
+        ]
+        for name, row in results["rows"].items()
+        if "errors" in row
+    ]
+    names = ("names of the hub", "names of transformers 5")
+    head = ("model", "exported as", *names, "exported graph", "whole model")
+    return f"{table(head, rows, numbers=False)}\n\n{_made_with(results, rows)}"
+
+
+def refused_wrappers() -> str:
+    """A row for each other multimodal type, with what an export says."""
+    results = load("wrappers")
+    rows = [
+        [f"`{name}`", row.get("reason") or f"exported as `{row['text']}`, not compared"]
+        for name, row in results["rows"].items()
+        if "errors" not in row
+    ]
+    return f"{table(('model', 'outcome'), rows, numbers=False)}\n\n{_made_with(results, rows)}"
+
+
+def _made_with(results: dict[str, Any], rows: list[list[str]]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"{len(rows)} rows, made with {versions}."
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "families": families,
+    "refused_wrappers": refused_wrappers,
+    "versions": versions,
+    "wrappers": wrappers,
+}
