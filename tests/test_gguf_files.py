@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -252,6 +253,13 @@ def test_every_architecture_that_is_read_is_named_in_the_refusal(whole):
     with pytest.raises(ModelError) as caught:
         open_source(path)
     assert str(caught.value).split(": ")[1].split() == sorted(ARCHITECTURES)
+
+
+def test_the_page_names_every_architecture():
+    page = (Path(__file__).parents[1] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    named = page.split("by GGUF's names:")[1].split(". Others")[0]
+    found = [re.sub(r"\(.*?\)", "", name, flags=re.DOTALL).strip() for name in named.split(",")]
+    assert found == sorted(ARCHITECTURES)
 
 
 def test_a_type_that_cannot_be_decoded_is_refused_by_name(whole):

@@ -44,7 +44,7 @@ from lminf_export.runtime.options import Provider
     "of stock,window,streaming,recompute,reference.",
 )
 @click.option(
-    "--model", metavar="ID|DIR", help="Take the comparisons' weights from this model instead."
+    "--model", metavar="ID|DIR|FILE", help="Take the comparisons' weights from this model instead."
 )
 @trust_code_option
 @click.option(

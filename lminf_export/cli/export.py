@@ -45,7 +45,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     "lminf-export",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@option("model", metavar="ID|DIR", help="Hub id, or folder of a model.")
+@option("model", metavar="ID|DIR|FILE", help="Hub id, folder of a model, or GGUF file.")
 @option(
     "out",
     metavar="OUT",

@@ -36,7 +36,7 @@ HELDOUT_NAME = "heldout.txt"
 @click.argument("bundle", type=click.Path())
 @click.option(
     "--model",
-    metavar="ID|DIR",
+    metavar="ID|DIR|FILE",
     help="Take the reference's weights from this model, not from the bundle; for quantised "
     "weights, measure what quantisation costs against it.",
 )

@@ -42,7 +42,7 @@ class ExportOptions:
     """Options of an export.
 
     Attributes:
-        model: folder, or id on the Hugging Face hub.
+        model: folder, GGUF file, or id on the Hugging Face hub.
         out: the bundle's folder, or DIR/NAME.plan or DIR/NAME.onnx for a bundle DIR with that
             as its last product.
         num_sink_tokens: N, starting tokens that stay visible without end; may be 0.

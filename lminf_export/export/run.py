@@ -70,7 +70,7 @@ def export(
     """Export a model of Hugging Face to a bundle that decodes a stream without end.
 
     Args:
-        model: folder, or id on the Hugging Face hub.
+        model: folder, GGUF file, or id on the Hugging Face hub.
         out: the bundle's folder, or DIR/NAME.plan or DIR/NAME.onnx for a bundle DIR with that
             as its last product.
         progress: called with the phase that runs.

@@ -70,8 +70,8 @@ def validate(
 
     Args:
         bundle: the bundle's folder, or its plan to measure that; every file is hashed first.
-        model: original model (folder or hub id) to take the reference's weights from, instead
-            of reading them back from the bundle; every weight is compared with it too. The
+        model: original model (folder, GGUF file or hub id) to take the reference's weights from,
+            instead of reading them back from the bundle; every weight is compared with it too. The
             reference of a quantised bundle has its own weights, dequantised, in any case: that
             is what the graph must compute; the original model tells what quantisation costs.
         lora: the adapter that was merged into the bundle, to merge into `model` too.
