@@ -297,6 +297,21 @@ def far_positions() -> str:
     return table(head, lines)
 
 
+def far_in_words() -> str:
+    """Return the same in one paragraph, of the row that differs most."""
+    result = load("evidence/far-positions")
+    row = max(result["rows"].values(), key=lambda found: found["moved"]["largest_logit_difference"])
+    moved = row["moved"]
+    return (
+        f"**Across position {result['crossed']:,}**: a stream that stands at "
+        f"{row['from_position']:,} and reads {moved['tokens_compared']:,} real tokens gives every "
+        "logit that the same text gives from the beginning, within "
+        f"{moved['largest_logit_difference']:.1e} of a range of "
+        f"{moved['largest_logit_range']:.0f}; chunks of another size alone make a difference of "
+        f"{row['floor']['largest_logit_difference']:.1e} ([evidence.md](docs/evidence.md))."
+    )
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "real_by_length": by_length,
     "real_beyond": beyond,
@@ -309,4 +324,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "long_reading": long_reading,
     "same_again": same_again,
     "far_positions": far_positions,
+    "far_in_words": far_in_words,
 }
