@@ -185,9 +185,7 @@ def test_a_chat_template_that_fails_is_named(folder, template):
 
 
 def test_a_tokenizer_of_transformers_that_reads_nothing_is_named(folder, monkeypatch):
-    monkeypatch.setattr(
-        "lminf_export.export.tokenizer_check._auto_tokenizer", lambda folder: object()
-    )
+    monkeypatch.setattr("lminf_export.export.tokenizer_check._auto_tokenizer", lambda *_: object())
     put(folder, byte_level())
     (notice,), _ = checked(folder)
     assert "not compared" in notice
@@ -200,9 +198,7 @@ def test_a_difference_that_stays_is_named(folder, monkeypatch):
         def encode(self, text, add_special_tokens):
             return [1, 2]
 
-    monkeypatch.setattr(
-        "lminf_export.export.tokenizer_check._auto_tokenizer", lambda folder: Slow()
-    )
+    monkeypatch.setattr("lminf_export.export.tokenizer_check._auto_tokenizer", lambda *_: Slow())
     tokenizer = byte_level()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     put(folder, tokenizer)

@@ -47,9 +47,13 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
     "tiktoken.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
+# Converted at the export, and not copied.
+TIKTOKEN_PATTERN = "*.tiktoken"
 EXTRA_TEMPLATES = "additional_chat_templates/*.jinja"
 CONFIG_FILES = ("config.json", "generation_config.json")
 # The licence is copied, and looked up in the card.
@@ -157,7 +161,7 @@ def _download(
 ) -> Path:
     from huggingface_hub import snapshot_download
 
-    files = (*CONFIG_FILES, MODELOPT_FILE)
+    files = (*CONFIG_FILES, MODELOPT_FILE, TIKTOKEN_PATTERN)
     patterns = [*weights, *TOKENIZER_FILES, EXTRA_TEMPLATES, *files, *LICENSE_PATTERNS]
     with hub_errors_as(ModelError, f"model {shortened(repr(name))}", revision):
         folder = snapshot_download(

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 
 from lminf_export.errors import BundleError, ModelError
 from lminf_export.export.tokenizer_texts import TEXTS, rendered_chats, texts_of_tokens
+from lminf_export.export.vocabulary_conversion import convert, missing_packages
+from lminf_export.export.vocabulary_files import VocabularyFile, find_vocabulary, uncached
 from lminf_export.runtime.added_tokens import merge_added_tokens
 from lminf_export.runtime.foreign_errors import foreign_errors
 
@@ -38,9 +40,12 @@ def check_tokenizer(folder: Path, copied: Path, *, trust_remote_code: bool = Fal
     Returns:
         What the user should know, one line each.
     """
-    if not any((folder / name).is_file() for name in VOCABULARIES):
+    vocabulary = find_vocabulary(folder)
+    if vocabulary is None and not any((folder / name).is_file() for name in VOCABULARIES):
         return []
     path = copied / TOKENIZER
+    if vocabulary is not None and not path.exists():
+        return _converted(vocabulary, folder, copied, trust_remote_code)
     ours, limits = _read(path)
     try:
         comparison = _Comparison.of(_auto_tokenizer(folder, trust_remote_code), folder, ours)
@@ -69,6 +74,25 @@ def check_tokenizer(folder: Path, copied: Path, *, trust_remote_code: bool = Fal
     if found := comparison.differences(ours):
         notices.append(f"the bundle's tokenizer reads {found} otherwise than transformers")
     return notices
+
+
+def _converted(
+    vocabulary: VocabularyFile, folder: Path, copied: Path, trust_remote_code: bool
+) -> list[str]:
+    """Write a bundle's tokenizer from a vocabulary of another library; return notices."""
+    missing = missing_packages(vocabulary)
+    if missing is not None:
+        return [missing]
+    theirs = None
+    with suppress(ModelError), uncached():  # it is compared with the library that the file is of
+        theirs = _auto_tokenizer(folder, trust_remote_code)
+    try:
+        made = convert(vocabulary, theirs, folder)
+    except ModelError as error:
+        return [f"the bundle takes token ids only; {error}"]
+    _save(made.tokenizer, copied / TOKENIZER)
+    ours, _ = _read(copied / TOKENIZER)
+    return [*made.notices, *(merge_added_tokens(ours, copied) if ours is not None else ())]
 
 
 @dataclass(frozen=True)
