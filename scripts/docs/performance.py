@@ -251,6 +251,28 @@ def ring_rounding() -> str:
     return table(head, rows) + where(found)
 
 
+def ring_types() -> str:
+    found = load("ring_types")
+    exact = found["rows"][0]
+    rows = [
+        [
+            row["rings"],
+            f"{row['cache_bytes'] / exact['cache_bytes']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['cost']:+.2%} ± {row['standard_error']:.2%}",
+            f"{row['perplexity_behind_the_window']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    settings = exact["lambda_config"]
+    what = (
+        f"\n\n{found['model']}, W = {settings['window_size']}, N = {settings['num_sink_tokens']}, "
+        f"{exact['tokens']:,} predictions."
+    )
+    head = ["rings", "bytes", "perplexity", "cost", "behind the window"]
+    return table(head, rows) + what + where(found, f"{found['threads']} thread")
+
+
 def key_bias() -> str:
     found = load("key_bias")
     rows = [
@@ -295,6 +317,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "cache-perplexity": cache_perplexity,
     "cache-decode": cache_decode,
     "ring-rounding": ring_rounding,
+    "ring-types": ring_types,
     "key-bias": key_bias,
     "drawing": step.drawing,
 }
