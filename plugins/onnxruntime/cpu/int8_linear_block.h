@@ -29,8 +29,10 @@ struct Rows {
   }
 };
 
-// How often a vector of a token meets one of a row: sums kept in registers.
-constexpr int kMeetings = 4;
+// How often a vector of a token meets one of a row: sums kept in registers. A single token takes
+// wide vectors row after row, as memory streams best; narrow ones share its vectors to save work.
+template <int kTokens>
+constexpr int kRowsAtOnce = kTokens == 1 && kWidth >= 16 ? 1 : 4 / kTokens;
 
 template <int kBits, bool kZeros, int kTokens>
 inline void meetChunk(Bytes packed, Vec scales, IntVec zeros, int64_t chunk, const Token* tokens,
@@ -129,7 +131,7 @@ Rows rowsAt(const Linear& p, int64_t row, int64_t count, float* scratch) {
 template <int kBits, int kPerChunk, bool kZeros, int kTokens>
 __attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Rows& rows,
                                         int64_t firstRow, int64_t count) {
-  constexpr int kRows = kMeetings / kTokens;
+  constexpr int kRows = kRowsAtOnce<kTokens>;
   Token tokens[kTokens];
   for (int t = 0; t < kTokens; ++t) tokens[t] = tokenAt(p, token + t);
   Vec sums[4][kTokens];
@@ -183,8 +185,7 @@ void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
 }
 
 size_t fewFloats(const Linear& p) {
-  return p.blocks->scaleType == DataType::kFloat32 ? 0
-                                                   : static_cast<size_t>(4 * p.blocks->perRow);
+  return p.blocks->scaleType == DataType::kFloat32 ? 0 : static_cast<size_t>(4 * p.blocks->perRow);
 }
 
 }  // namespace
