@@ -55,6 +55,15 @@ def test_peers_race_in_turns_and_say_who_is_missing(tmp_path):
     assert set(sections["twin"]["rows"]["ours fp32"]["ms_per_token"]) == {"4096", "1000000"}
 
 
+def test_a_race_without_a_gguf_file_names_what_is_missing(tmp_path):
+    out = tmp_path / "race.json"
+    absent = ("--gguf", tmp_path / "absent.gguf", "--fp32", tmp_path / "absent")
+    benchmark("peers.gguf_race", "--work", tmp_path / "work", *absent, "--threads", 1, "--out", out)
+    for found in json.loads(out.read_text())["threads"]["1"].values():
+        for row in found["prefill"]["rows"].values():
+            assert row["refused"] in ("not installed", "not prepared")
+
+
 @pytest.mark.skipif(not INSTALLED.is_file(), reason="no kernels were built")
 def test_drawing_measures_every_kind_of_sampling(tmp_path):
     out = tmp_path / "drawing.json"

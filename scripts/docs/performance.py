@@ -320,4 +320,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "ring-types": ring_types,
     "key-bias": key_bias,
     "drawing": step.drawing,
+    "gguf-race": step.gguf_race,
 }
