@@ -48,6 +48,7 @@ KERNELS = Extension(
             "linear_nbits_op.cc",
             "cpu_kernel.cc",
             "huge_pages.cc",
+            "mapped_weight.cc",
             "cpu/attention.cc",
             "cpu/block_portable.cc",
             "cpu/block_avx2.cc",

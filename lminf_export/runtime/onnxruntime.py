@@ -23,6 +23,7 @@ from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState
 from lminf_export.runtime.onnxruntime_tables import require_table, with_outputs
 from lminf_export.runtime.options import PROVIDERS, Provider
+from lminf_export.runtime.read_ahead import read_ahead
 from lminf_export.runtime.session import Receiver, Session
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ class OnnxRuntimeSession(Session):
             graph = with_outputs(
                 bundle.graph_path.read_bytes() if graph is None else graph, watched
             )
+        if provider == "cpu" and self.kernels is not None and not lean:
+            read_ahead(bundle.path / name for name in self.manifest.files_of("weights"))
         # Weights that onnxruntime does not map itself live as long as the session.
         self._weights = _weights_of_bytes(bundle, options) if graph is not None else []
         self._session = _open_session(bundle.graph_path, provider, options, graph, lean=lean)

@@ -4,7 +4,6 @@
 #include <string>
 
 #include "cpu/int8_linear.h"
-#include "huge_pages.h"
 #include "tensor.h"
 
 namespace lminf {
@@ -91,9 +90,13 @@ abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
     return invalid("addend has shape " + text(addend) + ", expected " + text(result) + " or " +
                    text({a.outFeatures}));
   }
-  blocks.packed = static_cast<const uint8_t*>(data[kWeight]);
-  blocks.scales = data[kScales];
-  blocks.zeroPoints = static_cast<const uint8_t*>(data[zeroPoints]);
+  const auto bytes = [&](int64_t ofRow) { return static_cast<size_t>(a.outFeatures * ofRow); };
+  const int64_t scaleSize = blocks.scaleType == DataType::kFloat16 ? 2 : 4;
+  const void* packed = packed_.at(data[kWeight], bytes(blocks.rowBytes()));
+  const void* zeroBytes = zeros_.at(data[zeroPoints], bytes(blocks.zeroBytes()));
+  blocks.packed = static_cast<const uint8_t*>(packed);
+  blocks.scales = scales_.at(data[kScales], bytes(blocks.perRow * scaleSize));
+  blocks.zeroPoints = static_cast<const uint8_t*>(zeroBytes);
   cpu::Linear p{};
   p.tokens = x[0], p.outFeatures = a.outFeatures, p.inFeatures = a.inFeatures;
   p.dataType = dataTypeOf(element_);
@@ -101,9 +104,6 @@ abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
   p.addend = adds_ ? data[kAddend] : nullptr;
   p.addendStride = adds_ && addend.size() == 2 ? a.outFeatures : 0;
   if (abi::Status* wrong = findTensor(api_, context, 0, result, &p.out)) return wrong;
-  std::call_once(advised_, [&] {
-    adviseHugePages(blocks.packed, static_cast<size_t>(a.outFeatures * blocks.rowBytes()));
-  });
   Pool pool{api_, context, nullptr};
   const cpu::Parallel parallel = pool.parallel();
   const char* wrong =

@@ -5,12 +5,12 @@
 //
 // with attributes and storage of onnxruntime's MatMulNBits, which is in their function bodies:
 // weight (N, ⌈K / block_size⌉, bytes of a block) uint8, scales (N, ⌈K / block_size⌉), zero points
-// (N, bytes) uint8. Scales may be float16 where all else is float32. This kernel reads them in place: MatMulNBits makes a packed copy.
+// (N, bytes) uint8. Scales may be float16 where all else is float32. This kernel reads them in
+// place: MatMulNBits makes a packed copy.
 #pragma once
 
-#include <mutex>
-
 #include "linear_op.h"
+#include "mapped_weight.h"
 
 namespace lminf {
 
@@ -25,10 +25,7 @@ class LinearNBitsKernel {
  public:
   LinearNBitsKernel(const abi::Api* api, const NBitsAttributes& attributes,
                     abi::ElementType element, abi::ElementType scaleElement, bool adds)
-      : api_(api),
-        attributes_(attributes),
-        element_(element),
-        scaleElement_(scaleElement),
+      : api_(api), attributes_(attributes), element_(element), scaleElement_(scaleElement),
         adds_(adds) {}
 
   abi::Status* compute(abi::KernelContext* context) noexcept;
@@ -41,7 +38,7 @@ class LinearNBitsKernel {
   NBitsAttributes attributes_;
   abi::ElementType element_, scaleElement_;
   bool adds_;
-  std::once_flag advised_;
+  MappedWeight packed_, scales_, zeros_;
 };
 
 template <abi::ElementType element, bool adds, abi::ElementType scales = element>

@@ -4,7 +4,6 @@
 #include <string>
 
 #include "cpu/linear.h"
-#include "huge_pages.h"
 #include "tensor.h"
 
 namespace lminf {
@@ -47,9 +46,7 @@ abi::Status* LinearKernel::run(abi::KernelContext* context) {
   p.addendStride = addend.size() == 2 ? weight[0] : 0;
   if (abi::Status* wrong = findTensor(api_, context, 0, result, &p.out)) return wrong;
   const int64_t itemSize = p.dataType == DataType::kFloat16 ? 2 : 4;
-  std::call_once(advised_, [&] {
-    adviseHugePages(p.weight, static_cast<size_t>(weight[0] * weight[1] * itemSize));
-  });
+  p.weight = weight_.at(p.weight, static_cast<size_t>(weight[0] * weight[1] * itemSize));
   Pool pool{api_, context, nullptr};
   const char* wrong = cpu::linear(p, data[0], cpu::activeLinear(), pool.parallel());
   if (pool.wrong != nullptr) return pool.wrong;

@@ -7,8 +7,7 @@
 // a packed copy of it in memory of its own.
 #pragma once
 
-#include <mutex>
-
+#include "mapped_weight.h"
 #include "ort_abi.h"
 
 namespace lminf {
@@ -27,7 +26,7 @@ class LinearKernel {
   const abi::Api* api_;
   abi::ElementType element_;
   bool adds_;
-  std::once_flag advised_;
+  MappedWeight weight_;
 };
 
 // What every product with a weight tells onnxruntime alike: one result, and inputs of its

@@ -43,9 +43,8 @@ const LinearNBitsOp<abi::kFloat, true> nbitsAddFloat;
 const LinearNBitsOp<abi::kFloat16, true> nbitsAddHalf;
 const LinearNBitsOp<abi::kFloat, false, abi::kFloat16> nbitsHalfScales;
 const LinearNBitsOp<abi::kFloat, true, abi::kFloat16> nbitsAddHalfScales;
-#define LMINF_NBITS                                                                    \
-  &nbitsFloat, &nbitsHalf, &nbitsAddFloat, &nbitsAddHalf, &nbitsHalfScales, \
-      &nbitsAddHalfScales
+#define LMINF_NBITS \
+  &nbitsFloat, &nbitsHalf, &nbitsAddFloat, &nbitsAddHalf, &nbitsHalfScales, &nbitsAddHalfScales
 #else
 // Elsewhere onnxruntime's MatMulNBits has vectors for integers, and ours has none.
 #define LMINF_NBITS

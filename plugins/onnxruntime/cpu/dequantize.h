@@ -47,7 +47,7 @@ inline float scaleAt(const Blocks& b, int64_t row, int64_t block) {
 
 // Blocks firstBlock … firstBlock + count − 1 of `rows` rows, padding included.
 inline void dequantizeRows(const Blocks& b, int64_t firstRow, int64_t rows, int64_t firstBlock,
-                    int64_t count, float* out, int64_t stride) {
+                           int64_t count, float* out, int64_t stride) {
   const int64_t step = 2 * b.bits;  // bytes of 16 integers
   for (int64_t row = firstRow; row < firstRow + rows; ++row, out += stride) {
     float* to = out;

@@ -112,6 +112,10 @@ Rows rowsAt(const Linear& p, int64_t row, int64_t count, float* scratch) {
   if (b.scaleType == DataType::kFloat16) {
     const Half* halves = static_cast<const Half*>(b.scales) + row * b.perRow;
     const int64_t all = count * b.perRow;
+    for (int64_t byte = 0; byte < all * 2; byte += 64) {
+      const char* ahead = reinterpret_cast<const char*>(halves) + byte + kScalesAheadBytes;
+      __builtin_prefetch(ahead, 0, 2);
+    }
     int64_t i = 0;
     for (; i + kWidth <= all; i += kWidth) store(scratch + i, load(halves + i));
     for (; i < all; ++i) scratch[i] = toFloat(halves[i]);

@@ -176,8 +176,8 @@ void pack(const W* weight, int64_t stride, int64_t count, int64_t depth, float* 
 }
 
 // The same of a weight in blocks, from its column `first` on.
-inline void packBlocks(const Blocks& b, int64_t firstRow, int64_t count, int64_t first, int64_t depth,
-                float* panel) {
+inline void packBlocks(const Blocks& b, int64_t firstRow, int64_t count, int64_t first,
+                       int64_t depth, float* panel) {
   alignas(64) float rows[4 * kDepth];
   const int64_t block = first / b.size, blocks = (depth + b.size - 1) / b.size;
   for (int64_t r = 0; r < kPanelRows; r += 4) {
