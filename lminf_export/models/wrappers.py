@@ -94,6 +94,7 @@ PLAIN_TYPES: Mapping[str, str] = {
     "glm_ocr_text": "glm4",
     "granite4_vision_text": "granite",
     "granite_docling_text": "granite",
+    "hunyuan_vl": "hunyuan_v1_dense",  # as transformers 5.13 names it
     "hunyuan_vl_text": "hunyuan_v1_dense",
     "mllama_text_model": "llama",
     "paddleocr_vl_text": "llama",
