@@ -74,6 +74,7 @@ class Source:
         is_untied: config.json ties its embeddings; its tensors, of which there are two, are not.
         text_part: the text model in the multimodal model of the folder; None for a text model.
         gguf: its GGUF files, which have the weights; `folder` is then made of their metadata.
+        named: the model type in config.json, where it is another name of that of `config`.
     """
 
     folder: Path
@@ -84,6 +85,7 @@ class Source:
     is_untied: bool = False
     text_part: TextPart | None = None
     gguf: GgufFolder | None = None
+    named: str | None = None
 
     @property
     def wrapper(self) -> str | None:
@@ -143,17 +145,19 @@ def open_source(
         name, commit = str(model), folder.name
         _refuse_gguf_only(folder, name, commit)
     refuse_links_to_outside(folder)
-    content = read_config_file(folder, str(model))
+    content, named = _by_known_name(read_config_file(folder, str(model)))
     quantization = quantization_of(folder, content, str(model))
     if quantization is not None:
         check_quantization(quantization, str(model))
-    config = _load_config(folder, str(model), content, trust_remote_code)
+    config = _load_config(folder, str(model), content, named, trust_remote_code)
     if hasattr(config, QUANTIZATION):
         delattr(config, QUANTIZATION)
     text_part = _text_part(content, config)
     if text_part is not None:
         config = text_part.config
-    return Source(folder, name, commit, config, quantization, text_part=text_part, gguf=gguf)
+    return Source(
+        folder, name, commit, config, quantization, text_part=text_part, gguf=gguf, named=named
+    )
 
 
 def _download(
@@ -194,8 +198,9 @@ def _refuse_gguf_only(folder: Path, name: str, commit: str) -> None:
 def plain_config(source: Source, *, of_files: bool = False) -> str:
     """Return the text of config.json for the tensors in a bundle.
 
-    As it is, but for quantisation, which is undone there, and tied embeddings, which the checkpoint
-    or an adapter may have set apart. Of a multimodal model it is that of the text model.
+    As it is, but for quantisation, which is undone there, tied embeddings, which the checkpoint or
+    an adapter may have set apart, and another name of its type. Of a multimodal model it is that of
+    the text model.
 
     Args:
         source: the model.
@@ -204,9 +209,9 @@ def plain_config(source: Source, *, of_files: bool = False) -> str:
     if source.text_part is not None and not of_files:
         return _text_config(source.config)
     text = (source.folder / "config.json").read_text(encoding="utf-8")
-    if source.quantization is None and not source.is_untied:
+    if source.quantization is None and not source.is_untied and source.named is None:
         return text
-    content = json.loads(text)
+    content = {**json.loads(text), "model_type": source.model_type}
     content.pop(QUANTIZATION, None)
     if source.is_untied:
         content["tie_word_embeddings"] = False
@@ -229,8 +234,20 @@ def _text_config(config: Any) -> str:
     return json.dumps(own, indent=2, ensure_ascii=False) + "\n"
 
 
-def _load_config(folder: Path, model: str, content: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
+def _by_known_name(content: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Return a config.json with its type as transformers names it, and the name it has there."""
+    from lminf_export.models.aliases import alias_of
+
+    known = alias_of(content)
+    if known is None:
+        return content, None
+    return {**content, "model_type": known}, content["model_type"]
+
+
+def _load_config(
+    folder: Path, model: str, content: Any, named: str | None, trust_remote_code: bool
+) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = content["model_type"]
     if not is_known(kind):
@@ -238,7 +255,10 @@ def _load_config(folder: Path, model: str, content: Any, trust_remote_code: bool
         if not trust_remote_code:
             raise ModelError(_unknown(kind, content))
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if named is not None:
+            config = CONFIG_MAPPING[kind].from_dict({**content, "_name_or_path": str(folder)})
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except CODE_ERRORS as error:
         reason = shortened(str(error) or type(error).__name__, 140)
         raise ModelError(

@@ -54,6 +54,7 @@ from lminf_export.export.tokenizer_check import TOKENIZER
 from lminf_export.export.tokenizer_files import copy_tokenizer_files, eos_notices
 from lminf_export.export.trace.tracing import trace
 from lminf_export.export.weight_files import WrittenWeights, weights_name
+from lminf_export.models.aliases import alias_notice
 from lminf_export.models.registry import family_of
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import as_integer
@@ -147,6 +148,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     batch_size = options.max_batch_size if target.engine_name else 1
     check_cache_size(contract, settings, batch_size, training_length)
     notices += [from_bundle] if from_bundle else []
+    notices += [alias_notice(source.named, source.model_type)] if source.named else []
     notices += plugin_notices(builder, options, plan)
     checkpoint = open_checkpoint(
         source, options.lora, skeleton=skeleton, allow_pickle=options.allow_pickle
