@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.support.mutations import mutate_bytes, mutate_json, mutate_safetensors
+from benchmarks.support.mutations import mutate_bytes, mutate_gguf, mutate_json, mutate_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "mutations.json"
@@ -26,7 +26,7 @@ def test_nothing_but_our_errors_leaves_what_reads_damaged_files(tmp_path):
     report = json.loads(found.read_text())
     assert [x["escapes"] for x in report["targets"].values() if x["escapes"]] == []
     assert done.returncode == 0
-    assert len(report["targets"]) == 10
+    assert len(report["targets"]) == 11
     for counts in report["targets"].values():
         assert sum(counts["outcomes"].values()) > 0
     assert report["targets"]["config.json"]["outcomes"]["refused"] > 20
@@ -50,6 +50,6 @@ def test_a_mutant_is_the_same_for_the_same_seed_and_the_original_is_kept():
 def test_bytes_and_headers_are_changed():
     header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     raw = len(header).to_bytes(8, "little") + header + bytes(4)
-    for change in (mutate_bytes, mutate_safetensors):
+    for change in (mutate_bytes, mutate_gguf, mutate_safetensors):
         mutants = [change(raw, random.Random(seed)) for seed in range(50)]
         assert sum(mutant != raw for mutant in mutants) > 40

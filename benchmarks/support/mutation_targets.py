@@ -23,10 +23,12 @@ from safetensors.torch import save_file
 import lminf_export
 from benchmarks.support import own_families
 from benchmarks.support.families import CASES
+from benchmarks.support.gguf_files import save_gguf
 from benchmarks.support.mutations import (
     json_text,
     mutate_array,
     mutate_bytes,
+    mutate_gguf,
     mutate_json,
     mutate_npz,
     mutate_safetensors,
@@ -43,6 +45,8 @@ DEMO = ROOT / "examples" / "demo-llama"
 SETTINGS: dict[str, Any] = {"window_size": 8, "chunk_size": 4, "num_sink_tokens": 2}
 # Families whose configurations are mutated: every structure that an adapter treats by itself.
 FAMILIES = ("llama", "gemma3_text", "mixtral", "phi3", "gpt_oss", "glm4_moe", "gpt_neox", "cohere2")
+# Those of them that are written as GGUF.
+GGUF = ("llama", "gemma3_text", "mixtral", "phi3", "gpt_oss", "gpt_neox")
 OWN = ("gptj", "mpt", "bloom", "falcon-40b")
 # Types without tests, which are refused by kind or probed.
 OTHERS = ("deepseek_v3", "lfm2", "qwen3_next", "gpt2", "cwm", "bert", "llama4_text", "gemma3n_text")
@@ -81,6 +85,7 @@ def make_targets(place: Path, each: int | None = None) -> list[Target]:
     known = [name for name in OTHERS[:each] if is_known(name)]
     others = tuple(_config_only(place / "configs" / name, name) for name in known)
     configs = (*models, *own, *others)
+    in_gguf = tuple(_in_gguf(place / "gguf", model) for model in models if model.name in GGUF)
     adapted = _adapted(place / "adapted", models[0])
     sharded = _sharded(place / "sharded")
     demo = _copy(DEMO, place / "demo")
@@ -93,6 +98,7 @@ def make_targets(place: Path, each: int | None = None) -> list[Target]:
         Target("config.json", configs, _change_config, _prepare, 0.35),
         Target("weights index", (sharded,), _change_index, _prepare, 0.1),
         Target("safetensors header", (models[0], sharded), _change_weights, _prepare, 0.16),
+        Target("GGUF file", in_gguf, _change_gguf, _prepare, 0.05),
         Target("adapter", (adapted,), _change_adapter, _prepare_adapted, 0.05),
         Target("tokenizer files", (demo,), _change_tokenizer, _export, 0.002),
         Target("manifest", (bundle,), _change_manifest, _load, 0.17),
@@ -107,6 +113,13 @@ def _family(folder: Path, name: str) -> Path:
     case = next(case for case in CASES if case.model_type == name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return case.save(folder)
+
+
+def _in_gguf(folder: Path, model: Path) -> Path:
+    """Write a model as GGUF into a folder of its own, with a tokenizer of bytes."""
+    words = {"model": "llama", "tokens": ["<s>", "</s>", *(f"<0x{i:02X}>" for i in range(129))]}
+    keys = {f"tokenizer.ggml.{name}": value for name, value in words.items()}
+    return save_gguf(model, folder / model.name / "m.gguf", metadata=keys).parent
 
 
 def _config_only(folder: Path, name: str) -> Path:
@@ -168,6 +181,11 @@ def _change_index(folder: Path, dice: random.Random) -> None:
 def _change_weights(folder: Path, dice: random.Random) -> None:
     path = dice.choice(sorted(folder.glob("*.safetensors")))
     path.write_bytes(mutate_safetensors(path.read_bytes(), dice))
+
+
+def _change_gguf(folder: Path, dice: random.Random) -> None:
+    path = folder / "m.gguf"
+    path.write_bytes(mutate_gguf(path.read_bytes(), dice))
 
 
 def _change_adapter(folder: Path, dice: random.Random) -> None:

@@ -50,6 +50,10 @@ KEYS: tuple[tuple[str, Any], ...] = (
 )
 
 
+# More than the header of a small GGUF file has, less than its tensors.
+GGUF_HEADER = 6144
+
+
 def mutate_json(content: Any, dice: random.Random) -> Any:
     """Return a copy of a JSON tree with one to three wrong places."""
     changed = json.loads(json.dumps(content))
@@ -92,6 +96,19 @@ def mutate_bytes(raw: bytes, dice: random.Random) -> bytes:
         else:
             changed[place:place] = changed[place : place + 16]
     return bytes(changed)
+
+
+def mutate_gguf(raw: bytes, dice: random.Random) -> bytes:
+    """Change the header of a GGUF file: mostly numbers and texts in their places."""
+    header, rest = raw[:GGUF_HEADER], raw[GGUF_HEADER:]
+    if dice.random() < 0.3:
+        return mutate_bytes(header, dice) + rest
+    changed = bytearray(header)
+    for _ in range(dice.choice((1, 1, 2))):
+        place, count = dice.randrange(len(changed)), dice.choice((1, 1, 4, 8))
+        new = dice.choice((bytes(count), b"\xff" * count, dice.randbytes(count)))
+        changed[place : place + count] = new[: len(changed) - place]
+    return bytes(changed) + rest
 
 
 def mutate_safetensors(raw: bytes, dice: random.Random) -> bytes:
