@@ -55,8 +55,9 @@ def test_code_of_a_repository_is_exported_with_the_flag(style, models, tmp_path)
     wanted = stock_logits(models(style), tokens)
     assert np.abs(found - wanted).max() < 1e-4 * np.ptp(wanted)
     command = ["validate", str(bundle.path), "--trust-remote-code"]
-    result = CliRunner().invoke(cli, [*command, "--model", str(models(style))])
-    assert result.exit_code == 0, result.output
+    for own in ([], ["--model", str(models(style))]):
+        result = CliRunner().invoke(cli, [*command, *own])
+        assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -165,5 +165,8 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     skeleton, state = checkpoint.skeleton, model.state_dict()
     own = skeleton.conversion.apply(checkpoint.tensors)
     wanted = {group[0]: group for group in skeleton.groups}
+    if runs_own_code(checkpoint.source.config):
+        # Parts that are for training alone are not exported.
+        wanted = {name: group for name, group in wanted.items() if any(x in own for x in group)}
     for name, tensor in find_weights(own, wanted, skeleton.shapes).items():
         fill(state[name], tensor)

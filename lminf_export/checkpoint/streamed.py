@@ -24,7 +24,7 @@ from lminf_export.checkpoint.opening import Checkpoint, model_settings
 from lminf_export.errors import ModelError
 from lminf_export.models.internals import replaced
 from lminf_export.models.layer_stack import layer_lists
-from lminf_export.models.remote_code import new_model, running_code_of
+from lminf_export.models.remote_code import new_model, running_code_of, runs_own_code
 from lminf_export.tensors.files import find_weights
 from lminf_export.tensors.rows import fill, gather_rows, row_blocks
 from lminf_export.tensors.stored import SourceTensor
@@ -157,6 +157,8 @@ class StreamedModel:
             own = {n: p for n, p in module.named_parameters(name, recurse=False) if p.is_meta}
             if not own or module in inside:
                 continue
+            if not all(n in self._sources for n in own):
+                continue  # it is not called: see `_find_sources`
             if sum(p.nbytes for p in own.values()) <= _SMALL_BYTES:
                 self._read({name: module})
             elif (
@@ -304,6 +306,9 @@ def _find_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, SourceT
                     f"config.json asks for {list(tensor.shape)}"
                 )
             fill(tensor, own[name])
+    if runs_own_code(checkpoint.source.config):
+        # Parts that are for training alone, as layers for several tokens at once, are not exported.
+        names = {name: group for name, group in names.items() if any(x in own for x in group)}
     return find_weights(own, names, shapes)
 
 

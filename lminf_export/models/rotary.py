@@ -122,8 +122,9 @@ def in_layer_order(calls: dict[int, AttentionCall], config: Any) -> list[Attenti
     """
     if not calls:
         raise ModelError(
-            "attention of its own: no layer attends through transformers' attention interface, "
-            "so there is nothing Λ-attention could take the place of"
+            "attention of its own: no layer attends through transformers' attention interface or "
+            "by a softmax of queries times keys behind apply_rotary_pos_emb, so there is nothing "
+            "Λ-attention could take the place of"
         )
     if len(calls) != config.num_hidden_layers:
         raise ModelError(
