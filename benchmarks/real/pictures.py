@@ -68,7 +68,8 @@ def curve(row: dict[str, Any], unit: int) -> tuple[list[float], list[float]]:
     nats = unpacked_numbers(row["nats"])
     edges = [FIRST]
     while edges[-1] < row["tokens"]:
-        edges.append(min(row["tokens"], round(edges[-1] * 2**0.5 / unit) * unit))
+        edge = round(FIRST * 2 ** (len(edges) / 2) / unit) * unit
+        edges.append(min(row["tokens"], edge))
     x, y = [], []
     for low, high in pairwise(edges):
         part = nats[low // unit : high // unit]
