@@ -13,8 +13,10 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 
+from benchmarks.support.gguf_files import save_gguf
 from lminf_export import load
 from lminf_export.bundle.records import TensorBlocks
+from lminf_export.cli.export import export_command
 from lminf_export.cli.validate import validate_command
 from lminf_export.export.options import ExportOptions
 from lminf_export.export.run import prepare, run_job
@@ -119,6 +121,21 @@ def test_a_bundle_keeps_the_values_and_computes_with_them(kinds, options, model,
     comparison = json.loads(result.stdout)["comparisons"][0]
     if record.accuracy_level == 1:
         assert comparison["tolerance"] == 2e-5
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q6_K"])
+def test_a_file_is_exported_runs_and_is_what_it_was(kind, model, tmp_path):
+    file, out = save_gguf(model, tmp_path / "m.gguf", kind), tmp_path / "b"
+    words = ["--model", file, "--out", out, "--quantize", "int4", "--window-size", 19]
+    result = CliRunner().invoke(export_command, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert f"weights keep the values of the GGUF file (15 {kind})" in result.stderr
+    loaded = load(out)
+    assert loaded.forward(np.array([[3, 5, 7]]), loaded.new_state()).shape == (1, 3, 131)
+    checked = CliRunner().invoke(validate_command, [str(out), "--model", str(file), "--json"])
+    assert checked.exit_code == 0, checked.output
+    assert json.loads(checked.stdout)["differing_weights"] == []
 
 
 def test_bodies_compute_what_kernels_do(model, tmp_path):

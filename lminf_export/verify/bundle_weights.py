@@ -9,10 +9,11 @@ from lminf_export.checkpoint.opening import Checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import open_source
 from lminf_export.models.remote_code import may_run_code
-from lminf_export.quantize.names import QUANTIZED
+from lminf_export.quantize.names import OFFSETS, QUANTIZED
 from lminf_export.quantize.reading import dequantize_stored
 from lminf_export.tensors.files import read_header
 from lminf_export.tensors.stored import SourceTensor, StoredTensor
+from lminf_export.verify.rounded_activations import RoundedInput
 
 
 def stored_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
@@ -21,14 +22,27 @@ def stored_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
     return {n: t for file in files for n, t in read_header(bundle.path / file).items()}
 
 
-def quantized_blocks(bundle: Bundle) -> dict[str, int]:
-    """Return the block sizes of the weights that a bundle stores quantised, by their names."""
-    quantization = bundle.manifest.quantization
+def rounded_inputs(bundle: Bundle, skeleton: Skeleton) -> dict[str, RoundedInput]:
+    """Return what the weights meet that a bundle stores quantised, by all their names.
+
+    Args:
+        bundle: quantised or not.
+        skeleton: of its model.
+    """
+    quantization, stored = bundle.manifest.quantization, stored_tensors(bundle)
     if quantization is None:
         return {}
-    names = [n.removesuffix(QUANTIZED) for n in stored_tensors(bundle) if n.endswith(QUANTIZED)]
+    names = [name.removesuffix(QUANTIZED) for name in stored if name.endswith(QUANTIZED)]
     sizes = {name: blocks.block_size for name, blocks in quantization.tensors.items()}
-    return {name: sizes.get(name, quantization.block_size) for name in names}
+    found = {
+        name: RoundedInput(sizes.get(name, quantization.block_size), stored.get(name + OFFSETS))
+        for name in names
+    }
+    for group in skeleton.tied:
+        known = next((found[name] for name in group if name in found), None)
+        if known is not None:
+            found |= {name: known for name in group if name not in {*found, *stored}}
+    return found
 
 
 def bundle_weights(bundle: Bundle, skeleton: Skeleton) -> dict[str, SourceTensor]:

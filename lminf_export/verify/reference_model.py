@@ -23,7 +23,7 @@ from lminf_export.models.history import HistoryStep
 from lminf_export.models.rounded_rings import Int8Rings, Rings
 from lminf_export.operator.contract import KEY_BIAS_OP_TYPE
 from lminf_export.progress import Progress
-from lminf_export.verify.bundle_weights import quantized_blocks
+from lminf_export.verify.bundle_weights import rounded_inputs
 from lminf_export.verify.rounded_activations import rounded_activations
 from lminf_export.verify.routing_check import Routed, experts_of
 
@@ -132,11 +132,11 @@ class Reference:
             HistoryStep(self.plan, rounded=self.rounded), routed, len(tokens), self.progress, name
         )
 
-        sizes = {} if rounding is None else quantized_blocks(rounding)
+        inputs = {} if rounding is None else rounded_inputs(rounding, self.checkpoint.skeleton)
 
         @contextmanager
         def opened() -> Iterator[None]:
-            rounded = rounded_activations(model.model, sizes)
+            rounded = rounded_activations(model.model, inputs)
             with self.family.patched(model.model), rounded:
                 yield
 
