@@ -73,6 +73,7 @@ def test_a_text_becomes_rows_behind_the_start_tokens(tmp_path):
     batch = calibration_batch(Path(DEMO) / "tokenizer.json", text)
     assert batch.shape[1] <= LENGTH
     assert batch.shape[0] > 1
+    assert calibration_batch(Path(DEMO) / "tokenizer.json", text, 2**16).size <= LENGTH
     text.write_bytes(b"\xff\xfe" * 3)
     with pytest.raises(InputError, match="UTF-8"):
         calibration_batch(Path(DEMO) / "tokenizer.json", text)

@@ -111,7 +111,9 @@ def test_a_bundle_keeps_the_values_and_computes_with_them(kinds, options, model,
     job = job_of(
         model, tmp_path / "b", kinds, tmp_path / "m.gguf", **{"quantize": "int4"} | options
     )
+    expected = job.weight_bytes
     bundle = run_job(job)
+    assert abs(bundle.manifest.files["weights.safetensors"].bytes / expected - 1) < 0.05
     record = bundle.manifest.quantization
     assert {blocks.source_type for blocks in record.tensors.values()} <= set(kinds)
     assert len(record.kept) == len(record.tensors) == 15

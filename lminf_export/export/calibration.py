@@ -33,14 +33,16 @@ from lminf_export.runtime.text import TextCodec
 # Tokens that attend to each other, and how many of a text are read.
 LENGTH = 512
 LEAST_TOKENS, MOST_TOKENS, MOST_BYTES = 32, 16384, 2**20
+MOST_FEATURES = 2**25
 
 
-def calibration_batch(tokenizer: Path, file: Path) -> NDArray[np.int64]:
+def calibration_batch(tokenizer: Path, file: Path, width: int = 0) -> NDArray[np.int64]:
     """Return the beginning of a text as rows of tokens (B, T), each behind the start tokens.
 
     Args:
         tokenizer: `tokenizer.json`.
         file: UTF-8 text.
+        width: features of a token; of wide ones fewer tokens are read, for they are held at once.
 
     Raises:
         InputError: the text cannot be read or is too short, or the model has no tokenizer.
@@ -48,7 +50,8 @@ def calibration_batch(tokenizer: Path, file: Path) -> NDArray[np.int64]:
     if not tokenizer.is_file():
         raise InputError("calibrate: the model has no tokenizer to read a text with; leave it out")
     codec = TextCodec(tokenizer)
-    tokens = codec.encode(_beginning(file), add_special_tokens=False)[:MOST_TOKENS]
+    most = min(MOST_TOKENS, max(LENGTH, MOST_FEATURES // max(width, 1)))
+    tokens = codec.encode(_beginning(file), add_special_tokens=False)[:most]
     if len(tokens) < LEAST_TOKENS:
         raise InputError(f"{file.name} has {len(tokens)} tokens; calibrate takes {LEAST_TOKENS}")
     probe = codec.encode("a", add_special_tokens=False)
@@ -92,6 +95,8 @@ class Calibration:
         """Return the pieces, with the blocks of those that layers multiply by made already."""
         wanted = {p.name: i for i, p in enumerate(pieces) if is_calibrated(p)}
         result = list(pieces)
+        if not wanted:
+            return result
         model = stock_model(self.checkpoint)
         layers = [0]
 

@@ -22,7 +22,8 @@ from lminf_export.operator.settings import (
     LambdaConfig,
 )
 from lminf_export.quantize.config import QuantizeConfig
-from lminf_export.quantize.estimate import weight_bytes
+from lminf_export.quantize.estimate import kept_bytes, weight_bytes
+from lminf_export.quantize.kept import kept_type
 from lminf_export.tensors.dtypes import item_size
 
 TOOLS = ("lminf-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -76,9 +77,16 @@ class ExportJob:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights in the bundle; an estimate where they are quantised."""
-        shapes = [tensor.shape for tensor in self.checkpoint.tensors.values()]
-        width = item_size(self.dtype)
-        return weight_bytes(shapes, width, self.source.config.vocab_size, self.quantize)
+        width, config = item_size(self.dtype), self.quantize
+        keeps = config is not None and config.source_blocks == "keep" and config.form != "qdq"
+        shapes, kept = [], 0
+        for tensor in self.checkpoint.tensors.values():
+            kind = kept_type(tensor) if keeps else None
+            if kind is None:
+                shapes.append(tensor.shape)
+            else:
+                kept += kept_bytes(tensor.shape, kind, width)
+        return kept + weight_bytes(shapes, width, self.source.config.vocab_size, config)
 
     def manifest(
         self,

@@ -248,7 +248,8 @@ def _calibration(
     """Return the calibration that was asked for; its folder goes with the stack."""
     if job.options.calibrate is None:
         return None
-    batch = calibration_batch(folder / TOKENIZER, Path(job.options.calibrate))
+    width = getattr(job.source.config, "hidden_size", 0)
+    batch = calibration_batch(folder / TOKENIZER, Path(job.options.calibrate), width)
     spool = Path(stack.enter_context(TemporaryDirectory(prefix=".calibration-", dir=folder)))
     return Calibration(job.checkpoint, batch, spool, progress)
 

@@ -7,6 +7,8 @@ from math import prod
 
 from lminf_export.quantize.config import BITS, QuantizeConfig
 from lminf_export.quantize.formats import BlockFormat
+from lminf_export.quantize.kept import KeptType
+from lminf_export.tensors.dtypes import item_size
 
 
 def weight_bytes(
@@ -30,6 +32,19 @@ def weight_bytes(
     for shape in tables[1:]:
         total += _bytes(shape, config.table_kind(tied=False), width, config)
     return total + sum(_bytes(shape, config.lm_head_kind, width, config) for shape in tables[:1])
+
+
+def kept_bytes(shape: Sequence[int], kind: KeptType, width: int) -> int:
+    """Return the bytes of a matrix that keeps its own blocks.
+
+    Args:
+        shape: (N, K).
+        kind: of its blocks.
+        width: bytes of an unquantised element.
+    """
+    form = kind.form(shape[0], shape[1])
+    scale = min(width, item_size(kind.scales))
+    return prod(form.packed_shape) + prod(form.scales_shape) * (scale + width * form.offsets)
 
 
 def _bytes(shape: Sequence[int], kind: str | None, width: int, config: QuantizeConfig) -> int:
