@@ -76,13 +76,15 @@ def test_the_library_draws_the_tokens_that_numpy_draws(name, kind):
 
 @needs_kernels
 @pytest.mark.parametrize("spread", [0.1, 1, 4])
-@pytest.mark.parametrize("top_p", [0.3, 0.95, 0.9999])
-def test_a_large_vocabulary_is_cut_where_numpy_cuts_it(spread, top_p):
+@pytest.mark.parametrize(
+    ("top_p", "min_p"), [(0.3, 0), (0.95, 0), (0.9999, 0), (0.9, 0.02), (0.3, 1e-4)]
+)
+def test_a_large_vocabulary_is_cut_where_numpy_cuts_it(spread, top_p, min_p):
     """The place of the cut is first guessed from a part of the vocabulary."""
     rng = np.random.default_rng(5)
     logits = (rng.normal(size=LARGE) * spread).astype(np.float32)
     logits[: LARGE // 2].sort()  # no order may mislead the guess
-    config = SamplingConfig(temperature=0.8, top_p=top_p, seed=3)
+    config = SamplingConfig(temperature=0.8, top_p=top_p, min_p=min_p, seed=3)
     plain, fast = Sampler(config, LARGE, 1), Sampler(config, LARGE, 1, library_drawing())
     for _ in range(4):
         assert fast.choose(logits) == plain.choose(logits)

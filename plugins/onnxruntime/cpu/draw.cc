@@ -285,13 +285,21 @@ int64_t drawAll(const Draw& d, const DrawKernels& kernels, Scale scale) {
   Cut cut = kKeepAll;
   if (d.topP < 1) {
     const float floor = cuts.floor;
-    cuts = guessCuts(d, kernels, scale), cuts.floor = floor;
+    const DrawCuts guess = guessCuts(d, kernels, scale);
+    cuts = {guess.low, guess.high, floor};
+    // Where min-p cuts higher, it is enough to know that the sum from there on does not reach p.
+    if (floor > cuts.high) cuts.low = cuts.high = floor;
     sums.ids = memory.ids.data();
     auto& values = memory.values;
     auto& weights = memory.weights;
     for (;;) {
       kernels.sums(d.logits, d.count, scale, cuts, &sums);
       const double target = d.topP * sums.all - sums.high;
+      if (cuts.low == cuts.high) {
+        if (target > 0) break;
+        cuts = {guess.low, guess.high, floor};
+        continue;
+      }
       const bool everything = cuts.low == kLowest && cuts.high == kInfinity;
       if (target > 0 || everything) {
         values.resize(sums.found), weights.resize(sums.found);
