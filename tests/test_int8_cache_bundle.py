@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import lminf_export
 from lminf_export.cli.export import export_command
 from lminf_export.cli.main import cli
+from lminf_export.engine.options import EngineOptions
 from lminf_export.errors import ConfigError, SessionError
 from lminf_export.operator.bindings import SCALE_KINDS, past_name
 from lminf_export.operator.contract import INT8_CACHE_OP_TYPE, OP_TYPE
@@ -169,7 +170,7 @@ def test_every_command_says_what_the_cache_is(bundle):
     ("options", "message"),
     [
         (
-            {"builder": "none", "plugin": "none"},
+            {"builder": "none", "engine_options": EngineOptions(plugin="none")},
             "needs the plugin .*cache has type Int8 but must have type Float, Half, or BFloat16",
         ),
         ({"dtype": "bfloat16"}, "is for graphs in float32 or float16"),
