@@ -44,9 +44,19 @@ CHANGED = {
 }
 NAMES = [
     *("arcee", "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "gpt_neox"),
-    *("gpt_oss", "granite", "granitemoe", "llama", "mistral", "mixtral", "nemotron", "olmo"),
+    *(
+        "gpt_oss",
+        "granite",
+        "granitemoe",
+        "llama",
+        "minimax_m2",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+    ),
     *("olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
-    *("seed_oss", "smollm3", "stablelm", "starcoder2"),
+    *("minimax_m2", "seed_oss", "smollm3", "stablelm", "starcoder2"),
 ]
 # transformers counts the tokens; it takes the name for the architecture of some.
 VOCABULARY = {

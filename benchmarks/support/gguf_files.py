@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "phi": "phi2",
     "olmo3": "olmo2",
     "cohere": "command-r",
+    "minimax_m2": "minimax-m2",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
 }
@@ -214,6 +215,9 @@ def _tensors(name: str, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         elif ".experts." in hf:
             yield from _experts(hf, tensor, name)
         else:
+            if match := re.fullmatch(r".*\.(\d+)\.mlp\.(gate\.)?e_score_correction_bias", hf):
+                yield f"blk.{match[1]}.exp_probs_b.bias", tensor
+                continue
             base, _, suffix = hf.rpartition(".")
             own = find(base) if suffix in ("weight", "bias") else find(hf)
             if own is None and "_layernorm" in hf:  # of phi2, as llama.cpp names them

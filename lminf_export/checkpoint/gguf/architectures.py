@@ -3,60 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lminf_export.checkpoint.gguf.metadata import Gguf
 from lminf_export.checkpoint.gguf.rope import rope_parameters
+from lminf_export.checkpoint.gguf.settings import (
+    LAYER_EPS,
+    LEFT_OUT,
+    Architecture,
+    Settings,
+    expert_width,
+    experts,
+    head_dimension,
+    sliding,
+)
 from lminf_export.errors import ModelError, shortened
-from lminf_export.models.expert_facts import TOP_K_NAMES
-
-Settings = dict[str, Any]
-RMS_EPS, LAYER_EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
-# A field that a model's configuration does not have.
-LEFT_OUT = object()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How an architecture of GGUF becomes a model of transformers.
-
-    Attributes:
-        settings: the fields of config.json besides those that all have, `model_type` among them;
-            LEFT_OUT for one that this model does not have.
-        eps: transformers' name of the epsilon of the norms.
-        eps_key: GGUF's.
-        rotary: the rows of queries and keys are stored in pairs, as `halves_from_pairs` says.
-        shifted_norms: norms are stored with 1 added.
-        fused: order of fused projections: "", "heads" or "groups", as in `layout`.
-        has_head_dim: whether config.json has a `head_dim`.
-    """
-
-    settings: Callable[[Gguf], Settings]
-    eps: str = "rms_norm_eps"
-    eps_key: str = RMS_EPS
-    rotary: bool = False
-    shifted_norms: bool = False
-    fused: str = ""
-    has_head_dim: bool = True
-
-
-def head_dimension(gguf: Gguf, hidden: int, heads: int) -> int:
-    """Return the elements of a head.
-
-    Raises:
-        ModelError: those of keys and of values differ.
-    """
-    key, value = (gguf.integer(f"attention.{name}_length") for name in ("key", "value"))
-    if key is not None and value is not None and key != value:
-        raise ModelError(
-            f"GGUF file {shortened(gguf.name)} has keys of {key} and values of {value} elements "
-            f"in a head; equal ones are read"
-        )
-    found = key or hidden // heads
-    if not 0 < found <= 2**14:
-        raise ModelError(f"GGUF file {shortened(gguf.name)} has heads of {found} elements")
-    return found
 
 
 def _plain(model_type: str, **fixed: Any) -> Callable[[Gguf], Settings]:
@@ -77,41 +38,10 @@ def _biased(model_type: str) -> Callable[[Gguf], Settings]:
     return settings
 
 
-def _experts(gguf: Gguf, count: str = "num_experts") -> Settings:
-    return {
-        count: gguf.required("expert_count", 1, 2**15),
-        TOP_K_NAMES[0]: gguf.required("expert_used_count", 1, 2**15),
-    }
-
-
-def _expert_width(gguf: Gguf) -> int:
-    """Return the inner width of an expert."""
-    layers = range(gguf.num_layers)
-    names = (f"blk.{layer}.ffn_down_exps.weight" for layer in layers)
-    first = next((name for name in names if name in gguf.tensors), None)
-    if first is None:
-        raise ModelError(f"GGUF file {shortened(gguf.name)} lacks the tensors of its experts")
-    return gguf.tensors[first].shape[-1]
-
-
-def _sliding(gguf: Gguf) -> Settings:
-    """Return the window of sliding layers, and which those are where the file says so."""
-    window = gguf.integer("attention.sliding_window")
-    found: Settings = {"sliding_window": window or None}
-    pattern = gguf.flags("attention.sliding_window_pattern")
-    if pattern is not None:
-        found["layer_types"] = [_layer_type(is_sliding) for is_sliding in pattern]
-    return found
-
-
-def _layer_type(is_sliding: bool) -> str:
-    return "sliding_attention" if is_sliding else "full_attention"
-
-
 def _llama(gguf: Gguf) -> Settings:
     biases = {"attention_bias": gguf.has("blk.{}.attn_q.bias")}
     if gguf.integer("expert_count"):
-        return {"model_type": "mixtral", **_experts(gguf, "num_local_experts")}
+        return {"model_type": "mixtral", **experts(gguf, "num_local_experts")}
     return {"model_type": "llama", **biases, "mlp_bias": gguf.has("blk.{}.ffn_up.bias")}
 
 
@@ -120,8 +50,8 @@ def _qwen2moe(gguf: Gguf) -> Settings:
     has_experts = [f"blk.{i}.ffn_gate_inp.weight" in gguf.tensors for i in range(gguf.num_layers)]
     return {
         "model_type": "qwen2_moe",
-        **_experts(gguf),
-        "moe_intermediate_size": _expert_width(gguf),
+        **experts(gguf),
+        "moe_intermediate_size": expert_width(gguf),
         **({"shared_expert_intermediate_size": shared.shape[-1]} if shared else {}),
         "norm_topk_prob": False,
         "mlp_only_layers": [i for i, has in enumerate(has_experts) if not has],
@@ -131,16 +61,21 @@ def _qwen2moe(gguf: Gguf) -> Settings:
 def _qwen3moe(gguf: Gguf) -> Settings:
     return {
         "model_type": "qwen3_moe",
-        **_experts(gguf),
-        "moe_intermediate_size": _expert_width(gguf),
+        **experts(gguf),
+        "moe_intermediate_size": expert_width(gguf),
         "norm_topk_prob": gguf.flag("expert_weights_norm") is not False,
     }
+
+
+def _minimax_m2(gguf: Gguf) -> Settings:
+    found = experts(gguf, "num_local_experts")
+    return {"model_type": "minimax_m2", **found, "intermediate_size": expert_width(gguf)}
 
 
 def _gemma2(gguf: Gguf) -> Settings:
     return {
         "model_type": "gemma2",
-        **_sliding(gguf),
+        **sliding(gguf),
         "attn_logit_softcapping": gguf.number("attn_logit_softcapping"),
         "final_logit_softcapping": gguf.number("final_logit_softcapping"),
         "query_pre_attn_scalar": _gemma_scalar(gguf, 46),
@@ -150,12 +85,12 @@ def _gemma2(gguf: Gguf) -> Settings:
 def _gemma3(gguf: Gguf) -> Settings:
     head_dim = gguf.integer("attention.key_length") or 256
     local = gguf.number("rope.freq_base_swa") or 10000.0
-    sliding = _sliding(gguf)
-    if sliding["sliding_window"] is None:
-        sliding["layer_types"] = ["full_attention"] * gguf.num_layers
+    sliding_layers = sliding(gguf)
+    if sliding_layers["sliding_window"] is None:
+        sliding_layers["layer_types"] = ["full_attention"] * gguf.num_layers
     return {
         "model_type": "gemma3_text",
-        **sliding,
+        **sliding_layers,
         "final_logit_softcapping": gguf.number("final_logit_softcapping"),
         "query_pre_attn_scalar": _gemma_scalar(gguf, 62),
         "rope_parameters": {
@@ -179,7 +114,7 @@ def _gemma_scalar(gguf: Gguf, layers_of_27b: int) -> float:
 
 
 def _phi3(gguf: Gguf) -> Settings:
-    found: Settings = {"model_type": "phi3", "sliding_window": _sliding(gguf)["sliding_window"]}
+    found: Settings = {"model_type": "phi3", "sliding_window": sliding(gguf)["sliding_window"]}
     original = gguf.integer("rope.scaling.original_context_length")
     return found | ({"original_max_position_embeddings": original} if original else {})
 
@@ -189,9 +124,9 @@ def _gpt_oss(gguf: Gguf) -> Settings:
     rope = rope_parameters(gguf, head_dim)
     return {
         "model_type": "gpt_oss",
-        **_experts(gguf, "num_local_experts"),
-        "intermediate_size": _expert_width(gguf),
-        **_sliding(gguf),
+        **experts(gguf, "num_local_experts"),
+        "intermediate_size": expert_width(gguf),
+        **sliding(gguf),
         "attention_bias": gguf.has("blk.{}.attn_q.bias"),
         # Its bands are not rounded to whole dimensions, which the file does not say.
         "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
@@ -202,7 +137,7 @@ def _starcoder2(gguf: Gguf) -> Settings:
     return {
         "model_type": "starcoder2",
         "use_bias": gguf.has("blk.{}.attn_q.bias"),
-        "sliding_window": _sliding(gguf)["sliding_window"],
+        "sliding_window": sliding(gguf)["sliding_window"],
     }
 
 
@@ -218,19 +153,15 @@ def _granite(model_type: str) -> Callable[[Gguf], Settings]:
             "model_type": model_type,
             "attention_bias": gguf.has("blk.{}.attn_q.bias"),
             **{name: value for name, value in scales.items() if value is not None},
-            **(_experts(gguf, "num_local_experts") if model_type == "granitemoe" else {}),
+            **(experts(gguf, "num_local_experts") if model_type == "granitemoe" else {}),
         }
 
     return settings
 
 
-def _olmo(gguf: Gguf) -> Settings:
-    return {"model_type": "olmo", "clip_qkv": gguf.number("attention.clamp_kqv")}
-
-
 def _olmo2(gguf: Gguf) -> Settings:
-    sliding = _sliding(gguf)
-    if sliding["sliding_window"] is None:
+    sliding_layers = sliding(gguf)
+    if sliding_layers["sliding_window"] is None:
         return {"model_type": "olmo2"}
     heads = gguf.required("attention.head_count", 1, 2**14)
     head_dim = head_dimension(gguf, gguf.required("embedding_length", 1, 2**22), heads)
@@ -239,7 +170,7 @@ def _olmo2(gguf: Gguf) -> Settings:
     local = {"rope_type": "default", "rope_theta": theta}
     return {
         "model_type": "olmo3",
-        **sliding,
+        **sliding_layers,
         "rope_parameters": {"full_attention": rope, "sliding_attention": local},
     }
 
@@ -247,8 +178,8 @@ def _olmo2(gguf: Gguf) -> Settings:
 def _olmoe(gguf: Gguf) -> Settings:
     return {
         "model_type": "olmoe",
-        **_experts(gguf),
-        "intermediate_size": _expert_width(gguf),
+        **experts(gguf),
+        "intermediate_size": expert_width(gguf),
         "norm_topk_prob": False,
         "clip_qkv": gguf.number("attention.clamp_kqv"),
     }
@@ -353,14 +284,14 @@ def _cohere(model_type: str) -> Callable[[Gguf], Settings]:
             "attention_bias": gguf.has("blk.{}.attn_q.bias"),
         }
         if model_type == "cohere2":
-            return found | _sliding(gguf)
+            return found | sliding(gguf)
         return found | {"use_qk_norm": gguf.has("blk.{}.attn_q_norm.weight")}
 
     return settings
 
 
 def _exaone4(gguf: Gguf) -> Settings:
-    found = {"model_type": "exaone4", **_sliding(gguf)}
+    found = {"model_type": "exaone4", **sliding(gguf)}
     if found["sliding_window"] is None:
         return found | {"layer_types": ["full_attention"] * gguf.num_layers}
     return found
@@ -390,9 +321,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "granite": Architecture(_granite("granite"), rotary=True, has_head_dim=False),
     "granitemoe": Architecture(_granite("granitemoe"), rotary=True, has_head_dim=False),
+    "minimax-m2": Architecture(_minimax_m2),
     "mpt": Architecture(_mpt, "layer_norm_epsilon", LAYER_EPS, has_head_dim=False),
     "nemotron": Architecture(_plain("nemotron"), "norm_eps", LAYER_EPS, shifted_norms=True),
-    "olmo": Architecture(_olmo, rotary=True, has_head_dim=False),
+    "olmo": Architecture(
+        lambda gguf: {"model_type": "olmo", "clip_qkv": gguf.number("attention.clamp_kqv")},
+        rotary=True, has_head_dim=False),
     "olmo2": Architecture(_olmo2, has_head_dim=False),
     "olmoe": Architecture(_olmoe, has_head_dim=False),
     "phi2": Architecture(_phi2, "layer_norm_eps", LAYER_EPS, has_head_dim=False),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from lminf_export.checkpoint.gguf.architectures import (
-    ARCHITECTURES,
+from lminf_export.checkpoint.gguf.architectures import ARCHITECTURES
+from lminf_export.checkpoint.gguf.metadata import Gguf
+from lminf_export.checkpoint.gguf.rope import rope_parameters
+from lminf_export.checkpoint.gguf.settings import (
     LEFT_OUT,
     Architecture,
     Settings,
     head_dimension,
 )
-from lminf_export.checkpoint.gguf.metadata import Gguf
-from lminf_export.checkpoint.gguf.rope import rope_parameters
 from lminf_export.errors import ModelError, shortened
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -34,7 +34,7 @@ def find_architecture(gguf: Gguf) -> Architecture:
         )
     # Without commas, so that a line has room for all.
     raise ModelError(
-        f"GGUF architecture {shortened(repr(name), 24)} is not read; those that are: "
+        f"GGUF architecture {shortened(repr(name), 24)} is not read; read are: "
         f"{' '.join(sorted(ARCHITECTURES))}"
     )
 

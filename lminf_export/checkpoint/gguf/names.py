@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from lminf_export.checkpoint.conversion import Joined, Transposed
 from lminf_export.checkpoint.gguf import layout, rope
-from lminf_export.checkpoint.gguf.architectures import Architecture
 from lminf_export.checkpoint.gguf.config import find_architecture
 from lminf_export.checkpoint.gguf.metadata import Gguf
+from lminf_export.checkpoint.gguf.settings import Architecture
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.errors import ModelError, shortened
 from lminf_export.tensors.gguf_blocks import GgufTensor
@@ -25,6 +25,7 @@ _EXPERTS = re.compile(r"(?P<layer>.*\.(?P<number>\d+)\.)\w+\.experts\.(?P<part>\
 _NORMS_OF_HEADS = re.compile(
     r".*\.(?P<number>\d+)\.\w+\.(?P<part>[qk])_layernorm\.norms\.(?P<head>\d+)"
 )
+_CORRECTION = re.compile(r".*\.(?P<number>\d+)\.mlp\.(gate\.)?e_score_correction_bias")
 _QUERIES_KEYS = re.compile(r"blk\.\d+\.attn_(?P<part>[qk])\.(weight|bias)")
 _NORM = re.compile(r"(.*_)?norm(_\d)?\.weight")
 # Not weights: factors of rotations, read with the configuration.
@@ -78,6 +79,8 @@ class _Mapping:
             if whole is None or len(whole.shape) != 2 or head >= whole.shape[0]:
                 return None
             return whole.at(head)
+        if match := _CORRECTION.fullmatch(name):
+            return self._take(f"blk.{match['number']}.exp_probs_b.bias")
         base, _, suffix = name.rpartition(".")
         is_named = suffix in ("weight", "bias")
         own = self._find(base if is_named else name) or _unlisted(base)

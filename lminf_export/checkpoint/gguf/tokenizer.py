@@ -36,6 +36,9 @@ class TokenizerFiles:
         if len(self.tokens) > _MOST_TOKENS:
             raise ModelError(f"GGUF file {shortened(gguf.name)} has {len(self.tokens)} tokens")
         self._kinds = self._list_of("token_type", int) or [1] * len(self.tokens)
+        # Of more tokens than the model has rows for, the rest is never read or written.
+        rows = gguf.shape("token_embd.weight")[0]
+        self._kinds[rows:] = [_UNUSED] * len(self._kinds[rows:])
         self._ids = {
             role: gguf.integer(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()
         }
