@@ -142,6 +142,16 @@ def test_logits_in_another_form_are_drawn_all_the_same():
     assert found == [plain.choose(rows[:, 1].copy()) for _ in range(2)]
 
 
+def test_logits_that_cannot_be_written_are_penalised_in_a_copy():
+    logits = np.array([3, 2, 1], np.float32)
+    sampler = Sampler(SamplingConfig(repetition_penalty=10), 3, 2)
+    sampler.observe([0])
+    assert sampler.choose(logits) == 1
+    logits.flags.writeable = False
+    assert sampler.choose(logits) == 1
+    assert logits.tolist() == [3, 2, 1]
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("settings", "most"),

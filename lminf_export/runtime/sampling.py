@@ -100,7 +100,6 @@ class Sampler:
         self._random = np.random.default_rng(config.seed)
         self._drawing = drawing
         self._seen = SeenTokens(memory, vocab_size) if config.repetition_penalty != 1 else None
-        self._changed = np.empty(0, np.float32)
 
     def observe(self, token_ids: Iterable[int]) -> None:
         """Add tokens that the stream has seen; only the repetition penalty needs them."""
@@ -111,16 +110,26 @@ class Sampler:
         """Choose a token.
 
         Args:
-            logits: (V,) float32; not changed.
+            logits: (V,) float32; as they were when this returns.
 
         Raises:
             InputError: a logit is not a number, or no token is possible.
         """
+        if self._seen is None:
+            return self._drawn(logits)
+        seen, penalty = self._seen.ids, self.config.repetition_penalty
+        if not logits.flags.writeable:
+            return self._drawn(penalised(logits, seen, penalty))
+        # A copy of a large vocabulary would take longer than the draw.
+        before = logits[seen]
+        logits[seen] = _less_likely(before, penalty)
+        try:
+            return self._drawn(logits)
+        finally:
+            logits[seen] = before
+
+    def _drawn(self, logits: np.ndarray) -> int:
         config = self.config
-        if self._seen is not None:
-            if self._changed.shape != logits.shape or self._changed.dtype != logits.dtype:
-                self._changed = np.empty_like(logits)
-            logits = penalised(logits, self._seen.ids, config.repetition_penalty, self._changed)
         if config.temperature == 0:
             token = int(logits.argmax())
             if not logits[token] > -math.inf:
@@ -189,15 +198,15 @@ class SeenTokens:
             self._ids[place], self._places[last] = last, place
 
 
-def penalised(
-    logits: np.ndarray, seen: np.ndarray, penalty: float, out: np.ndarray | None = None
-) -> np.ndarray:
-    """Return logits (V,), in `out` if there is one, with those of the seen ids made less likely."""
-    changed = np.empty_like(logits) if out is None else out
-    np.copyto(changed, logits)
-    picked = changed[seen]
-    changed[seen] = np.where(picked < 0, picked * penalty, picked / penalty)
+def penalised(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """Return logits (V,) with those of the seen ids made less likely."""
+    changed = logits.copy()
+    changed[seen] = _less_likely(changed[seen], penalty)
     return changed
+
+
+def _less_likely(logits: np.ndarray, penalty: float) -> np.ndarray:
+    return np.where(logits < 0, logits * penalty, logits / penalty)
 
 
 def distribution(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray, np.ndarray]:
