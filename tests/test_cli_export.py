@@ -86,7 +86,8 @@ def test_unknown_model_is_named(tmp_path, monkeypatch):
 )
 def test_unsupported_families_say_which_are(model_type, words, copied, tmp_path):
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    config |= {"model_type": model_type, "architectures": ["MysteryForCausalLM"]}
+    (copied / "config.json").write_text(json.dumps(config))
     fails(tmp_path, "--model", copied, words=[*words, "lminf families"])
 
 

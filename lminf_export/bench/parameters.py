@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import onnx_ir as ir
 
@@ -16,6 +17,8 @@ _BLOCKS = ("MatMulNBits", "LinearNBits", "LinearNBitsAdd")
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 # Names of what belongs to weights in integers and is none itself.
 _BESIDE = (SCALES, ZERO_POINTS, OFFSETS)
+# Names of the width of a model's embedding in config.json.
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 
 def count_parameters(bundle: Bundle) -> int:
@@ -25,6 +28,7 @@ def count_parameters(bundle: Bundle) -> int:
     others: list[int] = []
     quantization = bundle.manifest.quantization
     blocks = {} if quantization is None else quantization.tensors
+    config = _config(bundle)
     for name, value in read_graph(bundle).initializers.items():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor) or name.endswith(_BESIDE):
@@ -35,19 +39,30 @@ def count_parameters(bundle: Bundle) -> int:
             is_table = all(node.op_type in _LOOKUPS for node, _ in value.uses())
             own = blocks.get(name.partition(QUANTIZED)[0]) if QUANTIZED in name else None
             size = _elements(value, tensor, None if own is None else own.bits)
+            if is_table and own is not None:
+                size = _unpadded(size, int(tensor.shape[0]), own.block_size, config)
             (tables if is_table else others).append(size)
-    if _ties_embeddings(bundle):
+    if config and config.get("tie_word_embeddings", True):
         # A tied table is there a second time where the head is stored in another form.
         tables = [size for size in tables if size not in others]
     return sum(tables) + sum(others)
 
 
-def _ties_embeddings(bundle: Bundle) -> bool:
+def _config(bundle: Bundle) -> dict[str, Any]:
+    """Return the content of config.json; nothing where there is none."""
     try:
         config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool(config.get("tie_word_embeddings", True))
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _unpadded(size: int, rows: int, block_size: int, config: dict[str, Any]) -> int:
+    """Return the elements of a table without what fills up the last block of each row."""
+    width = next((config[name] for name in _WIDTHS if isinstance(config.get(name), int)), None)
+    if width is not None and 0 <= size // rows - width < block_size:
+        return rows * int(width)
+    return size
 
 
 def _elements(value: ir.Value, tensor: ir.ExternalTensor, bits: int | None) -> int:
@@ -56,11 +71,13 @@ def _elements(value: ir.Value, tensor: ir.ExternalTensor, bits: int | None) -> i
     Args:
         value: the initializer.
         tensor: where its bytes are.
-        bits: of an integer, where the manifest says it.
+        bits: of an integer, where the manifest says it; in use where several share a byte.
     """
     for node, _ in value.uses():
         if node.op_type in _BLOCKS:  # packed in blocks, the last one padded
             return node.attributes["K"].as_int() * node.attributes["N"].as_int()
-        if node.op_type in _INTEGERS and value.dtype == ir.DataType.UINT8:
-            bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 8
-    return tensor.size * 8 // bits if bits is not None else tensor.size
+        if node.op_type in _INTEGERS and "bits" in node.attributes:
+            bits = node.attributes["bits"].as_int()
+    if bits is None or value.dtype != ir.DataType.UINT8:
+        return tensor.size
+    return tensor.size * 8 // bits
