@@ -40,7 +40,7 @@ def count_parameters(bundle: Bundle) -> int:
             own = blocks.get(name.partition(QUANTIZED)[0]) if QUANTIZED in name else None
             size = _elements(value, tensor, None if own is None else own.bits)
             if is_table and own is not None:
-                size = _unpadded(size, int(tensor.shape[0]), own.block_size, config)
+                size = _unpadded(size, tensor.shape.numpy()[0], own.block_size, config)
             (tables if is_table else others).append(size)
     if config and config.get("tie_word_embeddings", True):
         # A tied table is there a second time where the head is stored in another form.
