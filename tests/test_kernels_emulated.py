@@ -187,16 +187,7 @@ MUTATIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_kernel_is_found(library, folder, tmp_path, mutation):
-    name, line, wrong = MUTATIONS[mutation]
-    sources = tmp_path / "plugins"
-    shutil.copytree(kernel_build.PLUGINS, sources)
-    broken = sources / "lambda_attention" / name
-    assert line in broken.read_text()
-    broken.write_text(broken.read_text().replace(line, wrong))
-    target = tmp_path / "tiles_float16.o"
-    kernel_build.compile_object(sources, "tiles_float16.cu", target)
-    objects = [x for x in folder.glob("*.o") if x.name != target.name]
-    mutant = kernel_build.link([*objects, target], tmp_path / "mutant.so")
+    mutant = kernel_build.broken_library(folder, "tiles_float16.cu", *MUTATIONS[mutation], tmp_path)
     case = streams.SMALL.with_(window_size=211, chunk_size=149, num_heads=2)
     stream = Stream(mutation, case, (10**6,), ((149,), (149,)))
     outcome = run_stream(KernelLibrary(mutant), replace(DEVICE), stream)

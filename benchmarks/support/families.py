@@ -67,17 +67,26 @@ class FamilyCase:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             self.config(), dtype=torch.float32
         )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.numel() > 1 and float(parameter.std()) == 0:
-                    # Norms and biases start as constants, which would hide a forgotten one.
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-            for name, parameter in model.named_parameters():
-                if name.endswith(self.equal_in_pairs):
-                    first, second = parameter.chunk(2)
-                    second.copy_(first)
+        make_random(model, self.equal_in_pairs)
         model.save_pretrained(folder)
         return folder
+
+
+def make_random(model: PreTrainedModel, equal_in_pairs: tuple[str, ...]) -> None:
+    """Add noise to parameters that start as constants, which would hide a forgotten one.
+
+    Args:
+        model: changed in place.
+        equal_in_pairs: ends of names of weights whose two halves are then made equal.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and float(parameter.std()) == 0:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, parameter in model.named_parameters():
+            if name.endswith(equal_in_pairs):
+                first, second = parameter.chunk(2)
+                second.copy_(first)
 
 
 def _rope(**changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from benchmarks.support.families import SIZES
+from benchmarks.support.families import SIZES, make_random
 from lminf_export.checkpoint.opening import load_model, open_checkpoint
 from lminf_export.checkpoint.source import open_source
 from lminf_export.checkpoint.text_part import without_outside_towers
@@ -148,15 +148,7 @@ class WrapperCase:
         assert name is not None
         with without_outside_towers():
             model: PreTrainedModel = getattr(transformers, name)(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.numel() > 1 and float(parameter.std()) == 0:
-                    # Norms and biases start as constants, which would hide a forgotten one.
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-            for name, parameter in model.named_parameters():
-                if name.endswith(self.equal_in_pairs):
-                    first, second = parameter.chunk(2)
-                    second.copy_(first)
+        make_random(model, self.equal_in_pairs)
         return model.eval()
 
     def save(self, folder: Path, seed: int = 0) -> Path:

@@ -21,6 +21,7 @@ from lminf_export.evaluate.retrieval import (
     Instance,
     answer_ids,
     evaluate_task,
+    fitted,
     placed,
     token_ranges,
 )
@@ -98,16 +99,9 @@ def make_instance(
 
 def _fit(codec: TextCodec, length: int, depth: float, seed: str) -> tuple[Lookup, list[int]]:
     """Find as many records as fit into ``length`` tokens."""
-    low, high = 1, max(1, min(length // _RECORD_TOKENS, 10**CODE_DIGITS))
 
     def made(count: int) -> tuple[Lookup, list[int]]:
         task = compose(count, depth, seed)
         return task, codec.encode(task.prompt)
 
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(made(middle)[1]) <= length:
-            low = middle
-        else:
-            high = middle - 1
-    return made(low)
+    return fitted(made, 1, max(1, min(length // _RECORD_TOKENS, 10**CODE_DIGITS)), length)

@@ -20,6 +20,7 @@ from lminf_export.evaluate.retrieval import (
     Instance,
     answer_ids,
     evaluate_task,
+    fitted,
     placed,
     token_ranges,
 )
@@ -94,17 +95,10 @@ def _distinct_keys(count: int, dice: random.Random) -> list[str]:
 
 def _fit(codec: TextCodec, key: str, length: int, depth: float) -> tuple[Passkey, list[int]]:
     """Find as many filler sentences as fit into ``length`` tokens, and split them at the depth."""
-    low, high = 0, max(1, length)  # a sentence has more than one token
 
     def made(count: int) -> tuple[Passkey, list[int]]:
         before = round(depth * count)
         task = compose(key, before, count - before)
         return task, codec.encode(task.prompt)
 
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(made(middle)[1]) <= length:
-            low = middle
-        else:
-            high = middle - 1
-    return made(low)
+    return fitted(made, 0, max(1, length), length)  # a sentence has more than one token

@@ -6,10 +6,10 @@ What a bounded cache holds decides the answer: the window, the sink tokens, and 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ DISTRACTORS = 9
 # Texts read side by side.
 BATCH_SIZE = 8
 _NORMAL_95 = 1.959964
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,26 @@ def evaluate_task(
         "cells": cells,
         **environment(),
     }
+
+
+def fitted(
+    make: Callable[[int], tuple[Made, list[int]]], low: int, high: int, length: int
+) -> tuple[Made, list[int]]:
+    """Make the longest text that fits.
+
+    Args:
+        make: returns the text of a number of parts, and its ids; the more parts the more ids.
+        low: parts of the shortest text, which is taken even if it is too long.
+        high: parts that are tried at most.
+        length: ids that fit.
+    """
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(make(middle)[1]) <= length:
+            low = middle
+        else:
+            high = middle - 1
+    return make(low)
 
 
 def placed(

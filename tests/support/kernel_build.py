@@ -65,6 +65,28 @@ def link(objects: list[Path], library: Path) -> Path:
     return unfinished.rename(library)
 
 
+def broken_library(folder: Path, source: str, file: str, line: str, wrong: str, work: Path) -> Path:
+    """Build the library again with one object of a wrong line; return its path.
+
+    Args:
+        folder: with the objects of the right library.
+        source: the translation unit of the object.
+        file: source in which the line is replaced.
+        line: what stands there.
+        wrong: what takes its place.
+        work: an empty folder.
+    """
+    sources = work / "plugins"
+    shutil.copytree(PLUGINS, sources)
+    broken = sources / "lambda_attention" / file
+    assert line in broken.read_text()
+    broken.write_text(broken.read_text().replace(line, wrong))
+    target = work / Path(source).with_suffix(".o")
+    compile_object(sources, source, target)
+    others = [path for path in folder.glob("*.o") if path.name != target.name]
+    return link([*others, target], work / "broken.so")
+
+
 def _build(folder: Path, library: Path) -> None:
     sources = [*HOST_SOURCES, *KERNEL_SOURCES, "emulation.cpp"]
     objects = [folder / Path(source).with_suffix(".o") for source in sources]
