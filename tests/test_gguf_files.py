@@ -58,6 +58,11 @@ def test_any_part_of_a_split_model_finds_the_others(folder):
     assert source.name == "m-00001-of-00003.gguf"
 
 
+def test_a_file_that_is_not_there_is_not_looked_up_as_a_hub_id(tmp_path):
+    with pytest.raises(ModelError, match=r"other\.gguf': no such file here"):
+        open_source(tmp_path / "other.gguf")
+
+
 def test_a_missing_part_is_named(folder, tmp_path):
     for path in sorted((folder / "split").glob("*.gguf"))[:2]:
         (tmp_path / path.name).write_bytes(path.read_bytes())

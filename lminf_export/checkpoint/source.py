@@ -135,6 +135,11 @@ def open_source(
                 f"model {shortened(repr(str(model)))} is a file and not GGUF; give the folder that "
                 f"holds config.json"
             )
+    elif folder.suffix.lower() == SUFFIX:
+        raise ModelError(
+            f"model {shortened(repr(str(model)))}: no such file here; a GGUF file is read from "
+            f"this machine: check the path, or fetch the file first"
+        )
     else:
         weights = (
             *WEIGHT_PATTERNS,

@@ -137,7 +137,7 @@ class OnnxRuntimeSession(Session):
         return self.kernels.description if self.kernels else "the graph's function body"
 
     def end_profiling(self) -> Path:
-        """End profiling and return the profile's file; it has every run of this session."""
+        """End profiling and return the profile's file; it has every run of the session."""
         return Path(self._session.end_profiling())
 
     def new_state(self, batch_size: int) -> OnnxRuntimeState:

@@ -42,7 +42,7 @@ class Session(Protocol):
         ...
 
     def owns(self, state: State) -> bool:
-        """Return whether a state was made by this session."""
+        """Return whether a state was made by the session."""
         ...
 
     def step_limit(self, state: State) -> int:
@@ -63,7 +63,7 @@ class Session(Protocol):
         Weights that yield NaN are the exception: what they wrote stays, take a new state.
 
         Args:
-            state: one of this session's.
+            state: one of the session's.
             input_ids: (B, S) int64, S ≤ `step_limit`; any valid id behind a short row.
             new_length: (B,) int64, real tokens of each row, 0 … S.
             logits_index: (B, K) int64, rows of S whose logits are wanted; K may be 0.
@@ -87,7 +87,7 @@ class Session(Protocol):
         """Set a state to a snapshot; the steps after it yield the logits they yielded then.
 
         Args:
-            state: one of this session's, of as many streams; what it has read is lost.
+            state: one of the session's, of as many streams; what it has read is lost.
             snapshot: of any session of a graph with an equal contract.
 
         Raises:
@@ -101,7 +101,7 @@ class Session(Protocol):
         For measurements: a step then takes the time it takes at that position.
 
         Args:
-            state: one of this session's.
+            state: one of the session's.
             position: tokens of every stream, or (B,) of each.
         """
         state.stand_at(position)
