@@ -82,6 +82,7 @@ def measured(threads: int, group: str, arguments: argparse.Namespace) -> dict[st
         peers_at_once=None,
         read_limit=max(arguments.contexts),
     )
+    before = race.streaming_bandwidth(threads)
     found: dict[str, Any] = {
         "prefill": race.prefill([peer, ours], settings),
         "decode": race.decode([peer, ours], settings),
@@ -94,7 +95,9 @@ def measured(threads: int, group: str, arguments: argparse.Namespace) -> dict[st
         )
     precision = ours.removeprefix("ours ")
     if (arguments.work / f"ours-{precision}").exists():
-        floors = race.floors(argparse.Namespace(**{**vars(settings), "contestants": [ours]}))
+        floors = race.floors(
+            argparse.Namespace(**{**vars(settings), "contestants": [ours]}), before
+        )
         cells = found["decode"]["rows"][ours]
         found["decode"] |= floors
         found["decode"]["share_of_streaming_bandwidth"] = {

@@ -261,9 +261,15 @@ def twin(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "rounds": arguments.twin_rounds, "tokens_a_turn": arguments.tokens}
 
 
-def floors(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the time of streaming each of our bundles' bytes once, at every context."""
-    bandwidth = streaming_bandwidth(arguments.threads)
+def floors(arguments: argparse.Namespace, before: float = 0.0) -> dict[str, Any]:
+    """Return the time of streaming each of our bundles' bytes once, at every context.
+
+    Args:
+        arguments: threads, bundles and contexts.
+        before: bandwidth found before the race, for machines whose bandwidth changes; the larger
+            one counts.
+    """
+    bandwidth = max(before, streaming_bandwidth(arguments.threads))
     rows = {}
     for kind, precision in (kind_of(name) for name in arguments.contestants):
         if kind != "ours":

@@ -55,61 +55,57 @@ abi::Status* LinearNBitsKernel::compute(abi::KernelContext* context) noexcept {
 }
 
 abi::Status* LinearNBitsKernel::run(abi::KernelContext* context) {
-  constexpr size_t kX = 0, kWeight = 1, kScales = 2, kAddend = 3;
   const size_t zeroPoints = adds_ ? 4 : 3;
-  Shape shapes[5];
-  const void* data[5] = {};
+  InputTensor room[5];
+  const InputTensor* inputs[5] = {};
   for (size_t i = 0; i <= zeroPoints; ++i) {
-    abi::Status* wrong = i == zeroPoints
-                             ? readOptionalTensor(api_, context, i, &shapes[i], &data[i])
-                             : readTensor(api_, context, i, &shapes[i], &data[i]);
-    if (wrong != nullptr) return wrong;
+    if (abi::Status* wrong = inputs_.read(api_, context, i, &room[i], &inputs[i])) return wrong;
   }
+  const InputTensor &x = *inputs[0], &weight = *inputs[1], &scales = *inputs[2],
+                    &addend = *inputs[3], &zeros = *inputs[zeroPoints];
   const auto& a = attributes_;
   cpu::Blocks blocks{};
   blocks.bits = a.bits, blocks.size = a.blockSize, blocks.scaleType = dataTypeOf(scaleElement_);
   blocks.perRow = (a.inFeatures + a.blockSize - 1) / a.blockSize;
-  const Shape& x = shapes[kX];
-  if (x.size() != 2 || x[1] != a.inFeatures) {
-    return invalid("x has shape " + text(x) + ", expected (M, " + std::to_string(a.inFeatures) +
-                   ")");
+  if (x.shape.size() != 2 || x.shape[1] != a.inFeatures) {
+    return invalid("x has shape " + text(x.shape) + ", expected (M, " +
+                   std::to_string(a.inFeatures) + ")");
   }
-  const Shape weight = {a.outFeatures, blocks.perRow, blocks.bytes()};
-  const Shape scales = {a.outFeatures, blocks.perRow}, zeros = {a.outFeatures, blocks.zeroBytes()};
-  if (shapes[kWeight] != weight || shapes[kScales] != scales) {
-    return invalid("weight has shape " + text(shapes[kWeight]) + " and scales " +
-                   text(shapes[kScales]) + ", expected " + text(weight) + " and " + text(scales));
+  if (!weight.has({a.outFeatures, blocks.perRow, blocks.bytes()}) ||
+      !scales.has({a.outFeatures, blocks.perRow})) {
+    return invalid("weight has shape " + text(weight.shape) + " and scales " + text(scales.shape) +
+                   ", expected " + text({a.outFeatures, blocks.perRow, blocks.bytes()}) + " and " +
+                   text({a.outFeatures, blocks.perRow}));
   }
-  if (data[zeroPoints] != nullptr && shapes[zeroPoints] != zeros) {
-    return invalid("zero_points has shape " + text(shapes[zeroPoints]) + ", expected " +
-                   text(zeros));
+  if (zeros.data != nullptr && !zeros.has({a.outFeatures, blocks.zeroBytes()})) {
+    return invalid("zero_points has shape " + text(zeros.shape) + ", expected " +
+                   text({a.outFeatures, blocks.zeroBytes()}));
   }
-  const Shape result = {x[0], a.outFeatures};
-  const Shape& addend = shapes[kAddend];
-  if (adds_ && addend != result && addend != Shape{a.outFeatures}) {
-    return invalid("addend has shape " + text(addend) + ", expected " + text(result) + " or " +
-                   text({a.outFeatures}));
+  const Shape result = {x.shape[0], a.outFeatures};
+  if (adds_ && addend.shape != result && !addend.has({a.outFeatures})) {
+    return invalid("addend has shape " + text(addend.shape) + ", expected " + text(result) +
+                   " or " + text({a.outFeatures}));
   }
   const auto bytes = [&](int64_t ofRow) { return static_cast<size_t>(a.outFeatures * ofRow); };
   const int64_t scaleSize = blocks.scaleType == DataType::kFloat16 ? 2 : 4;
-  const void* packed = packed_.at(data[kWeight], bytes(blocks.rowBytes()));
-  const void* zeroBytes = zeros_.at(data[zeroPoints], bytes(blocks.zeroBytes()));
+  const void* packed = packed_.at(weight.data, bytes(blocks.rowBytes()));
+  const void* zeroBytes = zeros_.at(zeros.data, bytes(blocks.zeroBytes()));
   blocks.packed = static_cast<const uint8_t*>(packed);
-  blocks.scales = scales_.at(data[kScales], bytes(blocks.perRow * scaleSize));
+  blocks.scales = scales_.at(scales.data, bytes(blocks.perRow * scaleSize));
   blocks.zeroPoints = static_cast<const uint8_t*>(zeroBytes);
   cpu::Linear p{};
-  p.tokens = x[0], p.outFeatures = a.outFeatures, p.inFeatures = a.inFeatures;
+  p.tokens = x.shape[0], p.outFeatures = a.outFeatures, p.inFeatures = a.inFeatures;
   p.dataType = dataTypeOf(element_);
   p.blocks = &blocks;
-  p.addend = adds_ ? data[kAddend] : nullptr;
-  p.addendStride = adds_ && addend.size() == 2 ? a.outFeatures : 0;
+  p.addend = adds_ ? addend.data : nullptr;
+  p.addendStride = adds_ && addend.shape.size() == 2 ? a.outFeatures : 0;
   if (abi::Status* wrong = findTensor(api_, context, 0, result, &p.out)) return wrong;
   Pool pool{api_, context, nullptr};
   const cpu::Parallel parallel = pool.parallel();
   const char* wrong =
       a.accuracyLevel == kRoundedActivations
-          ? cpu::int8Linear(p, data[kX], cpu::activeLinear(), cpu::activeInt8Linear(), parallel)
-          : cpu::linear(p, data[kX], cpu::activeLinear(), parallel);
+          ? cpu::int8Linear(p, x.data, cpu::activeLinear(), cpu::activeInt8Linear(), parallel)
+          : cpu::linear(p, x.data, cpu::activeLinear(), parallel);
   if (pool.wrong != nullptr) return pool.wrong;
   return wrong == nullptr ? nullptr : invalid(wrong);
 }

@@ -9,6 +9,8 @@
 // place: MatMulNBits makes a packed copy.
 #pragma once
 
+#include <utility>
+
 #include "linear_op.h"
 #include "mapped_weight.h"
 
@@ -24,9 +26,10 @@ abi::Status* readAttributes(const abi::Api* api, const abi::KernelInfo* info, NB
 class LinearNBitsKernel {
  public:
   LinearNBitsKernel(const abi::Api* api, const NBitsAttributes& attributes,
-                    abi::ElementType element, abi::ElementType scaleElement, bool adds)
+                    abi::ElementType element, abi::ElementType scaleElement, bool adds,
+                    InputTensors inputs)
       : api_(api), attributes_(attributes), element_(element), scaleElement_(scaleElement),
-        adds_(adds) {}
+        adds_(adds), inputs_(std::move(inputs)) {}
 
   abi::Status* compute(abi::KernelContext* context) noexcept;
 
@@ -38,6 +41,7 @@ class LinearNBitsKernel {
   NBitsAttributes attributes_;
   abi::ElementType element_, scaleElement_;
   bool adds_;
+  InputTensors inputs_;
   MappedWeight packed_, scales_, zeros_;
 };
 
@@ -56,7 +60,9 @@ struct LinearNBitsOp : MatrixOp<element, adds ? 5 : 4> {
                               const abi::KernelInfo* info, void** kernel) -> abi::Status* {
       NBitsAttributes attributes{};
       if (abi::Status* wrong = readAttributes(api, info, &attributes)) return wrong;
-      *kernel = new LinearNBitsKernel(api, attributes, element, scales, adds);
+      InputTensors inputs;
+      if (abi::Status* wrong = inputs.keepConstants(api, info, adds ? 5 : 4)) return wrong;
+      *kernel = new LinearNBitsKernel(api, attributes, element, scales, adds, std::move(inputs));
       return nullptr;
     };
     this->kernelComputeV2 = [](void* kernel, abi::KernelContext* context) {

@@ -7,15 +7,18 @@
 // a packed copy of it in memory of its own.
 #pragma once
 
+#include <utility>
+
 #include "mapped_weight.h"
 #include "ort_abi.h"
+#include "tensor.h"
 
 namespace lminf {
 
 class LinearKernel {
  public:
-  LinearKernel(const abi::Api* api, abi::ElementType element, bool adds)
-      : api_(api), element_(element), adds_(adds) {}
+  LinearKernel(const abi::Api* api, abi::ElementType element, bool adds, InputTensors inputs)
+      : api_(api), element_(element), adds_(adds), inputs_(std::move(inputs)) {}
 
   abi::Status* compute(abi::KernelContext* context) noexcept;
 
@@ -26,6 +29,7 @@ class LinearKernel {
   const abi::Api* api_;
   abi::ElementType element_;
   bool adds_;
+  InputTensors inputs_;
   MappedWeight weight_;
 };
 
@@ -52,9 +56,11 @@ template <abi::ElementType element, bool adds>
 struct LinearOp : MatrixOp<element, adds ? 3 : 2> {
   LinearOp() noexcept {
     this->getName = [](const abi::CustomOp*) { return adds ? "LinearAdd" : "Linear"; };
-    this->createKernelV2 = [](const abi::CustomOp*, const abi::Api* api, const abi::KernelInfo*,
-                              void** kernel) -> abi::Status* {
-      *kernel = new LinearKernel(api, element, adds);
+    this->createKernelV2 = [](const abi::CustomOp*, const abi::Api* api,
+                              const abi::KernelInfo* info, void** kernel) -> abi::Status* {
+      InputTensors inputs;
+      if (abi::Status* wrong = inputs.keepConstants(api, info, adds ? 3 : 2)) return wrong;
+      *kernel = new LinearKernel(api, element, adds, std::move(inputs));
       return nullptr;
     };
     this->kernelComputeV2 = [](void* kernel, abi::KernelContext* context) {

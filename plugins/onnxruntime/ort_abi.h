@@ -78,6 +78,7 @@ enum Entry : size_t {
   kReleaseCustomOpDomain = 101,
   kRegisterAllocator = 176,
   kKernelContextGetGpuComputeStream = 193,
+  kKernelInfoGetConstantInput = 249,
   kKernelContextParallelFor = 274,
 };
 
@@ -112,6 +113,8 @@ LMINF_SIGNATURE(kReleaseStatus, void, Status*);
 LMINF_SIGNATURE(kReleaseTensorTypeAndShapeInfo, void, TensorInfo*);
 LMINF_SIGNATURE(kReleaseCustomOpDomain, void, CustomOpDomain*);
 LMINF_SIGNATURE(kKernelContextGetGpuComputeStream, Status*, const KernelContext*, void**);
+LMINF_SIGNATURE(kKernelInfoGetConstantInput, Status*, const KernelInfo*, size_t, int*,
+                const Value**);
 LMINF_SIGNATURE(kKernelContextParallelFor, Status*, const KernelContext*, ParallelBody, size_t,
                 size_t, void*);
 #undef LMINF_SIGNATURE

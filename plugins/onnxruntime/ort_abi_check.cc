@@ -94,6 +94,7 @@ LMINF_SAME_CALL(kReleaseStatus, ReleaseStatus);
 LMINF_SAME_CALL(kReleaseTensorTypeAndShapeInfo, ReleaseTensorTypeAndShapeInfo);
 LMINF_SAME_CALL(kReleaseCustomOpDomain, ReleaseCustomOpDomain);
 LMINF_SAME_CALL(kKernelContextGetGpuComputeStream, KernelContext_GetGPUComputeStream);
+LMINF_SAME_CALL(kKernelInfoGetConstantInput, KernelInfoGetConstantInput_tensor);
 LMINF_SAME_CALL(kKernelContextParallelFor, KernelContext_ParallelFor);
 
 #define LMINF_SAME_FIELD(ours, theirs) \

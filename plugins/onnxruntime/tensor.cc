@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <algorithm>
+
 namespace lminf {
 namespace {
 
@@ -51,12 +53,38 @@ abi::Status* readTensor(const abi::Api* api, const abi::KernelContext* context, 
   return wrong == nullptr ? readValue(api, value, shape, data) : wrong;
 }
 
-abi::Status* readOptionalTensor(const abi::Api* api, const abi::KernelContext* context,
-                                size_t index, Shape* shape, const void** data) {
-  *data = nullptr;
+bool InputTensor::has(std::initializer_list<int64_t> sizes) const {
+  return std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end());
+}
+
+abi::Status* InputTensors::keepConstants(const abi::Api* api, const abi::KernelInfo* info,
+                                         size_t count) {
+  constants_.assign(count, std::nullopt);
+  for (size_t i = 0; i < count; ++i) {
+    int constant = 0;
+    const abi::Value* value = nullptr;
+    if (abi::Status* wrong =
+            abi::call<abi::kKernelInfoGetConstantInput>(api, info, i, &constant, &value)) {
+      return wrong;
+    }
+    if (constant == 0 || value == nullptr) continue;
+    InputTensor& kept = constants_[i].emplace();
+    if (abi::Status* wrong = readValue(api, value, &kept.shape, &kept.data)) return wrong;
+  }
+  return nullptr;
+}
+
+abi::Status* InputTensors::read(const abi::Api* api, const abi::KernelContext* context, size_t i,
+                                InputTensor* room, const InputTensor** found) const {
+  *found = room;
+  if (constants_[i].has_value()) {
+    *found = &*constants_[i];
+    return nullptr;
+  }
   const abi::Value* value = nullptr;
-  abi::Status* wrong = abi::call<abi::kKernelContextGetInput>(api, context, index, &value);
-  return wrong == nullptr && value != nullptr ? readValue(api, value, shape, data) : wrong;
+  abi::Status* wrong = abi::call<abi::kKernelContextGetInput>(api, context, i, &value);
+  return wrong == nullptr && value != nullptr ? readValue(api, value, &room->shape, &room->data)
+                                              : wrong;
 }
 
 abi::Status* findTensor(const abi::Api* api, abi::KernelContext* context, size_t index,

@@ -9,7 +9,7 @@
 namespace {
 
 // How far ahead weights and their scales are asked for: over the ends of pages, where hardware
-// stops.
+// stops; as data used once, for the reason told in linear_block.h.
 constexpr int64_t kAheadBytes = 8192, kScalesAheadBytes = 2048;
 
 // Weight rows one behind the other, or one row for many (strides of 0); scales are floats.
@@ -75,14 +75,14 @@ inline void meetSome(const Blocks& b, const Rows& rows, const Token* tokens, Vec
   for (int r = 0; r < kRows; ++r) {
     const char* scales = reinterpret_cast<const char*>(rows.at(r).scales);
     for (int64_t i = 0; i < b.perRow * 4; i += 64) {
-      __builtin_prefetch(scales + i + kScalesAheadBytes, 0, 2);
+      __builtin_prefetch(scales + i + kScalesAheadBytes, 0, 0);
     }
   }
   int64_t block = 0, left = chunksOfBlock;
   const uint8_t* packed = rows.packed;
   for (int64_t chunk = 0; chunk < whole; ++chunk, packed += kChunk) {
     for (int r = 0; r < kRows; ++r) {
-      __builtin_prefetch(packed + r * rows.stride + kAheadBytes, 0, 2);
+      __builtin_prefetch(packed + r * rows.stride + kAheadBytes, 0, 0);
       IntVec zeros{};
       if constexpr (kZeros) {
         zeros = spreadZeros<kBits, kPerChunk>(rows.zeros + r * rows.zerosStride, block);
@@ -114,7 +114,7 @@ Rows rowsAt(const Linear& p, int64_t row, int64_t count, float* scratch) {
     const int64_t all = count * b.perRow;
     for (int64_t byte = 0; byte < all * 2; byte += 64) {
       const char* ahead = reinterpret_cast<const char*>(halves) + byte + kScalesAheadBytes;
-      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead, 0, 0);
     }
     int64_t i = 0;
     for (; i + kWidth <= all; i += kWidth) store(scratch + i, load(halves + i));

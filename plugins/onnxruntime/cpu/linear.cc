@@ -10,8 +10,11 @@
 namespace lminf::cpu {
 namespace {
 
-// Bytes of weights worth a thread's while.
-constexpr int64_t kStreamBytes = int64_t{128} << 10;
+// Bytes of weights of a piece. A thread that is woken comes late by as long as it takes to stream
+// some tens of kilobytes: small weights are cut into many pieces, so that it finds some left, and
+// large ones into long runs, as memory streams best.
+constexpr int64_t kLeastBytes = int64_t{16} << 10, kMostBytes = int64_t{128} << 10;
+constexpr int64_t kPieces = 32;
 // Tokens of a piece: enough to pay for packing a panel, few enough for the cache.
 constexpr int64_t kBlockTokens = 512;
 
@@ -24,8 +27,10 @@ int64_t rowBytes(const Linear& p) {
 }
 
 bool fewTokens(const Linear& p, const Product& product, const Parallel& parallel) {
+  const int64_t bytes = rowBytes(p) * p.outFeatures / kPieces;
+  const int64_t piece = std::min(std::max(bytes, kLeastBytes), kMostBytes);
   // A multiple of four rows: they are summed four at a time.
-  const int64_t rows = ceilDivide(ceilDivide(kStreamBytes, rowBytes(p)), 4) * 4;
+  const int64_t rows = ceilDivide(ceilDivide(piece, rowBytes(p)), 4) * 4;
   std::atomic<bool> enough{true};
   forEach(parallel, ceilDivide(p.outFeatures, rows), [&](size_t i) {
     const int64_t first = static_cast<int64_t>(i) * rows;

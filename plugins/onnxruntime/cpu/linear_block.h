@@ -21,7 +21,9 @@ constexpr int64_t kDepth = 256;  // a panel's columns at a time
 constexpr int64_t kStrip = 16;
 constexpr int64_t kStripFloats = (kDepth + 1) * kStrip;
 constexpr int64_t kPanelFloats = kPanelRows / kStrip * kStripFloats;
-// How far ahead weights are asked for: over the end of a page, where hardware stops.
+// How far ahead weights are asked for: over the end of a page, where hardware stops. They are used
+// once a step and are more than a cache holds, so they shall not push out what onnxruntime has
+// there, of which it reads most between two products.
 constexpr int64_t kAheadBytes = 4096;
 
 // --- few tokens ---------------------------------------------------------------------------------
@@ -38,7 +40,7 @@ inline void meetRow(const Linear& p, int64_t token, const W* row, Vec* sums, flo
   for (; k + kStep <= length; k += kStep) {
     if constexpr (kTokens == 1 || kStep * sizeof(W) >= 64) {
       for (int64_t byte = 0; byte < static_cast<int64_t>(kStep * sizeof(W)); byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(row + k) + byte + kAheadBytes, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(row + k) + byte + kAheadBytes, 0, 0);
       }
     }
     for (int u = 0; u < kUnroll; ++u) {
