@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.peers import race
 from benchmarks.support.result import write_result
+from lminf_export.bench.floor import streaming_bandwidth
 from lminf_export.bundle.folder import Bundle
 
 GROUPS = {
@@ -82,7 +83,7 @@ def measured(threads: int, group: str, arguments: argparse.Namespace) -> dict[st
         peers_at_once=None,
         read_limit=max(arguments.contexts),
     )
-    before = race.streaming_bandwidth(threads)
+    before = streaming_bandwidth(threads)
     found: dict[str, Any] = {
         "prefill": race.prefill([peer, ours], settings),
         "decode": race.decode([peer, ours], settings),
