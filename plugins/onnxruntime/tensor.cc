@@ -77,8 +77,8 @@ abi::Status* InputTensors::keepConstants(const abi::Api* api, const abi::KernelI
 abi::Status* InputTensors::read(const abi::Api* api, const abi::KernelContext* context, size_t i,
                                 InputTensor* room, const InputTensor** found) const {
   *found = room;
-  if (constants_[i].has_value()) {
-    *found = &*constants_[i];
+  if (const std::optional<InputTensor>& constant = constants_[i]; constant.has_value()) {
+    *found = &*constant;
     return nullptr;
   }
   const abi::Value* value = nullptr;
