@@ -46,7 +46,6 @@ class RealModel:
             "package": f"{PACKAGE} {VERSION}",
             "file": self.gguf.name if self.gguf else None,
             "sha256": self.sha256,
-            "exported_from": "GGUF" if self.path.suffix == ".gguf" else "its float32 twin",
         }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,24 @@ SEGMENT = 5000
 PIECE = 500
 PROMPT_TOKENS = 256
 HUMAN_SEGMENTS = 4
-TEMPERATURE, TOP_P = 1.0, 0.95
+TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is written, and how.
+
+    Attributes:
+        name: of its file.
+        tokens: how many, a multiple of SEGMENT.
+        top_p: share of the probability from which tokens are drawn.
+        settings: of the export, beside its quantisation.
+    """
+
+    name: str
+    tokens: int
+    top_p: float
+    settings: dict[str, Any]
 
 
 class Writing:
@@ -35,11 +53,14 @@ class Writing:
     Args:
         model: the export.
         prompt: (P,) ids it continues.
+        top_p: share of the probability from which tokens are drawn.
         kept: file from which it goes on.
     """
 
-    def __init__(self, model: LanguageModel, prompt: NDArray[np.int64], kept: Path) -> None:
-        self.model, self.prompt, self.kept = model, prompt, kept
+    def __init__(
+        self, model: LanguageModel, prompt: NDArray[np.int64], top_p: float, kept: Path
+    ) -> None:
+        self.model, self.prompt, self.top_p, self.kept = model, prompt, top_p, kept
         self.state = model.new_state()
         self.ids, self.losses = np.empty(0, np.int64), np.empty(0, np.float32)
         self.seconds = 0.0
@@ -54,7 +75,7 @@ class Writing:
     def piece(self) -> None:
         """Write PIECE tokens and keep them; the last one has not been read yet."""
         begun = time.perf_counter()
-        config = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, seed=len(self.ids))
+        config = SamplingConfig(temperature=TEMPERATURE, top_p=self.top_p, seed=len(self.ids))
         sampler = Sampler(config, self.model.vocab_size, 1)
         behind = self.ids[-1:] if len(self.ids) else self.prompt
         ids, losses = [], []
@@ -78,24 +99,25 @@ class Writing:
         fresh.replace(self.kept)
 
 
-def generate(bundle: Path, text: Path, work: Path, out: Path, tokens: int, threads: int) -> None:
+def generate(stream: Stream, bundle: Path, text: Path, work: Path, out: Path, threads: int) -> None:
     """Continue the first tokens of a text, and measure what is written and what the author wrote.
 
     Args:
+        stream: what to write.
         bundle: the export.
         text: its first PROMPT_TOKENS tokens are continued; what follows is measured beside.
         work: folder of the state from which it goes on.
         out: the JSON, written anew whenever a segment is done.
-        tokens: how many to write, a multiple of SEGMENT.
         threads: of an operator.
     """
     model = lminf_export.load(bundle, threads=threads)
     length = PROMPT_TOKENS + HUMAN_SEGMENTS * SEGMENT
     ids = read_stream(model.codec, [text], max_tokens=length).ids
-    writing = Writing(model, ids[:PROMPT_TOKENS], work / f"generation-{bundle.name}.npz")
-    while len(writing.ids) < tokens:
+    kept = work / f"{stream.name}.npz"
+    writing = Writing(model, ids[:PROMPT_TOKENS], stream.top_p, kept)
+    while len(writing.ids) < stream.tokens:
         writing.piece()
-        print(f"generation: {len(writing.ids)} tokens", file=sys.stderr, flush=True)
+        print(f"{stream.name}: {len(writing.ids)} tokens", file=sys.stderr, flush=True)
         if len(writing.ids) % SEGMENT == 0:
             _write(out, model, writing, ids, threads)
 
@@ -113,7 +135,7 @@ def _write(
         "tokens": len(writing.ids),
         "segment": SEGMENT,
         "temperature": TEMPERATURE,
-        "top_p": TOP_P,
+        "top_p": writing.top_p,
         "seconds": round(writing.seconds, 1),
         "segments": describe_segments(writing.ids, writing.losses, SEGMENT),
         "reference": human or {"segments": _human(model, ids)},

@@ -24,6 +24,7 @@ from benchmarks.real.checkpoint import RealModel
 from lminf_export.evaluate.buckets import BLOCK_TOKENS, RESAMPLES
 from lminf_export.evaluate.text import read_stream
 from lminf_export.evaluate.torch_scorers import TorchModel
+from lminf_export.quantize.config import QuantizeConfig
 from lminf_export.runtime.environment import environment
 from lminf_export.verify.likelihood import negative_log_likelihood
 
@@ -66,12 +67,13 @@ PERPLEXITY = [
     Reading("streaming", method="streaming"),
     Reading("transformers", tokens=4096, settings=STOCK, method="transformers"),
     Reading("lambda-int8-ring", settings=_set(kv_cache_dtype="int8")),
-    Reading("lambda-int8", settings=_set(quantize="int8")),
+    Reading("lambda-int8", settings=_set(quantize="int8", source_blocks="requantize")),
     Reading("lambda-4096", settings=_set(window_size=4096)),
     Reading("window-4096", settings=_set(window_size=4096, num_sink_tokens=0)),
     Reading("recompute", method="recompute"),
     Reading("streaming-4096", settings=_set(window_size=4096), method="streaming"),
-    Reading("lambda-int4", settings=_set(quantize="int4")),
+    Reading("lambda-int4", settings=_set(quantize="int4", source_blocks="requantize")),
+    Reading("lambda-kept-blocks", settings=_set(quantize="int4")),
     Reading("whale-lambda", "whale"),
     Reading("whale-window", "whale", settings=_set(num_sink_tokens=0)),
     Reading("whale-stock", "whale", settings=STOCK),
@@ -174,7 +176,11 @@ class Readings:
         out = self.work / "bundles" / name
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
-            lminf_export.export(self.model.path, out, **settings)
+            options = dict(settings)
+            if "source_blocks" in settings:
+                weights, blocks = options.pop("quantize"), options.pop("source_blocks")
+                options["quantize"] = QuantizeConfig(weights, source_blocks=blocks)
+            lminf_export.export(self.model.path, out, **options)
         return out
 
     def write(self) -> None:

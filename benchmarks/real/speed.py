@@ -27,8 +27,8 @@ CONTESTANTS = {
 EXPORTS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp32-int8-ring": {"kv_cache_dtype": "int8"},
-    "int8": {"quantize": "int8"},
-    "int4": {"quantize": "int4"},
+    "int8": {"quantize": "int8", "source_blocks": "requantize"},
+    "int4": {"quantize": "int4"},  # the file's own blocks
 }
 CONTEXTS = (512, 2048, 8192, 32768, 131_072, 1_000_000)
 # Longest context that a peer reads token by token; beyond it says so.

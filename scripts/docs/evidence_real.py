@@ -17,6 +17,7 @@ NAMES = {
     "lambda-int8-ring": "Λ export, int8 ring",
     "lambda-int8": "Λ export, int8 weights",
     "lambda-int4": "Λ export, int4 weights",
+    "lambda-kept-blocks": "Λ export, the file's own blocks",
     "lambda-4096": "Λ export, W = 4,096",
     "window-4096": "window only, W = 4,096",
     "streaming-4096": "StreamingLLM, W = 4,096",
@@ -183,6 +184,32 @@ def sources() -> str:
     )
 
 
+def generation() -> str:
+    """The last segment of every written stream, by cache and by how tokens are drawn."""
+    lines = []
+    for name in ("", "-full-cache", "-top-p", "-full-cache-top-p"):
+        try:
+            result = load(f"real/generation{name}")
+        except NotMeasuredError:
+            continue
+        row = result["segments"][-1]
+        lines.append(
+            [
+                "full" if "full" in name else f"{result['lambda_config']['window_size']:,} + sinks",
+                f"{result['top_p']:g}",
+                f"{row['from']:,} – {row['to']:,}",
+                f"{row['perplexity']:.2f}",
+                f"{row['distinct']['4']:.3f}",
+                f"{row['near_repetition']:.3f}",
+                f"{row['longest_repeat']}",
+            ]
+        )
+    if not lines:
+        raise NotMeasuredError("generation")
+    head = ["cache", "top-p", "tokens", "perplexity", "distinct-4", "near repetition"]
+    return table([*head, "longest repeat"], lines)
+
+
 def decode() -> str:
     """Milliseconds a token, contestants in turns; what a peer cannot do is said below."""
     sections = _sections("decode")
@@ -319,6 +346,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "real_recompute": recompute,
     "real_ablation": ablation,
     "real_texts": sources,
+    "real_generation": generation,
     "real_decode": decode,
     "real_prefill_and_memory": prefill_and_memory,
     "long_reading": long_reading,
