@@ -97,11 +97,19 @@ def verbosity_options(function: Callable[P, R]) -> Callable[..., R]:
     return wrapped
 
 
+class _Lines(logging.Formatter):
+    """One line a message, in lower case as errors are; a warning is what `inspect` calls a note."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        kind = "note" if record.levelno == logging.WARNING else record.levelname.lower()
+        return f"{kind}: {super().format(record)}"
+
+
 def set_up_logging(verbose: int, quiet: bool) -> None:
     """Send the package's messages to stderr: warnings, with -v progress, with -vv everything."""
     logger = logging.getLogger("lminf_export")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_Lines())
     logger.handlers[:] = [handler]
     logger.propagate = False
     levels = {0: logging.WARNING, 1: logging.INFO}
