@@ -240,13 +240,20 @@ def buckets(tokens: int) -> list[tuple[int, int]]:
 def summary(row: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
     """Perplexity by bucket, behind twice the default window, and to the ablations' length.
 
-    Each beside that of the default settings on the same tokens, as their ratio.
+    "within" ends at the training length, "past" begins there. Each beside that of the default
+    settings on the same tokens, as their ratio.
     """
     base = rows.get("whale-lambda" if row["text"] == "whale" else "lambda")
     if "nats" not in row:
         return {"single": compared(row, base, "nats_of_single", scoring.SINGLE, 0, row["tokens"])}
     end, start = row["tokens"], 2 * BUCKET
-    spans = {"beyond": (start, end), "short": (start, min(end, SHORT))}
+    trained = row["training_length"]
+    spans = {
+        "beyond": (start, end),
+        "short": (start, min(end, SHORT)),
+        "within": (start, min(end, trained)),
+        "past": (trained, end),
+    }
     beside = partial(compared, row, base, "nats", scoring.CHUNK)
     return {
         "by_bucket": [_span(low, high, beside) for low, high in buckets(end)],

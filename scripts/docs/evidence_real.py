@@ -97,7 +97,7 @@ def in_words() -> str:
     if not {"lambda", "window", "stock"} <= rows.keys():
         raise NotMeasuredError("stock")
     ours, trained = rows["lambda"], rows["lambda"]["training_length"]
-    window, stock = (found[name]["beyond"] for name in ("window", "stock"))
+    window, stock = found["window"]["beyond"], found["stock"]["within"]
     buckets = found["lambda"]["by_bucket"]
     values = [bucket["value"] for bucket in buckets if bucket["from"] > BEYOND]
     sinks = ours["lambda_config"]["num_sink_tokens"]
@@ -108,11 +108,21 @@ def in_words() -> str:
         f"{window['to']:,}, {_interval(window['over'])} times Λ's perplexity).\n"
         f"- **What the bounded cache costs**: the full cache reads "
         f"{1 - stock['over']['value']:.1%} better (tokens {stock['from']:,} – {stock['to']:,}, "
-        f"{_interval(stock['over'])} times), and grows with every token.\n"
+        f"{_interval(stock['over'])} times), and grows with every token.{past(found['stock'])}\n"
         f"- **Length**: read to {ours['tokens']:,} tokens, {reach}; perplexity by doubling of the "
         f"length lies between {min(values):.1f} and {max(values):.1f}, as the text has it; the "
         f"cache takes {ours['cache_bytes'] / MIB:.1f} MiB throughout."
     )
+
+
+def past(stock: dict[str, Any]) -> str:
+    """What the full cache does behind the training length; nothing if it was not read so far."""
+    if "past" not in stock:
+        return ""
+    span = stock["past"]
+    ratio = span["over"]["value"]
+    how = f"{ratio:.1f} times Λ's perplexity" if ratio > 2 else f"{ratio - 1:+.0%}"
+    return f" Behind the training length (to {span['to']:,}) it has {how}."
 
 
 def recompute() -> str:
