@@ -62,6 +62,10 @@ def _twin(made: Readings, model: RealModel) -> Path:
         loaded = AutoModelForCausalLM.from_pretrained(
             model.path.parent, gguf_file=model.path.name, dtype=torch.float32
         )
+        # What it was decoded from is of no account any more, and would keep it from being saved.
+        loaded.hf_quantizer = None
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
         loaded.save_pretrained(folder.with_suffix(".new"))
         folder.with_suffix(".new").rename(folder)
     return folder

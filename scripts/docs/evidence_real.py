@@ -86,6 +86,30 @@ def beyond(*names: str) -> str:
     return table(head, lines)
 
 
+def around_training(*names: str) -> str:
+    """Rows within the training length and behind it, each beside Λ on the same tokens."""
+    result = readings()
+    rows = {name: result["rows"][name] for name in names if name in result["rows"]}
+    if not rows:
+        raise NotMeasuredError(names[0])
+    trained = next(iter(rows.values()))["training_length"]
+    lines = []
+    for name, row in rows.items():
+        found = result["summary"][name]
+        past = found.get("past")
+        lines.append(
+            [
+                NAMES[name],
+                _with_ratio(found["within"]),
+                _with_ratio(past) if past else "–",
+                f"{row['tokens']:,}",
+                f"{row['cache_bytes'] / MIB:.1f}",
+            ]
+        )
+    head = ["", f"perplexity to {trained:,} tokens (× Λ's)", "behind, as far as read (× Λ's)"]
+    return table([*head, "tokens read", "cache, MiB"], lines)
+
+
 def _interval(found: dict[str, float]) -> str:
     return f"{found['value']:.4f} ({found['low']:.4f} – {found['high']:.4f})"
 
@@ -121,8 +145,8 @@ def past(stock: dict[str, Any]) -> str:
         return ""
     span = stock["past"]
     ratio = span["over"]["value"]
-    how = f"{ratio:.1f} times Λ's perplexity" if ratio > 2 else f"{ratio - 1:+.0%}"
-    return f" Behind the training length (to {span['to']:,}) it has {how}."
+    how = f"{ratio - 1:.0%} worse" if ratio > 1 else f"{1 - ratio:.1%} better"
+    return f" Behind the training length (to {span['to']:,}) it reads {how} than Λ."
 
 
 def recompute() -> str:
@@ -352,6 +376,7 @@ def far_in_words() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "real_by_length": by_length,
     "real_beyond": beyond,
+    "real_around_training": around_training,
     "real_in_words": in_words,
     "real_recompute": recompute,
     "real_ablation": ablation,
