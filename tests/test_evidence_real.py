@@ -93,7 +93,8 @@ def test_far_along_fewer_tokens_are_scored():
 
 def row(nats, **more):
     shown = " ".join(str(value) for value in nats)
-    return {"text": "austen", "nats": shown, "tokens": 256 * len(nats), **more}
+    known = {"text": "austen", "training_length": 4096, "tokens": 256 * len(nats)}
+    return {**known, "nats": shown, **more}
 
 
 def test_rows_are_compared_on_the_same_tokens():
@@ -115,11 +116,12 @@ def test_rows_are_compared_on_the_same_tokens():
 
 
 def test_tables_and_the_picture_are_made_of_the_rows(monkeypatch, tmp_path):
-    settings = {"settings": {"window_size": 1024}, "cache_bytes": 2**20, "training_length": 4096}
+    settings = {"settings": {"window_size": 1024}, "cache_bytes": 2**20}
     settings["lambda_config"] = {"window_size": 1024, "num_sink_tokens": 16}
     rows = {
         "lambda": row([3.0] * 32, **settings),
         "window": row([3.0 + np.log(1.5)] * 16, **settings),
+        "stock": row([3.0 + np.log(0.9)] * 16 + [3.0 + np.log(1.6)] * 16, **settings),
     }
     result = {
         "rows": rows,
@@ -128,13 +130,22 @@ def test_tables_and_the_picture_are_made_of_the_rows(monkeypatch, tmp_path):
         "summary": {name: readings.summary(found, rows) for name, found in rows.items()},
     }
     monkeypatch.setattr(evidence_real, "readings", lambda: result)
-    lines = evidence_real.by_length("lambda", "window", "stock").splitlines()
+    lines = evidence_real.by_length("lambda", "window", "streaming").splitlines()
     assert lines[0] == "| tokens before the target | Λ export | window only (N = 0) |"
     assert lines[-2:] == [
         "| 2,049 – 4,096 | 20.09 | 30.13 (× 1.500) |",
         "| 4,097 – 8,192 | 20.09 | – |",
     ]
     assert "| 1.5000 (1.5000 – 1.5000) |" in evidence_real.beyond("lambda", "window")
+    assert evidence_real.around_training("lambda", "window", "stock").splitlines()[-3:] == [
+        "| Λ export | 20.09 | 20.09 | 8,192 | 1.0 |",
+        "| window only (N = 0) | 30.13 (× 1.500) | – | 4,096 | 1.0 |",
+        "| full cache | 18.08 (× 0.900) | 32.14 (× 1.600) | 8,192 | 1.0 |",
+    ]
+    words = evidence_real.in_words()
+    assert "without its 16 sinks the same window reads 50% worse" in words
+    assert "the full cache reads 10.0% better" in words
+    assert "Behind the training length (to 8,192) it reads 60% worse than Λ." in words
     with pytest.raises(evidence_real.NotMeasuredError):
         evidence_real.recompute()
     file = tmp_path / "readings.json"
@@ -207,12 +218,12 @@ def test_every_reading_is_compared_with_the_second(bundle, text, tmp_path, monke
 def test_writing_goes_on_where_it_stopped(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "PIECE", 7)
     model, prompt = load(bundle, threads=1), np.array([7, 11, 13])
-    whole = generation.Writing(model, prompt, tmp_path / "a.npz")
+    whole = generation.Writing(model, prompt, 0.95, tmp_path / "a.npz")
     for _ in range(3):
         whole.piece()
-    cut = generation.Writing(model, prompt, tmp_path / "b.npz")
+    cut = generation.Writing(model, prompt, 0.95, tmp_path / "b.npz")
     cut.piece()
-    again = generation.Writing(model, prompt, tmp_path / "b.npz")
+    again = generation.Writing(model, prompt, 0.95, tmp_path / "b.npz")
     again.piece()
     again.piece()
     assert again.ids.tolist() == whole.ids.tolist()
@@ -235,7 +246,7 @@ def test_the_model_that_is_named_is_taken(tmp_path):
     file.write_bytes(b"GGUF")
     model = checkpoint.open_model(tmp_path, file, None)
     assert (model.path, model.gguf) == (file, file)
-    assert model.described()["exported_from"] == "GGUF"
+    assert model.described()["file"] == "m.gguf"
     twin = checkpoint.open_model(tmp_path, tmp_path, file)
     assert (twin.path, twin.gguf) == (tmp_path, file)
     assert len(twin.sha256) == 64

@@ -32,7 +32,7 @@ TEMPERATURE = 1.0
 
 @dataclass(frozen=True)
 class Stream:
-    """What is written, and how.
+    """A text to write, and how.
 
     Attributes:
         name: of its file.

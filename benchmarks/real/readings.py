@@ -147,7 +147,8 @@ class Readings:
             "attention": loaded.session.attention if reading.method == "export" else "torch",
             "threads": threads,
         }
-        identity = [reading.name, reading.method, told["bundle_sha256"], stream.sha256]
+        scored = [scoring.EVERY, scoring.DENSE, scoring.SPARSE]
+        identity = [reading.name, reading.method, told["bundle_sha256"], stream.sha256, *scored]
         if reading.method == "recompute":
             return {**told, **recompute(loaded, ids, reading)}
         reader = self._reader(reading, loaded, threads)

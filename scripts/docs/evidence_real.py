@@ -140,7 +140,7 @@ def in_words() -> str:
 
 
 def past(stock: dict[str, Any]) -> str:
-    """What the full cache does behind the training length; nothing if it was not read so far."""
+    """Say how the full cache does behind the training length, if it was read so far."""
     if "past" not in stock:
         return ""
     span = stock["past"]
