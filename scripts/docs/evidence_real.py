@@ -218,26 +218,33 @@ def sources() -> str:
     )
 
 
+# Ends of the segments that are shown of every stream.
+GENERATED = (5000, 15_000, 25_000)
+
+
 def generation() -> str:
-    """The last segment of every written stream, by cache and by how tokens are drawn."""
+    """Some segments of every written stream, by cache and by how tokens are drawn."""
     lines = []
     for name in ("", "-full-cache", "-top-p", "-full-cache-top-p"):
         try:
             result = load(f"real/generation{name}")
         except NotMeasuredError:
             continue
-        row = result["segments"][-1]
-        lines.append(
-            [
-                "full" if "full" in name else f"{result['lambda_config']['window_size']:,} + sinks",
-                f"{result['top_p']:g}",
-                f"{row['from']:,} – {row['to']:,}",
-                f"{row['perplexity']:.2f}",
-                f"{row['distinct']['4']:.3f}",
-                f"{row['near_repetition']:.3f}",
-                f"{row['longest_repeat']}",
-            ]
-        )
+        for row in result["segments"]:
+            if row["to"] not in GENERATED:
+                continue
+            window = f"{result['lambda_config']['window_size']:,} + sinks"
+            lines.append(
+                [
+                    "full" if "full" in name else window,
+                    f"{result['top_p']:g}",
+                    f"{row['from']:,} – {row['to']:,}",
+                    f"{row['perplexity']:.2f}",
+                    f"{row['distinct']['4']:.3f}",
+                    f"{row['near_repetition']:.3f}",
+                    f"{row['longest_repeat']}",
+                ]
+            )
     if not lines:
         raise NotMeasuredError("generation")
     head = ["cache", "top-p", "tokens", "perplexity", "distinct-4", "near repetition"]
