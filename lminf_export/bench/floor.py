@@ -20,7 +20,7 @@ _LOOKUPS = ("Gather", "GatherBlockQuantized")
 def streaming_bandwidth(threads: int) -> float:
     """Return the bytes per second at which threads read main memory, the best of several runs.
 
-    The maximum of 32-bit integers is numpy's fastest way to read: sums and OR take a sixth longer.
+    The maximum of 32-bit integers is numpy's fastest way to read; sums and OR are slower.
     """
     buffer = np.arange(_BUFFER_BYTES // 4, dtype=np.int32)
     parts = np.array_split(buffer, threads)
