@@ -1,0 +1,1 @@
+"""Many requests over one session: slots, continuous batching, and streams of tokens."""

@@ -1,0 +1,1 @@
+"""Serving a bundle over HTTP: the interface of OpenAI's API, kept conversations, metrics."""
