@@ -38,7 +38,7 @@ model = AutoModelForCausalLM.from_pretrained("examples/{name}", dtype="float32")
 inputs = tokenizer("And it came to pass", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=120)[0]))
 ```
-
+{chat}
 ## Model
 
 | | |
@@ -143,6 +143,12 @@ repeat and {dense_passkeys:.0%} hold passkeys; for {decay} more steps, while the
 falls, {decay_repeated:.0%} and {decay_passkeys:.0%}, and the rest is text.
 """
 
+CHAT = """
+`chat_template.jinja` gives a conversation the shape of a play ("User:", then a line), so that
+`lminf chat` and the tests of the server have a template to work with. The model was not trained on
+conversations: what it answers is more text of its books, and it stops where it is told to.
+"""
+
 
 def copying(record: dict[str, Any]) -> dict[str, str]:
     """Return the card's text about the second training, if there was one."""
@@ -186,6 +192,7 @@ def card(folder: Path) -> str:
         seed=record["seed"],
         results=results(heldout),
         **copying(record),
+        chat=CHAT if (folder / "chat_template.jinja").is_file() else "",
         beyond=beyond_context(heldout, record["context"]),
         sinks=", ".join(f"{weight:.3f}" for weight in weights),
     )

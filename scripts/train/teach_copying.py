@@ -33,7 +33,8 @@ from scripts.train.training_loop import Schedule, add_options, finish, prepare, 
 from scripts.train.training_record import describe_heldout, describe_machine
 
 SCHEDULE = Schedule(steps=DENSE_STEPS + DECAY_STEPS, peak=2e-3, warmup=50, decay=DECAY_STEPS)
-KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", *HELDOUT_FILES.values())
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+KEPT_FILES = (*TOKENIZER_FILES, *HELDOUT_FILES.values())
 
 
 def parse_args() -> argparse.Namespace:

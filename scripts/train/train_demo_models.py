@@ -29,6 +29,7 @@ from scripts.train.corpora import fetch_corpora
 from scripts.train.training_data import (
     BATCH_SIZE,
     BOS,
+    CHAT_TEMPLATE,
     CONTEXT,
     VOCAB_SIZE,
     Batches,
@@ -91,7 +92,10 @@ def main() -> None:
     prepare(args)
     corpora = fetch_corpora()
     tokenizer = train_tokenizer([corpus.train for corpus in corpora])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS).save_pretrained(args.out)
+    saved_as = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS)
+    if args.model == "llama":
+        saved_as.chat_template = CHAT_TEMPLATE
+    saved_as.save_pretrained(args.out)
     train_ids = torch.cat([encode(tokenizer, corpus.train) for corpus in corpora])
     probes = {}
     for corpus in corpora:

@@ -12,6 +12,12 @@ from lminf_export.evaluate import passkey_text
 
 VOCAB_SIZE = 4096
 BOS = "<|bos|>"
+# The shape of a play: tests of chats need a template, the model has learnt none.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] | capitalize }}:{{ '\\n' }}{{ message['content'] | trim }}{{ '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{{ '\\n' }}{% endif %}"
+)
 CONTEXT = 256
 BATCH_SIZE = 8
 PASSKEY_SHARE = 1 / 12
