@@ -55,6 +55,18 @@ def merge_added_tokens(
     return [*files.problems, *_other_ids(tokenizer, numbered)]
 
 
+def role_tokens(folder: Path, names: Iterable[str] = SIDE_FILES) -> dict[str, str]:
+    """Return the tokens that have a role: "bos_token" → text, as chat templates name them.
+
+    Args:
+        folder: where the files are.
+        names: which of `SIDE_FILES` may be read.
+    """
+    config = _SideFiles(folder, tuple(names)).config
+    tokens = {role: _token(config.get(role), special=True) for role in _ROLES}
+    return {role: token.content for role, token in tokens.items() if token is not None}
+
+
 class _SideFiles:
     """Contents of the files, merged as transformers merges them.
 

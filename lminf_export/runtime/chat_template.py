@@ -1,0 +1,166 @@
+"""A model's chat template: messages to text, whole or only what is new behind an answer.
+
+A template is a program from the model's folder. It runs in jinja2's immutable sandbox, in a
+process of its own that can open no file; bounded are the template (2²⁰ characters), its text
+(2²⁴ characters), its processor time (2 s for each rendering), the process's memory (1 GiB) and the
+ranges it may count (100,000).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lminf_export.bundle.folder import Bundle
+from lminf_export.errors import BundleError
+from lminf_export.runtime.added_tokens import SIDE_FILES, role_tokens
+from lminf_export.runtime.chat.files import find_template, read_template
+from lminf_export.runtime.chat.messages import checked_messages
+from lminf_export.runtime.chat.process import TemplateProcess
+
+_THOUGHT = "a thought nobody else has"
+
+
+class ChatTemplate:
+    """A chat template; safe to use from several threads.
+
+    Args:
+        text: the template, of jinja2.
+        tokens: its variables such as bos_token.
+        name: of the template, for messages.
+
+    Raises:
+        BundleError: it is no template.
+    """
+
+    def __init__(
+        self, text: str, tokens: dict[str, str] | None = None, name: str = "the chat template"
+    ) -> None:
+        self.text = text
+        self.tokens = dict(tokens or {})
+        self._process = TemplateProcess(text, name)
+        self._process.check()
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> ChatTemplate:
+        """Return a bundle's template.
+
+        Raises:
+            BundleError: it has none, or a damaged one.
+        """
+        found = find_template(bundle.path, bundle.manifest.files)
+        if found is None:
+            raise BundleError(
+                f"{bundle.path} has no chat template: its model was not made for conversations; "
+                "continue texts with lminf generate --follow, or give a template with "
+                "--template FILE"
+            )
+        return cls(found[1], _tokens(bundle), f"the chat template in {found[0]}")
+
+    @classmethod
+    def from_file(cls, path: str | Path, bundle: Bundle) -> ChatTemplate:
+        """Return the template in a file, with the tokens of a bundle.
+
+        Raises:
+            BundleError: it cannot be read, or is no template.
+        """
+        return cls(read_template(Path(path)), _tokens(bundle), f"the chat template {path}")
+
+    def render(self, messages: Any, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """Return the text of a conversation, with the tokens that begin it if the template has any.
+
+        Args:
+            messages: list of {"role", "content"}, see `checked_messages`.
+            add_generation_prompt: let the text end where the model's answer begins.
+            variables: of the template, such as enable_thinking; values of JSON.
+
+        Raises:
+            InputError: messages of another shape, or that the template refuses, such as a system
+                message where the model knows none; or the template fails or exceeds a bound.
+        """
+        plain = [self._known(message) for message in checked_messages(messages)]
+        return self._process.render(
+            {
+                "tools": None,
+                "documents": None,
+                **self.tokens,
+                **variables,
+                "messages": plain,
+                "add_generation_prompt": bool(add_generation_prompt),
+            }
+        )
+
+    def turn(self, messages: Any, **variables: Any) -> str:
+        """Return what is new behind an answer: from its end to where the next answer begins.
+
+        It does not depend on what was said before, which a state has read and may have forgotten.
+        The text begins with what ends an answer, such as <|im_end|>.
+
+        Args:
+            messages: what follows the answer, usually one message of the user.
+            variables: see `render`.
+
+        Raises:
+            InputError: see `render`.
+            BundleError: the template does not write an answer as it is, or more than once.
+        """
+        new = checked_messages(messages)
+        said = self.text + "".join(message["content"] for message in new)
+        number = next(n for n in range(len(said) + 1) if _answer(n) not in said)
+        text = self.render([*_before(_answer(number)), *new], **variables)
+        parts = text.split(_answer(number))
+        if len(parts) != 2:
+            raise BundleError(
+                "the chat template does not write an answer once, as it is: nothing can be added "
+                "behind one; render the whole conversation for every answer"
+            )
+        return parts[1]
+
+    @cached_property
+    def rewrites(self) -> str | None:
+        """Say what the template changes in earlier answers when more is said; None for nothing.
+
+        A stream that reads `turn` behind its own answers keeps them as it wrote them, so it then
+        differs from one that reads `render` of the whole conversation.
+        """
+        first = _before("")[:1]
+        more = {"role": "user", "content": "And then?"}
+        begun = self.render(first)
+        whole = self.render([*_before(_answer(0)), more])
+        behind = whole.removeprefix(begun).lstrip()  # a model may begin with a space, too
+        if not whole.startswith(begun) or not behind.startswith(_answer(0)):
+            return (
+                "the chat template writes earlier answers otherwise than they were begun; a "
+                "conversation that goes on keeps them as the model wrote them"
+            )
+        thinking = f"<think>\n{_THOUGHT}\n</think>\n\n{_answer(0)}"
+        if _THOUGHT not in self.render([*_before(thinking), more]):
+            return (
+                "the chat template leaves the reasoning out of earlier answers; a conversation "
+                "that goes on keeps it, until the window has passed"
+            )
+        return None
+
+    def _known(self, message: dict[str, str]) -> dict[str, str]:
+        """Call a developer's message a system's, as it is for models that know no developer."""
+        if message["role"] != "developer" or "developer" in self.text:
+            return message
+        return {**message, "role": "system"}
+
+
+def _before(answer: str) -> list[dict[str, str]]:
+    """Return a short conversation that an answer ends."""
+    return [
+        {"role": "user", "content": "Good morning."},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def _answer(number: int) -> str:
+    return f"Answer {number} is here"
+
+
+def _tokens(bundle: Bundle) -> dict[str, str]:
+    listed = bundle.manifest.files
+    return role_tokens(bundle.path, [name for name in SIDE_FILES if name in listed])
