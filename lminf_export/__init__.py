@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lminf_export.runtime.load import load as load
     from lminf_export.runtime.sampling import SamplingConfig as SamplingConfig
     from lminf_export.runtime.session import Session as Session
+    from lminf_export.runtime.snapshot import Snapshot as Snapshot
     from lminf_export.runtime.text import TextCodec as TextCodec
     from lminf_export.verify.report import ValidationReport as ValidationReport
     from lminf_export.verify.validate import validate as validate
@@ -61,6 +62,7 @@ _HOMES = {
     "SamplingConfig": "runtime.sampling",
     "Session": "runtime.session",
     "SessionError": "errors",
+    "Snapshot": "runtime.snapshot",
     "State": "runtime.cache",
     "TextCodec": "runtime.text",
     "ValidationReport": "verify.report",

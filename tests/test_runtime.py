@@ -110,10 +110,10 @@ def test_past_and_present_are_one_buffer(lm, streams):
     state = lm.new_state()
     lm.forward(streams[:1, :30], state, logits="last")
     lm.forward(streams[:1, 30:31], state, logits="last")
-    call = state._calls[1, 1]
+    call = state._bound.calls[1, 1]
     present = call.binding.get_outputs()
     names = [row.name for row in lm.bundle.manifest.outputs]
-    for cache in state._caches:
+    for cache in state._bound.caches:
         value = present[names.index(cache.present)]
         assert value.data_ptr() == cache.value.data_ptr() == cache.array.ctypes.data
 

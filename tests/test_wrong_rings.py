@@ -34,9 +34,9 @@ def corrupt(monkeypatch, change):
 
     def wrong(self, *arguments):
         logits = run(self, *arguments)
-        start, width = int(self._past_length[0]), arguments[0].shape[1]
+        start, width = int(self.past_length[0]), arguments[0].shape[1]
         if start <= 40 < start + width:
-            change({cache.past: cache.array for cache in self._caches})
+            change({cache.past: cache.array for cache in self._bound.caches})
         return logits
 
     monkeypatch.setattr(OnnxRuntimeState, "run", wrong)

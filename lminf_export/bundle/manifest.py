@@ -159,6 +159,24 @@ class Manifest(Record):
             total += 2 * layer.num_kv_heads * layer.head_dim * tokens
         return total * self.item_size
 
+    @property
+    def state_id(self) -> str:
+        """SHA-256 over what decides what a state means: graph, weights, Λ settings and caches.
+
+        Bundles of one id have states in common, whatever engine, tokenizer or tools they have.
+        """
+        meaning = {
+            "files": [
+                [self.files[name].role, name, self.files[name].sha256]
+                for name in sorted(self.files_of("graph", "weights"))
+            ],
+            **self.model_dump(
+                mode="json",
+                include={"lambda_config", "dtype", "kv_cache_dtype", "vocab_size", "layers"},
+            ),
+        }
+        return content_sha256(meaning)
+
     def files_of(self, *roles: Role) -> list[str]:
         """Names of the files with one of these roles."""
         return [name for name, entry in self.files.items() if entry.role in roles]

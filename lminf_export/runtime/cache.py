@@ -3,59 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from lminf_export.errors import SessionError
+from lminf_export.errors import InputError, SessionError
 from lminf_export.operator.bindings import BATCH
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.runtime.snapshot import Snapshot, random_cache
+from lminf_export.operator.settings import as_integer
+from lminf_export.runtime.in_use import InUse
+from lminf_export.runtime.snapshot import Snapshot, random_cache, used_slots
 
 # A ring is bound only as large as its tokens need: attention reads all of it at every step.
 GROWTH = 1.25
 GRANULE = 64
 
 
+@dataclass
+class Bound:
+    """Lengths and slots of a state; where rings grow, it is built anew and replaced in one step.
+
+    Attributes:
+        capacities: full capacity C → slots bound of the rings of that capacity, at most C.
+        past_length: (B,) int64, tokens each stream has read; bound to the graph as it is, so
+            only ever changed in place.
+    """
+
+    capacities: Mapping[int, int]
+    past_length: np.ndarray
+
+
 class State:
     """Lengths and caches of a batch of independent streams; made by `LanguageModel.new_state`.
 
-    A session keeps its caches in a subclass. `capacities` says how many slots of each ring
-    are bound: rings of equal full capacity C share one number, which is at most C.
+    A session keeps its caches in a subclass. One thread at a time may use a state: another one
+    is refused with an InputError, and so it is for all views of one state together.
 
     Args:
         contract: the graph's, with its caches.
-        batch_size: B, streams side by side.
-        capacities: full capacity → slots bound at the start.
+        bound: lengths and slots at the start.
+        state_id: of the bundle, `Manifest.state_id`.
+        is_full: whether every ring is bound in full, and stays so.
+        parent: the state of which this is a view.
 
     Attributes:
         run_seconds: time spent inside the engine's runs since the state was made.
+        in_use: the context of every use.
     """
 
     def __init__(
-        self, contract: GraphContract, batch_size: int, capacities: Mapping[int, int]
+        self,
+        contract: GraphContract,
+        bound: Bound,
+        *,
+        state_id: str | None = None,
+        is_full: bool = False,
+        parent: State | None = None,
     ) -> None:
         self.contract = contract
-        self.batch_size = batch_size
-        self.capacities = dict(capacities)
+        self.batch_size = len(bound.past_length)
+        self.state_id = state_id
+        self.is_full = is_full
         self.run_seconds = 0.0
-        # Bound to the graph as it is: only ever changed in place.
-        self._past_length = np.zeros(batch_size, np.int64)
-        self._furthest = 0
+        self._bound = bound
+        self._parent = parent  # whose memory it is
+        self.in_use: InUse = InUse() if parent is None else parent.in_use
+
+    @property
+    def capacities(self) -> dict[int, int]:
+        """Full capacity C → slots bound of the rings of that capacity, at most C."""
+        return dict(self._bound.capacities)
 
     @property
     def past_length(self) -> np.ndarray:
         """(B,) int64, a copy: tokens each stream has seen."""
-        return self._past_length.copy()
+        return self._bound.past_length.copy()
 
     @property
     def furthest(self) -> int:
         """Tokens the longest stream has seen."""
-        return self._furthest
+        longest: int = max(self._bound.past_length.tolist())
+        return longest
 
     @property
     def nbytes(self) -> int:
         """Bytes of the caches bound now."""
-        return self.contract.cache_bytes(self.capacities) * self.batch_size
+        return self.contract.cache_bytes(self._bound.capacities) * self.batch_size
 
     @property
     def max_nbytes(self) -> int:
@@ -64,43 +97,103 @@ class State:
 
     def advance(self, new_length: np.ndarray) -> None:
         """Count the real tokens (B,) of a step that has succeeded."""
-        self._move_to(self._past_length + new_length)
+        self._bound.past_length += new_length
+
+    def rows(self, start: int, stop: int) -> State:
+        """Return a view of the streams start … stop − 1: it shares lengths and caches.
+
+        A step over a view reads and writes its streams only, and takes the time of a batch of
+        that many. Keep a view that is used again: what is bound for its steps is kept in it.
+
+        Args:
+            start: the first stream, from 0.
+            stop: behind the last one, at most B.
+
+        Raises:
+            InputError: there are no such streams.
+            SessionError: rings of this state may still grow (`new_state(…, full=True)` binds
+                them in full), or the engine does not take memory that begins at this stream.
+        """
+        start = as_integer("start", start, 0, InputError)
+        stop = as_integer("stop", stop, 0, InputError)
+        if not start < stop <= self.batch_size:
+            raise InputError(
+                f"rows({start}, {stop}): this state has streams 0 … {self.batch_size - 1}; "
+                "start must be below stop, and stop at most their number"
+            )
+        if not self.is_full:
+            raise SessionError(
+                "the rings of this state may still grow, so it has no views; make it with "
+                "new_state(batch_size, full=True)"
+            )
+        return self._view(start, stop)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Copy one stream, its length and its caches, over another one.
+
+        Args:
+            source: the stream to copy, 0 … B − 1.
+            target: the one that is lost.
+
+        Raises:
+            InputError: there is no such stream.
+        """
+        for name, row in (("source", source), ("target", target)):
+            if as_integer(name, row, 0, InputError) >= self.batch_size:
+                raise InputError(f"{name}={row}: this state has streams 0 … {self.batch_size - 1}")
+        with self.in_use:
+            if source != target:
+                self._copy_row(int(source), int(target))
+
+    def reset(self) -> None:
+        """Set every stream to one that has read nothing; the caches become zeros."""
+        with self.in_use:
+            self._reset()
 
     def snapshot(self) -> Snapshot:
-        """See `Session.snapshot`."""
-        return Snapshot(self.contract, self.past_length, self._read_caches())
+        """Return a copy of the lengths, and of the caches as far as tokens have used them.
+
+        It takes at most `nbytes` of main memory, less while the rings are not full.
+        """
+        with self.in_use:
+            caches = self._read_caches(used_slots(self.contract, self.furthest))
+            return Snapshot(self.contract, self.past_length, caches, self.state_id)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """See `Session.restore`."""
-        if snapshot.contract != self.contract:
-            raise SessionError(
-                "this snapshot is of another bundle: its layers, element types or vocabulary "
-                "differ; restore it in a state of the bundle it was taken from"
-            )
-        if snapshot.batch_size != self.batch_size:
-            raise SessionError(
-                f"this snapshot has {snapshot.batch_size} streams, the state has "
-                f"{self.batch_size}; make a state of as many, or choose some with Snapshot.rows"
-            )
-        self._bind(snapshot.capacities)
-        self._write_caches(snapshot.caches)
-        self._move_to(snapshot.past_length)
+        """Set the state to a snapshot; the steps after it yield the logits they yielded then.
+
+        An interrupt leaves the state as it was or as it becomes; in a GPU's memory it may leave
+        streams that have read nothing.
+
+        Args:
+            snapshot: of as many streams, of any session of the same bundle.
+
+        Raises:
+            SessionError: a snapshot of another bundle, of another number of streams, or one
+                whose arrays do not fit; the state is as it was.
+        """
+        if not isinstance(snapshot, Snapshot):
+            raise InputError(f"restore takes a Snapshot, not a {type(snapshot).__name__}")
+        snapshot.require_fit(self.contract, self.batch_size, self.state_id)
+        with self.in_use:
+            self._replace(snapshot)
 
     def stand_at(self, position: int | np.ndarray) -> None:
         """See `Session.stand_at`."""
-        lengths = np.broadcast_to(np.asarray(position, np.int64), self._past_length.shape)
-        self._reserve(int(lengths.max()) + 1)
-        self._move_to(lengths)
+        with self.in_use:
+            lengths = np.broadcast_to(np.asarray(position, np.int64), (self.batch_size,))
+            self._reserve(int(lengths.max()) + 1)
+            self._bound.past_length[...] = lengths
 
     def fill(self, rng: np.random.Generator) -> None:
         """See `Session.fill`."""
         sizes = {**self.contract.ring_sizes(self.capacities), BATCH: self.batch_size}
-        self._write_caches(
-            {
-                spec.name: random_cache(rng, spec.sized(sizes), spec.dtype)
-                for spec in self.contract.caches(present=False)
-            }
-        )
+        content = {
+            spec.name: random_cache(rng, spec.sized(sizes), spec.dtype)
+            for spec in self.contract.caches(present=False)
+        }
+        with self.in_use:
+            self._write_caches(content)
 
     def ring_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return copies of rows that the rings still hold.
@@ -115,22 +208,35 @@ class State:
         """
         raise NotImplementedError
 
-    def _move_to(self, past_length: np.ndarray) -> None:
-        self._past_length[...] = past_length
-        self._furthest = max(self._past_length.tolist())
+    def _view(self, start: int, stop: int) -> State:
+        """Return a state of these streams that shares their memory."""
+        raise NotImplementedError
+
+    def _copy_row(self, source: int, target: int) -> None:
+        """See `copy_row`; the rows differ and are there."""
+        raise NotImplementedError
+
+    def _reset(self) -> None:
+        """See `reset`."""
+        raise NotImplementedError
+
+    def _replace(self, snapshot: Snapshot) -> None:
+        """Take over lengths and caches that fit; slots behind shorter rings become zeros."""
+        raise NotImplementedError
 
     def _reserve(self, needed: int) -> None:
         """Bind enough slots for positions 0 … needed − 1; caches keep their tokens."""
 
-    def _bind(self, capacities: Mapping[int, int]) -> None:
-        """Bind rings of at least these slots; the content of the caches is lost."""
+    def _read_caches(self, slots: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Return copies of the caches by input name, in main memory.
 
-    def _read_caches(self) -> dict[str, np.ndarray]:
-        """Return copies of the caches by input name, in main memory."""
+        Args:
+            slots: of each cache, by name; what stands behind them is left out.
+        """
         raise NotImplementedError
 
     def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
-        """Replace the content of the caches; slots behind a shorter ring become zeros."""
+        """Replace the content of the caches by arrays of their shapes."""
         raise NotImplementedError
 
 
@@ -149,3 +255,13 @@ def grown_capacity(bound: int, full: int, needed: int) -> int:
         return bound
     wanted = max(needed, int(bound * GROWTH))
     return min(full, -(-wanted // GRANULE) * GRANULE)
+
+
+def restored_capacity(bound: int, full: int, needed: int) -> int:
+    """Return how many slots to bind for a snapshot of a stream that has read so many tokens.
+
+    What is bound is kept where a stream of that length might have grown to it; rings that are
+    larger would cost time at every step.
+    """
+    least = grown_capacity(0, full, needed)
+    return bound if min(needed, full) <= bound <= int(least * GROWTH) + GRANULE else least

@@ -123,6 +123,33 @@ class Cuda:
         kind = self._kinds.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
 
+    def send_rows(self, address: int, pitch: int, array: np.ndarray) -> None:
+        """Copy the rows of a contiguous array (R, bytes) to the GPU, `pitch` bytes apart."""
+        self._copy_rows("HostToDevice", address, pitch, array.ctypes.data, array.shape[1], array)
+
+    def receive_rows(self, array: np.ndarray, address: int, pitch: int) -> None:
+        """Copy rows that are `pitch` bytes apart into a contiguous array (R, bytes).
+
+        It is done after `synchronize`.
+        """
+        self._copy_rows("DeviceToHost", array.ctypes.data, array.shape[1], address, pitch, array)
+
+    def _copy_rows(
+        self, kind: str, to: int, to_pitch: int, start: int, pitch: int, array: np.ndarray
+    ) -> None:
+        rows, width = array.shape
+        if rows and width:
+            direction = getattr(self._kinds, f"cudaMemcpy{kind}")
+            self._call(
+                "cudaMemcpy2DAsync", to, to_pitch, start, pitch, width, rows, direction,
+                self._stream,
+            )  # fmt: skip
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy memory of the GPU to another place there."""
+        kind = self._kinds.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", target, source, nbytes, kind, self._stream)
+
     def synchronize(self) -> None:
         """Wait until the stream is empty."""
         self._call("cudaStreamSynchronize", self._stream)
@@ -149,8 +176,8 @@ class Cuda:
         """
         # Other threads may use the GPU meanwhile; this one may not.
         mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", self._stream, mode)
         try:
+            self._call("cudaStreamBeginCapture", self._stream, mode)
             work()
         except BaseException:
             # The recording ends in any case; why it failed is known already.

@@ -52,8 +52,12 @@ class LanguageModel:
             self._codec = TextCodec.of(self.bundle)
         return self._codec
 
-    def new_state(self, batch_size: int = 1) -> State:
+    def new_state(self, batch_size: int = 1, *, full: bool = False) -> State:
         """Return the state of `batch_size` streams that have seen nothing.
+
+        Args:
+            batch_size: B, streams side by side.
+            full: bind every ring in full from the start, which `State.rows` needs.
 
         Raises:
             InputError: for a batch below 1.
@@ -61,7 +65,7 @@ class LanguageModel:
         """
         batch_size = as_integer("batch_size", batch_size, 1, InputError)
         require_memory(self.bundle.manifest, self.session, batch_size)
-        return self.session.new_state(batch_size)
+        return self.session.new_state(batch_size, full=full)
 
     def forward(
         self,
@@ -94,13 +98,20 @@ class LanguageModel:
         """
         self._check_state(state)
         ids, counts = checked_chunk(token_ids, lengths, state.batch_size, self._vocab_size)
-        self._check_end(ids, counts, state)
         if logits not in ("all", "last", "none"):
             raise InputError(f"logits={logits!r}: must be 'all', 'last' or 'none'")
+        with state.in_use:
+            self._check_end(ids, counts, state)
+            if ids.shape[1] == 1 and lengths is None:
+                found = self._one_token(ids, state, wanted=logits != "none")
+                return found.copy() if logits != "none" else None
+            return self._in_pieces(ids, counts, state, logits)
+
+    def _in_pieces(
+        self, ids: np.ndarray, counts: np.ndarray, state: State, logits: Logits
+    ) -> np.ndarray | None:
+        """Run as many steps as a chunk needs; arguments and result as for `forward`."""
         rows, width = ids.shape
-        if width == 1 and lengths is None:
-            found = self._one_token(ids, state, wanted=logits != "none")
-            return found.copy() if logits != "none" else None
         result = None
         if logits != "none":
             shape = (rows, width if logits == "all" else 1, self._vocab_size)
@@ -225,15 +236,18 @@ class LanguageModel:
             return
         logits = self.forward(ids, state, logits="last")
         assert logits is not None
+        token = sampler.choose(logits[0, 0])
         for count in itertools.count(1):
-            token = sampler.choose(logits[0, 0])
             if token in stops:
                 return
             yield token
             if count == max_new_tokens:
                 return
             sampler.observe((token,))
-            logits = self._one_token(np.array([[token]], np.int64), state)
+            with state.in_use:
+                # These logits are the state's, until its next step.
+                logits = self._one_token(np.array([[token]], np.int64), state)
+                token = sampler.choose(logits[0, 0])
 
     def _check_state(self, state: State) -> None:
         if not isinstance(state, State) or not self.session.owns(state):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import repeat
+from operator import setitem
+from typing import Any
 
 import numpy as np
 import psutil
@@ -60,6 +64,17 @@ def zeros_together(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[n
         whole[start : start + size].view(dtype).reshape(shape)
         for (shape, dtype), size, start in zip(arrays, sizes, starts, strict=False)
     ]
+
+
+def assign_together(targets: Sequence[np.ndarray], sources: Sequence[np.ndarray]) -> None:
+    """Copy each source into its target, in one call: no interrupt comes between two of them.
+
+    Args:
+        targets: arrays of at least one dimension.
+        sources: of the same element types, and of shapes that broadcast.
+    """
+    write: Any = setitem  # typed for lists only
+    deque(map(write, targets, repeat(...), sources), maxlen=0)
 
 
 def _zeros(size: int) -> np.ndarray:

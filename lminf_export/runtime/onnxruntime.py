@@ -20,7 +20,7 @@ from lminf_export.errors import SessionError, shortened
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
-from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState
+from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState, new_bound
 from lminf_export.runtime.onnxruntime_tables import require_table, with_outputs
 from lminf_export.runtime.options import PROVIDERS, Provider
 from lminf_export.runtime.read_ahead import read_ahead
@@ -80,6 +80,7 @@ class OnnxRuntimeSession(Session):
         lean: bool = False,
     ) -> None:
         self.manifest = bundle.manifest
+        self._state_id = self.manifest.state_id
         self.provider = provider
         self._watched, self._receive = tuple(watched), receive
         self._reopen = partial(
@@ -140,11 +141,20 @@ class OnnxRuntimeSession(Session):
         """End profiling and return the profile's file; it has every run of the session."""
         return Path(self._session.end_profiling())
 
-    def new_state(self, batch_size: int) -> OnnxRuntimeState:
+    def new_state(self, batch_size: int, *, full: bool = False) -> OnnxRuntimeState:
         """See `Session.new_state`."""
+        contract = self.manifest.contract
+        is_full = full or self.provider != "cpu"
+        capacities = {size: size if is_full else 0 for size in contract.ring_capacities}
         with _as_session_error("cannot allocate the caches"):
             return OnnxRuntimeState(
-                self._session, self.manifest.contract, batch_size, self.provider, self._watched
+                self._session,
+                contract,
+                new_bound(contract, batch_size, capacities, self.provider),
+                self.provider,
+                self._watched,
+                state_id=self._state_id,
+                is_full=is_full,
             )
 
     def owns(self, state: State) -> bool:

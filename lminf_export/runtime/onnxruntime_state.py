@@ -5,20 +5,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnxruntime as ort
 
 from lminf_export.operator import bindings
-from lminf_export.operator.bindings import TensorSpec
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.runtime.cache import State, grown_capacity
-from lminf_export.runtime.memory import zeros_together
+from lminf_export.runtime.cache import Bound, State, grown_capacity, restored_capacity
+from lminf_export.runtime.memory import assign_together, zeros_together
+from lminf_export.runtime.onnxruntime_caches import Cache, DeviceCache, SharedCache
+from lminf_export.runtime.onnxruntime_call import Call
 from lminf_export.runtime.options import Provider
-from lminf_export.runtime.snapshot import numpy_dtype
+from lminf_export.runtime.snapshot import Snapshot, numpy_dtype
 
-_ONNX_BFLOAT16 = 16
+
+@dataclass
+class OnnxRuntimeBound(Bound):
+    """Caches of one size, and what is bound to them.
+
+    Attributes:
+        caches: of all layers, in graph order.
+        room: the position up to which no ring must grow; infinite once all are full.
+        calls: S and K → the binding of steps of that shape.
+        latest: the call of the latest step.
+    """
+
+    caches: Sequence[Cache]
+    room: float = math.inf
+    calls: dict[tuple[int, int], Call] = field(default_factory=dict)
+    latest: Call | None = None
 
 
 class OnnxRuntimeState(State):
@@ -29,38 +45,43 @@ class OnnxRuntimeState(State):
     Args:
         session: onnxruntime's.
         contract: of its graph.
-        batch_size: B.
+        bound: caches and lengths, see `new_bound`.
         provider: where the caches are.
         watched: outputs of the graph behind those of the contract, kept after every step.
+        state_id: see `State`.
+        is_full: see `State`.
+        parent: see `State`.
     """
+
+    _bound: OnnxRuntimeBound
 
     def __init__(
         self,
         session: ort.InferenceSession,
         contract: GraphContract,
-        batch_size: int,
+        bound: OnnxRuntimeBound,
         provider: Provider,
         watched: Sequence[str] = (),
+        *,
+        state_id: str | None = None,
+        is_full: bool = False,
+        parent: State | None = None,
     ) -> None:
-        on_device = provider != "cpu"
-        start = {full: full if on_device else 0 for full in contract.ring_capacities}
-        super().__init__(contract, batch_size, start)
+        super().__init__(contract, bound, state_id=state_id, is_full=is_full, parent=parent)
         self.session = session
-        self._on_device = on_device
+        self._on_device = provider != "cpu"
         self._provider = provider
         self._watched = tuple(watched)
-        self._caches = self._new_caches()
-        self._calls: dict[tuple[int, int], _Call] = {}
-        self._latest: _Call | None = None
-        self._room = _room(start)
 
     def run(
         self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray
     ) -> np.ndarray:
         """Run one step over the bound caches; (B, K, V) float32, overwritten by the next."""
         width, count = input_ids.shape[1], logits_index.shape[1]
-        self._reserve(self._furthest + width)
-        call = self._calls.get((width, count))
+        if not self.is_full:
+            self._reserve(self.furthest + width)
+        bound = self._bound
+        call = bound.calls.get((width, count))
         if call is None:
             call = self._prepare_call(width, count)
         np.copyto(call.input_ids, input_ids)
@@ -72,163 +93,146 @@ class OnnxRuntimeState(State):
         start = time.perf_counter()
         self.session.run_with_iobinding(call.binding)
         self.run_seconds += time.perf_counter() - start
-        self._latest = call
+        bound.latest = call
         return call.logits
 
     def ring_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """See `State.ring_rows`."""
-        cache = next(cache for cache in self._caches if cache.past == name)
-        content = cache.array if not self._on_device else cache.read()
+        content = next(c for c in self._bound.caches if c.past == name).content()
         return content[:, :, np.arange(start, stop) % content.shape[2]]
 
     def watched_values(self) -> dict[str, np.ndarray]:
         """Return copies of the watched outputs of the latest step, by name."""
-        if not self._watched or self._latest is None:
+        latest = self._bound.latest
+        if not self._watched or latest is None:
             return {}
-        outputs = self._latest.binding.get_outputs()[-len(self._watched) :]
+        outputs = latest.binding.get_outputs()[-len(self._watched) :]
         return {
             name: value.numpy().copy() for name, value in zip(self._watched, outputs, strict=True)
         }
 
-    def _prepare_call(self, width: int, count: int) -> _Call:
+    def _prepare_call(self, width: int, count: int) -> Call:
         """Bind a call of this shape; single tokens and the latest other shape are kept."""
-        self._calls = {shape: call for shape, call in self._calls.items() if shape == (1, 1)}
-        call = _Call(self.session, self._past_length, width, count, self.contract.vocab_size)
-        for cache in self._caches:
-            call.binding.bind_ortvalue_input(cache.past, cache.value)
-            call.binding.bind_ortvalue_output(cache.present, cache.value)
-        for name in self._watched:
-            call.binding.bind_output(name)
-        self._calls[width, count] = call
+        bound = self._bound
+        call = Call(
+            self.session,
+            bound.past_length,
+            bound.caches,
+            width,
+            count,
+            self.contract.vocab_size,
+            self._watched,
+        )
+        kept = {shape: call for shape, call in bound.calls.items() if shape == (1, 1)}
+        bound.calls = {**kept, (width, count): call}
         return call
+
+    def _view(self, start: int, stop: int) -> OnnxRuntimeState:
+        bound = OnnxRuntimeBound(
+            self._bound.capacities,
+            self._bound.past_length[start:stop],
+            [cache.rows(start, stop) for cache in self._bound.caches],
+        )
+        return OnnxRuntimeState(
+            self.session,
+            self.contract,
+            bound,
+            self._provider,
+            self._watched,
+            state_id=self.state_id,
+            is_full=True,
+            parent=self,
+        )
 
     def _reserve(self, needed: int) -> None:
         """Bind larger rings if positions would not fit the present ones without wrapping."""
-        if needed <= self._room:
+        old = self._bound
+        if needed <= old.room:
             return
-        old = self._caches
-        self._bind(
-            {full: grown_capacity(bound, full, needed) for full, bound in self.capacities.items()}
+        new = new_bound(
+            self.contract,
+            self.batch_size,
+            {full: grown_capacity(size, full, needed) for full, size in old.capacities.items()},
         )
-        for before, after in zip(old, self._caches, strict=True):
-            after.write(before.array)
+        for before, after in zip(old.caches, new.caches, strict=True):
+            content = before.content()
+            after.content()[:, :, : content.shape[2]] = content
+        new.past_length[...] = old.past_length
+        self._bound = new
 
-    def _bind(self, capacities: Mapping[int, int]) -> None:
-        if self._on_device or capacities == self.capacities:
+    def _copy_row(self, source: int, target: int) -> None:
+        lengths = self._bound.past_length
+        if not self._on_device:
+            arrays = [*(cache.content() for cache in self._bound.caches), lengths[:, None]]
+            assign_together([x[target] for x in arrays], [x[source] for x in arrays])
             return
-        self._calls.clear()
-        self._latest = None
-        self.capacities = dict(capacities)
-        self._caches = self._new_caches()
-        self._room = _room(self.capacities)
+        length, lengths[target] = int(lengths[source]), 0
+        for cache in self._bound.caches:
+            content = cache.content()
+            content[target] = content[source]
+            cache.write(content)
+        lengths[target] = length
 
-    def _read_caches(self) -> dict[str, np.ndarray]:
-        return {cache.past: cache.read() for cache in self._caches}
+    def _reset(self) -> None:
+        self._bound.past_length[...] = 0
+        for cache in self._bound.caches:
+            cache.clear()
+
+    def _replace(self, snapshot: Snapshot) -> None:
+        bound = self._bound
+        if self._on_device:
+            bound.past_length[...] = 0
+            self._write_caches(snapshot.caches)
+            bound.past_length[...] = snapshot.past_length
+            return
+        capacities = {
+            full: size if self.is_full else restored_capacity(size, full, snapshot.furthest)
+            for full, size in bound.capacities.items()
+        }
+        if capacities != bound.capacities:
+            bound = new_bound(self.contract, self.batch_size, capacities)
+        targets, sources = [bound.past_length], [snapshot.past_length]
+        for cache in bound.caches:
+            array, content = cache.content(), snapshot.caches[cache.past]
+            slots = min(content.shape[2], array.shape[2])
+            targets += [array[:, :, :slots], array[:, :, slots:]]
+            sources += [content[:, :, :slots], np.zeros((), array.dtype)]
+        assign_together(targets, sources)
+        self._bound = bound
+
+    def _read_caches(self, slots: Mapping[str, int]) -> dict[str, np.ndarray]:
+        return {
+            cache.past: np.array(cache.content()[:, :, : slots[cache.past]])
+            for cache in self._bound.caches
+        }
 
     def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
-        for cache in self._caches:
+        for cache in self._bound.caches:
             cache.write(caches[cache.past])
 
-    def _new_caches(self) -> list[_Cache]:
-        """Make the caches of all layers, of the present capacities, in graph order."""
-        sizes = {**self.contract.ring_sizes(self.capacities), bindings.BATCH: self.batch_size}
-        past, present = (list(self.contract.caches(present=which)) for which in (False, True))
-        arrays = zeros_together([(spec.sized(sizes), numpy_dtype(spec.dtype)) for spec in past])
-        return [
-            _Cache(spec, output.name, array, self._provider)
-            for spec, output, array in zip(past, present, arrays, strict=True)
-        ]
 
+def new_bound(
+    contract: GraphContract,
+    batch_size: int,
+    capacities: Mapping[int, int],
+    provider: Provider = "cpu",
+) -> OnnxRuntimeBound:
+    """Return caches of zeros, and lengths of zero.
 
-class _Cache:
-    """One cache tensor (B, G, slots, D), or scales (B, G, slots, 1); zeros at first.
-
-    Attributes:
-        past: name of the graph's input.
-        present: name of the graph's output, which is the same memory.
-        array: of the cache's shape and type; on a CPU the cache's memory itself.
-        value: what is bound.
+    Args:
+        contract: of the graph.
+        batch_size: B.
+        capacities: full capacity → slots to bind.
+        provider: where the caches are.
     """
-
-    def __init__(
-        self, spec: TensorSpec, present: str, array: np.ndarray, provider: Provider
-    ) -> None:
-        self.past, self.present = spec.name, present
-        self.array = array
-        self.value = _ort_value(array, spec.dtype, provider)
-        self._is_shared = provider == "cpu"
-        self._dtype = spec.dtype
-
-    def read(self) -> np.ndarray:
-        """Return a copy of the content."""
-        if self._dtype != "bfloat16":
-            return self.array.copy() if self._is_shared else self.value.numpy()
-        copy = np.empty_like(self.array)
-        ort.copy_tensors([self.value], [_bfloat16_value(copy)])
-        return copy
-
-    def write(self, content: np.ndarray) -> None:
-        """Replace the first slots; the others become zeros.
-
-        While a ring has not wrapped, slot = position, so a ring of other size keeps its tokens.
-        """
-        slots = min(content.shape[2], self.array.shape[2])
-        self.array[:, :, :slots] = content[:, :, :slots]
-        self.array[:, :, slots:] = 0
-        if self._is_shared:
-            return
-        if self._dtype == "bfloat16":
-            ort.copy_tensors([_bfloat16_value(self.array)], [self.value])
-        else:
-            self.value.update_inplace(self.array)
-
-
-class _Call:
-    """A binding for one shape of step, its small inputs and its logits."""
-
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        past_length: np.ndarray,
-        width: int,
-        count: int,
-        vocab_size: int,
-    ) -> None:
-        batch_size = len(past_length)
-        self.binding = session.io_binding()
-        self.input_ids = np.zeros((batch_size, width), np.int64)
-        self.new_length = np.zeros(batch_size, np.int64)
-        self.logits_index = np.zeros((batch_size, count), np.int64)
-        self.logits = np.zeros((batch_size, count, vocab_size), np.float32)
-        self._inputs = {
-            bindings.INPUT_IDS: ort.OrtValue.ortvalue_from_numpy(self.input_ids),
-            bindings.PAST_LENGTH: ort.OrtValue.ortvalue_from_numpy(past_length),
-            bindings.NEW_LENGTH: ort.OrtValue.ortvalue_from_numpy(self.new_length),
-            bindings.LOGITS_INDEX: ort.OrtValue.ortvalue_from_numpy(self.logits_index),
-        }
-        self.bind_inputs()
-        self._logits_value = ort.OrtValue.ortvalue_from_numpy(self.logits)
-        self.binding.bind_ortvalue_output(bindings.LOGITS, self._logits_value)
-
-    def bind_inputs(self) -> None:
-        """Bind the small inputs, which live on the CPU."""
-        for name, value in self._inputs.items():
-            self.binding.bind_ortvalue_input(name, value)
-
-
-def _room(capacities: dict[int, int]) -> float:
-    """Return the position up to which no ring must grow; infinite once all are full."""
-    return min((bound for full, bound in capacities.items() if bound < full), default=math.inf)
-
-
-def _ort_value(array: np.ndarray, dtype: str, provider: Provider) -> Any:
-    if dtype != "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy(array, provider)
-    device = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, _ONNX_BFLOAT16, provider)
-    ort.copy_tensors([_bfloat16_value(array)], [device])
-    return device
-
-
-def _bfloat16_value(array: np.ndarray) -> Any:
-    """Return a value over the memory of a uint16 array."""
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
+    sizes = {**contract.ring_sizes(capacities), bindings.BATCH: batch_size}
+    past, present = (list(contract.caches(present=which)) for which in (False, True))
+    arrays = zeros_together([(spec.sized(sizes), numpy_dtype(spec.dtype)) for spec in past])
+    caches: list[Cache] = [
+        SharedCache(spec.name, output.name, array)
+        if provider == "cpu"
+        else DeviceCache.of(spec, output.name, array, provider)
+        for spec, output, array in zip(past, present, arrays, strict=True)
+    ]
+    room = min((size for full, size in capacities.items() if size < full), default=math.inf)
+    return OnnxRuntimeBound(dict(capacities), np.zeros(batch_size, np.int64), caches, room)

@@ -37,8 +37,13 @@ class Session(Protocol):
         """Whether states are allocated in this machine's main memory."""
         ...
 
-    def new_state(self, batch_size: int) -> State:
-        """Return the state of B streams that have seen nothing."""
+    def new_state(self, batch_size: int, *, full: bool = False) -> State:
+        """Return the state of B streams that have seen nothing.
+
+        Args:
+            batch_size: B.
+            full: bind every ring in full from the start, which `State.rows` needs.
+        """
         ...
 
     def owns(self, state: State) -> bool:
@@ -77,22 +82,11 @@ class Session(Protocol):
         ...
 
     def snapshot(self, state: State) -> Snapshot:
-        """Return a copy of a state's lengths and caches; the state does not change.
-
-        It takes `State.nbytes` of main memory.
-        """
+        """See `State.snapshot`."""
         return state.snapshot()
 
     def restore(self, state: State, snapshot: Snapshot) -> None:
-        """Set a state to a snapshot; the steps after it yield the logits they yielded then.
-
-        Args:
-            state: one of the session's, of as many streams; what it has read is lost.
-            snapshot: of any session of a graph with an equal contract.
-
-        Raises:
-            SessionError: another contract, or another number of streams.
-        """
+        """See `State.restore`."""
         state.restore(snapshot)
 
     def stand_at(self, state: State, position: int | np.ndarray) -> None:

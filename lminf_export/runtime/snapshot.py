@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lminf_export.errors import SessionError
+from lminf_export.errors import InputError, SessionError
 from lminf_export.operator.bindings import BATCH, PAST_LENGTH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION
@@ -18,22 +18,29 @@ from lminf_export.tensors.dtypes import ELEMENT_TYPES
 class Snapshot:
     """Lengths and caches of B streams at one moment, in main memory.
 
-    It belongs to no session: any session of a graph with an equal contract restores it.
+    It belongs to no session: any session of the same bundle restores it.
 
     Attributes:
         contract: of the graph that wrote the caches.
         past_length: (B,) int64, tokens each stream has read.
-        caches: cache arrays by the name of the graph's input. Rings have the slots that were bound
-            when the snapshot was taken. numpy lacks bfloat16: its bits are held as uint16.
+        caches: cache arrays by the name of the graph's input. Rings have the slots that tokens
+            have used, min(C, furthest). numpy lacks bfloat16: its bits are held as uint16.
+        state_id: `Manifest.state_id` of the bundle; None where it is not known, and then only
+            the contract is compared.
     """
 
     contract: GraphContract
     past_length: np.ndarray
     caches: Mapping[str, np.ndarray]
+    state_id: str | None = None
 
     def __post_init__(self) -> None:
-        for array in (self.past_length, *self.caches.values()):
-            array.flags.writeable = False
+        arrays = (self.past_length, *self.caches.values())
+        if not all(isinstance(array, np.ndarray) for array in arrays):
+            raise InputError("a Snapshot is made of numpy arrays: lengths, and caches by name")
+        object.__setattr__(self, "past_length", _read_only(self.past_length))
+        caches = {name: _read_only(array) for name, array in self.caches.items()}
+        object.__setattr__(self, "caches", caches)
 
     @property
     def batch_size(self) -> int:
@@ -41,25 +48,32 @@ class Snapshot:
         return len(self.past_length)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the caches; `State.nbytes` of the state at that moment."""
-        return sum(array.nbytes for array in self.caches.values())
+    def furthest(self) -> int:
+        """Tokens the longest stream has read."""
+        return int(self.past_length.max(initial=0))
 
     @property
-    def capacities(self) -> dict[int, int]:
-        """Full capacity → slots of the rings of that capacity."""
-        full = self.contract.ring_sizes()
-        return {
-            full[spec.shape[2]]: self.caches[spec.name].shape[2]
-            for spec in self.contract.caches(present=False)
-            if spec.shape[2] in full
-        }
+    def nbytes(self) -> int:
+        """Bytes of the caches; at most `State.nbytes` of the state at that moment."""
+        return sum(array.nbytes for array in self.caches.values())
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> Snapshot:
-        """Return a snapshot of some of the streams, in this order; a stream may be repeated."""
-        index = np.asarray(rows, np.int64)
-        caches = {name: array[index] for name, array in self.caches.items()}
-        return Snapshot(self.contract, self.past_length[index], caches)
+        """Return a snapshot of some of the streams, in this order; a stream may be repeated.
+
+        Raises:
+            InputError: there is no such stream.
+        """
+        index = np.asarray(rows)
+        if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
+            raise InputError("rows takes the numbers of streams, one at least")
+        if index.min() < 0 or index.max() >= self.batch_size:
+            raise InputError(
+                f"rows={index.tolist()}: this snapshot has streams 0 … {self.batch_size - 1}"
+            )
+        lengths = self.past_length[index]
+        used = used_slots(self.contract, int(lengths.max()))
+        caches = {name: array[index, :, : used[name]] for name, array in self.caches.items()}
+        return Snapshot(self.contract, lengths, caches, self.state_id)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return lengths and caches by the names of the graph's inputs, to be saved."""
@@ -74,13 +88,57 @@ class Snapshot:
         """
         caches = {name: array for name, array in arrays.items() if name != PAST_LENGTH}
         lengths = arrays.get(PAST_LENGTH)
-        if lengths is None or lengths.ndim != 1 or lengths.dtype != np.int64:
+        if lengths is None:
             raise SessionError("this snapshot is damaged: it has no lengths of its streams")
         found = cls(contract, lengths, caches)
-        found._check()
+        found.require_sound()
         return found
 
-    def _check(self) -> None:
+    def require_fit(
+        self, contract: GraphContract, batch_size: int, state_id: str | None = None
+    ) -> None:
+        """Refuse a snapshot that a state of this kind cannot take.
+
+        Args:
+            contract: of the state's graph.
+            batch_size: B of the state.
+            state_id: of the state's bundle; None where it is not known.
+
+        Raises:
+            SessionError: another bundle, another number of streams, or see `require_sound`.
+        """
+        if self.contract != contract:
+            raise SessionError(
+                "this snapshot is of another bundle: its layers, element types or vocabulary "
+                "differ; restore it in a state of the bundle it was taken from"
+            )
+        if state_id is not None and self.state_id is not None and self.state_id != state_id:
+            raise SessionError(
+                "this snapshot is of another bundle: it has other weights or settings (state id "
+                f"{self.state_id[:12]}…, this bundle has {state_id[:12]}…); restore it in a state "
+                "of the bundle it was taken from"
+            )
+        self.require_sound()
+        if self.batch_size != batch_size:
+            raise SessionError(
+                f"this snapshot has {self.batch_size} streams, the state has {batch_size}; make "
+                "a state of as many, or choose some with Snapshot.rows"
+            )
+
+    def require_sound(self) -> None:
+        """Refuse arrays that are no lengths and caches of the contract.
+
+        Raises:
+            SessionError: the first array that is missing, too many, of another shape or type,
+                or too short for the tokens that the streams have read.
+        """
+        lengths = self.past_length
+        if lengths.ndim != 1 or lengths.dtype != np.int64 or not lengths.size:
+            raise SessionError(
+                "this snapshot is damaged: it has no lengths of its streams, (B,) int64"
+            )
+        if lengths.min() < 0 or self.furthest > MAX_POSITION:
+            raise SessionError("this snapshot is damaged: its streams have impossible lengths")
         expected = {spec.name: spec for spec in self.contract.caches(present=False)}
         if self.caches.keys() != expected.keys():
             raise SessionError("this snapshot is of another bundle: it has other caches")
@@ -90,17 +148,25 @@ class Snapshot:
             array, tokens = self.caches[name], spec.shape[2]
             if isinstance(tokens, str) and array.ndim == 4:
                 slots.setdefault(tokens, min(array.shape[2], full[tokens]))
-            sizes = {**full, **slots, BATCH: self.batch_size}
-            if array.shape != spec.sized(sizes) or array.dtype != numpy_dtype(spec.dtype):
+            wanted = spec.sized({**full, **slots, BATCH: self.batch_size})
+            if array.shape != wanted or array.dtype != numpy_dtype(spec.dtype):
                 raise SessionError(
                     f"this snapshot is of another bundle: {name} is {array.dtype}{array.shape}, "
-                    f"expected {spec.dtype}{spec.sized(sizes)}"
+                    f"expected {spec.dtype}{wanted}"
                 )
-        furthest = int(self.past_length.max(initial=0))
-        if self.past_length.min(initial=0) < 0 or furthest > MAX_POSITION:
-            raise SessionError("this snapshot is damaged: its streams have impossible lengths")
-        if any(count < min(furthest, full[symbol]) for symbol, count in slots.items()):
-            raise SessionError(f"this snapshot is damaged: it lacks some of {furthest} tokens")
+        if any(count < min(self.furthest, full[symbol]) for symbol, count in slots.items()):
+            raise SessionError(f"this snapshot is damaged: it lacks some of {self.furthest} tokens")
+
+
+def used_slots(contract: GraphContract, furthest: int) -> dict[str, int]:
+    """Return the slots of each cache that hold something of tokens 0 … furthest − 1, by name.
+
+    Those of sink tokens are few and count in whole.
+    """
+    rings = {symbol: min(full, furthest) for symbol, full in contract.ring_sizes().items()}
+    return {
+        spec.name: spec.sized({**rings, BATCH: 1})[2] for spec in contract.caches(present=False)
+    }
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
@@ -115,3 +181,9 @@ def random_cache(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> 
         # The upper half of a float32, exact for so few bits.
         return ((whole / 8).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return (whole if dtype == "int8" else whole / 8).astype(dtype)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -4,8 +4,8 @@ Not yet executed on a GPU. Its use of both libraries is tested against their rea
 surfaces and with recording doubles; the numbers it yields are not checked here.
 
 With the plugin all caches are updated in place and single tokens are played from a CUDA graph.
-Without it rings are updated in place, and sinks go from one buffer to another and change places
-after each step, since nothing promises that the engine reads a sink before it writes it.
+Without it rings are updated in place, and sinks are written to a second buffer and copied back
+while there are new ones, since nothing promises that the engine reads a sink before it writes it.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class TensorRTSession(Session):
         """See `Session.caches_in_main_memory`."""
         return False
 
-    def new_state(self, batch_size: int) -> TensorRTState:
-        """See `Session.new_state`."""
+    def new_state(self, batch_size: int, *, full: bool = False) -> TensorRTState:
+        """See `Session.new_state`; an engine's rings are always full."""
         if batch_size > self.max_batch_size:
             raise SessionError(
                 f"batch_size={batch_size}: this plan takes at most {self.max_batch_size}; "
@@ -172,8 +172,9 @@ class TensorRTSession(Session):
         """Run single tokens: the first directly; the second is recorded and then launched."""
         decoder = state.decoder
         if decoder is None:
-            decoder = state.decoder = Decoder(self._context(0))
+            decoder = Decoder(self._context(0))
             self._bind(decoder.context, state, True)
+            state.decoder = decoder
         if not decoder.has_run:
             # The engine sets up its shapes in the first step, which cannot be recorded.
             self._enqueue(decoder.context, state, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,100 +14,118 @@ from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
-from lminf_export.runtime.cache import State
+from lminf_export.operator.bindings import TensorSpec
+from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.runtime.cache import Bound, State
 from lminf_export.runtime.gpu import Buffers, Cuda, Graph
-from lminf_export.runtime.snapshot import numpy_dtype
-
-_SMALL = (bindings.INPUT_IDS, bindings.PAST_LENGTH, bindings.NEW_LENGTH, bindings.LOGITS_INDEX)
-# TensorRT asks this of every tensor's address.
-_ALIGNMENT = 256
-_INT64_BYTES = 8
+from lminf_export.runtime.snapshot import Snapshot, numpy_dtype
+from lminf_export.runtime.tensorrt_inputs import ALIGNMENT, SmallInputs
 
 
-class SmallInputs:
-    """The inputs that change at every step, in one block that is sent in one copy.
+@dataclass(frozen=True)
+class DeviceCache:
+    """One cache tensor (B, G, slots, D) in the GPU's memory.
 
-    The arrays lie in page-locked memory, so that a recorded copy reads what stands there when
-    the record is played.
-
-    Args:
-        cuda: whose memory it is.
-        buffers: what owns the memory.
-        name: of the block.
-        batch_size: B.
-        width: largest S.
-        count: largest K.
+    Attributes:
+        past: name of the graph's input.
+        present: name of the graph's output.
+        shape: of the streams it holds.
+        dtype: of its elements.
+        address: where the streams begin.
+        written: where the engine writes them: the same, or for sink tokens another buffer.
     """
 
-    def __init__(
-        self, cuda: Cuda, buffers: Buffers, name: str, batch_size: int, width: int, count: int
-    ) -> None:
-        self._cuda = cuda
-        self._rows = batch_size
-        lengths = (batch_size * width, batch_size, batch_size, batch_size * count)
-        self._offsets = dict(zip(_SMALL, _offsets(lengths), strict=True))
-        self._bytes = sum(_aligned(n * _INT64_BYTES) for n in lengths)
-        self._host = buffers.reserve_host(name, self._bytes)
-        self._device = buffers.reserve(name, self._bytes)
-        self.arrays: dict[str, np.ndarray] = {}
+    past: str
+    present: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    address: int
+    written: int
 
-    def write(
-        self,
-        input_ids: np.ndarray,
-        past_length: np.ndarray,
-        new_length: np.ndarray,
-        logits_index: np.ndarray,
-    ) -> None:
-        """Write the step's values to the block that the next copy sends."""
-        for name, value in zip(
-            _SMALL, (input_ids, past_length, new_length, logits_index), strict=True
-        ):
-            array = self.arrays.get(name)
-            if array is None or array.shape != value.shape:
-                start = self._offsets[name]
-                flat = self._host[start : start + value.size * _INT64_BYTES].view(np.int64)
-                array = self.arrays[name] = flat.reshape(value.shape)
-            array[...] = value
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head of a stream."""
+        return prod(self.shape[2:]) * self.dtype.itemsize
 
-    def send(self) -> None:
-        """Copy the block to the GPU."""
-        self._cuda.send(self._device, self._host)
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stream."""
+        return self.shape[1] * self.head_bytes
 
-    def tensors(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Return the address on the GPU and the shape of each."""
-        return {
-            name: (self._device + self._offsets[name], array.shape)
-            for name, array in self.arrays.items()
-        }
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all streams."""
+        return self.shape[0] * self.row_bytes
+
+    def rows(self, start: int, stop: int) -> DeviceCache:
+        """Return the cache of some streams, in the same memory.
+
+        Raises:
+            SessionError: TensorRT does not take an address in the middle of an aligned block.
+        """
+        skipped = start * self.row_bytes
+        if skipped % ALIGNMENT:
+            raise SessionError(
+                f"a view cannot begin at stream {start} of this engine: {self.past} has "
+                f"{self.row_bytes} bytes a stream, and TensorRT takes addresses in steps of "
+                f"{ALIGNMENT}; begin at 0, or step all streams with lengths of 0"
+            )
+        shape = (stop - start, *self.shape[1:])
+        address, written = self.address + skipped, self.written + skipped
+        return DeviceCache(self.past, self.present, shape, self.dtype, address, written)
 
 
 class TensorRTState(State):
     """Caches in the GPU's memory, full-sized from the start; freed with this object.
 
+    Without the plugin the engine writes sink tokens to a second buffer, from which they are
+    copied back while there are new ones.
+
     Args:
         cuda: the session's stream and memory.
         manifest: of the bundle; its engine says how caches are bound.
         batch_size: B.
+        parent: the state of which this is a view.
+        start: the parent's first stream that belongs to the view.
     """
 
-    def __init__(self, cuda: Cuda, manifest: Manifest, batch_size: int) -> None:
+    def __init__(
+        self,
+        cuda: Cuda,
+        manifest: Manifest,
+        batch_size: int,
+        *,
+        parent: TensorRTState | None = None,
+        start: int = 0,
+    ) -> None:
         contract = manifest.contract
-        super().__init__(contract, batch_size, {size: size for size in contract.ring_capacities})
+        capacities = {size: size for size in contract.ring_capacities}
+        lengths = (
+            np.zeros(batch_size, np.int64)
+            if parent is None
+            else parent._bound.past_length[start : start + batch_size]
+        )
+        super().__init__(
+            contract,
+            Bound(capacities, lengths),
+            state_id=manifest.state_id if parent is None else parent.state_id,
+            is_full=True,
+            parent=parent,
+        )
         assert manifest.engine is not None
         self.cuda = cuda
+        self._manifest = manifest
         self._double_sinks = not manifest.engine.sinks_in_place
-        self._require_memory()
+        self._most_sinks = max(layer.num_sink_tokens for layer in contract.layers)
+        if parent is None:
+            self._require_memory()
         self._buffers = Buffers(cuda)
         weakref.finalize(self, self._buffers.free)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._past: dict[str, int] = {}
-        self._present: dict[str, int] = {}
-        for past, present in zip(
-            contract.caches(present=False),
-            contract.caches(present=True),
-            strict=True,
-        ):
-            self._add_cache(past, present.name)
+        self._caches: list[DeviceCache] = (
+            self._new_caches(contract)
+            if parent is None
+            else [cache.rows(start, start + batch_size) for cache in parent._caches]
+        )
         chunk = manifest.lambda_config.chunk_size
         # Single tokens have a block of their own, whose addresses a record may rely on.
         self._blocks = {
@@ -119,10 +138,11 @@ class TensorRTState(State):
     def load(self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray) -> bool:
         """Write a step's small inputs; returns whether the step is one of single tokens."""
         single = input_ids.shape[1] == 1 and logits_index.shape[1] == 1
-        self._blocks[single].write(input_ids, self._past_length, new_length, logits_index)
+        self._blocks[single].write(input_ids, self._bound.past_length, new_length, logits_index)
         shape = (*logits_index.shape, self.contract.vocab_size)
         logits = self._logits.get(single)
         if logits is None or logits.shape != shape:
+            self._logits.pop(single, None)  # its memory may go
             nbytes = prod(shape) * np.dtype(np.float32).itemsize
             self._buffers.reserve(_logits(single), nbytes)
             host = self._buffers.reserve_host(_logits(single), nbytes)
@@ -139,52 +159,85 @@ class TensorRTState(State):
 
     def inputs(self, single: bool) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Return the address and shape of every input of the step loaded last."""
-        caches = {name: (address, self._shapes[name]) for name, address in self._past.items()}
+        caches = {cache.past: (cache.address, cache.shape) for cache in self._caches}
         return {**self._blocks[single].tensors(), **caches}
 
     def outputs(self, single: bool) -> dict[str, int]:
         """Return the address of every output."""
-        return {bindings.LOGITS: self._buffers[_logits(single)], **self._present}
+        caches = {cache.present: cache.written for cache in self._caches}
+        return {bindings.LOGITS: self._buffers[_logits(single)], **caches}
 
     def finish(self, single: bool) -> np.ndarray:
         """Wait for the step; return the logits (B, K, V), valid until the next one."""
+        if self._double_sinks and min(self._bound.past_length.tolist()) < self._most_sinks:
+            for cache in self._caches:
+                if cache.written != cache.address:
+                    self.cuda.copy(cache.address, cache.written, cache.nbytes)
         self.cuda.synchronize()
-        if self._double_sinks:
-            for past, present in zip(self._past, self._present, strict=True):
-                self._past[past], self._present[present] = (
-                    self._present[present],
-                    self._past[past],
-                )
         return self._logits[single]
-
-    def _read_caches(self) -> dict[str, np.ndarray]:
-        sizes = {**self.contract.ring_sizes(), bindings.BATCH: self.batch_size}
-        caches = {}
-        for spec in self.contract.caches(present=False):
-            caches[spec.name] = np.empty(spec.sized(sizes), numpy_dtype(spec.dtype))
-            self.cuda.receive(caches[spec.name], self._past[spec.name])
-        self.cuda.synchronize()
-        return caches
-
-    def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
-        for name, shape in self._shapes.items():
-            whole = np.zeros(shape, caches[name].dtype)
-            whole[:, :, : caches[name].shape[2]] = caches[name]
-            self.cuda.send(self._past[name], whole)
-            self.cuda.synchronize()  # before the array is freed
 
     def keep_graph(self, graph: Graph) -> None:
         """Own a recorded step, which goes before the memory it works on."""
         self._buffers.graphs.append(graph)
 
-    def _add_cache(self, past: bindings.TensorSpec, present: str) -> None:
+    def _view(self, start: int, stop: int) -> TensorRTState:
+        return TensorRTState(self.cuda, self._manifest, stop - start, parent=self, start=start)
+
+    def _copy_row(self, source: int, target: int) -> None:
+        lengths = self._bound.past_length
+        length, lengths[target] = int(lengths[source]), 0
+        for cache in self._caches:
+            base, size = cache.address, cache.row_bytes
+            self.cuda.copy(base + target * size, base + source * size, size)
+        self.cuda.synchronize()
+        lengths[target] = length
+
+    def _reset(self) -> None:
+        self._bound.past_length[...] = 0
+        for cache in self._caches:
+            self.cuda.zero(cache.address, cache.nbytes)
+        self.cuda.synchronize()
+
+    def _replace(self, snapshot: Snapshot) -> None:
+        self._bound.past_length[...] = 0
+        self._write_caches(snapshot.caches)
+        self._bound.past_length[...] = snapshot.past_length
+
+    def _read_caches(self, slots: Mapping[str, int]) -> dict[str, np.ndarray]:
+        caches = {}
+        for cache in self._caches:
+            batch, heads, _, row = cache.shape
+            array = np.empty((batch, heads, slots[cache.past], row), cache.dtype)
+            self.cuda.receive_rows(_by_head(array), cache.address, cache.head_bytes)
+            caches[cache.past] = array
+        self.cuda.synchronize()
+        return caches
+
+    def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
+        arrays = [np.ascontiguousarray(caches[cache.past]) for cache in self._caches]
+        for cache, array in zip(self._caches, arrays, strict=True):
+            if array.shape[2] < cache.shape[2]:
+                self.cuda.zero(cache.address, cache.nbytes)
+            self.cuda.send_rows(cache.address, cache.head_bytes, _by_head(array))
+        self.cuda.synchronize()  # before the arrays go
+
+    def _new_caches(self, contract: GraphContract) -> list[DeviceCache]:
+        sinks = contract.sink_updates() if self._double_sinks else {}
+        return [
+            self._new_cache(past, present.name, twice=past.name in sinks)
+            for past, present in zip(
+                contract.caches(present=False), contract.caches(present=True), strict=True
+            )
+        ]
+
+    def _new_cache(self, spec: TensorSpec, present: str, *, twice: bool) -> DeviceCache:
         sizes = {**self.contract.ring_sizes(), bindings.BATCH: self.batch_size}
-        nbytes = past.nbytes(sizes)
-        self._shapes[past.name] = past.sized(sizes)
-        self._past[past.name] = self._buffers.reserve(past.name, nbytes, zeroed=True)
-        self._present[present] = self._past[past.name]
-        if self._double_sinks and past.name in self.contract.sink_updates():
-            self._present[present] = self._buffers.reserve(present, nbytes, zeroed=True)
+        nbytes = spec.nbytes(sizes)
+        address = self._buffers.reserve(spec.name, nbytes, zeroed=True)
+        written = self._buffers.reserve(present, nbytes, zeroed=True) if twice else address
+        return DeviceCache(
+            spec.name, present, spec.sized(sizes), numpy_dtype(spec.dtype), address, written
+        )
 
     def _require_memory(self) -> None:
         free, total = self.cuda.memory()
@@ -212,17 +265,11 @@ class Decoder:
         self.graph: Graph | None = None
 
 
+def _by_head(array: np.ndarray) -> np.ndarray:
+    """Return the bytes of a contiguous array (B, G, slots, D) as (B · G, bytes of a head)."""
+    batch, heads, slots, row = array.shape
+    return array.reshape(-1).view(np.uint8).reshape(batch * heads, slots * row * array.itemsize)
+
+
 def _logits(single: bool) -> str:
     return f"{bindings.LOGITS} {'single' if single else 'chunk'}"
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _offsets(lengths: tuple[int, ...]) -> list[int]:
-    offsets, start = [], 0
-    for length in lengths:
-        offsets.append(start)
-        start += _aligned(length * _INT64_BYTES)
-    return offsets

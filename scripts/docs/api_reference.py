@@ -18,7 +18,14 @@ import lminf_export
 
 GROUPS = {
     "Functions": ("export", "load", "validate", "push_to_hub"),
-    "Running a bundle": ("LanguageModel", "State", "SamplingConfig", "TextCodec", "Session"),
+    "Running a bundle": (
+        "LanguageModel",
+        "State",
+        "Snapshot",
+        "SamplingConfig",
+        "TextCodec",
+        "Session",
+    ),
     "Bundles": ("Bundle", "Manifest"),
     "Options": ("ExportOptions", "LambdaConfig", "QuantizeConfig", "EngineOptions"),
     "Reports": ("ValidationReport", "Progress"),

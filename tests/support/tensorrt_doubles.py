@@ -254,6 +254,7 @@ class Cudart:
     class cudaMemcpyKind(enum.Enum):
         cudaMemcpyHostToDevice = 1
         cudaMemcpyDeviceToHost = 2
+        cudaMemcpyDeviceToDevice = 3
 
     class cudaStreamCaptureMode(enum.Enum):
         cudaStreamCaptureModeThreadLocal = 1
@@ -357,10 +358,31 @@ class Cudart:
         return (self.cudaError_t.cudaSuccess,)
 
     def cudaMemcpyAsync(self, dst, src, count, kind, stream):
-        to_device = kind is self.cudaMemcpyKind.cudaMemcpyHostToDevice
-        assert count <= self.room(dst if to_device else src)
+        for address in self._on_device(dst, src, kind):
+            assert count <= self.room(address)
         self.enqueue(lambda: ctypes.memmove(dst, src, count))
         return (self.cudaError_t.cudaSuccess,)
+
+    def cudaMemcpy2DAsync(self, dst, dpitch, src, spitch, width, height, kind, stream):
+        assert width <= min(dpitch, spitch)
+        for address in self._on_device(dst, src, kind):
+            pitch = dpitch if address == dst else spitch
+            assert pitch * (height - 1) + width <= self.room(address)
+
+        def work():
+            for row in range(height):
+                ctypes.memmove(dst + row * dpitch, src + row * spitch, width)
+
+        self.enqueue(work)
+        return (self.cudaError_t.cudaSuccess,)
+
+    def _on_device(self, dst, src, kind):
+        kinds = self.cudaMemcpyKind
+        return {
+            kinds.cudaMemcpyHostToDevice: [dst],
+            kinds.cudaMemcpyDeviceToHost: [src],
+            kinds.cudaMemcpyDeviceToDevice: [dst, src],
+        }[kind]
 
 
 class Setup:
