@@ -1,5 +1,7 @@
 """Errors that a user can cause: each message says what was expected, what was found, what to do."""
 
+import reprlib
+
 # A terminal shows a message of this length without a search; "error: " comes before it.
 _LONGEST = 290
 
@@ -11,6 +13,23 @@ def shortened(text: str, longest: int = 60) -> str:
         return line
     end = longest // 3
     return f"{line[: longest - end - 1]}…{line[-end:]}"
+
+
+class _Shown(reprlib.Repr):
+    """Representations of bounded length, of any object."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write a number of more than some thousand digits.
+        return repr(x) if abs(x) < 10**40 else f"<integer of {x.bit_length()} bits>"
+
+
+_SHOWN = _Shown()
+_SHOWN.maxstring = _SHOWN.maxother = 60
+
+
+def shown(value: object) -> str:
+    """Return how a value is shown in a message: one short line, whatever it is."""
+    return shortened(_SHOWN.repr(value), 90)
 
 
 class LminfError(Exception):

@@ -48,6 +48,9 @@ def random_config(rng: np.random.Generator) -> SamplingConfig:
         min_p=float(rng.choice([0, 0, 0.05, 0.5, 1])),
         repetition_penalty=float(rng.choice([1, 1, 1.2, 0.8])),
         seed=int(rng.integers(2**32)),
+        presence_penalty=float(rng.choice([0, 0, 0.7, -2])),
+        frequency_penalty=float(rng.choice([0, 0, 0.3, -1])),
+        logit_bias={0: float(rng.choice([0, 5, -100]))} if rng.random() < 0.5 else None,
     )
 
 

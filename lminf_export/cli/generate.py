@@ -71,6 +71,20 @@ DEFAULT_NEW_TOKENS = 256
     show_default=True,
     help="Above 1: make tokens seen within the window less likely.",
 )
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Taken from the logit of every token that the answer has, -2 to 2.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Taken from a logit as often as the answer has the token, -2 to 2.",
+)
 @click.option("--seed", type=int, help="Draw the same text again.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on behind the model's end-of-text token.")
@@ -105,6 +119,8 @@ def generate_command(
     top_p: float,
     min_p: float,
     repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
     seed: int | None,
     stop: tuple[str, ...],
     ignore_eos: bool,
@@ -148,6 +164,8 @@ def generate_command(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
         stop_token_ids=() if ignore_eos else None,
         state=state,

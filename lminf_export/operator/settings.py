@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from lminf_export.errors import ConfigError, LminfError
+from lminf_export.errors import ConfigError, LminfError, shown
 
 DEFAULT_NUM_SINK_TOKENS = 16
 DEFAULT_CHUNK_SIZE = 256
@@ -15,6 +17,8 @@ DEFAULT_CHUNK_SIZE = 256
 DEFAULT_WINDOW_CAP = 4096
 # Four base-1024 digits: positions from here on have no exact rotation (docs/operator.md).
 MAX_POSITION = 2**40
+# What tensors and kernels count with.
+MAX_INTEGER = 2**63 - 1
 LambdaLayers = Literal["full", "all"]
 LAMBDA_LAYERS: tuple[str, ...] = get_args(LambdaLayers)
 DEFAULT_LAMBDA_LAYERS = LAMBDA_LAYERS[0]
@@ -94,9 +98,14 @@ def ring_capacity(window_size: int, chunk_size: int) -> int:
 
 
 def as_integer(
-    name: str, value: object, minimum: int, error: type[LminfError] = ConfigError
+    name: str,
+    value: object,
+    minimum: int,
+    error: type[LminfError] = ConfigError,
+    *,
+    maximum: int = MAX_INTEGER,
 ) -> int:
-    """Return a value as an int if it is an integer of at least a minimum; numpy's count, bools not.
+    """Return a value as an int if it is an integer in a range; numpy's count, bools do not.
 
     Raises:
         ConfigError: or another error asked for, naming the value and the rule.
@@ -106,9 +115,28 @@ def as_integer(
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]  # it says what it takes
     except TypeError:
-        raise error(f"{name}={value!r}: must be an integer of at least {minimum}") from None
+        raise error(f"{name}={shown(value)}: must be an integer of at least {minimum}") from None
     if number < minimum:
-        raise error(f"{name}={number}: must be at least {minimum}")
+        raise error(f"{name}={shown(number)}: must be at least {minimum}")
+    if number > maximum:
+        raise error(f"{name}={shown(number)}: must be at most {maximum}")
+    return number
+
+
+def as_number(name: str, value: object, error: type[LminfError] = ConfigError) -> float:
+    """Return a value as a float if it is a finite real number; numpy's count, bools do not.
+
+    Raises:
+        ConfigError: or another error asked for, naming the value and the rule.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise error(f"{name}={shown(value)}: must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise error(f"{name}={shown(value)}: must be a finite number")
     return number
 
 
@@ -121,4 +149,4 @@ def require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     # True == 1: a boolean is none of a few numbers.
     if isinstance(value, bool) or value not in allowed:
         choices = ", ".join(str(choice) for choice in allowed if choice is not None)
-        raise ConfigError(f"{name}={value!r}: must be one of {choices}")
+        raise ConfigError(f"{name}={shown(value)}: must be one of {choices}")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from lminf_export.errors import InputError
+from lminf_export.errors import InputError, shortened, shown
+from lminf_export.operator.settings import as_integer
 
 _FEW = 16
+# More ids in a list than any stop rule or penalty is about; an iterator may have no end.
+_MOST_IDS = 2**24
+_ANY_ID = 2**63
 
 
 def checked_prompt(prompt_ids: Any, vocab_size: int) -> np.ndarray:
@@ -59,16 +65,46 @@ def integers(values: Any, name: str) -> np.ndarray:
         array = np.asarray(values)
     except ValueError:
         raise InputError(f"{name}: rows of different lengths; pad them and pass lengths=") from None
+    except (TypeError, OverflowError, RecursionError, MemoryError):
+        raise InputError(f"{name}={shown(values)}: expected integers") from None
     if array.size and array.dtype.kind not in "iu":
-        raise InputError(f"{name} has type {array.dtype}; expected integers")
+        raise InputError(f"{name} has type {shortened(str(array.dtype))}; expected integers")
     return array
+
+
+def listed_ids(values: Any, name: str, vocab_size: int | None = None) -> list[int]:
+    """Return token ids as a list.
+
+    Args:
+        values: an array (M,) or any iterable of integers, but no text and no mapping.
+        name: of the argument, for messages.
+        vocab_size: V, where ids must be 0 … V − 1.
+
+    Raises:
+        InputError: another type, ids outside the vocabulary, or no end of them.
+    """
+    if type(values) is tuple and len(values) == 1 and vocab_size is not None:
+        # A decoding step comes here for every token.
+        token = values[0]
+        if type(token) is int and 0 <= token < vocab_size:
+            return [token]
+    if isinstance(values, np.ndarray):
+        values = integers(values, name)
+        values = values.tolist() if values.ndim == 1 else values
+    if isinstance(values, str | bytes | Mapping | np.ndarray) or not isinstance(values, Iterable):
+        raise InputError(f"{name}={shown(values)}: must be a list of token ids")
+    listed = list(itertools.islice(values, _MOST_IDS + 1))
+    if len(listed) > _MOST_IDS:
+        raise InputError(f"{name} has more than {_MOST_IDS} token ids")
+    least, most = (-_ANY_ID, _ANY_ID) if vocab_size is None else (0, vocab_size - 1)
+    return [as_integer(name, token, least, InputError, maximum=most) for token in listed]
 
 
 def _checked_lengths(lengths: Any, rows: int, width: int) -> np.ndarray:
     counts = integers(lengths, "lengths")
     if counts.shape != (rows,) or counts.min() < 0 or counts.max() > width:
         raise InputError(
-            f"lengths={counts.tolist()}: must be {rows} numbers of real tokens, 0 … {width}"
+            f"lengths={shown(counts.tolist())}: must be {rows} numbers of real tokens, 0 … {width}"
         )
     return counts.astype(np.int64)
 

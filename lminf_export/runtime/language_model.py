@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -14,7 +14,7 @@ from lminf_export.errors import InputError, SessionError
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.drawing import drawing_of
-from lminf_export.runtime.inputs import checked_chunk, checked_prompt, integers
+from lminf_export.runtime.inputs import checked_chunk, checked_prompt, listed_ids
 from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.sampling import Sampler, SamplingConfig
 from lminf_export.runtime.session import Session
@@ -180,6 +180,9 @@ class LanguageModel:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         stop_token_ids: Iterable[int] | None = None,
         state: State | None = None,
     ) -> Iterator[int]:
@@ -199,6 +202,9 @@ class LanguageModel:
             min_p: see `SamplingConfig`.
             repetition_penalty: see `SamplingConfig`.
             seed: see `SamplingConfig`.
+            presence_penalty: see `SamplingConfig`.
+            frequency_penalty: see `SamplingConfig`.
+            logit_bias: see `SamplingConfig`.
             stop_token_ids: ids that end the text; the bundle's end-of-text ids by default.
             state: a state of one stream to continue; by default a new one, which nobody sees.
 
@@ -207,31 +213,41 @@ class LanguageModel:
             InputError: an empty prompt, an id outside the vocabulary, a wrong state.
             SessionError: see `forward`.
         """
-        sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        sampling = SamplingConfig(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias,
+        )
         ids = checked_prompt(prompt_ids, self._vocab_size)
         if max_new_tokens is not None:
             max_new_tokens = as_integer("max_new_tokens", max_new_tokens, 0, InputError)
         if stop_token_ids is None:
             stop_token_ids = self.bundle.manifest.eos_token_ids
-        stops = integers(list(stop_token_ids), "stop_token_ids").tolist()
+        stops = listed_ids(stop_token_ids, "stop_token_ids")
+        window = self.bundle.manifest.lambda_config.window_size
+        sampler = Sampler(sampling, self._vocab_size, window, drawing_of(self.session.library))
         if state is None:
             state = self.new_state()
         self._check_state(state)
         if state.batch_size != 1:
             raise InputError(f"generate continues one stream, this state has {state.batch_size}")
-        return self._generate(ids, max_new_tokens, sampling, frozenset(stops), state)
+        sampler.observe(ids[0, -window:].tolist())
+        return self._generate(ids, max_new_tokens, sampler, frozenset(stops), state)
 
     def _generate(
         self,
         ids: np.ndarray,
         max_new_tokens: int | None,
-        sampling: SamplingConfig,
+        sampler: Sampler,
         stops: frozenset[int],
         state: State,
     ) -> Iterator[int]:
-        window = self.bundle.manifest.lambda_config.window_size
-        sampler = Sampler(sampling, self._vocab_size, window, drawing_of(self.session.library))
-        sampler.observe(ids[0, -window:].tolist())
         if max_new_tokens == 0:
             return
         logits = self.forward(ids, state, logits="last")

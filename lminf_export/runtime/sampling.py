@@ -1,24 +1,38 @@
 """Choosing the next token: the filters of transformers, in its order, in numpy.
 
-Repetition penalty → temperature → top-k → top-p → min-p → draw. Temperature 0 is greedy.
+Repetition penalty → frequency and presence penalty → bias → temperature → top-k → top-p → min-p →
+draw. Temperature 0 is greedy.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 import sys
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from lminf_export.errors import ConfigError, InputError
-from lminf_export.operator.settings import as_integer
+from lminf_export.errors import ConfigError, InputError, shown
+from lminf_export.operator.settings import as_integer, as_number
 from lminf_export.runtime.drawing import Drawing
+from lminf_export.runtime.inputs import listed_ids
+from lminf_export.runtime.logprobs import logprobs_of
+from lminf_export.runtime.penalties import (
+    CountedTokens,
+    Edit,
+    bias,
+    count_penalty,
+    edited,
+    repetition_penalty,
+)
+
+__all__ = ["Sampler", "SamplingConfig", "distribution", "logprobs_of"]
 
 _FEW = 1024
+# NumPy's generators take any; a hash of 128 bits is one.
+_MAX_SEED = 2**128 - 1
 _NO_TOKEN = (
     "no token can be chosen: a logit is not a number, or none is finite; the model's weights are "
     "damaged, or what masks its logits leaves nothing"
@@ -34,9 +48,15 @@ class SamplingConfig:
         top_k: keep the k largest logits (ties with the last stay); 0 keeps all.
         top_p: in (0, 1]; keep the likeliest tokens until their probability reaches p.
         min_p: in [0, 1]; drop tokens less likely than p times the likeliest.
-        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens
+        repetition_penalty: 1e-9 … 1e9; divides positive and multiplies negative logits of tokens
             seen in the prompt or the answer, as far back as the model's window.
         seed: ≥ 0 for a repeatable draw, None for a new one each time.
+        presence_penalty: −2 … 2; taken once from the logit of each token that the answer has,
+            as far back as the model's window; the prompt does not count.
+        frequency_penalty: −2 … 2; taken from such a logit as often as the answer has the token
+            there.
+        logit_bias: −100 … 100 by token id, added to the logits after the penalties; given as a
+            mapping, held as a tuple of pairs (id, bias) in the order of the ids.
 
     Raises:
         ConfigError: naming the field, its value and the rule it breaks.
@@ -48,25 +68,46 @@ class SamplingConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = ()
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        rules: dict[str, tuple[Callable[[float], bool], str]] = {
+            "temperature": (lambda x: x >= 0, "at least 0"),
+            "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1"),
+            "repetition_penalty": (lambda x: 1e-9 <= x <= 1e9, "between 1e-9 and 1e9"),
+            "presence_penalty": (lambda x: -2 <= x <= 2, "between -2 and 2"),
+            "frequency_penalty": (lambda x: -2 <= x <= 2, "between -2 and 2"),
+        }
+        for name, (is_valid, rule) in rules.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise ConfigError(f"{name}={value!r}: must be a number")
-        rules = (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        )
-        for name, valid, rule in rules:
-            if not valid or not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be {rule}")
-        for name in ("top_k", "seed"):
-            value = getattr(self, name)
-            if value is not None or name != "seed":
-                object.__setattr__(self, name, as_integer(name, value, 0))
+            number = as_number(name, value)
+            if not is_valid(number):
+                raise ConfigError(f"{name}={shown(value)}: must be {rule}")
+            object.__setattr__(self, name, number)
+        object.__setattr__(self, "top_k", as_integer("top_k", self.top_k, 0))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", as_integer("seed", self.seed, 0, maximum=_MAX_SEED))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as it is held."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the token is always that of the model's largest logit."""
+        return self.temperature == 0 and not self.edits_logits
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether a penalty or a bias changes logits."""
+        penalties = self.presence_penalty, self.frequency_penalty
+        return self.repetition_penalty != 1 or any(penalties) or bool(self.logit_bias)
 
     @property
     def inverse_temperature(self) -> float:
@@ -79,14 +120,38 @@ class SamplingConfig:
         return math.log(self.min_p) if self.min_p > 0 else -math.inf
 
 
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    if not isinstance(value, tuple) or not all(
+        isinstance(pair, tuple) and len(pair) == 2 for pair in value
+    ):
+        raise ConfigError(f"logit_bias={shown(value)}: must be a mapping of token ids to biases")
+    found: dict[int, float] = {}
+    for key, amount in value:
+        token = as_integer("logit_bias: token id", key, 0)
+        found[token] = as_number(f"logit_bias of token {token}", amount)
+        if not -100 <= found[token] <= 100:
+            raise ConfigError(
+                f"logit_bias of token {token}={shown(amount)}: must be between -100 and 100"
+            )
+    return tuple(sorted(found.items()))
+
+
 class Sampler:
     """Draws tokens of one stream.
 
     Args:
         config: how.
         vocab_size: V.
-        memory: tokens the repetition penalty looks back.
+        memory: tokens the penalties look back.
         drawing: of the kernel library; draws the same tokens, faster.
+
+    Raises:
+        ConfigError: a bias of a token that is not in the vocabulary.
+        InputError: no vocabulary, no memory, or no SamplingConfig.
     """
 
     def __init__(
@@ -96,15 +161,53 @@ class Sampler:
         memory: int,
         drawing: Drawing | None = None,
     ) -> None:
+        if not isinstance(config, SamplingConfig):
+            raise InputError(f"{shown(config)} is no SamplingConfig")
         self.config = config
+        self._vocab_size = as_integer("vocab_size", vocab_size, 1, InputError)
+        memory = as_integer("memory", memory, 1, InputError)
         self._random = np.random.default_rng(config.seed)
         self._drawing = drawing
-        self._seen = SeenTokens(memory, vocab_size) if config.repetition_penalty != 1 else None
+        self._seen = self._written = None
+        if config.repetition_penalty != 1:
+            self._seen = CountedTokens(memory, self._vocab_size)
+        if config.presence_penalty or config.frequency_penalty:
+            self._written = CountedTokens(memory, self._vocab_size)
+        self._chosen: int | None = None
+        self._bias = self._edit_of_biases(config.biases)
+
+    def _edit_of_biases(self, biases: tuple[tuple[int, float], ...]) -> list[Edit]:
+        if not biases:
+            return []
+        if biases[-1][0] >= self._vocab_size:
+            raise ConfigError(
+                f"logit_bias of token {biases[-1][0]}: the vocabulary is 0 … {self._vocab_size - 1}"
+            )
+        ids, amounts = zip(*biases, strict=True)
+        return [(np.array(ids, np.int64), bias(np.array(amounts)))]
 
     def observe(self, token_ids: Iterable[int]) -> None:
-        """Add tokens that the stream has seen; only the repetition penalty needs them."""
+        """Add tokens that the stream has read; only penalties need them.
+
+        A token is written by the answer if it is the first one observed after the `choose` that
+        returned it. All others are the prompt's: the repetition penalty is about both,
+        the presence and the frequency penalty are about those written.
+
+        Args:
+            token_ids: at most as many as memory holds count.
+
+        Raises:
+            InputError: an id outside the vocabulary, or no integer.
+        """
+        if self._seen is None and self._written is None:
+            return
+        ids = listed_ids(token_ids, "token_ids", self._vocab_size)
         if self._seen is not None:
-            self._seen.add(token_ids)
+            self._seen.add(ids)
+        if self._written is not None and ids and ids[0] == self._chosen:
+            self._written.add(ids[:1])
+        if ids:
+            self._chosen = None
 
     def choose(self, logits: np.ndarray) -> int:
         """Choose a token.
@@ -113,20 +216,32 @@ class Sampler:
             logits: (V,) float32; as they were when this returns.
 
         Raises:
-            InputError: a logit is not a number, or no token is possible.
+            InputError: a logit is not a number, no token is possible, or another shape or type.
         """
-        if self._seen is None:
-            return self._drawn(logits)
-        seen, penalty = self._seen.ids, self.config.repetition_penalty
-        if not logits.flags.writeable:
-            return self._drawn(penalised(logits, seen, penalty))
-        # A copy of a large vocabulary would take longer than the draw.
-        before = logits[seen]
-        logits[seen] = _less_likely(before, penalty)
-        try:
-            return self._drawn(logits)
-        finally:
-            logits[seen] = before
+        if (
+            not isinstance(logits, np.ndarray)
+            or logits.shape != (self._vocab_size,)
+            or logits.dtype.kind != "f"
+        ):
+            raise InputError(f"logits must be an array ({self._vocab_size},) of floats")
+        edits = self._edits()
+        if edits:
+            with edited(logits, edits) as changed:
+                token = self._drawn(changed)
+        else:
+            token = self._drawn(logits)
+        self._chosen = token
+        return token
+
+    def _edits(self) -> list[Edit]:
+        config, edits = self.config, []
+        if self._seen is not None:
+            edits.append((self._seen.ids, repetition_penalty(config.repetition_penalty)))
+        if self._written is not None:
+            ids, counts = self._written.ids, self._written.counts
+            change = count_penalty(config.frequency_penalty, config.presence_penalty, counts)
+            edits.append((ids, change))
+        return edits + self._bias
 
     def _drawn(self, logits: np.ndarray) -> int:
         config = self.config
@@ -154,59 +269,6 @@ class Sampler:
         cumulative = np.cumsum(probabilities)
         drawn = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
         return int(token_ids[min(drawn, len(token_ids) - 1)])
-
-
-class SeenTokens:
-    """The different tokens among the last ones.
-
-    Args:
-        memory: how many tokens are the last ones.
-        vocab_size: V.
-    """
-
-    def __init__(self, memory: int, vocab_size: int) -> None:
-        self._recent: deque[int] = deque(maxlen=memory)
-        self._counts: dict[int, int] = {}
-        self._places: dict[int, int] = {}
-        self._ids = np.zeros(min(memory, vocab_size), np.int64)
-
-    @property
-    def ids(self) -> np.ndarray:
-        """Ids (M,), each once, in no order; valid until the next `add`."""
-        return self._ids[: len(self._places)]
-
-    def add(self, token_ids: Iterable[int]) -> None:
-        """Add tokens; the oldest are forgotten."""
-        for token in token_ids:
-            if len(self._recent) == self._recent.maxlen:
-                self._forget(self._recent[0])
-            self._recent.append(token)
-            count = self._counts.get(token, 0)
-            self._counts[token] = count + 1
-            if count == 0:
-                place = self._places[token] = len(self._places)
-                self._ids[place] = token
-
-    def _forget(self, token: int) -> None:
-        self._counts[token] -= 1
-        if self._counts[token] > 0:
-            return
-        del self._counts[token]
-        # The last one takes its place.
-        place, last = self._places.pop(token), int(self._ids[len(self._places)])
-        if last != token:
-            self._ids[place], self._places[last] = last, place
-
-
-def penalised(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Return logits (V,) with those of the seen ids made less likely."""
-    changed = logits.copy()
-    changed[seen] = _less_likely(changed[seen], penalty)
-    return changed
-
-
-def _less_likely(logits: np.ndarray, penalty: float) -> np.ndarray:
-    return np.where(logits < 0, logits * penalty, logits / penalty)
 
 
 def distribution(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray, np.ndarray]:
