@@ -72,3 +72,7 @@ class SessionError(LminfError):
 
 class InputError(LminfError, ValueError):
     """Token ids, lengths or a prompt that the model cannot take."""
+
+
+class BusyError(LminfError):
+    """More requests than an engine takes at once; the same one may be served a little later."""

@@ -36,7 +36,7 @@ class Request:
 
     Attributes:
         prompt_ids: token ids to read, at least one; behind what `start` has read, if given.
-        max_new_tokens: how many tokens at most; None for no end.
+        max_new_tokens: how many tokens at most; None for no end, 0 only reads the prompt.
         sampling: how tokens are chosen.
         stop_token_ids: ids that end the text and are not returned; None for the bundle's.
         ends_at: called in the engine's thread with each token; True ends the request with it.

@@ -1,0 +1,127 @@
+"""From a caller's request to sequences that an engine can run, everything checked."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lminf_export.errors import InputError
+from lminf_export.operator.settings import as_integer
+from lminf_export.runtime.batching.request import Request
+from lminf_export.runtime.batching.sequence import RunningSequence
+from lminf_export.runtime.batching.stream import Mailbox, TokenStream
+from lminf_export.runtime.drawing import drawing_of
+from lminf_export.runtime.inputs import checked_prompt, checked_token_ids
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.sampling import Sampler, SamplingConfig
+from lminf_export.runtime.snapshot import Snapshot
+
+MAX_LOGPROBS = 20
+
+
+class Acceptor:
+    """Checks requests in the thread that brings them, so that the engine's need not.
+
+    Args:
+        lm: that serves them.
+        on_call: see `Mailbox`.
+    """
+
+    def __init__(self, lm: LanguageModel, on_call: Callable[[], None]) -> None:
+        manifest = lm.bundle.manifest
+        self._vocab_size = lm.vocab_size
+        self._max_position = manifest.max_position
+        self._window = manifest.lambda_config.window_size
+        self._stops = frozenset(manifest.eos_token_ids)
+        self._contract = manifest.contract
+        self._drawing = drawing_of(lm.session.library)
+        self._on_call = on_call
+
+    def accepted(
+        self, request: Request, n: int, ends_at: Sequence[Callable[[int], bool]] | None = None
+    ) -> tuple[list[RunningSequence], list[TokenStream]]:
+        """Return n sequences of a request, and what their callers hold of them.
+
+        Args:
+            request: checked here.
+            n: at least 1.
+            ends_at: `Request.ends_at` of each; by default the request's own.
+
+        Raises:
+            InputError: something in the request cannot be served.
+        """
+        if not isinstance(request, Request):
+            raise InputError(f"expected a Request, found {type(request).__name__}")
+        prompt = checked_prompt(request.prompt_ids, self._vocab_size)[0]
+        begins_at = self._start_of(request)
+        room = self._max_position - begins_at - len(prompt)
+        if room < 0:
+            raise InputError(
+                f"the stream would reach token {self._max_position - room}; positions are exact "
+                f"up to {self._max_position} only: start a new state"
+            )
+        limit = self._limit(request, room)
+        self._check_rest(request)
+        requests = [request] * n
+        if ends_at is not None:
+            if len(ends_at) != n:
+                raise InputError(f"ends_at has {len(ends_at)} functions; expected {n}")
+            requests = [replace(request, ends_at=function) for function in ends_at]
+        stops = self._stops
+        if request.stop_token_ids is not None:
+            stops = checked_token_ids(request.stop_token_ids, "stop_token_ids")
+        sequences, streams = [], []
+        for index, one in enumerate(requests):
+            mailbox = Mailbox(len(prompt), self._on_call)
+            sampler = self._sampler(one.sampling, index, prompt)
+            sequences.append(RunningSequence(one, prompt, stops, limit, sampler, mailbox))
+            streams.append(TokenStream(mailbox))
+        return sequences, streams
+
+    def _start_of(self, request: Request) -> int:
+        if request.start is None:
+            return 0
+        if not isinstance(request.start, Snapshot):
+            raise InputError(f"start is a {type(request.start).__name__}; expected a Snapshot")
+        if request.start.batch_size != 1:
+            raise InputError(
+                f"start has {request.start.batch_size} streams; choose one with Snapshot.rows"
+            )
+        return int(request.start.past_length[0])
+
+    @staticmethod
+    def _limit(request: Request, room: int) -> int:
+        if request.max_new_tokens is None:
+            return room + 1
+        wanted = as_integer("max_new_tokens", request.max_new_tokens, 0, InputError)
+        return min(wanted, room + 1)
+
+    @staticmethod
+    def _check_rest(request: Request) -> None:
+        if not isinstance(request.sampling, SamplingConfig):
+            raise InputError(f"sampling={request.sampling!r}: must be a SamplingConfig")
+        if request.num_logprobs is not None:
+            count = as_integer("num_logprobs", request.num_logprobs, 0, InputError)
+            if count > MAX_LOGPROBS:
+                raise InputError(f"num_logprobs={count}: must be at most {MAX_LOGPROBS}")
+        deadline = request.deadline
+        if deadline is not None:
+            is_number = isinstance(deadline, numbers.Real) and not isinstance(deadline, bool)
+            if not is_number or not math.isfinite(deadline) or deadline < 0:
+                raise InputError(f"deadline={deadline!r}: must be seconds, at least 0")
+        if request.ends_at is not None and not callable(request.ends_at):
+            raise InputError(f"ends_at={request.ends_at!r}: must be a function of a token id")
+
+    def _sampler(self, config: SamplingConfig, index: int, prompt: np.ndarray) -> Sampler | None:
+        """Return the sampler of continuation `index`; None if it takes the likeliest token."""
+        if config.is_plain_greedy:
+            return None
+        if config.seed is not None:
+            config = replace(config, seed=config.seed + index)
+        sampler = Sampler(config, self._vocab_size, self._window, self._drawing)
+        sampler.observe(prompt[-self._window :].tolist())
+        return sampler

@@ -1,0 +1,129 @@
+"""A request on its way: what it still has to read, how its tokens are chosen, when it ends."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lminf_export.errors import InputError
+from lminf_export.runtime.batching.request import FinishReason, Kept, Request, Token
+from lminf_export.runtime.batching.stream import Mailbox
+from lminf_export.runtime.sampling import Sampler, logprobs_of
+from lminf_export.runtime.snapshot import Snapshot
+
+# How long a sequence may wait for a reader that takes nothing.
+MAX_STALL_SECONDS = 60.0
+
+
+class RunningSequence:
+    """One request while an engine has it; only the engine's thread touches it.
+
+    Args:
+        request: checked.
+        prompt: (P,) int64, its prompt.
+        stops: ids that end it.
+        limit: tokens it may choose at most; None for no end.
+        sampler: chooses its tokens; None takes the likeliest.
+        mailbox: where they go.
+
+    Attributes:
+        num_read: tokens of the prompt that its stream has read.
+        latest: the token chosen last, which the stream has not read; None before the first.
+        parked: its state while it has no row, behind the first admission; before it, its start.
+        first_logits: (V,) logits behind the prompt, where another sequence has read it.
+        is_greedy: whether its next token is that of the largest logit, and nothing else is asked.
+        only_reads: whether it ends as soon as its prompt is read.
+        others: sequences that wait for this one to have read the prompt they share.
+        stalled_since: when it had to pause for its reader; None while it has not.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: np.ndarray,
+        stops: frozenset[int],
+        limit: int | None,
+        sampler: Sampler | None,
+        mailbox: Mailbox,
+    ) -> None:
+        self.request, self.prompt, self.mailbox = request, prompt, mailbox
+        self.num_read = 0
+        self.latest: int | None = None
+        self.parked: Snapshot | None = request.start
+        self.first_logits: np.ndarray | None = None
+        self.others: list[RunningSequence] = []
+        self.stalled_since: float | None = None
+        deadline = request.deadline
+        self.due = None if deadline is None else mailbox.submitted + deadline
+        self.is_greedy = sampler is None and request.num_logprobs is None
+        self.only_reads = limit == 0
+        self._stops = stops
+        self._limit = limit
+        self._sampler = sampler
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens of the prompt that have not been read."""
+        return len(self.prompt) - self.num_read
+
+    def choose(self, logits: np.ndarray) -> tuple[int, Token | None]:
+        """Choose a token from logits (V,); return it, with what is told of it, if anything is.
+
+        Raises:
+            InputError: a logit is not a number, or no token is possible.
+        """
+        told = None
+        if self._sampler is None:
+            token = int(logits.argmax())
+            require_number(float(logits[token]))
+        else:
+            token = self._sampler.choose(logits)
+        if self.request.num_logprobs is not None:
+            told = Token(token, *logprobs_of(logits, token, self.request.num_logprobs))
+        return token, told
+
+    def accept(self, token: int) -> tuple[bool, FinishReason | None]:
+        """Count a chosen token; tell whether it is returned, and why the sequence ends, if so."""
+        self.latest = token
+        if token in self._stops:
+            return False, "stop_token"
+        if self._sampler is not None:
+            self._sampler.observe((token,))
+        if self.request.ends_at is not None and self.request.ends_at(token):
+            return True, "stop_text"
+        # This token is not counted yet.
+        if self._limit is not None and self.mailbox.num_tokens + 1 >= self._limit:
+            return True, "length"
+        return True, None
+
+    def kept(self, snapshot: Snapshot | None) -> Kept | None:
+        """Return where the stream stands, from a snapshot of its row; None if it has none."""
+        if snapshot is None:
+            return None
+        unread = self.prompt[self.num_read :].tolist()
+        return Kept(snapshot, (*unread, *(() if self.latest is None else (self.latest,))))
+
+    def is_due(self, now: float) -> bool:
+        """Whether its deadline has passed."""
+        return self.due is not None and now >= self.due
+
+    @property
+    def next_due(self) -> float:
+        """When the engine has to look at it again; infinite while it need not."""
+        stalled = self.stalled_since
+        ends = math.inf if stalled is None else stalled + MAX_STALL_SECONDS
+        return ends if self.due is None else min(ends, self.due)
+
+
+def require_number(logit: float) -> None:
+    """Refuse a largest logit that is no finite number.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not math.isfinite(logit):
+        raise InputError(
+            "no token can be chosen: a logit is not a number, or none is finite; the model's "
+            "weights are damaged, or the prompt makes them overflow"
+        )

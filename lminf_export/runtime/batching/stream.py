@@ -1,0 +1,259 @@
+"""What a caller holds of a request: a stream of tokens for threads and for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from lminf_export.errors import LminfError
+from lminf_export.runtime.batching.request import FinishReason, Kept, Token
+
+
+class Mailbox:
+    """Where the engine puts a request's tokens; it never waits for whoever takes them out.
+
+    Only the engine's thread calls `put` and `end`; one reader at a time takes.
+
+    Args:
+        on_call: called, from any thread, when the reader wants the engine's attention: it has
+            cancelled, or it has emptied the mailbox of a request that had to pause.
+
+    Attributes:
+        items: tokens that nobody has taken: a token id, or a Token where there is more to say.
+        finish_reason: why the request ended; None while it runs.
+        error: what ended it, or None.
+        kept: the state at the end, if it was asked for.
+        cancelled: whether its caller wants it ended.
+        is_full: whether the request pauses until its reader has taken some.
+        submitted: when it came, of `time.perf_counter`, as the other times.
+        first_token_at: when its first token was chosen.
+        finished_at: when it ended.
+        num_prompt_tokens: tokens it gave to read.
+        num_tokens: tokens chosen so far.
+    """
+
+    def __init__(self, num_prompt_tokens: int, on_call: Callable[[], None]) -> None:
+        self.items: deque[int | Token] = deque()
+        self.finish_reason: FinishReason | None = None
+        self.error: LminfError | None = None
+        self.kept: Kept | None = None
+        self.cancelled = False
+        self.is_full = False
+        self.submitted = time.perf_counter()
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_tokens = 0
+        self._call = on_call
+        self._waiter: Callable[[], None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more tokens come."""
+        return self.finished_at is not None
+
+    def put(self, item: int | Token) -> Callable[[], None] | None:
+        """Add a token; return what wakes the reader, if it waits."""
+        self.items.append(item)
+        self.num_tokens += 1
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+        return waiter
+
+    def end(
+        self, reason: FinishReason | None, error: LminfError | None = None
+    ) -> Callable[[], None] | None:
+        """Let no more tokens come; return what wakes the reader, if it waits."""
+        self.finish_reason, self.error = reason, error
+        self.finished_at = time.perf_counter()
+        waiter, self._waiter = self._waiter, None
+        return waiter
+
+    def cancel(self) -> None:
+        """Ask the engine to end the request."""
+        if not self.ended and not self.cancelled:
+            self.cancelled = True
+            self._call()
+
+    def take(self) -> list[Token]:
+        """Take all tokens that are there."""
+        found = [self.items.popleft() for _ in range(len(self.items))]
+        if self.is_full:
+            self._call()
+        return [item if isinstance(item, Token) else Token(item) for item in found]
+
+    def wait(self, wake: Callable[[], None]) -> bool:
+        """Have a function called, once, when something comes; False if something is there."""
+        self._waiter = wake
+        # What came before the waiter stood there woke nobody.
+        if not self.items and not self.ended:
+            return True
+        self._waiter = None
+        return False
+
+
+class TokenStream:
+    """The tokens of one request as they are chosen; for one reader, in a thread or in asyncio.
+
+    A stream that nobody holds any more cancels its request.
+
+    Args:
+        mailbox: that the engine fills.
+    """
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self._mailbox = mailbox
+        self._taken: deque[Token] = deque()
+        weakref.finalize(self, mailbox.cancel).atexit = False
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the request ended; None while it runs, or if an error ended it."""
+        return self._mailbox.finish_reason
+
+    @property
+    def error(self) -> LminfError | None:
+        """The error that ended the request; reading on raises it."""
+        return self._mailbox.error
+
+    @property
+    def kept(self) -> Kept | None:
+        """The state at the end, if `Request.keep` asked for it and the request has begun."""
+        return self._mailbox.kept
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that the request gave to read."""
+        return self._mailbox.num_prompt_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens chosen so far, whether taken or not."""
+        return self._mailbox.num_tokens
+
+    @property
+    def submitted(self) -> float:
+        """When the request came, of `time.perf_counter`, as the other times."""
+        return self._mailbox.submitted
+
+    @property
+    def first_token_at(self) -> float | None:
+        """When the first token was chosen."""
+        return self._mailbox.first_token_at
+
+    @property
+    def finished_at(self) -> float | None:
+        """When the request ended."""
+        return self._mailbox.finished_at
+
+    def cancel(self) -> None:
+        """End the request before the next step; what was chosen can still be taken."""
+        self._mailbox.cancel()
+
+    def when_ready(self, wake: Callable[[], None]) -> bool:
+        """Have a function called once, in the engine's thread, when there is something to take.
+
+        Args:
+            wake: called at the next token or the end; it must be quick and must not raise.
+
+        Returns:
+            False if there is something now; the function is not called then.
+        """
+        return not self._taken and self._mailbox.wait(wake)
+
+    def take(self) -> list[Token]:
+        """Return the tokens that are there, without waiting.
+
+        Raises:
+            LminfError: the request's error, once everything before it was taken.
+        """
+        # Looked at first: what came before the end is there when the end is.
+        ended = self._mailbox.ended
+        found = [*self._taken, *self._mailbox.take()]
+        self._taken.clear()
+        if not found and ended and self._mailbox.error is not None:
+            raise self._mailbox.error
+        return found
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        while not self._refill():
+            gate = threading.Lock()
+            gate.acquire()
+            if self._mailbox.wait(gate.release):
+                gate.acquire()
+        if not self._taken:
+            raise StopIteration
+        return self._taken.popleft()
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return self
+
+    async def __anext__(self) -> Token:
+        while not self._refill():
+            loop = asyncio.get_running_loop()
+            arrived: asyncio.Future[None] = loop.create_future()
+            if self._mailbox.wait(LoopWaker(loop, arrived)):
+                await arrived
+        if not self._taken:
+            raise StopAsyncIteration
+        return self._taken.popleft()
+
+    def _refill(self) -> bool:
+        """Tell whether there is a token to return, or none will come."""
+        if self._taken:
+            return True
+        ended = self._mailbox.ended
+        self._taken.extend(self._mailbox.take())
+        if not self._taken and ended and self._mailbox.error is not None:
+            raise self._mailbox.error
+        return bool(self._taken) or ended
+
+
+class LoopWaker:
+    """Wakes a reader in an event loop; `wake_all` wakes those of one loop by one call into it.
+
+    Args:
+        loop: the reader's.
+        arrived: what it awaits.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, arrived: asyncio.Future[None]) -> None:
+        self.loop, self.arrived = loop, arrived
+
+    def __call__(self) -> None:
+        wake_all([self])
+
+
+def wake_all(wakers: list[Callable[[], None]]) -> None:
+    """Wake readers: those of one event loop together."""
+    loops: dict[Any, list[asyncio.Future[None]]] = {}
+    for waker in wakers:
+        if isinstance(waker, LoopWaker):
+            loops.setdefault(waker.loop, []).append(waker.arrived)
+        else:
+            waker()
+    for loop, futures in loops.items():
+        # A loop that has been closed has nobody left who waits.
+        if not loop.is_closed():
+            try:
+                loop.call_soon_threadsafe(_set_all, futures)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+
+
+def _set_all(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
