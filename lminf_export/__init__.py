@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lminf_export.bundle.manifest import Manifest as Manifest
     from lminf_export.engine.options import EngineOptions as EngineOptions
     from lminf_export.errors import BundleError as BundleError
+    from lminf_export.errors import BusyError as BusyError
     from lminf_export.errors import ConfigError as ConfigError
     from lminf_export.errors import DependencyError as DependencyError
     from lminf_export.errors import EngineError as EngineError
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
     from lminf_export.operator.settings import LambdaConfig as LambdaConfig
     from lminf_export.progress import Progress as Progress
     from lminf_export.quantize.config import QuantizeConfig as QuantizeConfig
+    from lminf_export.runtime.batching.batch import Generated as Generated
+    from lminf_export.runtime.batching.batch import Piece as Piece
+    from lminf_export.runtime.batching.engine import Engine as Engine
+    from lminf_export.runtime.batching.engine import EngineStats as EngineStats
+    from lminf_export.runtime.batching.request import Kept as Kept
+    from lminf_export.runtime.batching.request import Request as Request
+    from lminf_export.runtime.batching.request import Token as Token
+    from lminf_export.runtime.batching.stream import TokenStream as TokenStream
+    from lminf_export.runtime.batching.text import StopText as StopText
+    from lminf_export.runtime.batching.text import StreamText as StreamText
     from lminf_export.runtime.cache import State as State
     from lminf_export.runtime.language_model import LanguageModel as LanguageModel
     from lminf_export.runtime.load import load as load
@@ -45,26 +56,37 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bundle": "bundle.folder",
     "BundleError": "errors",
+    "BusyError": "errors",
     "ConfigError": "errors",
     "DependencyError": "errors",
+    "Engine": "runtime.batching.engine",
     "EngineError": "errors",
     "EngineOptions": "engine.options",
+    "EngineStats": "runtime.batching.engine",
     "ExportError": "errors",
     "ExportOptions": "export.options",
+    "Generated": "runtime.batching.batch",
     "InputError": "errors",
+    "Kept": "runtime.batching.request",
     "LambdaConfig": "operator.settings",
     "LanguageModel": "runtime.language_model",
     "LminfError": "errors",
     "Manifest": "bundle.manifest",
     "ModelError": "errors",
+    "Piece": "runtime.batching.batch",
     "Progress": "progress",
     "QuantizeConfig": "quantize.config",
+    "Request": "runtime.batching.request",
     "SamplingConfig": "runtime.sampling",
     "Session": "runtime.session",
     "SessionError": "errors",
     "Snapshot": "runtime.snapshot",
     "State": "runtime.cache",
+    "StopText": "runtime.batching.text",
+    "StreamText": "runtime.batching.text",
     "TextCodec": "runtime.text",
+    "Token": "runtime.batching.request",
+    "TokenStream": "runtime.batching.stream",
     "ValidationReport": "verify.report",
     "load": "runtime.load",
     "push_to_hub": "bundle.hub",

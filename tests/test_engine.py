@@ -18,29 +18,26 @@ from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.sampling import SamplingConfig
-from tests.support.tensorrt_doubles import Setup
+from tests.support.kinds_of_session import KINDS, opened
 from tests.support.tiny_bundle import TinyModel
 
-TINY = TinyModel(sliding_window=5, nan_token=250)
-SESSIONS = ["onnxruntime", "engine", "engine with the plugin"]
+TINY = TinyModel(sliding_window=5)
+# An engine takes views of rows of 256 bytes and multiples; of others it steps several rows.
+ALIGNED = TinyModel(sliding_window=5, head_dim=32)
 
 
-def opened(kind, folder, monkeypatch):
-    if kind == "onnxruntime":
-        return load(TINY.write(folder / "bundle").path, threads=1, kernels="none")
-    plugin = {"engine": None, "engine with the plugin": "beside"}[kind]
-    setup = Setup(folder, monkeypatch, tiny=TINY, plugin=plugin)
-    return LanguageModel(setup.bundle, setup.open())
-
-
-@pytest.fixture(params=SESSIONS)
+@pytest.fixture(params=[*KINDS, "engine with the plugin, aligned"])
 def any_lm(request, tmp_path, monkeypatch):
-    return opened(request.param, tmp_path, monkeypatch)
+    kind, _, aligned = request.param.partition(", ")
+    tiny = ALIGNED if aligned else TINY
+    return opened(kind, tmp_path, monkeypatch, tiny, max_batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
-    return load(TINY.write(tmp_path_factory.mktemp("lm") / "bundle").path, threads=1, kernels="none")
+    return load(
+        TINY.write(tmp_path_factory.mktemp("lm") / "bundle").path, threads=1, kernels="none"
+    )
 
 
 def prompt(number: int, length: int) -> list[int]:
@@ -250,7 +247,9 @@ def test_endless_streams_share_the_slots_and_nobody_starves(lm):
         for number, stream in enumerate(streams):
             stream.cancel()
             tokens = ids(stream)
-            assert tokens == alone(lm, Request(prompt(number, 3), len(tokens), stop_token_ids=frozenset()))
+            assert tokens == alone(
+                lm, Request(prompt(number, 3), len(tokens), stop_token_ids=frozenset())
+            )
 
 
 def test_a_full_queue_refuses_and_takes_again_later(lm):
@@ -285,10 +284,12 @@ def test_a_reader_that_takes_nothing_for_too_long_loses_its_stream(lm, monkeypat
         assert engine.stats().parked_bytes == 0
 
 
-def test_logits_that_are_no_numbers_end_one_request_and_leave_no_trace(lm):
+def test_logits_that_are_no_numbers_end_one_request_and_leave_no_trace(tmp_path):
+    tiny = TinyModel(sliding_window=5, nan_token=256)
+    lm = load(tiny.write(tmp_path / "bundle").path, threads=1, kernels="none")
     with Engine(lm, slots=2) as engine:
         good = engine.submit(Request(prompt(5, 9), 60))
-        bad = engine.submit(Request([3, 250], 5))
+        bad = engine.submit(Request([3, 256], 5))
         with pytest.raises(InputError, match="no token can be chosen"):
             ids(bad)
         assert ids(good) == alone(lm, Request(prompt(5, 9), 60))
@@ -318,8 +319,15 @@ def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(lm, monkeypat
 def test_a_thread_that_fails_ends_all_streams_with_an_error(lm, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with Engine(lm, slots=1) as engine:
-        monkeypatch.setattr(engine._pool, "decode", lambda count: 1 / 0)
+        begins = threading.Event()
+
+        def fails(count):
+            begins.wait()
+            return 1 / 0
+
+        monkeypatch.setattr(engine._pool, "decode", fails)
         streams = [engine.submit(Request(prompt(n, 9), 60)) for n in range(2)]
+        begins.set()
         for stream in streams:
             with pytest.raises(SessionError, match="this engine has failed"):
                 ids(stream)
@@ -377,7 +385,9 @@ def test_a_request_that_cannot_be_served_is_refused_in_one_line(lm, change, mess
 
 def test_a_start_of_another_bundle_ends_its_request_only(lm, tmp_path):
     other = load(TinyModel(num_layers=3).write(tmp_path / "o").path, threads=1, kernels="none")
-    snapshot = other.prime([1, 2, 3]).snapshot()
+    state = other.new_state()
+    other.forward([[1, 2, 3]], state, logits="none")
+    snapshot = state.snapshot()
     with Engine(lm, slots=1) as engine:
         with pytest.raises(SessionError, match="of another bundle"):
             ids(engine.submit(Request([1], 4, start=snapshot)))

@@ -129,9 +129,18 @@ def test_only_full_rings_have_views_and_only_rows_that_are_there(lm):
             lm.new_state(2).rows(0, 1)
 
 
-def test_an_engine_has_no_view_at_an_address_that_tensorrt_does_not_take(tmp_path, monkeypatch):
+def test_an_engine_steps_over_no_view_at_an_address_that_tensorrt_does_not_take(
+    tmp_path, monkeypatch
+):
     lm = opened("engine", tmp_path, monkeypatch, TinyModel(sliding_window=5))
     state = lm.new_state(3, full=True)
-    assert state.rows(0, 2).batch_size == 2
-    with pytest.raises(SessionError, match=r"^a view cannot begin at stream 1 of this engine: .*$"):
-        state.rows(1, 2)
+    lm.forward([[1], [2], [3]], state, logits="none")
+    assert state.rows(0, 2).can_step
+    view = state.rows(1, 2)
+    assert not view.can_step
+    with pytest.raises(SessionError, match=r"^the streams of this view begin at an address .*$"):
+        lm.forward([[1]], view)
+    # What needs no step works.
+    again = lm.new_state(1)
+    again.restore(view.snapshot())
+    assert again.past_length.tolist() == [1]

@@ -95,6 +95,11 @@ class State:
         """Bytes of the caches when every ring is full; they never take more."""
         return self.contract.cache_bytes() * self.batch_size
 
+    @property
+    def can_step(self) -> bool:
+        """Whether a session can step over the state; false for some views in a GPU's memory."""
+        return True
+
     def advance(self, new_length: np.ndarray) -> None:
         """Count the real tokens (B,) of a step that has succeeded."""
         self._bound.past_length += new_length

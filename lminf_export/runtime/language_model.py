@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.sampling import Sampler, SamplingConfig
 from lminf_export.runtime.session import Session
 from lminf_export.runtime.text import TextCodec
+
+if TYPE_CHECKING:
+    from lminf_export.runtime.batching.batch import Generated, Piece
 
 Logits = Literal["all", "last", "none"]
 
@@ -239,6 +242,83 @@ class LanguageModel:
             raise InputError(f"generate continues one stream, this state has {state.batch_size}")
         sampler.observe(ids[0, -window:].tolist())
         return self._generate(ids, max_new_tokens, sampler, frozenset(stops), state)
+
+    def generate_batch(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        n: int = 1,
+        stream: bool = False,
+        max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Iterable[int] | None = None,
+        num_logprobs: int | None = None,
+        slots: int = 8,
+    ) -> list[Generated] | Iterator[Piece]:
+        """Continue prompts of any lengths side by side; each gets what it would get alone.
+
+        Args:
+            prompts: texts, or token ids.
+            n: continuations of each prompt, which is read once; continuation i draws with seed + i.
+            stream: yield what every continuation gets as it gets it, in place of all at the end.
+            max_new_tokens: how many at most for each; None for no end.
+            temperature: see `SamplingConfig`, as for the settings that follow it.
+            top_k: see `SamplingConfig`.
+            top_p: see `SamplingConfig`.
+            min_p: see `SamplingConfig`.
+            repetition_penalty: see `SamplingConfig`.
+            presence_penalty: see `SamplingConfig`.
+            frequency_penalty: see `SamplingConfig`.
+            logit_bias: see `SamplingConfig`.
+            seed: see `SamplingConfig`.
+            stop: strings that end a text and are no part of it.
+            stop_token_ids: ids that end a text; the bundle's end-of-text ids by default.
+            num_logprobs: see `Request`.
+            slots: continuations that decode side by side at most.
+
+        Returns:
+            The continuations, in the order of the prompts; or with `stream` an iterator of pieces.
+
+        Raises:
+            ConfigError: a sampling setting outside its rule.
+            InputError: a prompt, a number or a stop string that cannot be served.
+            SessionError: see `forward`; the caches of the slots are more than the memory holds.
+        """
+        from lminf_export.runtime.batching.batch import Batch
+        from lminf_export.runtime.batching.request import Request
+
+        sampling = SamplingConfig(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias,
+        )
+        stops = stop_token_ids
+        if stops is not None:
+            stops = frozenset(listed_ids(stops, "stop_token_ids"))
+        request = Request(
+            (),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_token_ids=stops,
+            num_logprobs=num_logprobs,
+        )
+        batch = Batch(self, prompts, n=n, request=request, stop=stop, slots=slots)
+        return batch.pieces() if stream else batch.collected()
 
     def _generate(
         self,

@@ -143,6 +143,11 @@ class TensorRTSession(Session):
         """See `Session.step`."""
         assert isinstance(state, TensorRTState)
         assert input_ids.shape[1] <= self.step_limit(state), "a linear write would leave the ring"
+        if not state.can_step:
+            raise SessionError(
+                "the streams of this view begin at an address that TensorRT does not take; step "
+                "over a view that begins at stream 0, with lengths of 0 for the others"
+            )
         wanted = logits_index.shape[1]
         if not wanted:
             # An engine's profile starts at one row.

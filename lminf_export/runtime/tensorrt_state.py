@@ -57,19 +57,14 @@ class DeviceCache:
         """Bytes of all streams."""
         return self.shape[0] * self.row_bytes
 
-    def rows(self, start: int, stop: int) -> DeviceCache:
-        """Return the cache of some streams, in the same memory.
+    @property
+    def is_aligned(self) -> bool:
+        """Whether TensorRT takes the address."""
+        return not self.address % ALIGNMENT and not self.written % ALIGNMENT
 
-        Raises:
-            SessionError: TensorRT does not take an address in the middle of an aligned block.
-        """
+    def rows(self, start: int, stop: int) -> DeviceCache:
+        """Return the cache of some streams, in the same memory."""
         skipped = start * self.row_bytes
-        if skipped % ALIGNMENT:
-            raise SessionError(
-                f"a view cannot begin at stream {start} of this engine: {self.past} has "
-                f"{self.row_bytes} bytes a stream, and TensorRT takes addresses in steps of "
-                f"{ALIGNMENT}; begin at 0, or step all streams with lengths of 0"
-            )
         shape = (stop - start, *self.shape[1:])
         address, written = self.address + skipped, self.written + skipped
         return DeviceCache(self.past, self.present, shape, self.dtype, address, written)
@@ -134,6 +129,11 @@ class TensorRTState(State):
         }
         self._logits: dict[bool, np.ndarray] = {}
         self.decoder: Decoder | None = None
+
+    @property
+    def can_step(self) -> bool:
+        """See `State.can_step`: TensorRT takes addresses in steps of 256 bytes."""
+        return all(cache.is_aligned for cache in self._caches)
 
     def load(self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray) -> bool:
         """Write a step's small inputs; returns whether the step is one of single tokens."""

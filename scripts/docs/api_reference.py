@@ -26,12 +26,17 @@ GROUPS = {
         "TextCodec",
         "Session",
     ),
+    "Many sequences": (
+        *("Engine", "EngineStats", "Request", "TokenStream", "Token", "Kept"),
+        *("StopText", "StreamText", "Generated", "Piece"),
+    ),
     "Bundles": ("Bundle", "Manifest"),
     "Options": ("ExportOptions", "LambdaConfig", "QuantizeConfig", "EngineOptions"),
     "Reports": ("ValidationReport", "Progress"),
     "Errors": (
         *("LminfError", "ConfigError", "ModelError", "ExportError"),
         *("BundleError", "EngineError", "SessionError", "InputError", "DependencyError"),
+        "BusyError",
     ),
 }
 HEAD = """# Public names

@@ -15,7 +15,7 @@ from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.batching.sequence import RunningSequence
 from lminf_export.runtime.batching.stream import Mailbox, TokenStream
 from lminf_export.runtime.drawing import drawing_of
-from lminf_export.runtime.inputs import checked_prompt, checked_token_ids
+from lminf_export.runtime.inputs import checked_prompt, listed_ids
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.sampling import Sampler, SamplingConfig
 from lminf_export.runtime.snapshot import Snapshot
@@ -73,7 +73,7 @@ class Acceptor:
             requests = [replace(request, ends_at=function) for function in ends_at]
         stops = self._stops
         if request.stop_token_ids is not None:
-            stops = checked_token_ids(request.stop_token_ids, "stop_token_ids")
+            stops = frozenset(listed_ids(request.stop_token_ids, "stop_token_ids"))
         sequences, streams = [], []
         for index, one in enumerate(requests):
             mailbox = Mailbox(len(prompt), self._on_call)

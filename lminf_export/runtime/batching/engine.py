@@ -94,7 +94,9 @@ class Engine:
         self.max_waiting = as_integer("max_waiting", max_waiting, 0, InputError)
         quantum = as_integer("quantum", quantum, 1, InputError)
         largest = lm.bundle.manifest.lambda_config.chunk_size
-        chunk = largest if chunk_size is None else as_integer("chunk_size", chunk_size, 1, InputError)
+        chunk = (
+            largest if chunk_size is None else as_integer("chunk_size", chunk_size, 1, InputError)
+        )
         self.lm = lm
         self._pool = SlotPool(lm, slots, min(chunk, largest))
         self._scheduler = Scheduler(slots, quantum)
@@ -301,6 +303,7 @@ class Engine:
             self._choose_first(sequence, logits)
 
     def _begin_decoding(self, sequence: RunningSequence) -> None:
+        assert sequence.latest is not None
         self._move(self._scheduler.begin_decoding(sequence))
         self._pool.latest[self._scheduler.num_decoding - 1] = sequence.latest
 

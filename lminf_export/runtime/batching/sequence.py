@@ -9,7 +9,8 @@ import numpy as np
 from lminf_export.errors import InputError
 from lminf_export.runtime.batching.request import FinishReason, Kept, Request, Token
 from lminf_export.runtime.batching.stream import Mailbox
-from lminf_export.runtime.sampling import Sampler, logprobs_of
+from lminf_export.runtime.logprobs import logprobs_of
+from lminf_export.runtime.sampling import Sampler
 from lminf_export.runtime.snapshot import Snapshot
 
 # How long a sequence may wait for a reader that takes nothing.
@@ -80,7 +81,8 @@ class RunningSequence:
         else:
             token = self._sampler.choose(logits)
         if self.request.num_logprobs is not None:
-            told = Token(token, *logprobs_of(logits, token, self.request.num_logprobs))
+            count = min(self.request.num_logprobs, len(logits))
+            told = Token(token, *logprobs_of(logits, token, count))
         return token, told
 
     def accept(self, token: int) -> tuple[bool, FinishReason | None]:

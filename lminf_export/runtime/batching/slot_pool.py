@@ -30,7 +30,6 @@ class SlotPool:
         self._state = lm.session.new_state(slots, full=True)
         self._ones = np.ones(slots, np.int64)
         self._first = np.zeros((slots, 1), np.int64)
-        self._none = np.zeros((1, 0), np.int64)
         self.row_numbers = np.arange(slots)
         # Ids of the tokens that the next step reads, a row each.
         self.latest = np.zeros((slots, 1), np.int64)
@@ -58,7 +57,7 @@ class SlotPool:
 
     def piece(self, row: int, num_unread: int) -> int:
         """Return how many tokens of a prompt the next step of a row reads."""
-        return min(num_unread, self._chunk_size, self._session.step_limit(self._rows[row]))
+        return min(num_unread, self._chunk_size, self._session.step_limit(self._view(row)))
 
     def read(self, row: int, ids: np.ndarray, *, wanted: bool) -> np.ndarray | None:
         """Read ids (S,) into a row; return (V,) logits behind the last one if they are wanted.
@@ -66,11 +65,23 @@ class SlotPool:
         Raises:
             SessionError: the step failed; the row has not moved on.
         """
-        view, length = self._rows[row], np.array([len(ids)], np.int64)
-        index = np.array([[len(ids) - 1]], np.int64) if wanted else self._none
-        logits = self._session.step(view, ids[None], length, index)
-        view.advance(length)
-        return logits[0, 0] if wanted else None
+        view = self._view(row)
+        # The row is the last one of the view, and most often the only one.
+        rows = view.batch_size
+        padded = np.zeros((rows, len(ids)), np.int64)
+        padded[-1] = ids
+        lengths = np.zeros(rows, np.int64)
+        lengths[-1] = len(ids)
+        index = np.full((rows, int(wanted)), len(ids) - 1, np.int64)
+        index[:-1] = 0
+        logits = self._session.step(view, padded, lengths, index)
+        view.advance(lengths)
+        return logits[-1, 0] if wanted else None
+
+    def _view(self, row: int) -> State:
+        """Return what is stepped so that a row reads: itself, or also the rows before it."""
+        alone = self._rows[row]
+        return alone if alone.can_step else self._prefixes[row]
 
     def begin(self, row: int, start: Snapshot | None) -> None:
         """Let a row be a new stream, or one that goes on from a snapshot.
@@ -106,8 +117,3 @@ class SlotPool:
         self._state.copy_row(move.source, move.target)
         self._rows[move.source].restore(held)
         latest[[move.source, move.target]] = latest[[move.target, move.source]]
-
-    @property
-    def state(self) -> State:
-        """The state of all slots."""
-        return self._state

@@ -232,6 +232,7 @@ class LoopWaker:
         self.loop, self.arrived = loop, arrived
 
     def __call__(self) -> None:
+        """Wake the reader."""
         wake_all([self])
 
 

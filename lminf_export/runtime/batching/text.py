@@ -48,5 +48,6 @@ class StopText:
         self._text = StreamText(codec, after, stop)
 
     def __call__(self, token_id: int) -> bool:
+        """Add a token; tell whether a stop string is complete."""
         self._text.push(token_id)
         return self._text.found is not None
