@@ -21,7 +21,7 @@ from lminf_export.runtime.text import StopStrings
 
 @dataclass(frozen=True)
 class Piece:
-    """What one continuation has got: a token, or its end.
+    """A token that one continuation has got, or its end.
 
     Attributes:
         prompt: index of the prompt.

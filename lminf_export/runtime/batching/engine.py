@@ -450,12 +450,13 @@ class Engine:
             sequence.mailbox.kept = sequence.kept(snapshot)
         self._pass_on(sequence)
         self._live.discard(sequence)
-        waker = sequence.mailbox.end(reason, error)
+        with self._changed:
+            # Counted first: who sees the end sees the counts that belong to it.
+            self._num_pending -= 1
+            waker = sequence.mailbox.end(reason, error)
+            self._changed.notify_all()
         if waker is not None:
             self._wakers.append(waker)
-        with self._changed:
-            self._num_pending -= 1
-            self._changed.notify_all()
 
     def _pass_on(self, sequence: RunningSequence) -> None:
         """Let the next of those who share a prompt read it, if this one has not."""

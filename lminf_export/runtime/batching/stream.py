@@ -1,4 +1,4 @@
-"""What a caller holds of a request: a stream of tokens for threads and for asyncio."""
+"""The stream of tokens that a caller holds of a request, for threads and for asyncio."""
 
 from __future__ import annotations
 
