@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from lminf_export.runtime.batching.batch import Generated as Generated
     from lminf_export.runtime.batching.batch import Piece as Piece
     from lminf_export.runtime.batching.engine import Engine as Engine
-    from lminf_export.runtime.batching.engine import EngineStats as EngineStats
     from lminf_export.runtime.batching.request import Kept as Kept
     from lminf_export.runtime.batching.request import Request as Request
     from lminf_export.runtime.batching.request import Token as Token
+    from lminf_export.runtime.batching.stats import EngineStats as EngineStats
     from lminf_export.runtime.batching.stream import TokenStream as TokenStream
     from lminf_export.runtime.batching.text import StopText as StopText
     from lminf_export.runtime.batching.text import StreamText as StreamText
@@ -62,7 +62,7 @@ _HOMES = {
     "Engine": "runtime.batching.engine",
     "EngineError": "errors",
     "EngineOptions": "engine.options",
-    "EngineStats": "runtime.batching.engine",
+    "EngineStats": "runtime.batching.stats",
     "ExportError": "errors",
     "ExportOptions": "export.options",
     "Generated": "runtime.batching.batch",

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lminf_export.errors import BusyError, InputError, SessionError
-from lminf_export.runtime.batching import engine as engine_module
 from lminf_export.runtime.batching import sequence as sequence_module
+from lminf_export.runtime.batching import turns as turns_module
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.language_model import LanguageModel
@@ -263,7 +263,7 @@ def test_a_full_queue_refuses_and_takes_again_later(lm):
 
 
 def test_a_reader_that_takes_nothing_pauses_its_own_stream_only(lm, monkeypatch):
-    monkeypatch.setattr(engine_module, "MAILBOX_TOKENS", 20)
+    monkeypatch.setattr(turns_module, "MAILBOX_TOKENS", 20)
     with Engine(lm, slots=1) as engine:
         slow = engine.submit(Request(prompt(3, 3), 100, stop_token_ids=frozenset()))
         wait_until(lambda: engine.stats().active == 0 and slow.num_tokens == 20)
@@ -274,7 +274,7 @@ def test_a_reader_that_takes_nothing_pauses_its_own_stream_only(lm, monkeypatch)
 
 
 def test_a_reader_that_takes_nothing_for_too_long_loses_its_stream(lm, monkeypatch):
-    monkeypatch.setattr(engine_module, "MAILBOX_TOKENS", 20)
+    monkeypatch.setattr(turns_module, "MAILBOX_TOKENS", 20)
     monkeypatch.setattr(sequence_module, "MAX_STALL_SECONDS", 0.1)
     with Engine(lm, slots=1) as engine:
         slow = engine.submit(endless())
@@ -300,7 +300,7 @@ def test_logits_that_are_no_numbers_end_one_request_and_leave_no_trace(tmp_path)
 
 def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(lm, monkeypatch):
     with Engine(lm, slots=2) as engine:
-        decode, calls = engine._pool.decode, []
+        decode, calls = engine._turns.pool.decode, []
 
         def fails_once(count):
             calls.append(count)
@@ -308,7 +308,7 @@ def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(lm, monkeypat
                 raise SessionError("no memory")
             return decode(count)
 
-        monkeypatch.setattr(engine._pool, "decode", fails_once)
+        monkeypatch.setattr(engine._turns.pool, "decode", fails_once)
         stream = engine.submit(Request(prompt(5, 9), 60, stop_token_ids=frozenset()))
         with pytest.raises(SessionError, match="no memory"):
             ids(stream)
@@ -325,7 +325,7 @@ def test_a_thread_that_fails_ends_all_streams_with_an_error(lm, monkeypatch):
             begins.wait()
             return 1 / 0
 
-        monkeypatch.setattr(engine._pool, "decode", fails)
+        monkeypatch.setattr(engine._turns.pool, "decode", fails)
         streams = [engine.submit(Request(prompt(n, 9), 60)) for n in range(2)]
         begins.set()
         for stream in streams:
