@@ -24,7 +24,7 @@ Leaving = FinishReason | Literal["pause"]
 
 
 class Turns:
-    """What an engine has taken and steps over; a turn never waits for a reader.
+    """The sequences an engine has taken; a turn steps them and never waits for a reader.
 
     Args:
         pool: its slots.
