@@ -14,7 +14,8 @@ namespace {
 // A prefill block has about this many rows: enough for a tile of keys to be worth transposing,
 // few enough for its arrays to stay in the second-level cache.
 constexpr int64_t kBlockRows = 128;
-// With fewer items than this their keys are split too, in pieces of at least kSplitKeys.
+// With fewer items of a sequence than this their keys are split too, in pieces of at least
+// kSplitKeys.
 constexpr int64_t kEnoughItems = 16;
 constexpr int64_t kSplitKeys = 256;
 // Appending this many elements is worth other threads.
@@ -77,21 +78,22 @@ void clearPadding(const Params& p) {
   }
 }
 
-// Items in order; those of equal queries stand together, the first of them takes the sinks.
+// Items in order; those of equal queries stand together, the first of them takes the sinks. Where
+// a sequence is cut depends on that sequence alone, and so does the order of its sums: what shares
+// the batch with it changes none of its bits.
 std::vector<Item> plan(const Params& p) {
   std::vector<Item> items;
   const int64_t blockSteps = std::max<int64_t>(1, kBlockRows / (p.numHeads / p.numKvHeads));
-  const int64_t blocks = (p.sequenceLength + blockSteps - 1) / blockSteps;
-  const int64_t unsplit = std::max<int64_t>(1, p.batchSize * p.numKvHeads * blocks);
-  const int64_t mostSplits = std::clamp<int64_t>(kEnoughItems / unsplit, 1, kMaxSplits);
   for (int64_t b = 0; b < p.batchSize; ++b) {
-    const int64_t past = p.pastLength[b];
+    const int64_t past = p.pastLength[b], blocks = ceilDivide(p.newLength[b], blockSteps);
+    const int64_t unsplit = std::max<int64_t>(1, p.numKvHeads * blocks);
+    const int64_t mostSplits = std::clamp<int64_t>(kEnoughItems / unsplit, 1, kMaxSplits);
     for (int64_t step = 0; step < p.newLength[b]; step += blockSteps) {
       const int64_t steps = std::min(blockSteps, p.newLength[b] - step);
       const int64_t begin = std::max<int64_t>(0, past + step - p.windowSize + 1);
       const int64_t end = past + step + steps;
       const int64_t splits = std::clamp((end - begin) / kSplitKeys, int64_t{1}, mostSplits);
-      const int64_t length = (end - begin + splits - 1) / splits;
+      const int64_t length = ceilDivide(end - begin, splits);
       for (int64_t g = 0; g < p.numKvHeads; ++g) {
         for (int64_t first = begin; first < end; first += length) {
           items.push_back(

@@ -29,10 +29,14 @@ void combineRows(const Params& p, const Item* items, size_t count) {
     const int64_t step = item.firstStep + r / group(p);
     T* out = static_cast<T*>(p.output) +
              ((item.batch * p.numHeads + head) * p.sequenceLength + step) * p.headDim;
-    for (int64_t d = 0; d < p.headDim; ++d) {
-      float value = 0.0f;
-      for (size_t i = 0; i < count; ++i) value += weights[i] * items[i].partial[r * dim + d];
-      fromFloat(value / sum, out + d);
+    for (int64_t d = 0; d < p.headDim; d += kWidth) {
+      Vec value = {};
+      for (size_t i = 0; i < count; ++i) {
+        value = multiplyAdd(splat(weights[i]), load(items[i].partial + r * dim + d), value);
+      }
+      value /= sum;
+      const int64_t some = std::min<int64_t>(kWidth, p.headDim - d);
+      for (int64_t j = 0; j < some; ++j) fromFloat(value[j], out + d + j);
     }
   }
 }

@@ -3,5 +3,5 @@
 
 namespace lminf::cpu {
 extern const Int8LinearKernels kInt8LinearAvx2 = {
-    "avx2", tokenBytes, roundToken, roundFloats, {few, nullptr, 0, fewFloats, nullptr}};
+    "avx2", tokenBytes, roundToken, roundFloats, {few, nullptr, nullptr, fewFloats, nullptr}};
 }  // namespace lminf::cpu

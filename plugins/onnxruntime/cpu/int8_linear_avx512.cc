@@ -3,5 +3,5 @@
 
 namespace lminf::cpu {
 extern const Int8LinearKernels kInt8LinearAvx512 = {
-    "avx512", tokenBytes, roundToken, roundFloats, {few, nullptr, 0, fewFloats, nullptr}};
+    "avx512", tokenBytes, roundToken, roundFloats, {few, nullptr, nullptr, fewFloats, nullptr}};
 }  // namespace lminf::cpu

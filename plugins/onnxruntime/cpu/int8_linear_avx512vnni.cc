@@ -7,5 +7,5 @@ extern const Int8LinearKernels kInt8LinearAvx512Vnni = {
     tokenBytes,
     roundToken,
     roundFloats,
-    {few, many, kPanelRows, fewFloats, manyFloats}};
+    {few, many, panelRows, fewFloats, manyFloats}};
 }  // namespace lminf::cpu

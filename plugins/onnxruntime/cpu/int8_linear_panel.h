@@ -191,7 +191,10 @@ void many(const Linear& p, int64_t firstToken, int64_t endToken, int64_t firstRo
   product(p, firstToken, endToken, firstRow, scratch);
 }
 
-size_t manyFloats(int64_t tokens) {
+int64_t panelRows(const Linear&) { return kPanelRows; }
+
+size_t manyFloats(const Linear& p) {
+  const int64_t tokens = std::min<int64_t>(p.tokens, lminf::cpu::kPieceTokens);
   return static_cast<size_t>(kPanelFloats + tokens * kPanelRows);
 }
 

@@ -3,5 +3,5 @@
 
 namespace lminf::cpu {
 extern const Int8LinearKernels kInt8LinearPortable = {
-    "portable", tokenBytes, roundToken, roundFloats, {few, nullptr, 0, fewFloats, nullptr}};
+    "portable", tokenBytes, roundToken, roundFloats, {few, nullptr, nullptr, fewFloats, nullptr}};
 }  // namespace lminf::cpu

@@ -15,8 +15,6 @@ namespace {
 // large ones into long runs, as memory streams best.
 constexpr int64_t kLeastBytes = int64_t{16} << 10, kMostBytes = int64_t{128} << 10;
 constexpr int64_t kPieces = 32;
-// Tokens of a piece: enough to pay for packing a panel, few enough for the cache.
-constexpr int64_t kBlockTokens = 512;
 
 thread_local Arena wideArena;
 thread_local Arena panelArena;
@@ -46,18 +44,18 @@ bool fewTokens(const Linear& p, const Product& product, const Parallel& parallel
 }
 
 bool manyTokens(const Linear& p, const Product& product, const Parallel& parallel) {
-  const int64_t blocks = ceilDivide(p.tokens, kBlockTokens);
+  const int64_t blocks = ceilDivide(p.tokens, kPieceTokens);
   const int64_t tokens = ceilDivide(p.tokens, blocks);
-  const int64_t panels = ceilDivide(p.outFeatures, product.panelRows);
+  const int64_t panels = ceilDivide(p.outFeatures, product.panelRows(p));
   std::atomic<bool> enough{true};
   forEach(parallel, blocks * panels, [&](size_t i) {
     const int64_t item = static_cast<int64_t>(i);
     const int64_t first = item / panels * tokens, end = std::min(first + tokens, p.tokens);
-    float* scratch = panelArena.take(product.manyFloats(tokens));
+    float* scratch = panelArena.take(product.manyFloats(p));
     if (scratch == nullptr) {
       enough = false;
     } else if (first < end) {
-      product.many(p, first, end, item % panels * product.panelRows, scratch);
+      product.many(p, first, end, item % panels * product.panelRows(p), scratch);
     }
   });
   return enough;

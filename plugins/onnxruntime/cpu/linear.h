@@ -45,17 +45,21 @@ struct Linear {
 struct Product {
   // Few tokens: weight rows firstRow … endRow − 1, each streamed once.
   void (*few)(const Linear&, int64_t firstRow, int64_t endRow, float* scratch);
-  // Many tokens: up to panelRows weight rows, cut into panels that stay in the cache.
+  // At most kPieceTokens of many tokens: up to panelRows weight rows, a panel that stays in the
+  // cache.
   void (*many)(const Linear&, int64_t firstToken, int64_t endToken, int64_t firstRow,
                float* scratch);
-  int64_t panelRows;
-  // Floats of scratch memory that `few` needs, and `many` for so many tokens.
+  int64_t (*panelRows)(const Linear&);
+  // Floats of scratch memory that each needs.
   size_t (*fewFloats)(const Linear&);
-  size_t (*manyFloats)(int64_t tokens);
+  size_t (*manyFloats)(const Linear&);
 };
 
-// Up to here every weight row is streamed past the tokens; beyond, panels of rows are packed.
-constexpr int64_t kFewTokens = 8;
+// Up to here a few weight rows at a time are streamed past all tokens; beyond, some tokens at a
+// time pass by panels of rows.
+constexpr int64_t kFewTokens = 16;
+// Tokens of a piece: enough to pay for a panel, few enough for the cache.
+constexpr int64_t kPieceTokens = 512;
 
 // The same functions compiled for one instruction set.
 struct LinearKernels {

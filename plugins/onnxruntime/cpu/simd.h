@@ -169,6 +169,16 @@ inline float maximumOf(Vec v) {
 #define LMINF_SIMD(name) _mm_##name
 #endif
 
+// a · b + c, rounded once wherever the instruction set can: said and not left to the compiler, so
+// that every function that sums in one order finds the same bits.
+inline Vec multiplyAdd(Vec a, Vec b, Vec c) {
+#if defined(__FMA__)
+  return LMINF_SIMD(fmadd_ps)(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Four sums at once: result[i] = the sum of the lanes of the i-th argument.
 inline Vec4 sumsOf(Vec a, Vec b, Vec c, Vec d) {
 #if defined(LMINF_SIMD)
