@@ -18,11 +18,9 @@ from tests.support.kernel_sets import (
     instruction_set,
     needs_kernels,
 )
+from tests.support.linear_nodes import Weight, linear_node, nbits_node
 from tests.support.linear_sessions import numbers, session
 from tests.support.tiny_models import save_llama
-from tests.test_linear import one_node
-from tests.test_linear_nbits import Weight
-from tests.test_linear_nbits import one_node as one_nbits_node
 
 ROWS = (*range(2, 18), 31, 67)
 FEATURES = ((1, 1), (5, 37), (67, 521), (70, 768), (9, 2100))
@@ -51,7 +49,7 @@ def check_rows(
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_rows_of_a_product_do_not_depend_on_their_number(dtype):
     for out, width in FEATURES:
-        model = one_node("Linear", numbers(1, (out, width), dtype))
+        model = linear_node("Linear", numbers(1, (out, width), dtype))
         check_rows(model, width, dtype, SETS, max(ROWS), (out, width))
 
 
@@ -60,7 +58,7 @@ def test_rows_of_a_product_do_not_depend_on_their_number(dtype):
 def test_rows_of_a_quantised_product_do_not_depend_on_their_number(level, bits):
     for turn, (block_size, (out, width)) in enumerate(zip(BLOCK_SIZES, FEATURES, strict=True)):
         form = BlockFormat(out, width, bits, block_size, symmetric=turn % 2 == 0)
-        model = one_nbits_node(Weight.random(form, np.float32), level, 0)
+        model = nbits_node(Weight.random(form, np.float32), level, 0)
         most = max(ROWS) if level == 1 else 16
         check_rows(model, width, np.float32, INTEGER_SETS, most, form)
 

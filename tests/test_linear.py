@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnx.helper as oh
 import pytest
 
 import lminf_export
-from lminf_export.operator.attention_body import OPSET
-from lminf_export.operator.contract import DOMAIN
-from lminf_export.operator.linear_bodies import LINEAR, LINEAR_ADD, linear_body
+from lminf_export.operator.linear_bodies import LINEAR, LINEAR_ADD
 from lminf_export.runtime.kernels import INSTALLED
 from tests.support.kernel_sets import SETS, instruction_set, needs_kernels
-from tests.support.linear_sessions import TYPES, numbers, session, steps_events
+from tests.support.linear_nodes import linear_node
+from tests.support.linear_sessions import numbers, session, steps_events
 from tests.support.tiny_models import save_llama
 
 # Rows of few and of many tokens; features that no vector, strip, panel or depth divides.
@@ -28,31 +26,12 @@ def kernels(request):
         yield str(INSTALLED)
 
 
-def one_node(op_type: str, weight: np.ndarray, rank: int = 0) -> bytes:
-    """A model of one node; `rank` is that of the addend."""
-    kind, (out, width) = TYPES[weight.dtype.type], weight.shape
-    shapes = {"x": ["M", width]} | ({"addend": [["M", out], [out]][2 - rank]} if rank else {})
-    inputs = ["x", "weight", *(["addend"] if rank else [])]
-    graph = oh.make_graph(
-        [oh.make_node(op_type, inputs, ["y"], domain=DOMAIN)],
-        "g",
-        [oh.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()],
-        [oh.make_tensor_value_info("y", kind, ["M", out])],
-        [onnx.numpy_helper.from_array(weight, "weight")],
-    )
-    imports = [oh.make_opsetid("", OPSET), oh.make_opsetid(DOMAIN, 1)]
-    model = oh.make_model(
-        graph, opset_imports=imports, functions=[linear_body(op_type)], ir_version=10
-    )
-    return model.SerializeToString()
-
-
 @pytest.mark.parametrize("rank", [0, 1, 2], ids=["plain", "bias", "residual"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_the_kernel_is_the_product(kernels, dtype, rank):
     for out, width in FEATURES:
         weight = numbers(1, (out, width), dtype)
-        model = one_node(LINEAR_ADD if rank else LINEAR, weight, rank)
+        model = linear_node(LINEAR_ADD if rank else LINEAR, weight, rank)
         runs = {threads: session(model, kernels, threads) for threads in (1, 2)}
         for tokens in TOKENS:
             x = numbers(tokens, (tokens, width), dtype)
@@ -70,7 +49,7 @@ def test_the_kernel_is_the_product(kernels, dtype, rank):
 
 def test_without_a_kernel_the_body_runs():
     weight, x = numbers(0, (5, 7), np.float32), numbers(1, (3, 7), np.float32)
-    plain = session(one_node(LINEAR, weight), None).run(None, {"x": x})[0]
+    plain = session(linear_node(LINEAR, weight), None).run(None, {"x": x})[0]
     np.testing.assert_allclose(plain, x @ weight.T, rtol=1e-5, atol=1e-6)
 
 
@@ -84,7 +63,7 @@ def test_without_a_kernel_the_body_runs():
 )
 def test_shapes_that_do_not_fit_are_refused(feed, message):
     weight = numbers(0, (5, 7), np.float32)
-    model = onnx.load_from_string(one_node(LINEAR_ADD, weight, 2))
+    model = onnx.load_from_string(linear_node(LINEAR_ADD, weight, 2))
     for value in model.graph.input:
         for index, name in enumerate(("rows", "columns")):
             value.type.tensor_type.shape.dim[index].dim_param = f"{value.name}_{name}"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import onnx
-import onnx.helper as oh
 import pytest
-import torch
 
 import lminf_export
-from lminf_export.operator.attention_body import OPSET
-from lminf_export.operator.contract import DOMAIN
-from lminf_export.operator.linear_bodies import LINEAR_NBITS, LINEAR_NBITS_ADD, nbits_body
+from lminf_export.operator.linear_bodies import LINEAR_NBITS, LINEAR_NBITS_ADD
 from lminf_export.quantize.config import BLOCK_SIZES, QuantizeConfig
-from lminf_export.quantize.formats import BlockFormat, dequantize_rows, quantize_rows
+from lminf_export.quantize.formats import BlockFormat
 from lminf_export.runtime.kernels import INSTALLED
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
@@ -27,68 +22,14 @@ from tests.support.kernel_sets import (
     instruction_set,
     needs_kernels,
 )
-from tests.support.linear_sessions import TYPES, numbers, session, steps_events
+from tests.support.linear_nodes import Weight, nbits_node
+from tests.support.linear_sessions import numbers, session, steps_events
 from tests.support.tiny_models import save_llama
 
 # Few tokens and many; features that no block, vector or panel divides, and some that all do.
 TOKENS = (0, 1, 2, 3, 5, 17, 64, 200)
 FEATURES = ((1, 1), (5, 37), (67, 521), (131, 150), (64, 512))
 EXACT, ROUNDED = 1, 4
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A quantised weight: what a node of the operator takes, and the numbers it stands for."""
-
-    form: BlockFormat
-    packed: np.ndarray
-    scales: np.ndarray
-    zero_points: np.ndarray | None
-    offsets: None = None
-
-    @classmethod
-    def random(cls, form: BlockFormat, dtype: type, scales: type | None = None) -> Weight:
-        whole = torch.from_numpy(numbers(1, (form.rows, form.columns), np.float32))
-        blocks = quantize_rows(whole, form)
-        # What pads the last block must not matter.
-        columns = form.packed_shape[1] * form.packed_shape[2]
-        used = -(-form.columns * form.bits // 8)
-        blocks.packed.reshape(form.rows, columns)[:, used:] = 0xA5
-        return cls(form, blocks.packed, blocks.scales.astype(scales or dtype), blocks.zero_points)
-
-    @property
-    def dense(self) -> np.ndarray:
-        return dequantize_rows(self, self.form).astype(np.float64)  # type: ignore[arg-type]
-
-
-def one_node(weight: Weight, level: int, rank: int, dtype: type | None = None) -> bytes:
-    """A model of one node; `rank` is that of the addend, 0 for none; dtype: that of the scales."""
-    form, kind = weight.form, TYPES[dtype or weight.scales.dtype.type]
-    op_type = LINEAR_NBITS_ADD if rank else LINEAR_NBITS
-    shapes = {"x": ["M", form.columns]}
-    shapes |= {"addend": [["M", form.rows], [form.rows]][2 - rank]} if rank else {}
-    constants = {"weight": weight.packed, "scales": weight.scales}
-    zeros = {} if weight.zero_points is None else {"zero_points": weight.zero_points}
-    inputs = ["x", *constants, *(["addend"] if rank else []), *zeros]
-    node = oh.make_node(
-        op_type, inputs, ["y"], domain=DOMAIN, K=form.columns, N=form.rows, bits=form.bits,
-        block_size=form.block_size, accuracy_level=level,
-    )  # fmt: skip
-    graph = oh.make_graph(
-        [node],
-        "g",
-        [oh.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()],
-        [oh.make_tensor_value_info("y", kind, ["M", form.rows])],
-        [onnx.numpy_helper.from_array(a, name) for name, a in (constants | zeros).items()],
-    )
-    domains = {"": OPSET, DOMAIN: 1, "com.microsoft": 1}
-    model = oh.make_model(
-        graph,
-        opset_imports=[oh.make_opsetid(*pair) for pair in domains.items()],
-        functions=[nbits_body(op_type, zero_points=True, half_scales=True)],
-        ir_version=10,
-    )
-    return model.SerializeToString()
 
 
 def rounded(x: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +57,7 @@ def test_the_kernel_is_the_product_with_the_dequantised_weight(level, bits, bloc
     for turn, ((dtype, scales), symmetric, (out, width)) in enumerate(cases):
         form, rank = BlockFormat(out, width, bits, block_size, symmetric), turn % 3
         weight = Weight.random(form, dtype, scales)
-        model, dense = one_node(weight, level, rank, dtype), weight.dense
+        model, dense = nbits_node(weight, level, rank, dtype), weight.dense
         runs = [session(model, str(INSTALLED), threads) for threads in (1, 2)]
         for tokens in TOKENS:
             x = numbers(tokens, (tokens, width), dtype)
@@ -145,7 +86,7 @@ def test_numbers_at_the_ends_of_float32_stay_numbers(level):
     x = np.zeros((1, 64), np.float32)
     x[0, :4] = 1e-40, 1e-38, 1e-33, 0
     x[0, 16:18] = 1e37, -1e37
-    run = session(one_node(weight, level, 0), str(INSTALLED))
+    run = session(nbits_node(weight, level, 0), str(INSTALLED))
     for name in available_sets(INTEGER_SETS):
         with instruction_set(name):
             found = run.run(None, {"x": x})[0]
@@ -156,7 +97,7 @@ def test_numbers_at_the_ends_of_float32_stay_numbers(level):
 def test_shapes_that_do_not_fit_are_refused():
     weight = Weight.random(BlockFormat(5, 37, 4, 16, symmetric=False), np.float32)
     x, addend = numbers(0, (2, 37), np.float32), numbers(1, (2, 5), np.float32)
-    fits = onnx.load_from_string(one_node(weight, ROUNDED, 2))
+    fits = onnx.load_from_string(nbits_node(weight, ROUNDED, 2))
     for value in fits.graph.input:
         for place, name in enumerate(("rows", "columns")):
             value.type.tensor_type.shape.dim[place].dim_param = f"{value.name}_{name}"
@@ -176,7 +117,7 @@ def test_shapes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("name", "value"), [("bits", 2), ("block_size", 48)])
 def test_attributes_nobody_exports_are_refused(name, value):
     weight = Weight.random(BlockFormat(5, 37, 4, 16, symmetric=True), np.float32)
-    model = onnx.load_from_string(one_node(weight, ROUNDED, 0))
+    model = onnx.load_from_string(nbits_node(weight, ROUNDED, 0))
     next(a for a in model.graph.node[0].attribute if a.name == name).i = value
     with pytest.raises(Exception, match=f"{name} must be .* found {value}"):
         session(model.SerializeToString(), str(INSTALLED))
