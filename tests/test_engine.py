@@ -168,6 +168,16 @@ def test_when_the_one_that_reads_a_shared_prompt_is_cancelled_the_others_still_g
     assert first.finish_reason == "cancelled"
 
 
+@pytest.mark.parametrize("changes", [{"kv_cache_dtype": "int8"}, {"num_sink_tokens": 0}], ids=str)
+def test_other_kinds_of_caches_are_moved_and_parked_whole(tmp_path, changes):
+    tiny = TinyModel(sliding_window=5, **changes)
+    lm = load(tiny.write(tmp_path / "bundle").path, threads=1, kernels="none")
+    wanted = requests(12, seed=5)
+    with Engine(lm, slots=3, quantum=3) as engine:
+        streams = [engine.submit(request) for request in wanted]
+        assert [ids(stream) for stream in streams] == [alone(lm, request) for request in wanted]
+
+
 @pytest.mark.parametrize("quantum", [2, 1000])
 def test_a_kept_state_goes_on_as_if_nothing_had_come_between(any_lm, quantum):
     whole = list(any_lm.generate(prompt(8, 10), max_new_tokens=60, stop_token_ids=()))
@@ -383,12 +393,11 @@ def test_a_request_that_cannot_be_served_is_refused_in_one_line(lm, change, mess
         engine.submit(Request(**{**fields, **change}))
 
 
-def test_a_start_of_another_bundle_ends_its_request_only(lm, tmp_path):
+def test_a_start_of_another_bundle_is_refused(lm, tmp_path):
     other = load(TinyModel(num_layers=3).write(tmp_path / "o").path, threads=1, kernels="none")
     state = other.new_state()
     other.forward([[1, 2, 3]], state, logits="none")
     snapshot = state.snapshot()
     with Engine(lm, slots=1) as engine:
         with pytest.raises(SessionError, match="of another bundle"):
-            ids(engine.submit(Request([1], 4, start=snapshot)))
-        assert ids(engine.submit(Request(prompt(1, 5), 4))) == alone(lm, Request(prompt(1, 5), 4))
+            engine.submit(Request([1], 4, start=snapshot))

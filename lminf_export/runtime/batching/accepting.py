@@ -37,7 +37,7 @@ class Acceptor:
         self._max_position = manifest.max_position
         self._window = manifest.lambda_config.window_size
         self._stops = frozenset(manifest.eos_token_ids)
-        self._contract = manifest.contract
+        self._contract, self._state_id = manifest.contract, manifest.state_id
         self._drawing = drawing_of(lm.session.library)
         self._on_call = on_call
 
@@ -53,6 +53,7 @@ class Acceptor:
 
         Raises:
             InputError: something in the request cannot be served.
+            SessionError: it is to go on from a state of another bundle, or a damaged one.
         """
         if not isinstance(request, Request):
             raise InputError(f"expected a Request, found {type(request).__name__}")
@@ -91,6 +92,7 @@ class Acceptor:
             raise InputError(
                 f"start has {request.start.batch_size} streams; choose one with Snapshot.rows"
             )
+        request.start.require_fit(self._contract, 1, self._state_id)
         return int(request.start.past_length[0])
 
     @staticmethod

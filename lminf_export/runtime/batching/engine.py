@@ -79,9 +79,10 @@ class Engine:
         """Take a request; its tokens come as they are chosen.
 
         Raises:
-            InputError: the request cannot be served: a prompt, a number or a state that is wrong.
+            InputError: the request cannot be served: a prompt or a number that is wrong.
             BusyError: as many requests wait as may.
-            SessionError: the engine was closed or has failed.
+            SessionError: the engine was closed or has failed, or the request is to go on from a
+                state of another bundle.
         """
         return self.submit_many(request, 1)[0]
 
