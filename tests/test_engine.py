@@ -398,6 +398,5 @@ def test_a_start_of_another_bundle_is_refused(lm, tmp_path):
     state = other.new_state()
     other.forward([[1, 2, 3]], state, logits="none")
     snapshot = state.snapshot()
-    with Engine(lm, slots=1) as engine:
-        with pytest.raises(SessionError, match="of another bundle"):
-            engine.submit(Request([1], 4, start=snapshot))
+    with Engine(lm, slots=1) as engine, pytest.raises(SessionError, match="of another bundle"):
+        engine.submit(Request([1], 4, start=snapshot))
