@@ -117,6 +117,15 @@ def test_the_wheel_binds_no_python_and_says_which_systems_it_runs_on(packages):
 
 @pytest.mark.registry
 @pytest.mark.slow
+def test_the_wheel_has_the_page(packages):
+    folder = "lminf_export/serve/page"
+    with zipfile.ZipFile(next((packages / "dist").glob("*.whl"))) as archive:
+        names = {name for name in archive.namelist() if name.startswith(f"{folder}/")}
+    assert names == {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
+
+
+@pytest.mark.registry
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", ["demo-llama", "demo-mpt"])
 def test_the_installed_wheel_exports_validates_and_writes(model, installed, tmp_path):
