@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from lminf_export.operator.settings import as_integer
 
 _FEW = 16
 # More ids in a list than any stop rule or penalty is about; an iterator may have no end.
-_MOST_IDS = 2**24
+_MOST_IDS = 2**22
 _ANY_ID = 2**63
 
 
@@ -62,6 +62,8 @@ def integers(values: Any, name: str) -> np.ndarray:
         InputError: rows of different lengths, or another type.
     """
     try:
+        if isinstance(values, range) and len(values) > _MOST_IDS:
+            raise OverflowError
         array = np.asarray(values)
     except ValueError:
         raise InputError(f"{name}: rows of different lengths; pad them and pass lengths=") from None
@@ -88,16 +90,21 @@ def listed_ids(values: Any, name: str, vocab_size: int | None = None) -> list[in
         token = values[0]
         if type(token) is int and 0 <= token < vocab_size:
             return [token]
-    if isinstance(values, np.ndarray):
-        values = integers(values, name)
-        values = values.tolist() if values.ndim == 1 else values
-    if isinstance(values, str | bytes | Mapping | np.ndarray) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise InputError(f"{name}={shown(values)}: must be a list of token ids")
-    listed = list(itertools.islice(values, _MOST_IDS + 1))
-    if len(listed) > _MOST_IDS:
-        raise InputError(f"{name} has more than {_MOST_IDS} token ids")
+    if not isinstance(values, Sized | np.ndarray):
+        values = list(itertools.islice(values, _MOST_IDS + 1))
+        if len(values) > _MOST_IDS:
+            raise InputError(f"{name}: more than {_MOST_IDS} token ids, or no end of them")
+    if isinstance(values, np.ndarray) or (isinstance(values, list | range) and len(values) > _FEW):
+        array = integers(values, name)
+        if array.ndim != 1:
+            raise InputError(f"{name} has shape {array.shape}; expected a list of token ids")
+        if vocab_size is not None and array.size:
+            _check_range(array, vocab_size)
+        return list(array.tolist())
     least, most = (-_ANY_ID, _ANY_ID) if vocab_size is None else (0, vocab_size - 1)
-    return [as_integer(name, token, least, InputError, maximum=most) for token in listed]
+    return [as_integer(name, token, least, InputError, maximum=most) for token in values]
 
 
 def _checked_lengths(lengths: Any, rows: int, width: int) -> np.ndarray:

@@ -7,6 +7,7 @@ of a large vocabulary would take longer than the draw itself.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,8 +79,7 @@ def edited(logits: np.ndarray, edits: Sequence[Edit]) -> Iterator[np.ndarray]:
 
     Args:
         logits: (V,) floats; edited in place where that is possible, and as before at the end.
-        edits: ids, each once, and how their logits change; in this order. What no longer fits
-            the type becomes its largest number, so that finite logits stay finite.
+        edits: ids, each once, and how their logits change; in this order.
 
     Returns:
         (V,), the edited logits.
@@ -87,15 +87,11 @@ def edited(logits: np.ndarray, edits: Sequence[Edit]) -> Iterator[np.ndarray]:
     writable = logits.flags.writeable
     result = logits if writable else logits.copy()
     before: list[tuple[np.ndarray, np.ndarray]] = []
-    largest = np.finfo(logits.dtype).max
     try:
         for ids, change in edits:
             old = result[ids]
             before.append((ids, old))
-            with np.errstate(over="ignore", invalid="ignore"):
-                new = change(old)
-            # Minus infinity stands for a token that a model excludes: it stays excluded.
-            result[ids] = np.where(np.isinf(old), old, np.clip(new, -largest, largest))
+            result[ids] = change(old)
         yield result
     finally:
         if writable:
@@ -104,8 +100,20 @@ def edited(logits: np.ndarray, edits: Sequence[Edit]) -> Iterator[np.ndarray]:
 
 
 def repetition_penalty(penalty: float) -> Change:
-    """Return what makes tokens less likely: positive logits divided, negative multiplied."""
-    return lambda logits: np.where(logits < 0, logits * penalty, logits / penalty)
+    """Return what makes tokens less likely: positive logits divided, negative multiplied.
+
+    Finite logits stay finite: what no longer fits the type becomes its largest number.
+    """
+
+    def change(logits: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            changed = np.where(logits < 0, logits * penalty, logits / penalty)
+            if math.isfinite(changed.sum()):
+                return changed
+        largest = np.finfo(logits.dtype).max
+        return np.where(np.isfinite(logits), np.clip(changed, -largest, largest), logits)
+
+    return change
 
 
 def count_penalty(frequency: float, presence: float, counts: np.ndarray) -> Change:

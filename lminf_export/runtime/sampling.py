@@ -31,6 +31,7 @@ from lminf_export.runtime.penalties import (
 __all__ = ["Sampler", "SamplingConfig", "distribution", "logprobs_of"]
 
 _FEW = 1024
+_LOGIT_TYPES = (np.float32, np.float64)
 # NumPy's generators take any; a hash of 128 bits is one.
 _MAX_SEED = 2**128 - 1
 _NO_TOKEN = (
@@ -221,7 +222,7 @@ class Sampler:
         if (
             not isinstance(logits, np.ndarray)
             or logits.shape != (self._vocab_size,)
-            or logits.dtype.kind != "f"
+            or logits.dtype not in _LOGIT_TYPES
         ):
             raise InputError(f"logits must be an array ({self._vocab_size},) of floats")
         edits = self._edits()

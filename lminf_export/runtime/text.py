@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,12 +10,18 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.errors import BundleError, InputError
+from lminf_export.errors import BundleError, InputError, shown
+from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.added_tokens import SIDE_FILES, SURROGATE, merge_added_tokens
 from lminf_export.runtime.foreign_errors import foreign_errors
+from lminf_export.runtime.inputs import listed_ids
 from lminf_export.runtime.text_stream import StreamDecoder
 
 logger = logging.getLogger(__name__)
+
+# Ids that a tokenizer can have.
+_MOST_TOKENS = 2**32
+_MOST_STOPS = 4096
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -72,13 +79,14 @@ class TextCodec:
         Raises:
             InputError: for an empty prompt, or one that is no Unicode text.
         """
+        _require_text(text, "the prompt")
         if not text:
             raise InputError("the prompt is empty; give at least one character")
         if SURROGATE.search(text):
             raise InputError("the prompt is not UTF-8; convert it, for example with iconv")
         token_ids = self.ids(text, add_special_tokens=add_special_tokens)
         if not token_ids:
-            raise InputError(f"the prompt {text!r} holds nothing the tokenizer knows")
+            raise InputError(f"the prompt {shown(text)} holds nothing the tokenizer knows")
         return token_ids
 
     def ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -87,6 +95,7 @@ class TextCodec:
         Raises:
             InputError: the tokenizer cannot read it.
         """
+        _require_text(text, "the text")
         with foreign_errors(InputError, "the tokenizer cannot read this text"):
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -98,13 +107,25 @@ class TextCodec:
         Args:
             token_ids: yielded by a model.
             after: ids of the text before, such as the prompt's.
-            stop: strings that end the text; no part of them is yielded, and no further token is
-                requested once one is complete.
+            stop: strings that end the text, or one; no part of them is yielded, and no further
+                token is requested once one is complete.
+
+        Raises:
+            InputError: an empty stop string, or arguments of another type; a token that is none,
+                when it comes.
         """
-        decoder = StreamDecoder(self.tokenizer, after)
-        stops = StopStrings(stop)
+        if not isinstance(token_ids, Iterable):
+            raise InputError(f"token_ids={shown(token_ids)}: must be token ids, one after another")
+        decoder = StreamDecoder(self.tokenizer, listed_ids(after, "after", _MOST_TOKENS))
+        return self._pieces(token_ids, decoder, StopStrings(stop))
+
+    @staticmethod
+    def _pieces(
+        token_ids: Iterable[int], decoder: StreamDecoder, stops: StopStrings
+    ) -> Iterator[str]:
         for token in token_ids:
-            piece = stops.push(decoder.step(token))
+            number = as_integer("token id", token, 0, InputError, maximum=_MOST_TOKENS - 1)
+            piece = stops.push(decoder.step(number))
             if piece:
                 yield piece
             if stops.found:
@@ -117,19 +138,38 @@ class TextCodec:
 class StopStrings:
     """Passes text on until a stop string is complete; holds back what could begin one.
 
+    Args:
+        stop: strings that end the text, or one.
+
     Attributes:
         found: the stop string that ended the text, or None.
+
+    Raises:
+        InputError: an empty string, or no strings.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        if any(not text for text in stop):
-            raise InputError("a stop string is empty; give at least one character")
-        self._stop = tuple(stop)
+    def __init__(self, stop: Iterable[str]) -> None:
+        if isinstance(stop, str):
+            stop = (stop,)
+        if not isinstance(stop, Iterable):
+            raise InputError(f"stop={shown(stop)}: must be a list of strings")
+        self._stop = tuple(itertools.islice(stop, _MOST_STOPS + 1))
+        if len(self._stop) > _MOST_STOPS:
+            raise InputError(f"more than {_MOST_STOPS} stop strings")
+        for text in self._stop:
+            _require_text(text, "a stop string")
+            if not text:
+                raise InputError("a stop string is empty; give at least one character")
         self._held = ""
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """Add text; return the text that no stop string can contain."""
+        """Add text; return the text that no stop string can contain.
+
+        Raises:
+            InputError: it is no text.
+        """
+        _require_text(text, "the text")
         if self.found is not None:
             return ""
         text = self._held + text
@@ -146,6 +186,11 @@ class StopStrings:
         """Return the text held back so far; no more ids follow."""
         held, self._held = self._held, ""
         return held
+
+
+def _require_text(value: object, name: str) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} is {shown(value)}; expected text (a str)")
 
 
 def _overlap(text: str, stop: str) -> int:

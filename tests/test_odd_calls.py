@@ -1,0 +1,237 @@
+"""Whatever a public call of the runtime is given: it raises a LminfError in one line, or it works."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lminf_export
+from lminf_export.errors import InputError, LminfError
+from lminf_export.operator.settings import LambdaConfig
+from lminf_export.runtime.inputs import listed_ids
+from lminf_export.runtime.sampling import Sampler, SamplingConfig, logprobs_of
+from lminf_export.runtime.text import StopStrings
+from tests.support.odd_values import IDS, NUMBERS, OBJECTS, TEXTS, odd
+from tests.support.tiny_bundle import TinyModel
+
+TINY = TinyModel(eos_token_ids=(256,))
+V = TINY.vocab_size
+# A machine that is busy with other things may need a while; a call that hangs needs longer.
+LONGEST_CALL = 20
+SETTINGS = {
+    "temperature": 0.8,
+    "top_k": 3,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "repetition_penalty": 1.2,
+    "seed": 3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": {3: 5.0},
+}
+PROMPT = [72, 101, 108]
+
+
+class Case:
+    """What odd calls are made of: one model, its state, and random arguments."""
+
+    def __init__(self, lm, rng):
+        self.lm, self.rng = lm, rng
+        self.state = lm.new_state(2)
+        self.single = lm.new_state()
+
+    def arguments(self, valid, *likely):
+        """Valid arguments, of which most often one is replaced by something odd."""
+        found = dict(valid)
+        for _ in range(int(self.rng.choice([0, 1, 1, 1, 2]))):
+            found[str(self.rng.choice(list(found)))] = odd(self.rng, *likely)
+        return found
+
+    def some_settings(self):
+        chosen = {name: SETTINGS[name] for name in SETTINGS if self.rng.random() < 0.4}
+        return chosen or {"temperature": 0.5}
+
+    def load(self):
+        valid = {
+            "path": self.lm.bundle.path,
+            "provider": "cpu",
+            "threads": 1,
+            "kernels": self.lm.kernels_of_the_test,
+            "verify": "fast",
+            "cuda_graphs": True,
+            "trust_plan": False,
+            "revision": None,
+        }
+        arguments = self.arguments(valid, NUMBERS, TEXTS, OBJECTS)
+        threads = arguments["threads"]
+        if isinstance(threads, int) and 2 < threads < 5000:
+            return
+        path = arguments.pop("path")
+        lm = lminf_export.load(path, **arguments)
+        assert lm.forward([PROMPT], lm.new_state()).shape == (1, 3, V)
+
+    def new_state(self):
+        size = odd(self.rng, NUMBERS)
+        assert self.lm.new_state(size).batch_size == int(size)
+
+    def forward(self):
+        valid = {
+            "token_ids": [[1, 2, 3], [4, 5, 6]],
+            "state": self.state,
+            "lengths": [3, 2],
+            "logits": "all",
+        }
+        arguments = self.arguments(valid, IDS, NUMBERS)
+        before = self.state.past_length
+        try:
+            found = self.lm.forward(arguments.pop("token_ids"), arguments.pop("state"), **arguments)
+        except LminfError:
+            assert (self.state.past_length == before).all()
+            raise
+        assert found is None or np.isfinite(found).all()
+
+    def generate(self):
+        valid = {
+            "prompt_ids": PROMPT,
+            "max_new_tokens": 3,
+            "stop_token_ids": [9],
+            "state": None,
+            **self.some_settings(),
+        }
+        arguments = self.arguments(valid, NUMBERS, IDS)
+        tokens = list(
+            itertools.islice(self.lm.generate(arguments.pop("prompt_ids"), **arguments), 5)
+        )
+        assert all(type(token) is int and 0 <= token < V for token in tokens)
+
+    def sampling_config(self):
+        config = SamplingConfig(**self.arguments(self.some_settings(), NUMBERS))
+        assert hash(config) == hash(SamplingConfig(**vars(config)))
+        sampler = Sampler(config, V, 8)
+        sampler.observe(PROMPT)
+        logits = self.rng.normal(size=V).astype(np.float32)
+        assert 0 <= sampler.choose(logits) < V
+
+    def sampler(self):
+        valid = {"config": SamplingConfig(**self.some_settings()), "vocab_size": V, "memory": 8}
+        sampler = Sampler(**self.arguments(valid, NUMBERS, OBJECTS))
+        sampler.observe(odd(self.rng, IDS))
+        logits = self.rng.normal(size=V).astype(np.float32)
+        sampler.choose(logits if self.rng.random() < 0.5 else odd(self.rng, IDS, OBJECTS))
+
+    def logprobs_of(self):
+        logits = self.rng.normal(size=V).astype(np.float32)
+        arguments = self.arguments({"logits": logits, "token": 3, "count": 4}, NUMBERS, OBJECTS)
+        value, top = logprobs_of(**arguments)
+        assert value <= 0
+        assert len(top) <= V
+
+    def encode(self):
+        codec = self.lm.codec
+        if self.rng.random() < 0.5:
+            ids = codec.ids(odd(self.rng, TEXTS))
+        else:
+            ids = codec.encode(odd(self.rng, TEXTS), add_special_tokens=odd(self.rng))
+        assert all(0 <= token < V for token in ids)
+
+    def stream(self):
+        valid = {"token_ids": PROMPT, "after": [1], "stop": ["zz"]}
+        arguments = self.arguments(valid, IDS, TEXTS)
+        pieces = self.lm.codec.stream(arguments.pop("token_ids"), **arguments)
+        assert all(isinstance(piece, str) for piece in itertools.islice(pieces, 20))
+
+    def stop_strings(self):
+        stops = StopStrings(odd(self.rng, TEXTS))
+        assert isinstance(stops.push(odd(self.rng, TEXTS)), str)
+        assert isinstance(stops.flush(), str)
+
+    def lambda_config(self):
+        valid = {
+            "window_size": 8,
+            "num_sink_tokens": 2,
+            "distance_limit": 9,
+            "chunk_size": 4,
+            "lambda_layers": "full",
+            "rope_regime": None,
+        }
+        LambdaConfig(**self.arguments(valid, NUMBERS))
+
+    def snapshot(self):
+        snapshot = self.state.snapshot()
+        self.state.restore(snapshot if self.rng.random() < 0.3 else odd(self.rng))
+        snapshot.rows(odd(self.rng, IDS))
+
+    def views(self):
+        full = self.lm.new_state(3, full=True)
+        if self.rng.random() < 0.5:
+            view = full.rows(**self.arguments({"start": 0, "stop": 2}, NUMBERS))
+            assert self.lm.forward([[1]] * view.batch_size, view) is not None
+        else:
+            full.copy_row(**self.arguments({"source": 0, "target": 2}, NUMBERS))
+
+    def stand_at(self):
+        before = self.single.past_length
+        try:
+            self.lm.session.stand_at(self.single, odd(self.rng, NUMBERS, IDS))
+        except LminfError:
+            assert (self.single.past_length == before).all()
+            raise
+        self.lm.forward([[1]], self.single)
+
+
+# How often each is called: what takes longer, less often.
+CALLS = {
+    "load": 100,
+    "new_state": 250,
+    "forward": 700,
+    "generate": 900,
+    "sampling_config": 700,
+    "sampler": 500,
+    "logprobs_of": 300,
+    "encode": 300,
+    "stream": 400,
+    "stop_strings": 300,
+    "lambda_config": 300,
+    "snapshot": 200,
+    "views": 100,
+    "stand_at": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return TINY.write(tmp_path_factory.mktemp("b") / "tiny").path
+
+
+@pytest.fixture(scope="module", params=["auto", "none"], ids=["kernels", "body"])
+def lm(request, folder):
+    found = lminf_export.load(folder, threads=1, kernels=request.param)
+    found.kernels_of_the_test = request.param
+    return found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_odd_call_works_or_is_refused_in_one_line(lm, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rng = np.random.default_rng(list(CALLS).index(name))
+    case = Case(lm, rng)
+    wanted = list(lm.generate(PROMPT, max_new_tokens=4))
+    refused = 0
+    for _ in range(CALLS[name]):
+        start = time.perf_counter()
+        try:
+            getattr(case, name)()
+        except LminfError as error:
+            refused += 1
+            message = str(error)
+            assert message and len(message) <= 290 and "\n" not in message, message
+            assert message.isprintable(), message
+        assert time.perf_counter() - start < LONGEST_CALL
+    assert 0 < refused < CALLS[name]
+    # Nothing that was refused has done harm.
+    assert list(lm.generate(PROMPT, max_new_tokens=4)) == wanted
