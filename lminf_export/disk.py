@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from lminf_export.errors import LminfError, shortened
+from lminf_export.errors import LminfError, shortened, shown
 
 # Beyond every index and configuration in use (some megabytes, depth 6), and soon read.
 _MOST_JSON_BYTES = 2**27
@@ -23,6 +23,16 @@ def user_path(path: str | Path, error: type[LminfError]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as problem:
         raise error(f"{shortened(repr(str(path)))}: {problem}") from problem
+
+
+def require_path(name: str, value: object, error: type[LminfError]) -> None:
+    """Check that a value is a path: text, or an object that stands for one.
+
+    Raises:
+        LminfError: of the type asked for: another type.
+    """
+    if not isinstance(value, str | PurePath):
+        raise error(f"{name}={shown(value)}: must be a path (str or Path)")
 
 
 def is_file(path: Path) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lminf_export.bundle.destination import is_temporary, replaced_folders
 from lminf_export.bundle.files import HashProgress, file_sha256, require_utf8
 from lminf_export.bundle.links import stays_inside
 from lminf_export.bundle.manifest import Manifest, read_manifest
 from lminf_export.bundle.records import MANIFEST_NAME, FileEntry
-from lminf_export.disk import is_file
+from lminf_export.disk import is_file, require_path
 from lminf_export.errors import BundleError
+from lminf_export.operator.settings import require_one_of
 
 Verify = Literal["fast", "full"]
 # What decides what runs is hashed on every opening; weights only on request.
@@ -46,8 +47,7 @@ class Bundle:
         Raises:
             BundleError: naming the file, what was expected, what was found, what to do.
         """
-        if verify not in ("fast", "full"):
-            raise BundleError(f"verify={verify!r}: must be 'fast' or 'full'")
+        require_one_of("verify", verify, get_args(Verify), BundleError)
         folder = bundle_folder(path)
         manifest_path = folder / MANIFEST_NAME
         try:
@@ -146,6 +146,7 @@ def bundle_folder(path: str | Path) -> Path:
     Raises:
         BundleError: if there is no bundle.
     """
+    require_path("path", path, BundleError)
     path = Path(path)
     require_utf8(path, BundleError)
     try:

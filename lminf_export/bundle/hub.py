@@ -11,7 +11,8 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.hub_errors import hub_errors_as, transport_error
 from lminf_export.bundle.manifest import read_manifest
 from lminf_export.bundle.records import MANIFEST_NAME
-from lminf_export.errors import BundleError
+from lminf_export.disk import require_path
+from lminf_export.errors import BundleError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,17 @@ def find_bundle(
     Raises:
         BundleError: no such folder, and the hub has no such bundle, or cannot be reached.
     """
+    require_path("path", path, BundleError)
+    if cache_dir is not None:
+        require_path("cache_dir", cache_dir, BundleError)
+    if not isinstance(revision, str | None):
+        raise BundleError(f"revision={shown(revision)}: must be a branch, a tag or a commit")
     match = _HUB_NAME.fullmatch(path) if isinstance(path, str) else None
     if match is None or os.path.lexists(path):
         if revision is not None:
-            raise BundleError(f"revision {revision} is for bundles of the hub; {path} is local")
+            raise BundleError(
+                f"revision {shown(revision)} is for bundles of the hub; {path} is local"
+            )
         return Path(path)
     folder = _fetch(match[1], revision, cache_dir)
     return folder / match[2] if match[2] else folder

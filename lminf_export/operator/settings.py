@@ -140,13 +140,17 @@ def as_number(name: str, value: object, error: type[LminfError] = ConfigError) -
     return number
 
 
-def require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+def require_one_of(
+    name: str, value: object, allowed: Sequence[object], error: type[LminfError] = ConfigError
+) -> None:
     """Check that an option has one of its values; None among them stands for "not given".
 
     Raises:
-        ConfigError: naming the option, its value and the values it may have.
+        ConfigError: or another error asked for, naming the option, its value and the values it
+            may have.
     """
-    # True == 1: a boolean is none of a few numbers.
-    if isinstance(value, bool) or value not in allowed:
+    # True == 1: a boolean is none of a few numbers. Other types may compare in ways of their own.
+    is_plain = isinstance(value, str | numbers.Real | None) and not isinstance(value, bool)
+    if not is_plain or value not in allowed:
         choices = ", ".join(str(choice) for choice in allowed if choice is not None)
-        raise ConfigError(f"{name}={shown(value)}: must be one of {choices}")
+        raise error(f"{name}={shown(value)}: must be one of {choices}")

@@ -12,6 +12,7 @@ from lminf_export.operator.bindings import BATCH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.in_use import InUse
+from lminf_export.runtime.inputs import checked_positions
 from lminf_export.runtime.snapshot import Snapshot, random_cache, used_slots
 
 # A ring is bound only as large as its tokens need: attention reads all of it at every step.
@@ -186,7 +187,7 @@ class State:
     def stand_at(self, position: int | np.ndarray) -> None:
         """See `Session.stand_at`."""
         with self.in_use:
-            lengths = np.broadcast_to(np.asarray(position, np.int64), (self.batch_size,))
+            lengths = checked_positions(position, self.batch_size)
             self._reserve(int(lengths.max()) + 1)
             self._bound.past_length[...] = lengths
 

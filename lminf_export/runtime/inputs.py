@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
 
 from lminf_export.errors import InputError, shortened, shown
-from lminf_export.operator.settings import as_integer
+from lminf_export.operator.settings import MAX_POSITION, as_integer
 
 _FEW = 16
 # More ids in a list than any stop rule or penalty is about; an iterator may have no end.
@@ -55,6 +55,20 @@ def checked_chunk(
     return ids.astype(np.int64, copy=False), counts
 
 
+def checked_positions(position: Any, batch_size: int) -> np.ndarray:
+    """Return the position of every stream (B,) int64, given as one number or as (B,).
+
+    Raises:
+        InputError: another shape or type, or outside 0 … 2**40.
+    """
+    found = integers(position, "position")
+    if found.shape not in ((), (batch_size,)):
+        raise InputError(f"position has shape {found.shape}; expected a number or ({batch_size},)")
+    if found.min() < 0 or found.max() > MAX_POSITION:
+        raise InputError(f"position={shown(found.tolist())}: must be 0 … {MAX_POSITION}")
+    return np.broadcast_to(found.astype(np.int64), (batch_size,))
+
+
 def integers(values: Any, name: str) -> np.ndarray:
     """Return values as an array of integers.
 
@@ -90,10 +104,10 @@ def listed_ids(values: Any, name: str, vocab_size: int | None = None) -> list[in
         token = values[0]
         if type(token) is int and 0 <= token < vocab_size:
             return [token]
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping):
         raise InputError(f"{name}={shown(values)}: must be a list of token ids")
-    if not isinstance(values, Sized | np.ndarray):
-        values = list(itertools.islice(values, _MOST_IDS + 1))
+    if not isinstance(values, Sized):
+        values = list(itertools.islice(one_by_one(values, name), _MOST_IDS + 1))
         if len(values) > _MOST_IDS:
             raise InputError(f"{name}: more than {_MOST_IDS} token ids, or no end of them")
     if isinstance(values, np.ndarray) or (isinstance(values, list | range) and len(values) > _FEW):
@@ -104,7 +118,22 @@ def listed_ids(values: Any, name: str, vocab_size: int | None = None) -> list[in
             _check_range(array, vocab_size)
         return list(array.tolist())
     least, most = (-_ANY_ID, _ANY_ID) if vocab_size is None else (0, vocab_size - 1)
-    return [as_integer(name, token, least, InputError, maximum=most) for token in values]
+    return [
+        as_integer(name, token, least, InputError, maximum=most)
+        for token in one_by_one(values, name)
+    ]
+
+
+def one_by_one(values: Any, name: str) -> Iterator[Any]:
+    """Return an iterator over values.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return iter(values)
+    except TypeError:
+        raise InputError(f"{name}={shown(values)}: must be a list") from None
 
 
 def _checked_lengths(lengths: Any, rows: int, width: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lminf_export.disk import is_file, require_path
 from lminf_export.errors import SessionError
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"  # setup.py agrees
@@ -60,10 +61,11 @@ def find_kernels(
         SessionError: the library is missing, damaged, not one of ours, of another version of the
             operator, or without a kernel for the provider.
     """
+    require_path("kernels", kernels, SessionError)
     if str(kernels) == NONE:
         return None
     if str(kernels) == AUTO:
-        if not INSTALLED.is_file():
+        if not is_file(INSTALLED):
             return None
         found = open_library(INSTALLED)
         return found if provider in _providers(found, kv_cache_dtype) else None
@@ -88,7 +90,7 @@ def open_library(path: Path) -> KernelLibrary:
     Raises:
         SessionError: see `find_kernels`.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise SessionError(
             f"kernel library {path} does not exist; give 'auto', 'none' or a library's path"
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import numpy as np
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import InputError, SessionError
-from lminf_export.operator.settings import as_integer
+from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.drawing import drawing_of
 from lminf_export.runtime.inputs import checked_chunk, checked_prompt, listed_ids
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lminf_export.runtime.batching.batch import Generated, Piece
 
 Logits = Literal["all", "last", "none"]
+_LOGITS = get_args(Logits)
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -101,8 +102,7 @@ class LanguageModel:
         """
         self._check_state(state)
         ids, counts = checked_chunk(token_ids, lengths, state.batch_size, self._vocab_size)
-        if logits not in ("all", "last", "none"):
-            raise InputError(f"logits={logits!r}: must be 'all', 'last' or 'none'")
+        require_one_of("logits", logits, _LOGITS, InputError)
         with state.in_use:
             self._check_end(ids, counts, state)
             if ids.shape[1] == 1 and lengths is None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from lminf_export.bundle.folder import Bundle, Verify
 from lminf_export.bundle.hub import find_bundle
 from lminf_export.bundle.trust import require_trust
-from lminf_export.errors import SessionError
+from lminf_export.errors import SessionError, shown
+from lminf_export.operator.settings import require_one_of
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
-from lminf_export.runtime.options import Provider
+from lminf_export.runtime.options import PROVIDERS, Provider
 from lminf_export.runtime.session import Session
 
 
@@ -51,8 +52,13 @@ def load(
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or the hub cannot be reached.
         SessionError: graph or plan cannot run here, nobody trusts the plan, or the caches exceed
-            this machine's memory.
+            this machine's memory, or an argument is none of its values.
     """
+    if not isinstance(trust_plan, bool | str):
+        raise SessionError(f"trust_plan={shown(trust_plan)}: must be True, False or a SHA-256")
+    if not isinstance(cuda_graphs, bool):
+        raise SessionError(f"cuda_graphs={shown(cuda_graphs)}: must be True or False")
+    require_one_of("provider", provider, PROVIDERS, SessionError)
     path = find_bundle(path, revision=revision, cache_dir=cache_dir)
     bundle = Bundle.open(path, verify)
     session: Session

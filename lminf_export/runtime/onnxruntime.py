@@ -17,7 +17,7 @@ from lminf_export.bundle.files import require_utf8
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError, shortened
-from lminf_export.operator.settings import as_integer
+from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState, new_bound
@@ -42,6 +42,8 @@ _NO_PACKED_WEIGHTS = "session.disable_prepacking"
 # Where a graph that comes as bytes finds its external data.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MESSAGE_LENGTH = 150
+# onnxruntime makes as many as it is told to.
+_MOST_THREADS = 1024
 # The place in onnxruntime's own source that its messages begin with.
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) ")
 
@@ -190,8 +192,7 @@ class OnnxRuntimeSession(Session):
 
 
 def _check_provider(provider: str, manifest: Manifest) -> None:
-    if provider not in PROVIDERS:
-        raise SessionError(f"provider={provider!r}: must be one of {', '.join(_PROVIDER_NAMES)}")
+    require_one_of("provider", provider, PROVIDERS, SessionError)
     if manifest.dtype == "bfloat16" and provider == "cpu":
         raise SessionError(
             "this bundle is bfloat16, which onnxruntime runs on GPUs only; use provider='cuda', "
@@ -213,7 +214,9 @@ def _session_options(
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.inter_op_num_threads = 1
     if threads is not None:
-        options.intra_op_num_threads = as_integer("threads", threads, 1, SessionError)
+        options.intra_op_num_threads = as_integer(
+            "threads", threads, 1, SessionError, maximum=_MOST_THREADS
+        )
     # What goes wrong arrives as an exception; the log would only repeat it on stderr.
     options.log_severity_level = _LOG_FATAL
     if kernels is not None:

@@ -97,6 +97,9 @@ class Session(Protocol):
         Args:
             state: one of the session's.
             position: tokens of every stream, or (B,) of each.
+
+        Raises:
+            InputError: another shape or type, or outside 0 … 2**40.
         """
         state.stand_at(position)
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lminf_export.errors import InputError, SessionError
+from lminf_export.errors import InputError, SessionError, shown
 from lminf_export.operator.bindings import BATCH, PAST_LENGTH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION
+from lminf_export.runtime.inputs import integers
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 
@@ -63,13 +64,14 @@ class Snapshot:
         Raises:
             InputError: there is no such stream.
         """
-        index = np.asarray(rows)
-        if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
+        index = integers(rows, "rows")
+        if index.ndim != 1 or index.size == 0:
             raise InputError("rows takes the numbers of streams, one at least")
         if index.min() < 0 or index.max() >= self.batch_size:
             raise InputError(
-                f"rows={index.tolist()}: this snapshot has streams 0 … {self.batch_size - 1}"
+                f"rows={shown(index.tolist())}: this snapshot has streams 0 … {self.batch_size - 1}"
             )
+        index = index.astype(np.int64)
         lengths = self.past_length[index]
         used = used_slots(self.contract, int(lengths.max()))
         caches = {name: array[index, :, : used[name]] for name, array in self.caches.items()}

@@ -14,7 +14,7 @@ from lminf_export.errors import BundleError, InputError, shown
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.added_tokens import SIDE_FILES, SURROGATE, merge_added_tokens
 from lminf_export.runtime.foreign_errors import foreign_errors
-from lminf_export.runtime.inputs import listed_ids
+from lminf_export.runtime.inputs import listed_ids, one_by_one
 from lminf_export.runtime.text_stream import StreamDecoder
 
 logger = logging.getLogger(__name__)
@@ -114,10 +114,8 @@ class TextCodec:
             InputError: an empty stop string, or arguments of another type; a token that is none,
                 when it comes.
         """
-        if not isinstance(token_ids, Iterable):
-            raise InputError(f"token_ids={shown(token_ids)}: must be token ids, one after another")
         decoder = StreamDecoder(self.tokenizer, listed_ids(after, "after", _MOST_TOKENS))
-        return self._pieces(token_ids, decoder, StopStrings(stop))
+        return self._pieces(one_by_one(token_ids, "token_ids"), decoder, StopStrings(stop))
 
     @staticmethod
     def _pieces(
@@ -151,9 +149,7 @@ class StopStrings:
     def __init__(self, stop: Iterable[str]) -> None:
         if isinstance(stop, str):
             stop = (stop,)
-        if not isinstance(stop, Iterable):
-            raise InputError(f"stop={shown(stop)}: must be a list of strings")
-        self._stop = tuple(itertools.islice(stop, _MOST_STOPS + 1))
+        self._stop = tuple(itertools.islice(one_by_one(stop, "stop"), _MOST_STOPS + 1))
         if len(self._stop) > _MOST_STOPS:
             raise InputError(f"more than {_MOST_STOPS} stop strings")
         for text in self._stop:

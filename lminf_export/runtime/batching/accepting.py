@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from lminf_export.errors import InputError
-from lminf_export.operator.settings import as_integer
+from lminf_export.errors import InputError, shown
+from lminf_export.operator.settings import as_integer, as_number
 from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.batching.sequence import RunningSequence
 from lminf_export.runtime.batching.stream import Mailbox, TokenStream
@@ -105,18 +103,15 @@ class Acceptor:
     @staticmethod
     def _check_rest(request: Request) -> None:
         if not isinstance(request.sampling, SamplingConfig):
-            raise InputError(f"sampling={request.sampling!r}: must be a SamplingConfig")
+            raise InputError(f"sampling={shown(request.sampling)}: must be a SamplingConfig")
         if request.num_logprobs is not None:
-            count = as_integer("num_logprobs", request.num_logprobs, 0, InputError)
-            if count > MAX_LOGPROBS:
-                raise InputError(f"num_logprobs={count}: must be at most {MAX_LOGPROBS}")
+            count = request.num_logprobs
+            as_integer("num_logprobs", count, 0, InputError, maximum=MAX_LOGPROBS)
         deadline = request.deadline
-        if deadline is not None:
-            is_number = isinstance(deadline, numbers.Real) and not isinstance(deadline, bool)
-            if not is_number or not math.isfinite(deadline) or deadline < 0:
-                raise InputError(f"deadline={deadline!r}: must be seconds, at least 0")
+        if deadline is not None and as_number("deadline", deadline, InputError) < 0:
+            raise InputError(f"deadline={shown(deadline)}: must be seconds, at least 0")
         if request.ends_at is not None and not callable(request.ends_at):
-            raise InputError(f"ends_at={request.ends_at!r}: must be a function of a token id")
+            raise InputError(f"ends_at={shown(request.ends_at)}: must be a function of a token id")
 
     def _sampler(self, config: SamplingConfig, index: int, prompt: np.ndarray) -> Sampler | None:
         """Return the sampler of continuation `index`; None if it takes the likeliest token."""
