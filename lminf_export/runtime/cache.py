@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import NoneType
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.in_use import InUse
 from lminf_export.runtime.inputs import checked_positions
-from lminf_export.runtime.snapshot import Snapshot, random_cache, used_slots
+from lminf_export.runtime.snapshot import Snapshot, random_cache
 
 # A ring is bound only as large as its tokens need: attention reads all of it at every step.
 GROWTH = 1.25
@@ -57,7 +59,7 @@ class State:
         contract: GraphContract,
         bound: Bound,
         *,
-        state_id: str | None = None,
+        state_id: str,
         is_full: bool = False,
         parent: State | None = None,
     ) -> None:
@@ -156,14 +158,22 @@ class State:
         with self.in_use:
             self._reset()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, into: Snapshot | None = None) -> Snapshot:
         """Return a copy of the lengths, and of the caches as far as tokens have used them.
 
         It takes at most `nbytes` of main memory, less while the rings are not full.
+
+        Args:
+            into: an earlier snapshot that is needed no more: its memory is used again, where
+                it is large enough, and it holds nothing afterwards. Fresh memory costs about
+                as much as the copy itself.
         """
+        if not isinstance(into, (Snapshot, NoneType)):
+            raise InputError(f"into takes a Snapshot, not a {type(into).__name__}")
         with self.in_use:
-            caches = self._read_caches(used_slots(self.contract, self.furthest))
-            return Snapshot(self.contract, self.past_length, caches, self.state_id)
+            found, caches = Snapshot.begin(self.contract, self.past_length, self.state_id, into)
+            self._read_caches(caches)
+            return found
 
     def restore(self, snapshot: Snapshot) -> None:
         """Set the state to a snapshot; the steps after it yield the logits they yielded then.
@@ -183,6 +193,49 @@ class State:
         snapshot.require_fit(self.contract, self.batch_size, self.state_id)
         with self.in_use:
             self._replace(snapshot)
+
+    def fork(self, n: int) -> list[State]:
+        """Return `n` states of their own that have read what this one has.
+
+        Each has as many streams, and takes `nbytes` of the memory that this one lies in.
+
+        Raises:
+            InputError: n is below 1.
+            SessionError: the memory is short.
+        """
+        n = as_integer("n", n, 1, InputError)
+        with self.in_use:
+            return [self._fork() for _ in range(n)]
+
+    def save(self, path: str | Path, *, unread: Sequence[int] = ()) -> None:
+        """Write the state to a file, which `load` reads; see `Snapshot.save`.
+
+        Args:
+            path: of the file, replaced in one step.
+            unread: token ids of the stream that the state has not read, to be kept with it.
+
+        Raises:
+            InputError: it cannot be written there.
+        """
+        replace(self.snapshot(), unread=tuple(unread)).save(path)
+
+    def load(self, path: str | Path) -> tuple[int, ...]:
+        """Set the state to one that `save` wrote, of as many streams.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The token ids that were saved as not read yet.
+
+        Raises:
+            InputError: there is no such file.
+            SessionError: it is of another bundle or batch, damaged or cut short; the state is
+                as it was.
+        """
+        found = Snapshot.load(path, self.contract, self.state_id, self.batch_size)
+        self.restore(found)
+        return found.unread
 
     def stand_at(self, position: int | np.ndarray) -> None:
         """See `Session.stand_at`."""
@@ -233,12 +286,12 @@ class State:
     def _reserve(self, needed: int) -> None:
         """Bind enough slots for positions 0 … needed − 1; caches keep their tokens."""
 
-    def _read_caches(self, slots: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Return copies of the caches by input name, in main memory.
+    def _fork(self) -> State:
+        """Return another state with the same content."""
+        raise NotImplementedError
 
-        Args:
-            slots: of each cache, by name; what stands behind them is left out.
-        """
+    def _read_caches(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Copy the first slots of the caches into arrays of main memory, by input name."""
         raise NotImplementedError
 
     def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:

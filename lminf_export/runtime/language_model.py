@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.errors import InputError, SessionError
+from lminf_export.errors import InputError
 from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.drawing import drawing_of
@@ -18,12 +18,13 @@ from lminf_export.runtime.inputs import checked_chunk, checked_prompt, listed_id
 from lminf_export.runtime.memory import require_memory
 from lminf_export.runtime.sampling import Sampler, SamplingConfig
 from lminf_export.runtime.session import Session
+from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.text import TextCodec
+from lminf_export.runtime.token_reader import Logits, TokenReader
 
 if TYPE_CHECKING:
     from lminf_export.runtime.batching.batch import Generated, Piece
 
-Logits = Literal["all", "last", "none"]
 _LOGITS = get_args(Logits)
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -41,7 +42,7 @@ class LanguageModel:
         self.bundle = bundle
         self.session = session
         self._vocab_size = bundle.manifest.vocab_size
-        self._max_position = bundle.manifest.max_position
+        self._reader = TokenReader(bundle.manifest, session)
         self._codec: TextCodec | None = None
 
     @property
@@ -70,6 +71,52 @@ class LanguageModel:
         batch_size = as_integer("batch_size", batch_size, 1, InputError)
         require_memory(self.bundle.manifest, self.session, batch_size)
         return self.session.new_state(batch_size, full=full)
+
+    def prime(self, prompt: str | Sequence[int] | np.ndarray) -> State:
+        """Return the state of one stream that has read a prompt, to be forked or saved.
+
+        To draw several continuations of the prompt alone, leave its last token out here and give
+        it to each `generate`, which needs one token at least.
+
+        Args:
+            prompt: a text, or (P,) token ids, P ≥ 1.
+
+        Raises:
+            InputError: an empty prompt, or an id outside the vocabulary.
+            SessionError: see `forward`.
+        """
+        given = self.codec.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = checked_prompt(given, self._vocab_size)
+        state = self.new_state()
+        self.forward(ids, state, logits="none")
+        return state
+
+    def load_snapshot(self, path: str | Path) -> Snapshot:
+        """Return the snapshot that `State.save` or `Snapshot.save` wrote to a file.
+
+        Every shape, type and length is checked, and a checksum over all of it. The file takes no
+        more memory than it has bytes.
+
+        Raises:
+            InputError: there is no such file.
+            SessionError: it is of another bundle, damaged or cut short.
+        """
+        manifest = self.bundle.manifest
+        return Snapshot.load(path, manifest.contract, manifest.state_id)
+
+    def load_state(self, path: str | Path) -> State:
+        """Return a state of as many streams as a file holds, which `State.save` wrote.
+
+        Token ids that were saved as not read are in `Snapshot.unread` of `load_snapshot`.
+
+        Raises:
+            InputError: there is no such file.
+            SessionError: see `load_snapshot`, or the memory is short.
+        """
+        snapshot = self.load_snapshot(path)
+        state = self.new_state(snapshot.batch_size)
+        state.restore(snapshot)
+        return state
 
     def forward(
         self,
@@ -104,73 +151,10 @@ class LanguageModel:
         ids, counts = checked_chunk(token_ids, lengths, state.batch_size, self._vocab_size)
         require_one_of("logits", logits, _LOGITS, InputError)
         with state.in_use:
-            self._check_end(ids, counts, state)
             if ids.shape[1] == 1 and lengths is None:
-                found = self._one_token(ids, state, wanted=logits != "none")
+                found = self._reader.one_token(ids, state, wanted=logits != "none")
                 return found.copy() if logits != "none" else None
-            return self._in_pieces(ids, counts, state, logits)
-
-    def _in_pieces(
-        self, ids: np.ndarray, counts: np.ndarray, state: State, logits: Logits
-    ) -> np.ndarray | None:
-        """Run as many steps as a chunk needs; arguments and result as for `forward`."""
-        rows, width = ids.shape
-        result = None
-        if logits != "none":
-            shape = (rows, width if logits == "all" else 1, self._vocab_size)
-            ragged = bool((counts != width).any())
-            result = (np.zeros if ragged else np.empty)(shape, np.float32)
-        start, end = 0, int(counts.max())
-        while start < end:
-            stop = min(end, start + self.session.step_limit(state))
-            self._piece(ids[:, start:stop], counts - start, state, result, start, logits)
-            start = stop
-        return result
-
-    def _one_token(self, ids: np.ndarray, state: State, *, wanted: bool = True) -> np.ndarray:
-        """Run a token of every stream, as decoding does; return logits the next step overwrites."""
-        if state.furthest >= self._max_position:
-            self._refuse_end(state.furthest + 1)
-        rows = len(ids)
-        new_length = np.ones(rows, np.int64)
-        found = self.session.step(state, ids, new_length, np.zeros((rows, int(wanted)), np.int64))
-        if not math.isfinite(found.sum()):
-            self._refuse_infinite(found, state)
-        state.advance(new_length)
-        return found
-
-    def _piece(
-        self,
-        ids: np.ndarray,
-        remaining: np.ndarray,
-        state: State,
-        result: np.ndarray | None,
-        start: int,
-        logits: Logits,
-    ) -> None:
-        """Run one step and put its logits where they belong in the result."""
-        rows, width = ids.shape
-        new_length = remaining.clip(0, width)
-        if logits == "all":
-            index = np.broadcast_to(np.arange(width), (rows, width))
-            real = index < new_length[:, None]
-        else:
-            # Rows whose last token is in this piece, if their logits are asked for.
-            ends = (remaining > 0) & (remaining <= width) & (logits == "last")
-            real = ends[:, None][:, : int(ends.any())]
-            index = np.where(ends, remaining - 1, 0)[:, None][:, : real.shape[1]]
-        found = self.session.step(state, ids, new_length, index)
-        # A sum is finite only if its terms are: one pass, looked at closely only if it is not.
-        if not math.isfinite(found.sum()):
-            self._refuse_infinite(found[real], state)
-        state.advance(new_length)
-        if result is None or not real.size:
-            return
-        place = result[:, start : start + width] if logits == "all" else result
-        if real.all():
-            place[...] = found
-        else:
-            place[real] = found[real]
+            return self._reader.read(ids, counts, state, logits)
 
     def generate(
         self,
@@ -342,31 +326,9 @@ class LanguageModel:
             sampler.observe((token,))
             with state.in_use:
                 # These logits are the state's, until its next step.
-                logits = self._one_token(np.array([[token]], np.int64), state)
+                logits = self._reader.one_token(np.array([[token]], np.int64), state)
                 token = sampler.choose(logits[0, 0])
 
     def _check_state(self, state: State) -> None:
         if not isinstance(state, State) or not self.session.owns(state):
             raise InputError("this state is not from this model's new_state()")
-
-    def _check_end(self, ids: np.ndarray, counts: np.ndarray, state: State) -> None:
-        if state.furthest + ids.shape[1] > self._max_position:
-            furthest = int((state.past_length + counts).max())
-            if furthest > self._max_position:
-                self._refuse_end(furthest)
-
-    def _refuse_end(self, furthest: int) -> NoReturn:
-        raise InputError(
-            f"the stream would reach token {furthest}; positions are exact up to "
-            f"{self._max_position} only: start a new state"
-        )
-
-    def _refuse_infinite(self, logits: np.ndarray, state: State) -> None:
-        """Raise SessionError if any of these logits is not finite."""
-        if np.isfinite(logits).all():
-            return
-        raise SessionError(
-            f"the step at token {state.furthest} yielded logits that are not finite; the weights "
-            f"are damaged or overflow {self.bundle.manifest.dtype}: try --dtype float32, and "
-            "check the model with lminf validate"
-        )

@@ -12,12 +12,13 @@ import onnxruntime as ort
 
 from lminf_export.operator import bindings
 from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.runtime.arrays import assign_together, zeros_together
 from lminf_export.runtime.cache import Bound, State, grown_capacity, restored_capacity
-from lminf_export.runtime.memory import assign_together, zeros_together
+from lminf_export.runtime.memory import require_free
 from lminf_export.runtime.onnxruntime_caches import Cache, DeviceCache, SharedCache
 from lminf_export.runtime.onnxruntime_call import Call
 from lminf_export.runtime.options import Provider
-from lminf_export.runtime.snapshot import Snapshot, numpy_dtype
+from lminf_export.runtime.snapshot import Snapshot, numpy_dtype, used_slots
 
 
 @dataclass
@@ -63,7 +64,7 @@ class OnnxRuntimeState(State):
         provider: Provider,
         watched: Sequence[str] = (),
         *,
-        state_id: str | None = None,
+        state_id: str,
         is_full: bool = False,
         parent: State | None = None,
     ) -> None:
@@ -144,6 +145,25 @@ class OnnxRuntimeState(State):
             parent=self,
         )
 
+    def _fork(self) -> OnnxRuntimeState:
+        if not self._on_device:
+            require_free(self.max_nbytes, self.batch_size)
+        old = self._bound
+        new = new_bound(self.contract, self.batch_size, old.capacities, self._provider)
+        used = used_slots(self.contract, self.furthest)
+        for before, after in zip(old.caches, new.caches, strict=True):
+            after.write(before.content()[:, :, : used[before.past]])
+        new.past_length[...] = old.past_length
+        return OnnxRuntimeState(
+            self.session,
+            self.contract,
+            new,
+            self._provider,
+            self._watched,
+            state_id=self.state_id,
+            is_full=self.is_full,
+        )
+
     def _reserve(self, needed: int) -> None:
         """Bind larger rings if positions would not fit the present ones without wrapping."""
         old = self._bound
@@ -200,11 +220,10 @@ class OnnxRuntimeState(State):
         assign_together(targets, sources)
         self._bound = bound
 
-    def _read_caches(self, slots: Mapping[str, int]) -> dict[str, np.ndarray]:
-        return {
-            cache.past: np.array(cache.content()[:, :, : slots[cache.past]])
-            for cache in self._bound.caches
-        }
+    def _read_caches(self, arrays: Mapping[str, np.ndarray]) -> None:
+        for cache in self._bound.caches:
+            array = arrays[cache.past]
+            array[...] = cache.content()[:, :, : array.shape[2]]
 
     def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
         for cache in self._bound.caches:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lminf_export.disk import parse_json
 from lminf_export.errors import InputError, SessionError, shown
 from lminf_export.operator.bindings import BATCH, PAST_LENGTH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION
+from lminf_export.runtime.arrays import arrays_in, bytes_together, zero_bytes
 from lminf_export.runtime.inputs import integers
+from lminf_export.runtime.state_file import StateFile, write_state_file
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
+
+_FORMAT, _VERSION = "lminf-state", "1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +36,70 @@ class Snapshot:
             have used, min(C, furthest). numpy lacks bfloat16: its bits are held as uint16.
         state_id: `Manifest.state_id` of the bundle; None where it is not known, and then only
             the contract is compared.
+        unread: token ids of each stream that it has not read; they come first in what it reads
+            next. Saved with the rest.
     """
 
     contract: GraphContract
     past_length: np.ndarray
-    caches: Mapping[str, np.ndarray]
+    caches: Mapping[str, np.ndarray] = field(repr=False)
     state_id: str | None = None
+    unread: tuple[int, ...] = ()
+    _memory: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.caches, Mapping):
+            raise InputError("a Snapshot is made of numpy arrays: lengths, and caches by name")
         arrays = (self.past_length, *self.caches.values())
         if not all(isinstance(array, np.ndarray) for array in arrays):
             raise InputError("a Snapshot is made of numpy arrays: lengths, and caches by name")
         object.__setattr__(self, "past_length", _read_only(self.past_length))
         caches = {name: _read_only(array) for name, array in self.caches.items()}
         object.__setattr__(self, "caches", caches)
+        unread = integers(self.unread, "unread")
+        if unread.ndim != 1 or (
+            unread.size and not 0 <= unread.min() <= unread.max() < self.contract.vocab_size
+        ):
+            raise InputError("unread: must be ids of the vocabulary")
+        object.__setattr__(self, "unread", tuple(unread.tolist()))
+
+    @classmethod
+    def begin(
+        cls,
+        contract: GraphContract,
+        past_length: np.ndarray,
+        state_id: str | None,
+        into: Snapshot | None,
+    ) -> tuple[Snapshot, dict[str, np.ndarray]]:
+        """Return a snapshot whose caches are still to be written, and these, to write them once.
+
+        Args:
+            contract: of the graph.
+            past_length: (B,) int64.
+            state_id: of the bundle.
+            into: a snapshot whose memory may be used, and which holds nothing from then on.
+        """
+        used = used_slots(contract, int(past_length.max()))
+        specs = list(contract.caches(present=False))
+        sizes = {**contract.ring_sizes(), BATCH: len(past_length)}
+        tables = []
+        for spec in specs:
+            batch, heads, _, row = spec.sized(sizes)
+            tables.append(((batch, heads, used[spec.name], row), numpy_dtype(spec.dtype)))
+        needed = bytes_together(tables)
+        memory = None if into is None else into._give_memory()
+        if memory is None or memory.nbytes < needed:
+            memory = zero_bytes(needed)
+        arrays = arrays_in(memory, tables)
+        caches = {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
+        return cls(contract, past_length, caches, state_id, (), memory), caches
+
+    def _give_memory(self) -> np.ndarray | None:
+        memory = self._memory
+        if memory is not None:
+            object.__setattr__(self, "_memory", None)
+            object.__setattr__(self, "caches", {})
+        return memory
 
     @property
     def batch_size(self) -> int:
@@ -75,7 +133,89 @@ class Snapshot:
         lengths = self.past_length[index]
         used = used_slots(self.contract, int(lengths.max()))
         caches = {name: array[index, :, : used[name]] for name, array in self.caches.items()}
-        return Snapshot(self.contract, lengths, caches, self.state_id)
+        return Snapshot(self.contract, lengths, caches, self.state_id, self.unread)
+
+    def save(self, path: str | Path) -> None:
+        """Write the snapshot to a file: safetensors, with a checksum; docs/state.md has the form.
+
+        The file is replaced in one step, and only its owner can read it.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            InputError: it cannot be written there.
+            SessionError: a snapshot made by hand that does not know its bundle, or is not sound.
+        """
+        self.require_sound()
+        if self.state_id is None:
+            raise SessionError(
+                "this snapshot does not know its bundle, so no file of it could be checked; save "
+                "one that State.snapshot returned"
+            )
+        metadata = {
+            "format": _FORMAT,
+            "format_version": _VERSION,
+            "state_id": self.state_id,
+            "contract": json.dumps(_contract_fields(self.contract)),
+            "lengths": json.dumps(self.past_length.tolist()),
+            "unread": json.dumps(self.unread),
+        }
+        write_state_file(path, self.to_arrays(), metadata)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        contract: GraphContract,
+        state_id: str,
+        batch_size: int | None = None,
+    ) -> Snapshot:
+        """Read a snapshot that `save` wrote; see `LanguageModel.load_snapshot`.
+
+        Nothing is trusted: no more memory is taken than the file has bytes.
+
+        Args:
+            path: of the file.
+            contract: of the bundle's graph.
+            state_id: of the bundle.
+            batch_size: streams it must have; None for any number.
+
+        Raises:
+            InputError: there is no such file.
+            SessionError: it is of another bundle or batch, damaged or cut short.
+        """
+        with StateFile.open(path) as file:
+            known = file.metadata.get("format"), file.metadata.get("format_version")
+            if known != (_FORMAT, _VERSION):
+                raise file.damaged(
+                    f"its form is {known[0]!r} version {known[1]!r}, expected {_FORMAT!r} "
+                    f"version {_VERSION!r}"
+                )
+            if file.metadata.get("state_id") != state_id or not _is_json(
+                file.metadata.get("contract"), _contract_fields(contract)
+            ):
+                raise SessionError(
+                    f"{path} is a state of another bundle (id {file.metadata.get('state_id')!r}, "
+                    f"this bundle has {state_id!r}): load it with the bundle that wrote it"
+                )
+            _, shape = file.shapes.get(PAST_LENGTH, (None, ()))
+            if batch_size is not None and shape != (batch_size,):
+                raise SessionError(
+                    f"{path} has streams {shape}, the state has {batch_size}; make a state of as "
+                    "many, or choose some with Snapshot.rows"
+                )
+            arrays = file.read()
+            lengths = arrays.pop(PAST_LENGTH, np.zeros(0))
+            if not _is_json(file.metadata.get("lengths"), lengths.tolist()):
+                raise file.damaged("its lengths are not those that it says")
+            try:
+                unread = tuple(parse_json(file.metadata.get("unread", "")))
+                found = cls(contract, lengths, arrays, state_id, unread)
+                found.require_sound()
+            except (ValueError, TypeError, SessionError) as error:
+                raise file.damaged(str(error)) from None
+        return found
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return lengths and caches by the names of the graph's inputs, to be saved."""
@@ -143,7 +283,11 @@ class Snapshot:
             raise SessionError("this snapshot is damaged: its streams have impossible lengths")
         expected = {spec.name: spec for spec in self.contract.caches(present=False)}
         if self.caches.keys() != expected.keys():
-            raise SessionError("this snapshot is of another bundle: it has other caches")
+            raise SessionError(
+                "this snapshot is of another bundle: it has other caches"
+                if self.caches
+                else "this snapshot has no caches; its memory may be a later snapshot's"
+            )
         full = self.contract.ring_sizes()
         slots: dict[str, int] = {}
         for name, spec in expected.items():
@@ -158,6 +302,24 @@ class Snapshot:
                 )
         if any(count < min(self.furthest, full[symbol]) for symbol, count in slots.items()):
             raise SessionError(f"this snapshot is damaged: it lacks some of {self.furthest} tokens")
+
+
+def _contract_fields(contract: GraphContract) -> dict[str, Any]:
+    """Return what a file says of the contract."""
+    return {
+        "dtype": contract.dtype,
+        "kv_cache_dtype": contract.kv_cache_dtype,
+        "vocab_size": contract.vocab_size,
+        "layers": [list(astuple(layer)) for layer in contract.layers],
+    }
+
+
+def _is_json(text: str | None, expected: Any) -> bool:
+    """Whether a text is the JSON of a value."""
+    try:
+        return text is not None and bool(parse_json(text) == expected)
+    except ValueError:
+        return False
 
 
 def used_slots(contract: GraphContract, furthest: int) -> dict[str, int]:

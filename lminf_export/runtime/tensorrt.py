@@ -152,7 +152,7 @@ class TensorRTSession(Session):
         if not wanted:
             # An engine's profile starts at one row.
             logits_index = np.zeros((state.batch_size, 1), np.int64)
-        single = state.load(input_ids, new_length, logits_index)
+        single = state.take(input_ids, new_length, logits_index)
         self._messages.errors.clear()
         start = time.perf_counter()
         if single and self._has_decoders:

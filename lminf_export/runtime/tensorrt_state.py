@@ -135,7 +135,7 @@ class TensorRTState(State):
         """See `State.can_step`: TensorRT takes addresses in steps of 256 bytes."""
         return all(cache.is_aligned for cache in self._caches)
 
-    def load(self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray) -> bool:
+    def take(self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray) -> bool:
         """Write a step's small inputs; returns whether the step is one of single tokens."""
         single = input_ids.shape[1] == 1 and logits_index.shape[1] == 1
         self._blocks[single].write(input_ids, self._bound.past_length, new_length, logits_index)
@@ -203,15 +203,19 @@ class TensorRTState(State):
         self._write_caches(snapshot.caches)
         self._bound.past_length[...] = snapshot.past_length
 
-    def _read_caches(self, slots: Mapping[str, int]) -> dict[str, np.ndarray]:
-        caches = {}
-        for cache in self._caches:
-            batch, heads, _, row = cache.shape
-            array = np.empty((batch, heads, slots[cache.past], row), cache.dtype)
-            self.cuda.receive_rows(_by_head(array), cache.address, cache.head_bytes)
-            caches[cache.past] = array
+    def _fork(self) -> TensorRTState:
+        new = TensorRTState(self.cuda, self._manifest, self.batch_size)
+        for before, after in zip(self._caches, new._caches, strict=True):
+            self.cuda.copy(after.address, before.address, before.nbytes)
         self.cuda.synchronize()
-        return caches
+        new._bound.past_length[...] = self._bound.past_length
+        return new
+
+    def _read_caches(self, arrays: Mapping[str, np.ndarray]) -> None:
+        for cache in self._caches:
+            by_head = _by_head(arrays[cache.past])
+            self.cuda.receive_rows(by_head, cache.address, cache.head_bytes)
+        self.cuda.synchronize()
 
     def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
         arrays = [np.ascontiguousarray(caches[cache.past]) for cache in self._caches]

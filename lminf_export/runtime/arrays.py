@@ -1,0 +1,79 @@
+"""Allocates arrays that stand side by side, and writes many in one call."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import repeat
+from operator import setitem
+from typing import Any
+
+import numpy as np
+
+_HUGE_PAGE = 2 * 2**20
+_ALIGNMENT = 64
+
+
+def zeros_together(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[np.ndarray]:
+    """Return arrays of zeros that stand side by side, on huge pages where the system has them.
+
+    A step reads all of its caches; with pages of 4 KiB address translation takes a good part of
+    that time.
+
+    Args:
+        arrays: shape and element type of each.
+    """
+    return arrays_in(zero_bytes(bytes_together(arrays)), arrays)
+
+
+def bytes_together(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> int:
+    """Return the bytes that arrays take side by side."""
+    return _starts(arrays)[-1]
+
+
+def arrays_in(
+    memory: np.ndarray, arrays: Sequence[tuple[tuple[int, ...], np.dtype]]
+) -> list[np.ndarray]:
+    """Return arrays over the beginning of some memory, side by side.
+
+    Args:
+        memory: bytes, at least `bytes_together` of them.
+        arrays: shape and element type of each.
+    """
+    return [
+        memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        for (shape, dtype), start in zip(arrays, _starts(arrays), strict=False)
+    ]
+
+
+def zero_bytes(size: int) -> np.ndarray:
+    """Return bytes of zero, on huge pages where the system has them."""
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(size, np.uint8)
+    # Private: a shared mapping would be a file in memory. Freed with the last array.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # advice only: a kernel may have been built without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def assign_together(targets: Sequence[np.ndarray], sources: Sequence[np.ndarray]) -> None:
+    """Copy each source into its target, in one call: no interrupt comes between two of them.
+
+    Args:
+        targets: arrays of at least one dimension.
+        sources: of the same element types, and of shapes that broadcast.
+    """
+    write: Any = setitem  # typed for lists only
+    deque(map(write, targets, repeat(...), sources), maxlen=0)
+
+
+def _starts(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[int]:
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in arrays]
+    starts: list[int] = np.cumsum(
+        [0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)], dtype=np.int64
+    ).tolist()
+    return starts
