@@ -11,7 +11,10 @@ import pytest
 import lminf_export
 from lminf_export.errors import LminfError
 from lminf_export.operator.settings import LambdaConfig
+from lminf_export.runtime.batching.engine import Engine
+from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.sampling import Sampler, SamplingConfig, logprobs_of
+from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.text import StopStrings
 from tests.support.odd_values import IDS, NUMBERS, OBJECTS, TEXTS, odd
 from tests.support.tiny_bundle import TinyModel
@@ -41,6 +44,7 @@ class Case:
         self.lm, self.rng = lm, rng
         self.state = lm.new_state(2)
         self.single = lm.new_state()
+        self.shared_engine = Engine(lm, 4, max_waiting=8)
 
     def arguments(self, valid, *likely):
         """Valid arguments, of which most often one is replaced by something odd."""
@@ -160,8 +164,10 @@ class Case:
 
     def snapshot(self):
         snapshot = self.state.snapshot()
-        self.state.restore(snapshot if self.rng.random() < 0.3 else odd(self.rng))
-        snapshot.rows(odd(self.rng, IDS))
+        if self.rng.random() < 0.5:
+            self.state.restore(snapshot if self.rng.random() < 0.3 else odd(self.rng))
+        else:
+            snapshot.rows(odd(self.rng, IDS))
 
     def views(self):
         full = self.lm.new_state(3, full=True)
@@ -180,6 +186,73 @@ class Case:
             raise
         self.lm.forward([[1]], self.single)
 
+    def snapshot_of(self):
+        good = self.state.snapshot()
+        valid = {
+            "contract": good.contract,
+            "past_length": good.past_length,
+            "caches": good.caches,
+            "state_id": good.state_id,
+        }
+        found = Snapshot(**self.arguments(valid, NUMBERS, IDS))
+        self.state.restore(found)
+        if self.rng.random() < 0.5:
+            Snapshot.from_arrays(good.contract, odd(self.rng))
+
+    def engine(self):
+        arguments = {"lm": self.lm, "slots": 2, "max_waiting": 3, "quantum": 4, "chunk_size": 3}
+        arguments = self.arguments(arguments, NUMBERS)
+        with Engine(arguments.pop("lm"), arguments.pop("slots"), **arguments) as engine:
+            assert len(list(engine.submit(Request(PROMPT, 2)))) == 2
+            engine.drain(odd(self.rng, tuple(x for x in NUMBERS if x() is not None)))
+
+    def submit(self):
+        valid = {
+            "prompt_ids": PROMPT,
+            "max_new_tokens": 3,
+            "sampling": SamplingConfig(**self.some_settings()),
+            "stop_token_ids": frozenset((9,)),
+            "ends_at": None,
+            "num_logprobs": 2,
+            "deadline": None,
+            "start": None,
+            "keep": False,
+        }
+        request = Request(**self.arguments(valid, NUMBERS, IDS, OBJECTS))
+        if self.rng.random() < 0.5:
+            streams = [self.shared_engine.submit(request)]
+        else:
+            n = {"n": 2, "ends_at": None}
+            streams = self.shared_engine.submit_many(request, **self.arguments(n, NUMBERS))
+        try:
+            for stream in streams:
+                for token in itertools.islice(stream, 4):
+                    assert 0 <= token.id < V
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    def generate_batch(self):
+        valid = {
+            "prompts": [PROMPT, "text"],
+            "n": 2,
+            "stream": True,
+            "max_new_tokens": 3,
+            "stop": ["zz"],
+            "stop_token_ids": [9],
+            "num_logprobs": 2,
+            "slots": 3,
+            **self.some_settings(),
+        }
+        arguments = self.arguments(valid, NUMBERS, IDS, TEXTS)
+        if arguments["stream"] is False:
+            arguments["max_new_tokens"] = 3
+        found = self.lm.generate_batch(arguments.pop("prompts"), **arguments)
+        for piece in itertools.islice(found, 8):
+            assert piece.finish_reason is None or isinstance(piece.finish_reason, str)
+        if hasattr(found, "close"):
+            found.close()
+
 
 # How often each is called: what takes longer, less often.
 CALLS = {
@@ -197,6 +270,10 @@ CALLS = {
     "snapshot": 200,
     "views": 100,
     "stand_at": 200,
+    "snapshot_of": 200,
+    "engine": 150,
+    "submit": 700,
+    "generate_batch": 200,
 }
 
 
@@ -233,4 +310,7 @@ def test_an_odd_call_works_or_is_refused_in_one_line(lm, name, monkeypatch, tmp_
         assert time.perf_counter() - start < LONGEST_CALL
     assert 0 < refused < CALLS[name]
     # Nothing that was refused has done harm.
+    with case.shared_engine as engine:
+        assert engine.stats().healthy
+        assert [token.id for token in engine.submit(Request(PROMPT, 4))] == wanted
     assert list(lm.generate(PROMPT, max_new_tokens=4)) == wanted

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.errors import InputError
+from lminf_export.errors import InputError, shown
 from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.drawing import drawing_of
@@ -291,6 +291,8 @@ class LanguageModel:
             frequency_penalty,
             logit_bias,
         )
+        if not isinstance(stream, bool):
+            raise InputError(f"stream={shown(stream)}: must be True or False")
         stops = stop_token_ids
         if stops is not None:
             stops = frozenset(listed_ids(stops, "stop_token_ids"))

@@ -48,8 +48,10 @@ class Snapshot:
     _memory: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.caches, Mapping):
-            raise InputError("a Snapshot is made of numpy arrays: lengths, and caches by name")
+        if not isinstance(self.contract, GraphContract) or not isinstance(self.caches, Mapping):
+            raise InputError("a Snapshot is made of a GraphContract, lengths, and caches by name")
+        if not isinstance(self.state_id, str | None):
+            raise InputError(f"state_id={shown(self.state_id)}: must be text, or None")
         arrays = (self.past_length, *self.caches.values())
         if not all(isinstance(array, np.ndarray) for array in arrays):
             raise InputError("a Snapshot is made of numpy arrays: lengths, and caches by name")
@@ -228,6 +230,8 @@ class Snapshot:
         Raises:
             SessionError: the arrays are not the caches of this contract.
         """
+        if not isinstance(arrays, Mapping):
+            raise SessionError(f"{shown(arrays)} is no snapshot: expected arrays by name")
         caches = {name: array for name, array in arrays.items() if name != PAST_LENGTH}
         lengths = arrays.get(PAST_LENGTH)
         if lengths is None:
@@ -348,6 +352,6 @@ def random_cache(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> 
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    view = array.view()
+    view = np.asarray(array).view()
     view.flags.writeable = False
     return view

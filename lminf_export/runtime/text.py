@@ -140,6 +140,7 @@ class StopStrings:
         stop: strings that end the text, or one.
 
     Attributes:
+        strings: the stop strings.
         found: the stop string that ended the text, or None.
 
     Raises:
@@ -149,10 +150,10 @@ class StopStrings:
     def __init__(self, stop: Iterable[str]) -> None:
         if isinstance(stop, str):
             stop = (stop,)
-        self._stop = tuple(itertools.islice(one_by_one(stop, "stop"), _MOST_STOPS + 1))
-        if len(self._stop) > _MOST_STOPS:
+        self.strings = tuple(itertools.islice(one_by_one(stop, "stop"), _MOST_STOPS + 1))
+        if len(self.strings) > _MOST_STOPS:
             raise InputError(f"more than {_MOST_STOPS} stop strings")
-        for text in self._stop:
+        for text in self.strings:
             _require_text(text, "a stop string")
             if not text:
                 raise InputError("a stop string is empty; give at least one character")
@@ -169,12 +170,12 @@ class StopStrings:
         if self.found is not None:
             return ""
         text = self._held + text
-        places = [(place, s) for s in self._stop if (place := text.find(s)) >= 0]
+        places = [(place, s) for s in self.strings if (place := text.find(s)) >= 0]
         if places:
             place, self.found = min(places)
             self._held = ""
             return text[:place]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        keep = max((_overlap(text, s) for s in self.strings), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

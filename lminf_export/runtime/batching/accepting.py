@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.batching.sequence import RunningSequence
 from lminf_export.runtime.batching.stream import Mailbox, TokenStream
 from lminf_export.runtime.drawing import drawing_of
-from lminf_export.runtime.inputs import checked_prompt, listed_ids
+from lminf_export.runtime.inputs import checked_prompt, listed_ids, one_by_one
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.sampling import Sampler, SamplingConfig
 from lminf_export.runtime.snapshot import Snapshot
@@ -64,17 +65,19 @@ class Acceptor:
                 f"up to {self._max_position} only: start a new state"
             )
         limit = self._limit(request, room)
-        self._check_rest(request)
-        requests = [request] * n
+        requests = [self._plain(request)] * n
         if ends_at is not None:
+            ends_at = list(itertools.islice(one_by_one(ends_at, "ends_at"), n + 1))
             if len(ends_at) != n:
-                raise InputError(f"ends_at has {len(ends_at)} functions; expected {n}")
-            requests = [replace(request, ends_at=function) for function in ends_at]
+                raise InputError(f"ends_at: expected a function for each of {n} continuations")
+            requests = [replace(requests[0], ends_at=function) for function in ends_at]
         stops = self._stops
         if request.stop_token_ids is not None:
             stops = frozenset(listed_ids(request.stop_token_ids, "stop_token_ids"))
         sequences, streams = [], []
         for index, one in enumerate(requests):
+            if one.ends_at is not None and not callable(one.ends_at):
+                raise InputError(f"ends_at={shown(one.ends_at)}: must be a function of a token id")
             mailbox = Mailbox(len(prompt), self._on_call)
             sampler = self._sampler(one.sampling, index, prompt)
             sequences.append(RunningSequence(one, prompt, stops, limit, sampler, mailbox))
@@ -101,17 +104,20 @@ class Acceptor:
         return min(wanted, room + 1)
 
     @staticmethod
-    def _check_rest(request: Request) -> None:
+    def _plain(request: Request) -> Request:
+        """Return a request whose numbers are plain ones, everything checked that is left."""
+        count, deadline = request.num_logprobs, request.deadline
         if not isinstance(request.sampling, SamplingConfig):
             raise InputError(f"sampling={shown(request.sampling)}: must be a SamplingConfig")
-        if request.num_logprobs is not None:
-            count = request.num_logprobs
-            as_integer("num_logprobs", count, 0, InputError, maximum=MAX_LOGPROBS)
-        deadline = request.deadline
-        if deadline is not None and as_number("deadline", deadline, InputError) < 0:
-            raise InputError(f"deadline={shown(deadline)}: must be seconds, at least 0")
-        if request.ends_at is not None and not callable(request.ends_at):
-            raise InputError(f"ends_at={shown(request.ends_at)}: must be a function of a token id")
+        if not isinstance(request.keep, bool):
+            raise InputError(f"keep={shown(request.keep)}: must be True or False")
+        if count is not None:
+            count = as_integer("num_logprobs", count, 0, InputError, maximum=MAX_LOGPROBS)
+        if deadline is not None:
+            deadline = as_number("deadline", deadline, InputError)
+            if deadline < 0:
+                raise InputError(f"deadline={deadline}: must be seconds, at least 0")
+        return replace(request, num_logprobs=count, deadline=deadline)
 
     def _sampler(self, config: SamplingConfig, index: int, prompt: np.ndarray) -> Sampler | None:
         """Return the sampler of continuation `index`; None if it takes the likeliest token."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
@@ -14,9 +14,12 @@ from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import FinishReason, Request, Token
 from lminf_export.runtime.batching.stream import TokenStream
 from lminf_export.runtime.batching.text import StopText, StreamText
-from lminf_export.runtime.inputs import checked_prompt
+from lminf_export.runtime.inputs import checked_prompt, one_by_one
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.text import StopStrings
+
+# Continuations of one prompt, and prompts that come from an iterator, which may have no end.
+_MOST = 2**16
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,13 @@ class Batch:
         stop: Sequence[str],
         slots: int,
     ) -> None:
-        self._n = as_integer("n", n, 1, InputError)
+        self._n = as_integer("n", n, 1, InputError, maximum=_MOST)
         self._slots = as_integer("slots", slots, 1, InputError)
         self._lm = lm
         self._codec = lm.codec if lm.bundle.tokenizer_path is not None else None
-        if stop and self._codec is None:
+        self._stop = StopStrings(stop).strings
+        if self._stop and self._codec is None:
             raise InputError("stop strings need a tokenizer, this bundle has none")
-        StopStrings(stop)
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         self._prompts = _prompts(lm, prompts)
         self._request = request
 
@@ -164,14 +166,17 @@ class Batch:
 
 
 def _prompts(lm: LanguageModel, prompts: Any) -> list[list[int]]:
-    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
+    if isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__iter__"):
         raise InputError("prompts: expected a list of texts or of lists of token ids")
-    return [
-        lm.codec.encode(prompt)
-        if isinstance(prompt, str)
-        else checked_prompt(prompt, lm.vocab_size)[0].tolist()
-        for prompt in prompts
-    ]
+    found: list[list[int]] = []
+    for prompt in one_by_one(prompts, "prompts"):
+        if len(found) == _MOST and not isinstance(prompts, Sized):
+            raise InputError(f"prompts: more than {_MOST}, or no end of them; give a list")
+        if isinstance(prompt, str):
+            found.append(lm.codec.encode(prompt))
+        else:
+            found.append(checked_prompt(prompt, lm.vocab_size)[0].tolist())
+    return found
 
 
 def _merged(streams: list[TokenStream]) -> Iterator[tuple[int, Token | None]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-from lminf_export.errors import BusyError, InputError, LminfError, SessionError
-from lminf_export.operator.settings import as_integer
+from lminf_export.errors import BusyError, InputError, LminfError, SessionError, shown
+from lminf_export.operator.settings import as_integer, as_number
 from lminf_export.runtime.batching.accepting import Acceptor
 from lminf_export.runtime.batching.request import FinishReason, Request
 from lminf_export.runtime.batching.scheduler import Scheduler
@@ -22,6 +21,8 @@ from lminf_export.runtime.language_model import LanguageModel
 DEFAULT_SLOTS = 8
 DEFAULT_MAX_WAITING = 256
 DEFAULT_QUANTUM = 512
+# A slot is a row of one batch, with views of its own.
+_MOST_SLOTS = 4096
 
 
 class Engine:
@@ -53,7 +54,9 @@ class Engine:
         quantum: int = DEFAULT_QUANTUM,
         chunk_size: int | None = None,
     ) -> None:
-        slots = as_integer("slots", slots, 1, InputError)
+        if not isinstance(lm, LanguageModel):
+            raise InputError(f"lm={shown(lm)}: must be a LanguageModel, see load")
+        slots = as_integer("slots", slots, 1, InputError, maximum=_MOST_SLOTS)
         self.max_waiting = as_integer("max_waiting", max_waiting, 0, InputError)
         quantum = as_integer("quantum", quantum, 1, InputError)
         largest = lm.bundle.manifest.lambda_config.chunk_size
@@ -156,7 +159,12 @@ class Engine:
 
         Returns:
             Whether all have ended.
+
+        Raises:
+            InputError: seconds that are none.
         """
+        if timeout is not None:
+            timeout = min(as_number("timeout", timeout, InputError), threading.TIMEOUT_MAX)
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: not self._num_pending, timeout)
@@ -197,7 +205,7 @@ class Engine:
         with self._changed:
             if not self._called and not self._closing:
                 rest = self._turns.next_due - time.perf_counter()
-                self._changed.wait(None if rest == math.inf else max(rest, 0.0))
+                self._changed.wait(min(max(rest, 0.0), threading.TIMEOUT_MAX))
 
     def _tend(self) -> None:
         with self._changed:

@@ -9,6 +9,7 @@ import numpy as np
 from lminf_export.errors import InputError
 from lminf_export.runtime.batching.request import FinishReason, Kept, Request, Token
 from lminf_export.runtime.batching.stream import Mailbox
+from lminf_export.runtime.foreign_errors import foreign_errors
 from lminf_export.runtime.logprobs import logprobs_of
 from lminf_export.runtime.sampling import Sampler
 from lminf_export.runtime.snapshot import Snapshot
@@ -86,14 +87,22 @@ class RunningSequence:
         return token, told
 
     def accept(self, token: int) -> tuple[bool, FinishReason | None]:
-        """Count a chosen token; tell whether it is returned, and why the sequence ends, if so."""
+        """Count a chosen token; tell whether it is returned, and why the sequence ends, if so.
+
+        Raises:
+            InputError: the request's own function raised an error.
+        """
         self.latest = token
         if token in self._stops:
             return False, "stop_token"
         if self._sampler is not None:
             self._sampler.observe((token,))
-        if self.request.ends_at is not None and self.request.ends_at(token):
-            return True, "stop_text"
+        ends_at = self.request.ends_at
+        if ends_at is not None:
+            # An error of one request's function must not end the others.
+            with foreign_errors(InputError, "Request.ends_at has failed"):
+                if ends_at(token):
+                    return True, "stop_text"
         # This token is not counted yet.
         if self._limit is not None and self.mailbox.num_tokens + 1 >= self._limit:
             return True, "length"
