@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -15,6 +16,10 @@ _CONTEXT_TOKENS = 8
 # Groups that are remembered at most; more than a few only if most have no text.
 _MAX_GROUPS = 16
 _REPLACEMENT = "\ufffd"
+
+# How a tokenizer writes the bytes of a character: it does not, as tokens such as <0xE6>, or each
+# as a character.
+ByteKind = Literal["none", "fallback", "level"]
 
 
 class StreamDecoder:
@@ -131,7 +136,7 @@ class _FallbackBytes(_NoBytes):
         self._pending = b""
 
     def push(self, string: str) -> list[str]:
-        value = _fallback_byte(string)
+        value = fallback_byte(string)
         if value is None:
             group = [*self.broken(), string]
             self._pending = b""
@@ -150,7 +155,7 @@ class _FallbackBytes(_NoBytes):
         return [_REPLACEMENT] * len(self._pending)
 
     def begins_character(self, string: str) -> bool:
-        value = _fallback_byte(string)
+        value = fallback_byte(string)
         return value is None or not _continues(value)
 
 
@@ -161,7 +166,7 @@ class _LevelBytes(_NoBytes):
         self._pending = b""
 
     def push(self, string: str) -> list[str]:
-        joined = self._pending + _level_bytes(string)
+        joined = self._pending + level_bytes(string)
         pending = _incomplete_end(joined)
         whole = not self._pending and not pending
         self._pending = pending
@@ -174,21 +179,26 @@ class _LevelBytes(_NoBytes):
         return [_level_string(self._pending)] if self._pending else []
 
     def begins_character(self, string: str) -> bool:
-        first = _level_bytes(string)[:1]
+        first = level_bytes(string)[:1]
         return bool(first) and not _continues(first[0])
 
 
-def _byte_groups(tokenizer: Tokenizer) -> _NoBytes:
+def byte_kind(tokenizer: Tokenizer) -> ByteKind:
     """Find by a trial how a tokenizer's decoder takes bytes."""
     decoder = tokenizer.decoder
     if decoder is None:
-        return _NoBytes()
+        return "none"
     with foreign_errors(BundleError, "the tokenizer's decoder cannot be used"):
         if decoder.decode(["a", "<0xC3>", "<0xA9>"]).endswith("é"):
-            return _FallbackBytes()
+            return "fallback"
         if decoder.decode(["a", _level_string("é".encode())]).endswith("é"):
-            return _LevelBytes()
-    return _NoBytes()
+            return "level"
+    return "none"
+
+
+def _byte_groups(tokenizer: Tokenizer) -> _NoBytes:
+    kinds = {"none": _NoBytes, "fallback": _FallbackBytes, "level": _LevelBytes}
+    return kinds[byte_kind(tokenizer)]()
 
 
 def _incomplete_end(data: bytes) -> bytes:
@@ -202,7 +212,8 @@ def _continues(byte: int) -> bool:
     return byte & 0xC0 == 0x80
 
 
-def _fallback_byte(string: str) -> int | None:
+def fallback_byte(string: str) -> int | None:
+    """Return the byte that a token such as <0xE6> stands for; None for any other."""
     if len(string) != 6 or not (string.startswith("<0x") and string.endswith(">")):
         return None
     try:
@@ -227,8 +238,8 @@ _LEVEL_CHARACTERS = _level_alphabet()
 _LEVEL_BYTES = {character: byte for byte, character in _LEVEL_CHARACTERS.items()}
 
 
-def _level_bytes(string: str) -> bytes:
-    """Return a token's bytes; a token with another character stands for itself."""
+def level_bytes(string: str) -> bytes:
+    """Return the bytes of a byte-level token; a token with another character stands for itself."""
     try:
         return bytes(_LEVEL_BYTES[character] for character in string)
     except KeyError:

@@ -1,0 +1,211 @@
+"""`lminf serve`: bundles over HTTP, as OpenAI's API."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lminf_export.cli.common import handle_errors, read_text, verbosity_options
+from lminf_export.cli.session_options import (
+    kernels_option,
+    provider_option,
+    threads_option,
+    trust_options,
+)
+from lminf_export.errors import DependencyError, InputError
+from lminf_export.serve.settings import ServeSettings
+
+_NEEDED = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "prometheus_client": "prometheus-client",
+}
+_KEY_VARIABLE = "LMINF_API_KEY"
+_POSITIVE = click.IntRange(min=1)
+_NATURAL = click.IntRange(min=0)
+_SECONDS = click.FloatRange(min=0, min_open=True)
+
+# Option → type and help; each sets the setting of its name, whose default it has.
+_LIMITS: dict[str, tuple[click.ParamType, str]] = {
+    "slots": (_POSITIVE, "Sequences of a model that are written side by side."),
+    "max-waiting": (_NATURAL, "Sequences that may wait for a slot; more get 429."),
+    "max-requests": (_POSITIVE, "Requests read or answered at once; more get 429."),
+    "max-prompt-tokens": (_POSITIVE, "Tokens of a prompt."),
+    "max-new-tokens": (_POSITIVE, "Tokens that a request may ask for."),
+    "default-max-tokens": (_POSITIVE, "Tokens of an answer if the request names no number."),
+    "max-choices": (_POSITIVE, "Prompts times n of a request."),
+    "max-body-bytes": (_POSITIVE, "Bytes of a request's body."),
+    "body-seconds": (_SECONDS, "Time in which a body must arrive."),
+    "write-seconds": (_SECONDS, "Time after which a client that reads nothing is cut off."),
+    "max-stream-seconds": (_SECONDS, "Time of one answer, waiting included."),
+    "shutdown-seconds": (_SECONDS, "Time that running answers get after SIGTERM."),
+    "session-bytes": (_NATURAL, "Memory of kept states."),
+    "session-disk-bytes": (_POSITIVE, "Bytes of the folder of conversations."),
+}
+
+
+def _limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for name, (kind, text) in reversed(_LIMITS.items()):
+        default = getattr(ServeSettings, name.replace("-", "_"))
+        option = click.option(f"--{name}", type=kind, default=default, show_default=True, help=text)
+        function = option(function)
+    return function
+
+
+@click.command("serve")
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path())
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen at; 0: a free one, which is printed.",
+)
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    help="Name of a model, in the order of the bundles; its folder's name by default.",
+)
+@click.option(
+    "--api-key",
+    help="Key that each request must bear. Others on this machine see it in the list of "
+    f"processes: rather use --api-key-file, or the variable {_KEY_VARIABLE}.",
+)
+@click.option("--api-key-file", type=click.Path(), help="File of keys, one a line.")
+@click.option("--template", type=click.Path(), help="Chat template instead of the bundle's own.")
+@click.option("--session-folder", type=click.Path(), help="Keep conversations over restarts.")
+@click.option("--no-prefix-reuse", is_flag=True, help="Read every prompt from its beginning.")
+@click.option("--allow-host", multiple=True, help="Another name of this server; without a key.")
+@click.option("--allow-origin", multiple=True, help="Let pages of this origin use the API.")
+@_limit_options
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a bundle on the hub.")
+@provider_option
+@threads_option
+@kernels_option
+@trust_options
+@verbosity_options
+@handle_errors
+def serve_command(
+    bundles: tuple[str, ...],
+    host: str,
+    port: int,
+    names: tuple[str, ...],
+    api_key: str | None,
+    api_key_file: str | None,
+    template: str | None,
+    session_folder: str | None,
+    no_prefix_reuse: bool,
+    allow_host: tuple[str, ...],
+    allow_origin: tuple[str, ...],
+    revision: str | None,
+    provider: str,
+    kernels: str,
+    threads: int | None,
+    trust_plan: bool | str,
+    **limits: int | float,
+) -> None:
+    """Serve the models in BUNDLEs over HTTP, with the endpoints of OpenAI's API.
+
+    Each bundle is a model with an engine of its own. Without an API key only this machine can
+    use the server. SIGTERM or Ctrl-C lets running answers finish; a second one does not.
+    """
+    _require_packages()
+    from lminf_export.runtime.chat_template import ChatTemplate
+    from lminf_export.runtime.load import load
+    from lminf_export.serve.app import create_app
+    from lminf_export.serve.auth import is_local
+    from lminf_export.serve.run import address_of, bound_socket, run
+    from lminf_export.serve.served_model import ServedModel
+    keys = _keys(api_key, api_key_file)
+    if not keys and not is_local(host):
+        raise InputError(
+            f"--host {host} is reached from other machines, which needs a key: --api-key-file, "
+            f"or the variable {_KEY_VARIABLE}; without one listen at 127.0.0.1"
+        )
+    settings = ServeSettings(
+        api_keys=keys,
+        allow_origins=allow_origin,
+        allow_hosts=allow_host,
+        session_folder=None if session_folder is None else Path(session_folder),
+        prefix_reuse=not no_prefix_reuse,
+        **limits,  # type: ignore[arg-type]
+    )
+    if template is not None and len(bundles) > 1:
+        raise InputError("--template goes with one bundle")
+    called = _names(bundles, names)
+    with ExitStack() as stack:
+        bound = stack.enter_context(bound_socket(host, port))
+        models = {}
+        for name, path in called.items():
+            lm = load(
+                path,
+                provider=provider,  # type: ignore[arg-type]
+                kernels=kernels,
+                threads=threads,
+                trust_plan=trust_plan,
+                revision=revision,
+            )
+            own = None if template is None else ChatTemplate.from_file(template, lm.bundle)
+            models[name] = ServedModel.of(name, lm, settings, own)
+            stack.callback(models[name].engine.close)
+        app = create_app(models, settings)
+        listed = ", ".join(models)
+        run(
+            app,
+            bound,
+            settings,
+            lambda: click.echo(f"serving {listed} at {address_of(bound)}"),
+        )
+
+
+def _require_packages() -> None:
+    missing = [name for module, name in _NEEDED.items() if not importlib.util.find_spec(module)]
+    if missing:
+        raise DependencyError(
+            f"lminf serve needs {', '.join(missing)}: pip install lminf-export[serve]"
+        )
+
+
+def _keys(given: str | None, path: str | None) -> tuple[str, ...]:
+    """Return the keys of the option, the file and the environment, of which one is enough."""
+    keys = [] if given is None else [given]
+    if path is not None:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise InputError(f"{path} has no key; write one a line")
+        keys += found
+    if not keys and (from_environment := os.environ.get(_KEY_VARIABLE)):
+        keys.append(from_environment)
+    return tuple(keys)
+
+
+def _names(bundles: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str]:
+    """Return the bundle of each model name, in order."""
+    if len(names) > len(bundles):
+        raise InputError(f"{len(names)} names for {len(bundles)} bundles; give one for each")
+    found: dict[str, str] = {}
+    for place, path in enumerate(bundles):
+        name = names[place] if place < len(names) else _folder_name(path)
+        if not name or not name.isprintable() or len(name) > 200:
+            raise InputError(f"the name {name!r} of {path} is no model name; see --name")
+        if name in found:
+            raise InputError(f"{found[name]} and {path} are both called {name}; see --name")
+        found[name] = path
+    return found
+
+
+def _folder_name(path: str) -> str:
+    folder = Path(path)
+    if not folder.exists():
+        return path  # an id on the hub
+    folder = folder.resolve()
+    return (folder if folder.is_dir() else folder.parent).name

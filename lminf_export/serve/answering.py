@@ -1,0 +1,229 @@
+"""One request while it is answered: its sequences in an engine, and what is new of each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from lminf_export.errors import LminfError
+from lminf_export.runtime.batching.request import Request, Token
+from lminf_export.runtime.batching.stream import TokenStream
+from lminf_export.serve.answer_text import AnswerText, Piece, stop_watch
+from lminf_export.serve.api_errors import ApiError, of_ours, shutting_down
+from lminf_export.serve.generation import Generation
+from lminf_export.serve.kept_answer import AnswerKeeper
+from lminf_export.serve.metrics import ServerMetrics
+from lminf_export.serve.planning import Plan
+from lminf_export.serve.served_model import ServedModel
+
+# Pieces of all choices that wait to be sent; behind them tokens wait in the engine.
+_QUEUED_PIECES = 16
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is new of one choice.
+
+    Attributes:
+        index: of the choice.
+        piece: text and tokens.
+        finish_reason: "stop" or "length" with the last one.
+    """
+
+    index: int
+    piece: Piece
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request."""
+
+    prompt: int
+    cached: int
+    completion: int
+
+    @property
+    def body(self) -> dict[str, object]:
+        """The object that a response holds."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass(eq=False)
+class Choice:
+    """One sequence that answers a prompt."""
+
+    index: int
+    stream: TokenStream
+    text: AnswerText
+    keeper: AnswerKeeper | None
+
+
+class Answering:
+    """The sequences of one request; closing it gives their slots back.
+
+    Args:
+        model: that answers.
+        generation: how.
+        plans: of the prompts, each of which gets `generation.n` choices.
+        keepers: of the state of each prompt's answer, if it has only one; None to keep none.
+        metrics: told of times and counts.
+        deadline: seconds for the whole answer.
+
+    Raises:
+        InputError, BusyError, SessionError: see `Engine.submit`; then no sequence runs.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        generation: Generation,
+        plans: list[Plan],
+        keepers: list[AnswerKeeper | None],
+        metrics: ServerMetrics,
+        deadline: float,
+    ) -> None:
+        self.model = model
+        self.generation = generation
+        self._metrics = metrics
+        self._plans = plans
+        self._deadline = deadline
+        self.choices: list[Choice] = []
+        try:
+            for plan, keeper in zip(plans, keepers, strict=True):
+                self._submit(plan, keeper)
+        except LminfError:
+            self.close()
+            raise
+        for plan in plans:
+            metrics.reused(model.name, plan.num_cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompts that were not read again."""
+        return sum(plan.num_cached for plan in self._plans)
+
+    def usage(self) -> Usage:
+        """Return the tokens so far."""
+        return Usage(
+            sum(plan.num_prompt_tokens for plan in self._plans),
+            self.num_cached,
+            sum(choice.stream.num_tokens for choice in self.choices),
+        )
+
+    def close(self) -> None:
+        """End what still runs."""
+        for choice in self.choices:
+            choice.stream.cancel()
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        """Yield what is new, of all choices as it comes.
+
+        Raises:
+            ApiError: an answer was cut short.
+        """
+        if len(self.choices) == 1:
+            async for update in self._of_choice(self.choices[0]):
+                yield update
+            return
+        queue: asyncio.Queue[Update | ApiError | None] = asyncio.Queue(_QUEUED_PIECES)
+        tasks = [asyncio.create_task(self._fill(queue, choice)) for choice in self.choices]
+        try:
+            remaining = len(tasks)
+            while remaining:
+                found = await queue.get()
+                if isinstance(found, ApiError):
+                    raise found
+                if found is None:
+                    remaining -= 1
+                else:
+                    yield found
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _submit(self, plan: Plan, keeper: AnswerKeeper | None) -> None:
+        generation, codec = self.generation, self.model.lm.codec
+        n = generation.n
+        request = Request(
+            plan.ids,
+            max_new_tokens=generation.max_new_tokens,
+            sampling=generation.sampling,
+            stop_token_ids=generation.stop_token_ids,
+            # Of several sequences each has a text of its own: their readers end them.
+            ends_at=stop_watch(codec, plan.ids, generation.stop) if n == 1 else None,
+            num_logprobs=generation.num_logprobs,
+            deadline=self._deadline,
+            start=plan.start,
+            keep=keeper is not None,
+        )
+        for stream in self.model.engine.submit_many(request, n):
+            text = AnswerText(
+                codec, plan.ids, generation.stop, generation.num_logprobs is not None
+            )
+            self.choices.append(Choice(len(self.choices), stream, text, keeper))
+
+    async def _fill(self, queue: asyncio.Queue[Update | ApiError | None], choice: Choice) -> None:
+        try:
+            async for update in self._of_choice(choice):
+                await queue.put(update)
+            await queue.put(None)
+        except ApiError as error:
+            await queue.put(error)
+
+    async def _of_choice(self, choice: Choice) -> AsyncGenerator[Update, None]:
+        text, keeper = choice.text, choice.keeper
+        try:
+            async for tokens in self._batches(choice.stream):
+                piece = text.push(tokens)
+                if keeper is not None:
+                    keeper.add(tokens, piece.text)
+                if piece:
+                    yield Update(choice.index, piece)
+                if text.stopped and self.generation.n > 1:
+                    choice.stream.cancel()
+                    break
+        except LminfError as error:
+            raise of_ours(error) from None
+        piece = text.finish()
+        finish_reason = self._finish_reason(choice)
+        if keeper is not None and choice.stream.kept is not None:
+            keeper.add((), piece.text)
+            assert choice.stream.finish_reason is not None
+            await keeper.keep(choice.stream.kept, choice.stream.finish_reason)
+        yield Update(choice.index, piece, finish_reason)
+
+    async def _batches(self, stream: TokenStream) -> AsyncGenerator[list[Token], None]:
+        """Yield the tokens that are there, whenever there are any."""
+        name, latest = self.model.name, None
+        async for token in stream:
+            tokens = [token, *stream.take()]
+            now = time.perf_counter()
+            if latest is not None:
+                self._metrics.went_on(name, now - latest, len(tokens))
+            elif stream.first_token_at is not None:
+                self._metrics.began(name, stream.first_token_at - stream.submitted)
+            latest = now
+            yield tokens
+
+    def _finish_reason(self, choice: Choice) -> str:
+        reason = choice.stream.finish_reason
+        if choice.text.stopped or reason in ("stop_token", "stop_text"):
+            return "stop"
+        if reason == "length" or (reason == "deadline" and choice.stream.num_tokens):
+            return "length"
+        if reason == "deadline":
+            raise ApiError(
+                503, f"no slot was free in {self._deadline:g} s", code="timeout", retry=True
+            )
+        if reason == "slow_reader":
+            raise ApiError(408, "the answer was not read for too long", code="slow_reader")
+        raise shutting_down()

@@ -1,0 +1,71 @@
+"""HTTP connections with bounds that uvicorn lacks: time for headers, and how many there are."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from starlette.types import Receive, Scope, Send
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from lminf_export.serve.guard import ABORT
+
+
+def bounded_protocol(header_seconds: float, max_connections: int) -> type[asyncio.Protocol]:
+    """Return a protocol for uvicorn.
+
+    Args:
+        header_seconds: within which a request's headers must be complete.
+        max_connections: more are closed as they come.
+    """
+
+    class BoundedProtocol(H11Protocol):
+        """Closes connections that send no request in time; lets requests end theirs at once."""
+
+        def __init__(
+            self,
+            config: Config,
+            server_state: ServerState,
+            app_state: dict[str, Any],
+            _loop: asyncio.AbstractEventLoop | None = None,
+        ) -> None:
+            super().__init__(config, server_state, app_state, _loop)
+            self._inner = self.app
+            self.app = self._with_abort  # type: ignore[assignment]
+            self._due: asyncio.TimerHandle | None = None
+
+        async def _with_abort(self, scope: Scope, receive: Receive, send: Send) -> None:
+            scope[ABORT] = self.transport.abort
+            await self._inner(scope, receive, send)  # type: ignore[arg-type]
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                transport.abort()
+                return
+            self._expect_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            # Idle: no request is being answered, and the next one's headers are incomplete.
+            if self.conn.their_state is not h11.IDLE:
+                self._forget()
+            elif self._due is None:
+                self._expect_headers()
+
+        def _expect_headers(self) -> None:
+            self._due = self.loop.call_later(header_seconds, self.transport.abort)
+
+        def _forget(self) -> None:
+            if self._due is not None:
+                self._due.cancel()
+                self._due = None
+
+    return BoundedProtocol

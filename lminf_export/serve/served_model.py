@@ -1,0 +1,84 @@
+"""One model that a server serves: its engine, its text, its template."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from lminf_export.errors import BundleError
+from lminf_export.runtime.batching.engine import Engine
+from lminf_export.runtime.chat_template import ChatTemplate
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.token_bytes import TokenBytes
+from lminf_export.serve.api_errors import invalid
+from lminf_export.serve.settings import ServeSettings
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A model, the engine that runs it, and what its texts need.
+
+    Attributes:
+        name: by which requests ask for it.
+        lm: the loaded bundle.
+        engine: over its session.
+        template: its chat template, or None.
+        token_bytes: the bytes of its tokens.
+        created: Unix time, seconds.
+    """
+
+    name: str
+    lm: LanguageModel
+    engine: Engine
+    template: ChatTemplate | None
+    token_bytes: TokenBytes
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        lm: LanguageModel,
+        settings: ServeSettings,
+        template: ChatTemplate | None = None,
+    ) -> ServedModel:
+        """Start an engine over a model.
+
+        Args:
+            name: by which requests ask for it.
+            lm: the loaded bundle.
+            settings: slots and queue.
+            template: instead of the bundle's own.
+
+        Raises:
+            BundleError: it has no tokenizer, or a damaged template.
+            SessionError: the slots' caches are more than the memory holds.
+        """
+        codec = lm.codec
+        if template is None and _has_template(lm):
+            template = ChatTemplate.of(lm.bundle)
+        engine = Engine(lm, settings.slots, max_waiting=settings.max_waiting)
+        return cls(name, lm, engine, template, TokenBytes(codec.tokenizer))
+
+    def require_template(self) -> ChatTemplate:
+        """Return the chat template.
+
+        Raises:
+            ApiError: 400 if there is none.
+        """
+        if self.template is None:
+            raise invalid(
+                f"{self.name} has no chat template, so it cannot chat; use /v1/completions, or "
+                "start lminf serve with --template FILE",
+                "messages",
+                "no_chat_template",
+            )
+        return self.template
+
+
+def _has_template(lm: LanguageModel) -> bool:
+    try:
+        ChatTemplate.of(lm.bundle)
+    except BundleError:
+        return False
+    return True

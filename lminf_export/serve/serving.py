@@ -1,0 +1,204 @@
+"""What all endpoints of a server share, and how a request's answer begins."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from starlette.requests import Request
+
+from lminf_export.runtime.batching.engine import EngineStats
+from lminf_export.serve.answering import Answering
+from lminf_export.serve.api_errors import ApiError, invalid, shutting_down
+from lminf_export.serve.generation import Generation
+from lminf_export.serve.kept_answer import AnswerKeeper, PrefixKeeper, SessionKeeper
+from lminf_export.serve.metrics import ServerMetrics
+from lminf_export.serve.planning import Plan
+from lminf_export.serve.served_model import ServedModel
+from lminf_export.serve.sessions import Lease, Sessions, checked_session_id, session_key
+from lminf_export.serve.settings import ServeSettings
+from lminf_export.serve.state_store import Conversation, StateStore
+
+# Threads that tokenise and render; the engines' own are not among them.
+_THREADS = 4
+# Where a request's owner stands in its scope: the hash of its API key.
+OWNER = "lminf.owner"
+
+Planner = Callable[[Conversation | None], list[Plan]]
+
+
+class Running:
+    """A request that is being answered; closing it gives everything back.
+
+    Attributes:
+        answering: its sequences.
+        headers: of the response: what was reused.
+    """
+
+    def __init__(self, serving: Serving, answering: Answering, lease: Lease | None) -> None:
+        self.answering = answering
+        self._serving = serving
+        self._lease = lease
+        self.headers = {"x-cached-tokens": str(answering.num_cached)}
+        if lease is not None:
+            self.headers["x-session-state"] = "resumed" if lease.conversation else "new"
+
+    def release_session(self) -> None:
+        """Let the next request of the session in, before the client knows of the end."""
+        if self._lease is not None:
+            self._lease.release()
+
+    def close(self) -> None:
+        """End what still runs."""
+        self.answering.close()
+        self.release_session()
+        self._serving.running.discard(self)
+
+
+class Serving:
+    """Models, kept states, metrics, and whether the server ends.
+
+    Args:
+        models: by name.
+        settings: limits.
+
+    Raises:
+        InputError: the folder of conversations cannot be used.
+
+    Attributes:
+        running: requests that are being answered.
+        num_requests: requests that are being read or answered.
+        is_draining: whether new requests are refused.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel], settings: ServeSettings) -> None:
+        self.models = dict(models)
+        self.settings = settings
+        self.store = StateStore(settings.session_bytes)
+        self.sessions = Sessions(settings, self.store)
+        self.metrics = ServerMetrics(self.stats, self.sessions.counts)
+        self.running: set[Running] = set()
+        self.num_requests = 0
+        self.is_draining = False
+        self._threads = ThreadPoolExecutor(_THREADS, "lminf-serve")
+
+    def stats(self) -> dict[str, EngineStats]:
+        """Return each engine's counts."""
+        return {name: model.engine.stats() for name, model in self.models.items()}
+
+    def model(self, name: str | None) -> ServedModel:
+        """Return a model; without a name the only one.
+
+        Raises:
+            ApiError: 404 for another name, 400 if none is given and several are served.
+        """
+        if name is None:
+            if len(self.models) > 1:
+                raise invalid(f"give a model: {', '.join(self.models)}", "model")
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r}; there are: {', '.join(self.models)}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.models[name]
+
+    def require_open(self) -> None:
+        """Refuse what comes while the server ends.
+
+        Raises:
+            ApiError: 503.
+        """
+        if self.is_draining:
+            raise shutting_down()
+
+    async def begin(
+        self, request: Request, model: ServedModel, generation: Generation, planner: Planner
+    ) -> Running:
+        """Plan a request's prompts in a thread, and submit them.
+
+        Raises:
+            ApiError: the session is busy, or a limit is exceeded.
+            LminfError: see `Answering`.
+        """
+        session_id = checked_session_id(request.headers.get("x-session-id"))
+        owner = request.scope.get(OWNER, "")
+        lease = None
+        if session_id is not None:
+            if generation.n > 1:
+                raise invalid("a session goes on with one answer; n must be 1", "n")
+            key = session_key(model.name, owner, session_id)
+            lease = await self.sessions.lease(key, model.lm)
+        try:
+            if lease is not None and lease.conversation is None:
+                _require_new(request)
+            answering = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._submit, model, generation, planner, lease, owner
+            )
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        running = Running(self, answering, lease)
+        self.running.add(running)
+        return running
+
+    def close(self) -> None:
+        """End all engines, and write what is kept."""
+        for model in self.models.values():
+            model.engine.close()
+        self._threads.shutdown()
+        self.sessions.close()
+
+    def _submit(
+        self,
+        model: ServedModel,
+        generation: Generation,
+        planner: Planner,
+        lease: Lease | None,
+        owner: str,
+    ) -> Answering:
+        plans = planner(lease.conversation if lease else None)
+        limit = self.settings.max_prompt_tokens
+        for plan in plans:
+            if len(plan.ids) > limit:
+                raise invalid(
+                    f"the prompt has {len(plan.ids)} tokens; at most {limit} are read at once",
+                    "prompt",
+                    "context_length_exceeded",
+                )
+        keepers: list[AnswerKeeper | None] = [None] * len(plans)
+        if lease is not None:
+            if len(plans) > 1:
+                raise invalid("a session goes on with one prompt", "prompt")
+            keepers = [SessionKeeper(lease, plans[0])]
+        elif self.settings.prefix_reuse and self.settings.session_bytes:
+            scope = hashlib.sha256(f"{model.name}\n{owner}".encode()).hexdigest()
+            if generation.n == 1:
+                keepers = [PrefixKeeper(self.store, scope, plan.ids) for plan in plans]
+            # What has been read before would not count for this penalty.
+            if generation.sampling.repetition_penalty == 1:
+                plans = [self._behind_prefix(scope, plan) for plan in plans]
+        return Answering(
+            model, generation, plans, keepers, self.metrics, self.settings.max_stream_seconds
+        )
+
+    def _behind_prefix(self, scope: str, plan: Plan) -> Plan:
+        """Return the plan that goes on from the kept state which has read most of a prompt."""
+        snapshot = self.store.longest_prefix(scope, plan.ids)
+        return plan if snapshot is None else plan.behind(snapshot)
+
+
+def _require_new(request: Request) -> None:
+    """Refuse a new session where the client relies on one that is kept."""
+    if request.headers.get("x-session-must-exist", "").lower() in ("1", "true", "yes"):
+        raise ApiError(
+            404,
+            "this session is not kept: it never was, was deleted, or made room for others; send "
+            "the whole conversation",
+            code="session_not_found",
+        )

@@ -1,0 +1,215 @@
+"""Conversations as files, so that a restarted server goes on with them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lminf_export.errors import InputError, LminfError
+from lminf_export.runtime.batching.request import Kept
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.serve.rolling import RollingHash
+from lminf_export.serve.state_store import Conversation
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_STATE, _RECORD, _PART = ".state", ".json", ".part"
+_MAX_RECORD = 65536
+_MAX_UNREAD = 64
+
+
+@dataclass(frozen=True)
+class _File:
+    state: str
+    nbytes: int
+    changed: float
+
+
+class SessionFolder:
+    """A folder of conversations: for each a state and a record that vouches for it.
+
+    A record is written, by a rename, when its state is complete. File names are hashes. Only one
+    server at a time uses a folder. Safe in any thread.
+
+    Args:
+        path: made if it is not there; nobody else may read it.
+        max_bytes: of all files; the oldest are dropped.
+
+    Raises:
+        InputError: the folder cannot be used, or another server uses it.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)
+            self._guard = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InputError(f"--session-folder {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._guard)
+            raise InputError(
+                f"--session-folder {path} is used by another server; give each its own"
+            ) from None
+        self._files = self._found()
+
+    def close(self) -> None:
+        """Let another server use the folder."""
+        os.close(self._guard)
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many conversations there are, and their bytes."""
+        with self._lock:
+            return len(self._files), sum(file.nbytes for file in self._files.values())
+
+    def save(self, key: str, conversation: Conversation) -> None:
+        """Write a conversation.
+
+        Raises:
+            OSError, LminfError: it could not be written; what stood there before is still there.
+        """
+        state = f"{key}-{secrets.token_hex(4)}{_STATE}"
+        part = self._path / (state + _PART)
+        try:
+            conversation.kept.snapshot.save(part)
+            part.chmod(0o600)
+            digest, size = _digest(part)
+            part.rename(self._path / state)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        record = {
+            "format": FORMAT,
+            "state": state,
+            "sha256": digest,
+            "bytes": size,
+            "kind": conversation.kind,
+            "history_length": conversation.history.length,
+            "history": conversation.history.digits,
+            "unread": list(conversation.kept.unread),
+        }
+        try:
+            self._write_record(key, record)
+        except BaseException:
+            (self._path / state).unlink(missing_ok=True)
+            raise
+        changed = (self._path / (key + _RECORD)).stat().st_mtime
+        with self._lock:
+            old = self._files.pop(key, None)
+            self._files[key] = _File(state, size, changed)
+            if old is not None:
+                (self._path / old.state).unlink(missing_ok=True)
+            self._make_room(key)
+
+    def load(self, key: str, lm: LanguageModel) -> Conversation | None:
+        """Return a conversation; None if there is none, or its files are damaged and dropped."""
+        with self._lock:
+            file = self._files.get(key)
+        if file is None:
+            return None
+        try:
+            record = json.loads((self._path / (key + _RECORD)).read_bytes()[:_MAX_RECORD])
+            conversation = self._read(record, lm)
+        except (OSError, ValueError, LminfError) as error:
+            logger.warning("a kept conversation is damaged and was dropped: %s", error)
+            self.drop(key)
+            return None
+        return conversation
+
+    def drop(self, key: str) -> bool:
+        """Remove a conversation; tell whether there was one."""
+        with self._lock:
+            return self._remove(key)
+
+    def _read(self, record: Any, lm: LanguageModel) -> Conversation:
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise InputError(f"its record is not of format {FORMAT}")
+        name, unread = record.get("state"), record.get("unread")
+        kind, length = record.get("kind"), record.get("history_length")
+        if not isinstance(name, str) or Path(name).name != name or kind not in (
+            "chat", "text", "ids",
+        ):  # fmt: skip
+            raise InputError("its record names no state")
+        if type(length) is not int or length < 0 or not isinstance(record.get("history"), str):
+            raise InputError("its record has no history")
+        if (
+            not isinstance(unread, list)
+            or len(unread) > _MAX_UNREAD
+            or not all(type(token) is int and 0 <= token < lm.vocab_size for token in unread)
+        ):
+            raise InputError("its record has impossible token ids")
+        history = RollingHash(length, int(record["history"], 16))
+        if _digest(self._path / name) != (record.get("sha256"), record.get("bytes")):
+            raise InputError("its state is not the one that was recorded")
+        snapshot = lm.load_snapshot(self._path / name)
+        if snapshot.batch_size != 1:
+            raise InputError("its state is not one of one stream")
+        return Conversation(kind, history, Kept(snapshot, tuple(unread)))
+
+    def _write_record(self, key: str, record: dict[str, Any]) -> None:
+        part = self._path / (key + _RECORD + _PART)
+        try:
+            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                json.dump(record, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(self._path / (key + _RECORD))
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _found(self) -> dict[str, _File]:
+        """Return the files of an earlier server, oldest first; remove what it left unfinished."""
+        files = {}
+        for path in self._path.glob("*" + _RECORD):
+            try:
+                record = json.loads(path.read_bytes()[:_MAX_RECORD])
+                name, size = str(record["state"]), int(record["bytes"])
+                if Path(name).name != name or (self._path / name).stat().st_size != size:
+                    raise ValueError("its state is missing or of another size")
+                files[path.name[: -len(_RECORD)]] = _File(name, size, path.stat().st_mtime)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                logger.warning("a kept conversation is damaged and was dropped: %s", error)
+                path.unlink(missing_ok=True)
+        known = {file.state for file in files.values()}
+        for path in [*self._path.glob("*" + _STATE), *self._path.glob("*" + _PART)]:
+            if path.name not in known:
+                path.unlink(missing_ok=True)
+        return dict(sorted(files.items(), key=lambda item: item[1].changed))
+
+    def _make_room(self, latest: str) -> None:
+        total = sum(file.nbytes for file in self._files.values())
+        for key in list(self._files):
+            if total <= self._max_bytes or key == latest:
+                return
+            total -= self._files[key].nbytes
+            self._remove(key)
+
+    def _remove(self, key: str) -> bool:
+        file = self._files.pop(key, None)
+        if file is None:
+            return False
+        (self._path / (key + _RECORD)).unlink(missing_ok=True)
+        (self._path / file.state).unlink(missing_ok=True)
+        return True
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return digest.hexdigest(), file.tell()

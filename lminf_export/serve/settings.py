@@ -1,0 +1,95 @@
+"""Settings of a server: who may use it, and how much of what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lminf_export.errors import ConfigError
+from lminf_export.operator.settings import as_integer
+
+_ZERO_ALLOWED = {"max_waiting", "session_bytes", "session_disk_bytes"}
+# Above these a request is refused by what reads it, so no setting may allow more.
+_LARGEST = {"max_logprobs": 20}
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Limits of a server, each of which protects it from one kind of request.
+
+    Attributes:
+        api_keys: keys, one of which each request must bear; none lets everybody in.
+        allow_origins: origins of pages that may use the API from a browser; none by default.
+        allow_hosts: names besides localhost that a request without a key may be sent to; "*"
+            stands for all. They are checked against pages whose name leads to this machine.
+        slots: sequences of one model that decode side by side.
+        max_waiting: sequences of one model that may wait for a slot; more get 429.
+        max_requests: requests that are read or answered at once; more get 429.
+        max_connections: connections at once; more are closed.
+        max_prompt_tokens: tokens of one prompt.
+        max_new_tokens: tokens that one answer may have.
+        default_max_tokens: tokens of an answer whose request names no number.
+        max_choices: prompts times `n` of one request.
+        max_stops: stop strings of one request.
+        max_stop_length: characters of one stop string.
+        max_logprobs: likeliest tokens beside the chosen one, 20 at most.
+        max_whole_tokens: tokens of all choices of an answer that is not streamed, those of its
+            log probabilities included: it is held in memory until it is complete.
+        max_body_bytes: bytes of a request's body.
+        max_json_depth: lists and objects inside each other in a request's body.
+        max_header_bytes: bytes of a request's headers.
+        header_seconds: time a client may take to send its headers.
+        body_seconds: time a client may take to send a body.
+        write_seconds: time a client may leave what was sent unread before it is cut off.
+        max_stream_seconds: time of one answer, waiting included.
+        shutdown_seconds: time that running answers get after the first signal.
+        session_folder: where conversations are kept over restarts; None keeps none.
+        session_bytes: memory of kept states; the least recently used are dropped.
+        session_disk_bytes: bytes of the folder; the oldest files are dropped.
+        prefix_reuse: go on from a kept state whose tokens a prompt begins with.
+
+    Raises:
+        ConfigError: naming the field and its rule.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
+    slots: int = 8
+    max_waiting: int = 256
+    max_requests: int = 512
+    max_connections: int = 2048
+    max_prompt_tokens: int = 131072
+    max_new_tokens: int = 262144
+    default_max_tokens: int = 256
+    max_choices: int = 32
+    max_stops: int = 16
+    max_stop_length: int = 1024
+    max_logprobs: int = 20
+    max_whole_tokens: int = 1048576
+    max_body_bytes: int = 4 << 20
+    max_json_depth: int = 32
+    max_header_bytes: int = 32768
+    header_seconds: float = 20.0
+    body_seconds: float = 60.0
+    write_seconds: float = 60.0
+    max_stream_seconds: float = 3600.0
+    shutdown_seconds: float = 30.0
+    session_folder: Path | None = None
+    session_bytes: int = 1 << 30
+    session_disk_bytes: int = 16 << 30
+    prefix_reuse: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                least = 0 if field.name in _ZERO_ALLOWED else 1
+                object.__setattr__(self, field.name, as_integer(field.name, value, least))
+                largest = _LARGEST.get(field.name)
+                if largest is not None and value > largest:
+                    raise ConfigError(f"{field.name}={value}: must be at most {largest}")
+            elif field.type == "float" and not 0 < value < float("inf"):
+                raise ConfigError(f"{field.name}={value!r}: must be above 0 and finite")
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ConfigError("api_keys: a key has printable ASCII characters, at least one")
