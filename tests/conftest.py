@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from lminf_export.runtime.language_model import LanguageModel
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -28,3 +32,20 @@ def _settings_of_a_new_user(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, exported for onnxruntime."""
+    from lminf_export import export
+
+    demo = Path(__file__).resolve().parents[1] / "examples" / "demo-llama"
+    return export(str(demo), tmp_path_factory.mktemp("demo") / "bundle").path
+
+
+@pytest.fixture(scope="session")
+def demo_lm(demo_bundle: Path) -> LanguageModel:
+    """The demo model, loaded; an idle one may be run by anybody."""
+    from lminf_export import load
+
+    return load(demo_bundle, threads=1)

@@ -124,6 +124,7 @@ def serve_command(
     from lminf_export.serve.auth import is_local
     from lminf_export.serve.run import address_of, bound_socket, run
     from lminf_export.serve.served_model import ServedModel
+
     keys = _keys(api_key, api_key_file)
     if not keys and not is_local(host):
         raise InputError(

@@ -6,10 +6,9 @@ import functools
 
 from tokenizers import Tokenizer
 
+from lminf_export.errors import BundleError
 from lminf_export.runtime.foreign_errors import foreign_errors
 from lminf_export.runtime.text_stream import byte_kind, fallback_byte, level_bytes
-
-from lminf_export.errors import BundleError
 
 _REMEMBERED = 65536
 

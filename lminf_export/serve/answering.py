@@ -166,9 +166,7 @@ class Answering:
             keep=keeper is not None,
         )
         for stream in self.model.engine.submit_many(request, n):
-            text = AnswerText(
-                codec, plan.ids, generation.stop, generation.num_logprobs is not None
-            )
+            text = AnswerText(codec, plan.ids, generation.stop, generation.num_logprobs is not None)
             self.choices.append(Choice(len(self.choices), stream, text, keeper))
 
     async def _fill(self, queue: asyncio.Queue[Update | ApiError | None], choice: Choice) -> None:

@@ -63,9 +63,7 @@ class ApiError(Exception):
         headers = {"retry-after": str(RETRY_SECONDS)} if self.retry else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return Response(
-            json.dumps(self.body), self.status, headers, media_type="application/json"
-        )
+        return Response(json.dumps(self.body), self.status, headers, media_type="application/json")
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

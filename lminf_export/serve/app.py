@@ -51,9 +51,7 @@ def create_app(models: Mapping[str, ServedModel], settings: ServeSettings) -> Fa
         serving.is_draining = True
         await asyncio.to_thread(serving.close)
 
-    app = FastAPI(
-        title="lminf", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
-    )
+    app = FastAPI(title="lminf", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.serving = serving
     files = page_files()
     _add_errors(app)
@@ -171,8 +169,7 @@ def _add_sessions(app: FastAPI, serving: Serving) -> None:
         assert name is not None
         owner = request.scope.get(OWNER, "")
         dropped = [
-            await serving.sessions.drop(session_key(model, owner, name))
-            for model in serving.models
+            await serving.sessions.drop(session_key(model, owner, name)) for model in serving.models
         ]
         if not any(dropped):
             raise ApiError(404, "there is no such session", code="session_not_found")

@@ -8,8 +8,8 @@ from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import ConfigError
 from lminf_export.runtime.sampling import SamplingConfig
 from lminf_export.serve.api_errors import ApiError, invalid
-from lminf_export.serve.openai_schema import ChatFields, CompletionFields, GenerationFields
 from lminf_export.serve.contents import require_ids, require_text
+from lminf_export.serve.openai_schema import ChatFields, CompletionFields, GenerationFields
 from lminf_export.serve.settings import ServeSettings
 
 _MAX_BIASES = 1024

@@ -75,6 +75,11 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         serving, headers = self._serving, Headers(scope=scope)
+        limit = serving.settings.max_header_bytes
+        if sum(len(name) + len(value) + 4 for name, value in headers.raw) > limit:
+            raise ApiError(
+                431, f"the headers have more than {limit} bytes", code="headers_too_large"
+            )
         require_known_sender(headers, serving.settings)
         path = scope["path"]
         if is_open(path) or self._is_page(path):

@@ -91,6 +91,4 @@ class SessionKeeper:
         # What ended the answer is no part of it; a template writes its own end.
         unread = kept.unread[:-1] if reason == "stop_token" else kept.unread
         history = self._plan.history.then(added)
-        await self._lease.keep(
-            Conversation(self._plan.kind, history, Kept(kept.snapshot, unread))
-        )
+        await self._lease.keep(Conversation(self._plan.kind, history, Kept(kept.snapshot, unread)))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lminf_export.serve.api_errors import ApiError, invalid, unsupported
+from lminf_export.serve.api_errors import invalid, unsupported
 
 _INT64 = 1 << 63
 Penalty = Annotated[float, Field(ge=-2, le=2)]

@@ -91,7 +91,9 @@ def plan_chat(
         new = _new_messages(messages, conversation.history)
         if new is not None:
             if not new:
-                raise invalid("messages hold nothing that this session has not answered", "messages")
+                raise invalid(
+                    "messages hold nothing that this session has not answered", "messages"
+                )
             ids = codec.ids(template.turn(new))
             return _going_on(conversation, ids, conversation.history.then(messages_bytes(new)))
     ids = codec.ids(template.render(messages))

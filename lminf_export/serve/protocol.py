@@ -39,9 +39,9 @@ def bounded_protocol(header_seconds: float, max_connections: int) -> type[asynci
 
         async def _with_abort(self, scope: Scope, receive: Receive, send: Send) -> None:
             scope[ABORT] = self.transport.abort
-            await self._inner(scope, receive, send)  # type: ignore[arg-type]
+            await self._inner(scope, receive, send)
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             if len(self.connections) > max_connections:
                 transport.abort()

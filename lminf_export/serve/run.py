@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-
 import os
 import socket
 import time
@@ -17,8 +16,6 @@ from lminf_export.errors import InputError
 from lminf_export.serve.protocol import bounded_protocol
 from lminf_export.serve.serving import Serving
 from lminf_export.serve.settings import ServeSettings
-
-
 
 # What running streams get to send that they end, and uvicorn to close connections.
 _LAST_WORDS_SECONDS = 3
@@ -64,7 +61,12 @@ def run(
         settings: the application's.
         on_start: called when requests are answered.
     """
-    config = uvicorn.Config(
+    DrainingServer(server_config(app, settings), app.state.serving, on_start).run(sockets=[bound])
+
+
+def server_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """Return how uvicorn serves an application."""
+    return uvicorn.Config(
         app,
         http=bounded_protocol(settings.header_seconds, settings.max_connections),
         ws="none",
@@ -80,10 +82,9 @@ def run(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
     )
-    _Server(config, app.state.serving, on_start).run(sockets=[bound])
 
 
-class _Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Drains before it ends: health is answered, new work refused, running answers finish."""
 
     def __init__(
@@ -111,9 +112,7 @@ class _Server(uvicorn.Server):
         """Tell whether to end: when nothing runs any more, or what runs was ended."""
         if self._serving.is_draining and not self.should_exit:
             now = time.monotonic()
-            if not self._serving.running:
-                self.should_exit = True
-            elif now >= self._due + _LAST_WORDS_SECONDS:
+            if not self._serving.running or now >= self._due + _LAST_WORDS_SECONDS:
                 self.should_exit = True
             elif now >= self._due and self._engines_closed is None:
                 # Every stream ends with an event that says so.

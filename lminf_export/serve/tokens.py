@@ -46,9 +46,7 @@ async def detokenize(serving: Serving, request: Request) -> Response:
 
 
 def _ids(model: ServedModel, fields: TokenizeFields) -> list[int]:
-    texts = [
-        text for text in (fields.text, fields.prompt, fields.content) if text is not None
-    ]
+    texts = [text for text in (fields.text, fields.prompt, fields.content) if text is not None]
     if len(texts) + (fields.messages is not None) != 1:
         raise invalid("give text, prompt or content, or messages", "text")
     codec = model.lm.codec
