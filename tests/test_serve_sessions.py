@@ -1,0 +1,289 @@
+"""Conversations: a follow-up sends what is new, a restart goes on, nobody else's is read."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import httpx
+import pytest
+
+from lminf_export.runtime.chat_template import ChatTemplate
+from tests.support import serving
+from tests.support.serving import offline_answer, wait_until
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+FIRST = [{"role": "user", "content": "Tell me of Elizabeth."}]
+SECOND = [{"role": "user", "content": "And of her sister?"}]
+
+
+@pytest.fixture(scope="module")
+def server(demo_lm):
+    with serving.server_thread(demo_lm, slots=2) as server:
+        yield server
+
+
+def ask(url, session, messages, key=None, path=CHAT, **more):
+    headers = {} if session is None else {"x-session-id": session}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    body = {"max_tokens": 20, "temperature": 0, **more}
+    body["messages" if path == CHAT else "prompt"] = messages
+    return httpx.post(url + path, json=body, headers=headers, timeout=60)
+
+
+def content(response):
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+def cached(response):
+    found = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert response.headers["x-cached-tokens"] == str(found)
+    return found
+
+
+def offline_turns(lm, *turns, count=20):
+    """Return the answers to messages that follow each other in one state, read as they come."""
+    template, state = ChatTemplate.of(lm.bundle), lm.new_state()
+    answers, unread = [], []
+    for number, turn in enumerate(turns):
+        text = template.turn(turn) if number else template.render(turn)
+        ids = [*unread, *lm.codec.ids(text)]
+        written = list(lm.generate(ids, max_new_tokens=count, state=state))
+        unread = written[-1:] if len(written) == count else []
+        answers.append("".join(lm.codec.stream(written, after=ids)))
+    return answers
+
+
+def test_a_follow_up_sends_only_what_is_new(server, demo_lm):
+    first, second = ask(server.url, "new", FIRST), ask(server.url, "new", SECOND)
+    assert first.headers["x-session-state"] == "new"
+    assert second.headers["x-session-state"] == "resumed"
+    assert [content(first), content(second)] == offline_turns(demo_lm, FIRST, SECOND)
+    usage = first.json()["usage"]
+    assert cached(first) == 0
+    # All was read but the latest token that was written.
+    assert cached(second) == usage["prompt_tokens"] + usage["completion_tokens"] - 1
+
+
+def test_a_follow_up_may_send_everything_again(server, demo_lm):
+    first = content(ask(server.url, "whole", FIRST))
+    said = [*FIRST, {"role": "assistant", "content": first}, *SECOND]
+    second = ask(server.url, "whole", said)
+    assert [first, content(second)] == offline_turns(demo_lm, FIRST, SECOND)
+    assert cached(second) > 0
+    again = ask(server.url, "whole", [*said, {"role": "assistant", "content": content(second)}])
+    assert again.status_code == 400
+
+
+def test_another_history_begins_the_session_anew(server, demo_lm):
+    content(ask(server.url, "edited", FIRST))
+    edited = [*FIRST, {"role": "assistant", "content": "No."}, *SECOND]
+    found = ask(server.url, "edited", edited)
+    assert cached(found) == 0
+    assert content(found) == offline_answer(demo_lm, edited, 20)
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_a_text_goes_on_where_it_ended(server, demo_lm, as_ids):
+    name, codec = f"text-{as_ids}", demo_lm.codec
+    prompt = "It is a truth"
+    ids = codec.encode(prompt)
+    written = list(demo_lm.generate(ids, max_new_tokens=40))
+    whole = "".join(codec.stream(written, after=ids))
+    first = ask(server.url, name, ids if as_ids else prompt, path=COMPLETIONS)
+    # What is new is nothing: the text goes on.
+    second = ask(server.url, name, "" if not as_ids else ids + written[:20], path=COMPLETIONS)
+    assert content(first) + content(second) == whole
+    assert cached(second) == len(ids) + 19
+    if not as_ids:
+        third = ask(server.url, name, prompt + whole + " And", path=COMPLETIONS)
+        assert cached(third) == len(ids) + 39
+        refused = ask(server.url, name, FIRST)
+        assert refused.status_code == 400
+
+
+def test_a_session_is_one_request_at_a_time(server):
+    ended = []
+    body = {"prompt": "It is", "max_tokens": 100000, "ignore_eos": True, "stream": True}
+
+    def read():
+        with httpx.stream(
+            "POST", server.url + COMPLETIONS, json=body, headers={"x-session-id": "busy"}
+        ) as response:
+            for line in response.iter_lines():
+                if line and ended:
+                    break
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    wait_until(lambda: server.stats().active == 1)
+    refused = ask(server.url, "busy", "more", path=COMPLETIONS)
+    assert refused.status_code == 409
+    assert refused.json()["error"]["code"] == "session_busy"
+    assert ask(server.url, "other", "more", path=COMPLETIONS).status_code == 200
+    ended.append(True)
+    thread.join()
+    # An answer that its client did not take whole was none.
+    wait_until(lambda: not server.app.state.serving.running)
+    assert ask(server.url, "busy", "more", path=COMPLETIONS).headers["x-session-state"] == "new"
+
+
+def test_names_of_sessions_are_checked(server):
+    for name in ("", "a" * 129, "a/b", "ü".encode().decode("latin-1"), "a b"):
+        assert ask(server.url, name, FIRST).status_code == 400
+    assert ask(server.url, "n", FIRST, n=2).status_code == 400
+    assert ask(server.url, "A.b_c-1" + "9" * 120, FIRST).status_code == 200
+
+
+def test_a_deleted_session_is_gone(server):
+    content(ask(server.url, "gone", FIRST))
+    assert httpx.delete(f"{server.url}/v1/sessions/gone").json()["deleted"] is True
+    assert httpx.delete(f"{server.url}/v1/sessions/gone").status_code == 404
+    must = {"x-session-id": "gone", "x-session-must-exist": "1"}
+    body = {"messages": SECOND, "max_tokens": 1}
+    refused = httpx.post(server.url + CHAT, json=body, headers=must)
+    assert refused.status_code == 404
+    assert refused.json()["error"]["code"] == "session_not_found"
+
+
+def test_the_memory_of_sessions_is_bounded(demo_lm):
+    with serving.server_thread(demo_lm, session_bytes=1 << 20) as server:
+        for number in range(12):
+            content(ask(server.url, f"s{number}", FIRST))
+            counts = httpx.get(f"{server.url}/v1/sessions").json()
+            assert counts["bytes"] <= 1 << 20
+        assert 1 < counts["sessions"] < 12
+        assert ask(server.url, "s11", SECOND).headers["x-session-state"] == "resumed"
+        assert ask(server.url, "s0", SECOND).headers["x-session-state"] == "new"
+
+
+def test_a_session_belongs_to_the_key_that_began_it(demo_lm):
+    with serving.server_thread(demo_lm, api_keys=("one", "two")) as server:
+        prompt = "It is a truth universally"
+        first = content(ask(server.url, "mine", FIRST, "one"))
+        assert ask(server.url, "mine", SECOND, "two").headers["x-session-state"] == "new"
+        deleted = httpx.delete(
+            f"{server.url}/v1/sessions/mine", headers={"authorization": "Bearer two"}
+        )
+        assert deleted.status_code == 200
+        mine = ask(server.url, "mine", SECOND, "one")
+        assert mine.headers["x-session-state"] == "resumed"
+        assert first
+        # So are states that other prompts go on from.
+        written = content(ask(server.url, None, prompt, "one", COMPLETIONS))
+        longer = prompt + written + " she said"
+        assert cached(ask(server.url, None, longer, "two", COMPLETIONS)) == 0
+        assert cached(ask(server.url, None, longer, "one", COMPLETIONS)) > 0
+
+
+def test_a_prompt_goes_on_from_the_longest_state_that_it_begins_with(server, demo_lm):
+    ids = demo_lm.codec.encode("In the beginning of knowledge, received of her")
+    whole = list(demo_lm.generate(ids, max_new_tokens=60))
+
+    def written(prompt, count, **more):
+        found = ask(
+            server.url, None, prompt, path=COMPLETIONS, max_tokens=count, logprobs=0, **more
+        )
+        return found, found.json()["choices"][0]["text"]
+
+    first, text = written(ids, 20)
+    assert cached(first) == 0
+    after = [*ids, *whole[:20]]
+    second, more = written(after, 20)
+    assert cached(second) == len(ids) + 19
+    third, most = written([*ids, *whole[:40]], 20)
+    assert cached(third) == len(ids) + 39
+    assert text + more + most == "".join(demo_lm.codec.stream(whole, after=ids))
+    # One other token, and nothing of it is known.
+    changed = [(after[0] + 1) % demo_lm.vocab_size, *after[1:]]
+    assert cached(written(changed, 5)[0]) == 0
+    assert cached(written(after, 5, repetition_penalty=1.1)[0]) == 0
+
+
+def test_no_prefix_is_reused_where_that_is_off(demo_lm):
+    with serving.server_thread(demo_lm, prefix_reuse=False) as server:
+        ids = demo_lm.codec.encode("It is a truth universally acknowledged, that a single man")
+        for prompt in (ids, [*ids, *list(demo_lm.generate(ids, max_new_tokens=20))]):
+            assert cached(ask(server.url, None, prompt, path=COMPLETIONS)) == 0
+        assert httpx.get(f"{server.url}/v1/sessions").json()["prefixes"] == 0
+
+
+def test_a_restarted_server_goes_on(demo_lm, tmp_path):
+    folder = tmp_path / "sessions"
+    expected = offline_turns(demo_lm, FIRST, SECOND)
+    with serving.server_thread(demo_lm, session_folder=folder) as server:
+        assert content(ask(server.url, "kept", FIRST)) == expected[0]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert not any("kept" in path.name for path in folder.iterdir())
+    with serving.server_thread(demo_lm, session_folder=folder) as server:
+        found = ask(server.url, "kept", SECOND)
+        assert found.headers["x-session-state"] == "resumed"
+        assert content(found) == expected[1]
+
+
+def test_a_killed_server_goes_on_with_what_it_had_written(demo_bundle, demo_lm, tmp_path):
+    folder = tmp_path / "sessions"
+    options = ("--session-folder", str(folder), "--threads", "1")
+    with serving.server_process(demo_bundle, *options) as server:
+        content(ask(server.url, "kept", FIRST))
+        wait_until(lambda: httpx.get(f"{server.url}/v1/sessions").json()["files"] == 1)
+        server.process.kill()
+        server.process.wait()
+    (folder / "left.state.part").write_bytes(b"half")
+    with serving.server_thread(demo_lm, session_folder=folder) as server:
+        found = ask(server.url, "kept", SECOND)
+        assert content(found) == offline_turns(demo_lm, FIRST, SECOND)[1]
+        assert not (folder / "left.state.part").exists()
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def flipped(data):
+    return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+
+
+def changed_record(**fields):
+    return lambda data: json.dumps({**json.loads(data), **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".state", cut), (".state", flipped), (".state", lambda _: b""), (".json", cut),
+        (".json", lambda _: b"[]"), (".json", lambda _: b"\xff"),
+        (".json", changed_record(format=2)), (".json", changed_record(unread=[-1])),
+        (".json", changed_record(unread=[10**9])), (".json", changed_record(unread=[0] * 1000)),
+        (".json", changed_record(state="../x")), (".json", changed_record(history="zz")),
+        (".json", changed_record(history_length=-1)), (".json", changed_record(kind="other")),
+        (".json", changed_record(bytes=True)), (".json", changed_record(sha256="0" * 64)),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_dropped(demo_lm, tmp_path, caplog, suffix, damage):
+    folder = tmp_path / "sessions"
+    with serving.server_thread(demo_lm, session_folder=folder) as server:
+        content(ask(server.url, "kept", FIRST))
+    [path] = folder.glob("*" + suffix)
+    path.write_bytes(damage(path.read_bytes()))
+    with serving.server_thread(demo_lm, session_folder=folder) as server:
+        found = ask(server.url, "kept", FIRST)
+        assert found.headers["x-session-state"] == "new"
+        assert content(found) == offline_turns(demo_lm, FIRST)[0]
+    assert "damaged" in caplog.text
+    assert len(list(folder.glob("*.state"))) == 1
+
+
+def test_a_folder_has_one_server(demo_lm, tmp_path):
+    from lminf_export.errors import InputError
+
+    with (
+        serving.server_thread(demo_lm, session_folder=tmp_path),
+        pytest.raises(InputError, match="another server"),
+        serving.server_thread(demo_lm, session_folder=tmp_path),
+    ):
+        pass
