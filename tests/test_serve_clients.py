@@ -1,4 +1,4 @@
-"""Clients that people use: the openai SDK, langchain, curl; each gets what the model writes alone."""
+"""The openai SDK, langchain and curl get what the model writes alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import subprocess
 import httpx
 import openai
 import pytest
-from langchain_openai import ChatOpenAI, OpenAI as LangchainOpenAI
+from langchain_openai import ChatOpenAI
+from langchain_openai import OpenAI as LangchainOpenAI
 
 from tests.support import serving
 from tests.support.serving import NAME, events, offline_answer, offline_text

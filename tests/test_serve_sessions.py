@@ -132,7 +132,7 @@ def test_a_session_is_one_request_at_a_time(server):
 
 
 def test_names_of_sessions_are_checked(server):
-    for name in ("", "a" * 129, "a/b", "ü".encode().decode("latin-1"), "a b"):
+    for name in ("", "a" * 129, "a/b", "a,b", "a b"):
         assert ask(server.url, name, FIRST).status_code == 400
     assert ask(server.url, "n", FIRST, n=2).status_code == 400
     assert ask(server.url, "A.b_c-1" + "9" * 120, FIRST).status_code == 200

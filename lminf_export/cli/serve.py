@@ -32,7 +32,7 @@ _NATURAL = click.IntRange(min=0)
 _SECONDS = click.FloatRange(min=0, min_open=True)
 
 # Option → type and help; each sets the setting of its name, whose default it has.
-_LIMITS: dict[str, tuple[click.ParamType, str]] = {
+LIMITS: dict[str, tuple[click.ParamType, str]] = {
     "slots": (_POSITIVE, "Sequences of a model that are written side by side."),
     "max-waiting": (_NATURAL, "Sequences that may wait for a slot; more get 429."),
     "max-requests": (_POSITIVE, "Requests read or answered at once; more get 429."),
@@ -51,7 +51,7 @@ _LIMITS: dict[str, tuple[click.ParamType, str]] = {
 
 
 def _limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for name, (kind, text) in reversed(_LIMITS.items()):
+    for name, (kind, text) in reversed(LIMITS.items()):
         default = getattr(ServeSettings, name.replace("-", "_"))
         option = click.option(f"--{name}", type=kind, default=default, show_default=True, help=text)
         function = option(function)
@@ -205,8 +205,7 @@ def _names(bundles: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _folder_name(path: str) -> str:
-    folder = Path(path)
+    folder = Path(os.path.abspath(path))
     if not folder.exists():
         return path  # an id on the hub
-    folder = folder.resolve()
     return (folder if folder.is_dir() else folder.parent).name

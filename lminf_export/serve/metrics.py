@@ -13,9 +13,13 @@ from lminf_export.runtime.batching.engine import EngineStats
 from lminf_export.serve.state_store import StoreCounts
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-_FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
-# Field of EngineStats → name, help. Counters first.
+_FIRST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_BETWEEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_REQUESTS = ("lminf_requests", "Requests by endpoint and status.")
+_FIRST = ("lminf_time_to_first_token_seconds", "From a request to its first token.")
+_BETWEEN = ("lminf_inter_token_seconds", "From a token to the next, as a reader takes them.")
+_CACHED = ("lminf_cached_tokens", "Tokens of prompts that a kept state had read.")
+# Field of EngineStats → name, meaning.
 _TOTALS = {
     "prompt_tokens": ("lminf_prompt_tokens", "Tokens read for prompts."),
     "new_tokens": ("lminf_new_tokens", "Tokens written."),
@@ -31,6 +35,23 @@ _LEVELS = {
     "cache_bytes": ("lminf_cache_bytes", "Bytes of the caches of all slots."),
     "parked_bytes": ("lminf_parked_bytes", "Bytes of the states of parked sequences."),
 }
+# Field of StoreCounts → name, meaning.
+_KEPT = {
+    "sessions": ("lminf_sessions", "Conversations kept in memory."),
+    "prefixes": ("lminf_prefixes", "States kept for prompts that begin alike."),
+    "nbytes": ("lminf_kept_bytes", "Bytes of kept states."),
+    "files": ("lminf_sessions_on_disk", "Conversations in the folder."),
+    "file_bytes": ("lminf_sessions_disk_bytes", "Bytes of the folder."),
+}
+
+
+def described() -> dict[str, str]:
+    """Return the meaning of each metric, by the name that Prometheus sees."""
+    counters = dict([_REQUESTS, _CACHED, *_TOTALS.values()])
+    return {
+        **{f"{name}_total": text for name, text in counters.items()},
+        **dict([_FIRST, _BETWEEN, *_LEVELS.values(), *_KEPT.values()]),
+    }
 
 
 class ServerMetrics:
@@ -49,22 +70,14 @@ class ServerMetrics:
         kept: Callable[[], StoreCounts],
     ) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "lminf_requests", "Requests by endpoint and status.", ("endpoint", "status"),
-            registry=self._registry,
-        )  # fmt: skip
+        self._requests = Counter(*_REQUESTS, ("endpoint", "status"), registry=self._registry)
         self._first = Histogram(
-            "lminf_time_to_first_token_seconds", "From a request to its first token.", ("model",),
-            buckets=_FIRST_TOKEN, registry=self._registry,
-        )  # fmt: skip
+            *_FIRST, ("model",), buckets=_FIRST_BUCKETS, registry=self._registry
+        )
         self._between = Histogram(
-            "lminf_inter_token_seconds", "From a token to the next, as a reader takes them.",
-            ("model",), buckets=_BETWEEN, registry=self._registry,
-        )  # fmt: skip
-        self._cached = Counter(
-            "lminf_cached_tokens", "Tokens of prompts that a kept state had read.", ("model",),
-            registry=self._registry,
-        )  # fmt: skip
+            *_BETWEEN, ("model",), buckets=_BETWEEN_BUCKETS, registry=self._registry
+        )
+        self._cached = Counter(*_CACHED, ("model",), registry=self._registry)
         self._registry.register(_Counts(engines, kept))
 
     def answered(self, endpoint: str, status: int) -> None:
@@ -113,14 +126,5 @@ class _Counts(Collector):
                 level.add_metric((model,), getattr(found, field))
             yield level
         counts = self._kept()
-        yield GaugeMetricFamily("lminf_sessions", "Conversations kept in memory.", counts.sessions)
-        yield GaugeMetricFamily(
-            "lminf_prefixes", "States kept for prompts that begin alike.", counts.prefixes
-        )
-        yield GaugeMetricFamily("lminf_kept_bytes", "Bytes of kept states.", counts.nbytes)
-        yield GaugeMetricFamily(
-            "lminf_sessions_on_disk", "Conversations in the folder.", counts.files
-        )
-        yield GaugeMetricFamily(
-            "lminf_sessions_disk_bytes", "Bytes of the folder.", counts.file_bytes
-        )
+        for field, (name, text) in _KEPT.items():
+            yield GaugeMetricFamily(name, text, getattr(counts, field))

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import re
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from lminf_export.errors import LminfError
 from lminf_export.runtime.language_model import LanguageModel
@@ -132,6 +132,7 @@ class Sessions:
             return
         self._unwritten[key] = conversation
         write = self._writer.submit(self._write, key, conversation)
+        write.add_done_callback(_report)
         waiting = sum(c.kept.snapshot.nbytes for c in list(self._unwritten.values()))
         if waiting > _UNWRITTEN_BYTES:
             await asyncio.wrap_future(write)
@@ -166,3 +167,10 @@ class Sessions:
             logger.warning("a conversation could not be written: %s", error)
         if self._unwritten.get(key) is conversation:
             del self._unwritten[key]
+
+
+def _report(write: Future[None]) -> None:
+    """Log what a thread would else keep to itself."""
+    error = write.exception()
+    if error is not None:
+        logger.error("a conversation could not be written", exc_info=error)

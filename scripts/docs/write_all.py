@@ -22,6 +22,7 @@ from scripts.docs import (
     operator_contract,
     performance,
     quantization,
+    serving,
 )
 from scripts.docs.tables import ROOT, page
 from scripts.gpu import report
@@ -38,6 +39,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/operator.md": partial(page, "operator.md", operator_contract.TABLES),
     "docs/performance.md": partial(page, "performance.md", performance.TABLES),
     "docs/quantization.md": partial(page, "quantization.md", quantization.TABLES),
+    "docs/serving.md": partial(page, "serving.md", serving.TABLES),
     "examples/demo-llama/README.md": partial(card, ROOT / "examples" / "demo-llama"),
     "examples/demo-mpt/README.md": partial(card, ROOT / "examples" / "demo-mpt"),
     "plugins/operator/contract.h": operator_contract.header,
