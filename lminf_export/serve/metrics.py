@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from lminf_export.runtime.batching.engine import EngineStats
+from lminf_export.runtime.batching.stats import EngineStats
 from lminf_export.serve.state_store import StoreCounts
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

@@ -34,14 +34,14 @@ def bounded_protocol(header_seconds: float, max_connections: int) -> type[asynci
         ) -> None:
             super().__init__(config, server_state, app_state, _loop)
             self._inner = self.app
-            self.app = self._with_abort  # type: ignore[assignment]
+            self.app = self._with_abort
             self._due: asyncio.TimerHandle | None = None
 
         async def _with_abort(self, scope: Scope, receive: Receive, send: Send) -> None:
             scope[ABORT] = self.transport.abort
             await self._inner(scope, receive, send)
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > max_connections:
                 transport.abort()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from starlette.requests import Request
 
-from lminf_export.runtime.batching.engine import EngineStats
+from lminf_export.runtime.batching.stats import EngineStats
 from lminf_export.serve.answering import Answering
 from lminf_export.serve.api_errors import ApiError, invalid, shutting_down
 from lminf_export.serve.generation import Generation
