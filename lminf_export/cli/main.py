@@ -12,13 +12,13 @@ _COMMANDS = {
         "lminf_export.cli.generate:generate_command",
         "Continue a text, for as long as you like.",
     ),
-    "serve": (
-        "lminf_export.cli.serve:serve_command",
-        "Serve bundles over HTTP, as OpenAI's API.",
-    ),
     "validate": (
         "lminf_export.cli.validate:validate_command",
         "Compare a bundle with the reference, logit by logit.",
+    ),
+    "serve": (
+        "lminf_export.cli.serve:serve_command",
+        "Serve bundles over HTTP, as OpenAI's API.",
     ),
     "bench": (
         "lminf_export.cli.bench:bench_command",
