@@ -24,7 +24,7 @@ _QUEUED_PIECES = 16
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of one choice.
+    """News of one choice.
 
     Attributes:
         index: of the choice.

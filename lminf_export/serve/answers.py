@@ -17,7 +17,7 @@ from lminf_export.serve.sse import DONE, EventStream, disconnected, event, json_
 
 
 class AnswerFormat(Protocol):
-    """How one endpoint writes its answers."""
+    """The form of one endpoint's answers."""
 
     def first_chunks(self, num_choices: int) -> Iterable[dict[str, Any]]:
         """Return what a stream begins with."""

@@ -18,7 +18,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer.
+    """An error that a client is told instead of an answer.
 
     Args:
         status: of HTTP.

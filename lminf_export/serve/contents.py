@@ -1,4 +1,4 @@
-"""What a request's prompts and messages hold, checked."""
+"""Prompts and messages of a request, checked."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _LIKELIEST_ONLY = 1e-9
 
 @dataclass(frozen=True)
 class Generation:
-    """How an answer is written.
+    """Settings of one answer.
 
     Attributes:
         sampling: how tokens are chosen.

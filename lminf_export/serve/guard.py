@@ -1,4 +1,4 @@
-"""What every request passes: who sends it, how many there are, how long a client may not read."""
+"""A gate that every request passes: who sends it, how many there are, how long a client may not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes: counts of engines, kept states, requests, and how long answers take."""
+"""Metrics for Prometheus: counts of engines, kept states, requests, and how long answers take."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class StreamOptions(BaseModel):
-    """How an answer is streamed."""
+    """Options of a stream."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = None

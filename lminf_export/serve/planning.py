@@ -1,4 +1,4 @@
-"""What of a prompt is to be read: all of it, or what a kept state has not read."""
+"""The part of a prompt to read: all of it, or the rest behind a kept state."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _DIGITS = 132
 
 @dataclass(frozen=True)
 class RollingHash:
-    """How many bytes a sequence has, and the number they spell modulo a prime.
+    """The bytes of a sequence: their number, and the number they spell modulo a prime.
 
     Unlike a digest it can be stored, and goes on from there.
 

@@ -1,4 +1,4 @@
-"""What all endpoints of a server share, and how a request's answer begins."""
+"""The state that all endpoints of a server share, and the beginning of each answer."""
 
 from __future__ import annotations
 
