@@ -1,4 +1,4 @@
-"""A gate that every request passes: who sends it, how many there are, how long a client may not read."""
+"""A gate for every request: who sends it, how many there are, who reads too slowly."""
 
 from __future__ import annotations
 
