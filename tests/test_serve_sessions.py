@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from lminf_export.runtime.chat_template import ChatTemplate
-from lminf_export.runtime.snapshot import Snapshot
 from tests.support import serving
 from tests.support.serving import offline_answer, wait_until
 
@@ -212,10 +211,6 @@ def test_no_prefix_is_reused_where_that_is_off(demo_lm):
         assert httpx.get(f"{server.url}/v1/sessions").json()["prefixes"] == 0
 
 
-files = pytest.mark.skipif(not hasattr(Snapshot, "save"), reason="no snapshot is saved yet")
-
-
-@files
 def test_a_restarted_server_goes_on(demo_lm, tmp_path):
     folder = tmp_path / "sessions"
     expected = offline_turns(demo_lm, FIRST, SECOND)
@@ -230,7 +225,6 @@ def test_a_restarted_server_goes_on(demo_lm, tmp_path):
         assert content(found) == expected[1]
 
 
-@files
 def test_a_killed_server_goes_on_with_what_it_had_written(demo_bundle, demo_lm, tmp_path):
     folder = tmp_path / "sessions"
     options = ("--session-folder", str(folder), "--threads", "1")
@@ -258,7 +252,6 @@ def changed_record(**fields):
     return lambda data: json.dumps({**json.loads(data), **fields}).encode()
 
 
-@files
 @pytest.mark.parametrize(
     ("suffix", "damage"),
     [

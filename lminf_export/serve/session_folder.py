@@ -85,8 +85,7 @@ class SessionFolder:
         state = f"{key}-{secrets.token_hex(4)}{_STATE}"
         part = self._path / (state + _PART)
         try:
-            snapshot: Any = conversation.kept.snapshot
-            snapshot.save(part)
+            conversation.kept.snapshot.save(part)
             part.chmod(0o600)
             digest, size = _digest(part)
             part.rename(self._path / state)
@@ -156,8 +155,7 @@ class SessionFolder:
         history = RollingHash(length, int(record["history"], 16))
         if _digest(self._path / name) != (record.get("sha256"), record.get("bytes")):
             raise InputError("its state is not the one that was recorded")
-        loading: Any = lm
-        snapshot = loading.load_snapshot(self._path / name)
+        snapshot = lm.load_snapshot(self._path / name)
         if snapshot.batch_size != 1:
             raise InputError("its state is not one of one stream")
         return Conversation(kind, history, Kept(snapshot, tuple(unread)))
