@@ -18,6 +18,7 @@ from lminf_export.runtime.added_tokens import SIDE_FILES, role_tokens
 from lminf_export.runtime.chat.files import find_template, read_template
 from lminf_export.runtime.chat.messages import checked_messages
 from lminf_export.runtime.chat.process import TemplateProcess
+from lminf_export.runtime.text import TextCodec
 
 _THOUGHT = "a thought nobody else has"
 
@@ -116,6 +117,18 @@ class ChatTemplate:
                 "behind one; render the whole conversation for every answer"
             )
         return parts[1]
+
+    def end_ids(self, codec: TextCodec, **variables: Any) -> frozenset[int]:
+        """Return the special token that ends an answer in this template, none if it is a text.
+
+        Models whose files name another end of text write it, too.
+
+        Raises:
+            InputError: see `render`.
+            BundleError: see `turn`.
+        """
+        ids = codec.ids_behind(self.turn(_before("")[:1], **variables))
+        return frozenset(token for token in ids[:1] if codec.is_special(token))
 
     @cached_property
     def rewrites(self) -> str | None:

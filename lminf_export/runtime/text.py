@@ -99,6 +99,27 @@ class TextCodec:
         with foreign_errors(InputError, "the tokenizer cannot read this text"):
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def ids_behind(self, text: str, before: str = "x") -> list[int]:
+        """Return the token ids of a text that stands behind another one, and not at a beginning.
+
+        Some tokenizers put a space before a text that begins.
+
+        Args:
+            text: to be read.
+            before: the end of what stands before it. Where both would share a token, the text
+                gets tokens of its own.
+
+        Raises:
+            InputError: the tokenizer cannot read it.
+        """
+        first, both = self.ids(before), self.ids(before + text)
+        return both[len(first) :] if both[: len(first)] == first else self.ids(text)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is a special one, which is no text."""
+        found = self.tokenizer.get_added_tokens_decoder().get(token)
+        return found is not None and bool(found.special)
+
     def stream(
         self, token_ids: Iterable[int], *, after: Sequence[int] = (), stop: Sequence[str] = ()
     ) -> Iterator[str]:

@@ -1,0 +1,203 @@
+"""A conversation without end: one state reads what is new, and nothing is read twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lminf_export.errors import LminfError
+from lminf_export.runtime.chat_template import ChatTemplate
+from lminf_export.runtime.language_model import LanguageModel
+
+_STAND_IN = "The first question stands here"
+
+
+@dataclass
+class Answer:
+    """How an answer went.
+
+    Attributes:
+        num_read: tokens read before it, those of the question and its template.
+        num_written: tokens written.
+        seconds_reading: until the first token.
+        seconds_writing: from the first token to the latest.
+        ended: why it ended: "end_of_text" (the model's own end), "length", "stop_text" or
+            "stopped" (by `stop`); "" while it is written, and where it broke off.
+    """
+
+    num_read: int = 0
+    num_written: int = 0
+    seconds_reading: float = 0.0
+    seconds_writing: float = 0.0
+    ended: str = ""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of writing; None for fewer than two tokens."""
+        if self.num_written < 2 or self.seconds_writing <= 0:
+            return None
+        return (self.num_written - 1) / self.seconds_writing
+
+
+class Conversation:
+    """Messages of a user and answers of a model, in one state of bounded size.
+
+    The state reads a question behind all that came before, and the model's answer as it is
+    written; earlier text is never rendered or read again. What the window has passed is forgotten,
+    except for the sink tokens at the beginning.
+
+    Args:
+        model: the model.
+        template: its chat template.
+        system: the system's message; None for none.
+        variables: of the template, for all messages.
+
+    Attributes:
+        state: of the stream.
+        system: the system's message of this conversation.
+        last: the latest answer.
+
+    Raises:
+        InputError: the template refuses a system's message or the variables.
+        BundleError: the template is one behind whose answers nothing can be added.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        template: ChatTemplate,
+        *,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.template = model, template
+        self._variables = dict(variables or {})
+        self._stop_ids = frozenset(model.bundle.manifest.eos_token_ids) | template.end_ids(
+            model.codec, **self._variables
+        )
+        self._stopping = False
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin anew, with this system's message.
+
+        Raises:
+            InputError: the template refuses it; the conversation is as it was.
+        """
+        self.num_system_tokens = self._system_tokens(system)
+        self.system = system
+        self.state = self.model.new_state()
+        self._queue: tuple[list[int], int] = ([], 0)
+        self.last = Answer()
+
+    @property
+    def unread(self) -> list[int]:
+        """Token ids that the state has yet to read, before anything new."""
+        # Ids, and where the state stood when they began to be read: whatever interrupts a step,
+        # the state's own count says what it has read of them.
+        ids, start = self._queue
+        return ids[self.state.furthest - start :]
+
+    @property
+    def position(self) -> int:
+        """Tokens of the conversation so far."""
+        return self.state.furthest + len(self.unread)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a question is being read, and nothing of its answer is there yet."""
+        return not self.last.num_written and not self.last.ended
+
+    def stop(self) -> bool:
+        """End the answer that is being written behind its current token.
+
+        Returns:
+            Whether that was asked for already.
+        """
+        before, self._stopping = self._stopping, True
+        return before
+
+    def say(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Say something; yield the answer in pieces as it is written.
+
+        However it ends, by `stop`, an interrupt or an error too, the conversation can go on: what
+        has been written is part of it, and what the state has not read yet comes first next time.
+
+        Args:
+            text: of the user.
+            max_new_tokens: how many at most; None for no end but the model's.
+            stop: strings that end the answer; they are not yielded, but the state has read them.
+            sampling: see `LanguageModel.generate`.
+
+        Raises:
+            InputError: the template refuses the message; the conversation is as it was.
+            ConfigError: a sampling setting outside its rule.
+            SessionError: a step failed.
+        """
+        before, start = self._queue, self.state.furthest
+        ids = [*self.unread, *self._new_ids(text)]
+        self.last, self._stopping = Answer(num_read=len(ids)), False
+        tokens = self.model.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=self._stop_ids,
+            state=self.state,
+            **sampling,
+        )
+        self._queue = (ids, start)
+        try:
+            yield from self.model.codec.stream(
+                self._watched(tokens, max_new_tokens), after=ids, stop=stop
+            )
+            self.last.ended = self.last.ended or "stop_text"
+        except LminfError:
+            if self.state.furthest == start:
+                self._queue = before  # nothing was said
+            raise
+        finally:
+            self.last.ended = self.last.ended or "stopped"
+
+    def _watched(self, tokens: Iterator[int], limit: int | None) -> Iterator[int]:
+        """Pass tokens on, count them, and keep the one that the state has yet to read."""
+        answer, begun = self.last, time.perf_counter()
+        first = begun
+        for token in tokens:
+            now = time.perf_counter()
+            self._queue = ([token], self.state.furthest)
+            answer.num_written += 1
+            if answer.num_written == 1:
+                first, answer.seconds_reading = now, now - begun
+            answer.seconds_writing = now - first
+            yield token
+            if self._stopping:
+                answer.ended = "stopped"
+                return
+        answer.ended = "length" if answer.num_written == limit else "end_of_text"
+
+    def _new_ids(self, text: str) -> list[int]:
+        """Return the token ids of what a message adds to the conversation."""
+        message = {"role": "user", "content": text}
+        if self.position:
+            new = self.template.turn([message], **self._variables)
+            return self.model.codec.ids_behind(new)
+        new = self.template.render([*_of_system(self.system), message], **self._variables)
+        return self.model.codec.ids(new)
+
+    def _system_tokens(self, system: str | None) -> int:
+        """Return the tokens before the first question: the system's message and its frame."""
+        message = {"role": "user", "content": _STAND_IN}
+        text = self.template.render([*_of_system(system), message], **self._variables)
+        return len(self.model.codec.ids(text.partition(_STAND_IN)[0]))
+
+
+def _of_system(text: str | None) -> list[dict[str, str]]:
+    return [] if text is None else [{"role": "system", "content": text}]
