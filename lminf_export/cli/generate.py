@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import click
 
@@ -14,12 +15,8 @@ from lminf_export.cli.common import (
     require_unicode,
     verbosity_options,
 )
-from lminf_export.cli.session_options import (
-    kernels_option,
-    provider_option,
-    threads_option,
-    trust_options,
-)
+from lminf_export.cli.sampling_options import sampling_options
+from lminf_export.cli.session_options import load_options
 from lminf_export.cli.terminal import when_interrupted
 from lminf_export.cli.written_text import WrittenText
 from lminf_export.errors import InputError
@@ -40,63 +37,10 @@ DEFAULT_NEW_TOKENS = 256
     help=f"Tokens to write at most.  [default: {DEFAULT_NEW_TOKENS}]",
 )
 @click.option("--endless", is_flag=True, help="Write until you stop it.")
-@click.option(
-    "--temperature",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Divides the logits; 0 takes the likeliest token.",
-)
-@click.option(
-    "--top-k", type=int, default=0, show_default=True, help="Keep the k likeliest; 0: all."
-)
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Keep the likeliest tokens that together reach this probability.",
-)
-@click.option(
-    "--min-p",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Drop tokens less likely than this share of the likeliest.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Above 1: make tokens seen within the window less likely.",
-)
-@click.option(
-    "--presence-penalty",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Taken from the logit of every token that the answer has, -2 to 2.",
-)
-@click.option(
-    "--frequency-penalty",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Taken from a logit as often as the answer has the token, -2 to 2.",
-)
-@click.option("--seed", type=int, help="Draw the same text again.")
+@sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on behind the model's end-of-text token.")
-@provider_option
-@click.option(
-    "--no-cuda-graphs", is_flag=True, help="Enqueue every step of a plan instead of recording one."
-)
-@kernels_option
-@threads_option
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a bundle on the hub.")
-@trust_options
-@click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
+@load_options
 @click.option(
     "--stats",
     is_flag=True,
@@ -114,24 +58,11 @@ def generate_command(
     prompt_file: str | None,
     max_new_tokens: int | None,
     endless: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    presence_penalty: float,
-    frequency_penalty: float,
-    seed: int | None,
+    sampling: dict[str, Any],
     stop: tuple[str, ...],
     ignore_eos: bool,
-    provider: str,
-    no_cuda_graphs: bool,
-    kernels: str,
-    threads: int | None,
-    verify: bool,
+    loading: dict[str, Any],
     stats: bool,
-    revision: str | None,
-    trust_plan: bool | str,
     as_json: bool,
 ) -> None:
     """Continue a text with the model in BUNDLE.
@@ -144,31 +75,15 @@ def generate_command(
     limit = _limit(max_new_tokens, endless, as_json)
     prompt_text = _prompt_text(prompt, prompt_file, stdin)
     started = time.perf_counter()
-    model = load(
-        bundle,
-        provider=provider,  # type: ignore[arg-type]
-        threads=threads,
-        cuda_graphs=not no_cuda_graphs,
-        kernels=kernels,
-        verify="full" if verify else "fast",
-        trust_plan=trust_plan,
-        revision=revision,
-    )
+    model = load(bundle, **loading)
     prompt_ids = model.codec.encode(prompt_text)
     state = model.new_state()
     token_ids = model.generate(
         prompt_ids,
         max_new_tokens=limit,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
         stop_token_ids=() if ignore_eos else None,
         state=state,
+        **sampling,
     )
     text = WrittenText(len(prompt_ids), limit, started, state, as_json, stats)
     with when_interrupted(text.interrupt):

@@ -12,6 +12,10 @@ _COMMANDS = {
         "lminf_export.cli.generate:generate_command",
         "Continue a text, for as long as you like.",
     ),
+    "chat": (
+        "lminf_export.cli.chat:chat_command",
+        "Talk with a model, for as long as you like.",
+    ),
     "validate": (
         "lminf_export.cli.validate:validate_command",
         "Compare a bundle with the reference, logit by logit.",

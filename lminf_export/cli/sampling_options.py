@@ -40,9 +40,32 @@ _OPTIONS = (
         show_default=True,
         help="Above 1: make tokens seen within the window less likely.",
     ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Taken from the logit of every token that the answer has, -2 to 2.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Taken from a logit as often as the answer has the token, -2 to 2.",
+    ),
     click.option("--seed", type=int, help="Draw the same text again."),
 )
-_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_NAMES = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,6 +63,30 @@ def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def load_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what `load` takes; the function gets it as one table, `loading`."""
+
+    @provider_option
+    @click.option(
+        "--no-cuda-graphs",
+        is_flag=True,
+        help="Enqueue every step of a plan instead of recording one.",
+    )
+    @kernels_option
+    @threads_option
+    @click.option("--revision", metavar="REV", help="Branch, tag or commit of a bundle on the hub.")
+    @trust_options
+    @click.option("--verify", is_flag=True, help="Hash every file first, weights too.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, no_cuda_graphs: bool, verify: bool, **kwargs: Any) -> Any:
+        names = ("provider", "kernels", "threads", "revision", "trust_plan")
+        loading = {name: kwargs.pop(name) for name in names}
+        loading |= {"cuda_graphs": not no_cuda_graphs, "verify": "full" if verify else "fast"}
+        return function(*args, loading=loading, **kwargs)
+
+    return wrapped
+
+
 def trusted_first(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the same options to a command with an argument `bundle`: it is trusted before it runs."""
 

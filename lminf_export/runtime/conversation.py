@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lminf_export.errors import LminfError
@@ -86,10 +87,38 @@ class Conversation:
         Raises:
             InputError: the template refuses it; the conversation is as it was.
         """
-        self.num_system_tokens = self._system_tokens(system)
+        self.count_system_tokens(system)
         self.system = system
         self.state = self.model.new_state()
         self._queue: tuple[list[int], int] = ([], 0)
+        self.last = Answer()
+
+    def count_system_tokens(self, system: str | None) -> int:
+        """Return the tokens before the first question: a system's message and its frame.
+
+        Raises:
+            InputError: the template refuses the message.
+        """
+        message = {"role": "user", "content": _STAND_IN}
+        text = self.template.render([*_of_system(system), message], **self._variables)
+        return len(self.model.codec.ids(text.partition(_STAND_IN)[0]))
+
+    def save(self, path: str | Path) -> None:
+        """Write where the conversation stands to a file, in one step.
+
+        Raises:
+            SessionError: the file cannot be written.
+        """
+        self.state.save(path, unread=self.unread)
+
+    def load(self, path: str | Path) -> None:
+        """Go on where a conversation of the same bundle was saved.
+
+        Raises:
+            SessionError: the file is damaged or of another bundle; this conversation is as it was.
+        """
+        unread = self.state.load(path)
+        self._queue = (list(unread), self.state.furthest)
         self.last = Answer()
 
     @property
@@ -191,12 +220,6 @@ class Conversation:
             return self.model.codec.ids_behind(new)
         new = self.template.render([*_of_system(self.system), message], **self._variables)
         return self.model.codec.ids(new)
-
-    def _system_tokens(self, system: str | None) -> int:
-        """Return the tokens before the first question: the system's message and its frame."""
-        message = {"role": "user", "content": _STAND_IN}
-        text = self.template.render([*_of_system(system), message], **self._variables)
-        return len(self.model.codec.ids(text.partition(_STAND_IN)[0]))
 
 
 def _of_system(text: str | None) -> list[dict[str, str]]:
