@@ -74,9 +74,10 @@ class Chat:
     @property
     def status(self) -> str:
         """Position, speed and cache size."""
-        state, speed = self._conversation.state, self._conversation.last.tokens_per_second
+        stream, speed = self._conversation.stream, self._conversation.last.tokens_per_second
+        state = stream.state
         return (
-            f"token {self._conversation.position:,} of this stream"
+            f"token {stream.position:,} of this stream"
             f"{f', {speed:.1f} tokens/s' if speed else ''}, cache {human_bytes(state.nbytes)} of "
             f"at most {human_bytes(state.max_nbytes)}, {seen_tokens(self._conversation)}"
         )
@@ -159,7 +160,7 @@ class Chat:
             signal.signal(signal.SIGINT, before)
 
     def _save(self, argument: str) -> None:
-        self._conversation.save(user_path(_required("/save", argument), InputError))
+        self._conversation.stream.save(user_path(_required("/save", argument), InputError))
         say(f"saved {argument}: {self.status}")
 
     def _load(self, argument: str) -> None:

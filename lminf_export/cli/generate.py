@@ -15,11 +15,13 @@ from lminf_export.cli.common import (
     require_unicode,
     verbosity_options,
 )
+from lminf_export.cli.follow import follow as follow_stdin
 from lminf_export.cli.sampling_options import sampling_options
 from lminf_export.cli.session_options import load_options
 from lminf_export.cli.terminal import when_interrupted
 from lminf_export.cli.written_text import WrittenText
 from lminf_export.errors import InputError
+from lminf_export.runtime.following import WRITE_AFTER, WriteAfter
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -37,6 +39,18 @@ DEFAULT_NEW_TOKENS = 256
     help=f"Tokens to write at most.  [default: {DEFAULT_NEW_TOKENS}]",
 )
 @click.option("--endless", is_flag=True, help="Write until you stop it.")
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Read stdin line by line without end, and continue each line; the text of --prompt or "
+    "--prompt-file comes first.",
+)
+@click.option(
+    "--write-after",
+    type=click.Choice(WRITE_AFTER),
+    help="With --follow, write behind each line, its newline, a blank line, or the end of stdin.  "
+    "[default: line]",
+)
 @sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on behind the model's end-of-text token.")
@@ -58,6 +72,8 @@ def generate_command(
     prompt_file: str | None,
     max_new_tokens: int | None,
     endless: bool,
+    follow: bool,
+    write_after: WriteAfter | None,
     sampling: dict[str, Any],
     stop: tuple[str, ...],
     ignore_eos: bool,
@@ -68,14 +84,32 @@ def generate_command(
     """Continue a text with the model in BUNDLE.
 
     The text comes from --prompt, --prompt-file, or stdin with a last argument "-". What the
-    model writes streams to stdout; the cache stays bounded however long it goes on.
+    model writes streams to stdout; the cache stays bounded however long it goes on. With --follow
+    it comes from stdin line by line, for as long as there are lines.
     """
     from lminf_export.runtime.load import load
 
     limit = _limit(max_new_tokens, endless, as_json)
-    prompt_text = _prompt_text(prompt, prompt_file, stdin)
+    if follow and (endless or as_json):
+        raise InputError("--follow writes line by line; it takes neither --endless nor --json")
+    if write_after is not None and not follow:
+        raise InputError("--write-after says where --follow writes; give both")
+    find_text = _text_before if follow else _prompt_text
+    prompt_text = find_text(prompt, prompt_file, stdin)
     started = time.perf_counter()
     model = load(bundle, **loading)
+    if follow:
+        follow_stdin(
+            model,
+            prompt_text,
+            write_after or "line",
+            stats=stats,
+            stop=stop,
+            max_new_tokens=limit,
+            stop_token_ids=() if ignore_eos else None,
+            **sampling,
+        )
+        return
     prompt_ids = model.codec.encode(prompt_text)
     state = model.new_state()
     token_ids = model.generate(
@@ -101,6 +135,13 @@ def _limit(max_new_tokens: int | None, endless: bool, as_json: bool) -> int | No
     if as_json:
         raise InputError("--json prints at the end, and --endless has none; give --max-new-tokens")
     return None
+
+
+def _text_before(prompt: str | None, prompt_file: str | None, stdin: str | None) -> str:
+    """Return the text before the first line of a stream."""
+    if stdin is not None or prompt_file == "-":
+        raise InputError("--follow reads stdin already; the text before it is --prompt TEXT")
+    return "" if prompt is prompt_file is None else _prompt_text(prompt, prompt_file, None)
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None, stdin: str | None) -> str:

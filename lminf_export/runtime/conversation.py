@@ -11,6 +11,7 @@ from typing import Any
 from lminf_export.errors import LminfError
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.one_stream import OneStream
 
 _STAND_IN = "The first question stands here"
 
@@ -56,7 +57,7 @@ class Conversation:
         variables: of the template, for all messages.
 
     Attributes:
-        state: of the stream.
+        stream: what has been said.
         system: the system's message of this conversation.
         last: the latest answer.
 
@@ -89,8 +90,7 @@ class Conversation:
         """
         self.count_system_tokens(system)
         self.system = system
-        self.state = self.model.new_state()
-        self._queue: tuple[list[int], int] = ([], 0)
+        self.stream = OneStream(self.model)
         self.last = Answer()
 
     def count_system_tokens(self, system: str | None) -> int:
@@ -103,36 +103,14 @@ class Conversation:
         text = self.template.render([*_of_system(system), message], **self._variables)
         return len(self.model.codec.ids(text.partition(_STAND_IN)[0]))
 
-    def save(self, path: str | Path) -> None:
-        """Write where the conversation stands to a file, in one step.
-
-        Raises:
-            SessionError: the file cannot be written.
-        """
-        self.state.save(path, unread=self.unread)
-
     def load(self, path: str | Path) -> None:
-        """Go on where a conversation of the same bundle was saved.
+        """Go on where a conversation of the same bundle was saved, by `stream.save`.
 
         Raises:
             SessionError: the file is damaged or of another bundle; this conversation is as it was.
         """
-        unread = self.state.load(path)
-        self._queue = (list(unread), self.state.furthest)
+        self.stream.load(path)
         self.last = Answer()
-
-    @property
-    def unread(self) -> list[int]:
-        """Token ids that the state has yet to read, before anything new."""
-        # Ids, and where the state stood when they began to be read: whatever interrupts a step,
-        # the state's own count says what it has read of them.
-        ids, start = self._queue
-        return ids[self.state.furthest - start :]
-
-    @property
-    def position(self) -> int:
-        """Tokens of the conversation so far."""
-        return self.state.furthest + len(self.unread)
 
     @property
     def is_reading(self) -> bool:
@@ -172,36 +150,32 @@ class Conversation:
             ConfigError: a sampling setting outside its rule.
             SessionError: a step failed.
         """
-        before, start = self._queue, self.state.furthest
-        ids = [*self.unread, *self._new_ids(text)]
+        stream = self.stream
+        before, start = stream.unread, stream.state.furthest
+        stream.add(self._new_ids(text))
+        ids = stream.unread
         self.last, self._stopping = Answer(num_read=len(ids)), False
-        tokens = self.model.generate(
-            ids,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=self._stop_ids,
-            state=self.state,
-            **sampling,
+        tokens = stream.write(
+            max_new_tokens=max_new_tokens, stop_token_ids=self._stop_ids, **sampling
         )
-        self._queue = (ids, start)
         try:
             yield from self.model.codec.stream(
                 self._watched(tokens, max_new_tokens), after=ids, stop=stop
             )
             self.last.ended = self.last.ended or "stop_text"
         except LminfError:
-            if self.state.furthest == start:
-                self._queue = before  # nothing was said
+            if stream.state.furthest == start:
+                stream.unread = before  # nothing was said
             raise
         finally:
             self.last.ended = self.last.ended or "stopped"
 
     def _watched(self, tokens: Iterator[int], limit: int | None) -> Iterator[int]:
-        """Pass tokens on, count them, and keep the one that the state has yet to read."""
+        """Pass tokens on and count them, up to where they are asked to stop."""
         answer, begun = self.last, time.perf_counter()
         first = begun
         for token in tokens:
             now = time.perf_counter()
-            self._queue = ([token], self.state.furthest)
             answer.num_written += 1
             if answer.num_written == 1:
                 first, answer.seconds_reading = now, now - begun
@@ -215,7 +189,7 @@ class Conversation:
     def _new_ids(self, text: str) -> list[int]:
         """Return the token ids of what a message adds to the conversation."""
         message = {"role": "user", "content": text}
-        if self.position:
+        if self.stream.position:
             new = self.template.turn([message], **self._variables)
             return self.model.codec.ids_behind(new)
         new = self.template.render([*_of_system(self.system), message], **self._variables)

@@ -1,0 +1,57 @@
+"""`lminf generate --follow`: stdin is a stream of lines without end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lminf_export.bundle.files import human_bytes
+from lminf_export.cli.terminal import when_interrupted
+
+if TYPE_CHECKING:
+    from lminf_export.runtime.following import WriteAfter
+    from lminf_export.runtime.language_model import LanguageModel
+
+
+def follow(
+    model: LanguageModel,
+    prompt: str,
+    write_after: WriteAfter,
+    *,
+    stats: bool,
+    stop: tuple[str, ...],
+    **settings: Any,
+) -> None:
+    """Read stdin line by line, write where it is time, and end when it ends.
+
+    Args:
+        model: the model.
+        prompt: text before the first line.
+        write_after: see `Following`.
+        stats: print lines, tokens and cache to stderr at the end.
+        stop: strings that end what is written.
+        settings: see `LanguageModel.generate`.
+    """
+    from lminf_export.runtime.following import Following
+
+    following = Following(model, prompt, write_after)
+    started = time.perf_counter()
+
+    def statistics() -> str:
+        stream = following.stream
+        return (
+            f"{following.num_lines} lines, {stream.position} tokens, {following.num_written} of "
+            f"them written, {stream.position / (time.perf_counter() - started):.1f} tokens/s, "
+            f"cache {human_bytes(stream.state.nbytes)} of at most "
+            f"{human_bytes(stream.state.max_nbytes)}"
+        )
+
+    with when_interrupted(statistics):
+        for piece in following.answers(sys.stdin.buffer, stop=stop, **settings):
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    if stats:
+        click.echo(statistics(), err=True)

@@ -1,0 +1,85 @@
+"""One stream of a model, and the tokens that it was given and has not read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lminf_export.runtime.language_model import LanguageModel
+
+
+class OneStream:
+    """A stream that is read and written by turns; whatever interrupts it, no token is lost.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        state: of the stream.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self.state = model.new_state()
+        # Token ids, and where the state stood when they began to be read: the state's own count
+        # says what it has read of them.
+        self._given: tuple[list[int], int] = ([], 0)
+
+    @property
+    def unread(self) -> list[int]:
+        """Token ids that the state has yet to read, before anything new."""
+        ids, start = self._given
+        return ids[self.state.furthest - start :]
+
+    @unread.setter
+    def unread(self, token_ids: Sequence[int]) -> None:
+        self._given = (list(token_ids), self.state.furthest)
+
+    @property
+    def position(self) -> int:
+        """Tokens of the stream so far."""
+        return self.state.furthest + len(self.unread)
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Put tokens behind the stream; they are read when more is written, or by `read`."""
+        self.unread = [*self.unread, *token_ids]
+
+    def read(self, keep: int = 1) -> None:
+        """Read what was added, except for its last tokens.
+
+        Args:
+            keep: how many stay unread; one at least is needed to write behind them.
+
+        Raises:
+            SessionError: a step failed.
+        """
+        ids = self.unread
+        if len(ids) > keep:
+            self._model.forward([ids[: len(ids) - keep]], self.state, logits="none")
+
+    def write(self, **settings: Any) -> Iterator[int]:
+        """Read what was added, and yield the tokens that the model writes behind it.
+
+        Args:
+            settings: see `LanguageModel.generate`.
+        """
+        for token in self._model.generate(self.unread, state=self.state, **settings):
+            self.unread = [token]
+            yield token
+
+    def save(self, path: str | Path) -> None:
+        """Write state and unread tokens to a file, in one step.
+
+        Raises:
+            SessionError: the file cannot be written.
+        """
+        self.state.save(path, unread=self.unread)
+
+    def load(self, path: str | Path) -> None:
+        """Go on where a stream of the same bundle was saved.
+
+        Raises:
+            SessionError: the file is damaged or of another bundle; this stream is as it was.
+        """
+        self.unread = self.state.load(path)

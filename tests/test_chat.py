@@ -1,0 +1,344 @@
+"""`lminf chat`: what it answers is what the whole conversation yields, and Ctrl-C stops answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lminf_export.cli.main import cli
+from lminf_export.errors import BundleError, InputError
+from lminf_export.export.run import export
+from lminf_export.runtime.chat_template import ChatTemplate
+from lminf_export.runtime.conversation import Conversation
+from lminf_export.runtime.load import load
+from tests.support.chat_templates import TURNS
+from tests.support.pseudo_terminal import PseudoTerminal
+from tests.support.tiny_bundle import TinyModel
+
+LMINF = [sys.executable, "-m", "lminf_export.cli.main"]
+FIRST, SECOND = "In the beginning God made", "And who art thou?"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """The demo model, whose chat template the export has carried along."""
+    return export("examples/demo-llama", tmp_path_factory.mktemp("chat") / "demo").path
+
+
+@pytest.fixture(scope="module")
+def lm(bundle):
+    return load(bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def template(lm):
+    return ChatTemplate.of(lm.bundle)
+
+
+@pytest.fixture
+def conversation(lm, template):
+    return Conversation(lm, template)
+
+
+def chat(bundle, *options, lines=()):
+    text = "".join(f"{line}\n" for line in lines)
+    arguments = [str(option) for option in options]
+    return CliRunner().invoke(cli, ["chat", str(bundle), "--threads", "1", *arguments], input=text)
+
+
+def refused(result):
+    assert result.exit_code == 2, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert len(line) <= 300
+    return line
+
+
+def said(conversation, text, **settings):
+    return "".join(conversation.say(text, max_new_tokens=12, **settings))
+
+
+def offline(lm, template, *questions, limits=None):
+    """The answers' tokens, each from all that came before, read in a state of its own."""
+    ids, answers = [], []
+    for number, question in enumerate(questions):
+        message = [{"role": "user", "content": question}]
+        ids += (
+            lm.codec.ids_behind(template.turn(message))
+            if ids
+            else lm.codec.ids(template.render(message))
+        )
+        limit = limits[number] if limits else 12
+        answers.append(list(lm.generate(ids, max_new_tokens=limit)))
+        ids += answers[-1]
+    return answers, ids
+
+
+def test_an_answer_is_that_of_the_whole_conversation(conversation, lm, template):
+    answers, ids = offline(lm, template, FIRST, SECOND, FIRST)
+    for question, answer in zip((FIRST, SECOND, FIRST), answers, strict=True):
+        text = said(conversation, question)
+        assert text == "".join(lm.codec.stream(answer, after=lm.codec.ids("\n")))
+    assert conversation.stream.position == len(ids)
+    assert conversation.stream.unread == ids[-1:]
+
+
+def test_only_what_is_new_is_read_and_the_cache_keeps_its_size(conversation):
+    said(conversation, FIRST)
+    reads = set()
+    for _ in range(30):
+        said(conversation, SECOND)
+        reads.add(conversation.last.num_read)
+    assert len(reads) == 1
+    assert conversation.stream.position > 2 * 256
+    assert conversation.stream.state.nbytes == conversation.stream.state.max_nbytes
+
+
+def test_a_stopped_answer_is_part_of_the_conversation(conversation, lm, template):
+    pieces = conversation.say(FIRST, max_new_tokens=50)
+    for number, _ in enumerate(pieces):
+        if number == 4:
+            conversation.stop()
+    written = conversation.last.num_written
+    assert conversation.last.ended == "stopped"
+    answers, _ = offline(lm, template, FIRST, SECOND, limits=[written, 12])
+    assert said(conversation, SECOND) == "".join(lm.codec.stream(answers[1]))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_an_interrupted_step_loses_nothing(step, conversation, lm, template, monkeypatch):
+    """Whichever it is: one that reads the question, or one that writes."""
+    run, steps = lm.session.step, []
+
+    def interrupted(*arguments):
+        steps.append(1)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(lm.session, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        said(conversation, FIRST)
+    monkeypatch.undo()
+    assert conversation.last.num_written == step - 1
+    answers, _ = offline(lm, template, FIRST, SECOND, limits=[step - 1, 12])
+    assert said(conversation, SECOND) == "".join(lm.codec.stream(answers[1]))
+
+
+def test_a_refused_message_leaves_the_conversation_as_it_was(lm):
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}\n{% endfor %}"
+    )
+    conversation = Conversation(lm, template)
+    said(conversation, FIRST)
+    position = conversation.stream.position
+    with pytest.raises(InputError, match="refuses these messages: no"):
+        said(conversation, "bad")
+    assert conversation.stream.position == position
+    assert said(conversation, SECOND)
+
+
+def test_the_end_of_an_answer_in_the_template_stops_it(lm):
+    template = ChatTemplate(
+        "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}{{ bos_token }}",
+        {"bos_token": "<|bos|>"},
+    )
+    assert template.end_ids(lm.codec) == {0}
+    plain = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert template.end_ids(lm.codec) - plain.end_ids(lm.codec) == {0}
+
+
+def test_lines_of_a_pipe_are_answered_one_by_one(bundle, lm, template):
+    result = chat(bundle, "--max-new-tokens", 12, lines=[FIRST, "", SECOND, "/stats"])
+    assert result.exit_code == 0, result.output
+    answers, ids = offline(lm, template, FIRST, SECOND)
+    texts = ["".join(lm.codec.stream(answer)) for answer in answers]
+    assert result.stdout == "".join(f"{text}\n" for text in texts)
+    assert f"token {len(ids)} of this stream" in result.stderr
+    assert "of at most 1.5 MiB, window 256 + 16 sink tokens" in result.stderr
+
+
+def test_commands_of_a_chat(bundle, tmp_path):
+    lines = [
+        "/system",
+        "/system Be brief.",
+        "/system",
+        f"//{FIRST}",
+        "/reset",
+        "/help",
+        "/quit",
+        "x",
+    ]
+    result = chat(bundle, "--max-new-tokens", 3, lines=lines)
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 1
+    assert "no system prompt" in result.stderr
+    assert "Be brief." in result.stderr
+    assert "/load FILE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        (["/nothing"], [], "there is no command /nothing"),
+        (["/save"], [], "/save needs a file"),
+        (["/load /nowhere/x"], [], "x"),
+        (["/save /nowhere/x"], [], "x"),
+        ([FIRST], ["--system", "a", "--system-file", "b"], "once"),
+        ([FIRST], ["--system-file", "/nowhere"], "/nowhere"),
+        ([FIRST], ["--template", "/nowhere"], "/nowhere"),
+        ([FIRST], ["--template-value", "x"], "NAME=VALUE"),
+        ([FIRST], ["--top-p", "7"], "top_p"),
+        ([FIRST], ["--load-state", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_mistake_costs_one_line(lines, options, words, bundle):
+    assert words in refused(chat(bundle, *options, lines=lines))
+
+
+def test_a_system_prompt_longer_than_the_sinks_is_named(bundle, lm, template, conversation):
+    system = "Thou shalt answer as a prophet of old would have answered the people of the land."
+    length = conversation.count_system_tokens(system)
+    assert length > 16
+    result = chat(bundle, "--system", system, lines=[])
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"note: the system prompt has {length} tokens and this bundle keeps")
+    assert f"from token {16 + 256} on, all of it at {length + 256}" in line
+    assert f"--num-sink-tokens {length} keeps it whole" in line
+    line = refused(chat(bundle, "--system", system, "--pin-system", lines=[FIRST]))
+    assert f"export with --num-sink-tokens {length}" in line
+    assert chat(bundle, "--pin-system", lines=[]).exit_code == 0
+    lines = [f"/system {system}"]
+    assert f"--num-sink-tokens {length}" in refused(chat(bundle, "--pin-system", lines=lines))
+
+
+def test_an_export_with_as_many_sinks_keeps_the_system_prompt(tmp_path, conversation):
+    system = "Thou shalt answer as a prophet of old would have answered the people."
+    length = conversation.count_system_tokens(system)
+    pinned = export("examples/demo-llama", tmp_path / "pinned", num_sink_tokens=length).path
+    result = chat(pinned, "--system", system, "--pin-system", "--max-new-tokens", 3, lines=[FIRST])
+    assert result.exit_code == 0, result.output
+    assert "note: the system" not in result.stderr
+
+
+def test_a_model_without_a_template_is_sent_elsewhere(tmp_path):
+    plain = TinyModel().write(tmp_path / "tiny").path
+    assert "lminf generate --follow" in refused(chat(plain, lines=["Hello"]))
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert chat(plain, "--template", file, "--max-new-tokens", 3, lines=["Hi"]).exit_code == 0
+    file.write_text(TURNS)
+    line = refused(chat(plain, "--template", file, "--system", "Be brief", lines=["Hi"]))
+    assert "System role not supported" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", "{{ messages[0].content }}\n"),
+        ("tokenizer_config.json", '{"chat_template": "T", "bos_token": {"content": "B"}}'),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": "tool", "template": "x"},'
+            ' {"name": "default", "template": "T"}]}',
+        ),
+        ("chat_template.json", '{"chat_template": "T"}'),
+    ],
+)
+def test_a_template_is_found_in_every_file_of_a_model(name, content, tmp_path):
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", "examples/demo-llama", model], check=True)
+    (model / "chat_template.jinja").unlink()
+    (model / name).write_text(content.replace('"T"', '"{{ bos_token }}{{ messages[0].content }}"'))
+    found = ChatTemplate.of(export(str(model), tmp_path / "out"))
+    assert found.render([{"role": "user", "content": "Hi"}]).endswith("Hi")
+    assert found.tokens == ({"bos_token": "B"} if "bos" in content else found.tokens)
+
+
+def test_named_templates_without_a_default_are_refused(tmp_path):
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", "examples/demo-llama", model], check=True)
+    (model / "chat_template.jinja").unlink()
+    (model / "tokenizer_config.json").write_text(
+        '{"chat_template": [{"name": "tool", "template": "x"}]}'
+    )
+    with pytest.raises(BundleError, match="none called 'default'"):
+        ChatTemplate.of(export(str(model), tmp_path / "out"))
+
+
+def test_a_terminal_needs_a_package_that_edits_lines(bundle):
+    code = (
+        "import sys; sys.modules['prompt_toolkit'] = None; "
+        "from lminf_export.cli.main import main; main()"
+    )
+    with PseudoTerminal([sys.executable, "-c", code, "chat", str(bundle)]) as terminal:
+        terminal.wait_for("pip install 'lminf-export[chat]'")
+        assert terminal.finish() == 2
+
+
+def terminal_chat(bundle, *options):
+    return PseudoTerminal([*LMINF, "chat", str(bundle), "--threads", "1", *options])
+
+
+@pytest.mark.slow
+def test_a_conversation_on_a_terminal(bundle, lm, template, tmp_path: Path):
+    """Typing with corrections, Ctrl-C in an answer, /save here and /load in another process."""
+    file = tmp_path / "talk.state"
+    with terminal_chat(bundle, "--max-new-tokens", "12") as terminal:
+        terminal.wait_for("token 0 of this stream")
+        # "In the beginning God mad", two to the left, a letter, deleted, and to the end.
+        terminal.keys(FIRST[:-1] + "\x1b[D\x1b[Dx\x7f\x1b[C\x1b[Ce\r")
+        terminal.wait_for("cut at 12 tokens")
+        terminal.keys(f"/save {file}\r")
+        terminal.wait_for("saved")
+        terminal.keys("\x04")
+        assert terminal.finish() == 0
+    answers, ids = offline(lm, template, FIRST, SECOND)
+    with terminal_chat(bundle, "--max-new-tokens", "12") as terminal:
+        terminal.wait_for("token 0 of this stream")
+        terminal.keys(f"/load {file}\r")
+        terminal.wait_for("loaded")
+        terminal.keys(f"{SECOND}\r")
+        text = "".join(lm.codec.stream(answers[1]))
+        terminal.wait_for(text.splitlines()[0])
+        terminal.wait_for(f"token {len(ids)} of this stream")
+        terminal.keys("/quit\r")
+        assert terminal.finish() == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_not_the_program(bundle, lm, template):
+    (answer,), _ = offline(lm, template, FIRST)
+    begun = "".join(lm.codec.stream(answer))[:12]
+    assert begun not in FIRST
+    with terminal_chat(bundle, "--max-new-tokens", "1000000") as terminal:
+        terminal.wait_for("token 0 of this stream")
+        terminal.keys("\x03")
+        terminal.wait_for("/quit or Ctrl-D ends")
+        terminal.keys(f"{FIRST}\r")
+        terminal.wait_for(begun)
+        terminal.keys("\x03")
+        terminal.wait_for("stopped; what was written so far is part of the conversation")
+        terminal.keys("/stats\r")
+        terminal.wait_for("tokens/s")
+        terminal.keys("\x04")
+        assert terminal.finish() == 0
+
+
+@pytest.mark.slow
+def test_what_is_typed_during_an_answer_comes_next(bundle, lm, template):
+    (answer,), _ = offline(lm, template, FIRST)
+    begun = "".join(lm.codec.stream(answer))[:12]
+    with terminal_chat(bundle, "--max-new-tokens", "300") as terminal:
+        terminal.wait_for("token 0 of this stream")
+        terminal.keys(f"{FIRST}\r")
+        terminal.wait_for(begun)
+        terminal.keys("/quit\r")
+        assert "/quit" not in terminal.wait_for("cut at 300 tokens")
+        assert terminal.finish() == 0
