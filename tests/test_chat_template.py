@@ -10,14 +10,15 @@ from contextlib import suppress
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from lminf_export.errors import BundleError, InputError
 from lminf_export.runtime.chat.messages import checked_messages
 from lminf_export.runtime.chat_template import ChatTemplate
-from tests.support.chat_templates import STYLES, TOKENS, TOOLS
+from lminf_export.runtime.text import TextCodec
+from tests.support.chat_templates import MARKERS, STYLES, TOKENS, TOOLS
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 ASK = [{"role": "user", "content": "Hello there"}]
@@ -118,6 +119,40 @@ def test_the_whole_is_the_beginning_the_answer_and_the_turn(name, said, answer, 
     space = " " if name == "brackets" else ""  # its answers begin with one
     assert template.render(first) + space + answer + template.turn([more]) == whole
     assert template.turn([more]).startswith(STYLES[name].end)
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    """The demo model's tokenizer, to which the templates' marks are special tokens."""
+    tokenizer = Tokenizer.from_file("examples/demo-llama/tokenizer.json")
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKERS])
+    path = tmp_path_factory.mktemp("codec") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return TextCodec(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from([name for name, style in STYLES.items() if not style.rewrites]),
+    said=st.lists(WORDS, min_size=1, max_size=3),
+    answer=st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=9),
+)
+def test_the_tokens_of_the_whole_are_those_of_its_parts(name, said, answer, templates, codec):
+    """Of a beginning, and of answers and turns behind it, however often."""
+    template, messages = templates[name], [{"role": "user", "content": "Hi"}]
+    ids = codec.ids(template.render(messages))
+    for text in said:
+        new = {"role": "user", "content": text}
+        ids += codec.ids_behind((" " if name == "brackets" else "") + answer, "\n")
+        ids += codec.ids_behind(template.turn([new]))
+        messages += [{"role": "assistant", "content": answer}, new]
+    assert ids == codec.ids(template.render(messages))
+
+
+def test_the_token_that_ends_an_answer_is_found(templates, codec):
+    for name, style in STYLES.items():
+        ends = templates[name].end_ids(codec, **style.variables)
+        assert ends == ({codec.tokenizer.token_to_id(style.end)} if name != "demo" else set())
 
 
 @pytest.mark.parametrize("name", STYLES)
