@@ -199,6 +199,32 @@ class Case:
         if self.rng.random() < 0.5:
             Snapshot.from_arrays(good.contract, odd(self.rng))
 
+    def prime(self):
+        state = self.lm.prime(odd(self.rng, IDS, TEXTS))
+        assert state.furthest >= 1
+
+    def fork(self):
+        n = odd(self.rng, NUMBERS)
+        assert len(self.state.fork(n)) == int(n)
+
+    def files(self):
+        self.state.save("state")
+        before = self.state.past_length
+        kind = self.rng.integers(5)
+        path = "state" if self.rng.random() < 0.3 else odd(self.rng, TEXTS, OBJECTS)
+        if kind == 0:
+            arguments = self.arguments({"path": "other", "unread": [1, 2]}, IDS, TEXTS)
+            self.state.save(arguments.pop("path"), **arguments)
+        elif kind == 1:
+            self.state.snapshot().save(path)
+        elif kind == 2:
+            self.state.load(path)
+        elif kind == 3:
+            assert self.lm.load_state(path).batch_size == 2
+        else:
+            assert self.lm.load_snapshot(path).batch_size == 2
+        assert (self.state.past_length == before).all()
+
     def engine(self):
         arguments = {"lm": self.lm, "slots": 2, "max_waiting": 3, "quantum": 4, "chunk_size": 3}
         arguments = self.arguments(arguments, NUMBERS)
@@ -271,6 +297,9 @@ CALLS = {
     "views": 100,
     "stand_at": 200,
     "snapshot_of": 200,
+    "prime": 200,
+    "fork": 100,
+    "files": 100,
     "engine": 150,
     "submit": 700,
     "generate_batch": 200,

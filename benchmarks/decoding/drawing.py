@@ -32,6 +32,11 @@ MEMORY = 1024
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "greedy, penalty": {"repetition_penalty": 1.1},
+    "greedy, written tokens and biases": {
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "logit_bias": {7 * token: 1.0 for token in range(300)},
+    },
     "temperature": {"temperature": 0.8},
     "top-k": {"temperature": 0.8, "top_k": 40},
     "top-p": {"temperature": 0.8, "top_p": 0.95},
@@ -47,6 +52,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "top_p": 0.95,
         "min_p": 0.02,
         "repetition_penalty": 1.1,
+    },
+    "top-p, all penalties and biases": {
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "logit_bias": {7 * token: 1.0 for token in range(300)},
     },
 }
 

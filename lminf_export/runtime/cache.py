@@ -14,12 +14,13 @@ from lminf_export.operator.bindings import BATCH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.in_use import InUse
-from lminf_export.runtime.inputs import checked_positions
+from lminf_export.runtime.inputs import checked_positions, listed_ids
 from lminf_export.runtime.snapshot import Snapshot, random_cache
 
 # A ring is bound only as large as its tokens need: attention reads all of it at every step.
 GROWTH = 1.25
 GRANULE = 64
+_MOST_FORKS = 2**16
 
 
 @dataclass
@@ -200,10 +201,10 @@ class State:
         Each has as many streams, and takes `nbytes` of the memory that this one lies in.
 
         Raises:
-            InputError: n is below 1.
+            InputError: n is below 1, or beyond all use.
             SessionError: the memory is short.
         """
-        n = as_integer("n", n, 1, InputError)
+        n = as_integer("n", n, 1, InputError, maximum=_MOST_FORKS)
         with self.in_use:
             return [self._fork() for _ in range(n)]
 
@@ -217,7 +218,8 @@ class State:
         Raises:
             InputError: it cannot be written there.
         """
-        replace(self.snapshot(), unread=tuple(unread)).save(path)
+        ids = listed_ids(unread, "unread", self.contract.vocab_size)
+        replace(self.snapshot(), unread=tuple(ids)).save(path)
 
     def load(self, path: str | Path) -> tuple[int, ...]:
         """Set the state to one that `save` wrote, of as many streams.

@@ -16,7 +16,7 @@ from lminf_export.operator.bindings import BATCH, PAST_LENGTH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION
 from lminf_export.runtime.arrays import arrays_in, bytes_together, zero_bytes
-from lminf_export.runtime.inputs import integers
+from lminf_export.runtime.inputs import integers, listed_ids
 from lminf_export.runtime.state_file import StateFile, write_state_file
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
@@ -58,12 +58,8 @@ class Snapshot:
         object.__setattr__(self, "past_length", _read_only(self.past_length))
         caches = {name: _read_only(array) for name, array in self.caches.items()}
         object.__setattr__(self, "caches", caches)
-        unread = integers(self.unread, "unread")
-        if unread.ndim != 1 or (
-            unread.size and not 0 <= unread.min() <= unread.max() < self.contract.vocab_size
-        ):
-            raise InputError("unread: must be ids of the vocabulary")
-        object.__setattr__(self, "unread", tuple(unread.tolist()))
+        unread = listed_ids(self.unread, "unread", self.contract.vocab_size)
+        object.__setattr__(self, "unread", tuple(unread))
 
     @classmethod
     def begin(

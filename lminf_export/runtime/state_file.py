@@ -23,7 +23,7 @@ import numpy as np
 
 from lminf_export.bundle.files import sync
 from lminf_export.disk import parse_json, user_path
-from lminf_export.errors import InputError, SessionError, shortened
+from lminf_export.errors import InputError, SessionError, shortened, shown
 from lminf_export.runtime.arrays import zeros_together
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
@@ -204,8 +204,11 @@ def _bytes(array: np.ndarray) -> memoryview:
 def _checked_path(path: str | Path) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"a path is text, not a {type(path).__name__}")
-    if "\0" in os.fspath(path):
-        raise InputError("a path has no null character")
+    try:
+        if b"\0" in os.fsencode(path):
+            raise InputError("a path has no null character")
+    except UnicodeEncodeError:
+        raise InputError(f"the path {shown(str(path))} has characters that no path has") from None
     return user_path(path, InputError)
 
 
