@@ -14,7 +14,7 @@ endif
 help:
 	@echo "make demo       install, export the demo model, validate it, let it write"
 	@echo "make test       lint, types, import rules and all tests"
-	@echo "make test-versions  the lowest and newest dependencies, and the wheel; needs the registry"
+	@echo "make test-versions  dependencies, the wheel, a browser and npm clients; needs registries"
 	@echo "make test-fast  the tests of every package that take little time"
 	@echo "make lint       only the static checks"
 	@echo "make docs       write all generated pages"
@@ -46,6 +46,7 @@ test: lint
 test-versions: install
 	$(BIN)/python -m scripts.checks.dependency_matrix --ci
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m registry tests/test_packages.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_serve_page.py tests/test_serve_javascript.py
 
 test-fast: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not registry"
