@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "greedy, written tokens and biases": {
         "presence_penalty": 0.5,
         "frequency_penalty": 0.5,
-        "logit_bias": {7 * token: 1.0 for token in range(300)},
+        "logit_bias": dict.fromkeys(range(0, 900, 3), 1.0),
     },
     "temperature": {"temperature": 0.8},
     "top-k": {"temperature": 0.8, "top_k": 40},
@@ -59,7 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "repetition_penalty": 1.1,
         "presence_penalty": 0.5,
         "frequency_penalty": 0.5,
-        "logit_bias": {7 * token: 1.0 for token in range(300)},
+        "logit_bias": dict.fromkeys(range(0, 900, 3), 1.0),
     },
 }
 
