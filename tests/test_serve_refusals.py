@@ -200,6 +200,7 @@ def test_a_full_queue_is_told_and_who_waits_is_served(server, demo_lm):
     assert set(texts) == {offline_text(demo_lm, "It is a truth", 300)}
 
 
+@pytest.mark.slow
 def test_a_reader_that_does_not_read_is_cut_off_and_stops_nobody(server, demo_lm):
     address = server.url.removeprefix("http://").split(":")
     body = json.dumps(

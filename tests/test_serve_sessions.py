@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
+from pathlib import Path
 
 import httpx
 import pytest
 
+import lminf_export
+from lminf_export.errors import InputError
 from lminf_export.runtime.chat_template import ChatTemplate
+from lminf_export.serve.session_folder import SessionFolder
 from tests.support import serving
 from tests.support.serving import offline_answer, wait_until
+from tests.support.tiny_bundle import TinyModel
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FIRST = [{"role": "user", "content": "Tell me of Elizabeth."}]
@@ -252,35 +258,77 @@ def changed_record(**fields):
     return lambda data: json.dumps({**json.loads(data), **fields}).encode()
 
 
-@pytest.mark.parametrize(
-    ("suffix", "damage"),
-    [
-        (".state", cut), (".state", flipped), (".state", lambda _: b""), (".json", cut),
-        (".json", lambda _: b"[]"), (".json", lambda _: b"\xff"),
-        (".json", changed_record(format=2)), (".json", changed_record(unread=[-1])),
-        (".json", changed_record(unread=[10**9])), (".json", changed_record(unread=[0] * 1000)),
-        (".json", changed_record(state="../x")), (".json", changed_record(history="zz")),
-        (".json", changed_record(history_length=-1)), (".json", changed_record(kind="other")),
-        (".json", changed_record(bytes=True)), (".json", changed_record(sha256="0" * 64)),
-    ],
-)  # fmt: skip
-def test_damaged_files_are_dropped(demo_lm, tmp_path, caplog, suffix, damage):
-    folder = tmp_path / "sessions"
+DAMAGES = [
+    (".state", cut), (".state", flipped), (".state", lambda _: b""), (".json", cut),
+    (".json", lambda _: b"[]"), (".json", lambda _: b"\xff"),
+    (".json", changed_record(format=2)), (".json", changed_record(unread=[-1])),
+    (".json", changed_record(unread=[10**9])), (".json", changed_record(unread=[0] * 1000)),
+    (".json", changed_record(unread=5)), (".json", changed_record(state="../x")),
+    (".json", changed_record(state=7)), (".json", changed_record(history="zz")),
+    (".json", changed_record(history=None)), (".json", changed_record(history_length=-1)),
+    (".json", changed_record(history_length="1")), (".json", changed_record(kind="other")),
+    (".json", changed_record(kind=["chat"])), (".json", changed_record(bytes=True)),
+    (".json", changed_record(bytes="x")), (".json", changed_record(sha256="0" * 64)),
+    (".json", lambda _: b"[" * 60_000), (".json", lambda data: data[:-1] + b" " * 70_000 + b"}"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept_folder(demo_lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept") / "sessions"
     with serving.server_thread(demo_lm, session_folder=folder) as server:
         content(ask(server.url, "kept", FIRST))
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES)))
+def test_damaged_files_are_dropped(demo_lm, kept_folder, tmp_path, caplog, number):
+    suffix, damage = DAMAGES[number]
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    [record] = folder.glob("*.json")
     [path] = folder.glob("*" + suffix)
     path.write_bytes(damage(path.read_bytes()))
+    sessions = SessionFolder(folder, 1 << 30)
+    assert sessions.load(record.stem, demo_lm) is None
+    assert "damaged" in caplog.text
+    assert sessions.counts() == (0, 0)
+    sessions.close()
+    assert {path.name for path in SessionFolder(folder, 1 << 30)._path.iterdir()} == {".lock"}
+
+
+def test_a_server_goes_on_without_a_damaged_file(demo_lm, kept_folder, tmp_path):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    [path] = folder.glob("*.state")
+    path.write_bytes(flipped(path.read_bytes()))
     with serving.server_thread(demo_lm, session_folder=folder) as server:
         found = ask(server.url, "kept", FIRST)
         assert found.headers["x-session-state"] == "new"
         assert content(found) == offline_turns(demo_lm, FIRST)[0]
-    assert "damaged" in caplog.text
     assert len(list(folder.glob("*.state"))) == 1
 
 
-def test_a_folder_has_one_server(demo_lm, tmp_path):
-    from lminf_export.errors import InputError
+def test_another_model_s_conversation_is_dropped(kept_folder, tmp_path, caplog):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    other = TinyModel(vocab_size=4096).write(tmp_path / "other")
+    sessions = SessionFolder(folder, 1 << 30)
+    [record] = folder.glob("*.json")
+    assert sessions.load(record.stem, lminf_export.load(other.path)) is None
+    assert "another bundle" in caplog.text
+    sessions.close()
 
+
+def test_the_oldest_files_make_room(demo_lm, tmp_path):
+    with serving.server_thread(
+        demo_lm, session_folder=tmp_path, session_disk_bytes=400_000
+    ) as server:
+        for number in range(5):
+            content(ask(server.url, f"s{number}", FIRST))
+    counts = {path.stat().st_size for path in tmp_path.glob("*.state")}
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.state")) <= 400_000
+    assert counts
+
+
+def test_a_folder_has_one_server(demo_lm, tmp_path):
     with (
         serving.server_thread(demo_lm, session_folder=tmp_path),
         pytest.raises(InputError, match="another server"),

@@ -88,8 +88,10 @@ async def _whole(request: Request, running: Running, form: AnswerFormat) -> Resp
         for task in (watch, work):
             task.cancel()
         await asyncio.gather(watch, work, return_exceptions=True)
-    body = form.whole(choices, running.answering.usage())
-    return Response(json_bytes(body), 200, running.headers, media_type="application/json")
+    usage = running.answering.usage()
+    # Long answers, and those with log probabilities, take a while to write.
+    body = await asyncio.to_thread(lambda: json_bytes(form.whole(choices, usage)))
+    return Response(body, 200, running.headers, media_type="application/json")
 
 
 async def _collected(running: Running) -> list[WholeChoice]:

@@ -127,14 +127,14 @@ def _add_operations(app: FastAPI, serving: Serving) -> None:
     async def one_model(name: str) -> Response:
         return JSONResponse(_described(serving.model(name)))
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> Response:
         failed = [name for name, stats in serving.stats().items() if not stats.healthy]
         if failed:
             raise ApiError(503, f"the engine of {', '.join(failed)} has failed", code="unhealthy")
         return JSONResponse({"status": "ok"})
 
-    @app.get("/readyz")
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> Response:
         if serving.is_draining:
             raise shutting_down()

@@ -59,7 +59,7 @@ def require_known_sender(headers: Headers, settings: ServeSettings) -> None:
     origin = headers.get("origin")
     if origin is None or origin in settings.allow_origins:
         return
-    if urlsplit_netloc(origin) != host:
+    if _netloc(origin) != host.lower():
         raise ApiError(
             403,
             "requests from pages of another origin are refused; see --allow-origin",
@@ -82,10 +82,10 @@ def is_local(name: str) -> bool:
         return False
 
 
-def urlsplit_netloc(origin: str) -> str | None:
+def _netloc(origin: str) -> str | None:
     """Return host and port of an origin; None for one that has none, such as "null"."""
     try:
-        return urlsplit(origin).netloc or None
+        return urlsplit(origin).netloc.lower() or None
     except ValueError:
         return None
 

@@ -18,9 +18,10 @@ from lminf_export.serve.contents import chat_messages
 from lminf_export.serve.generation import Generation, generation_of
 from lminf_export.serve.log_probabilities import chat_logprobs
 from lminf_export.serve.openai_schema import ChatFields, read_fields, require_plain_chat
-from lminf_export.serve.planning import plan_chat
+from lminf_export.serve.planning import Plan, plan_chat
 from lminf_export.serve.served_model import ServedModel
 from lminf_export.serve.serving import Serving
+from lminf_export.serve.state_store import Conversation
 
 
 async def chat(serving: Serving, request: Request) -> Response:
@@ -34,14 +35,13 @@ async def chat(serving: Serving, request: Request) -> Response:
     require_plain_chat(fields)
     model = serving.model(fields.model)
     generation = generation_of(fields, serving.settings, model.lm.bundle.manifest)
-    messages = chat_messages(fields.messages)
     template = model.require_template()
-    running = await serving.begin(
-        request,
-        model,
-        generation,
-        lambda conversation: [plan_chat(messages, template, model.lm.codec, conversation)],
-    )
+
+    def plans(conversation: Conversation | None) -> list[Plan]:
+        messages = chat_messages(fields.messages)
+        return [plan_chat(messages, template, model.lm.codec, conversation)]
+
+    running = await serving.begin(request, model, generation, plans)
     return await send(request, running, _ChatFormat(model, generation))
 
 

@@ -22,9 +22,10 @@ from lminf_export.serve.openai_schema import (
     read_fields,
     require_plain_completion,
 )
-from lminf_export.serve.planning import plan_prompt
+from lminf_export.serve.planning import Plan, plan_prompt
 from lminf_export.serve.served_model import ServedModel
 from lminf_export.serve.serving import Serving
+from lminf_export.serve.state_store import Conversation
 
 
 async def complete(serving: Serving, request: Request) -> Response:
@@ -39,17 +40,14 @@ async def complete(serving: Serving, request: Request) -> Response:
     model = serving.model(fields.model)
     generation = generation_of(fields, serving.settings, model.lm.bundle.manifest)
     most = serving.settings.max_choices
-    prompts = prompts_of(fields.prompt, model.lm.vocab_size, most)
-    if len(prompts) * generation.n > most:
-        raise invalid(f"prompts times n must be at most {most}", "n")
-    running = await serving.begin(
-        request,
-        model,
-        generation,
-        lambda conversation: [
-            plan_prompt(prompt, model.lm.codec, conversation) for prompt in prompts
-        ],
-    )
+
+    def plans(conversation: Conversation | None) -> list[Plan]:
+        prompts = prompts_of(fields.prompt, model.lm.vocab_size, most)
+        if len(prompts) * generation.n > most:
+            raise invalid(f"prompts times n must be at most {most}", "n")
+        return [plan_prompt(prompt, model.lm.codec, conversation) for prompt in prompts]
+
+    running = await serving.begin(request, model, generation, plans)
     return await send(request, running, _CompletionFormat(model, generation))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
@@ -12,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lminf_export.serve.api_errors import ApiError
 from lminf_export.serve.auth import is_open, require_key, require_known_sender
 from lminf_export.serve.serving import OWNER, Serving
+
+logger = logging.getLogger(__name__)
 
 # Where the server's protocol puts what ends a connection at once.
 ABORT = "lminf.abort"
@@ -47,6 +51,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
+        started = time.monotonic()
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -71,7 +76,11 @@ class Guard:
             status = CLIENT_CLOSED
         finally:
             self._serving.num_requests -= 1
-            self._serving.metrics.answered(self._label(scope["path"]), status)
+            label = self._label(scope["path"])
+            self._serving.metrics.answered(label, status)
+            # The label and not the path, which a client may write lines into.
+            seconds = time.monotonic() - started
+            logger.info("%s %s: %d in %.3f s", scope["method"], label, status, seconds)
 
     def _check(self, scope: Scope) -> None:
         serving, headers = self._serving, Headers(scope=scope)
@@ -98,6 +107,7 @@ class Guard:
                 await send(message)
         except TimeoutError:
             abort = scope.get(ABORT)
-            if abort is not None:
-                abort()
-            raise ClientDisconnect from None
+            if abort is None:
+                raise ClientDisconnect from None
+            # Whoever waits for the client's going is told, and nothing more is sent.
+            abort()

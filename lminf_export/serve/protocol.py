@@ -14,11 +14,14 @@ from uvicorn.server import ServerState
 from lminf_export.serve.guard import ABORT
 
 
-def bounded_protocol(header_seconds: float, max_connections: int) -> type[asyncio.Protocol]:
+def bounded_protocol(
+    header_seconds: float, write_seconds: float, max_connections: int
+) -> type[asyncio.Protocol]:
     """Return a protocol for uvicorn.
 
     Args:
         header_seconds: within which a request's headers must be complete.
+        write_seconds: within which what is left must be read when a connection closes.
         max_connections: more are closed as they come.
     """
 
@@ -59,6 +62,17 @@ def bounded_protocol(header_seconds: float, max_connections: int) -> type[asynci
                 self._forget()
             elif self._due is None:
                 self._expect_headers()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.transport.is_closing() and self.transport.get_write_buffer_size():
+                # A connection that closes waits for its reader, who may never read.
+                self.loop.call_later(write_seconds, self.transport.abort)
+
+        def timeout_keep_alive_handler(self) -> None:
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
+            super().timeout_keep_alive_handler()
 
         def _expect_headers(self) -> None:
             self._due = self.loop.call_later(header_seconds, self.transport.abort)

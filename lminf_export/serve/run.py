@@ -68,11 +68,15 @@ def server_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
     """Return how uvicorn serves an application."""
     return uvicorn.Config(
         app,
-        http=bounded_protocol(settings.header_seconds, settings.max_connections),
+        http=bounded_protocol(
+            settings.header_seconds, settings.write_seconds, settings.max_connections
+        ),
         ws="none",
         loop="asyncio",
         lifespan="on",
         log_config=None,
+        # Garbage that clients send is worth no line each.
+        log_level="error",
         access_log=False,
         proxy_headers=False,
         server_header=False,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 
-from lminf_export.errors import BundleError
 from lminf_export.runtime.batching.engine import Engine
+from lminf_export.runtime.chat.files import find_template
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.token_bytes import TokenBytes
 from lminf_export.serve.api_errors import invalid
 from lminf_export.serve.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -55,9 +58,15 @@ class ServedModel:
             SessionError: the slots' caches are more than the memory holds.
         """
         codec = lm.codec
-        if template is None and _has_template(lm):
+        if template is None and find_template(lm.bundle.path, lm.bundle.manifest.files):
             template = ChatTemplate.of(lm.bundle)
         engine = Engine(lm, settings.slots, max_waiting=settings.max_waiting)
+        state_bytes = engine.stats().cache_bytes // settings.slots
+        if 0 < settings.session_bytes < state_bytes:
+            logger.warning(
+                "a conversation of %s has up to %d bytes, and session_bytes is %d: long ones are "
+                "not kept in memory", name, state_bytes, settings.session_bytes,
+            )  # fmt: skip
         return cls(name, lm, engine, template, TokenBytes(codec.tokenizer))
 
     def require_template(self) -> ChatTemplate:
@@ -74,11 +83,3 @@ class ServedModel:
                 "no_chat_template",
             )
         return self.template
-
-
-def _has_template(lm: LanguageModel) -> bool:
-    try:
-        ChatTemplate.of(lm.bundle)
-    except BundleError:
-        return False
-    return True

@@ -122,8 +122,7 @@ class SessionFolder:
         if file is None:
             return None
         try:
-            record = json.loads((self._path / (key + _RECORD)).read_bytes()[:_MAX_RECORD])
-            conversation = self._read(record, lm)
+            conversation = self._read(_record(self._path / (key + _RECORD)), lm)
         except (OSError, ValueError, LminfError) as error:
             logger.warning("a kept conversation is damaged and was dropped: %s", error)
             self.drop(key)
@@ -178,7 +177,7 @@ class SessionFolder:
         files = {}
         for path in self._path.glob("*" + _RECORD):
             try:
-                record = json.loads(path.read_bytes()[:_MAX_RECORD])
+                record = _record(path)
                 name, size = str(record["state"]), int(record["bytes"])
                 if Path(name).name != name or (self._path / name).stat().st_size != size:
                     raise ValueError("its state is missing or of another size")
@@ -207,6 +206,18 @@ class SessionFolder:
         (self._path / (key + _RECORD)).unlink(missing_ok=True)
         (self._path / file.state).unlink(missing_ok=True)
         return True
+
+
+def _record(path: Path) -> Any:
+    """Return what a record holds.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes()[:_MAX_RECORD])
+    except RecursionError:
+        raise ValueError("its record nests too deeply") from None
 
 
 def _digest(path: Path) -> tuple[str, int]:

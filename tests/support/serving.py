@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +87,16 @@ class Local:
 
 
 @contextmanager
-def server_thread(lm: LanguageModel, **limits: Any) -> Iterator[Local]:
-    """Serve a model in a thread until the block ends."""
+def server_thread(
+    lm: LanguageModel, more: Mapping[str, LanguageModel] | None = None, **limits: Any
+) -> Iterator[Local]:
+    """Serve a model, and more by their names, in a thread until the block ends."""
     settings = ServeSettings(**limits)
     with bound_socket("127.0.0.1", 0) as bound:
         url = address_of(bound)
-        app = create_app({NAME: ServedModel.of(NAME, lm, settings)}, settings)
+        served = {NAME: lm, **(more or {})}
+        models = {name: ServedModel.of(name, model, settings) for name, model in served.items()}
+        app = create_app(models, settings)
         started = threading.Event()
         server = DrainingServer(server_config(app, settings), app.state.serving, started.set)
         thread = threading.Thread(target=server.run, args=([bound],))
