@@ -14,7 +14,6 @@ from lminf_export.errors import BundleError, InputError
 from lminf_export.export.run import export
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.conversation import Conversation
-from lminf_export.runtime.load import load
 from tests.support.chat_templates import TURNS
 from tests.support.pseudo_terminal import PseudoTerminal
 from tests.support.tiny_bundle import TinyModel
@@ -24,14 +23,14 @@ FIRST, SECOND = "In the beginning God made", "And who art thou?"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def bundle(demo_bundle):
     """The demo model, whose chat template the export has carried along."""
-    return export("examples/demo-llama", tmp_path_factory.mktemp("chat") / "demo").path
+    return demo_bundle
 
 
 @pytest.fixture(scope="module")
-def lm(bundle):
-    return load(bundle, threads=1)
+def lm(demo_lm):
+    return demo_lm
 
 
 @pytest.fixture(scope="module")

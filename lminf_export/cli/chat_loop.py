@@ -161,11 +161,11 @@ class Chat:
 
     def _save(self, argument: str) -> None:
         self._conversation.stream.save(user_path(_required("/save", argument), InputError))
-        say(f"saved {argument}: {self.status}")
+        say(f"saved {argument} at token {self._conversation.stream.position:,}")
 
     def _load(self, argument: str) -> None:
         self._conversation.load(user_path(_required("/load", argument), InputError))
-        say(f"loaded {argument}: {self.status}")
+        say(f"loaded {argument} at token {self._conversation.stream.position:,}")
 
     def _reset(self, _: str) -> None:
         self._begin(self._conversation.system)

@@ -94,7 +94,7 @@ def plan_chat(
                 raise invalid(
                     "messages hold nothing that this session has not answered", "messages"
                 )
-            ids = codec.ids(template.turn(new))
+            ids = codec.ids_behind(template.turn(new))
             return _going_on(conversation, ids, conversation.history.then(messages_bytes(new)))
     ids = codec.ids(template.render(messages))
     return Plan("chat", _some(ids), None, RollingHash().then(messages_bytes(messages)))

@@ -93,7 +93,7 @@ def recorded(folder: Path, bundle: Path | None = None) -> list[dict[str, str]]:
         folder: to run in.
         bundle: the exported demo model; made by default.
     """
-    tools = _tools(folder)
+    tools = tools_of_this_tree(folder)
     if bundle is None:
         subprocess.run(
             ["lminf-export", "--model", str(ROOT / "examples" / "demo-llama"), "--out", "demo"],
@@ -161,7 +161,7 @@ def _step(
     return {"name": name, "command": command, "output": output}
 
 
-def _tools(folder: Path) -> dict[str, str]:
+def tools_of_this_tree(folder: Path) -> dict[str, str]:
     """Return an environment in which lminf, lminf-export and python are of this tree."""
     tools = folder / ".tools"
     tools.mkdir()

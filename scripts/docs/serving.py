@@ -1,4 +1,4 @@
-"""Commands and their output in docs/serving.md, as `record_serving` has recorded them."""
+"""Commands and their output in docs/serving.md and docs/chat.md, as they were recorded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from scripts.docs.tables import load, table
 
 
 def served(*names: str) -> str:
-    """Return the recorded steps of these names as a terminal shows them."""
-    steps = {step["name"]: step for step in load("serving")["steps"]}
+    """Return steps of `record_serving` as a terminal shows them."""
+    return _shown("serving", names)
+
+
+def chatted(*names: str) -> str:
+    """Return steps of `record_chat` as a terminal shows them."""
+    return _shown("chat", names)
+
+
+def _shown(result: str, names: tuple[str, ...]) -> str:
+    steps = {step["name"]: step for step in load(result)["steps"]}
     shown = []
     for name in names:
         step = steps[name]
@@ -34,4 +43,9 @@ def metrics() -> str:
     return table(["metric", "meaning"], rows, numbers=False)
 
 
-TABLES = {"served": served, "serve_limits": limits, "serve_metrics": metrics}
+TABLES = {
+    "served": served,
+    "chatted": chatted,
+    "serve_limits": limits,
+    "serve_metrics": metrics,
+}

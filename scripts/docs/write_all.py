@@ -32,6 +32,7 @@ from scripts.train.model_card import card
 PAGES: dict[str, Callable[[], str]] = {
     "README.md": partial(page, "../README.md", evidence_real.TABLES),
     "docs/api.md": api_reference.page,
+    "docs/chat.md": partial(page, "chat.md", serving.TABLES),
     "docs/cpu_kernel.md": partial(page, "cpu_kernel.md", cpu_kernel.TABLES),
     "docs/evidence.md": partial(page, "evidence.md", {**evidence.TABLES, **evidence_real.TABLES}),
     "docs/gpu.md": report.current_page,
