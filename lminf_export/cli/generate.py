@@ -16,6 +16,7 @@ from lminf_export.cli.common import (
     verbosity_options,
 )
 from lminf_export.cli.follow import follow as follow_stdin
+from lminf_export.cli.kept_state import KeptState
 from lminf_export.cli.sampling_options import sampling_options
 from lminf_export.cli.session_options import load_options
 from lminf_export.cli.terminal import when_interrupted
@@ -53,6 +54,18 @@ DEFAULT_NEW_TOKENS = 256
 )
 @sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option(
+    "--load-state",
+    type=click.Path(),
+    metavar="FILE",
+    help="Go on where a text ended that was written with --save-state; the prompt may be left out.",
+)
+@click.option(
+    "--save-state",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write the stream's state to a file at the end, after Ctrl-C too.",
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on behind the model's end-of-text token.")
 @load_options
 @click.option(
@@ -76,6 +89,8 @@ def generate_command(
     write_after: WriteAfter | None,
     sampling: dict[str, Any],
     stop: tuple[str, ...],
+    load_state: str | None,
+    save_state: str | None,
     ignore_eos: bool,
     loading: dict[str, Any],
     stats: bool,
@@ -85,7 +100,8 @@ def generate_command(
 
     The text comes from --prompt, --prompt-file, or stdin with a last argument "-". What the
     model writes streams to stdout; the cache stays bounded however long it goes on. With --follow
-    it comes from stdin line by line, for as long as there are lines.
+    it comes from stdin line by line, for as long as there are lines. With
+    --load-state the text goes on behind one that was saved.
     """
     from lminf_export.runtime.load import load
 
@@ -94,14 +110,19 @@ def generate_command(
         raise InputError("--follow writes line by line; it takes neither --endless nor --json")
     if write_after is not None and not follow:
         raise InputError("--write-after says where --follow writes; give both")
-    find_text = _text_before if follow else _prompt_text
-    prompt_text = find_text(prompt, prompt_file, stdin)
+    if follow and (load_state or save_state):
+        raise InputError("--follow keeps no state; it takes neither --load-state nor --save-state")
+    prompt_text: str | None
+    if follow:
+        prompt_text = _text_before(prompt, prompt_file, stdin)
+    else:
+        prompt_text = _prompt_text(prompt, prompt_file, stdin, optional=load_state is not None)
     started = time.perf_counter()
     model = load(bundle, **loading)
     if follow:
         follow_stdin(
             model,
-            prompt_text,
+            prompt_text or "",
             write_after or "line",
             stats=stats,
             stop=stop,
@@ -110,19 +131,28 @@ def generate_command(
             **sampling,
         )
         return
-    prompt_ids = model.codec.encode(prompt_text)
-    state = model.new_state()
+    kept = KeptState(model, load_state, save_state)
+    kept.begin(prompt_text)
+    if limit == 0:
+        kept.read_prompt()
     token_ids = model.generate(
-        prompt_ids,
+        kept.prompt_ids,
         max_new_tokens=limit,
         stop_token_ids=() if ignore_eos else None,
-        state=state,
+        state=kept.state,
         **sampling,
     )
-    text = WrittenText(len(prompt_ids), limit, started, state, as_json, stats)
+    text = WrittenText(limit, started, kept, as_json, stats)
     with when_interrupted(text.interrupt):
-        for piece in model.codec.stream(text.watch(token_ids), after=prompt_ids, stop=stop):
+        for piece in model.codec.stream(
+            text.watch(kept.watch(token_ids)),
+            after=kept.before,
+            stop=stop,
+            begins_open=load_state is not None,
+            ends_open=save_state is not None,
+        ):
             text.write(piece)
+        text.save()
     text.finish()
 
 
@@ -141,11 +171,15 @@ def _text_before(prompt: str | None, prompt_file: str | None, stdin: str | None)
     """Return the text before the first line of a stream."""
     if stdin is not None or prompt_file == "-":
         raise InputError("--follow reads stdin already; the text before it is --prompt TEXT")
-    return "" if prompt is prompt_file is None else _prompt_text(prompt, prompt_file, None)
+    return _prompt_text(prompt, prompt_file, None, optional=True) or ""
 
 
-def _prompt_text(prompt: str | None, prompt_file: str | None, stdin: str | None) -> str:
+def _prompt_text(
+    prompt: str | None, prompt_file: str | None, stdin: str | None, *, optional: bool
+) -> str | None:
     given = [source for source in (prompt, prompt_file, stdin) if source is not None]
+    if optional and not given:
+        return None
     if len(given) != 1:
         raise InputError("give the text once: --prompt TEXT, --prompt-file FILE, or - for stdin")
     if prompt is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,3 +65,41 @@ def when_interrupted(kept: Callable[[], str]) -> Iterator[None]:
         click.echo(err=True)
         click.echo(f"interrupted: {kept()}", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+class HeldInterrupt:
+    """A context in which Ctrl-C can be held back for a moment; a second one comes through.
+
+    It does nothing outside of the main thread, which no Ctrl-C reaches.
+    """
+
+    def __init__(self) -> None:
+        self._holds, self._came = False, False
+        self._before: Any = None
+
+    def __enter__(self) -> HeldInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def hold(self) -> None:
+        """Hold Ctrl-C back from now on."""
+        self._holds = True
+
+    def release(self) -> None:
+        """Let a Ctrl-C that came meanwhile through.
+
+        Raises:
+            KeyboardInterrupt: if one came.
+        """
+        if self._came:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, *_: object) -> None:
+        if not self._holds or self._came:
+            raise KeyboardInterrupt
+        self._came = True

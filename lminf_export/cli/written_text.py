@@ -14,7 +14,7 @@ from lminf_export.bundle.files import human_bytes
 from lminf_export.cli.terminal import echo_json
 
 if TYPE_CHECKING:
-    from lminf_export.runtime.cache import State
+    from lminf_export.cli.kept_state import KeptState
 
 INTERRUPTED = "interrupted"
 
@@ -24,10 +24,9 @@ class WrittenText:
     """A text while it is written.
 
     Attributes:
-        num_prompt_tokens: tokens read.
         max_new_tokens: tokens to write at most; None for no end.
         started: when the command began, of `time.perf_counter`, as the other times.
-        state: of the stream, for the cache's size.
+        kept: the stream.
         as_json: keep text and tokens and print them at the end, in place of text as it comes.
         stats: print speed and cache at the end, to stderr.
         first: when the first token came.
@@ -36,12 +35,12 @@ class WrittenText:
         ran_out: whether the model gave no more tokens.
         token_ids: the tokens, where JSON is wanted.
         pieces: the text, where JSON is wanted.
+        state_bytes: of the file with the stream's state; None before it is written.
     """
 
-    num_prompt_tokens: int
     max_new_tokens: int | None
     started: float
-    state: State
+    kept: KeptState
     as_json: bool
     stats: bool
     first: float = 0.0
@@ -50,6 +49,7 @@ class WrittenText:
     ran_out: bool = False
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    state_bytes: int | None = None
 
     def watch(self, token_ids: Iterator[int]) -> Iterator[int]:
         """Pass tokens on and count them."""
@@ -70,6 +70,10 @@ class WrittenText:
             click.echo(piece, nl=False)
             sys.stdout.flush()
 
+    def save(self) -> None:
+        """Write the stream's state, if it is to be kept."""
+        self.state_bytes = self.kept.save()
+
     def finish(self, reason: str | None = None) -> None:
         """Print what comes behind the text.
 
@@ -86,8 +90,10 @@ class WrittenText:
 
     def interrupt(self) -> str:
         """Print what comes behind an interrupted text; return a line that says what is kept."""
+        self.save()
         self.finish(INTERRUPTED)
-        return f"the {self._num_written} written so far are above; no state is kept"
+        end = "no state is kept" if self.state_bytes is None else "the state is saved"
+        return f"the {self._num_written} written so far are above; {end}"
 
     @property
     def _reason(self) -> str:
@@ -107,12 +113,13 @@ class WrittenText:
     @property
     def _statistics(self) -> str:
         speed = self._tokens_per_second
+        saved = "" if self.state_bytes is None else f", state {human_bytes(self.state_bytes)}"
         waited = f"{self.first - self.started:.2f} s" if self.count else "none"
         return (
-            f"prompt {self.num_prompt_tokens} tokens, first token after {waited}, "
+            f"prompt {len(self.kept.prompt_ids)} tokens, first token after {waited}, "
             f"{self._num_written}{f' at {speed:.1f} tokens/s' if speed else ''}, "
-            f"cache {human_bytes(self.state.nbytes)} of at most "
-            f"{human_bytes(self.state.max_nbytes)}"
+            f"cache {human_bytes(self.kept.state.nbytes)} of at most "
+            f"{human_bytes(self.kept.state.max_nbytes)}{saved}"
         )
 
     def _result(self, finish_reason: str) -> dict[str, Any]:
@@ -120,10 +127,11 @@ class WrittenText:
             "text": "".join(self.pieces),
             "token_ids": self.token_ids,
             "finish_reason": finish_reason,
-            "prompt_tokens": self.num_prompt_tokens,
+            "prompt_tokens": len(self.kept.prompt_ids),
             "new_tokens": self.count,
             "seconds_to_first_token": self.first - self.started if self.count else None,
             "tokens_per_second": self._tokens_per_second,
-            "cache_bytes": self.state.nbytes,
-            "max_cache_bytes": self.state.max_nbytes,
+            "cache_bytes": self.kept.state.nbytes,
+            "max_cache_bytes": self.kept.state.max_nbytes,
+            "state_bytes": self.state_bytes,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Snapshot:
             the contract is compared.
         unread: token ids of each stream that it has not read; they come first in what it reads
             next. Saved with the rest.
+        context: the latest token ids before those, as far as they are known: whoever decodes
+            the text that follows needs some. Saved with the rest.
     """
 
     contract: GraphContract
@@ -45,6 +47,7 @@ class Snapshot:
     caches: Mapping[str, np.ndarray] = field(repr=False)
     state_id: str | None = None
     unread: tuple[int, ...] = ()
+    context: tuple[int, ...] = ()
     _memory: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,8 +61,9 @@ class Snapshot:
         object.__setattr__(self, "past_length", _read_only(self.past_length))
         caches = {name: _read_only(array) for name, array in self.caches.items()}
         object.__setattr__(self, "caches", caches)
-        unread = listed_ids(self.unread, "unread", self.contract.vocab_size)
-        object.__setattr__(self, "unread", tuple(unread))
+        for name in ("unread", "context"):
+            ids = listed_ids(getattr(self, name), name, self.contract.vocab_size)
+            object.__setattr__(self, name, tuple(ids))
 
     @classmethod
     def begin(
@@ -90,7 +94,7 @@ class Snapshot:
             memory = zero_bytes(needed)
         arrays = arrays_in(memory, tables)
         caches = {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
-        return cls(contract, past_length, caches, state_id, (), memory), caches
+        return cls(contract, past_length, caches, state_id, _memory=memory), caches
 
     def _give_memory(self) -> np.ndarray | None:
         memory = self._memory
@@ -131,7 +135,7 @@ class Snapshot:
         lengths = self.past_length[index]
         used = used_slots(self.contract, int(lengths.max()))
         caches = {name: array[index, :, : used[name]] for name, array in self.caches.items()}
-        return Snapshot(self.contract, lengths, caches, self.state_id, self.unread)
+        return replace(self, past_length=lengths, caches=caches, _memory=None)
 
     def save(self, path: str | Path) -> None:
         """Write the snapshot to a file: safetensors, with a checksum; docs/state.md has the form.
@@ -158,6 +162,7 @@ class Snapshot:
             "contract": json.dumps(_contract_fields(self.contract)),
             "lengths": json.dumps(self.past_length.tolist()),
             "unread": json.dumps(self.unread),
+            "context": json.dumps(self.context),
         }
         write_state_file(path, self.to_arrays(), metadata)
 
@@ -208,8 +213,10 @@ class Snapshot:
             if not _is_json(file.metadata.get("lengths"), lengths.tolist()):
                 raise file.damaged("its lengths are not those that it says")
             try:
-                unread = tuple(parse_json(file.metadata.get("unread", "")))
-                found = cls(contract, lengths, arrays, state_id, unread)
+                unread, context = (
+                    tuple(parse_json(file.metadata.get(name, ""))) for name in ("unread", "context")
+                )
+                found = cls(contract, lengths, arrays, state_id, unread, context)
                 found.require_sound()
             except (ValueError, TypeError, SessionError) as error:
                 raise file.damaged(str(error)) from None

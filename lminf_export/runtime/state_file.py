@@ -83,6 +83,22 @@ def write_state_file(
             file.write(_bytes(array))
 
 
+def require_place(path: str | Path) -> None:
+    """Refuse a path where no file can be written, before the work that leads to the file.
+
+    Raises:
+        InputError: its folder is missing or closed, or it is no file.
+    """
+    place = _checked_path(path)
+    try:
+        if place.exists() and not place.is_file():
+            raise InputError(f"{place} is not a file, so no state is written there")
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {place}: {error.strerror or error}") from None
+
+
 class StateFile:
     """An opened file whose header has been checked against the file's size.
 

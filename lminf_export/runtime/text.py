@@ -121,7 +121,13 @@ class TextCodec:
         return found is not None and bool(found.special)
 
     def stream(
-        self, token_ids: Iterable[int], *, after: Sequence[int] = (), stop: Sequence[str] = ()
+        self,
+        token_ids: Iterable[int],
+        *,
+        after: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        begins_open: bool = False,
+        ends_open: bool = False,
     ) -> Iterator[str]:
         """Turn ids into pieces of text as they arrive; end at a stop string.
 
@@ -130,17 +136,24 @@ class TextCodec:
             after: ids of the text before, such as the prompt's.
             stop: strings that end the text, or one; no part of them is yielded, and no further
                 token is requested once one is complete.
+            begins_open: show what a stream before left open with `ends_open`.
+            ends_open: leave a character that is not complete at the end to a stream that
+                follows, `after` the ids of this one.
 
         Raises:
             InputError: an empty stop string, or arguments of another type; a token that is none,
                 when it comes.
         """
-        decoder = StreamDecoder(self.tokenizer, listed_ids(after, "after", _MOST_TOKENS))
-        return self._pieces(one_by_one(token_ids, "token_ids"), decoder, StopStrings(stop))
+        decoder = StreamDecoder(
+            self.tokenizer, listed_ids(after, "after", _MOST_TOKENS), begins_open
+        )
+        return self._pieces(
+            one_by_one(token_ids, "token_ids"), decoder, StopStrings(stop), ends_open
+        )
 
     @staticmethod
     def _pieces(
-        token_ids: Iterable[int], decoder: StreamDecoder, stops: StopStrings
+        token_ids: Iterable[int], decoder: StreamDecoder, stops: StopStrings, ends_open: bool
     ) -> Iterator[str]:
         for token in token_ids:
             number = as_integer("token id", token, 0, InputError, maximum=_MOST_TOKENS - 1)
@@ -149,7 +162,7 @@ class TextCodec:
                 yield piece
             if stops.found:
                 return
-        piece = stops.push(decoder.flush()) + stops.flush()
+        piece = stops.push("" if ends_open else decoder.flush()) + stops.flush()
         if piece:
             yield piece
 

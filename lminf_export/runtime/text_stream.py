@@ -32,9 +32,12 @@ class StreamDecoder:
     Args:
         tokenizer: whose ids are decoded; special tokens are no text.
         after: ids of the text before, such as the prompt's; none of its text is returned.
+        begins_open: whether a character that breaks off at its end is returned after all.
     """
 
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, after: Sequence[int] = (), begins_open: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = {token.content for token in added if token.special}
@@ -43,8 +46,9 @@ class StreamDecoder:
         self._text = ""
         for token in self._end_of(after):
             self._show(self._bytes.push(token))
-        # A character that breaks off at the prompt's end belongs to it, if it stays broken.
-        self._text = self._decoded([*self._groups, self._bytes.broken()])
+        if not begins_open:
+            # A character that breaks off at the prompt's end belongs to it, if it stays broken.
+            self._text = self._decoded([*self._groups, self._bytes.broken()])
 
     def step(self, token: int) -> str:
         """Return the text that has become certain, often "" or one word."""

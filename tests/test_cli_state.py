@@ -1,0 +1,141 @@
+"""`lminf generate --save-state/--load-state`: two runs write what one would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from lminf_export.cli.main import cli
+from lminf_export.runtime.load import load
+from tests.support.signals import default_signals
+from tests.support.tiny_bundle import TinyModel
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return TinyModel().write(tmp_path_factory.mktemp("b") / "tiny").path
+
+
+def generate(bundle, *arguments):
+    line = ["generate", bundle, "--threads", 1, "--ignore-eos", *arguments]
+    return CliRunner().invoke(cli, [str(argument) for argument in line])
+
+
+def text(bundle, *arguments):
+    result = generate(bundle, *arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout.removesuffix("\n")
+
+
+def refused(result):
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("prompt", ["Hello", "日本語", "é", "ab\n"])
+def test_two_runs_write_what_one_writes(bundle, tmp_path, prompt):
+    """Random weights write bytes that are no characters, and characters in several tokens."""
+    path = tmp_path / "s"
+    for first in (0, 1, 2, 3, 5, 8, 40):
+        whole = text(bundle, "--prompt", prompt, "--max-new-tokens", first + 12)
+        parts = text(bundle, "--prompt", prompt, "--max-new-tokens", first, "--save-state", path)
+        parts += text(bundle, "--load-state", path, "--max-new-tokens", 5, "--save-state", path)
+        parts += text(bundle, "--load-state", path, "--max-new-tokens", 7)
+        assert parts == whole
+
+
+def test_a_prompt_comes_behind_what_was_saved(bundle, tmp_path):
+    path = tmp_path / "s"
+    first = generate(
+        bundle, "--prompt", "One", "--max-new-tokens", 4, "--save-state", path, "--json"
+    )
+    ids = json.loads(first.stdout)["token_ids"]
+    second = generate(
+        bundle, "--load-state", path, "--prompt", " two", "--max-new-tokens", 9, "--json"
+    )
+    lm = load(bundle, threads=1)
+    given = [*lm.codec.encode("One"), *ids, *lm.codec.ids(" two")]
+    wanted = list(lm.generate(given, max_new_tokens=9, stop_token_ids=()))
+    assert json.loads(second.stdout)["token_ids"] == wanted
+    assert json.loads(first.stdout)["state_bytes"] == path.stat().st_size
+    assert json.loads(second.stdout)["state_bytes"] is None
+
+
+def test_a_prompt_that_is_only_read_is_kept_too(bundle, tmp_path):
+    path = tmp_path / "s"
+    text(bundle, "--prompt", "x" * 99, "--max-new-tokens", 0, "--save-state", path)
+    lm = load(bundle, threads=1)
+    assert lm.load_state(path).furthest == 98
+    assert len(lm.load_snapshot(path).unread) == 1
+
+
+def test_statistics_say_how_large_the_state_is(bundle, tmp_path):
+    arguments = ("--prompt", "x", "--max-new-tokens", 3, "--stats")
+    assert "state" not in generate(bundle, *arguments).stderr
+    assert ", state " in generate(bundle, *arguments, "--save-state", tmp_path / "s").stderr
+
+
+def test_what_cannot_be_loaded_or_saved_is_one_line(bundle, tmp_path):
+    path = tmp_path / "s"
+    prompt = ("--prompt", "x", "--max-new-tokens", 1)
+    assert "no such file" in refused(generate(bundle, "--load-state", path)).lower()
+    for place in (tmp_path, tmp_path / "missing" / "s", tmp_path / ("n" * 400)):
+        refused(generate(bundle, *prompt, "--save-state", place))
+    assert os.listdir(tmp_path) == []
+    path.write_bytes(b"x" * 100)
+    assert "damaged" in refused(generate(bundle, *prompt, "--load-state", path))
+    assert path.read_bytes() == b"x" * 100
+    lm = load(bundle, threads=1)
+    state = lm.new_state(2)
+    state.save(path)
+    assert "2 streams" in refused(generate(bundle, *prompt, "--load-state", path))
+    lm.prime([5, 6]).save(path)
+    assert "give a prompt" in refused(generate(bundle, "--load-state", path))
+    other = TinyModel(seed=1).write(tmp_path / "other").path
+    assert "another bundle" in refused(generate(other, *prompt, "--load-state", path))
+
+
+def test_an_interrupted_text_goes_on(bundle, tmp_path):
+    path = tmp_path / "s"
+    command = [sys.executable, "-m", "lminf_export.cli.main", "generate", str(bundle)]
+    command += ["--threads", "1", "--ignore-eos"]
+    process = subprocess.Popen(
+        [*command, "--prompt", "Hi", "--endless", "--save-state", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,  # `communicate` does not see what a buffer has read
+        preexec_fn=default_signals,
+    )
+    first = process.stdout.read(1)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest, messages = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert messages.strip().endswith(b"the state is saved")
+    written = (first + rest).decode().removesuffix("\n")
+    lm = load(bundle, threads=1)
+    snapshot = lm.load_snapshot(path)
+    count = int(snapshot.past_length[0]) + len(snapshot.unread) - len(lm.codec.encode("Hi"))
+    whole = text(bundle, "--prompt", "Hi", "--max-new-tokens", count + 30)
+    assert written + text(bundle, "--load-state", path, "--max-new-tokens", 30) == whole
+
+
+def test_the_context_of_a_file_is_that_of_its_text(bundle, tmp_path):
+    path = tmp_path / "s"
+    text(bundle, "--prompt", "y" * 100, "--max-new-tokens", 100, "--save-state", path)
+    lm = load(bundle, threads=1)
+    prompt = lm.codec.encode("y" * 100)
+    whole = [*prompt, *lm.generate(prompt, max_new_tokens=100, stop_token_ids=())]
+    snapshot = lm.load_snapshot(path)
+    assert [*snapshot.context, *snapshot.unread] == whole[-65:]
+    np.testing.assert_array_equal(snapshot.past_length, [199])
