@@ -1,7 +1,7 @@
 // Activations rounded to int8 block by block, and their layout. Compiled once per instruction set.
 //
-// A rounded token holds, for every lane of a row (int8_vectors.h), the scale of its block (float)
-// and where its sums begin (int32); then the integers, ordered as the row's: of 4 bits, those of
+// A rounded token holds for every block its scale (float) and where its sum begins (int32), kWidth
+// blocks together; then the integers, ordered as the row's (int8_vectors.h): of 4 bits, those of
 // the low halves of a chunk before those of the high ones.
 #pragma once
 
@@ -17,7 +17,9 @@ using lminf::cpu::Linear;
 
 constexpr int64_t kMostBlock = 256;
 
-inline int64_t chunksOf(const Blocks& b) { return (b.rowBytes() + kChunk - 1) / kChunk; }
+// Blocks of a row, and chunks of their bytes, with those that fill the last kWidth.
+inline int64_t paddedBlocks(const Blocks& b) { return (b.perRow + kWidth - 1) / kWidth * kWidth; }
+inline int64_t chunksOf(const Blocks& b) { return paddedBlocks(b) * b.bytes() / kChunk; }
 
 // One rounded token.
 struct Token {
@@ -27,15 +29,15 @@ struct Token {
 };
 
 inline size_t tokenBytes(const Blocks& b) {
-  const int64_t bytes = chunksOf(b) * kChunk * (2 + 8 / b.bits);
+  const int64_t bytes = 8 * paddedBlocks(b) + chunksOf(b) * kChunk * 8 / b.bits;
   return static_cast<size_t>((bytes + 63) / 64 * 64);
 }
 
 inline Token tokenAt(const Linear& p, int64_t token) {
-  const int64_t lanes = chunksOf(*p.blocks) * kWidth;
+  const int64_t blocks = paddedBlocks(*p.blocks);
   const uint8_t* start = p.int8Tokens + token * tokenBytes(*p.blocks);
-  return {reinterpret_cast<const float*>(start), reinterpret_cast<const int32_t*>(start) + lanes,
-          reinterpret_cast<const int8_t*>(start) + 8 * lanes};
+  return {reinterpret_cast<const float*>(start), reinterpret_cast<const int32_t*>(start) + blocks,
+          reinterpret_cast<const int8_t*>(start) + 8 * blocks};
 }
 
 inline float largestOf(const float* x, int64_t count) {
@@ -79,23 +81,21 @@ inline float roundBlock(const float* x, int64_t count, int8_t* out) {
 }
 
 void roundToken(const Blocks& b, const float* x, int64_t length, uint8_t* out, int8_t* scratch) {
-  const int64_t chunks = chunksOf(b), lanes = chunks * kWidth, perChunk = kChunk * 8 / b.bits;
-  const int64_t lanesOfBlock = b.bytes() / 4;
+  const int64_t chunks = chunksOf(b), blocks = paddedBlocks(b), perChunk = kChunk * 8 / b.bits;
   float* scales = reinterpret_cast<float*>(out);
-  int32_t* starts = reinterpret_cast<int32_t*>(out) + lanes;
-  int8_t* values = reinterpret_cast<int8_t*>(out) + 8 * lanes;
-  std::memset(out, 0, 8 * lanes);
+  int32_t* starts = reinterpret_cast<int32_t*>(out) + blocks;
+  int8_t* values = reinterpret_cast<int8_t*>(out) + 8 * blocks;
+  std::memset(out, 0, 8 * blocks);
   int8_t* plain = b.bits == 4 ? scratch : values;
   std::fill(plain + length, plain + chunks * perChunk, int8_t{0});
   // The integers of symmetric weights stand for themselves less 2^(bits − 1).
   const int32_t zero = b.zeroPoints != nullptr ? 1 : b.bits == 4 ? 8 : 128;
   for (int64_t block = 0; block < b.perRow; ++block) {
     const int64_t first = block * b.size, count = std::min(b.size, length - first);
-    const float scale = roundBlock(x + first, count, plain + first);
+    scales[block] = roundBlock(x + first, count, plain + first);
     int32_t sum = 0;
     for (int64_t i = 0; i < count; ++i) sum += plain[first + i];
-    starts[block * lanesOfBlock] = -zero * sum;
-    for (int64_t lane = 0; lane < lanesOfBlock; ++lane) scales[block * lanesOfBlock + lane] = scale;
+    starts[block] = -zero * sum;
   }
   if (b.bits == 8) return;
   for (int64_t chunk = 0; chunk < chunks; ++chunk, plain += perChunk, values += perChunk) {

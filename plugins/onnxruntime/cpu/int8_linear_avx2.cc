@@ -3,5 +3,9 @@
 
 namespace lminf::cpu {
 extern const Int8LinearKernels kInt8LinearAvx2 = {
-    "avx2", tokenBytes, roundToken, roundFloats, {few, nullptr, nullptr, fewFloats, nullptr}};
+    "avx2",
+    tokenBytes,
+    roundToken,
+    roundFloats,
+    {few, nullptr, fourRows, nullptr, noFloats, nullptr}};
 }  // namespace lminf::cpu

@@ -3,5 +3,9 @@
 
 namespace lminf::cpu {
 extern const Int8LinearKernels kInt8LinearAvx512 = {
-    "avx512", tokenBytes, roundToken, roundFloats, {few, nullptr, nullptr, fewFloats, nullptr}};
+    "avx512",
+    tokenBytes,
+    roundToken,
+    roundFloats,
+    {few, nullptr, fourRows, nullptr, noFloats, nullptr}};
 }  // namespace lminf::cpu

@@ -7,5 +7,5 @@ extern const Int8LinearKernels kInt8LinearAvx512Vnni = {
     tokenBytes,
     roundToken,
     roundFloats,
-    {few, many, panelRows, fewFloats, manyFloats}};
+    {fewOrStrips, many, fewRows, stripRows, fewOrStripsFloats, stripFloats}};
 }  // namespace lminf::cpu

@@ -5,6 +5,7 @@
 #include "int8_linear.h"
 #include "int8_vectors.h"
 #include "linear_output.h"
+#include "token_groups.h"
 
 namespace {
 
@@ -12,184 +13,208 @@ namespace {
 // stops; as data used once, for the reason told in linear_block.h.
 constexpr int64_t kAheadBytes = 8192, kScalesAheadBytes = 2048;
 
-// Weight rows one behind the other, or one row for many (strides of 0); scales are floats.
-struct Rows {
-  const uint8_t* packed;
-  const float* scales;
-  const uint8_t* zeros;
-  int64_t stride, scalesStride, zerosStride;
+constexpr int64_t kFour = 4;      // rows that are summed together
+constexpr int kMostTogether = 4;  // tokens that share a row's integers
 
-  Rows at(int64_t r) const {
-    return {packed + r * stride,
-            scales + r * scalesStride,
-            zeros + r * zerosStride,
-            stride,
-            scalesStride,
-            zerosStride};
+// One weight row.
+struct Row {
+  const uint8_t* packed;
+  const char* scales;
+  const uint8_t* zeros;
+};
+
+// A weight's rows, with what every one of them needs and is dear to find.
+struct Rows {
+  const Blocks& b;
+  int64_t bytes, scaleBytes, zeroBytes;
+
+  explicit Rows(const Blocks& blocks)
+      : b(blocks), bytes(blocks.rowBytes()),
+        scaleBytes(blocks.perRow * (blocks.scaleType == DataType::kFloat16 ? 2 : 4)),
+        zeroBytes(blocks.zeroPoints == nullptr ? 0 : blocks.zeroBytes()) {}
+
+  Row at(int64_t row) const {
+    return {b.packed + row * bytes, static_cast<const char*>(b.scales) + row * scaleBytes,
+            b.zeroPoints + row * zeroBytes};
   }
 };
 
-// How often a vector of a token meets one of a row: sums kept in registers. A single token takes
-// wide vectors row after row, as memory streams best; narrow ones share its vectors to save work.
-template <int kTokens>
-constexpr int kRowsAtOnce = kTokens == 1 && kWidth >= 16 ? 1 : 4 / kTokens;
+// Tokens one behind the other.
+struct Tokens {
+  Token first;
+  int64_t stride;  // bytes
 
-template <int kBits, bool kZeros, int kTokens>
-inline void meetChunk(Bytes packed, Vec scales, IntVec zeros, int64_t chunk, const Token* tokens,
-                      Vec* sums) {
-  for (int t = 0; t < kTokens; ++t) {
-    IntVec start;
-    std::memcpy(&start, tokens[t].starts + chunk * kWidth, sizeof start);
-    if constexpr (kZeros) start = scaleStarts(start, zeros);
-    const IntVec sum =
-        dotChunk<kBits>(start, packed, tokens[t].values + chunk * (kChunk * 8 / kBits));
-    sums[t] += toFloats(sum) * (load(tokens[t].scales + chunk * kWidth) * scales);
+  template <typename T>
+  static const T* shift(const T* p, int64_t bytes) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const int8_t*>(p) + bytes);
+  }
+
+  Token at(int64_t t) const {
+    return {shift(first.scales, t * stride), shift(first.starts, t * stride),
+            first.values + t * stride};
+  }
+};
+
+inline Tokens tokensFrom(const Linear& p, int64_t token) {
+  return {tokenAt(p, token), static_cast<int64_t>(tokenBytes(*p.blocks))};
+}
+
+// Sums of kWidth blocks of a row, in order, each with kTokens tokens. A block has kLanes lanes, the
+// last ones of `perLeaf` chunks; `left` bytes of the row are left, which only a tail looks at.
+template <int kBits, int kLanes, bool kTail, int kTokens>
+__attribute__((always_inline)) inline void sumBlocks(const uint8_t* packed, int64_t left,
+                                                     int64_t perLeaf, const int8_t* values,
+                                                     int64_t stride, IntVec* out) {
+  if (kTail && left <= 0) {
+    for (int t = 0; t < kTokens; ++t) out[t] = IntVec{};
+  } else if constexpr (kLanes == 1) {
+    for (int t = 0; t < kTokens; ++t) out[t] = IntVec{};
+    for (int64_t c = 0; c < perLeaf; ++c, packed += kChunk, values += kChunk * 8 / kBits) {
+      __builtin_prefetch(packed + kAheadBytes, 0, 0);
+      Bytes chunk;
+      if constexpr (kTail) {
+        const int64_t some = left - c * kChunk;
+        if (some <= 0) break;
+        chunk = some < kChunk ? loadSomeBytes(packed, some) : loadBytes(packed);
+      } else {
+        chunk = loadBytes(packed);
+      }
+      for (int t = 0; t < kTokens; ++t) {
+        out[t] = dotChunk<kBits>(out[t], chunk, values + t * stride);
+      }
+    }
+  } else {
+    const int64_t bytes = kLanes / 2 * perLeaf * kChunk;
+    IntVec second[kTokens];
+    sumBlocks<kBits, kLanes / 2, kTail, kTokens>(packed, left, perLeaf, values, stride, out);
+    sumBlocks<kBits, kLanes / 2, kTail, kTokens>(packed + bytes, left - bytes, perLeaf,
+                                                 values + bytes * 8 / kBits, stride, second);
+    for (int t = 0; t < kTokens; ++t) out[t] = addPairs(out[t], second[t]);
   }
 }
 
-// What is left of a row behind its whole chunks: fewer than kPerChunk blocks, read from copies.
-template <int kBits, int kPerChunk, bool kZeros, int kTokens>
-inline void meetRest(const Blocks& b, const Rows& row, int64_t chunk, int64_t block,
-                     const Token* tokens, Vec* sums) {
-  uint8_t packed[kChunk] = {}, lastZeros[4] = {};
-  float scales[kWidth] = {};
-  std::memcpy(packed, row.packed + chunk * kChunk, b.rowBytes() - chunk * kChunk);
-  std::memcpy(scales, row.scales + block, (b.perRow - block) * sizeof(float));
+inline Vec scalesAt(const Blocks& b, const Row& row, int64_t block) {
+  if (b.scaleType == DataType::kFloat32)
+    return load(reinterpret_cast<const float*>(row.scales) + block);
+  return load(reinterpret_cast<const Half*>(row.scales) + block);
+}
+
+inline Vec lastScales(const Blocks& b, const Row& row, int64_t block) {
+  const int64_t count = b.perRow - block;
+  if (b.scaleType == DataType::kFloat32) {
+    return loadPart(reinterpret_cast<const float*>(row.scales) + block, count);
+  }
+  return loadPart(reinterpret_cast<const Half*>(row.scales) + block, count);
+}
+
+// kWidth blocks of a row, from `block` on, with kTokens tokens. sums[t]: block b belongs to lane
+// b mod kWidth, and a lane's blocks are added in order. That and `sumsOf` is the order of every
+// sum, however many tokens are computed together: sums of a block's integers are exact.
+template <int kBits, int kLanes, bool kZeros, bool kTail, int kTokens>
+__attribute__((always_inline)) inline void meetBlocks(const Rows& rows, const Row& row,
+                                                      int64_t block, int64_t perLeaf,
+                                                      const Tokens& tokens, Vec* sums) {
+  const Blocks& b = rows.b;
+  const int64_t byte = kLanes < kWidth ? block * (4 * kLanes) : block * b.bytes();
+  IntVec found[kTokens];
+  sumBlocks<kBits, kLanes, kTail, kTokens>(row.packed + byte, rows.bytes - byte, perLeaf,
+                                           tokens.first.values + byte * 8 / kBits, tokens.stride,
+                                           found);
+  const Vec scales = kTail ? lastScales(b, row, block) : scalesAt(b, row, block);
   IntVec zeros{};
   if constexpr (kZeros) {
-    const int64_t first = block * kBits / 8;
-    std::memcpy(lastZeros, row.zeros + first, b.zeroBytes() - first);
-    zeros = spreadZeros<kBits, kPerChunk>(lastZeros, block % (8 / kBits));
+    const int64_t at = block * kBits / 8;
+    zeros = kTail ? lastZeros<kBits>(row.zeros + at, rows.zeroBytes - at)
+                  : zerosAt<kBits>(row.zeros + at);
   }
-  meetChunk<kBits, kZeros, kTokens>(loadBytes(packed), spreadScales<kPerChunk>(scales), zeros,
-                                    chunk, tokens, sums);
+  for (int t = 0; t < kTokens; ++t) {
+    const Token token = tokens.at(t);
+    IntVec start;
+    std::memcpy(&start, token.starts + block, sizeof start);
+    if constexpr (kZeros) start = scaleStarts(start, zeros);
+    sums[t] = multiplyAdd(toFloats(found[t] + start), load(token.scales + block) * scales, sums[t]);
+  }
 }
 
-// kRows rows at once with kTokens tokens, whose vectors they share; lanes are not summed yet.
-// kPerChunk: blocks of a chunk, of which larger blocks have several.
-template <int kBits, int kPerChunk, bool kZeros, int kTokens, int kRows>
-inline void meetSome(const Blocks& b, const Rows& rows, const Token* tokens, Vec* found) {
-  const int64_t bytes = b.rowBytes(), whole = bytes / kChunk;
-  const int64_t chunksOfBlock = std::max<int64_t>(b.bytes() / kChunk, 1);
-  Vec sums[kRows][kTokens] = {};
-  for (int r = 0; r < kRows; ++r) {
-    const char* scales = reinterpret_cast<const char*>(rows.at(r).scales);
-    for (int64_t i = 0; i < b.perRow * 4; i += 64) {
-      __builtin_prefetch(scales + i + kScalesAheadBytes, 0, 0);
-    }
+// One row with kTokens tokens; lanes are not summed yet.
+template <int kBits, int kLanes, bool kZeros, int kTokens>
+__attribute__((always_inline)) inline void meetRow(const Rows& rows, const Row& row,
+                                                   int64_t perLeaf, const Tokens& tokens,
+                                                   Vec* out) {
+  for (int64_t i = 0; i < rows.scaleBytes; i += 64) {
+    __builtin_prefetch(row.scales + i + kScalesAheadBytes, 0, 0);
   }
-  int64_t block = 0, left = chunksOfBlock;
-  const uint8_t* packed = rows.packed;
-  for (int64_t chunk = 0; chunk < whole; ++chunk, packed += kChunk) {
-    for (int r = 0; r < kRows; ++r) {
-      __builtin_prefetch(packed + r * rows.stride + kAheadBytes, 0, 0);
-      IntVec zeros{};
-      if constexpr (kZeros) {
-        zeros = spreadZeros<kBits, kPerChunk>(rows.zeros + r * rows.zerosStride, block);
-      }
-      const Vec scales = spreadScales<kPerChunk>(rows.scales + r * rows.scalesStride + block);
-      meetChunk<kBits, kZeros, kTokens>(loadBytes(packed + r * rows.stride), scales, zeros, chunk,
-                                        tokens, sums[r]);
-    }
-    if (kPerChunk > 1) {
-      block += kPerChunk;
-    } else if (--left == 0) {
-      ++block, left = chunksOfBlock;
-    }
+  const int64_t blocks = rows.b.perRow;
+  Vec sums[kTokens] = {};
+  int64_t block = 0;
+  for (; block + kWidth <= blocks; block += kWidth) {
+    meetBlocks<kBits, kLanes, kZeros, false, kTokens>(rows, row, block, perLeaf, tokens, sums);
   }
-  if (whole * kChunk < bytes) {
-    for (int r = 0; r < kRows; ++r) {
-      meetRest<kBits, kPerChunk, kZeros, kTokens>(b, rows.at(r), whole, block, tokens, sums[r]);
-    }
+  if (block < blocks) {
+    meetBlocks<kBits, kLanes, kZeros, true, kTokens>(rows, row, block, perLeaf, tokens, sums);
   }
-  std::memcpy(found, sums, sizeof sums);
+  std::copy_n(sums, kTokens, out);
 }
 
-// `count` rows from `row` on, and scratch memory for their scales.
-Rows rowsAt(const Linear& p, int64_t row, int64_t count, float* scratch) {
-  const Blocks& b = *p.blocks;
-  const float* scales = static_cast<const float*>(b.scales) + row * b.perRow;
-  if (b.scaleType == DataType::kFloat16) {
-    const Half* halves = static_cast<const Half*>(b.scales) + row * b.perRow;
-    const int64_t all = count * b.perRow;
-    for (int64_t byte = 0; byte < all * 2; byte += 64) {
-      const char* ahead = reinterpret_cast<const char*>(halves) + byte + kScalesAheadBytes;
-      __builtin_prefetch(ahead, 0, 0);
-    }
-    int64_t i = 0;
-    for (; i + kWidth <= all; i += kWidth) store(scratch + i, load(halves + i));
-    for (; i < all; ++i) scratch[i] = toFloat(halves[i]);
-    scales = scratch;
-  }
-  const int64_t one = count > 1 ? 1 : 0;
-  const int64_t zeros = b.zeroPoints == nullptr ? 0 : b.zeroBytes();
-  return {b.packed + row * b.rowBytes(),
-          scales,
-          b.zeroPoints + row * zeros,
-          one * b.rowBytes(),
-          one * b.perRow,
-          one * zeros};
-}
-
-// Four rows with kTokens tokens, of which `count` are written.
-template <int kBits, int kPerChunk, bool kZeros, int kTokens>
-__attribute__((noinline)) void meetRows(const Linear& p, int64_t token, const Rows& rows,
-                                        int64_t firstRow, int64_t count) {
-  constexpr int kRows = kRowsAtOnce<kTokens>;
-  Token tokens[kTokens];
-  for (int t = 0; t < kTokens; ++t) tokens[t] = tokenAt(p, token + t);
-  Vec sums[4][kTokens];
-  for (int r = 0; r < 4; r += kRows) {
-    meetSome<kBits, kPerChunk, kZeros, kTokens, kRows>(*p.blocks, rows.at(r), tokens, sums[r]);
+// `count` rows, kFour at most, with kTokens tokens.
+template <int kBits, int kLanes, bool kZeros, int kTokens>
+__attribute__((noinline)) void meetRows(const Linear& p, const Rows& given, const Tokens& tokens,
+                                        int64_t token, int64_t firstRow, int64_t count) {
+  const Rows rows = given;
+  const int64_t perLeaf = kLanes < kWidth ? 1 : rows.b.bytes() / kChunk;
+  Vec sums[kFour][kTokens] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    const Row row = rows.at(firstRow + r);
+    meetRow<kBits, kLanes, kZeros, kTokens>(rows, row, perLeaf, tokens, sums[r]);
   }
   for (int t = 0; t < kTokens; ++t) {
     const Vec4 four = sumsOf(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
-    float found[4];
+    float found[kFour];
     std::memcpy(found, &four, sizeof found);
     p.dataType == DataType::kFloat32 ? writeRow<float>(p, token + t, firstRow, count, found)
                                      : writeRow<Half>(p, token + t, firstRow, count, found);
   }
 }
 
-// Four rows meet all tokens before the next four are streamed; those left at the end come singly.
-template <int kBits, int kPerChunk, bool kZeros>
-void streamRows(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
-  for (int64_t row = firstRow, count; row < endRow; row += count) {
-    count = endRow - row < 4 ? 1 : 4;
-    const Rows rows = rowsAt(p, row, count, scratch);
-    int64_t token = 0;
-    const auto next = [&](auto size, auto function) {
-      for (; token + size <= p.tokens; token += size) function(p, token, rows, row, count);
-    };
-    next(4, meetRows<kBits, kPerChunk, kZeros, 4>);
-    next(2, meetRows<kBits, kPerChunk, kZeros, 2>);
-    next(1, meetRows<kBits, kPerChunk, kZeros, 1>);
+// Four rows meet all tokens before the next four are streamed.
+template <int kBits, int kLanes, bool kZeros>
+void streamRows(const Linear& p, int64_t firstRow, int64_t endRow) {
+  const Rows rows(*p.blocks);
+  const Tokens tokens = tokensFrom(p, 0);
+  for (int64_t row = firstRow; row < endRow; row += kFour) {
+    const int64_t count = std::min(kFour, endRow - row);
+    forTokenGroups<kMostTogether>(0, p.tokens, [&](auto size, int64_t token) {
+      meetRows<kBits, kLanes, kZeros, size>(p, rows, {tokens.at(token), tokens.stride}, token, row,
+                                            count);
+    });
   }
 }
 
 template <int kBits, bool kZeros>
-void streamBlocks(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
-  const int64_t perChunk = kChunk / p.blocks->bytes();
-  if constexpr (kWidth >= 16 && kBits == 4) {
-    if (perChunk == 8) return streamRows<kBits, 8, kZeros>(p, firstRow, endRow, scratch);
+void streamBlocks(const Linear& p, int64_t firstRow, int64_t endRow) {
+  const int64_t lanes = p.blocks->bytes() / 4;
+  if constexpr (kWidth >= 16) {
+    if (lanes == 8) return streamRows<kBits, 8, kZeros>(p, firstRow, endRow);
   }
-  if constexpr (kWidth >= 16 || (kWidth == 8 && kBits == 4)) {
-    if (perChunk == 4) return streamRows<kBits, 4, kZeros>(p, firstRow, endRow, scratch);
+  if constexpr (kWidth >= 8) {
+    if (lanes == 4) return streamRows<kBits, 4, kZeros>(p, firstRow, endRow);
   }
-  if (perChunk == 2) return streamRows<kBits, 2, kZeros>(p, firstRow, endRow, scratch);
-  streamRows<kBits, 1, kZeros>(p, firstRow, endRow, scratch);
+  if constexpr (kBits == 4) {
+    if (lanes == 2) return streamRows<kBits, 2, kZeros>(p, firstRow, endRow);
+  }
+  streamRows<kBits, kWidth, kZeros>(p, firstRow, endRow);
 }
 
-void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
+void few(const Linear& p, int64_t firstRow, int64_t endRow, float*) {
   const bool zeros = p.blocks->zeroPoints != nullptr;
   const auto stream = p.blocks->bits == 4
                           ? (zeros ? streamBlocks<4, true> : streamBlocks<4, false>)
                           : (zeros ? streamBlocks<8, true> : streamBlocks<8, false>);
-  stream(p, firstRow, endRow, scratch);
+  stream(p, firstRow, endRow);
 }
 
-size_t fewFloats(const Linear& p) {
-  return p.blocks->scaleType == DataType::kFloat32 ? 0 : static_cast<size_t>(4 * p.blocks->perRow);
-}
+int64_t fourRows(const Linear&) { return kFour; }
+
+size_t noFloats(const Linear&) { return 0; }
 
 }  // namespace

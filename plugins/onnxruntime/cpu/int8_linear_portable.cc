@@ -3,5 +3,9 @@
 
 namespace lminf::cpu {
 extern const Int8LinearKernels kInt8LinearPortable = {
-    "portable", tokenBytes, roundToken, roundFloats, {few, nullptr, nullptr, fewFloats, nullptr}};
+    "portable",
+    tokenBytes,
+    roundToken,
+    roundFloats,
+    {few, nullptr, fourRows, nullptr, noFloats, nullptr}};
 }  // namespace lminf::cpu

@@ -1,5 +1,5 @@
-// Vectors of integers: bytes of a weight row, their products with rounded activations, and scales
-// and zero points spread over the lanes of their blocks. Compiled once per instruction set.
+// Vectors of integers: bytes of a weight row, their products with rounded activations, and the sums
+// of blocks. Compiled once per instruction set.
 //
 // A chunk is as many bytes of a weight row as a vector has. Every lane of 4 bytes belongs to one
 // block, which has at least two lanes.
@@ -98,58 +98,64 @@ inline IntVec scaleStarts(IntVec starts, IntVec zeros) {
 #endif
 }
 
-inline IntVec laneBlocks(int perChunk) {
-  IntVec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = i * perChunk / kWidth;
-  return v;
-}
-
-// The scales of a chunk's blocks, each in its lanes. They are loaded at once: a vector put
-// together in memory would wait for what was stored.
-template <int kPerChunk>
-inline Vec spreadScales(const float* scales) {
-  if constexpr (kPerChunk == 1) return splat(*scales);
+// Lane i = lanes 2i and 2i + 1 of a followed by b.
+inline IntVec addPairs(IntVec a, IntVec b) {
 #if defined(__AVX512F__)
-  __m512 some;
-  if constexpr (kPerChunk == 8) {
-    some = _mm512_castps256_ps512(_mm256_loadu_ps(scales));
-  } else if constexpr (kPerChunk == 4) {
-    some = _mm512_castps128_ps512(_mm_loadu_ps(scales));
-  } else {
-    some =
-        _mm512_castps128_ps512(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
-  }
-  const __m512i index = reinterpret_cast<__m512i>(laneBlocks(kPerChunk));
-  return reinterpret_cast<Vec>(_mm512_permutexvar_ps(index, some));
+  IntVec even;
+  for (int i = 0; i < kWidth; ++i) even[i] = 2 * i;
+  const Native x = reinterpret_cast<Native>(a), y = reinterpret_cast<Native>(b);
+  return reinterpret_cast<IntVec>(_mm512_permutex2var_epi32(x, reinterpret_cast<Native>(even), y)) +
+         reinterpret_cast<IntVec>(
+             _mm512_permutex2var_epi32(x, reinterpret_cast<Native>(even + 1), y));
 #elif defined(__AVX2__)
-  __m256 some;
-  if constexpr (kPerChunk == 4) {
-    some = _mm256_castps128_ps256(_mm_loadu_ps(scales));
-  } else {
-    some =
-        _mm256_castps128_ps256(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
-  }
-  const __m256i index = reinterpret_cast<__m256i>(laneBlocks(kPerChunk));
-  return reinterpret_cast<Vec>(_mm256_permutevar8x32_ps(some, index));
+  const Native halves = _mm256_hadd_epi32(reinterpret_cast<Native>(a), reinterpret_cast<Native>(b));
+  return reinterpret_cast<IntVec>(_mm256_permute4x64_epi64(halves, 0xD8));
 #else
-  Vec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = scales[i * kPerChunk / kWidth];
-  return v;
+  return IntVec{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
 #endif
 }
 
-// The zero points of a chunk's blocks, each in its lanes; `block` is the first of them.
-template <int kBits, int kPerChunk>
-inline IntVec spreadZeros(const uint8_t* zeros, int64_t block) {
-  uint32_t bits = 0;
-  if constexpr (kPerChunk * kBits < 8) {
-    bits = zeros[block / 2] >> 4 * (block % 2);
-  } else {
-    std::memcpy(&bits, zeros + block * kBits / 8, kPerChunk * kBits / 8);
+// The first bytes of a chunk, zeros behind them; what lies behind is not read.
+inline Bytes loadSomeBytes(const void* p, int64_t count) {
+#if defined(__AVX512F__)
+  const uint64_t all = ~uint64_t{0};
+  return reinterpret_cast<Bytes>(_mm512_maskz_loadu_epi8(all >> (kChunk - count), p));
+#else
+  uint8_t some[kChunk] = {};
+  std::memcpy(some, p, count);
+  return loadBytes(some);
+#endif
+}
+
+// The zero points of kWidth blocks; the first of them begins a byte.
+template <int kBits>
+inline IntVec zerosAt(const uint8_t* zeros) {
+  if constexpr (kBits == 8) {
+    typedef uint8_t Narrow __attribute__((vector_size(kWidth)));
+    Narrow narrow;
+    std::memcpy(&narrow, zeros, sizeof narrow);
+    return __builtin_convertvector(narrow, IntVec);
   }
-  const WordVec all = bits - WordVec{};
-  const WordVec shifts = reinterpret_cast<WordVec>(laneBlocks(kPerChunk)) * uint32_t{kBits};
-  return reinterpret_cast<IntVec>(all >> shifts & ((1u << kBits) - 1 - WordVec{}));
+  // A word holds eight.
+  uint32_t words[2] = {};
+  std::memcpy(words, zeros, kWidth / 2);
+  WordVec lanes, half;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i % 8 * 4, half[i] = i / 8;
+  const WordVec all = half == 0 ? words[0] - WordVec{} : words[1] - WordVec{};
+  return reinterpret_cast<IntVec>(all >> lanes & (15 - WordVec{}));
+}
+
+// The same of fewer blocks, whose zero points take `count` bytes; 0 for the others.
+template <int kBits>
+inline IntVec lastZeros(const uint8_t* zeros, int64_t count) {
+  uint8_t some[16] = {};
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1 << count) - 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(some), _mm_maskz_loadu_epi8(mask, zeros));
+#else
+  std::memcpy(some, zeros, count);
+#endif
+  return zerosAt<kBits>(some);
 }
 
 }  // namespace

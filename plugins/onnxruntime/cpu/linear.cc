@@ -27,8 +27,8 @@ int64_t rowBytes(const Linear& p) {
 bool fewTokens(const Linear& p, const Product& product, const Parallel& parallel) {
   const int64_t bytes = rowBytes(p) * p.outFeatures / kPieces;
   const int64_t piece = std::min(std::max(bytes, kLeastBytes), kMostBytes);
-  // A multiple of four rows: they are summed four at a time.
-  const int64_t rows = ceilDivide(ceilDivide(piece, rowBytes(p)), 4) * 4;
+  const int64_t unit = product.fewRows(p);
+  const int64_t rows = ceilDivide(ceilDivide(piece, rowBytes(p)), unit) * unit;
   std::atomic<bool> enough{true};
   forEach(parallel, ceilDivide(p.outFeatures, rows), [&](size_t i) {
     const int64_t first = static_cast<int64_t>(i) * rows;

@@ -49,6 +49,8 @@ struct Product {
   // cache.
   void (*many)(const Linear&, int64_t firstToken, int64_t endToken, int64_t firstRow,
                float* scratch);
+  // What rows of a piece of `few` are a multiple of, and rows of `many`.
+  int64_t (*fewRows)(const Linear&);
   int64_t (*panelRows)(const Linear&);
   // Floats of scratch memory that each needs.
   size_t (*fewFloats)(const Linear&);

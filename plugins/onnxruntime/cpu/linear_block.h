@@ -2,12 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "dequantize.h"
 #include "linear.h"
 #include "linear_output.h"
 #include "simd.h"
+#include "token_groups.h"
 
 namespace {
 
@@ -91,27 +91,6 @@ inline Vec4 finish(const float* sums) {
   return sumsOf(load(sums), load(sums + kWidth), load(sums + 2 * kWidth), load(sums + 3 * kWidth));
 }
 
-// Calls function(size) with the size as a constant.
-template <int kSize, typename Function>
-inline void withSize(int64_t size, Function function) {
-  if (size == kSize) {
-    function(std::integral_constant<int, kSize>{});
-  } else if constexpr (kSize > 1) {
-    withSize<kSize - 1>(size, function);
-  }
-}
-
-// Calls function(n, first token) for all tokens in groups that registers hold; n is a constant.
-template <typename Function>
-inline void forTokenGroups(int64_t first, int64_t end, Function function) {
-  while (first < end) {
-    const int64_t left = end - first, groups = (left + kMostTokens - 1) / kMostTokens;
-    const int64_t size = (left + groups - 1) / groups;
-    withSize<kMostTokens>(size, [&](auto constant) { function(constant, first); });
-    first += size;
-  }
-}
-
 // --- few tokens ---------------------------------------------------------------------------------
 
 // Four rows meet all tokens before the next four are streamed, which are asked for meanwhile.
@@ -121,7 +100,7 @@ inline void streamFour(const Linear& p, const W* rows, int64_t stride, int64_t r
   const char* here = reinterpret_cast<const char*>(rows);
   const int64_t next = kRows * stride * static_cast<int64_t>(sizeof(W));
   alignas(64) float sums[kMostTokens * kRows * kWidth];
-  forTokenGroups(0, p.tokens, [&](auto size, int64_t token) {
+  forTokenGroups<kMostTokens>(0, p.tokens, [&](auto size, int64_t token) {
     const auto run = [&](auto together, auto lines, const char* ahead) {
       meet<size, together, lines>(p.x + token * p.inFeatures, p.inFeatures, four, p.inFeatures,
                                   ahead, true, sums);
@@ -166,6 +145,8 @@ void few(const Linear& p, int64_t firstRow, int64_t endRow, float* scratch) {
                                    : streamRows<Half>(p, firstRow, endRow, scratch);
 }
 
+int64_t fewRows(const Linear&) { return kRows; }
+
 size_t fewFloats(const Linear& p) {
   return p.blocks == nullptr ? 0 : static_cast<size_t>(kRows * p.blocks->perRow * p.blocks->size);
 }
@@ -195,7 +176,7 @@ template <typename W, typename T>
 void panelProduct(const Linear& p, int64_t firstToken, int64_t endToken, int64_t firstRow,
                   const W* panel, float* sums) {
   const int64_t stride = panelStride(p), rows = std::min(panelRows(p), p.outFeatures - firstRow);
-  forTokenGroups(firstToken, endToken, [&](auto size, int64_t token) {
+  forTokenGroups<kMostTokens>(firstToken, endToken, [&](auto size, int64_t token) {
     constexpr int kFloats = size * kRows * kWidth;
     int64_t k = 0;
     do {
@@ -242,6 +223,7 @@ void widen(const void* halves, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = toFloat(source[i]);
 }
 
-constexpr lminf::cpu::Product kFloatProduct = {few, many, panelRows, fewFloats, manyFloats};
+constexpr lminf::cpu::Product kFloatProduct = {few,       many,      fewRows,
+                                               panelRows, fewFloats, manyFloats};
 
 }  // namespace

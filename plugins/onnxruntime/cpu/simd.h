@@ -120,6 +120,27 @@ inline Vec load(const int8_t* p) {
 #endif
 }
 
+// The first count < kWidth elements, zeros behind them; what lies behind is not read.
+template <typename T>
+inline Vec loadPart(const T* p, int64_t count) {
+  T part[kWidth] = {};
+  std::memcpy(part, p, count * sizeof(T));
+  return load(part);
+}
+
+#if defined(__AVX512F__)
+template <>
+inline Vec loadPart(const float* p, int64_t count) {
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), p));
+}
+
+template <>
+inline Vec loadPart(const Half* p, int64_t count) {
+  const __mmask16 some = static_cast<__mmask16>((1 << count) - 1);
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, p)));
+}
+#endif
+
 // Rows become columns, four by four.
 inline void transpose4(Vec4* a, Vec4* b, Vec4* c, Vec4* d) {
 #if defined(__x86_64__)
