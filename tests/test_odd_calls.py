@@ -16,6 +16,7 @@ from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.sampling import Sampler, SamplingConfig, logprobs_of
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.text import StopStrings
+from lminf_export.runtime.text_stream import StreamDecoder
 from tests.support.odd_values import IDS, NUMBERS, OBJECTS, TEXTS, odd
 from tests.support.tiny_bundle import TinyModel
 
@@ -186,6 +187,25 @@ class Case:
             raise
         self.lm.forward([[1]], self.single)
 
+    def session(self):
+        session, value = self.lm.session, odd(self.rng, NUMBERS, OBJECTS)
+        calls = (
+            lambda: session.new_state(value),
+            lambda: session.new_state(1, full=value),
+            lambda: session.snapshot(value),
+            lambda: session.restore(value, self.state.snapshot()),
+            lambda: session.stand_at(value, 3),
+            lambda: session.fill(self.single, value),
+            lambda: session.fill(value, self.rng),
+            lambda: self.state.ring_rows(value, 0, 1),
+            lambda: self.state.ring_rows("past_key_0", value, 3),
+            lambda: self.state.ring_rows("past_key_0", 0, value),
+            lambda: StreamDecoder(self.lm.codec.tokenizer, value),
+            lambda: StreamDecoder(self.lm.codec.tokenizer).step(value),
+            lambda: StopStrings(["a"]).push(value),
+        )
+        calls[int(self.rng.integers(len(calls)))]()
+
     def snapshot_of(self):
         good = self.state.snapshot()
         valid = {
@@ -296,6 +316,7 @@ CALLS = {
     "snapshot": 200,
     "views": 100,
     "stand_at": 200,
+    "session": 400,
     "snapshot_of": 200,
     "prime": 200,
     "fork": 100,

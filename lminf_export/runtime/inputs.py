@@ -55,6 +55,17 @@ def checked_chunk(
     return ids.astype(np.int64, copy=False), counts
 
 
+def checked_batch(batch_size: Any, full: Any) -> int:
+    """Return the streams that a state is to have, the arguments of `Session.new_state` checked.
+
+    Raises:
+        InputError: a batch that is none, or beyond what a graph counts; `full` is no bool.
+    """
+    if not isinstance(full, bool):
+        raise InputError(f"full={shown(full)}: must be True or False")
+    return as_integer("batch_size", batch_size, 1, InputError, maximum=2**31 - 1)
+
+
 def checked_positions(position: Any, batch_size: int) -> np.ndarray:
     """Return the position of every stream (B,) int64, given as one number or as (B,).
 

@@ -19,6 +19,7 @@ from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError, shortened
 from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.inputs import checked_batch
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState, new_bound
 from lminf_export.runtime.onnxruntime_tables import require_table, with_outputs
@@ -145,6 +146,7 @@ class OnnxRuntimeSession(Session):
 
     def new_state(self, batch_size: int, *, full: bool = False) -> OnnxRuntimeState:
         """See `Session.new_state`."""
+        batch_size = checked_batch(batch_size, full)
         contract = self.manifest.contract
         is_full = full or self.provider != "cpu"
         capacities = {size: size if is_full else 0 for size in contract.ring_capacities}

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnxruntime as ort
 
+from lminf_export.errors import InputError
 from lminf_export.operator import bindings
 from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.arrays import assign_together, zeros_together
 from lminf_export.runtime.cache import Bound, State, grown_capacity, restored_capacity
 from lminf_export.runtime.memory import require_free
@@ -99,7 +101,12 @@ class OnnxRuntimeState(State):
 
     def ring_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """See `State.ring_rows`."""
-        content = next(c for c in self._bound.caches if c.past == name).content()
+        widest = max(self._bound.capacities.values(), default=0)
+        start = as_integer("start", start, 0, InputError)
+        stop = as_integer("stop", stop, start, InputError, maximum=start + widest)
+        names = [cache.past for cache in self._bound.caches]
+        require_one_of("name", name, names, InputError)
+        content = self._bound.caches[names.index(name)].content()
         return content[:, :, np.arange(start, stop) % content.shape[2]]
 
     def watched_values(self) -> dict[str, np.ndarray]:

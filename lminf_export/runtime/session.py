@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lminf_export.errors import InputError, shown
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.kernels import KernelLibrary
 from lminf_export.runtime.snapshot import Snapshot
@@ -83,11 +84,11 @@ class Session(Protocol):
 
     def snapshot(self, state: State) -> Snapshot:
         """See `State.snapshot`."""
-        return state.snapshot()
+        return _state(state).snapshot()
 
     def restore(self, state: State, snapshot: Snapshot) -> None:
         """See `State.restore`."""
-        state.restore(snapshot)
+        _state(state).restore(snapshot)
 
     def stand_at(self, state: State, position: int | np.ndarray) -> None:
         """Set the lengths of a state as if it had read that many tokens; caches keep their content.
@@ -101,11 +102,13 @@ class Session(Protocol):
         Raises:
             InputError: another shape or type, or outside 0 … 2**40.
         """
-        state.stand_at(position)
+        _state(state).stand_at(position)
 
     def fill(self, state: State, rng: np.random.Generator) -> None:
         """Fill a state's caches, as they are bound now, with random finite numbers."""
-        state.fill(rng)
+        if not isinstance(rng, np.random.Generator):
+            raise InputError(f"rng={shown(rng)}: must be a numpy.random.Generator")
+        _state(state).fill(rng)
 
     def watch(self, names: Sequence[str], receive: Receiver) -> Session:
         """Return a session of the same bundle that also returns named values of the graph.
@@ -118,3 +121,9 @@ class Session(Protocol):
             SessionError: a name is not in the graph, or the engine cannot return other values.
         """
         ...
+
+
+def _state(value: object) -> State:
+    if not isinstance(value, State):
+        raise InputError(f"{shown(value)} is not a state; new_state() makes one")
+    return value

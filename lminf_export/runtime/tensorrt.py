@@ -35,6 +35,7 @@ from lminf_export.runtime.engine import (
     reason,
 )
 from lminf_export.runtime.gpu import Cuda, find_gpu
+from lminf_export.runtime.inputs import checked_batch
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.session import Receiver, Session
 from lminf_export.runtime.tensorrt_state import Decoder, TensorRTState
@@ -110,6 +111,7 @@ class TensorRTSession(Session):
 
     def new_state(self, batch_size: int, *, full: bool = False) -> TensorRTState:
         """See `Session.new_state`; an engine's rings are always full."""
+        batch_size = checked_batch(batch_size, full)
         if batch_size > self.max_batch_size:
             raise SessionError(
                 f"batch_size={batch_size}: this plan takes at most {self.max_batch_size}; "

@@ -10,17 +10,15 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from lminf_export.bundle.folder import Bundle
+from lminf_export.disk import require_path
 from lminf_export.errors import BundleError, InputError, shown
-from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.added_tokens import SIDE_FILES, SURROGATE, merge_added_tokens
 from lminf_export.runtime.foreign_errors import foreign_errors
-from lminf_export.runtime.inputs import listed_ids, one_by_one
+from lminf_export.runtime.inputs import one_by_one
 from lminf_export.runtime.text_stream import StreamDecoder
 
 logger = logging.getLogger(__name__)
 
-# Ids that a tokenizer can have.
-_MOST_TOKENS = 2**32
 _MOST_STOPS = 4096
 
 
@@ -30,6 +28,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
         BundleError: it is no tokenizer.
     """
+    require_path("path", path, BundleError)
     with foreign_errors(BundleError, f"{path} cannot be read as a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
     # Whoever trained with them saved them; a prompt and a text are to be read whole.
@@ -144,9 +143,7 @@ class TextCodec:
             InputError: an empty stop string, or arguments of another type; a token that is none,
                 when it comes.
         """
-        decoder = StreamDecoder(
-            self.tokenizer, listed_ids(after, "after", _MOST_TOKENS), begins_open
-        )
+        decoder = StreamDecoder(self.tokenizer, after, begins_open)
         return self._pieces(
             one_by_one(token_ids, "token_ids"), decoder, StopStrings(stop), ends_open
         )
@@ -156,8 +153,7 @@ class TextCodec:
         token_ids: Iterable[int], decoder: StreamDecoder, stops: StopStrings, ends_open: bool
     ) -> Iterator[str]:
         for token in token_ids:
-            number = as_integer("token id", token, 0, InputError, maximum=_MOST_TOKENS - 1)
-            piece = stops.push(decoder.step(number))
+            piece = stops.push(decoder.step(token))
             if piece:
                 yield piece
             if stops.found:

@@ -8,8 +8,10 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from lminf_export.errors import BundleError
+from lminf_export.errors import BundleError, InputError
+from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.foreign_errors import foreign_errors
+from lminf_export.runtime.inputs import listed_ids
 
 # Visible tokens of the prompt that a stream begins behind, at least.
 _CONTEXT_TOKENS = 8
@@ -20,6 +22,8 @@ _REPLACEMENT = "\ufffd"
 # How a tokenizer writes the bytes of a character: it does not, as tokens such as <0xE6>, or each
 # as a character.
 ByteKind = Literal["none", "fallback", "level"]
+# Ids that a tokenizer can have.
+_MOST_TOKENS = 2**32
 
 
 class StreamDecoder:
@@ -44,7 +48,7 @@ class StreamDecoder:
         self._bytes = _byte_groups(tokenizer)
         self._groups: list[list[str]] = []
         self._text = ""
-        for token in self._end_of(after):
+        for token in self._end_of(listed_ids(after, "after", _MOST_TOKENS)):
             self._show(self._bytes.push(token))
         if not begins_open:
             # A character that breaks off at the prompt's end belongs to it, if it stays broken.
@@ -63,7 +67,8 @@ class StreamDecoder:
 
     def _visible(self, token: int) -> str | None:
         """Return a token's string; None if it is special or unknown, and so no text."""
-        string = self._tokenizer.id_to_token(int(token))
+        number = as_integer("token id", token, 0, InputError, maximum=_MOST_TOKENS - 1)
+        string = self._tokenizer.id_to_token(number)
         return None if string in self._special else string
 
     def _end_of(self, ids: Sequence[int]) -> list[str]:
