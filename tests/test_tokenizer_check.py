@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from lminf_export.export.run import export
 from lminf_export.export.tokenizer_check import check_tokenizer
 from lminf_export.export.tokenizer_texts import TEXTS
+from lminf_export.runtime.added_tokens import role_tokens
+from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.text import TextCodec
 from tests.support.tokenizer_kinds import KINDS, byte_level, llama2
 
@@ -182,6 +184,26 @@ def test_a_chat_template_that_fails_is_named(folder, template):
     (folder / "chat_template.jinja").write_text(template)
     (notice,), _ = checked(folder)
     assert "chat template" in notice
+
+
+def test_tokens_that_only_a_class_names_are_written_for_the_template(folder):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    text = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
+    put(folder, tokenizer, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    (folder / "chat_template.jinja").write_text(text)
+    notices, copy = checked(folder)
+    assert notices == []
+    assert role_tokens(folder) == {}
+    assert role_tokens(copy)["bos_token"] == "<|endoftext|>"
+
+
+def test_a_chat_that_is_written_otherwise_is_named(folder, monkeypatch):
+    put(folder, byte_level(), tokenizer_config=FAST)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    monkeypatch.setattr(ChatTemplate, "render", lambda *_: "another text")
+    (notice,), _ = checked(folder)
+    assert "writes another text here than in transformers" in notice
 
 
 def test_a_tokenizer_of_transformers_that_reads_nothing_is_named(folder, monkeypatch):

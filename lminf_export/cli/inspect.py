@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lminf_export.bundle.trust import is_trusted
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.terminal import echo_json
 from lminf_export.errors import BundleError, SessionError
+from lminf_export.runtime.chat.files import find_template
 from lminf_export.runtime.kernels import INSTALLED, open_library
 
 # What the unmodified model's cache is compared at.
@@ -73,17 +73,11 @@ def graph_costs(bundle: Bundle) -> dict[str, Any] | None:
 
 def chat_template_file(bundle: Bundle) -> str | None:
     """Return the file of a bundle that holds the chat template, None without one."""
-    for name in ("chat_template.jinja", "chat_template.json"):
-        if name in bundle.manifest.files:
-            return name
-    name = "tokenizer_config.json"
-    if name not in bundle.manifest.files:
-        return None
     try:
-        content = json.loads((bundle.path / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = find_template(bundle.path, bundle.manifest.files)
+    except BundleError:
         return None
-    return name if isinstance(content, dict) and content.get("chat_template") else None
+    return found[0] if found else None
 
 
 def kernel_choice() -> dict[str, Any]:

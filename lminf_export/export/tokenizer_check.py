@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lminf_export.errors import BundleError, ModelError
+from lminf_export.export.chat_check import check_chat
 from lminf_export.export.tokenizer_texts import TEXTS, rendered_chats, texts_of_tokens
 from lminf_export.export.vocabulary_conversion import convert, missing_packages
 from lminf_export.export.vocabulary_files import VocabularyFile, find_vocabulary, uncached
@@ -70,6 +71,7 @@ def check_tokenizer(folder: Path, copied: Path, *, trust_remote_code: bool = Fal
         notices.append(f"{TOKENIZER} was saved with {limits}: the bundle's is without")
     if ours is None:
         return [*notices, f"the bundle takes token ids only; {comparison.name} has no {TOKENIZER}"]
+    notices += check_chat(comparison.theirs, copied)
     notices += merge_added_tokens(ours, copied)
     if found := comparison.differences(ours):
         notices.append(f"the bundle's tokenizer reads {found} otherwise than transformers")
@@ -92,7 +94,8 @@ def _converted(
         return [f"the bundle takes token ids only; {error}"]
     _save(made.tokenizer, copied / TOKENIZER)
     ours, _ = _read(copied / TOKENIZER)
-    return [*made.notices, *(merge_added_tokens(ours, copied) if ours is not None else ())]
+    chat = [] if theirs is None else check_chat(theirs, copied)
+    return [*made.notices, *chat, *(merge_added_tokens(ours, copied) if ours is not None else ())]
 
 
 @dataclass(frozen=True)
