@@ -19,6 +19,7 @@ from lminf_export.runtime.chat.messages import checked_messages
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.text import TextCodec
 from tests.support.chat_templates import MARKERS, STYLES, TOKENS, TOOLS
+from tests.support.tokenizer_kinds import KINDS
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 ASK = [{"role": "user", "content": "Hello there"}]
@@ -147,6 +148,25 @@ def test_the_tokens_of_the_whole_are_those_of_its_parts(name, said, answer, temp
         ids += codec.ids_behind(template.turn([new]))
         messages += [{"role": "assistant", "content": answer}, new]
     assert ids == codec.ids(template.render(messages))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_turn_behind_an_answer_has_its_tokens_with_every_tokenizer(kind, templates, tmp_path):
+    """Some put a space before a text that begins, which a turn does not."""
+    tokenizer = KINDS[kind]()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKERS])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(tmp_path / "tokenizer.json")
+    first, answer, new = (
+        {"role": role, "content": text}
+        for role, text in (("user", "the quick"), ("assistant", "lazy dog"), ("user", "a fox?"))
+    )
+    for name in (name for name, style in STYLES.items() if not style.rewrites):
+        template = templates[name]
+        whole = template.render([first, answer, new])
+        begun = whole[: whole.index(answer["content"]) + len(answer["content"])]
+        ids = codec.ids(begun) + codec.ids_behind(template.turn([new]))
+        assert ids == codec.ids(whole), name
 
 
 def test_the_token_that_ends_an_answer_is_found(templates, codec):
