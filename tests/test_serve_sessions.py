@@ -239,11 +239,13 @@ def test_a_killed_server_goes_on_with_what_it_had_written(demo_bundle, demo_lm, 
         wait_until(lambda: httpx.get(f"{server.url}/v1/sessions").json()["files"] == 1)
         server.process.kill()
         server.process.wait()
-    (folder / "left.state.part").write_bytes(b"half")
+    left = [f"{'0' * 64}-{'1' * 8}.state.part", f"{'0' * 64}.json.part", ".state-abc_1234"]
+    for name in left:
+        (folder / name).write_bytes(b"half")
     with serving.server_thread(demo_lm, session_folder=folder) as server:
         found = ask(server.url, "kept", SECOND)
         assert content(found) == offline_turns(demo_lm, FIRST, SECOND)[1]
-        assert not (folder / "left.state.part").exists()
+        assert not any((folder / name).exists() for name in left)
 
 
 def cut(data):

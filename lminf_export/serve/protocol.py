@@ -20,7 +20,8 @@ def bounded_protocol(
     """Return a protocol for uvicorn.
 
     Args:
-        header_seconds: within which a request's headers must be complete.
+        header_seconds: within which a request's headers must be complete, and a body's rest
+            that comes after the answer.
         write_seconds: within which what is left must be read when a connection closes.
         max_connections: more are closed as they come.
     """
@@ -57,8 +58,11 @@ def bounded_protocol(
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            # Idle: no request is being answered, and the next one's headers are incomplete.
-            if self.conn.their_state is not h11.IDLE:
+            # Idle: no request is being answered, and the next one's headers are incomplete. A body
+            # that still comes when its request has been answered has as much time.
+            theirs = self.conn.their_state
+            is_late = theirs is h11.SEND_BODY and self.conn.our_state is h11.DONE
+            if theirs is not h11.IDLE and not is_late:
                 self._forget()
             elif self._due is None:
                 self._expect_headers()

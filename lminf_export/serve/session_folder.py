@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import threading
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ from lminf_export.serve.state_store import Conversation
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_STATE, _RECORD, _PART = ".state", ".json", ".part"
+_STATE, _RECORD, _PART, _LOCK = ".state", ".json", ".part", ".lock"
+# Nothing else in a folder is read or removed: it may be one of other things, by mistake.
+_IS_RECORD = re.compile(r"[0-9a-f]{64}\.json")
+_IS_STATE = re.compile(r"([0-9a-f]{64})-[0-9a-f]{8}\.state")
+# The third is what a snapshot is written to before it has its name.
+_IS_OURS = re.compile(
+    rf"(?:{_IS_RECORD.pattern}|{_IS_STATE.pattern})(?:\.part)?|\.state-\w+|\.lock", re.ASCII
+)
 _MAX_RECORD = 65536
 _MAX_UNREAD = 64
 
@@ -41,7 +49,7 @@ class SessionFolder:
     server at a time uses a folder. Safe in any thread.
 
     Args:
-        path: made if it is not there; nobody else may read it.
+        path: made if it is not there; nobody else may read it, unless it holds other files.
         max_bytes: of all files; the oldest are dropped.
 
     Raises:
@@ -54,8 +62,9 @@ class SessionFolder:
         self._lock = threading.Lock()
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.chmod(0o700)
-            self._guard = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if all(map(_IS_OURS.fullmatch, os.listdir(path))):
+                path.chmod(0o700)
+            self._guard = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise InputError(f"--session-folder {path}: {error.strerror}") from None
         try:
@@ -122,7 +131,7 @@ class SessionFolder:
         if file is None:
             return None
         try:
-            conversation = self._read(_record(self._path / (key + _RECORD)), lm)
+            conversation = self._read(key, _record(self._path / (key + _RECORD)), lm)
         except (OSError, ValueError, LminfError) as error:
             logger.warning("a kept conversation is damaged and was dropped: %s", error)
             self.drop(key)
@@ -134,15 +143,13 @@ class SessionFolder:
         with self._lock:
             return self._remove(key)
 
-    def _read(self, record: Any, lm: LanguageModel) -> Conversation:
+    def _read(self, key: str, record: Any, lm: LanguageModel) -> Conversation:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise InputError(f"its record is not of format {FORMAT}")
-        name, unread = record.get("state"), record.get("unread")
+        name, unread = _state_of(key, record), record.get("unread")
         kind, length = record.get("kind"), record.get("history_length")
-        if not isinstance(name, str) or Path(name).name != name or kind not in (
-            "chat", "text", "ids",
-        ):  # fmt: skip
-            raise InputError("its record names no state")
+        if kind not in ("chat", "text", "ids"):
+            raise InputError("its record names no kind")
         if type(length) is not int or length < 0 or not isinstance(record.get("history"), str):
             raise InputError("its record has no history")
         if (
@@ -175,19 +182,22 @@ class SessionFolder:
     def _found(self) -> dict[str, _File]:
         """Return the files of an earlier server, oldest first; remove what it left unfinished."""
         files = {}
-        for path in self._path.glob("*" + _RECORD):
+        ours = [path for path in self._path.iterdir() if _IS_OURS.fullmatch(path.name)]
+        for path in ours:
+            if not _IS_RECORD.fullmatch(path.name):
+                continue
             try:
                 record = _record(path)
-                name, size = str(record["state"]), int(record["bytes"])
-                if Path(name).name != name or (self._path / name).stat().st_size != size:
+                name, size = _state_of(path.stem, record), int(record["bytes"])
+                if (self._path / name).stat().st_size != size:
                     raise ValueError("its state is missing or of another size")
                 files[path.name[: -len(_RECORD)]] = _File(name, size, path.stat().st_mtime)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.warning("a kept conversation is damaged and was dropped: %s", error)
                 path.unlink(missing_ok=True)
         known = {file.state for file in files.values()}
-        for path in [*self._path.glob("*" + _STATE), *self._path.glob("*" + _PART)]:
-            if path.name not in known:
+        for path in ours:
+            if path.name not in known and not path.name.endswith((_RECORD, _LOCK)):
                 path.unlink(missing_ok=True)
         return dict(sorted(files.items(), key=lambda item: item[1].changed))
 
@@ -218,6 +228,19 @@ def _record(path: Path) -> Any:
         return json.loads(path.read_bytes()[:_MAX_RECORD])
     except RecursionError:
         raise ValueError("its record nests too deeply") from None
+
+
+def _state_of(key: str, record: Any) -> str:
+    """Return the name of the file of a conversation's state.
+
+    Raises:
+        InputError: the record names none, or another conversation's.
+    """
+    name = record.get("state") if isinstance(record, dict) else None
+    found = _IS_STATE.fullmatch(name) if isinstance(name, str) else None
+    if found is None or found[1] != key:
+        raise InputError("its record names no state")
+    return found[0]
 
 
 def _digest(path: Path) -> tuple[str, int]:

@@ -24,9 +24,15 @@ async def tokenize(serving: Serving, request: Request) -> Response:
     """
     fields = read_fields(TokenizeFields, await read_json(request, serving.settings))
     model = serving.model(fields.model)
-    ids = await asyncio.to_thread(_ids, model, fields)
-    # Both names: the second is the one that other servers use.
-    return _json({"model": model.name, "count": len(ids), "ids": ids, "tokens": ids})
+    limit = serving.settings.max_prompt_tokens
+
+    def tokenized() -> Response:
+        ids = _ids(model, fields)
+        _require_few(ids, limit)
+        # Both names: the second is the one that other servers use.
+        return _json({"model": model.name, "count": len(ids), "ids": ids, "tokens": ids})
+
+    return await asyncio.to_thread(tokenized)
 
 
 async def detokenize(serving: Serving, request: Request) -> Response:
@@ -40,9 +46,22 @@ async def detokenize(serving: Serving, request: Request) -> Response:
     ids = fields.ids if fields.ids is not None else fields.tokens
     if ids is None or (fields.ids is not None and fields.tokens is not None):
         raise invalid("give token ids once, as ids or as tokens", "ids")
+    _require_few(ids, serving.settings.max_prompt_tokens)
     require_ids(ids, model.lm.vocab_size, "ids")
     text = await asyncio.to_thread(lambda: "".join(model.lm.codec.stream(ids)))
     return _json({"model": model.name, "text": text, "prompt": text})
+
+
+def _require_few(ids: list[int], limit: int) -> None:
+    """Refuse more tokens than a prompt may have.
+
+    Raises:
+        ApiError: 400.
+    """
+    if len(ids) > limit:
+        raise invalid(
+            f"{len(ids)} tokens; at most {limit}, as in a prompt", code="context_length_exceeded"
+        )
 
 
 def _ids(model: ServedModel, fields: TokenizeFields) -> list[int]:
