@@ -91,7 +91,7 @@ async def all_kinds(url, texts, rounds):
 @pytest.mark.slow
 def test_sixty_four_clients_on_four_slots(demo_bundle, demo_lm):
     texts = {prompt: offline_text(demo_lm, prompt, 24) for prompt in PROMPTS}
-    options = ("--slots", "4", "--session-bytes", str(16 << 20), "--threads", "1")
+    options = ("--slots", "4", "--threads", "1")
     with serving.server_process(demo_bundle, *options) as server:
         memory = psutil.Process(server.process.pid).memory_info
         asyncio.run(all_kinds(server.url, texts, 2))

@@ -111,7 +111,7 @@ class _Sized(Snapshot):
 
 
 def test_the_longest_prefix_is_found_and_the_least_used_makes_room():
-    store = StateStore(3 * (1000 + 4096))
+    store = StateStore(0, 3 * (1000 + 4096))
     ids = list(range(100))
 
     def keep(scope, count):

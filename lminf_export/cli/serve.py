@@ -45,7 +45,7 @@ LIMITS: dict[str, tuple[click.ParamType, str]] = {
     "write-seconds": (_SECONDS, "Time after which a client that reads nothing is cut off."),
     "max-stream-seconds": (_SECONDS, "Time of one answer, waiting included."),
     "shutdown-seconds": (_SECONDS, "Time that running answers get after SIGTERM."),
-    "session-bytes": (_NATURAL, "Memory of kept states."),
+    "session-bytes": (_NATURAL, "Memory of kept conversations."),
     "session-disk-bytes": (_POSITIVE, "Bytes of the folder of conversations."),
 }
 
@@ -82,6 +82,11 @@ def _limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--api-key-file", type=click.Path(), help="File of keys, one a line.")
 @click.option("--template", type=click.Path(), help="Chat template instead of the bundle's own.")
 @click.option("--session-folder", type=click.Path(), help="Keep conversations over restarts.")
+@click.option(
+    "--prefix-bytes",
+    type=_NATURAL,
+    help="Memory of states that prompts go on from.  [default: that of all slots]",
+)
 @click.option("--no-prefix-reuse", is_flag=True, help="Read every prompt from its beginning.")
 @click.option("--allow-host", multiple=True, help="Another name of this server; without a key.")
 @click.option("--allow-origin", multiple=True, help="Let pages of this origin use the API.")
@@ -102,6 +107,7 @@ def serve_command(
     api_key_file: str | None,
     template: str | None,
     session_folder: str | None,
+    prefix_bytes: int | None,
     no_prefix_reuse: bool,
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
@@ -137,6 +143,7 @@ def serve_command(
         allow_hosts=allow_host,
         session_folder=None if session_folder is None else Path(session_folder),
         prefix_reuse=not no_prefix_reuse,
+        prefix_bytes=prefix_bytes,
         **limits,  # type: ignore[arg-type]
     )
     if template is not None and len(bundles) > 1:

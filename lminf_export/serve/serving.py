@@ -76,7 +76,12 @@ class Serving:
     def __init__(self, models: Mapping[str, ServedModel], settings: ServeSettings) -> None:
         self.models = dict(models)
         self.settings = settings
-        self.store = StateStore(settings.session_bytes)
+        prefix_bytes = settings.prefix_bytes
+        if prefix_bytes is None:
+            prefix_bytes = sum(model.engine.stats().cache_bytes for model in models.values())
+        self.store = StateStore(
+            settings.session_bytes, prefix_bytes if settings.prefix_reuse else 0
+        )
         self.sessions = Sessions(settings, self.store)
         self.metrics = ServerMetrics(self.stats, self.sessions.counts)
         self.running: set[Running] = set()
@@ -176,7 +181,7 @@ class Serving:
             if len(plans) > 1:
                 raise invalid("a session goes on with one prompt", "prompt")
             keepers = [SessionKeeper(lease, plans[0])]
-        elif self.settings.prefix_reuse and self.settings.session_bytes:
+        elif self.settings.prefix_reuse:
             scope = hashlib.sha256(f"{model.name}\n{owner}".encode()).hexdigest()
             if generation.n == 1:
                 keepers = [PrefixKeeper(self.store, scope, plan.ids) for plan in plans]

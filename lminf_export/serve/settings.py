@@ -44,9 +44,10 @@ class ServeSettings:
         max_stream_seconds: time of one answer, waiting included.
         shutdown_seconds: time that running answers get after the first signal.
         session_folder: where conversations are kept over restarts; None keeps none.
-        session_bytes: memory of kept states; the least recently used are dropped.
+        session_bytes: memory of kept conversations; the least recently used are dropped.
         session_disk_bytes: bytes of the folder; the oldest files are dropped.
         prefix_reuse: go on from a kept state whose tokens a prompt begins with.
+        prefix_bytes: memory of those states; as much as that of all slots by default.
 
     Raises:
         ConfigError: naming the field and its rule.
@@ -79,6 +80,7 @@ class ServeSettings:
     session_bytes: int = 1 << 30
     session_disk_bytes: int = 16 << 30
     prefix_reuse: bool = True
+    prefix_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -89,6 +91,8 @@ class ServeSettings:
                 largest = _LARGEST.get(field.name)
                 if largest is not None and value > largest:
                     raise ConfigError(f"{field.name}={value}: must be at most {largest}")
+            elif field.type == "int | None" and value is not None:
+                object.__setattr__(self, field.name, as_integer(field.name, value, 0))
             elif field.type == "float" and not 0 < value < float("inf"):
                 raise ConfigError(f"{field.name}={value!r}: must be above 0 and finite")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):

@@ -6,7 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.snapshot import Snapshot
@@ -16,6 +16,9 @@ from lminf_export.serve.rolling import RollingHash, ids_bytes
 ConversationKind = Literal["chat", "text", "ids"]
 # Of an entry besides its caches, at most; so many tiny states are bounded, too.
 _ENTRY_BYTES = 4096
+
+Key = TypeVar("Key", bound=Hashable)
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -58,41 +61,39 @@ class StateStore:
     """Kept states, the least recently used of which make room; safe in any thread.
 
     Args:
-        max_bytes: of all of them; 0 keeps none.
+        session_bytes: of all conversations; 0 keeps none.
+        prefix_bytes: of all states that prompts go on from; 0 keeps none.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, session_bytes: int, prefix_bytes: int) -> None:
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Hashable, Conversation | Snapshot] = OrderedDict()
-        self._nbytes = 0
-        self._num_sessions = 0
+        self._sessions: _Latest[str, Conversation] = _Latest(session_bytes)
+        self._prefixes: _Latest[tuple[str, RollingHash], Snapshot] = _Latest(prefix_bytes)
         # Who asks → lengths in bytes of the beginnings that are kept for it.
         self._lengths: dict[str, Counter[int]] = {}
 
     def counts(self) -> StoreCounts:
         """Return what is kept in memory."""
         with self._lock:
-            sessions = self._num_sessions
-            return StoreCounts(sessions, len(self._entries) - sessions, self._nbytes)
+            sessions, prefixes = self._sessions, self._prefixes
+            return StoreCounts(
+                len(sessions.entries), len(prefixes.entries), sessions.nbytes + prefixes.nbytes
+            )
 
     def conversation(self, key: str) -> Conversation | None:
         """Return a conversation, which is now the latest used."""
         with self._lock:
-            found = self._entries.get(key)
-            if found is not None:
-                self._entries.move_to_end(key)
-            return found if isinstance(found, Conversation) else None
+            return self._sessions.get(key)
 
     def keep_conversation(self, key: str, conversation: Conversation) -> None:
         """Keep a conversation instead of what stood under its key."""
         with self._lock:
-            self._put(key, conversation)
+            self._sessions.put(key, conversation, conversation.kept.snapshot.nbytes)
 
     def drop_conversation(self, key: str) -> bool:
         """Forget a conversation; tell whether there was one."""
         with self._lock:
-            return self._take(key)
+            return self._sessions.take(key)
 
     def keep_prefix(self, scope: str, prefix: RollingHash, snapshot: Snapshot) -> None:
         """Keep a state for prompts that begin with the tokens it has read.
@@ -102,13 +103,26 @@ class StateStore:
             prefix: of the bytes of the ids that it has read.
             snapshot: of one stream.
         """
+        key = (scope, prefix)
         with self._lock:
-            self._put((scope, prefix), snapshot)
+            is_new = key not in self._prefixes.entries
+            dropped = self._prefixes.put(key, snapshot, snapshot.nbytes)
+            if is_new:
+                self._lengths.setdefault(scope, Counter())[prefix.length] += 1
+            for old_scope, old in dropped:
+                lengths = self._lengths[old_scope]
+                lengths[old.length] -= 1
+                if not lengths[old.length]:
+                    del lengths[old.length]
+                if not lengths:
+                    del self._lengths[old_scope]
 
     def longest_prefix(self, scope: str, ids: Sequence[int]) -> Snapshot | None:
         """Return the state that has read most of a prompt, but not all of it."""
         with self._lock:
             lengths = sorted(self._lengths.get(scope, ()))
+        if not lengths:
+            return None
         data = ids_bytes(ids)
         prefix, prefixes = RollingHash(), []
         for length in lengths:
@@ -117,46 +131,52 @@ class StateStore:
             prefix = prefix.then(data[prefix.length : length])
             prefixes.append(prefix)
         with self._lock:
-            for prefix in reversed(prefixes):
-                found = self._entries.get((scope, prefix))
-                if isinstance(found, Snapshot):
-                    self._entries.move_to_end((scope, prefix))
-                    return found
-        return None
+            found = (self._prefixes.get((scope, prefix)) for prefix in reversed(prefixes))
+            return next((snapshot for snapshot in found if snapshot is not None), None)
 
-    def _put(self, key: Hashable, entry: Conversation | Snapshot) -> None:
-        self._take(key)
-        size = _size(entry)
-        if size > self._max_bytes:
-            return
-        while self._nbytes + size > self._max_bytes:
-            self._take(next(iter(self._entries)))
-        self._entries[key] = entry
-        self._nbytes += size
-        if isinstance(key, tuple):
-            scope, prefix = key
-            self._lengths.setdefault(scope, Counter())[prefix.length] += 1
-        else:
-            self._num_sessions += 1
 
-    def _take(self, key: Hashable) -> bool:
-        entry = self._entries.pop(key, None)
-        if entry is None:
+class _Latest(Generic[Key, Entry]):
+    """The entries that were used last, up to a number of bytes.
+
+    Args:
+        max_bytes: of all of them.
+
+    Attributes:
+        entries: the latest used last.
+        nbytes: of all of them.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._sizes: dict[Key, int] = {}
+        self.entries: OrderedDict[Key, Entry] = OrderedDict()
+        self.nbytes = 0
+
+    def get(self, key: Key) -> Entry | None:
+        """Return an entry, which is now the latest used."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        return self.entries.get(key)
+
+    def put(self, key: Key, entry: Entry, nbytes: int) -> list[Key]:
+        """Keep an entry; return the keys of those that were dropped for it, or itself."""
+        self.take(key)
+        self.entries[key] = entry
+        self._sizes[key] = nbytes + _ENTRY_BYTES
+        self.nbytes += nbytes + _ENTRY_BYTES
+        if nbytes + _ENTRY_BYTES > self._max_bytes:
+            self.take(key)
+            return [key]
+        dropped = []
+        while self.nbytes > self._max_bytes:
+            dropped.append(next(iter(self.entries)))
+            self.take(dropped[-1])
+        return dropped
+
+    def take(self, key: Key) -> bool:
+        """Drop an entry; tell whether there was one."""
+        if key not in self.entries:
             return False
-        self._nbytes -= _size(entry)
-        if isinstance(key, tuple):
-            scope, prefix = key
-            lengths = self._lengths[scope]
-            lengths[prefix.length] -= 1
-            if not lengths[prefix.length]:
-                del lengths[prefix.length]
-            if not lengths:
-                del self._lengths[scope]
-        else:
-            self._num_sessions -= 1
+        del self.entries[key]
+        self.nbytes -= self._sizes.pop(key)
         return True
-
-
-def _size(entry: Conversation | Snapshot) -> int:
-    snapshot = entry.kept.snapshot if isinstance(entry, Conversation) else entry
-    return snapshot.nbytes + _ENTRY_BYTES
