@@ -173,6 +173,25 @@ def test_slow_bodies_and_slow_headers_are_cut_off(server):
         assert time.monotonic() - start < 5
 
 
+def test_what_is_no_http_is_refused_and_ends_nothing(server):
+    address = server.url.removeprefix("http://").split(":")
+    chosen = random.Random(7)
+    heads = [
+        chosen.randbytes(200) + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n"
+        b"content-length: 2\r\n\r\n{",
+        b"GET / FTP/1.1\r\n\r\n",
+    ]
+    for head in heads:
+        with socket.create_connection((address[0], int(address[1])), timeout=10) as client:
+            client.sendall(head)
+            answer = client.makefile("rb").read()
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == "invalid_http"
+    assert httpx.get(server.url + "/readyz").status_code == 200
+
+
 def test_large_headers_are_refused(server):
     response = httpx.get(server.url + "/healthz", headers={"x": "a" * 40_000})
     # Refused by whom reads them first, the server or its connection.

@@ -133,18 +133,28 @@ class Answering:
             async for update in self._of_choice(self.choices[0]):
                 yield update
             return
-        queue: asyncio.Queue[Update | ApiError | None] = asyncio.Queue(_QUEUED_PIECES)
-        tasks = [asyncio.create_task(self._fill(queue, choice)) for choice in self.choices]
+        # Updates, and each task when it has ended.
+        queue: asyncio.Queue[Update | asyncio.Task[None]] = asyncio.Queue()
+        room = asyncio.Semaphore(_QUEUED_PIECES)
+
+        async def fill(choice: Choice) -> None:
+            async for update in self._of_choice(choice):
+                await room.acquire()
+                queue.put_nowait(update)
+
+        tasks = [asyncio.create_task(fill(choice)) for choice in self.choices]
+        for task in tasks:
+            task.add_done_callback(queue.put_nowait)
         try:
             remaining = len(tasks)
             while remaining:
                 found = await queue.get()
-                if isinstance(found, ApiError):
-                    raise found
-                if found is None:
-                    remaining -= 1
-                else:
+                if isinstance(found, Update):
+                    room.release()
                     yield found
+                else:
+                    found.result()
+                    remaining -= 1
         finally:
             for task in tasks:
                 task.cancel()
@@ -168,14 +178,6 @@ class Answering:
         for stream in self.model.engine.submit_many(request, n):
             text = AnswerText(codec, plan.ids, generation.stop, generation.num_logprobs is not None)
             self.choices.append(Choice(len(self.choices), stream, text, keeper))
-
-    async def _fill(self, queue: asyncio.Queue[Update | ApiError | None], choice: Choice) -> None:
-        try:
-            async for update in self._of_choice(choice):
-                await queue.put(update)
-            await queue.put(None)
-        except ApiError as error:
-            await queue.put(error)
 
     async def _of_choice(self, choice: Choice) -> AsyncGenerator[Update, None]:
         text, keeper = choice.text, choice.keeper

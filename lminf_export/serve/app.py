@@ -51,7 +51,14 @@ def create_app(models: Mapping[str, ServedModel], settings: ServeSettings) -> Fa
         serving.is_draining = True
         await asyncio.to_thread(serving.close)
 
-    app = FastAPI(title="lminf", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="lminf",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.state.serving = serving
     files = page_files()
     _add_errors(app)

@@ -11,6 +11,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from lminf_export.serve.api_errors import ApiError
 from lminf_export.serve.guard import ABORT
 
 
@@ -66,6 +67,18 @@ def bounded_protocol(
                 self._forget()
             elif self._due is None:
                 self._expect_headers()
+
+        def send_400_response(self, msg: str) -> None:
+            refusal = ApiError(400, msg, code="invalid_http").response()
+            headers = [*refusal.raw_headers, (b"connection", b"close")]
+            parts = (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=bytes(refusal.body)),
+                h11.EndOfMessage(),
+            )
+            for part in parts:
+                self.transport.write(self.conn.send(part) or b"")
+            self.transport.close()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
