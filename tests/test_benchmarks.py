@@ -55,6 +55,23 @@ def test_peers_race_in_turns_and_say_who_is_missing(tmp_path):
     assert set(sections["twin"]["rows"]["ours fp32"]["ms_per_token"]) == {"4096", "1000000"}
 
 
+@pytest.mark.slow
+def test_batches_take_turns_and_go_on_where_they_stopped(tmp_path):
+    out = tmp_path / "batches.json"
+    tiny = ("--shape", "tiny", "--work", tmp_path / "work", "--rounds", 1, "--out", out)
+    benchmark("decoding.batch_decoding", *tiny, "--precisions", "fp32", "--threads", 1)
+    first = json.loads(out.read_text())["parts"]
+    benchmark("decoding.batch_decoding", *tiny, "--precisions", "fp32", "int4", "--threads", 1)
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["fp32, 1 thread"] == first["fp32, 1 thread"]
+    for found in parts.values():
+        assert [row["streams"] for row in found["rows"]] == [1, 2, 4, 8, 16]
+        assert all(row["kernel"]["tokens_per_second"] > 0 for row in found["rows"])
+        assert all(row["bytes_ms"] > 0 for row in found["rows"])
+    # Two layers of projections and the last one, of the shape "tiny".
+    assert parts["fp32, 1 thread"]["products_per_token"]["float32"] == 2 * 43008 + 512 * 64
+
+
 def test_a_race_without_a_gguf_file_names_what_is_missing(tmp_path):
     out = tmp_path / "race.json"
     absent = ("--gguf", tmp_path / "absent.gguf", "--fp32", tmp_path / "absent")

@@ -85,6 +85,33 @@ def _projections_table(result: dict[str, Any], is_quantized: bool) -> str:
     return table(head, rows)
 
 
+def batches() -> str:
+    """Streams that are decoded together, with what memory and arithmetic leave room for."""
+    result = load("batch_decoding")
+    rows = []
+    for part, found in result["parts"].items():
+        for row in found["rows"]:
+            kernel, least = row["kernel"], row["arithmetic_ms"]
+            rows.append(
+                [
+                    part,
+                    str(row["streams"]),
+                    f"{kernel['ms_per_step']:.1f}",
+                    f"{kernel['tokens_per_second']:.0f}",
+                    f"{kernel['times_one_stream']:.2f}",
+                    f"{row['bytes_ms']:.1f}",
+                    "–" if least is None else f"{least:.2f}",
+                ]
+            )
+    head = ["weights", "streams", "ms a step", "tokens/s", "times one stream", "bytes, ms"]
+    return (
+        f"{table([*head, 'products, ms'], rows)}\n\nMedians of steps at position "
+        f"{result['position']:,}, batches taking turns; random weights of the shape "
+        f"{result['shape']}; {result['device']}, {result['cores']} cores, onnxruntime "
+        f"{result['versions']['onnxruntime']} ({_file('batch_decoding')})."
+    )
+
+
 def _times(cell: dict[str, float] | None, of: str) -> str:
     return "not measured" if cell is None else f"{cell['ms_per_token']:.1f} ({cell[of]:.2f})"
 
@@ -102,4 +129,8 @@ def _file(name: str) -> str:
     return f"[{name}.json](../benchmarks/results/{name}.json)"
 
 
-TABLES: dict[str, Callable[..., str]] = {"contestants": contestants, "projections": projections}
+TABLES: dict[str, Callable[..., str]] = {
+    "contestants": contestants,
+    "projections": projections,
+    "batches": batches,
+}
