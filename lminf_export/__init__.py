@@ -41,8 +41,12 @@ if TYPE_CHECKING:
     from lminf_export.runtime.batching.text import StopText as StopText
     from lminf_export.runtime.batching.text import StreamText as StreamText
     from lminf_export.runtime.cache import State as State
+    from lminf_export.runtime.chat_template import ChatTemplate as ChatTemplate
+    from lminf_export.runtime.conversation import Answer as Answer
+    from lminf_export.runtime.conversation import Conversation as Conversation
     from lminf_export.runtime.language_model import LanguageModel as LanguageModel
     from lminf_export.runtime.load import load as load
+    from lminf_export.runtime.one_stream import OneStream as OneStream
     from lminf_export.runtime.sampling import SamplingConfig as SamplingConfig
     from lminf_export.runtime.session import Session as Session
     from lminf_export.runtime.snapshot import Snapshot as Snapshot
@@ -54,10 +58,13 @@ if TYPE_CHECKING:
 
 # Public name → the module it is defined in. A test compares this with the imports above.
 _HOMES = {
+    "Answer": "runtime.conversation",
     "Bundle": "bundle.folder",
     "BundleError": "errors",
     "BusyError": "errors",
+    "ChatTemplate": "runtime.chat_template",
     "ConfigError": "errors",
+    "Conversation": "runtime.conversation",
     "DependencyError": "errors",
     "Engine": "runtime.batching.engine",
     "EngineError": "errors",
@@ -73,6 +80,7 @@ _HOMES = {
     "LminfError": "errors",
     "Manifest": "bundle.manifest",
     "ModelError": "errors",
+    "OneStream": "runtime.one_stream",
     "Piece": "runtime.batching.batch",
     "Progress": "progress",
     "QuantizeConfig": "quantize.config",

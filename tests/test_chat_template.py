@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -303,6 +304,24 @@ def test_a_process_that_has_gone_is_started_again(templates):
     assert template.render(ASK) == text
 
 
+def test_threads_and_a_fork_get_their_own_answers(templates):
+    template = templates["demo"]
+
+    def render(number):
+        messages = [{"role": "user", "content": str(number) * 999}]
+        return f"\n{str(number) * 999}\n" in template.render(messages)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(render, range(200)))
+    child = template._process._child
+    template._process._owner = -1  # as it is in a fork of this program
+    assert render(7)
+    assert template._process._child is not child
+    assert child.poll() is None
+    child.kill()
+    child.wait()
+
+
 def test_the_process_ends_with_its_template():
     template = ChatTemplate("{{ messages[0].content }}")
     child = template._process._child
@@ -343,6 +362,12 @@ def test_parts_of_text_are_joined_and_what_is_none_left_out(templates):
     assert checked_messages([message]) == [{"role": "user", "content": "ab"}]
     developer = [{"role": "developer", "content": "Be kind."}, *ASK]
     assert "<|im_start|>system\nBe kind." in templates["chatml"].render(developer)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"x", ["x"]])
+def test_a_template_that_is_no_text_is_refused(text):
+    with pytest.raises(InputError, match="is a text of jinja2"):
+        ChatTemplate(text)
 
 
 def test_values_that_are_no_json_are_refused(templates):

@@ -77,9 +77,9 @@ class Chat:
         stream, speed = self._conversation.stream, self._conversation.last.tokens_per_second
         state = stream.state
         return (
-            f"token {stream.position:,} of this stream"
-            f"{f', {speed:.1f} tokens/s' if speed else ''}, cache {human_bytes(state.nbytes)} of "
-            f"at most {human_bytes(state.max_nbytes)}, {seen_tokens(self._conversation)}"
+            f"at token {stream.position:,}{f', {speed:.1f} tokens/s' if speed else ''}, "
+            f"cache {human_bytes(state.nbytes)} of at most {human_bytes(state.max_nbytes)}, "
+            f"{seen_tokens(self._conversation)}"
         )
 
     def run(self, lines: Lines) -> None:
@@ -190,7 +190,7 @@ def say(text: str) -> None:
 def seen_tokens(conversation: Conversation) -> str:
     """Say which tokens a query sees."""
     settings = conversation.model.bundle.manifest.lambda_config
-    return f"window {settings.window_size:,} + {settings.num_sink_tokens} sink tokens"
+    return f"window {settings.window_size:,} + {settings.num_sink_tokens} sinks"
 
 
 def check_system(conversation: Conversation, system: str | None, *, pinned: bool) -> None:

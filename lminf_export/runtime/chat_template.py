@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.errors import BundleError
+from lminf_export.errors import BundleError, InputError
 from lminf_export.runtime.added_tokens import SIDE_FILES, role_tokens
 from lminf_export.runtime.chat.files import find_template, read_template
 from lminf_export.runtime.chat.messages import checked_messages
@@ -32,12 +32,15 @@ class ChatTemplate:
         name: of the template, for messages.
 
     Raises:
+        InputError: it is no text.
         BundleError: it is no template.
     """
 
     def __init__(
         self, text: str, tokens: dict[str, str] | None = None, name: str = "the chat template"
     ) -> None:
+        if not isinstance(text, str):
+            raise InputError(f"a chat template is a text of jinja2, not a {type(text).__name__}")
         self.text = text
         self.tokens = dict(tokens or {})
         self._process = TemplateProcess(text, name)

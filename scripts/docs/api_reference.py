@@ -30,6 +30,7 @@ GROUPS = {
         *("Engine", "EngineStats", "Request", "TokenStream", "Token", "Kept"),
         *("StopText", "StreamText", "Generated", "Piece"),
     ),
+    "Conversations": ("ChatTemplate", "Conversation", "Answer", "OneStream"),
     "Bundles": ("Bundle", "Manifest"),
     "Options": ("ExportOptions", "LambdaConfig", "QuantizeConfig", "EngineOptions"),
     "Reports": ("ValidationReport", "Progress"),
