@@ -12,7 +12,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from lminf_export.cli.serve import serve_command
+from lminf_export.cli.serve import keys_of, serve_command
+from lminf_export.errors import InputError
 from scripts.docs import record_serving
 from tests.support import serving
 
@@ -110,6 +111,20 @@ def test_a_server_without_its_packages_says_which_to_install(monkeypatch):
     found = CliRunner().invoke(serve_command, ["demo"])
     assert found.exit_code == 2
     assert "pip install lminf-export[serve]" in found.output
+
+
+def test_keys_come_from_the_option_the_file_or_the_environment(tmp_path, monkeypatch):
+    path = tmp_path / "keys"
+    path.write_text("# of two clients\nfirst\n\n second \n")
+    monkeypatch.setenv("LMINF_API_KEY", "from-the-environment")
+    assert keys_of(None, None) == ("from-the-environment",)
+    assert keys_of("given", str(path)) == ("given", "first", "second")
+    assert keys_of(None, str(path)) == ("first", "second")
+    path.write_text("# none\n")
+    with pytest.raises(InputError, match="has no key"):
+        keys_of(None, str(path))
+    monkeypatch.setenv("LMINF_API_KEY", "")
+    assert keys_of(None, None) == ()
 
 
 @pytest.mark.parametrize(

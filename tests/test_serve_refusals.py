@@ -287,6 +287,18 @@ def test_keys_are_asked_for_and_metrics_tell_nobody(demo_lm):
         assert httpx.options(server.url + COMPLETIONS, headers=asked).status_code == 400
 
 
+def test_an_answer_ends_with_its_time(demo_lm):
+    with serving.server_thread(demo_lm, slots=1, max_stream_seconds=0.5) as server:
+        start = time.monotonic()
+        found = post(
+            server.url, COMPLETIONS, prompt="It is", max_tokens=100_000, ignore_eos=True
+        ).json()
+        assert time.monotonic() - start < 5
+        assert found["choices"][0]["finish_reason"] == "length"
+        assert 0 < found["usage"]["completion_tokens"] < 100_000
+        assert server.stats().active == 0
+
+
 def test_a_model_without_a_template_completes_and_does_not_chat(demo_lm):
     with serving.server_thread(demo_lm) as server:
         server.model.template = None

@@ -131,7 +131,7 @@ def serve_command(
     from lminf_export.serve.run import address_of, bound_socket, run
     from lminf_export.serve.served_model import ServedModel
 
-    keys = _keys(api_key, api_key_file)
+    keys = keys_of(api_key, api_key_file)
     if not keys and not is_local(host):
         raise InputError(
             f"--host {host} is reached from other machines, which needs a key: --api-key-file, "
@@ -182,7 +182,7 @@ def _require_packages() -> None:
         )
 
 
-def _keys(given: str | None, path: str | None) -> tuple[str, ...]:
+def keys_of(given: str | None, path: str | None) -> tuple[str, ...]:
     """Return the keys of the option, the file and the environment, of which one is enough."""
     keys = [] if given is None else [given]
     if path is not None:

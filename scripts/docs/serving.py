@@ -23,15 +23,14 @@ def _shown(result: str, names: tuple[str, ...]) -> str:
     shown = []
     for name in names:
         step = steps[name]
-        command = step["command"].strip().replace("\n", "\n  ")
-        shown.append(f"$ {command}\n{step['output'].rstrip()}".rstrip())
+        shown.append(f"$ {step['command'].strip()}\n{step['output'].rstrip()}".rstrip())
     return "```\n" + "\n\n".join(shown) + "\n```"
 
 
 def limits() -> str:
     """Return the options that bound what a client may ask for."""
     rows = [
-        (f"`--{name}`", f"{getattr(ServeSettings, name.replace('-', '_')):,g}", text)
+        (f"`--{name}`", _number(getattr(ServeSettings, name.replace("-", "_"))), text)
         for name, (_, text) in LIMITS.items()
     ]
     return table(["option", "default", "of what"], rows, numbers=False)
@@ -41,6 +40,10 @@ def metrics() -> str:
     """Return every metric and its meaning."""
     rows = [(f"`{name}`", text) for name, text in described().items()]
     return table(["metric", "meaning"], rows, numbers=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,g}"
 
 
 TABLES = {
