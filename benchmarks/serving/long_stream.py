@@ -1,0 +1,217 @@
+"""One long stream over HTTP while other clients come and go: the server's memory, and its rate.
+
+    python -m benchmarks.serving.long_stream --bundle BUNDLE \\
+        --out benchmarks/results/serving_long_stream.json
+
+A client reads one answer of 200,000 tokens. Others come by turns: some read their answer to its
+end, some go on with a conversation, some hang up in the middle, some ask for what is refused. The
+resident memory of the server is sampled all the while; behind the warm-up, which is a share of the
+stream, it may not differ by more than 2 %. The server keeps states of answers in `--session-bytes`
+of memory, which are used up during the warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.serving import servers
+from benchmarks.serving.clients import Answer, Target, random_prompts
+from benchmarks.support.result import write_result
+from lminf_export.bundle.folder import Bundle
+from lminf_export.runtime.environment import describe_bundle, environment
+
+# Tokens of the answers that others ask for; some hang up after as many events.
+SHORT = 64
+HANG_UP = 10
+CONVERSATIONS = 4
+KINDS = ("answered", "hung_up", "refused", "failed")
+BUCKETS = 20
+
+
+@dataclass
+class Watch:
+    """What is seen of a server: (seconds, bytes) of its memory."""
+
+    samples: list[tuple[float, int]] = field(default_factory=list)
+
+    async def run(self, server: servers.Server, seconds: float) -> None:
+        begun = time.perf_counter()
+        while True:
+            self.samples.append((time.perf_counter() - begun, server.rss))
+            await asyncio.sleep(seconds)
+
+
+class Visitors:
+    """Clients that come and go until they are cancelled.
+
+    Args:
+        name: that begins those of their conversations.
+        target: that they ask.
+        vocab_size: of its model.
+        pause: seconds between one and the next.
+    """
+
+    def __init__(self, name: str, target: Target, vocab_size: int, pause: float) -> None:
+        self.name, self.target = name, target
+        self.vocab_size, self.pause = vocab_size, pause
+        self.counts = dict.fromkeys(KINDS, 0)
+        self.first_ms: list[float] = []
+
+    async def run(self) -> None:
+        number = 0
+        while True:
+            number += 1
+            length = 1 + number * 37 % 300
+            (prompt,) = random_prompts(1, length, self.vocab_size, number)
+            if number % 5 == 4:
+                answer = await self.target.complete([-1], SHORT, exact=False)
+                self._count("refused" if (answer.error or "").startswith("HTTP 400") else "failed")
+            elif number % 5 == 2:
+                answer = await self.target.complete(
+                    prompt, 100 * SHORT, exact=False, most_events=HANG_UP
+                )
+                self._count("hung_up" if answer.error is None else "failed", answer)
+            else:
+                name = f"{self.name}-{number % CONVERSATIONS}"
+                headers = {"x-session-id": name} if number % 5 == 1 else {}
+                answer = await self.target.complete(prompt, SHORT, headers=headers)
+                self._count("answered" if answer.error is None else "failed", answer)
+            await asyncio.sleep(self.pause)
+
+    def _count(self, what: str, answer: Answer | None = None) -> None:
+        self.counts[what] += 1
+        if answer is not None and answer.arrivals:
+            self.first_ms.append(answer.first * 1e3)
+
+
+async def measure(
+    server: servers.Server, vocab_size: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Read the stream beside the others; return what was seen."""
+    watch = Watch()
+    async with Target(server.url, server.kind) as target:
+        groups = [
+            Visitors(f"visitor-{i}", target, vocab_size, arguments.pause)
+            for i in range(arguments.visitors)
+        ]
+        (prompt,) = random_prompts(1, 16, vocab_size, 0)
+        tasks = [asyncio.create_task(watch.run(server, arguments.sample_seconds))]
+        tasks += [asyncio.create_task(group.run()) for group in groups]
+        begun = time.perf_counter()
+        try:
+            answer = await target.complete(prompt, arguments.tokens)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for end in ended:
+        if isinstance(end, Exception):
+            raise end
+    return {
+        "answer": answered(answer, arguments.tokens),
+        "memory": flatness(watch.samples, answer.ended - begun, arguments.warm_up),
+        "visitors": {
+            "at_once": arguments.visitors,
+            **{kind: sum(group.counts[kind] for group in groups) for kind in KINDS},
+            "first_token_ms": _median([ms for group in groups for ms in group.first_ms]),
+        },
+    }
+
+
+def answered(answer: Answer, tokens: int) -> dict[str, Any]:
+    """Return the long answer's counts and its rate over position, by shares of its events."""
+    found: dict[str, Any] = {
+        "tokens": answer.new_tokens,
+        "asked_for": tokens,
+        "error": answer.error,
+        "seconds": round(answer.ended - answer.begun, 2),
+        "events": len(answer.arrivals),
+    }
+    if answer.error is None and len(answer.arrivals) > BUCKETS:
+        # An event holds a token, or a few; the same share of them at every position.
+        parts = np.array_split(np.array(answer.arrivals), BUCKETS)
+        per_event = answer.new_tokens / len(answer.arrivals)
+        found["tokens_per_second_by_position"] = [
+            round(per_event * (len(part) - 1) / (part[-1] - part[0]), 1) for part in parts
+        ]
+    return found
+
+
+def flatness(samples: list[tuple[float, int]], seconds: float, warm_up: float) -> dict[str, Any]:
+    """Return the memory behind the warm-up, and how far it is from flat.
+
+    Args:
+        samples: (seconds, bytes).
+        seconds: of the whole stream.
+        warm_up: share of it.
+    """
+    flat = [size for at, size in samples if at >= seconds * warm_up]
+    middle = statistics.median(flat)
+    every = max(1, len(samples) // 100)
+    return {
+        "warm_up_share": warm_up,
+        "samples": len(samples),
+        "median_bytes": round(middle),
+        "least_bytes": min(flat),
+        "most_bytes": max(flat),
+        "spread": round((max(flat) - min(flat)) / middle, 5),
+        "last_over_first": round(_tenth(flat, -1) / _tenth(flat, 0), 5),
+        "rss_bytes_by_second": [[round(at, 1), size] for at, size in samples[::every]],
+    }
+
+
+def _tenth(values: list[int], which: int) -> float:
+    """The median of the first or last tenth."""
+    count = max(1, len(values) // 10)
+    return statistics.median(values[-count:] if which else values[:count])
+
+
+def _median(values: list[float]) -> float | None:
+    return round(statistics.median(values), 2) if values else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--visitors", type=int, default=3, help="that come and go side by side")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two visits")
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--session-bytes", type=int, default=32 << 20, help="of kept states")
+    parser.add_argument("--warm-up", type=float, default=0.1, help="share of the stream")
+    parser.add_argument("--sample-seconds", type=float, default=0.5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    manifest = Bundle.open(arguments.bundle).manifest
+    with servers.ours(
+        "lminf serve", arguments.bundle, arguments.threads, arguments.slots
+    ) as server:
+        found = asyncio.run(measure(server, manifest.vocab_size, arguments))
+    result = {
+        "benchmark": "serving_long_stream",
+        **describe_bundle(manifest),
+        "slots": arguments.slots,
+        "threads": arguments.threads,
+        "session_bytes": arguments.session_bytes,
+        **found,
+        **environment(),
+    }
+    write_result(arguments.out, result)
+    if found["answer"]["error"] is not None:
+        sys.exit(f"the stream ended early: {found['answer']['error']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""What an engine adds to the steps of its session, and what HTTP adds to the engine.
+
+    python -m benchmarks.serving.overhead --bundle BUNDLE \\
+        --out benchmarks/results/serving_overhead.json
+
+Section `engine`: a loop of `session.step` and argmax over a batch of all slots, beside an engine
+whose slots are all taken, in one process and by turns. Streams are read by a thread each, by
+asyncio in one thread, or not read at all. The engine's time is that of whole turns of its thread;
+the part it spends in steps (`EngineStats.step_seconds`) is given beside it, and the same overhead
+in processor time of the two threads, which a busy machine changes less. `without_step` is the
+processor time of both with a session whose step returns at once: what the scheduler's own code
+costs while it is in the processor's caches.
+
+Section `http`: tokens a second of as many streams, read from an engine by asyncio and from
+`lminf serve`, whose clients run in this process. Sections that are not asked for stay in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from lminf_export.runtime.batching.engine import Engine
+from lminf_export.runtime.batching.stream import TokenStream
+
+import lminf_export
+from benchmarks.serving import servers
+from benchmarks.serving.clients import Target, load, random_prompts
+from benchmarks.support.result import write_result
+from lminf_export.bundle.folder import Bundle
+from lminf_export.runtime.batching.request import Request
+from lminf_export.runtime.cache import State
+from lminf_export.runtime.environment import describe_bundle, environment
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.sampling import SamplingConfig
+from lminf_export.runtime.session import Session
+
+READERS = ("nobody", "threads", "asyncio")
+GREEDY = SamplingConfig(temperature=0)
+WARM = 64  # steps
+
+
+class BareLoop:
+    """`session.step` and argmax over a batch.
+
+    Args:
+        lm: whose session steps.
+        rows: of the batch.
+    """
+
+    def __init__(self, lm: LanguageModel, rows: int) -> None:
+        self.session, self.rows = lm.session, rows
+        self.state = lm.session.new_state(rows, full=True)
+        self.ones = np.ones(rows, np.int64)
+        self.first = np.zeros((rows, 1), np.int64)
+
+    def milliseconds(self, steps: int) -> tuple[float, float]:
+        """Step a batch of new streams; return the time of one step, and its processor time."""
+        self.state.reset()
+        ids = np.full((self.rows, 1), 5, np.int64)
+        for step in range(WARM + steps):
+            if step == WARM:
+                begun, busy = time.perf_counter(), time.thread_time()
+            logits = self.session.step(self.state, ids, self.ones, self.first)
+            self.state.advance(self.ones)
+            ids[:, 0] = logits[:, 0].argmax(axis=1)
+        ends = time.perf_counter() - begun, time.thread_time() - busy
+        return ends[0] / steps * 1e3, ends[1] / steps * 1e3
+
+
+class InstantSession:
+    """A session whose steps return the same logits at once.
+
+    Args:
+        session: that makes states.
+        logits: (rows, 1, V) float32.
+    """
+
+    def __init__(self, session: Session, logits: np.ndarray) -> None:
+        self._session, self._logits = session, logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def step(
+        self, state: State, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray
+    ) -> np.ndarray:
+        return self._logits[: len(input_ids), : logits_index.shape[1]]
+
+
+def read_by_threads(streams: Sequence[TokenStream]) -> Callable[[], None]:
+    """Let a thread read each stream; return what waits for them."""
+
+    def read(stream: TokenStream) -> None:
+        for _ in stream:
+            pass
+
+    threads = [threading.Thread(target=read, args=(stream,)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    return lambda: [thread.join() for thread in threads] and None
+
+
+def read_by_asyncio(streams: Sequence[TokenStream]) -> Callable[[], None]:
+    """Let tasks of one event loop read the streams; return what waits for them."""
+
+    async def read(stream: TokenStream) -> None:
+        async for _ in stream:
+            pass
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(read(stream) for stream in streams))
+
+    thread = threading.Thread(target=lambda: asyncio.run(all_of_them()))
+    thread.start()
+    return thread.join
+
+
+def read_by_nobody(streams: Sequence[TokenStream]) -> Callable[[], None]:
+    """Leave the tokens where they are."""
+    return lambda: None
+
+
+READ = dict(zip(READERS, (read_by_nobody, read_by_threads, read_by_asyncio), strict=True))
+
+
+def engine_turn(engine: Engine, slots: int, steps: int, reader: str) -> dict[str, float]:
+    """Fill all slots with new streams; return milliseconds of a turn, and of its step."""
+    request = Request([5], max_new_tokens=None, sampling=GREEDY, stop_token_ids=frozenset())
+    streams = [engine.submit(request) for _ in range(slots)]
+    join = READ[reader](streams)
+    while (stats := engine.stats()).active < slots or stats.prefilling:
+        time.sleep(0.001)
+    goal = stats.steps + WARM
+    while (stats := engine.stats()).steps < goal:
+        time.sleep(0.001)
+    begun, busy, first = time.perf_counter(), engine_thread_time(), engine.stats()
+    while (last := engine.stats()).steps < first.steps + steps:
+        time.sleep(0.02)
+    seconds, busy = time.perf_counter() - begun, engine_thread_time() - busy
+    done = last.steps - first.steps
+    for stream in streams:
+        stream.cancel()
+    join()
+    while engine.stats().active:
+        time.sleep(0.001)
+    return {
+        "turn": seconds / done * 1e3,
+        "processor": busy / done * 1e3,
+        "step": (last.step_seconds - first.step_seconds) / done * 1e3,
+    }
+
+
+def engine_thread_time() -> float:
+    """Processor time of the engine's thread, seconds; of the latest engine."""
+    idents = [t.ident for t in threading.enumerate() if t.name == "lminf-engine"]
+    assert idents[-1] is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(idents[-1]))
+
+
+def measure_engine(lm: LanguageModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    bare = BareLoop(lm, arguments.slots)
+    steps: list[tuple[float, float]] = []
+    found: dict[str, list[dict[str, float]]] = {reader: [] for reader in READERS}
+    with Engine(lm, arguments.slots) as engine:
+        bare.milliseconds(arguments.steps)
+        for _ in range(arguments.rounds):
+            for reader in READERS:
+                around = [bare.milliseconds(arguments.steps)]
+                turn = engine_turn(engine, arguments.slots, arguments.steps, reader)
+                around.append(bare.milliseconds(arguments.steps))
+                wall, busy = (statistics.mean(times) for times in zip(*around, strict=True))
+                turn["overhead"] = turn["turn"] / wall - 1
+                turn["processor_overhead"] = turn["processor"] / busy - 1
+                found[reader].append(turn)
+                steps += around
+            say({reader: round(found[reader][-1]["overhead"], 4) for reader in READERS})
+    return {
+        "without_step": without_step(lm, arguments),
+        "bare_step_ms": _median(wall for wall, _ in steps),
+        "bare_step_processor_ms": _median(busy for _, busy in steps),
+        "readers": {
+            reader: {
+                "turn_ms": _median(turn["turn"] for turn in turns),
+                "step_ms": _median(turn["step"] for turn in turns),
+                "rest_ms": _median(turn["turn"] - turn["step"] for turn in turns),
+                "turn_processor_ms": _median(turn["processor"] for turn in turns),
+                "overhead": _median(turn["overhead"] for turn in turns),
+                "processor_overhead": _median(turn["processor_overhead"] for turn in turns),
+                "overheads": [round(turn["overhead"], 4) for turn in turns],
+            }
+            for reader, turns in found.items()
+        },
+    }
+
+
+def without_step(lm: LanguageModel, arguments: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of processor time of a turn, and of the bare loop, where steps cost nothing."""
+    logits = np.random.default_rng(0).standard_normal((arguments.slots, 1, lm.vocab_size))
+    instant = copy.copy(lm)
+    instant.session = cast("Session", InstantSession(lm.session, logits.astype(np.float32)))
+    bare, loops, turns = BareLoop(instant, arguments.slots), [], []
+    with Engine(instant, arguments.slots) as engine:
+        for _ in range(arguments.rounds):
+            loops.append(bare.milliseconds(arguments.steps)[1] * 1e3)
+            turn = engine_turn(engine, arguments.slots, arguments.steps, "nobody")
+            turns.append(turn["processor"] * 1e3)
+    return {"bare_us": _median(loops), "turn_us": _median(turns)}
+
+
+def measure_http(lm: LanguageModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    rates: dict[str, list[float]] = {"engine": [], "http": []}
+    slots, new = arguments.slots, arguments.http_tokens
+    server = servers.ours("lminf serve", arguments.bundle, arguments.threads, slots)
+    with server, Engine(lm, slots) as engine:
+        for number in range(arguments.rounds + 1):
+            prompts = random_prompts(slots, 8, lm.vocab_size, number)
+            server.sleep()
+            requests = [
+                Request(prompt, new, sampling=GREEDY, stop_token_ids=frozenset())
+                for prompt in prompts
+            ]
+            begun = time.perf_counter()
+            read_by_asyncio([engine.submit(request) for request in requests])()
+            alone = slots * new / (time.perf_counter() - begun)
+            server.wake()
+            through = asyncio.run(_through_http(server, prompts, new))
+            if number:  # the first round is for warming up
+                rates["engine"].append(alone)
+                rates["http"].append(through)
+                say({"engine": round(alone, 1), "http": round(through, 1)})
+    return {
+        "streams": slots,
+        "tokens_of_each": new,
+        "tokens_per_second": {way: _median(found) for way, found in rates.items()},
+        "http_over_engine": _median(
+            a / b for a, b in zip(rates["http"], rates["engine"], strict=True)
+        ),
+    }
+
+
+async def _through_http(server: servers.Server, prompts: list[list[int]], new: int) -> float:
+    async with Target(server.url, server.kind) as target:
+        begun = time.perf_counter()
+        answers = await load(target, prompts, new)
+        seconds = time.perf_counter() - begun
+    if errors := [answer.error for answer in answers if answer.error is not None]:
+        raise SystemExit(f"lminf serve: {errors[0]}")
+    return len(prompts) * new / seconds
+
+
+def _median(values: Any) -> float:
+    return round(statistics.median(values), 4)
+
+
+def say(what: dict[str, float]) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+SECTIONS = {"engine": measure_engine, "http": measure_http}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1000, help="of one turn; at most 3,500")
+    parser.add_argument("--http-tokens", type=int, default=1000, help="of each stream")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    lm = lminf_export.load(arguments.bundle, threads=arguments.threads)
+    result: dict[str, Any] = {}
+    if arguments.out is not None and arguments.out.is_file():
+        result = json.loads(arguments.out.read_text(encoding="utf-8"))
+    result |= {
+        "benchmark": "serving_overhead",
+        **describe_bundle(Bundle.open(arguments.bundle).manifest),
+        "slots": arguments.slots,
+        "threads": arguments.threads,
+    }
+    for name in arguments.sections:
+        result[name] = SECTIONS[name](lm, arguments) | {
+            "rounds": arguments.rounds,
+            "steps": arguments.steps,
+            "environment": environment(),
+        }
+    write_result(arguments.out, result)
+
+
+if __name__ == "__main__":
+    main()
