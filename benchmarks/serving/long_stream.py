@@ -5,9 +5,9 @@
 
 A client reads one answer of 200,000 tokens. Others come by turns: some read their answer to its
 end, some go on with a conversation, some hang up in the middle, some ask for what is refused. The
-resident memory of the server is sampled all the while; behind the warm-up, which is a share of the
-stream, it may not differ by more than 2 %. The server keeps states of answers in `--session-bytes`
-of memory, which are used up during the warm-up.
+resident memory of the server is sampled all the while, and may not differ by more than 2 %. What
+it fills once is filled before the stream begins: visits of all kinds come until the memory for kept
+states (`--session-bytes`) is used up and prompts of all lengths have been read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ SHORT = 64
 HANG_UP = 10
 CONVERSATIONS = 4
 KINDS = ("answered", "hung_up", "refused", "failed")
+LENGTHS = 20  # of their prompts, 1 … 286 tokens
 BUCKETS = 20
 
 
@@ -63,14 +65,16 @@ class Visitors:
     def __init__(self, name: str, target: Target, vocab_size: int, pause: float) -> None:
         self.name, self.target = name, target
         self.vocab_size, self.pause = vocab_size, pause
+        self.number = 0
         self.counts = dict.fromkeys(KINDS, 0)
         self.first_ms: list[float] = []
 
-    async def run(self) -> None:
-        number = 0
-        while True:
-            number += 1
-            length = 1 + number * 37 % 300
+    async def run(self, visits: int | None = None) -> None:
+        """Come and go until cancelled, or so many times without a pause."""
+        numbers = count(self.number) if visits is None else range(visits)
+        for number in numbers:
+            self.number = number + 1
+            length = 1 + number % LENGTHS * 300 // LENGTHS
             (prompt,) = random_prompts(1, length, self.vocab_size, number)
             if number % 5 == 4:
                 answer = await self.target.complete([-1], SHORT, exact=False)
@@ -85,7 +89,8 @@ class Visitors:
                 headers = {"x-session-id": name} if number % 5 == 1 else {}
                 answer = await self.target.complete(prompt, SHORT, headers=headers)
                 self._count("answered" if answer.error is None else "failed", answer)
-            await asyncio.sleep(self.pause)
+            if visits is None:
+                await asyncio.sleep(self.pause)
 
     def _count(self, what: str, answer: Answer | None = None) -> None:
         self.counts[what] += 1
@@ -103,10 +108,10 @@ async def measure(
             Visitors(f"visitor-{i}", target, vocab_size, arguments.pause)
             for i in range(arguments.visitors)
         ]
+        await asyncio.gather(*(group.run(arguments.warm_up_visits) for group in groups))
         (prompt,) = random_prompts(1, 16, vocab_size, 0)
         tasks = [asyncio.create_task(watch.run(server, arguments.sample_seconds))]
         tasks += [asyncio.create_task(group.run()) for group in groups]
-        begun = time.perf_counter()
         try:
             answer = await target.complete(prompt, arguments.tokens)
         finally:
@@ -118,9 +123,10 @@ async def measure(
             raise end
     return {
         "answer": answered(answer, arguments.tokens),
-        "memory": flatness(watch.samples, answer.ended - begun, arguments.warm_up),
+        "memory": flatness(watch.samples),
         "visitors": {
             "at_once": arguments.visitors,
+            "of_each_before": arguments.warm_up_visits,
             **{kind: sum(group.counts[kind] for group in groups) for kind in KINDS},
             "first_token_ms": _median([ms for group in groups for ms in group.first_ms]),
         },
@@ -146,25 +152,22 @@ def answered(answer: Answer, tokens: int) -> dict[str, Any]:
     return found
 
 
-def flatness(samples: list[tuple[float, int]], seconds: float, warm_up: float) -> dict[str, Any]:
-    """Return the memory behind the warm-up, and how far it is from flat.
+def flatness(samples: list[tuple[float, int]]) -> dict[str, Any]:
+    """Return how far memory is from flat.
 
     Args:
         samples: (seconds, bytes).
-        seconds: of the whole stream.
-        warm_up: share of it.
     """
-    flat = [size for at, size in samples if at >= seconds * warm_up]
-    middle = statistics.median(flat)
+    sizes = [size for _, size in samples]
+    middle = statistics.median(sizes)
     every = max(1, len(samples) // 100)
     return {
-        "warm_up_share": warm_up,
         "samples": len(samples),
         "median_bytes": round(middle),
-        "least_bytes": min(flat),
-        "most_bytes": max(flat),
-        "spread": round((max(flat) - min(flat)) / middle, 5),
-        "last_over_first": round(_tenth(flat, -1) / _tenth(flat, 0), 5),
+        "least_bytes": min(sizes),
+        "most_bytes": max(sizes),
+        "spread": round((max(sizes) - min(sizes)) / middle, 5),
+        "last_over_first": round(_tenth(sizes, -1) / _tenth(sizes, 0), 5),
         "rss_bytes_by_second": [[round(at, 1), size] for at, size in samples[::every]],
     }
 
@@ -190,14 +193,13 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--session-bytes", type=int, default=32 << 20, help="of kept states")
-    parser.add_argument("--warm-up", type=float, default=0.1, help="share of the stream")
+    parser.add_argument("--warm-up-visits", type=int, default=200, help="of each visitor")
     parser.add_argument("--sample-seconds", type=float, default=0.5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     manifest = Bundle.open(arguments.bundle).manifest
-    with servers.ours(
-        "lminf serve", arguments.bundle, arguments.threads, arguments.slots
-    ) as server:
+    bundle, kept = arguments.bundle, ("--session-bytes", str(arguments.session_bytes))
+    with servers.ours("lminf serve", bundle, arguments.threads, arguments.slots, *kept) as server:
         found = asyncio.run(measure(server, manifest.vocab_size, arguments))
     result = {
         "benchmark": "serving_long_stream",
