@@ -30,15 +30,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from lminf_export.runtime.batching.engine import Engine
-from lminf_export.runtime.batching.stream import TokenStream
 
 import lminf_export
 from benchmarks.serving import servers
 from benchmarks.serving.clients import Target, load, random_prompts
 from benchmarks.support.result import write_result
 from lminf_export.bundle.folder import Bundle
+from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
+from lminf_export.runtime.batching.stats import EngineStats
+from lminf_export.runtime.batching.stream import TokenStream
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.language_model import LanguageModel
@@ -134,6 +135,13 @@ def read_by_nobody(streams: Sequence[TokenStream]) -> Callable[[], None]:
 READ = dict(zip(READERS, (read_by_nobody, read_by_threads, read_by_asyncio), strict=True))
 
 
+def at_step(engine: Engine, goal: int) -> tuple[float, EngineStats, float]:
+    """Wait for a number of steps; return the time, the counts, and the thread's processor time."""
+    while (left := goal - engine.stats().steps) > 0:
+        time.sleep(min(0.02, max(1e-4, left * 2e-4)))
+    return time.perf_counter(), engine.stats(), engine_thread_time()
+
+
 def engine_turn(engine: Engine, slots: int, steps: int, reader: str) -> dict[str, float]:
     """Fill all slots with new streams; return milliseconds of a turn, and of its step."""
     request = Request([5], max_new_tokens=None, sampling=GREEDY, stop_token_ids=frozenset())
@@ -141,13 +149,8 @@ def engine_turn(engine: Engine, slots: int, steps: int, reader: str) -> dict[str
     join = READ[reader](streams)
     while (stats := engine.stats()).active < slots or stats.prefilling:
         time.sleep(0.001)
-    goal = stats.steps + WARM
-    while (stats := engine.stats()).steps < goal:
-        time.sleep(0.001)
-    begun, busy, first = time.perf_counter(), engine_thread_time(), engine.stats()
-    while (last := engine.stats()).steps < first.steps + steps:
-        time.sleep(0.02)
-    seconds, busy = time.perf_counter() - begun, engine_thread_time() - busy
+    begun, first, used = at_step(engine, stats.steps + WARM)
+    ended, last, used_then = at_step(engine, first.steps + steps)
     done = last.steps - first.steps
     for stream in streams:
         stream.cancel()
@@ -155,8 +158,8 @@ def engine_turn(engine: Engine, slots: int, steps: int, reader: str) -> dict[str
     while engine.stats().active:
         time.sleep(0.001)
     return {
-        "turn": seconds / done * 1e3,
-        "processor": busy / done * 1e3,
+        "turn": (ended - begun) / done * 1e3,
+        "processor": (used_then - used) / done * 1e3,
         "step": (last.step_seconds - first.step_seconds) / done * 1e3,
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-from scripts.docs import step
+from scripts.docs import serving_numbers, step
 from scripts.docs.tables import GIB, MIB, NotMeasuredError, load, table
 
 
@@ -321,4 +321,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "key-bias": key_bias,
     "drawing": step.drawing,
     "gguf-race": step.gguf_race,
+    **serving_numbers.TABLES,
 }
