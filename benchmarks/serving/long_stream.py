@@ -41,7 +41,7 @@ BUCKETS = 20
 
 @dataclass
 class Watch:
-    """What is seen of a server: (seconds, bytes) of its memory."""
+    """Samples of a server: (seconds, bytes) of its memory."""
 
     samples: list[tuple[float, int]] = field(default_factory=list)
 

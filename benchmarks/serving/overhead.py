@@ -1,4 +1,4 @@
-"""What an engine adds to the steps of its session, and what HTTP adds to the engine.
+"""An engine beside the bare steps of its session, and HTTP beside the engine.
 
     python -m benchmarks.serving.overhead --bundle BUNDLE \\
         --out benchmarks/results/serving_overhead.json

@@ -135,7 +135,7 @@ def llama(name: str, binary: Path, model: Path, threads: int, slots: int, contex
 
 
 def version_of(binary: Path | None) -> str:
-    """What llama-server says of its version and compiler."""
+    """Return llama-server's version and compiler, in its own words."""
     if binary is None:
         return "not given"
     told = subprocess.run([str(binary), "--version"], capture_output=True, text=True, check=False)

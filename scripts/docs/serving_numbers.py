@@ -61,7 +61,7 @@ def follow_ups() -> str:
 
 
 def overhead() -> str:
-    """What an engine adds to a step, by who reads its streams."""
+    """Times of an engine beside a bare loop, by who reads its streams."""
     found = load("serving_overhead")
     engine = found["engine"]
     rows = [
