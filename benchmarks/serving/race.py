@@ -132,7 +132,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for; a result with other settings is begun anew."""
+    """Return the settings of a result; one with others is begun anew."""
     return {
         "clients": arguments.clients,
         "prompt_tokens": arguments.prompt_tokens,
