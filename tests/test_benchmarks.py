@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lminf_export
 from lminf_export.runtime.kernels import INSTALLED
+from tests.support.benchmarks import benchmark
 from tests.support.tiny_models import save_llama
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def benchmark(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.mark.slow

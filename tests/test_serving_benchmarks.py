@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import serving
-from tests.test_benchmarks import benchmark
+from tests.support.benchmarks import benchmark
 
 
 @pytest.mark.slow
