@@ -191,8 +191,22 @@ def test_options_that_do_not_go_together(options, words, bundle):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_lines_are_answered_as_they_come_and_ctrl_c_ends(bundle):
+def test_a_stream_goes_on_where_it_was_saved(bundle, lm, tmp_path):
+    options = ["--follow", "--max-new-tokens", 5, "--threads", 1]
+    file = tmp_path / "stream.state"
+    whole = lminf("generate", bundle, *options, input="one\ntwo\nthree\n").stdout
+    first = lminf("generate", bundle, *options, "--save-state", file, input="one\ntwo\n")
+    then = lminf("generate", bundle, *options, "--load-state", file, input="three\n")
+    assert first.stdout + then.stdout == whole
+    refused = lminf("generate", bundle, *options, "--save-state", tmp_path / "no" / "x", input="a")
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+
+
+def test_lines_are_answered_as_they_come_and_ctrl_c_ends(bundle, lm, tmp_path):
+    file = tmp_path / "stream.state"
     command = [*LMINF, "generate", str(bundle), "--follow", "--max-new-tokens", "3"]
+    command += ["--save-state", str(file)]
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -211,3 +225,4 @@ def test_lines_are_answered_as_they_come_and_ctrl_c_ends(bundle):
         _, words = child.communicate(timeout=30)
         assert child.returncode == 130
         assert b"interrupted: 2 lines" in words
+    assert lm.load_state(file).furthest > len("one two")

@@ -21,6 +21,8 @@ def follow(
     prompt: str,
     write_after: WriteAfter,
     *,
+    load_state: str | None,
+    save_state: str | None,
     stats: bool,
     stop: tuple[str, ...],
     **settings: Any,
@@ -31,13 +33,18 @@ def follow(
         model: the model.
         prompt: text before the first line.
         write_after: see `Following`.
+        load_state: file of a stream to go on with, None for none.
+        save_state: file that the stream is written to at the end, None for none.
         stats: print lines, tokens and cache to stderr at the end.
         stop: strings that end what is written.
         settings: see `LanguageModel.generate`.
     """
     from lminf_export.runtime.following import Following
+    from lminf_export.runtime.state_file import require_place
 
-    following = Following(model, prompt, write_after)
+    if save_state is not None:
+        require_place(save_state)
+    following = Following(model, prompt, write_after, load=load_state)
     started = time.perf_counter()
 
     def statistics() -> str:
@@ -49,9 +56,17 @@ def follow(
             f"{human_bytes(stream.state.max_nbytes)}"
         )
 
-    with when_interrupted(statistics):
+    def kept() -> str:
+        if save_state is None:
+            return statistics()
+        following.stream.save(save_state)
+        return f"{statistics()}; the stream is in {save_state}"
+
+    with when_interrupted(kept):
         for piece in following.answers(sys.stdin.buffer, stop=stop, **settings):
             click.echo(piece, nl=False)
             sys.stdout.flush()
+    if save_state is not None:
+        following.stream.save(save_state)
     if stats:
         click.echo(statistics(), err=True)

@@ -110,8 +110,6 @@ def generate_command(
         raise InputError("--follow writes line by line; it takes neither --endless nor --json")
     if write_after is not None and not follow:
         raise InputError("--write-after says where --follow writes; give both")
-    if follow and (load_state or save_state):
-        raise InputError("--follow keeps no state; it takes neither --load-state nor --save-state")
     prompt_text: str | None
     if follow:
         prompt_text = _text_before(prompt, prompt_file, stdin)
@@ -124,6 +122,8 @@ def generate_command(
             model,
             prompt_text or "",
             write_after or "line",
+            load_state=load_state,
+            save_state=save_state,
             stats=stats,
             stop=stop,
             max_new_tokens=limit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from lminf_export.runtime.language_model import LanguageModel
@@ -32,18 +33,30 @@ class Following:
     Args:
         model: the model.
         prompt: text before the first line.
+        load: file of a stream to go on with, which stands before the prompt; None for none.
         write_after: where the model writes; it ends with a line, with "blank" at a blank line.
 
     Attributes:
         stream: what has been read and written.
         num_lines: lines read.
         num_written: tokens written.
+
+    Raises:
+        InputError: the file cannot be read.
+        SessionError: it is damaged or of another bundle.
     """
 
     def __init__(
-        self, model: LanguageModel, prompt: str = "", write_after: WriteAfter = "line"
+        self,
+        model: LanguageModel,
+        prompt: str = "",
+        write_after: WriteAfter = "line",
+        *,
+        load: str | Path | None = None,
     ) -> None:
         self.stream = OneStream(model)
+        if load is not None:
+            self.stream.load(load)
         self.num_lines = self.num_written = 0
         self._codec = model.codec
         self._write_after = write_after
