@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import BinaryIO
 import httpx
 import pytest
 
+from lminf_export.errors import InputError
 from lminf_export.serve.session_folder import SessionFolder
 from tests.support import serving
 from tests.support.serving import post
@@ -108,6 +110,23 @@ def test_a_folder_of_other_things_is_left_as_it_is(tmp_path):
     (tmp_path / ".lock").unlink()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
+    """In a place where everybody may make one, such as /tmp."""
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(InputError, match="another user"):
+        SessionFolder(tmp_path, 1 << 20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path):
+    target = tmp_path / "target"
+    (tmp_path / "sessions").mkdir()
+    (tmp_path / "sessions" / ".lock").symlink_to(target)
+    with pytest.raises(InputError, match="session-folder"):
+        SessionFolder(tmp_path / "sessions", 1 << 20)
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("state", [".", "..", "lminf.json", "", "1" * 64 + "-00000000.state"])

@@ -106,12 +106,12 @@ def test_an_answer_streams_in_and_is_the_models_own(watched, demo_lm):
         "document.querySelector('#log').textContent.length)).observe(document.querySelector("
         "'#log'), {childList: true, characterData: true, subtree: true}); return found; }"
     )
-    watched.set(temperature=0, max_tokens=300)
+    watched.set(temperature=0, max_tokens=900)
     watched.send(QUESTION)
     asked = [{"role": "user", "content": QUESTION}]
-    assert watched.answer(0) == offline_answer(demo_lm, asked, 300)
+    assert watched.answer(0) == offline_answer(demo_lm, asked, 900)
     grown = lengths.json_value()
-    assert len(set(grown)) > 5
+    assert len(set(grown)) > 3
     assert grown == sorted(grown)
     expect(watched.page.locator("#note")).to_have_text(re.compile("number of tokens"))
     expect(watched.page.locator("#position")).to_have_text(re.compile(r"^\d\d\d$"))

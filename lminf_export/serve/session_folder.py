@@ -31,6 +31,8 @@ _IS_STATE = re.compile(r"([0-9a-f]{64})-[0-9a-f]{8}\.state")
 _IS_OURS = re.compile(
     rf"(?:{_IS_RECORD.pattern}|{_IS_STATE.pattern})(?:\.part)?|\.state-\w+|\.lock", re.ASCII
 )
+# Other programs do not get the file, and a link that somebody has put there is not followed.
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
 _MAX_RECORD = 65536
 _MAX_UNREAD = 64
 
@@ -62,9 +64,11 @@ class SessionFolder:
         self._lock = threading.Lock()
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.geteuid() not in (0, path.stat().st_uid):
+                raise InputError(f"--session-folder {path} belongs to another user; take your own")
             if all(map(_IS_OURS.fullmatch, os.listdir(path))):
                 path.chmod(0o700)
-            self._guard = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._guard = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | _SAFELY, 0o600)
         except OSError as error:
             raise InputError(f"--session-folder {path}: {error.strerror}") from None
         try:
@@ -169,7 +173,7 @@ class SessionFolder:
     def _write_record(self, key: str, record: dict[str, Any]) -> None:
         part = self._path / (key + _RECORD + _PART)
         try:
-            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _SAFELY, 0o600)
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 json.dump(record, file)
                 file.flush()
