@@ -36,8 +36,8 @@ struct FourRows {
 // sums[t][r] += x[t] · rows[r] over some columns, lane by lane: column k belongs to lane k mod
 // kWidth, and a lane's products are added in the order of the columns. That and `sumsOf` is the
 // order of every sum, however many tokens and rows are computed together. Never inlined: the
-// registers are its own. kLines: cache lines from `ahead` on that each step asks for.
-template <int kTokens, int kTogether, int kLines, typename W>
+// registers are its own. kAsked: vectors of weights, from `ahead` on, that each step asks for.
+template <int kTokens, int kTogether, int kAsked, typename W>
 __attribute__((noinline)) void tile(const float* x, int64_t xStride, const FourRows<W>& rows,
                                     int64_t depth, const char* ahead, bool starts, float* sums) {
   for (int first = 0; first < kRows; first += kTogether) {
@@ -52,9 +52,11 @@ __attribute__((noinline)) void tile(const float* x, int64_t xStride, const FourR
       }
     }
     for (int64_t k = 0; k < depth; k += kWidth) {
-      for (int line = 0; line < kLines; ++line, ahead += 64) {
-        __builtin_prefetch(ahead, 0, kLines == 1 ? 0 : 3);
+      constexpr int kBytes = kAsked * kWidth * static_cast<int>(sizeof(W));
+      for (int byte = 0; byte < kBytes; byte += 64) {
+        __builtin_prefetch(ahead + byte, 0, kAsked == 1 ? 0 : 3);
       }
+      ahead += kBytes;
       Vec weight[kTogether];
       for (int r = 0; r < kTogether; ++r) weight[r] = load(row[r] + k);
       for (int t = 0; t < kTokens; ++t) {
@@ -71,11 +73,11 @@ __attribute__((noinline)) void tile(const float* x, int64_t xStride, const FourR
 }
 
 // The same for any number of columns: what no vector divides comes last, with zeros behind it.
-template <int kTokens, int kTogether, int kLines, typename W>
+template <int kTokens, int kTogether, int kAsked, typename W>
 inline void meet(const float* x, int64_t xStride, const FourRows<W>& rows, int64_t depth,
                  const char* ahead, bool starts, float* sums) {
   const int64_t whole = depth / kWidth * kWidth, rest = depth - whole;
-  tile<kTokens, kTogether, kLines>(x, xStride, rows, whole, ahead, starts, sums);
+  tile<kTokens, kTogether, kAsked>(x, xStride, rows, whole, ahead, starts, sums);
   if (rest == 0) return;
   float lastX[kTokens * kWidth] = {};
   W last[kRows * kWidth] = {};
@@ -101,13 +103,13 @@ inline void streamFour(const Linear& p, const W* rows, int64_t stride, int64_t r
   const int64_t next = kRows * stride * static_cast<int64_t>(sizeof(W));
   alignas(64) float sums[kMostTokens * kRows * kWidth];
   forTokenGroups<kMostTokens>(0, p.tokens, [&](auto size, int64_t token) {
-    const auto run = [&](auto together, auto lines, const char* ahead) {
-      meet<size, together, lines>(p.x + token * p.inFeatures, p.inFeatures, four, p.inFeatures,
+    const auto run = [&](auto together, auto asked, const char* ahead) {
+      meet<size, together, asked>(p.x + token * p.inFeatures, p.inFeatures, four, p.inFeatures,
                                   ahead, true, sums);
     };
     constexpr std::integral_constant<int, kRows> all{};
-    if constexpr (size == 1 && kWidth >= 16) {
-      // A single token takes wide vectors row after row, as memory streams best.
+    if constexpr (size == 1) {
+      // A single token takes row after row, as memory streams best.
       run(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{}, here + kAheadBytes);
     } else if (p.tokens == size) {
       run(all, std::integral_constant<int, 4>{}, here + next);
