@@ -26,12 +26,7 @@ def zeros_together(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[n
     Args:
         arrays: shape and element type of each.
     """
-    return arrays_in(zero_bytes(bytes_together(arrays)), arrays)
-
-
-def bytes_together(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> int:
-    """Return the bytes that arrays take side by side."""
-    return _starts(arrays)[-1]
+    return arrays_in(zero_bytes(starts_together(arrays)[-1]), arrays)
 
 
 def arrays_in(
@@ -40,12 +35,13 @@ def arrays_in(
     """Return arrays over the beginning of some memory, side by side.
 
     Args:
-        memory: bytes, at least `bytes_together` of them.
+        memory: bytes, as many as `starts_together` ends with.
         arrays: shape and element type of each.
     """
+    buffer: Any = memory
     return [
-        memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-        for (shape, dtype), start in zip(arrays, _starts(arrays), strict=False)
+        np.ndarray(shape, dtype, buffer, start)
+        for (shape, dtype), start in zip(arrays, starts_together(arrays), strict=False)
     ]
 
 
@@ -71,9 +67,10 @@ def assign_together(targets: Sequence[np.ndarray], sources: Sequence[np.ndarray]
     deque(map(write, targets, repeat(...), sources), maxlen=0)
 
 
-def _starts(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[int]:
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in arrays]
-    starts: list[int] = np.cumsum(
-        [0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)], dtype=np.int64
-    ).tolist()
+def starts_together(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[int]:
+    """Return where each array begins, and where the last one ends."""
+    starts = [0]
+    for shape, dtype in arrays:
+        size = math.prod(shape) * dtype.itemsize
+        starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
     return starts

@@ -15,7 +15,8 @@ from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.in_use import InUse
 from lminf_export.runtime.inputs import checked_positions, listed_ids
-from lminf_export.runtime.snapshot import Snapshot, random_cache
+from lminf_export.runtime.snapshot import Snapshot
+from lminf_export.runtime.snapshot_memory import random_cache
 
 # A ring is bound only as large as its tokens need: attention reads all of it at every step.
 GROWTH = 1.25
@@ -293,7 +294,7 @@ class State:
         raise NotImplementedError
 
     def _read_caches(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Copy the first slots of the caches into arrays of main memory, by input name."""
+        """Copy the first slots of the caches into arrays by name, in graph order."""
         raise NotImplementedError
 
     def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:

@@ -14,6 +14,8 @@ class InUse:
     is let in again, so that it can go on.
     """
 
+    __slots__ = ("_thread",)
+
     def __init__(self) -> None:
         # One entry at most: `setdefault` finds or sets it in one step that no thread divides.
         self._thread: dict[str, int] = {}
@@ -26,5 +28,5 @@ class InUse:
                 "thread (State.fork makes some), or an Engine for many streams"
             )
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._thread.clear()

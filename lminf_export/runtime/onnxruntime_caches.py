@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lminf_export.operator.bindings import TensorSpec
-from lminf_export.runtime.snapshot import numpy_dtype
+from lminf_export.runtime.snapshot_memory import numpy_dtype
 
 _ONNX_BFLOAT16 = 16
 

@@ -20,7 +20,8 @@ from lminf_export.runtime.memory import require_free
 from lminf_export.runtime.onnxruntime_caches import Cache, DeviceCache, SharedCache
 from lminf_export.runtime.onnxruntime_call import Call
 from lminf_export.runtime.options import Provider
-from lminf_export.runtime.snapshot import Snapshot, numpy_dtype, used_slots
+from lminf_export.runtime.snapshot import Snapshot
+from lminf_export.runtime.snapshot_memory import numpy_dtype, used_slots
 
 
 @dataclass
@@ -221,16 +222,21 @@ class OnnxRuntimeState(State):
         targets, sources = [bound.past_length], [snapshot.past_length]
         for cache in bound.caches:
             array, content = cache.content(), snapshot.caches[cache.past]
-            slots = min(content.shape[2], array.shape[2])
-            targets += [array[:, :, :slots], array[:, :, slots:]]
-            sources += [content[:, :, :slots], np.zeros((), array.dtype)]
+            slots = content.shape[2]
+            if slots < array.shape[2]:
+                targets.append(array[:, :, slots:])
+                sources.append(np.zeros((), array.dtype))
+                array = array[:, :, :slots]
+            targets.append(array)
+            sources.append(content)
         assign_together(targets, sources)
         self._bound = bound
 
     def _read_caches(self, arrays: Mapping[str, np.ndarray]) -> None:
-        for cache in self._bound.caches:
-            array = arrays[cache.past]
-            array[...] = cache.content()[:, :, : array.shape[2]]
+        for cache, array in zip(self._bound.caches, arrays.values(), strict=True):
+            content = cache.content()
+            slots = array.shape[2]
+            array[...] = content if slots == content.shape[2] else content[:, :, :slots]
 
     def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
         for cache in self._bound.caches:

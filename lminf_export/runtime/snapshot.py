@@ -15,10 +15,14 @@ from lminf_export.errors import InputError, SessionError, shown
 from lminf_export.operator.bindings import BATCH, PAST_LENGTH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION
-from lminf_export.runtime.arrays import arrays_in, bytes_together, zero_bytes
 from lminf_export.runtime.inputs import integers, listed_ids
+from lminf_export.runtime.snapshot_memory import (
+    SnapshotMemory,
+    numpy_dtype,
+    read_only,
+    used_slots,
+)
 from lminf_export.runtime.state_file import StateFile, write_state_file
-from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 _FORMAT, _VERSION = "lminf-state", "1"
 
@@ -48,7 +52,9 @@ class Snapshot:
     state_id: str | None = None
     unread: tuple[int, ...] = ()
     context: tuple[int, ...] = ()
-    _memory: np.ndarray | None = field(default=None, repr=False)
+    # Whether the arrays, which stay as they are, have been checked; and whose memory they are.
+    _is_sound: bool = field(default=False, init=False, repr=False)
+    _memory: SnapshotMemory | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.contract, GraphContract) or not isinstance(self.caches, Mapping):
@@ -58,12 +64,13 @@ class Snapshot:
         arrays = (self.past_length, *self.caches.values())
         if not all(isinstance(array, np.ndarray) for array in arrays):
             raise InputError("a Snapshot is made of numpy arrays: lengths, and caches by name")
-        object.__setattr__(self, "past_length", _read_only(self.past_length))
-        caches = {name: _read_only(array) for name, array in self.caches.items()}
+        object.__setattr__(self, "past_length", read_only(self.past_length.copy()))
+        caches = {name: read_only(array) for name, array in self.caches.items()}
         object.__setattr__(self, "caches", caches)
         for name in ("unread", "context"):
-            ids = listed_ids(getattr(self, name), name, self.contract.vocab_size)
-            object.__setattr__(self, name, tuple(ids))
+            if getattr(self, name) != ():
+                ids = listed_ids(getattr(self, name), name, self.contract.vocab_size)
+                object.__setattr__(self, name, tuple(ids))
 
     @classmethod
     def begin(
@@ -81,25 +88,27 @@ class Snapshot:
             state_id: of the bundle.
             into: a snapshot whose memory may be used, and which holds nothing from then on.
         """
-        used = used_slots(contract, int(past_length.max()))
-        specs = list(contract.caches(present=False))
-        sizes = {**contract.ring_sizes(), BATCH: len(past_length)}
-        tables = []
-        for spec in specs:
-            batch, heads, _, row = spec.sized(sizes)
-            tables.append(((batch, heads, used[spec.name], row), numpy_dtype(spec.dtype)))
-        needed = bytes_together(tables)
-        memory = None if into is None else into._give_memory()
-        if memory is None or memory.nbytes < needed:
-            memory = zero_bytes(needed)
-        arrays = arrays_in(memory, tables)
-        caches = {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
-        return cls(contract, past_length, caches, state_id, _memory=memory), caches
+        old = None if into is None else into._give_memory()
+        furthest = max(past_length.tolist())
+        memory = SnapshotMemory(contract, len(past_length), furthest, old)
+        found = object.__new__(cls)  # all of it fits: there is nothing to check
+        found.__dict__.update(
+            contract=contract,
+            past_length=read_only(past_length),
+            caches=memory.caches,
+            state_id=state_id,
+            unread=(),
+            context=(),
+            _is_sound=True,
+            _memory=memory,
+        )
+        return found, memory.arrays
 
-    def _give_memory(self) -> np.ndarray | None:
+    def _give_memory(self) -> SnapshotMemory | None:
         memory = self._memory
         if memory is not None:
             object.__setattr__(self, "_memory", None)
+            object.__setattr__(self, "_is_sound", False)
             object.__setattr__(self, "caches", {})
         return memory
 
@@ -135,7 +144,7 @@ class Snapshot:
         lengths = self.past_length[index]
         used = used_slots(self.contract, int(lengths.max()))
         caches = {name: array[index, :, : used[name]] for name, array in self.caches.items()}
-        return replace(self, past_length=lengths, caches=caches, _memory=None)
+        return replace(self, past_length=lengths, caches=caches)
 
     def save(self, path: str | Path) -> None:
         """Write the snapshot to a file: safetensors, with a checksum; docs/state.md has the form.
@@ -281,6 +290,8 @@ class Snapshot:
             SessionError: the first array that is missing, too many, of another shape or type,
                 or too short for the tokens that the streams have read.
         """
+        if self._is_sound:
+            return
         lengths = self.past_length
         if lengths.ndim != 1 or lengths.dtype != np.int64 or not lengths.size:
             raise SessionError(
@@ -309,6 +320,7 @@ class Snapshot:
                 )
         if any(count < min(self.furthest, full[symbol]) for symbol, count in slots.items()):
             raise SessionError(f"this snapshot is damaged: it lacks some of {self.furthest} tokens")
+        object.__setattr__(self, "_is_sound", True)
 
 
 def _contract_fields(contract: GraphContract) -> dict[str, Any]:
@@ -327,34 +339,3 @@ def _is_json(text: str | None, expected: Any) -> bool:
         return text is not None and bool(parse_json(text) == expected)
     except ValueError:
         return False
-
-
-def used_slots(contract: GraphContract, furthest: int) -> dict[str, int]:
-    """Return the slots of each cache that hold something of tokens 0 … furthest − 1, by name.
-
-    Those of sink tokens are few and count in whole.
-    """
-    rings = {symbol: min(full, furthest) for symbol, full in contract.ring_sizes().items()}
-    return {
-        spec.name: spec.sized({**rings, BATCH: 1})[2] for spec in contract.caches(present=False)
-    }
-
-
-def numpy_dtype(dtype: str) -> np.dtype:
-    """Return the type of arrays of an element type; numpy lacks bfloat16, so it is uint16."""
-    return np.dtype(ELEMENT_TYPES[dtype].numpy)
-
-
-def random_cache(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.ndarray:
-    """Return random finite cache content: integers −8 … 8, or eighths of them in float types."""
-    whole = rng.integers(-8, 9, shape)
-    if dtype == "bfloat16":
-        # The upper half of a float32, exact for so few bits.
-        return ((whole / 8).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return (whole if dtype == "int8" else whole / 8).astype(dtype)
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    view = np.asarray(array).view()
-    view.flags.writeable = False
-    return view

@@ -24,7 +24,7 @@ import numpy as np
 from lminf_export.bundle.files import sync
 from lminf_export.disk import parse_json, user_path
 from lminf_export.errors import InputError, SessionError, shortened, shown
-from lminf_export.runtime.arrays import zeros_together
+from lminf_export.runtime.arrays import arrays_in, starts_together
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 # What readers of safetensors take, and far beyond the header of a state.
@@ -33,6 +33,7 @@ _CHECKSUM = "crc32"
 _METADATA = "__metadata__"
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 64
+_PIECE = 2**20
 _DTYPES: dict[str, np.dtype] = {
     **{x.safetensors: np.dtype(x.numpy) for x in ELEMENT_TYPES.values() if x.name == x.numpy},
     # bfloat16 as numpy has it: its bits.
@@ -151,18 +152,17 @@ class StateFile:
         Raises:
             SessionError: a bit is not as it was written.
         """
-        arrays = dict(
-            zip(
-                self.shapes,
-                zeros_together([(shape, dtype) for dtype, shape in self.shapes.values()]),
-                strict=True,
-            )
-        )
+        tables = [(shape, dtype) for dtype, shape in self.shapes.values()]
+        memory = np.empty(starts_together(tables)[-1], np.uint8)
+        arrays = dict(zip(self.shapes, arrays_in(memory, tables), strict=True))
         checksum = _header_checksum(self.metadata, self._tensors)
         for array in arrays.values():
-            if self._file.readinto(_bytes(array)) != array.nbytes:  # type: ignore[attr-defined]
-                raise self.damaged("it became shorter while it was read")
-            checksum = zlib.crc32(_bytes(array), checksum)
+            content = _bytes(array)
+            for start in range(0, len(content), _PIECE):
+                piece = content[start : start + _PIECE]  # still in the processor's cache
+                if self._file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                    raise self.damaged("it became shorter while it was read")
+                checksum = zlib.crc32(piece, checksum)
         if self._checksum != f"{checksum:08x}":
             raise self.damaged("its content does not match its checksum")
         return arrays

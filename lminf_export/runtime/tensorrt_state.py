@@ -18,7 +18,8 @@ from lminf_export.operator.bindings import TensorSpec
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.runtime.cache import Bound, State
 from lminf_export.runtime.gpu import Buffers, Cuda, Graph
-from lminf_export.runtime.snapshot import Snapshot, numpy_dtype
+from lminf_export.runtime.snapshot import Snapshot
+from lminf_export.runtime.snapshot_memory import numpy_dtype
 from lminf_export.runtime.tensorrt_inputs import ALIGNMENT, SmallInputs
 
 
