@@ -10,6 +10,7 @@ import pytest
 import lminf_export
 from lminf_export.runtime.kernels import INSTALLED
 from tests.support.benchmarks import benchmark
+from tests.support.tiny_bundle import TinyModel
 from tests.support.tiny_models import save_llama
 
 
@@ -75,6 +76,15 @@ def test_drawing_measures_every_kind_of_sampling(tmp_path):
     assert all(
         row[way][b]["best"] > 0 for row in rows for way in ("numpy", "library") for b in "14"
     )
+
+
+def test_snapshots_are_compared_with_plain_copies(tmp_path):
+    out, bundle = tmp_path / "snapshots.json", TinyModel().write(tmp_path / "b").path
+    benchmark("decoding.snapshots", bundle, "--rounds", 1, "--small", "--out", out)
+    for state in json.loads(out.read_text())["states"]:
+        assert state["file_bytes"] > state["bytes"] > 0
+        assert len(state["times"]) == 8
+        assert all(row["ms"] > 0 < row["ratio"] for row in state["times"].values())
 
 
 @pytest.mark.slow

@@ -41,12 +41,14 @@ def main() -> int:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--small", action="store_true", help="a larger shape that is not large")
     parser.add_argument("--folder", type=Path, help="where files are written; a temporary one")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     demo = load(asked.bundle, threads=1).new_state(STREAMS, full=True)
     layer = LayerSpec(HEADS, ROW, WINDOW, SINKS, WINDOW, WINDOW + CHUNK)
-    large = GraphContract((layer,) * LAYERS, "float16", None, 32_000)
+    layers = (layer,) * (1 if asked.small else LAYERS)
+    large = GraphContract(layers, "float16", None, 32_000)
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         measured = [
             measure(name, state, asked.rounds, Path(folder) / "state")
