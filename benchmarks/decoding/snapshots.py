@@ -1,4 +1,4 @@
-"""What a state costs as a value: snapshot, restore, fork, save and load beside plain copies.
+"""The cost of a state as a value: snapshot, restore, fork, save and load beside plain copies.
 
 Each is measured in turn with a copy of the same bytes: into memory that was written before, into
 fresh memory, or with a plain file. The state is one stream of several in a state whose rings are

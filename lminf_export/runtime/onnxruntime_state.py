@@ -219,24 +219,28 @@ class OnnxRuntimeState(State):
         }
         if capacities != bound.capacities:
             bound = new_bound(self.contract, self.batch_size, capacities)
-        targets, sources = [bound.past_length], [snapshot.past_length]
-        for cache in bound.caches:
-            array, content = cache.content(), snapshot.caches[cache.past]
-            slots = content.shape[2]
-            if slots < array.shape[2]:
-                targets.append(array[:, :, slots:])
-                sources.append(np.zeros((), array.dtype))
-                array = array[:, :, :slots]
-            targets.append(array)
-            sources.append(content)
+        tails: list[np.ndarray] = []
+        targets = [cache.content() for cache in bound.caches]
+        sources = [snapshot.caches[cache.past] for cache in bound.caches]
+        for place, (array, content) in enumerate(zip(targets, sources, strict=True)):
+            if content.shape != array.shape:
+                slots = content.shape[2]
+                targets[place] = array[:, :, :slots]
+                tails.append(array[:, :, slots:])
+        targets += [*tails, bound.past_length]
+        sources += [*(np.zeros((), tail.dtype) for tail in tails), snapshot.past_length]
         assign_together(targets, sources)
         self._bound = bound
 
     def _read_caches(self, arrays: Mapping[str, np.ndarray]) -> None:
-        for cache, array in zip(self._bound.caches, arrays.values(), strict=True):
-            content = cache.content()
-            slots = array.shape[2]
-            array[...] = content if slots == content.shape[2] else content[:, :, :slots]
+        targets = list(arrays.values())
+        sources = [cache.content() for cache in self._bound.caches]
+        if self.furthest < max(self._bound.capacities.values(), default=0):
+            sources = [
+                content[:, :, : array.shape[2]]
+                for content, array in zip(sources, targets, strict=True)
+            ]
+        assign_together(targets, sources)
 
     def _write_caches(self, caches: Mapping[str, np.ndarray]) -> None:
         for cache in self._bound.caches:
