@@ -10,11 +10,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lminf_export.runtime.batching.request import Token
+from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.token_bytes import TokenBytes
 from lminf_export.serve.answer_text import AnswerText, stop_watch
+from lminf_export.serve.generation import generation_of
 from lminf_export.serve.log_probabilities import completion_logprobs, token_name
+from lminf_export.serve.openai_schema import ChatFields
 from lminf_export.serve.rolling import RollingHash, ids_bytes, messages_bytes
+from lminf_export.serve.served_model import ServedModel
+from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.state_store import StateStore
 
 TEXT = "Grüße, 世界 🙂🙂 and naïve café; the end."
@@ -135,3 +140,19 @@ def test_the_longest_prefix_is_found_and_the_least_used_makes_room():
     assert store.counts().nbytes == 3 * (1000 + 4096)
     store.keep_prefix("a", RollingHash().then(ids_bytes(ids)), _Sized(10**9, 100))
     assert found("a", [*ids, 1]) == 50
+
+
+def test_what_ends_an_answer_in_the_template_ends_a_chat(demo_lm):
+    """Though the model's files do not name it."""
+    text = "{% for m in messages %}{{ m.content }}{{ bos_token }}{% endfor %}"
+    settings = ServeSettings(slots=1)
+    template = ChatTemplate(text, {"bos_token": "<|bos|>"})
+    model = ServedModel.of("demo", demo_lm, settings, template)
+    model.engine.close()
+    manifest = demo_lm.bundle.manifest
+    fields = ChatFields(model="demo", messages=[{"role": "user", "content": "Hi"}])
+    assert model.end_ids == {0}
+    assert generation_of(fields, settings, manifest, model.end_ids).stop_token_ids == {0}
+    assert generation_of(fields, settings, manifest).stop_token_ids is None
+    fields.ignore_eos = True
+    assert generation_of(fields, settings, manifest, model.end_ids).stop_token_ids == frozenset()

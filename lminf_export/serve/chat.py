@@ -34,7 +34,7 @@ async def chat(serving: Serving, request: Request) -> Response:
     fields = read_fields(ChatFields, await read_json(request, serving.settings))
     require_plain_chat(fields)
     model = serving.model(fields.model)
-    generation = generation_of(fields, serving.settings, model.lm.bundle.manifest)
+    generation = generation_of(fields, serving.settings, model.lm.bundle.manifest, model.end_ids)
     template = model.require_template()
 
     def plans(conversation: Conversation | None) -> list[Plan]:

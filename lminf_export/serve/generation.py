@@ -43,9 +43,18 @@ class Generation:
 
 
 def generation_of(
-    fields: CompletionFields | ChatFields, settings: ServeSettings, manifest: Manifest
+    fields: CompletionFields | ChatFields,
+    settings: ServeSettings,
+    manifest: Manifest,
+    end_ids: frozenset[int] = frozenset(),
 ) -> Generation:
     """Return how a request to a bundle of this manifest wants its answer written.
+
+    Args:
+        fields: of the request.
+        settings: the server's limits.
+        manifest: of the bundle.
+        end_ids: token ids that end an answer beside the manifest's.
 
     Raises:
         ApiError: 400, naming the field and the limit.
@@ -71,7 +80,7 @@ def generation_of(
         max_new_tokens=max_new_tokens,
         n=n,
         stop=_stops(fields.stop, settings),
-        stop_token_ids=_stop_ids(fields, manifest),
+        stop_token_ids=_stop_ids(fields, manifest, end_ids),
         num_logprobs=num_logprobs,
         stream=stream,
         include_usage=bool(options and options.include_usage),
@@ -115,12 +124,15 @@ def _stops(stop: str | list[str] | None, settings: ServeSettings) -> tuple[str, 
     return stops
 
 
-def _stop_ids(fields: GenerationFields, manifest: Manifest) -> frozenset[int] | None:
+def _stop_ids(
+    fields: GenerationFields, manifest: Manifest, end_ids: frozenset[int]
+) -> frozenset[int] | None:
     own = fields.stop_token_ids or []
     require_ids(own, manifest.vocab_size, "stop_token_ids")
     if fields.ignore_eos:
         return frozenset(own)
-    return frozenset((*own, *manifest.eos_token_ids)) if own else None
+    ends = frozenset((*own, *end_ids))
+    return ends.union(manifest.eos_token_ids) if ends else None
 
 
 def _sampling(fields: GenerationFields, vocab_size: int) -> SamplingConfig:

@@ -6,10 +6,12 @@ import logging
 import time
 from dataclasses import dataclass, field
 
+from lminf_export.errors import LminfError
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.chat.files import find_template
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.text import TextCodec
 from lminf_export.runtime.token_bytes import TokenBytes
 from lminf_export.serve.api_errors import invalid
 from lminf_export.serve.settings import ServeSettings
@@ -27,6 +29,8 @@ class ServedModel:
         engine: over its session.
         template: its chat template, or None.
         token_bytes: the bytes of its tokens.
+        end_ids: tokens that end an answer in the template, such as <|im_end|>, which not every
+            model's files name.
         created: Unix time, seconds.
     """
 
@@ -35,6 +39,7 @@ class ServedModel:
     engine: Engine
     template: ChatTemplate | None
     token_bytes: TokenBytes
+    end_ids: frozenset[int] = frozenset()
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -67,7 +72,8 @@ class ServedModel:
                 "a conversation of %s has up to %d bytes, and session_bytes is %d: long ones are "
                 "not kept in memory", name, state_bytes, settings.session_bytes,
             )  # fmt: skip
-        return cls(name, lm, engine, template, TokenBytes(codec.tokenizer))
+        ends = frozenset() if template is None else _end_ids(template, codec)
+        return cls(name, lm, engine, template, TokenBytes(codec.tokenizer), ends)
 
     def require_template(self) -> ChatTemplate:
         """Return the chat template.
@@ -83,3 +89,10 @@ class ServedModel:
                 "no_chat_template",
             )
         return self.template
+
+
+def _end_ids(template: ChatTemplate, codec: TextCodec) -> frozenset[int]:
+    try:
+        return template.end_ids(codec)
+    except LminfError:  # nothing can be added behind its answers; they are rendered whole
+        return frozenset()
