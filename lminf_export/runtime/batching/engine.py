@@ -16,6 +16,7 @@ from lminf_export.runtime.batching.slot_pool import SlotPool
 from lminf_export.runtime.batching.stats import EngineStats
 from lminf_export.runtime.batching.stream import TokenStream
 from lminf_export.runtime.batching.turns import Turns
+from lminf_export.runtime.batching.waking import WakingThread
 from lminf_export.runtime.language_model import LanguageModel
 
 DEFAULT_SLOTS = 8
@@ -65,7 +66,8 @@ class Engine:
         )
         self.lm, self.slots = lm, slots
         pool = SlotPool(lm, slots, min(chunk, largest))
-        self._turns = Turns(pool, Scheduler(slots, quantum), self._end)
+        self._waking = WakingThread()
+        self._turns = Turns(pool, Scheduler(slots, quantum), self._end, self._waking.wake)
         self._acceptor = Acceptor(lm, self._call)
         self._changed = threading.Condition()
         self._inbox: list[RunningSequence] = []
@@ -200,6 +202,7 @@ class Engine:
                     self._sleep()
         finally:
             self._end_all()
+            self._waking.close()
 
     def _sleep(self) -> None:
         with self._changed:

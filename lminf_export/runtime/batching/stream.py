@@ -159,7 +159,7 @@ class TokenStream:
         self._mailbox.cancel()
 
     def when_ready(self, wake: Callable[[], None]) -> bool:
-        """Have a function called once, in the engine's thread, when there is something to take.
+        """Have a function called once, in another thread, when there is something to take.
 
         Args:
             wake: called at the next token or the end; it must be quick and must not raise.

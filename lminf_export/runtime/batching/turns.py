@@ -14,7 +14,6 @@ from lminf_export.runtime.batching.request import FinishReason, Token
 from lminf_export.runtime.batching.scheduler import Move, Scheduler
 from lminf_export.runtime.batching.sequence import RunningSequence, require_number
 from lminf_export.runtime.batching.slot_pool import SlotPool
-from lminf_export.runtime.batching.stream import wake_all
 
 # Tokens that wait for a reader at most: its sequence then pauses, and goes on at half of them.
 MAILBOX_TOKENS = 4096
@@ -31,6 +30,7 @@ class Turns:
         scheduler: of as many.
         on_end: ends a sequence's mailbox with a reason or an error, counts it as ended, and
             returns what wakes its reader, if it waits.
+        wake: has functions called that wake readers, and does not wait for that.
 
     Attributes:
         next_due: when `tend` has to look again at the latest, of `time.perf_counter`.
@@ -47,12 +47,13 @@ class Turns:
         on_end: Callable[
             [RunningSequence, FinishReason | None, LminfError | None], Callable[[], None] | None
         ],
+        wake: Callable[[list[Callable[[], None]]], None],
     ) -> None:
         self.pool, self.scheduler = pool, scheduler
         self.next_due = math.inf
         self.prompt_tokens = self.new_tokens = self.steps = 0
         self.step_seconds = 0.0
-        self._on_end = on_end
+        self._on_end, self._wake_readers = on_end, wake
         self._live: set[RunningSequence] = set()
         self._wakers: list[Callable[[], None]] = []
 
@@ -294,7 +295,7 @@ class Turns:
     def _wake(self) -> None:
         if self._wakers:
             wakers, self._wakers = self._wakers, []
-            wake_all(wakers)
+            self._wake_readers(wakers)
 
     def _pass_on(self, sequence: RunningSequence) -> None:
         """Let the next of those who share a prompt read it, if this one has not."""
