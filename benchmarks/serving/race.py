@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import uuid
@@ -173,6 +174,8 @@ def main() -> None:
     parser.add_argument("--follow-rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    # So that a run which is cut off ends the servers it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     prepare(arguments)
     result: dict[str, Any] = {}
     if arguments.out.is_file():
