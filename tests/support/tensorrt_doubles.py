@@ -335,7 +335,8 @@ class Cudart:
         return self.cudaError_t.cudaSuccess, address
 
     def cudaFree(self, address):
-        del self._held[address], self.sizes[address]
+        # Memory goes last: another thread may be given its address at once.
+        del self.sizes[address], self._held[address]
         return (self.cudaError_t.cudaSuccess,)
 
     def cudaHostAlloc(self, size, flags):
