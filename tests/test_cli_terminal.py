@@ -124,7 +124,7 @@ def test_a_group_alone_prints_its_help(group):
         (["genrate"], "did you mean generate?"),
         (["validat"], "did you mean validate?"),
         (["eval", "perplexty"], "did you mean perplexity?"),
-        (["zzz"], "there are: generate, validate"),
+        (["zzz"], "there are: generate, chat, validate"),
     ],
 )
 def test_an_unknown_command_gets_the_closest(words, wanted):

@@ -332,6 +332,20 @@ def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(lm, monkeypat
         assert engine.stats().healthy
 
 
+def test_an_engine_whose_beginning_is_interrupted_leaves_no_thread(lm, monkeypatch):
+    before, start = set(threading.enumerate()), threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name == "lminf-engine":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Engine(lm, slots=1)
+    wait_until(lambda: set(threading.enumerate()) <= before)
+
+
 def test_a_thread_that_fails_ends_all_streams_with_an_error(lm, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with Engine(lm, slots=1) as engine:

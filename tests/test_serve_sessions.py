@@ -92,6 +92,22 @@ def test_another_history_begins_the_session_anew(server, demo_lm):
     assert content(found) == offline_answer(demo_lm, edited, 20)
 
 
+def test_a_prompt_without_a_session_goes_on_from_the_state_of_one(server):
+    first = ask(server.url, "shared", FIRST)
+    second = ask(server.url, "shared", SECOND)
+    history = [
+        *FIRST,
+        {"role": "assistant", "content": content(first)},
+        *SECOND,
+        {"role": "assistant", "content": content(second)},
+        *SECOND,
+    ]
+    read = second.json()["usage"]["total_tokens"] - 1
+    alone, third = ask(server.url, None, history), ask(server.url, "shared", SECOND)
+    assert cached(alone) == cached(third) == read
+    assert content(alone) == content(third)
+
+
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_a_text_goes_on_where_it_ended(server, demo_lm, as_ids):
     name, codec = f"text-{as_ids}", demo_lm.codec

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import stat
 import struct
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -231,20 +232,21 @@ def _checked_path(path: str | Path) -> Path:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file beside another one, which it replaces when all is on the disk."""
-    temporary = None
+    # Named first: an interrupt at any moment leaves no file of this name behind.
+    temporary = path.parent / f".state-{secrets.token_hex(8)}"
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is not a file, so no state is written there")
-        descriptor, temporary = tempfile.mkstemp(prefix=".state-", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(temporary, flags, 0o600), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        temporary = None
         sync(path.parent)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        # A folder that cannot be written has been named already.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ def create_app(models: Mapping[str, ServedModel], settings: ServeSettings) -> Fa
     _add_operations(app, serving)
     _add_sessions(app, serving)
     for path, response in files.items():
-        app.add_api_route(path, _always(response), methods=["GET"])
+        app.add_api_route(path, _always(response), methods=["GET", "HEAD"])
     labels = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(
         Guard,
@@ -125,7 +125,7 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
 def _add_operations(app: FastAPI, serving: Serving) -> None:
     """Add what is asked for without a body: models, health, metrics."""
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
     async def models() -> Response:
         listed = [_described(model) for model in serving.models.values()]
         return JSONResponse({"object": "list", "data": listed})

@@ -32,13 +32,20 @@ class PrefixKeeper:
     Args:
         store: of states.
         scope: who may go on from it.
-        prompt_ids: of the whole prompt.
+        prompt_ids: of the whole prompt, or of what is read behind `read`.
+        read: hash of the ids that the state had read before.
     """
 
-    def __init__(self, store: StateStore, scope: str, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        store: StateStore,
+        scope: str,
+        prompt_ids: Sequence[int],
+        read: RollingHash | None = None,
+    ) -> None:
         self._store = store
         self._scope = scope
-        self._hash = RollingHash()
+        self._hash = read or RollingHash()
         self._latest = list(prompt_ids)
 
     def add(self, tokens: Sequence[Token], text: str) -> None:
@@ -49,10 +56,16 @@ class PrefixKeeper:
 
     async def keep(self, kept: Kept, reason: FinishReason) -> None:
         """Keep the state under the ids that it has read."""
+        self.keep_read(kept)
+
+    def keep_read(self, kept: Kept) -> RollingHash | None:
+        """Keep the state; return the hash of the ids that it has read, None if it is not known."""
         behind = num_read(kept.snapshot) - self._hash.length // 4
-        if 0 <= behind <= len(self._latest):
-            self._hash_first(behind)
-            self._store.keep_prefix(self._scope, self._hash, kept.snapshot)
+        if not 0 <= behind <= len(self._latest):
+            return None
+        self._hash_first(behind)
+        self._store.keep_prefix(self._scope, self._hash, kept.snapshot)
+        return self._hash
 
     def _hash_first(self, count: int) -> None:
         self._hash = self._hash.then(ids_bytes(self._latest[:count]))
@@ -65,16 +78,20 @@ class SessionKeeper:
     Args:
         lease: the right to use it.
         plan: of the prompt that is answered.
+        prefix: keeps the same state for prompts without a session; None to keep none.
     """
 
-    def __init__(self, lease: Lease, plan: Plan) -> None:
+    def __init__(self, lease: Lease, plan: Plan, prefix: PrefixKeeper | None = None) -> None:
         self._lease = lease
         self._plan = plan
+        self._prefix = prefix
         self._text: list[str] = []
         self._ids: list[int] = []
 
     def add(self, tokens: Sequence[Token], text: str) -> None:
         """Add what the conversation has more now."""
+        if self._prefix is not None:
+            self._prefix.add(tokens, text)
         if self._plan.kind == "ids":
             self._ids.extend(token.id for token in tokens)
         elif text:
@@ -91,4 +108,6 @@ class SessionKeeper:
         # What ended the answer is no part of it; a template writes its own end.
         unread = kept.unread[:-1] if reason == "stop_token" else kept.unread
         history = self._plan.history.then(added)
-        await self._lease.keep(Conversation(self._plan.kind, history, Kept(kept.snapshot, unread)))
+        read = self._prefix.keep_read(kept) if self._prefix is not None else None
+        going_on = Kept(kept.snapshot, unread)
+        await self._lease.keep(Conversation(self._plan.kind, history, going_on, read))

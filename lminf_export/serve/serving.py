@@ -43,7 +43,7 @@ class Running:
         self._lease = lease
         self.headers = {"x-cached-tokens": str(answering.num_cached)}
         if lease is not None:
-            self.headers["x-session-state"] = "resumed" if lease.conversation else "new"
+            self.headers["x-session-state"] = "resumed" if answering.num_cached else "new"
 
     def release_session(self) -> None:
         """Let the next request of the session in, before the client knows of the end."""
@@ -176,13 +176,13 @@ class Serving:
                     "prompt",
                     "context_length_exceeded",
                 )
+        scope = hashlib.sha256(f"{model.name}\n{owner}".encode()).hexdigest()
         keepers: list[AnswerKeeper | None] = [None] * len(plans)
         if lease is not None:
             if len(plans) > 1:
                 raise invalid("a session goes on with one prompt", "prompt")
-            keepers = [SessionKeeper(lease, plans[0])]
+            keepers = [SessionKeeper(lease, plans[0], self._prefix(scope, plans[0], lease))]
         elif self.settings.prefix_reuse:
-            scope = hashlib.sha256(f"{model.name}\n{owner}".encode()).hexdigest()
             if generation.n == 1:
                 keepers = [PrefixKeeper(self.store, scope, plan.ids) for plan in plans]
             # What has been read before would not count for this penalty.
@@ -191,6 +191,17 @@ class Serving:
         return Answering(
             model, generation, plans, keepers, self.metrics, self.settings.max_stream_seconds
         )
+
+    def _prefix(self, scope: str, plan: Plan, lease: Lease) -> PrefixKeeper | None:
+        """Return what keeps a session's state for prompts without one, if it can."""
+        read = None
+        if plan.start is not None:
+            read = lease.conversation.read if lease.conversation is not None else None
+            if read is None:
+                return None  # from the folder: its ids are not known
+        if not self.settings.prefix_reuse:
+            return None
+        return PrefixKeeper(self.store, scope, plan.ids, read)
 
     def _behind_prefix(self, scope: str, plan: Plan) -> Plan:
         """Return the plan that goes on from the kept state which has read most of a prompt."""

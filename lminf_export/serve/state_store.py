@@ -29,11 +29,13 @@ class Conversation:
         kind: by what it goes on.
         history: of all its messages, text or ids, answers included.
         kept: the state to go on from.
+        read: hash of the bytes of the ids that the state has read; None if it is not known.
     """
 
     kind: ConversationKind
     history: RollingHash
     kept: Kept
+    read: RollingHash | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -76,7 +76,14 @@ class Engine:
         self._closing = self._draining = False
         self._healthy = True
         self._thread = threading.Thread(target=self._run, name="lminf-engine", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            # Interrupted: nobody gets this engine, so the thread, if there is one, ends.
+            self._closing = True
+            self._call()
+            self._waking.close()
+            raise
 
     # What any thread may call.
 

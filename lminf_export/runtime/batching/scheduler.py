@@ -37,12 +37,12 @@ class _Seat:
     Attributes:
         sequence: by whom.
         passed_over: turns in which another one read, since this one read last.
-        num_decoded: tokens since the row was taken.
+        begun: steps that had been counted when it began to decode.
     """
 
     sequence: Reader
     passed_over: int = 0
-    num_decoded: int = 0
+    begun: int = 0
 
 
 class Scheduler:
@@ -61,6 +61,7 @@ class Scheduler:
         self.quantum = quantum
         self.waiting: deque[Reader] = deque()
         self._decoding: list[_Seat] = []
+        self._steps = 0
         self._reading: dict[int, _Seat] = {}
 
     @property
@@ -121,13 +122,13 @@ class Scheduler:
             if other is not None:
                 self._reading[row] = other
             moves.append(Move("copy" if other is None else "swap", row, target))
+        seat.begun = self._steps
         self._decoding.append(seat)
         return moves
 
     def count_step(self) -> None:
         """Count a token for every row that decodes."""
-        for seat in self._decoding:
-            seat.num_decoded += 1
+        self._steps += 1
 
     def release(self, sequence: Reader) -> list[Move]:
         """Take a sequence's row away; the last row that decodes closes the gap."""
@@ -146,8 +147,8 @@ class Scheduler:
         """Return who has to make room for a sequence that waits, None if nobody has."""
         if not self.waiting or self.has_free_row or not self._decoding:
             return None
-        seat = max(self._decoding, key=lambda seat: seat.num_decoded)
-        return seat.sequence if seat.num_decoded >= self.quantum else None
+        seat = min(self._decoding, key=lambda seat: seat.begun)
+        return seat.sequence if self._steps - seat.begun >= self.quantum else None
 
     def _reading_row(self, sequence: Reader) -> int:
         return next(row for row, seat in self._reading.items() if seat.sequence is sequence)
