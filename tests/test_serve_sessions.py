@@ -172,11 +172,13 @@ def test_a_deleted_session_is_gone(server):
 
 
 def test_the_memory_of_sessions_is_bounded(demo_lm):
-    with serving.server_thread(demo_lm, session_bytes=1 << 20) as server:
+    sizes = {"session_bytes": 1 << 20, "prefix_bytes": 1 << 18}
+    with serving.server_thread(demo_lm, **sizes) as server:
         for number in range(12):
             content(ask(server.url, f"s{number}", FIRST))
             counts = httpx.get(f"{server.url}/v1/sessions").json()
-            assert counts["bytes"] <= 1 << 20
+            assert counts["bytes"] <= sum(sizes.values())
+        assert 0 < counts["prefixes"] < 12
         assert 1 < counts["sessions"] < 12
         assert ask(server.url, "s11", SECOND).headers["x-session-state"] == "resumed"
         assert ask(server.url, "s0", SECOND).headers["x-session-state"] == "new"
