@@ -154,8 +154,15 @@ def test_unknown_paths_and_methods(server):
 def test_a_large_body_is_refused_while_it_arrives(server, chunked):
     body = b'{"prompt": "' + b"a" * 200_000 + b'"}'
     content = iter([body[i : i + 8192] for i in range(0, len(body), 8192)]) if chunked else body
-    error = require_error(httpx.post(server.url + COMPLETIONS, content=content), 413)
-    assert error["code"] == "body_too_large"
+    refused = httpx.post(server.url + COMPLETIONS, content=content)
+    assert require_error(refused, 413)["code"] == "body_too_large"
+    assert refused.headers["connection"] == "close"
+
+
+def test_a_number_of_very_many_digits_is_refused_in_our_words(server):
+    body = b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}"
+    error = require_error(httpx.post(server.url + COMPLETIONS, content=body), 400)
+    assert error["message"] == "the body is not JSON: a number has 5000 digits"
 
 
 def test_slow_bodies_and_slow_headers_are_cut_off(server):

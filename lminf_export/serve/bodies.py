@@ -14,6 +14,8 @@ from lminf_export.serve.settings import ServeSettings
 
 # A client that sends too much reads no answer while it sends: so much more is thrown away first.
 _DISCARDED = 8
+# Of an integer; Python's own limit is larger, and its words are about Python.
+_MOST_DIGITS = 400
 _DISCARD_SECONDS = 5.0
 # Larger bodies are parsed in a thread.
 _AT_ONCE = 16384
@@ -83,7 +85,9 @@ def parsed(body: bytes, max_depth: int) -> dict[str, Any]:
         ApiError: see `read_json`.
     """
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        found = json.loads(
+            body.decode("utf-8"), parse_constant=_refuse_constant, parse_int=_integer
+        )
     except RecursionError:
         raise _too_deep(max_depth) from None
     except UnicodeDecodeError as error:
@@ -107,6 +111,12 @@ def parsed(body: bytes, max_depth: int) -> dict[str, Any]:
 
 def _too_deep(limit: int) -> ApiError:
     return invalid(f"the body nests deeper than {limit} levels", code="invalid_json")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def _refuse_constant(name: str) -> NoReturn:
