@@ -162,6 +162,8 @@ def serve_command(
                 revision=revision,
             )
             own = None if template is None else ChatTemplate.from_file(template, lm.bundle)
+            if own is not None:
+                own.turn([{"role": "user", "content": "a"}])  # a file that is none fails here
             models[name] = ServedModel.of(name, lm, settings, own)
             stack.callback(models[name].engine.close)
         app = create_app(models, settings)

@@ -6,17 +6,13 @@ python -m scripts.docs.record_chat --check    writes nothing, compares
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from lminf_export.runtime.environment import environment
-from scripts.docs.record_serving import tools_of_this_tree
-from scripts.docs.tables import RESULTS, ROOT
+from scripts.docs.recording import place_with_demo, record
+from scripts.docs.tables import RESULTS
 
 FILE = RESULTS / "chat.json"
 _DRAWN = "--temperature 0.7 --top-p 0.9 --threads 1"
@@ -37,23 +33,7 @@ _SPEED = re.compile(r"[\d.]+ tokens/s")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing, compare only")
-    check = parser.parse_args().check
-    with tempfile.TemporaryDirectory() as folder:
-        steps = recorded(Path(folder))
-    if check:
-        if differing := differences(steps):
-            sys.exit("\n".join(differing))
-        return
-    FILE.write_text(
-        json.dumps({"environment": environment(), "steps": steps}, indent=1, ensure_ascii=False)
-        + "\n",
-        encoding="utf-8",
-    )
-    print(f"wrote {FILE.relative_to(ROOT)}; now python -m scripts.docs.write_all")
+    record(__doc__, FILE, recorded, differences)
 
 
 def recorded(folder: Path, bundle: Path | None = None) -> list[dict[str, str]]:
@@ -63,14 +43,7 @@ def recorded(folder: Path, bundle: Path | None = None) -> list[dict[str, str]]:
         folder: to run in.
         bundle: the exported demo model; made by default.
     """
-    tools = tools_of_this_tree(folder)
-    if bundle is None:
-        command = ["lminf-export", "--model", str(ROOT / "examples" / "demo-llama")]
-        subprocess.run(
-            [*command, "--out", "demo"], cwd=folder, env=tools, check=True, capture_output=True
-        )
-    else:
-        (folder / "demo").symlink_to(bundle)
+    tools = place_with_demo(folder, bundle)
     steps = []
     for name, command in STEPS.items():
         found = subprocess.run(

@@ -8,18 +8,14 @@ What differs each time (ids, dates, the free port) is compared as if it were equ
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
-from lminf_export.runtime.environment import environment
-from scripts.docs.tables import RESULTS, ROOT
+from scripts.docs.recording import place_with_demo, record
+from scripts.docs.tables import RESULTS
 
 PORT = 8000
 FILE = RESULTS / "serving.json"
@@ -67,23 +63,7 @@ _BETWEEN_TEXTS = re.compile(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing, compare only")
-    check = parser.parse_args().check
-    with tempfile.TemporaryDirectory() as folder:
-        steps = recorded(Path(folder))
-    if check:
-        if differing := differences(steps):
-            sys.exit("\n".join(differing))
-        return
-    FILE.write_text(
-        json.dumps({"environment": environment(), "steps": steps}, indent=1, ensure_ascii=False)
-        + "\n",
-        encoding="utf-8",
-    )
-    print(f"wrote {FILE.relative_to(ROOT)}; now python -m scripts.docs.write_all")
+    record(__doc__, FILE, recorded, differences)
 
 
 def recorded(folder: Path, bundle: Path | None = None) -> list[dict[str, str]]:
@@ -93,14 +73,7 @@ def recorded(folder: Path, bundle: Path | None = None) -> list[dict[str, str]]:
         folder: to run in.
         bundle: the exported demo model; made by default.
     """
-    tools = tools_of_this_tree(folder)
-    if bundle is None:
-        subprocess.run(
-            ["lminf-export", "--model", str(ROOT / "examples" / "demo-llama"), "--out", "demo"],
-            cwd=folder, env=tools, check=True, capture_output=True,
-        )  # fmt: skip
-    else:
-        (folder / "demo").symlink_to(bundle)
+    tools = place_with_demo(folder, bundle)
     steps = [_step(name, command, folder, tools, PORT) for name, command in REFUSED.items()]
     server = subprocess.Popen(
         f"exec {_SERVE} --port 0", shell=True, cwd=folder, env=tools, text=True,
@@ -159,18 +132,6 @@ def _step(
     )  # fmt: skip
     output = found.stdout.replace("\r", "").replace(str(port), str(PORT))
     return {"name": name, "command": command, "output": output}
-
-
-def tools_of_this_tree(folder: Path) -> dict[str, str]:
-    """Return an environment in which lminf, lminf-export and python are of this tree."""
-    tools = folder / ".tools"
-    tools.mkdir()
-    modules = {"lminf": "-m lminf_export.cli.main", "lminf-export": "-m lminf_export.cli.export"}
-    for name, options in {**modules, "python": ""}.items():
-        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
-        (tools / name).chmod(0o755)
-    paths = f"{tools}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": paths, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 if __name__ == "__main__":
