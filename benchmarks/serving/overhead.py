@@ -6,8 +6,9 @@
 Section `engine`: a loop of `session.step` and argmax over a batch of all slots, beside an engine
 whose slots are all taken, in one process and by turns. Streams are read by a thread each, by
 asyncio in one thread, or not read at all. The engine's time is that of whole turns of its thread;
-the part it spends in steps (`EngineStats.step_seconds`) is given beside it, and the same overhead
-in processor time of the two threads, which a busy machine changes less. `without_step` is the
+the part it spends in steps (`EngineStats.step_seconds`) is given beside it. A step's own time
+varies from turn to turn by more than the engine adds, so `scheduling` compares what is outside the
+steps: the engine's, less the bare loop's, as a part of the bare step. `without_step` is the
 processor time of both with a session whose step returns at once: what the scheduler's own code
 costs while it is in the processor's caches.
 
@@ -65,18 +66,25 @@ class BareLoop:
         self.ones = np.ones(rows, np.int64)
         self.first = np.zeros((rows, 1), np.int64)
 
-    def milliseconds(self, steps: int) -> tuple[float, float]:
-        """Step a batch of new streams; return the time of one step, and its processor time."""
+    def turn(self, steps: int) -> dict[str, float]:
+        """Step a batch of new streams; return milliseconds of a turn, and of its step."""
         self.state.reset()
         ids = np.full((self.rows, 1), 5, np.int64)
+        inside = 0.0
         for step in range(WARM + steps):
+            start = time.perf_counter()
             if step == WARM:
-                begun, busy = time.perf_counter(), time.thread_time()
+                begun, busy, inside = start, time.thread_time(), 0.0
             logits = self.session.step(self.state, ids, self.ones, self.first)
             self.state.advance(self.ones)
+            inside += time.perf_counter() - start
             ids[:, 0] = logits[:, 0].argmax(axis=1)
-        ends = time.perf_counter() - begun, time.thread_time() - busy
-        return ends[0] / steps * 1e3, ends[1] / steps * 1e3
+        found = {
+            "turn": time.perf_counter() - begun,
+            "processor": time.thread_time() - busy,
+            "step": inside,
+        }
+        return {name: seconds / steps * 1e3 for name, seconds in found.items()}
 
 
 class InstantSession:
@@ -173,37 +181,44 @@ def engine_thread_time() -> float:
 
 def measure_engine(lm: LanguageModel, arguments: argparse.Namespace) -> dict[str, Any]:
     bare = BareLoop(lm, arguments.slots)
-    steps: list[tuple[float, float]] = []
+    bares: list[dict[str, float]] = []
     found: dict[str, list[dict[str, float]]] = {reader: [] for reader in READERS}
     with Engine(lm, arguments.slots) as engine:
-        bare.milliseconds(arguments.steps)
+        bare.turn(arguments.steps)
         for _ in range(arguments.rounds):
             for reader in READERS:
-                around = [bare.milliseconds(arguments.steps)]
+                around = [bare.turn(arguments.steps)]
                 turn = engine_turn(engine, arguments.slots, arguments.steps, reader)
-                around.append(bare.milliseconds(arguments.steps))
-                wall, busy = (statistics.mean(times) for times in zip(*around, strict=True))
-                turn["overhead"] = turn["turn"] / wall - 1
-                turn["processor_overhead"] = turn["processor"] / busy - 1
+                around.append(bare.turn(arguments.steps))
+                whole, step = (
+                    statistics.mean(one[name] for one in around) for name in ("turn", "step")
+                )
+                turn["overhead"] = turn["turn"] / whole - 1
+                turn["scheduling"] = (turn["turn"] - turn["step"] - (whole - step)) / step
                 found[reader].append(turn)
-                steps += around
-            say({reader: round(found[reader][-1]["overhead"], 4) for reader in READERS})
+                bares += around
+            say({reader: round(found[reader][-1]["scheduling"], 4) for reader in READERS})
     return {
         "without_step": without_step(lm, arguments),
-        "bare_step_ms": _median(wall for wall, _ in steps),
-        "bare_step_processor_ms": _median(busy for _, busy in steps),
+        "bare": _row(bares),
         "readers": {
             reader: {
-                "turn_ms": _median(turn["turn"] for turn in turns),
-                "step_ms": _median(turn["step"] for turn in turns),
-                "rest_ms": _median(turn["turn"] - turn["step"] for turn in turns),
-                "turn_processor_ms": _median(turn["processor"] for turn in turns),
+                **_row(turns),
+                "scheduling": _median(turn["scheduling"] for turn in turns),
+                "scheduling_of_rounds": [round(turn["scheduling"], 4) for turn in turns],
                 "overhead": _median(turn["overhead"] for turn in turns),
-                "processor_overhead": _median(turn["processor_overhead"] for turn in turns),
-                "overheads": [round(turn["overhead"], 4) for turn in turns],
+                "overhead_of_rounds": [round(turn["overhead"], 4) for turn in turns],
             }
             for reader, turns in found.items()
         },
+    }
+
+
+def _row(turns: list[dict[str, float]]) -> dict[str, float]:
+    return {
+        "turn_ms": _median(turn["turn"] for turn in turns),
+        "step_ms": _median(turn["step"] for turn in turns),
+        "rest_ms": _median(turn["turn"] - turn["step"] for turn in turns),
     }
 
 
@@ -215,7 +230,7 @@ def without_step(lm: LanguageModel, arguments: argparse.Namespace) -> dict[str, 
     bare, loops, turns = BareLoop(instant, arguments.slots), [], []
     with Engine(instant, arguments.slots) as engine:
         for _ in range(arguments.rounds):
-            loops.append(bare.milliseconds(arguments.steps)[1] * 1e3)
+            loops.append(bare.turn(arguments.steps)["processor"] * 1e3)
             turn = engine_turn(engine, arguments.slots, arguments.steps, "nobody")
             turns.append(turn["processor"] * 1e3)
     return {"bare_us": _median(loops), "turn_us": _median(turns)}

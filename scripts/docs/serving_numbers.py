@@ -64,25 +64,24 @@ def overhead() -> str:
     """Times of an engine beside a bare loop, by who reads its streams."""
     found = load("serving_overhead")
     engine = found["engine"]
+    names = {
+        "nobody": "streams left unread",
+        "threads": "a thread for each stream",
+        "asyncio": "streams read by asyncio",
+    }
     rows = [
-        [
-            {"nobody": "left unread", "threads": "a thread each", "asyncio": "asyncio"}[reader],
-            f"{engine['bare_step_ms']:.3f}",
-            f"{row['turn_ms']:.3f}",
-            f"{row['step_ms']:.3f}",
-            f"{row['overhead']:+.1%}",
-            f"{row['processor_overhead']:+.1%}",
-        ]
-        for reader, row in engine["readers"].items()
+        ["the bare loop", *_turn(engine["bare"]), "", ""],
+        *(
+            [
+                f"an engine, {names[reader]}",
+                *_turn(row),
+                f"{row['scheduling']:.1%}",
+                f"{row['overhead']:+.1%}",
+            ]
+            for reader, row in engine["readers"].items()
+        ),
     ]
-    head = [
-        "streams are",
-        "bare loop, ms",
-        "turn, ms",
-        "its step, ms",
-        "overhead",
-        "processor time",
-    ]
+    head = ["", "turn, ms", "its step, ms", "the rest, ms", "added, of a step", "of the whole"]
     alone = engine["without_step"]
     text = (
         f"\n\n{found['model']}, {found['slots']} slots. Where a step costs nothing, a turn takes "
@@ -95,6 +94,10 @@ def overhead() -> str:
             f"the engine {rates['engine']:,.0f} (median ratio {http['http_over_engine']:.2f})."
         )
     return table(head, rows) + text + _where(engine["environment"], found["threads"])
+
+
+def _turn(row: dict[str, float]) -> list[str]:
+    return [f"{row[part]:.3f}" for part in ("turn_ms", "step_ms", "rest_ms")]
 
 
 def long_stream() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -14,8 +16,13 @@ from lminf_export.runtime.logprobs import logprobs_of
 from lminf_export.runtime.sampling import Sampler
 from lminf_export.runtime.snapshot import Snapshot
 
+# Tokens that wait for a reader at most: its sequence then pauses, and goes on at half of them.
+MAILBOX_TOKENS = 4096
 # How long a sequence may wait for a reader that takes nothing.
 MAX_STALL_SECONDS = 60.0
+
+# Why a sequence leaves its row: it has ended, or pauses for its reader.
+Leaving = FinishReason | Literal["pause"]
 
 
 class RunningSequence:
@@ -61,8 +68,9 @@ class RunningSequence:
         self.is_greedy = sampler is None and request.num_logprobs is None
         self.only_reads = limit == 0
         self._stops = stops
-        self._limit = limit
+        self._limit = math.inf if limit is None else limit
         self._sampler = sampler
+        self._ends_at = request.ends_at
 
     @property
     def num_unread(self) -> int:
@@ -86,27 +94,39 @@ class RunningSequence:
             told = Token(token, *logprobs_of(logits, token, count))
         return token, told
 
-    def accept(self, token: int) -> tuple[bool, FinishReason | None]:
-        """Count a chosen token; tell whether it is returned, and why the sequence ends, if so.
+    def give(
+        self, token: int, told: Token | None, wakers: list[Callable[[], None]]
+    ) -> Leaving | None:
+        """Return a chosen token to whoever asked; tell why the sequence leaves its row, if so.
+
+        Args:
+            token: chosen.
+            told: what is told of it, if anything is.
+            wakers: gets what wakes the reader, if it waits.
 
         Raises:
             InputError: the request's own function raised an error.
         """
         self.latest = token
         if token in self._stops:
-            return False, "stop_token"
+            return "stop_token"
         if self._sampler is not None:
             self._sampler.observe((token,))
-        ends_at = self.request.ends_at
-        if ends_at is not None:
+        reason: Leaving | None = None
+        if self._ends_at is not None:
             # An error of one request's function must not end the others.
             with foreign_errors(InputError, "Request.ends_at has failed"):
-                if ends_at(token):
-                    return True, "stop_text"
-        # This token is not counted yet.
-        if self._limit is not None and self.mailbox.num_tokens + 1 >= self._limit:
-            return True, "length"
-        return True, None
+                if self._ends_at(token):
+                    reason = "stop_text"
+        mailbox = self.mailbox
+        waker = mailbox.put(token if told is None else told)
+        if waker is not None:
+            wakers.append(waker)
+        if reason is not None:
+            return reason
+        if mailbox.num_tokens >= self._limit:
+            return "length"
+        return "pause" if len(mailbox.items) >= MAILBOX_TOKENS else None
 
     def kept(self, snapshot: Snapshot | None) -> Kept | None:
         """Return where the stream stands, from a snapshot of its row; None if it has none."""
@@ -114,6 +134,11 @@ class RunningSequence:
             return None
         unread = self.prompt[self.num_read :].tolist()
         return Kept(snapshot, (*unread, *(() if self.latest is None else (self.latest,))))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether its reader has taken enough for it to go on."""
+        return len(self.mailbox.items) <= MAILBOX_TOKENS // 2
 
     def is_due(self, now: float) -> bool:
         """Whether its deadline has passed."""

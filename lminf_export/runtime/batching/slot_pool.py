@@ -30,7 +30,6 @@ class SlotPool:
         self._state = lm.session.new_state(slots, full=True)
         self._ones = np.ones(slots, np.int64)
         self._first = np.zeros((slots, 1), np.int64)
-        self.row_numbers = np.arange(slots)
         # Ids of the tokens that the next step reads, a row each.
         self.latest = np.zeros((slots, 1), np.int64)
         self._rows = [self._state.rows(row, row + 1) for row in range(slots)]

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 
 from lminf_export.errors import LminfError, SessionError
-from lminf_export.runtime.batching.request import FinishReason, Token
+from lminf_export.runtime.batching.request import FinishReason
 from lminf_export.runtime.batching.scheduler import Move, Scheduler
-from lminf_export.runtime.batching.sequence import RunningSequence, require_number
+from lminf_export.runtime.batching.sequence import (
+    Leaving,
+    RunningSequence,
+    require_number,
+)
 from lminf_export.runtime.batching.slot_pool import SlotPool
-
-# Tokens that wait for a reader at most: its sequence then pauses, and goes on at half of them.
-MAILBOX_TOKENS = 4096
-
-# Why a sequence leaves its row: it has ended, or pauses for its reader.
-Leaving = FinishReason | Literal["pause"]
+from lminf_export.runtime.snapshot import Snapshot
 
 
 class Turns:
@@ -104,7 +103,7 @@ class Turns:
         return decodes or reader is not None
 
     def _tend_stalled(self, sequence: RunningSequence, now: float) -> None:
-        if len(sequence.mailbox.items) <= MAILBOX_TOKENS // 2:
+        if sequence.has_room:
             sequence.stalled_since, sequence.mailbox.is_full = None, False
             self.scheduler.waiting.append(sequence)
         elif now >= sequence.next_due:
@@ -146,7 +145,7 @@ class Turns:
         """Keep a sequence's state and take its row away."""
         row = self.scheduler.row_of(sequence)
         assert row is not None
-        sequence.parked = self.pool.snapshot(row)
+        sequence.parked = self._snapshot(row)
         self._move(self.scheduler.release(sequence))
 
     def _read(self, sequence: object, row: int) -> None:
@@ -176,7 +175,7 @@ class Turns:
         sequence.others = []
         if not others:
             return
-        snapshot, logits = self.pool.snapshot(row), logits.copy()
+        snapshot, logits = self._snapshot(row), logits.copy()
         for other in others:
             other.parked, other.first_logits, other.num_read = snapshot, logits, len(other.prompt)
         self.scheduler.waiting.extendleft(reversed(others))
@@ -184,10 +183,11 @@ class Turns:
     def _choose_first(self, sequence: RunningSequence, logits: np.ndarray) -> None:
         try:
             token, told = sequence.choose(logits)
-            ending = self._accept(sequence, token, told)
+            ending = sequence.give(token, told, self._wakers)
         except LminfError as error:
             self._finish(sequence, None, error)
             return
+        self.new_tokens += ending != "stop_token"
         if ending is None or ending == "pause":
             self._begin_decoding(sequence)
         if ending is not None:
@@ -219,37 +219,26 @@ class Turns:
     ) -> list[tuple[RunningSequence, Leaving | LminfError]]:
         """Choose a token for every row; return the sequences that do not go on, and why."""
         leaving: list[tuple[RunningSequence, Leaving | LminfError]] = []
-        likeliest = logits.argmax(axis=1)
-        largest = logits[self.pool.row_numbers[: len(sequences)], likeliest].tolist()
-        tokens = likeliest.tolist()
+        count, wakers = len(sequences), self._wakers
+        tokens = logits.argmax(axis=1).tolist()
         for row, sequence in enumerate(sequences):
+            told = None
             try:
-                told = None
                 if sequence.is_greedy:
-                    require_number(largest[row])
+                    require_number(logits.item(row, tokens[row]))
                 else:
                     tokens[row], told = sequence.choose(logits[row])
-                ending = self._accept(sequence, tokens[row], told)
+                ending = sequence.give(tokens[row], told, wakers)
             except LminfError as error:
                 leaving.append((sequence, error))
+                count -= 1
                 continue
             if ending is not None:
                 leaving.append((sequence, ending))
+                count -= ending == "stop_token"
+        self.new_tokens += count
         self.pool.latest[: len(sequences), 0] = tokens
         return leaving
-
-    def _accept(self, sequence: RunningSequence, token: int, told: Token | None) -> Leaving | None:
-        """Return a chosen token to whoever asked; tell why the sequence leaves its row, if so."""
-        is_returned, reason = sequence.accept(token)
-        mailbox = sequence.mailbox
-        if is_returned:
-            self.new_tokens += 1
-            waker = mailbox.put(token if told is None else told)
-            if waker is not None:
-                self._wakers.append(waker)
-        if reason is None and len(mailbox.items) >= MAILBOX_TOKENS:
-            return "pause"
-        return reason
 
     def _leave(self, sequence: RunningSequence, why: Leaving) -> None:
         if why != "pause":
@@ -275,7 +264,7 @@ class Turns:
             if error is not None:
                 self.pool.clear(row)
             elif sequence.request.keep:
-                snapshot = self.pool.snapshot(row)
+                snapshot = self._snapshot(row)
             self._move(scheduler.release(sequence))
         elif sequence in scheduler.waiting:
             scheduler.waiting.remove(sequence)
@@ -291,6 +280,11 @@ class Turns:
         waker = self._on_end(sequence, reason, error)
         if waker is not None:
             self._wakers.append(waker)
+
+    def _snapshot(self, row: int) -> Snapshot:
+        """Copy a row, which takes a while: what was chosen goes to its readers first."""
+        self._wake()
+        return self.pool.snapshot(row)
 
     def _wake(self) -> None:
         if self._wakers:

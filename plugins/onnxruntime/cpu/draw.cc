@@ -17,7 +17,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kListed = 8192;    // logits that are weighed one by one
 constexpr int64_t kTopBlocks = 512;  // whose largest logits are all summed, to guess where p is
-constexpr int64_t kSamples = 2048;   // of the others
+constexpr int64_t kBlockStride = 8;  // of the blocks that are asked where those are
+constexpr int64_t kSamples = 4096;   // of the others
 constexpr int64_t kSorted = 64;
 constexpr int32_t kBins = 512;
 constexpr int64_t kRoom = 64;  // vectors write behind the last id
@@ -128,6 +129,22 @@ Cut cutOf(const float* values, const double* weights, int64_t count, double targ
 
 constexpr auto kDescending = [](float a, float b) { return a > b; };
 
+float largestOf(const std::vector<float>& values) {
+  constexpr int64_t kLanes = 16;  // independent ones, to be vectors
+  float most[kLanes];
+  std::fill(most, most + kLanes, -kInfinity);
+  const int64_t count = static_cast<int64_t>(values.size());
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float x = values[i + lane];
+      most[lane] = x > most[lane] ? x : most[lane];
+    }
+  }
+  for (; i < count; ++i) most[0] = std::max(most[0], values[i]);
+  return *std::max_element(most, most + kLanes);
+}
+
 float nthLargest(std::vector<float>* some, int64_t n) {
   std::nth_element(some->begin(), some->begin() + (n - 1), some->end(), kDescending);
   return (*some)[n - 1];
@@ -233,9 +250,12 @@ int64_t drawListed(const Draw& d, const DrawKernels& kernels, Scale scale, int64
 // Where the cut of top-p is, by an estimate: the largest logits are summed, of the others some.
 DrawCuts guessCuts(const Draw& d, const DrawKernels& kernels, Scale scale) {
   auto& some = memory.some;
-  some = memory.largest;
-  const int64_t blocks = static_cast<int64_t>(some.size());
-  const float top = nthLargest(&some, std::min<int64_t>(kTopBlocks, blocks / 4));
+  // Any value would do for `top`: some of the blocks say well enough where it is.
+  const int64_t blocks = static_cast<int64_t>(memory.largest.size());
+  some.clear();
+  for (int64_t i = 0; i < blocks; i += kBlockStride) some.push_back(memory.largest[i]);
+  const int64_t rank = std::min<int64_t>(kTopBlocks, blocks / 4) / kBlockStride;
+  const float top = nthLargest(&some, std::max<int64_t>(rank, 1));
   const int64_t found = listFrom(d, kernels, top, &some);
   memory.weights.resize(std::max(found, kSamples));
   double* weights = memory.weights.data();
@@ -354,7 +374,7 @@ int64_t drawWithin(const Draw& d, const DrawKernels& kernels) {
   memory.largest.resize(blocks);
   memory.ids.resize(d.count + kRoom);
   if (!kernels.largest(d.logits, d.count, memory.largest.data())) return kNoToken;
-  const Scale scale = {*std::max_element(memory.largest.begin(), memory.largest.end()), d.inverse};
+  const Scale scale = {largestOf(memory.largest), d.inverse};
   if (!std::isfinite(scale.largest)) return kNoToken;
   const bool cutsTop = d.topK > 0 && d.topK < d.count;
   if (!cutsTop && d.count > kListed) return drawAll(d, kernels, scale);
