@@ -24,9 +24,9 @@ from tests.support.tiny_bundle import TinyModel
 
 # onnxruntime's own products compute a row in the same order in any batch where sizes are multiples
 # of 8; of others the last bits depend on the batch, and so, now and then, a drawn token.
-TINY = TinyModel(sliding_window=5, head_dim=8)
+TINY = TinyModel(sliding_window=5, head_dim=8, logits_scale=0.25)
 # An engine takes views of rows of 256 bytes and multiples; of others it steps several rows.
-ALIGNED = TinyModel(sliding_window=5, head_dim=32)
+ALIGNED = replace(TINY, head_dim=32, logits_scale=2**-7)
 
 
 @pytest.fixture(params=[*KINDS, "engine with the plugin, aligned"])

@@ -14,7 +14,7 @@ from lminf_export.runtime.load import load
 from lminf_export.runtime.sampling import SamplingConfig, logprobs_of
 from tests.support.tiny_bundle import TinyModel
 
-TINY = TinyModel(head_dim=8)  # see test_engine
+TINY = TinyModel(head_dim=8, logits_scale=0.25)  # see test_engine
 V = TINY.vocab_size
 LENGTH = 24
 

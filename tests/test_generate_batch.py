@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lminf_export.errors import InputError, SessionError
 from lminf_export.runtime.load import load
 from tests.support.tiny_bundle import TinyModel
 
-TINY = TinyModel(head_dim=8)  # see test_engine
+TINY = TinyModel(head_dim=8, logits_scale=0.25)  # see test_engine
 PROMPTS = ["a", "In the beginning", "x" * 40, "Bäume"]
 
 
@@ -81,7 +83,7 @@ def test_an_iteration_that_is_left_frees_everything(lm):
 
 
 def test_what_ends_one_ends_the_batch_with_its_error(tmp_path):
-    tiny = TinyModel(head_dim=8, nan_token=256)
+    tiny = replace(TINY, nan_token=256)
     lm = load(tiny.write(tmp_path / "bundle").path, threads=1, kernels="none")
     with pytest.raises((InputError, SessionError), match="no token can be chosen"):
         lm.generate_batch([[1, 2], [3, 256]], max_new_tokens=5)

@@ -46,6 +46,7 @@ class TinyModel:
     nan_token: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    logits_scale: float = 1.0
 
     @property
     def settings(self) -> LambdaConfig:
@@ -161,7 +162,8 @@ class _Builder:
         axis = self.constant([-1])
         rows = self.add("Unsqueeze", bindings.LOGITS_INDEX, axis)
         chosen = self.add("GatherND", hidden, rows, batch_dims=1)
-        head = self.weight(self.random.normal(size=(width, tiny.vocab_size)))
+        head = self.random.normal(size=(width, tiny.vocab_size)) * tiny.logits_scale
+        head = self.weight(head)
         product = self.add("MatMul", chosen, head)
         self.nodes.append(
             helper.make_node("Cast", [product], [bindings.LOGITS], to=TensorProto.FLOAT)
