@@ -181,6 +181,16 @@ def test_commands_of_a_chat(bundle, tmp_path):
     assert "/load FILE" in result.stderr
 
 
+def test_a_loaded_chat_does_not_show_the_system_prompt_of_another(bundle, tmp_path):
+    first = chat(bundle, "--max-new-tokens", 3, lines=[FIRST, f"/save {tmp_path / 's'}"])
+    assert first.exit_code == 0, first.output
+    lines = [f"/load {tmp_path / 's'}", "/system", "/reset", "/system"]
+    told = chat(bundle, "--system", "Be brief.", lines=lines).stderr.splitlines()
+    assert "this conversation was loaded and keeps its own" in told[-3]
+    assert told[-3].endswith("Be brief.")
+    assert told[-1] == "Be brief."
+
+
 @pytest.mark.parametrize(
     ("lines", "options", "words"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import random
 import socket
@@ -157,6 +158,22 @@ def test_a_large_body_is_refused_while_it_arrives(server, chunked):
     refused = httpx.post(server.url + COMPLETIONS, content=content)
     assert require_error(refused, 413)["code"] == "body_too_large"
     assert refused.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP"])
+def test_a_compressed_body_is_refused(server, encoding):
+    refused = httpx.post(
+        server.url + COMPLETIONS,
+        content=gzip.compress(b'{"prompt": "a"}'),
+        headers={"content-encoding": encoding},
+    )
+    assert require_error(refused, 415)["code"] == "body_encoded"
+    plain = httpx.post(
+        server.url + COMPLETIONS,
+        content=b'{"prompt": "a", "max_tokens": 1}',
+        headers={"content-encoding": "identity"},
+    )
+    assert plain.status_code == 200
 
 
 def test_a_number_of_very_many_digits_is_refused_in_our_words(server):

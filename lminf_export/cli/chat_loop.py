@@ -173,8 +173,12 @@ class Chat:
     def _system(self, text: str) -> None:
         if text:
             self._begin(text)
+            return
+        own = self._conversation.system or "no system prompt"
+        if self._conversation.is_loaded:
+            say(f"this conversation was loaded and keeps its own; /reset begins anew with: {own}")
         else:
-            say(self._conversation.system or "no system prompt")
+            say(own)
 
     def _begin(self, system: str | None) -> None:
         check_system(self._conversation, system, pinned=self._pinned)

@@ -58,7 +58,9 @@ class Conversation:
 
     Attributes:
         stream: what has been said.
-        system: the system's message of this conversation.
+        system: the system's message that `reset` began with.
+        is_loaded: whether `load` replaced what had been said: the state holds the system's message
+            it was begun with, as tokens only.
         last: the latest answer.
 
     Raises:
@@ -89,7 +91,7 @@ class Conversation:
             InputError: the template refuses it; the conversation is as it was.
         """
         self.count_system_tokens(system)
-        self.system = system
+        self.system, self.is_loaded = system, False
         self.stream = OneStream(self.model)
         self.last = Answer()
 
@@ -110,7 +112,7 @@ class Conversation:
             SessionError: the file is damaged or of another bundle; this conversation is as it was.
         """
         self.stream.load(path)
-        self.last = Answer()
+        self.is_loaded, self.last = True, Answer()
 
     @property
     def is_reading(self) -> bool:

@@ -63,7 +63,7 @@ class ApiError(Exception):
         headers = {"retry-after": str(RETRY_SECONDS)} if self.retry else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status == 413:
+        if self.status in (413, 415):
             headers["connection"] = "close"  # what still comes of the body is not worth reading
         return Response(json.dumps(self.body), self.status, headers, media_type="application/json")
 

@@ -25,8 +25,8 @@ async def read_json(request: Request, settings: ServeSettings) -> dict[str, Any]
     """Return the JSON object that a request's body is.
 
     Raises:
-        ApiError: 413 for too many bytes, 408 for too slow a client, 400 for anything but an
-            object of JSON in UTF-8, or one too deep.
+        ApiError: 413 for too many bytes, 415 for compressed ones, 408 for too slow a client, 400
+            for anything but an object of JSON in UTF-8, or one too deep.
         ClientDisconnect: the client has gone.
     """
     body = await _read(request, settings)
@@ -38,8 +38,16 @@ async def read_json(request: Request, settings: ServeSettings) -> dict[str, Any]
 async def _read(request: Request, settings: ServeSettings) -> bytes:
     limit = settings.max_body_bytes
     declared = request.headers.get("content-length", "")
+    encoding = request.headers.get("content-encoding", "").strip().lower()
     try:
         async with asyncio.timeout(settings.body_seconds):
+            if encoding not in ("", "identity"):
+                await _discard(request, 0, limit)
+                raise ApiError(
+                    415,
+                    "compressed bodies are not read: leave content-encoding out",
+                    code="body_encoded",
+                )
             if declared.isdecimal() and int(declared[:20]) > limit:
                 # Whoever waits for "100 Continue" has sent nothing yet.
                 if "expect" not in request.headers:
