@@ -1,7 +1,9 @@
 """Tokens a second of 1, 2, 4, 8 and 16 streams that are decoded together, taking turns.
 
 Beside each batch stand the two things no kernel can beat: the time in which memory yields a step's
-bytes, and the time in which the vector units multiply its products. Weights are random, of a
+bytes, and the time in which the vector units multiply its products; and where a step's time goes
+by onnxruntime's profiler: products with weights, which the streams of a batch share, attention over
+the caches, of which each stream has its own, and the rest. Weights are random, of a
 Llama's shape; they, and the bundles, are made in --work where they are missing. Each part of the
 result is written as it is found, and a run goes on with the parts that are missing; --again
 measures all of them anew.
@@ -33,10 +35,13 @@ from lminf_export.bench.floor import (
     weight_bytes_per_step,
 )
 from lminf_export.bench.graph import read_graph
+from lminf_export.bench.profile import summarize
 from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.environment import environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
+from lminf_export.runtime.profiling import record_profile
+from lminf_export.runtime.session import Session
 
 BATCHES = (1, 2, 4, 8, 16)
 STEPS, WARM = 6, 1  # of a turn
@@ -46,7 +51,7 @@ PRODUCTS = ("Linear", "LinearAdd", "LinearNBits", "LinearNBitsAdd")
 class Batch:
     """Some streams of one session, as if each had read `position` random tokens."""
 
-    def __init__(self, session: OnnxRuntimeSession, streams: int, position: int) -> None:
+    def __init__(self, session: Session, streams: int, position: int) -> None:
         self._session, self._state = session, session.new_state(streams)
         session.stand_at(self._state, position)
         session.fill(self._state, np.random.default_rng(0))
@@ -103,6 +108,7 @@ def measure(
         for key in list(batches)[:: 1 if turn % 2 else -1]:
             times[key] += batches[key].turn(STEPS)
     per_token = products_per_token(bundle)
+    profiles = {streams: profile(bundle, streams, position, threads) for streams in BATCHES}
     rows = []
     for streams in BATCHES:
         read = weight_bytes_per_step(bundle, streams)
@@ -111,6 +117,7 @@ def measure(
             "streams": streams,
             "bytes_ms": round(read / bandwidth * 1e3, 3),
             "arithmetic_ms": arithmetic_ms(per_token, products, streams),
+            "profile_ms": profiles[streams],
         }
         for name in libraries:
             ms, alone = (statistics.median(times[name, count]) for count in (streams, 1))
@@ -130,6 +137,21 @@ def measure(
         "products_per_token": per_token,
         "rows": rows,
     }
+
+
+def profile(bundle: Bundle, streams: int, position: int, threads: int) -> dict[str, float]:
+    """Milliseconds of a step's operators under onnxruntime's profiler, which costs time itself."""
+    steps = 4 * STEPS
+
+    def decode(session: Session) -> None:
+        Batch(session, streams, position).turn(steps)
+
+    found = {"products": 0.0, "attention": 0.0, "rest": 0.0}
+    for kind in summarize(record_profile(bundle, decode, threads=threads), steps):
+        is_attention = "Attention" in kind.kind
+        part = "products" if kind.kind in PRODUCTS else "attention" if is_attention else "rest"
+        found[part] += kind.ms_per_step
+    return {part: round(ms, 3) for part, ms in found.items()}
 
 
 def arithmetic_ms(per_token: dict[str, int], peak: dict[str, float], streams: int) -> float | None:

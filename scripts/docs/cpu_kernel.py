@@ -91,7 +91,7 @@ def batches() -> str:
     rows = []
     for part, found in result["parts"].items():
         for row in found["rows"]:
-            kernel, least = row["kernel"], row["arithmetic_ms"]
+            kernel, least, where = row["kernel"], row["arithmetic_ms"], row["profile_ms"]
             rows.append(
                 [
                     part,
@@ -101,11 +101,13 @@ def batches() -> str:
                     f"{kernel['times_one_stream']:.2f}",
                     f"{row['bytes_ms']:.1f}",
                     "–" if least is None else f"{least:.2f}",
+                    " / ".join(f"{where[name]:.1f}" for name in ("products", "attention", "rest")),
                 ]
             )
     head = ["weights", "streams", "ms a step", "tokens/s", "times one stream", "bytes, ms"]
+    head += ["products, ms", "profile: products / attention / rest, ms"]
     return (
-        f"{table([*head, 'products, ms'], rows)}\n\nMedians of steps at position "
+        f"{table(head, rows)}\n\nMedians of steps at position "
         f"{result['position']:,}, batches taking turns; random weights of the shape "
         f"{result['shape']}; {result['device']}, {result['cores']} cores, onnxruntime "
         f"{result['versions']['onnxruntime']} ({_file('batch_decoding')})."
