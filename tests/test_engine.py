@@ -440,3 +440,30 @@ def test_a_start_of_another_bundle_is_refused(lm, tmp_path):
     snapshot = state.snapshot()
     with Engine(lm, slots=1) as engine, pytest.raises(SessionError, match="of another bundle"):
         engine.submit(Request([1], 4, start=snapshot))
+
+
+def test_a_checkpoint_is_the_state_behind_so_much_of_a_prompt(any_lm):
+    request = Request(prompt(4, 30), 12, sampling=SamplingConfig(temperature=0.9, seed=3))
+    chunk = any_lm.bundle.manifest.lambda_config.chunk_size
+    with Engine(any_lm, slots=3, quantum=2) as engine:
+        for count in (1, chunk, 2 * chunk, 17, 30):
+            streams = engine.submit_many(replace(request, checkpoint=count), 3)
+            found = [ids(stream) for stream in streams]
+            (snapshot,) = [s.checkpoint for s in streams if s.checkpoint is not None]
+            assert snapshot.past_length.tolist() == [count]
+            if count % chunk == 0:
+                assert found[0] == alone(any_lm, request)
+            if count < 30:
+                rest = replace(request, prompt_ids=request.prompt_ids[count:], start=snapshot)
+                assert ids(engine.submit(rest)) == found[0]
+    state = any_lm.prime(request.prompt_ids)
+    assert all(
+        np.allclose(snapshot.caches[name], array, atol=1e-5)
+        for name, array in state.snapshot().caches.items()
+    )
+
+
+@pytest.mark.parametrize("count", [0, -1, 6, 2.5, True, "1", 10**400])
+def test_a_checkpoint_that_is_not_in_the_prompt_is_refused(lm, count):
+    with Engine(lm, slots=1) as engine, pytest.raises(InputError, match="checkpoint"):
+        engine.submit(Request(prompt(1, 5), 1, checkpoint=count))

@@ -15,9 +15,8 @@ import httpx
 import pytest
 
 from tests.support import serving
-from tests.support.serving import offline_text, post, wait_until
+from tests.support.serving import CHAT, COMPLETIONS, offline_text, post, wait_until
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LIMITS = {
     "slots": 2,
     "max_waiting": 2,

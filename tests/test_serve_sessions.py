@@ -15,10 +15,17 @@ from lminf_export.errors import InputError
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.serve.session_folder import SessionFolder
 from tests.support import serving
-from tests.support.serving import offline_answer, wait_until
+from tests.support.serving import (
+    CHAT,
+    COMPLETIONS,
+    ask,
+    cached,
+    content,
+    offline_answer,
+    wait_until,
+)
 from tests.support.tiny_bundle import TinyModel
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FIRST = [{"role": "user", "content": "Tell me of Elizabeth."}]
 SECOND = [{"role": "user", "content": "And of her sister?"}]
 
@@ -27,27 +34,6 @@ SECOND = [{"role": "user", "content": "And of her sister?"}]
 def server(demo_lm):
     with serving.server_thread(demo_lm, slots=2) as server:
         yield server
-
-
-def ask(url, session, messages, key=None, path=CHAT, **more):
-    headers = {} if session is None else {"x-session-id": session}
-    if key is not None:
-        headers["authorization"] = f"Bearer {key}"
-    body = {"max_tokens": 20, "temperature": 0, **more}
-    body["messages" if path == CHAT else "prompt"] = messages
-    return httpx.post(url + path, json=body, headers=headers, timeout=60)
-
-
-def content(response):
-    assert response.status_code == 200, response.text
-    choice = response.json()["choices"][0]
-    return choice["text"] if "text" in choice else choice["message"]["content"]
-
-
-def cached(response):
-    found = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert response.headers["x-cached-tokens"] == str(found)
-    return found
 
 
 def offline_turns(lm, *turns, count=20):

@@ -17,6 +17,7 @@ from lminf_export.serve.kept_answer import AnswerKeeper
 from lminf_export.serve.metrics import ServerMetrics
 from lminf_export.serve.planning import Plan
 from lminf_export.serve.served_model import ServedModel
+from lminf_export.serve.shared_beginnings import SharedBeginning
 
 # Pieces of all choices that wait to be sent; behind them tokens wait in the engine.
 _QUEUED_PIECES = 16
@@ -64,6 +65,7 @@ class Choice:
     stream: TokenStream
     text: AnswerText
     keeper: AnswerKeeper | None
+    shared: SharedBeginning | None
 
 
 class Answering:
@@ -109,6 +111,11 @@ class Answering:
     def num_cached(self) -> int:
         """Tokens of the prompts that were not read again."""
         return sum(plan.num_cached for plan in self._plans)
+
+    @property
+    def is_follow_up(self) -> bool:
+        """Whether it goes on a conversation."""
+        return any(plan.is_follow_up for plan in self._plans)
 
     def usage(self) -> Usage:
         """Return the tokens so far."""
@@ -174,15 +181,20 @@ class Answering:
             deadline=self._deadline,
             start=plan.start,
             keep=keeper is not None,
+            checkpoint=None if plan.shared is None else plan.shared.num_tokens,
         )
         for stream in self.model.engine.submit_many(request, n):
             text = AnswerText(codec, plan.ids, generation.stop, generation.num_logprobs is not None)
-            self.choices.append(Choice(len(self.choices), stream, text, keeper))
+            choice = Choice(len(self.choices), stream, text, keeper, plan.shared)
+            self.choices.append(choice)
 
     async def _of_choice(self, choice: Choice) -> AsyncGenerator[Update, None]:
         text, keeper = choice.text, choice.keeper
         try:
             async for tokens in self._batches(choice.stream):
+                if choice.shared is not None and choice.stream.checkpoint is not None:
+                    choice.shared.keep(choice.stream.checkpoint)
+                    choice.shared = None
                 piece = text.push(tokens)
                 if keeper is not None:
                     keeper.add(tokens, piece.text)

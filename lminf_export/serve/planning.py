@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lminf_export.errors import InputError
 from lminf_export.runtime.chat_template import ChatTemplate
@@ -11,6 +11,7 @@ from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.text import TextCodec
 from lminf_export.serve.api_errors import invalid
 from lminf_export.serve.rolling import RollingHash, ids_bytes, message_bytes, messages_bytes
+from lminf_export.serve.shared_beginnings import SharedBeginning
 from lminf_export.serve.state_store import Conversation, ConversationKind, num_read
 
 Messages = list[dict[str, str]]
@@ -25,12 +26,16 @@ class Plan:
         ids: to read, behind `start`.
         start: a state to go on from, or None for a new one.
         history: of the conversation up to and with this prompt, in bytes of its kind.
+        is_follow_up: whether it goes on a conversation.
+        shared: a beginning of the prompt whose state is to be kept while it is read.
     """
 
     kind: ConversationKind
     ids: list[int]
     start: Snapshot | None
     history: RollingHash
+    is_follow_up: bool = False
+    shared: SharedBeginning | None = None
 
     @property
     def num_cached(self) -> int:
@@ -44,7 +49,7 @@ class Plan:
 
     def behind(self, snapshot: Snapshot) -> Plan:
         """Return the plan for the rest, given a state that has read the beginning."""
-        return Plan(self.kind, self.ids[num_read(snapshot) :], snapshot, self.history)
+        return replace(self, ids=self.ids[num_read(snapshot) :], start=snapshot)
 
 
 def plan_prompt(
@@ -114,7 +119,8 @@ def _new_messages(messages: Messages, history: RollingHash) -> Messages | None:
 
 def _going_on(conversation: Conversation, ids: Sequence[int], history: RollingHash) -> Plan:
     kept = conversation.kept
-    return Plan(conversation.kind, _some([*kept.unread, *ids]), kept.snapshot, history)
+    ids = _some([*kept.unread, *ids])
+    return Plan(conversation.kind, ids, kept.snapshot, history, is_follow_up=True)
 
 
 def _require_kind(conversation: Conversation, kind: ConversationKind) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from starlette.requests import Request
 
@@ -19,6 +20,7 @@ from lminf_export.serve.planning import Plan
 from lminf_export.serve.served_model import ServedModel
 from lminf_export.serve.sessions import Lease, Sessions, checked_session_id, session_key
 from lminf_export.serve.settings import ServeSettings
+from lminf_export.serve.shared_beginnings import SharedBeginning, SharedBeginnings
 from lminf_export.serve.state_store import Conversation, StateStore
 
 # Threads that tokenise and render; the engines' own are not among them.
@@ -43,7 +45,7 @@ class Running:
         self._lease = lease
         self.headers = {"x-cached-tokens": str(answering.num_cached)}
         if lease is not None:
-            self.headers["x-session-state"] = "resumed" if answering.num_cached else "new"
+            self.headers["x-session-state"] = "resumed" if answering.is_follow_up else "new"
 
     def release_session(self) -> None:
         """Let the next request of the session in, before the client knows of the end."""
@@ -82,6 +84,7 @@ class Serving:
         self.store = StateStore(
             settings.session_bytes, prefix_bytes if settings.prefix_reuse else 0
         )
+        self.beginnings = SharedBeginnings()
         self.sessions = Sessions(settings, self.store)
         self.metrics = ServerMetrics(self.stats, self.sessions.counts)
         self.running: set[Running] = set()
@@ -182,12 +185,12 @@ class Serving:
             if len(plans) > 1:
                 raise invalid("a session goes on with one prompt", "prompt")
             keepers = [SessionKeeper(lease, plans[0], self._prefix(scope, plans[0], lease))]
-        elif self.settings.prefix_reuse:
-            if generation.n == 1:
-                keepers = [PrefixKeeper(self.store, scope, plan.ids) for plan in plans]
-            # What has been read before would not count for this penalty.
-            if generation.sampling.repetition_penalty == 1:
-                plans = [self._behind_prefix(scope, plan) for plan in plans]
+        elif self.settings.prefix_reuse and generation.n == 1:
+            keepers = [PrefixKeeper(self.store, scope, plan.ids) for plan in plans]
+        # What has been read before would not count for this penalty.
+        if self.settings.prefix_reuse and generation.sampling.repetition_penalty == 1:
+            chunk_size = model.lm.bundle.manifest.lambda_config.chunk_size
+            plans = [self._behind_prefix(scope, plan, chunk_size) for plan in plans]
         return Answering(
             model, generation, plans, keepers, self.metrics, self.settings.max_stream_seconds
         )
@@ -203,10 +206,24 @@ class Serving:
             return None
         return PrefixKeeper(self.store, scope, plan.ids, read)
 
-    def _behind_prefix(self, scope: str, plan: Plan) -> Plan:
-        """Return the plan that goes on from the kept state which has read most of a prompt."""
+    def _behind_prefix(self, scope: str, plan: Plan, chunk_size: int) -> Plan:
+        """Return the plan that goes on from the kept state which has read most of a prompt.
+
+        Where other prompts begin with more of it, the state behind that is to be kept.
+        """
+        if plan.start is not None:
+            return plan
+        shared = self.beginnings.note(scope, plan.ids, chunk_size)
         snapshot = self.store.longest_prefix(scope, plan.ids)
-        return plan if snapshot is None else plan.behind(snapshot)
+        if snapshot is not None:
+            plan = plan.behind(snapshot)
+        # From a state that is no multiple of chunks a prompt is cut elsewhere.
+        if shared is None or plan.num_cached % chunk_size:
+            return plan
+        count = shared.length // 4 - plan.num_cached
+        if count <= 0:
+            return plan
+        return replace(plan, shared=SharedBeginning(self.store, scope, shared, count))
 
 
 def _require_new(request: Request) -> None:

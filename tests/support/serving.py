@@ -27,6 +27,7 @@ from lminf_export.serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "demo"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _START_SECONDS = 60
 
 
@@ -115,6 +116,38 @@ def offline_text(lm: LanguageModel, prompt: str, count: int, stop: tuple[str, ..
     ids = lm.codec.encode(prompt)
     written = lm.generate(ids, max_new_tokens=count)
     return "".join(lm.codec.stream(written, after=ids, stop=stop))
+
+
+def ask(
+    url: str,
+    session: str | None,
+    messages: Any,
+    key: str | None = None,
+    path: str = CHAT,
+    **more: Any,
+) -> httpx.Response:
+    """Ask for 20 likeliest tokens behind messages or a prompt, in a session or in none."""
+    headers = {} if session is None else {"x-session-id": session}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    body = {"max_tokens": 20, "temperature": 0, **more}
+    body["messages" if path == CHAT else "prompt"] = messages
+    return httpx.post(url + path, json=body, headers=headers, timeout=60)
+
+
+def content(response: httpx.Response) -> str:
+    """Return the text of an answer."""
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    text: str = choice["text"] if "text" in choice else choice["message"]["content"]
+    return text
+
+
+def cached(response: httpx.Response) -> int:
+    """Return how many tokens were not read again."""
+    found: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert response.headers["x-cached-tokens"] == str(found)
+    return found
 
 
 def offline_answer(lm: LanguageModel, messages: list[dict[str, str]], count: int) -> str:

@@ -65,7 +65,7 @@ class Acceptor:
                 f"up to {self._max_position} only: start a new state"
             )
         limit = self._limit(request, room)
-        requests = [self._plain(request)] * n
+        requests = [self._plain(request, len(prompt))] * n
         if ends_at is not None:
             ends_at = list(itertools.islice(one_by_one(ends_at, "ends_at"), n + 1))
             if len(ends_at) != n:
@@ -104,9 +104,10 @@ class Acceptor:
         return min(wanted, room + 1)
 
     @staticmethod
-    def _plain(request: Request) -> Request:
+    def _plain(request: Request, num_prompt_tokens: int) -> Request:
         """Return a request whose numbers are plain ones, everything checked that is left."""
         count, deadline = request.num_logprobs, request.deadline
+        checkpoint = request.checkpoint
         if not isinstance(request.sampling, SamplingConfig):
             raise InputError(f"sampling={shown(request.sampling)}: must be a SamplingConfig")
         if not isinstance(request.keep, bool):
@@ -117,7 +118,11 @@ class Acceptor:
             deadline = as_number("deadline", deadline, InputError)
             if deadline < 0:
                 raise InputError(f"deadline={deadline}: must be seconds, at least 0")
-        return replace(request, num_logprobs=count, deadline=deadline)
+        if checkpoint is not None:
+            checkpoint = as_integer(
+                "checkpoint", checkpoint, 1, InputError, maximum=num_prompt_tokens
+            )
+        return replace(request, num_logprobs=count, deadline=deadline, checkpoint=checkpoint)
 
     def _sampler(self, config: SamplingConfig, index: int, prompt: np.ndarray) -> Sampler | None:
         """Return the sampler of continuation `index`; None if it takes the likeliest token."""

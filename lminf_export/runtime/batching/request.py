@@ -46,6 +46,9 @@ class Request:
         deadline: seconds from `submit` until the request ends, waiting included; None for none.
         start: a state of one stream to go on from, which is copied; None for a new one.
         keep: return the state at the end, in `TokenStream.kept`.
+        checkpoint: return the state behind so many of `prompt_ids`, too, 1 … P, in
+            `TokenStream.checkpoint`; None for none. A multiple of the bundle's chunk size, counted
+            from the stream's beginning, cuts the prompt where it is cut anyway.
     """
 
     prompt_ids: Sequence[int]
@@ -57,6 +60,7 @@ class Request:
     deadline: float | None = None
     start: Snapshot | None = None
     keep: bool = False
+    checkpoint: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

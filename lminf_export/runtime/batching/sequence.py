@@ -77,6 +77,13 @@ class RunningSequence:
         """Tokens of the prompt that have not been read."""
         return len(self.prompt) - self.num_read
 
+    @property
+    def num_to_read(self) -> int:
+        """Unread tokens of the prompt, those behind a checkpoint that comes first left out."""
+        checkpoint = self.request.checkpoint
+        ends = len(self.prompt) if checkpoint is None else checkpoint
+        return (ends if self.num_read < ends else len(self.prompt)) - self.num_read
+
     def choose(self, logits: np.ndarray) -> tuple[int, Token | None]:
         """Choose a token from logits (V,); return it, with what is told of it, if anything is.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lminf_export.errors import LminfError
 from lminf_export.runtime.batching.request import FinishReason, Kept, Token
+from lminf_export.runtime.snapshot import Snapshot
 
 
 class Mailbox:
@@ -28,6 +29,7 @@ class Mailbox:
         finish_reason: why the request ended; None while it runs.
         error: what ended it, or None.
         kept: the state at the end, if it was asked for.
+        checkpoint: the state within the prompt, if it was asked for.
         cancelled: whether its caller wants it ended.
         is_full: whether the request pauses until its reader has taken some.
         submitted: when it came, of `time.perf_counter`, as the other times.
@@ -42,6 +44,7 @@ class Mailbox:
         self.finish_reason: FinishReason | None = None
         self.error: LminfError | None = None
         self.kept: Kept | None = None
+        self.checkpoint: Snapshot | None = None
         self.cancelled = False
         self.is_full = False
         self.submitted = time.perf_counter()
@@ -128,6 +131,14 @@ class TokenStream:
     def kept(self) -> Kept | None:
         """The state at the end, if `Request.keep` asked for it and the request has begun."""
         return self._mailbox.kept
+
+    @property
+    def checkpoint(self) -> Snapshot | None:
+        """The state behind `Request.checkpoint` tokens of the prompt, once they are read.
+
+        Of continuations that share a prompt, the one that has read it has it.
+        """
+        return self._mailbox.checkpoint
 
     @property
     def num_prompt_tokens(self) -> int:

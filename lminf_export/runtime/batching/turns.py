@@ -151,7 +151,7 @@ class Turns:
     def _read(self, sequence: object, row: int) -> None:
         """Read a piece of a prompt; behind the last one choose the first token."""
         assert isinstance(sequence, RunningSequence)
-        size = self.pool.piece(row, sequence.num_unread)
+        size = self.pool.piece(row, sequence.num_to_read)
         ids = sequence.prompt[sequence.num_read : sequence.num_read + size]
         is_last = size == sequence.num_unread
         try:
@@ -161,6 +161,8 @@ class Turns:
             return
         sequence.num_read += size
         self.prompt_tokens += size
+        if sequence.num_read == sequence.request.checkpoint:
+            sequence.mailbox.checkpoint = self._snapshot(row)
         if logits is None:
             return
         self._share(sequence, row, logits)

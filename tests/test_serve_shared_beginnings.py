@@ -1,0 +1,89 @@
+"""Prompts that begin alike: the third one reads only what is its own, and gets the same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lminf_export.serve.rolling import RollingHash, ids_bytes
+from lminf_export.serve.shared_beginnings import SharedBeginnings
+from tests.support import serving
+from tests.support.serving import COMPLETIONS, ask, cached, content, offline_answer
+
+SYSTEM = {"role": "system", "content": "And it came to pass in those days, " * 40}
+
+
+def question(number):
+    return [SYSTEM, {"role": "user", "content": f"Tell me of the {number}. day."}]
+
+
+@pytest.fixture(scope="module")
+def server(demo_lm):
+    with serving.server_thread(demo_lm, slots=2, prefix_bytes=1 << 26) as server:
+        yield server
+
+
+@pytest.mark.parametrize("with_sessions", [False, True])
+def test_a_system_prompt_that_chats_share_is_read_twice(server, demo_lm, with_sessions):
+    chunk = demo_lm.bundle.manifest.lambda_config.chunk_size
+    found = []
+    for number in range(4):
+        session = f"s{number}" if with_sessions else None
+        answer = ask(server.url, session, question(number + 10 * with_sessions), max_tokens=12)
+        if with_sessions:
+            assert answer.headers["x-session-state"] == "new"
+        found.append(cached(answer))
+        expected = offline_answer(demo_lm, question(number + 10 * with_sessions), 12)
+        assert content(answer) == expected
+    shared = found[-1]
+    assert shared >= chunk
+    assert shared % chunk == 0
+    # With sessions the beginning is known from the chats without them.
+    assert found == ([shared] * 4 if with_sessions else [0, 0, shared, shared])
+
+
+def test_prompts_of_ids_share_beginnings_of_whole_chunks_only(server, demo_lm):
+    chunk = demo_lm.bundle.manifest.lambda_config.chunk_size
+    ids = np.random.default_rng(0).integers(5, 4000, 3 * chunk).tolist()
+
+    def reused(length, tail):
+        answer = ask(server.url, None, [*ids[:length], *tail], path=COMPLETIONS, max_tokens=3)
+        prompt = [*ids[:length], *tail]
+        written = list(demo_lm.generate(prompt, max_new_tokens=3))
+        assert content(answer) == "".join(demo_lm.codec.stream(written, after=prompt))
+        return cached(answer)
+
+    assert [reused(chunk + 7, [n]) for n in (1, 2, 3)] == [0, 0, chunk]
+    # More of it is known only once two prompts have had it.
+    assert [reused(2 * chunk + 1, [n]) for n in (1, 2, 3)] == [chunk, chunk, 2 * chunk]
+    # A beginning is shorter than its prompt: something must be left to read.
+    assert [reused(2 * chunk, []), reused(2 * chunk, [])] == [chunk, chunk]
+    assert [reused(chunk - 1, [n]) for n in (1, 2, 3)] == [0, 0, 0]
+
+
+def test_another_key_shares_nothing(demo_lm):
+    with serving.server_thread(demo_lm, prefix_bytes=1 << 26, api_keys=("one", "two")) as server:
+        counts = [
+            cached(ask(server.url, None, question(number), key, max_tokens=2))
+            for number, key in enumerate(("one", "one", "two", "one", "two"))
+        ]
+    assert counts[:3] == [0, 0, 0]
+    assert counts[3] > 0
+    assert counts[4] == 0
+
+
+def test_the_beginnings_that_are_known_are_bounded_and_of_one_scope(monkeypatch):
+    monkeypatch.setattr("lminf_export.serve.shared_beginnings._MOST_KNOWN", 4)
+    known = SharedBeginnings()
+    ids = list(range(50))
+    assert known.note("a", ids, 8) is None
+    assert known.note("b", ids[:17], 8) is None
+    # Of the six of "a" only the last two are left: four are known at most.
+    found = known.note("a", ids[:41], 8)
+    assert found == RollingHash().then(ids_bytes(ids[:40]))
+    assert len(known._known) == 4
+
+
+def test_a_chat_of_the_third_client_says_what_it_saved(server):
+    answer = ask(server.url, None, question(99), max_tokens=1)
+    assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
