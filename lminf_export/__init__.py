@@ -8,7 +8,12 @@ bundle does not load what exporting needs. Reference: docs/api.md.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime's Linux releases since 1.29 report sessions, with hashes of graphs and weights, to
+# their maker unless this variable is set before they are imported. "0" lets them.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from lminf_export.bundle.folder import Bundle as Bundle

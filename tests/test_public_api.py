@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,29 @@ def test_the_package_named_export_passes_arguments_on(tmp_path):
     with pytest.raises(TypeError, match="unknown_option"):
         lminf_export.export("model", tmp_path / "b", unknown_option=1)
     assert "window_size" in inspect.signature(lminf_export.export).parameters
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("0", "0")])
+def test_onnxruntime_reports_no_usage_unless_it_is_let(given, found):
+    code = "import lminf_export, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    if given is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = given
+    told = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, capture_output=True
+    )
+    assert told.stdout.decode().strip() == found
+
+
+def test_a_session_leaves_nothing_of_onnxruntime_in_the_home_folder(tmp_path):
+    code = "from lminf_export.runtime import onnxruntime; onnxruntime.ort.SessionOptions()"
+    # Variables that would turn the reports off by themselves, or lead elsewhere.
+    left_out = ("ORT_", "CI", "XDG_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=ROOT,
+        env={**environment, "HOME": str(tmp_path)},
+    )
+    assert list(tmp_path.iterdir()) == []
