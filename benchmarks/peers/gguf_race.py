@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.peers import race
 from benchmarks.support.result import write_result
-from lminf_export.bench.floor import streaming_bandwidth
+from lminf_export.bench.floor import cache_bytes_per_step, weight_bytes_per_step
 from lminf_export.bundle.folder import Bundle
 
 GROUPS = {
@@ -83,7 +83,6 @@ def measured(threads: int, group: str, arguments: argparse.Namespace) -> dict[st
         peers_at_once=None,
         read_limit=max(arguments.contexts),
     )
-    before = streaming_bandwidth(threads)
     found: dict[str, Any] = {
         "prefill": race.prefill([peer, ours], settings),
         "decode": race.decode([peer, ours], settings),
@@ -96,17 +95,29 @@ def measured(threads: int, group: str, arguments: argparse.Namespace) -> dict[st
         )
     precision = ours.removeprefix("ours ")
     if (arguments.work / f"ours-{precision}").exists():
-        floors = race.floors(
-            argparse.Namespace(**{**vars(settings), "contestants": [ours]}), before
-        )
-        cells = found["decode"]["rows"][ours]
-        found["decode"] |= floors
+        bundle = Bundle.open(arguments.work / f"ours-{precision}")
         found["decode"]["share_of_streaming_bandwidth"] = {
-            context: round(floor / cells[context]["ms_per_token"], 3)
-            for context, floor in floors["floor_ms"][ours].items()
-            if "ms_per_token" in cells.get(context, {})
+            context: share_of_bandwidth(
+                weight_bytes_per_step(bundle, 1) + cache_bytes_per_step(bundle, int(context)),
+                found["decode"]["turns_bandwidth_bytes_per_second"][context],
+                cell["turns_ms"],
+            )
+            for context, cell in found["decode"]["rows"][ours].items()
+            if "turns_ms" in cell
         }
     return found
+
+
+def share_of_bandwidth(size: int, streamed: list[float], milliseconds: list[float]) -> float:
+    """Return the part of a step that streaming its bytes takes, median of the rounds' shares.
+
+    Args:
+        size: bytes of a step.
+        streamed: bytes a second that memory yielded in each round.
+        milliseconds: of a step in each round.
+    """
+    rounds = zip(streamed, milliseconds, strict=True)
+    return round(statistics.median(size / rate * 1e3 / ms for rate, ms in rounds), 3)
 
 
 def main() -> None:

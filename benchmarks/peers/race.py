@@ -72,8 +72,9 @@ def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     heats = [peers[i : i + size] for i in range(0, len(peers), size)] or [[]]
     rows: dict[str, dict[str, Any]] = {}
     attention: dict[str, str] = {}
+    bandwidth: dict[str, list[float]] = {}
     for number, some in enumerate(heats):
-        found = heat([*some, *ours], arguments, attention)
+        found = heat([*some, *ours], arguments, attention, bandwidth)
         for name in some:
             for context, cell in found[name].items():
                 if number and "turns_ms" in cell:
@@ -82,6 +83,7 @@ def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "rows": {name: rows[name] for name in names},
         "attention": attention,
+        "turns_bandwidth_bytes_per_second": bandwidth,
         "heats": heats,
         "rounds": arguments.rounds,
         "tokens_a_turn": arguments.tokens,
@@ -89,9 +91,15 @@ def decode(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def heat(
-    names: list[str], arguments: argparse.Namespace, attention: dict[str, str]
+    names: list[str],
+    arguments: argparse.Namespace,
+    attention: dict[str, str],
+    bandwidth: dict[str, list[float]],
 ) -> dict[str, dict[str, Any]]:
-    """Race these against each other; note what computes ours's attention."""
+    """Race these against each other; note what computes ours's attention.
+
+    In each round memory is streamed, too: `bandwidth` gets, of the first heat, what it yielded.
+    """
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     with ExitStack() as stack:
         children = {}
@@ -113,12 +121,15 @@ def heat(
                 child.ask("decode", tokens=2)
                 racing[name] = found["how"]
             times: dict[str, list[list[float]]] = {name: [] for name in racing}
+            streamed = []
             for _ in range(arguments.rounds):
+                streamed.append(round(streaming_bandwidth(arguments.threads)))
                 for name in racing:
                     # Nobody drifts away from the context while the others have their turns.
                     stand(children[name], context)
                     found = children[name].ask("decode", tokens=arguments.tokens + 1)
                     times[name].append(found["times"][1:])
+            bandwidth.setdefault(str(context), streamed)
             for name, rounds in times.items():
                 rows[name][str(context)] = summary(rounds, racing[name])
                 print(f"{context} {name} {rows[name][str(context)]}", file=sys.stderr)
