@@ -9,10 +9,17 @@ _LONGEST = 290
 def shortened(text: str, longest: int = 60) -> str:
     """Return a text in one line, its middle left out where it has more characters than that."""
     line = " ".join(text.split())
+    if not line.isprintable():
+        # What came from a file may hold commands for a terminal.
+        line = "".join(c if c.isprintable() else _escaped(c) for c in line)
     if len(line) <= longest:
         return line
     end = longest // 3
     return f"{line[: longest - end - 1]}…{line[-end:]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class _Shown(reprlib.Repr):
@@ -40,6 +47,16 @@ class LminfError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(message, _LONGEST))
+
+
+def require_instance(name: str, value: object, kind: type) -> None:
+    """Refuse an argument of another class.
+
+    Raises:
+        InputError: it is none of this one.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name}={shown(value)}: must be a {kind.__name__}")
 
 
 class ConfigError(LminfError, ValueError):

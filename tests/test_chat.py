@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from lminf_export.cli.main import cli
 from lminf_export.errors import BundleError, InputError
 from lminf_export.export.run import export
+from lminf_export.runtime import conversation as conversation_module
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.conversation import Conversation
 from tests.support.chat_templates import TURNS
@@ -142,6 +143,54 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(lm):
     assert said(conversation, SECOND)
 
 
+def test_an_unknown_setting_leaves_the_conversation_as_it_was(conversation):
+    with pytest.raises(TypeError, match="top_pp"):
+        list(conversation.say(FIRST, top_pp=0.5))
+    assert conversation.stream.position == 0
+
+
+def test_two_answers_at_once_are_refused_where_the_first_would_go_on(conversation):
+    pieces = conversation.say(FIRST, max_new_tokens=30)
+    next(pieces)
+    said(conversation, SECOND)
+    with pytest.raises(InputError, match="another call has moved this state"):
+        list(pieces)
+    assert said(conversation, FIRST)
+
+
+def test_a_system_prompt_that_holds_the_stand_in_is_counted_whole(conversation):
+    text = "The first question stands here. Answer as a prophet would, and be very brief."
+    short = conversation.count_system_tokens("Answer as a prophet would, and be very brief.")
+    assert conversation.count_system_tokens(text) > short
+
+
+def test_a_reset_that_is_interrupted_changes_nothing_or_all(conversation, monkeypatch):
+    said(conversation, FIRST)
+    before = (conversation.system, conversation.stream)
+
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversation_module, "OneStream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.reset("Be brief.")
+    assert (conversation.system, conversation.stream) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [(None, None), ("demo", None), (3, "x")], ids=["none", "text", "number"]
+)
+def test_a_conversation_of_something_else_is_refused(arguments, lm, template):
+    with pytest.raises(InputError, match="must be a LanguageModel"):
+        Conversation(*arguments)
+    with pytest.raises(InputError, match="must be a ChatTemplate"):
+        Conversation(lm, arguments[1])
+    with pytest.raises(InputError, match="variables"):
+        Conversation(lm, template, variables=3)
+    with pytest.raises(InputError, match="reserved"):
+        Conversation(lm, template, variables={"messages": 1})
+
+
 def test_the_end_of_an_answer_in_the_template_stops_it(lm):
     template = ChatTemplate(
         "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}{{ bos_token }}",
@@ -195,6 +244,8 @@ def test_a_loaded_chat_does_not_show_the_system_prompt_of_another(bundle, tmp_pa
     ("lines", "options", "words"),
     [
         (["/nothing"], [], "there is no command /nothing"),
+        (["/reset x"], [], "/reset takes nothing"),
+        ([FIRST], ["--template-value", "messages=3"], "reserved"),
         (["/save"], [], "/save needs a file"),
         (["/load /nowhere/x"], [], "x"),
         (["/save /nowhere/x"], [], "x"),

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lminf_export.errors import BundleError, InputError
 from lminf_export.runtime.chat.messages import checked_messages
-from lminf_export.runtime.chat_template import ChatTemplate
+from lminf_export.runtime.chat_template import ChatTemplate, check_variables
 from lminf_export.runtime.text import TextCodec
 from tests.support.chat_templates import MARKERS, STYLES, TOKENS, TOOLS
 from tests.support.tokenizer_kinds import KINDS
@@ -189,8 +190,8 @@ def test_a_turn_does_not_depend_on_the_history(name, templates):
 
 def test_a_template_that_changes_what_was_said_is_named(templates):
     for name, template in templates.items():
-        assert (template.rewrites is not None) == STYLES[name].rewrites, name
-    assert "reasoning" in templates["thinking"].rewrites
+        assert (template.rewrites() is not None) == STYLES[name].rewrites, name
+    assert "reasoning" in templates["thinking"].rewrites()
 
 
 @pytest.mark.parametrize(
@@ -373,3 +374,76 @@ def test_a_template_that_is_no_text_is_refused(text):
 def test_values_that_are_no_json_are_refused(templates):
     with pytest.raises(InputError, match="values of JSON"):
         templates["chatml"].render(ASK, clock=time)
+
+
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('first must be system') }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# The system's message selects how an answer begins, or stands in the last message.
+HEEDS_SYSTEM = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]"
+    "{% if messages[0].content == '/no_think' %}<think></think>{% endif %}{% endif %}"
+)
+IN_THE_LAST = (
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST]"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}"
+    "{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("text", [NEEDS_SYSTEM, HEEDS_SYSTEM, IN_THE_LAST])
+def test_a_turn_heeds_the_system_message(text):
+    template, system = ChatTemplate(text), "/no_think"
+    first = [{"role": "system", "content": system}, *ASK]
+    whole = template.render([*first, {"role": "assistant", "content": "Yes."}, *ASK])
+    turn = template.turn(ASK, system=system)
+    assert whole.endswith(f"Yes.{turn}")
+    assert template.turn(ASK, system="Yes.")  # what stands for the answer is not in it
+
+
+def test_a_template_that_moves_the_system_message_is_named():
+    assert ChatTemplate(IN_THE_LAST).rewrites() is None
+    assert ChatTemplate(IN_THE_LAST).rewrites("Be brief.") is not None
+    assert ChatTemplate(NEEDS_SYSTEM).rewrites("Be brief.") is None
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "system", "self"])
+def test_reserved_names_are_no_variables(name, templates):
+    template = next(iter(templates.values()))
+    with pytest.raises(InputError, match="reserved"):
+        template.render(ASK, True, **{name: 1}) if name != "add_generation_prompt" else (
+            check_variables({name: 1})
+        )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ChatTemplate("x", 3),
+        lambda: ChatTemplate("x", [1, 2]),
+        lambda: ChatTemplate.of(None),
+        lambda: ChatTemplate.of("demo"),
+        lambda: ChatTemplate.from_file("x", None),
+        lambda: check_variables({3: 4}),
+        lambda: check_variables("ab"),
+        lambda: ChatTemplate("x").render([{"role": "user", "content": "a", "k": np.zeros(2)}]),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(call):
+    with pytest.raises(InputError):
+        call()
+
+
+def test_all_filters_of_jinja_work():
+    text = ChatTemplate("{{ 'a b' | wordwrap(1) }}{{ '<b>c</b>' | striptags }}").render(ASK)
+    assert text == "a\nbc"
+
+
+def test_what_a_template_says_commands_no_terminal():
+    template = ChatTemplate(r'{{ raise_exception("\u001b]0;owned\u0007 x") }}')
+    with pytest.raises(InputError) as caught:
+        template.render(ASK)
+    assert str(caught.value).isprintable()

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lminf_export.cli.main import cli
+from lminf_export.runtime import following as following_module
 from lminf_export.runtime.following import MOST_LINE_BYTES, WRITE_AFTER, Following
 from lminf_export.runtime.load import load
 from tests.support.signals import default_signals
@@ -226,3 +227,65 @@ def test_lines_are_answered_as_they_come_and_ctrl_c_ends(bundle, lm, tmp_path):
         assert child.returncode == 130
         assert b"interrupted: 2 lines" in words
     assert lm.load_state(file).furthest > len("one two")
+
+
+@pytest.mark.parametrize("length", range(MOST_LINE_BYTES - 3, MOST_LINE_BYTES + 3))
+def test_a_carriage_return_at_the_end_of_a_piece_is_the_line_s(lm, length):
+    ends = {}
+    for end in (b"\n", b"\r\n"):
+        for text, ended in following_module._pieces(io.BytesIO(b"a" * length + end + b"b")):
+            ends.setdefault(end, []).append((text, ended))
+    joined = {end: "".join(text for text, _ in found) for end, found in ends.items()}
+    assert joined[b"\n"] == joined[b"\r\n"] == "a" * length + "b"
+
+
+@pytest.mark.parametrize("after", WRITE_AFTER)
+def test_a_stream_that_is_cut_ends_what_it_wrote(lm, after):
+    following = Following(lm, "", after)
+    pieces = following.answers(io.BytesIO(b"One\n\nTwo\n\n"), max_new_tokens=50)
+    next(pieces)
+    before = following.stream.position
+    pieces.close()
+    following.end_writing()
+    newline = lm.codec.ids_behind("\n", "\n")
+    assert following.stream.position > before
+    assert following.stream.unread[-len(newline) :] == newline
+    ended = following.stream.position
+    following.end_writing()  # once
+    assert following.stream.position == ended
+
+
+def test_behind_all_of_a_text_a_newline_stands_in_the_stream_too(lm):
+    text, following = written(lm, b"One\nTwo\n", "end")
+    assert text.endswith("\n")
+    newline = lm.codec.ids_behind("\n", "\n")
+    assert following.stream.unread[-len(newline) :] == newline
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("command", ["generate BUNDLE --follow --max-new-tokens 2"])
+def test_closed_streams_end_no_program(bundle, closed, command):
+    line = f"{' '.join(LMINF)} {command.replace('BUNDLE', str(bundle))} {closed}"
+    told = subprocess.run(
+        ["bash", "-c", line], input=b"One\n", capture_output=True, check=False, timeout=60
+    )
+    assert told.returncode == 0, told.stderr
+    assert b"internal" not in told.stderr
+
+
+def test_sigterm_saves_a_stream_as_ctrl_c_does(bundle, tmp_path):
+    state = tmp_path / "state"
+    command = [*LMINF, "generate", str(bundle), "--follow", "--save-state", str(state)]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "3"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=default_signals,
+    )  # fmt: skip
+    process.stdin.write(b"One\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"the stream is in" in told
+    assert state.is_file()

@@ -275,7 +275,8 @@ DAMAGES = [
     (".json", changed_record(history_length="1")), (".json", changed_record(kind="other")),
     (".json", changed_record(kind=["chat"])), (".json", changed_record(bytes=True)),
     (".json", changed_record(bytes="x")), (".json", changed_record(sha256="0" * 64)),
-    (".json", lambda _: b"[" * 60_000), (".json", lambda data: data[:-1] + b" " * 70_000 + b"}"),
+    (".json", lambda _: b"[" * 60_000), (".json", lambda data: data[:-1] + b" " * 2**20 + b"}"),
+    (".json", changed_record(system=5)),
 ]  # fmt: skip
 
 

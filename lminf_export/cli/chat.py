@@ -78,8 +78,9 @@ def chat_command(
         bundle, _system_text(system, system_file), template, _values(template_values), loading
     )
     check_system(conversation, conversation.system, pinned=pin_system)
-    if conversation.template.rewrites:
-        say(f"note: {conversation.template.rewrites}")
+    rewrites = conversation.template.rewrites(conversation.system, **_values(template_values))
+    if rewrites is not None:
+        say(f"note: {rewrites}")
     chats.append(Chat(conversation, writing, pinned=pin_system))
     if load_state is not None:
         conversation.load(load_state)

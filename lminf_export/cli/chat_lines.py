@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from lminf_export.cli.common import not_utf8
 from lminf_export.errors import DependencyError, InputError
@@ -46,6 +47,10 @@ def open_lines(commands: Iterable[str], status: Callable[[], str]) -> Lines:
     if sys.stdin.isatty() and sys.stdout.isatty():
         return TerminalLines(commands, status)
     return PlainLines()
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 class PlainLines:
@@ -106,11 +111,13 @@ class TerminalLines:
         quiet = termios.tcgetattr(terminal)
         quiet[0] &= ~termios.ICRNL
         quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        ended = signal.signal(signal.SIGTERM, _end)  # or the terminal stays as it is then
         termios.tcsetattr(terminal, termios.TCSANOW, quiet)
         try:
             yield
         finally:
             termios.tcsetattr(terminal, termios.TCSANOW, before)
+            signal.signal(signal.SIGTERM, ended)
 
     def read(self) -> str | None:
         """See `Lines`; Ctrl-D ends, Ctrl-C raises KeyboardInterrupt."""

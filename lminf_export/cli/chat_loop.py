@@ -167,7 +167,9 @@ class Chat:
         self._conversation.load(user_path(_required("/load", argument), InputError))
         say(f"loaded {argument} at token {self._conversation.stream.position:,}")
 
-    def _reset(self, _: str) -> None:
+    def _reset(self, argument: str) -> None:
+        if argument:
+            raise InputError("/reset takes nothing; /system TEXT begins anew with another prompt")
         self._begin(self._conversation.system)
 
     def _system(self, text: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +17,16 @@ from lminf_export.cli.terminal import when_interrupted
 if TYPE_CHECKING:
     from lminf_export.runtime.following import WriteAfter
     from lminf_export.runtime.language_model import LanguageModel
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end a stream as Ctrl-C does, so that what is to be saved is."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def follow(
@@ -59,10 +72,11 @@ def follow(
     def kept() -> str:
         if save_state is None:
             return statistics()
+        following.end_writing()
         following.stream.save(save_state)
         return f"{statistics()}; the stream is in {save_state}"
 
-    with when_interrupted(kept):
+    with when_interrupted(kept), _terminated_as_interrupted():
         for piece in following.answers(sys.stdin.buffer, stop=stop, **settings):
             click.echo(piece, nl=False)
             sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import signal
 import sys
 import threading
@@ -38,7 +39,10 @@ def readable(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def make_streams_safe() -> None:
-    """Let no character that stdout or stderr cannot show end a program."""
+    """Let no character that stdout or stderr cannot show, and no closed stream, end a program."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     codecs.register_error(_ERRORS, readable)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

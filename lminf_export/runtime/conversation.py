@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lminf_export.errors import LminfError
-from lminf_export.runtime.chat_template import ChatTemplate
+from lminf_export.errors import LminfError, require_instance
+from lminf_export.runtime.chat_template import ChatTemplate, check_variables, of_system
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.one_stream import OneStream
 
@@ -68,6 +68,12 @@ class Conversation:
         BundleError: the template is one behind whose answers nothing can be added.
     """
 
+    system: str | None
+    is_loaded: bool
+    stream: OneStream
+    last: Answer
+    _stop_ids: frozenset[int]
+
     def __init__(
         self,
         model: LanguageModel,
@@ -76,11 +82,11 @@ class Conversation:
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
+        require_instance("model", model, LanguageModel)
+        require_instance("template", template, ChatTemplate)
+        check_variables({} if variables is None else variables)
         self.model, self.template = model, template
         self._variables = dict(variables or {})
-        self._stop_ids = frozenset(model.bundle.manifest.eos_token_ids) | template.end_ids(
-            model.codec, **self._variables
-        )
         self._stopping = False
         self.reset(system)
 
@@ -91,9 +97,13 @@ class Conversation:
             InputError: the template refuses it; the conversation is as it was.
         """
         self.count_system_tokens(system)
-        self.system, self.is_loaded = system, False
-        self.stream = OneStream(self.model)
-        self.last = Answer()
+        ends = self.template.end_ids(self.model.codec, system=system, **self._variables)
+        stop_ids = frozenset(self.model.bundle.manifest.eos_token_ids) | ends
+        stream, last = OneStream(self.model), Answer()
+        # In one step: an interrupt leaves this conversation or the new one.
+        self.__dict__.update(
+            system=system, is_loaded=False, stream=stream, last=last, _stop_ids=stop_ids
+        )
 
     def count_system_tokens(self, system: str | None) -> int:
         """Return the tokens before the first question: a system's message and its frame.
@@ -101,9 +111,12 @@ class Conversation:
         Raises:
             InputError: the template refuses the message.
         """
-        message = {"role": "user", "content": _STAND_IN}
-        text = self.template.render([*_of_system(system), message], **self._variables)
-        return len(self.model.codec.ids(text.partition(_STAND_IN)[0]))
+        question = _STAND_IN
+        while question in (system or "") or question in self.template.text:
+            question += "."
+        message = {"role": "user", "content": question}
+        text = self.template.render([*of_system(system), message], **self._variables)
+        return len(self.model.codec.ids(text.partition(question)[0]))
 
     def load(self, path: str | Path) -> None:
         """Go on where a conversation of the same bundle was saved, by `stream.save`.
@@ -165,7 +178,7 @@ class Conversation:
                 self._watched(tokens, max_new_tokens), after=ids, stop=stop
             )
             self.last.ended = self.last.ended or "stop_text"
-        except LminfError:
+        except (LminfError, TypeError):  # TypeError: a setting that `generate` does not know
             if stream.state.furthest == start:
                 stream.unread = before  # nothing was said
             raise
@@ -192,11 +205,8 @@ class Conversation:
         """Return the token ids of what a message adds to the conversation."""
         message = {"role": "user", "content": text}
         if self.stream.position:
-            new = self.template.turn([message], **self._variables)
+            system = None if self.is_loaded else self.system
+            new = self.template.turn([message], system=system, **self._variables)
             return self.model.codec.ids_behind(new)
-        new = self.template.render([*_of_system(self.system), message], **self._variables)
+        new = self.template.render([*of_system(self.system), message], **self._variables)
         return self.model.codec.ids(new)
-
-
-def _of_system(text: str | None) -> list[dict[str, str]]:
-    return [] if text is None else [{"role": "system", "content": text}]

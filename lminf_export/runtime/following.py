@@ -61,7 +61,7 @@ class Following:
         self._codec = model.codec
         self._write_after = write_after
         self._end = _ENDS.get(write_after, "")
-        self._line_has_text = self._has_news = False
+        self._line_has_text = self._has_news = self._is_writing = False
         self._add(prompt)
 
     def answers(
@@ -116,11 +116,22 @@ class Following:
 
     def _finished(self, stop: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
         """Write, and end it in the stream and in the text as it should."""
+        self._is_writing = True
         ended = yield from self._written(stop, settings)
-        if ended != self._end:
-            self._add(self._end)
-        self._has_news = self._line_has_text = False
+        self.end_writing(ended)
         yield self._end or "\n"
+
+    def end_writing(self, ended: str | None = None) -> None:
+        """End what is being written in the stream, also where its reader went in the middle.
+
+        Args:
+            ended: the stop string behind which it has ended by itself.
+        """
+        if not self._is_writing:
+            return
+        if not self._end or ended != self._end:
+            self._add(self._end or "\n")
+        self._has_news = self._line_has_text = self._is_writing = False
 
     def _written(
         self, stop: Sequence[str], settings: dict[str, Any]
@@ -153,9 +164,14 @@ class Following:
 def _pieces(lines: IO[bytes]) -> Iterator[tuple[str, bool]]:
     """Yield lines without their ends, long ones in pieces, and whether the line ends there."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    held = ""  # a carriage return at the end of a piece: perhaps the line's end comes next
     while raw := lines.readline(MOST_LINE_BYTES):
         ended = raw.endswith(b"\n")
-        text = decoder.decode(raw, final=ended)
-        yield (text.removesuffix("\n").removesuffix("\r") if ended else text), ended
-    if text := decoder.decode(b"", final=True):
+        text = held + decoder.decode(raw, final=ended)
+        held = "\r" if not ended and text.endswith("\r") else ""
+        if ended:
+            yield text.removesuffix("\n").removesuffix("\r"), True
+        else:
+            yield text.removesuffix(held), False
+    if text := held + decoder.decode(b"", final=True):
         yield text, False

@@ -319,10 +319,16 @@ class LanguageModel:
         logits = self.forward(ids, state, logits="last")
         assert logits is not None
         token = sampler.choose(logits[0, 0])
+        begun = state.furthest - 1
         for count in itertools.count(1):
             if token in stops:
                 return
             yield token
+            if state.furthest != begun + count:
+                raise InputError(
+                    f"another call has moved this state from token {begun + count} to "
+                    f"{state.furthest}: it cannot go on here; one generator at a time"
+                )
             if count == max_new_tokens:
                 return
             sampler.observe((token,))

@@ -110,4 +110,5 @@ class SessionKeeper:
         history = self._plan.history.then(added)
         read = self._prefix.keep_read(kept) if self._prefix is not None else None
         going_on = Kept(kept.snapshot, unread)
-        await self._lease.keep(Conversation(self._plan.kind, history, going_on, read))
+        plan = self._plan
+        await self._lease.keep(Conversation(plan.kind, history, going_on, read, plan.system))

@@ -16,6 +16,9 @@ from lminf_export.serve.state_store import Conversation, ConversationKind, num_r
 
 Messages = list[dict[str, str]]
 
+# Characters of a system's message that is kept beside a conversation's state.
+_LONGEST_SYSTEM = 2**16
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,6 +29,7 @@ class Plan:
         ids: to read, behind `start`.
         start: a state to go on from, or None for a new one.
         history: of the conversation up to and with this prompt, in bytes of its kind.
+        system: the system's message of a chat, if it has one.
         is_follow_up: whether it goes on a conversation.
         shared: a beginning of the prompt whose state is to be kept while it is read.
     """
@@ -34,6 +38,7 @@ class Plan:
     ids: list[int]
     start: Snapshot | None
     history: RollingHash
+    system: str | None = None
     is_follow_up: bool = False
     shared: SharedBeginning | None = None
 
@@ -99,10 +104,11 @@ def plan_chat(
                 raise invalid(
                     "messages hold nothing that this session has not answered", "messages"
                 )
-            ids = codec.ids_behind(template.turn(new))
+            ids = codec.ids_behind(template.turn(new, system=conversation.system))
             return _going_on(conversation, ids, conversation.history.then(messages_bytes(new)))
     ids = codec.ids(template.render(messages))
-    return Plan("chat", _some(ids), None, RollingHash().then(messages_bytes(messages)))
+    history = RollingHash().then(messages_bytes(messages))
+    return Plan("chat", _some(ids), None, history, _system_of(messages))
 
 
 def _new_messages(messages: Messages, history: RollingHash) -> Messages | None:
@@ -117,10 +123,20 @@ def _new_messages(messages: Messages, history: RollingHash) -> Messages | None:
     return messages if all(message["role"] == "user" for message in messages) else None
 
 
+def _system_of(messages: Messages) -> str | None:
+    """Return the system's message that a chat begins with; not one beyond all use."""
+    first = messages[0] if messages else {"role": "user"}
+    if first["role"] not in ("system", "developer") or len(first["content"]) > _LONGEST_SYSTEM:
+        return None
+    return first["content"]
+
+
 def _going_on(conversation: Conversation, ids: Sequence[int], history: RollingHash) -> Plan:
     kept = conversation.kept
     ids = _some([*kept.unread, *ids])
-    return Plan(conversation.kind, ids, kept.snapshot, history, is_follow_up=True)
+    return Plan(
+        conversation.kind, ids, kept.snapshot, history, conversation.system, is_follow_up=True
+    )
 
 
 def _require_kind(conversation: Conversation, kind: ConversationKind) -> None:

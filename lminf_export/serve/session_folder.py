@@ -33,7 +33,7 @@ _IS_OURS = re.compile(
 )
 # Other programs do not get the file, and a link that somebody has put there is not followed.
 _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
-_MAX_RECORD = 65536
+_MAX_RECORD = 2**20
 _MAX_UNREAD = 64
 
 
@@ -114,6 +114,7 @@ class SessionFolder:
             "history_length": conversation.history.length,
             "history": conversation.history.digits,
             "unread": list(conversation.kept.unread),
+            "system": conversation.system,
         }
         try:
             self._write_record(key, record)
@@ -162,13 +163,16 @@ class SessionFolder:
             or not all(type(token) is int and 0 <= token < lm.vocab_size for token in unread)
         ):
             raise InputError("its record has impossible token ids")
+        system = record.get("system")
+        if system is not None and not isinstance(system, str):
+            raise InputError("its record has an impossible system message")
         history = RollingHash(length, int(record["history"], 16))
         if _digest(self._path / name) != (record.get("sha256"), record.get("bytes")):
             raise InputError("its state is not the one that was recorded")
         snapshot = lm.load_snapshot(self._path / name)
         if snapshot.batch_size != 1:
             raise InputError("its state is not one of one stream")
-        return Conversation(kind, history, Kept(snapshot, tuple(unread)))
+        return Conversation(kind, history, Kept(snapshot, tuple(unread)), system=system)
 
     def _write_record(self, key: str, record: dict[str, Any]) -> None:
         part = self._path / (key + _RECORD + _PART)

@@ -30,12 +30,14 @@ class Conversation:
         history: of all its messages, text or ids, answers included.
         kept: the state to go on from.
         read: hash of the bytes of the ids that the state has read; None if it is not known.
+        system: the system's message of a chat, which its template may heed at every turn.
     """
 
     kind: ConversationKind
     history: RollingHash
     kept: Kept
     read: RollingHash | None = None
+    system: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -90,7 +92,8 @@ class StateStore:
     def keep_conversation(self, key: str, conversation: Conversation) -> None:
         """Keep a conversation instead of what stood under its key."""
         with self._lock:
-            self._sessions.put(key, conversation, conversation.kept.snapshot.nbytes)
+            size = conversation.kept.snapshot.nbytes + 4 * len(conversation.system or "")
+            self._sessions.put(key, conversation, size)
 
     def drop_conversation(self, key: str) -> bool:
         """Forget a conversation; tell whether there was one."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_export.disk import read_json
-from lminf_export.errors import BundleError
+from lminf_export.errors import BundleError, shown
 
 FILE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
@@ -47,13 +47,17 @@ def read_template(path: Path) -> str:
         BundleError: it cannot be read, is too long, or is not UTF-8.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
             raise BundleError(f"{path} is no chat template: it has more than {_MOST_BYTES} bytes")
-        return path.read_bytes().decode("utf-8")
+        return content.decode("utf-8")
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BundleError(f"{path} is not UTF-8 (byte {error.start}: {error.reason})") from None
+    except ValueError as error:  # a name with a NUL
+        raise BundleError(f"cannot read {shown(str(path))}: {error}") from None
 
 
 def _entry(path: Path) -> Any:

@@ -49,7 +49,7 @@ def _message(place: int, message: object) -> Message:
     for key, value in fields.items():
         if key in _OPTIONAL:
             plain[key] = _text(f"{name}.{key}", value)
-        elif value not in ([], {}, ""):
+        elif not isinstance(value, list | dict | str) or value:
             raise InputError(
                 f"{name}: {_short(key)} cannot be read; a message has role and content, both text"
             )

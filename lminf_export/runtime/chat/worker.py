@@ -12,11 +12,13 @@ one of {"ready": true}, {"text": …}, {"refused": reason} (the template's own r
 from __future__ import annotations
 
 import datetime
+import html
 import json
 import pprint
 import resource
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,7 +34,7 @@ from jinja2.utils import Namespace
 
 _REASON = 500
 # jinja2 imports them when they are needed; no file can be opened then.
-_NEEDED_LATER = (jinja2.constants, jinja2.debug, pprint)
+_NEEDED_LATER = (html, jinja2.constants, jinja2.debug, pprint, textwrap)
 
 
 class Refused(TemplateError):
