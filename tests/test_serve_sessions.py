@@ -342,3 +342,34 @@ def test_a_folder_has_one_server(demo_lm, tmp_path):
         serving.server_thread(demo_lm, session_folder=tmp_path),
     ):
         pass
+
+
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant ({{ messages[0].content }}):{% endif %}"
+)
+
+
+def test_a_template_heeds_the_system_message_in_a_follow_up_and_after_a_restart(demo_lm, tmp_path):
+    template = ChatTemplate(NEEDS_SYSTEM)
+    system = {"role": "system", "content": "briefly"}
+    state, expected, unread = demo_lm.new_state(), [], []
+    texts = [
+        template.render([system, *FIRST]),
+        template.turn(SECOND, system="briefly"),
+        template.turn(FIRST, system="briefly"),
+    ]
+    assert all(text.endswith("assistant (briefly):") for text in texts)
+    for number, text in enumerate(texts):
+        ids = demo_lm.codec.ids_behind(text) if number else demo_lm.codec.ids(text)
+        ids = [*unread, *ids]
+        written = list(demo_lm.generate(ids, max_new_tokens=8, state=state))
+        unread = written[-1:]
+        expected.append("".join(demo_lm.codec.stream(written, after=ids)))
+    found = []
+    for turns in ([[system, *FIRST], SECOND], [FIRST]):
+        with serving.server_thread(demo_lm, session_folder=tmp_path / "s") as server:
+            server.model.template = template
+            found += [content(ask(server.url, "a", turn, max_tokens=8)) for turn in turns]
+    assert found == expected

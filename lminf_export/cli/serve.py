@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from lminf_export.cli.session_options import (
 )
 from lminf_export.errors import DependencyError, InputError
 from lminf_export.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from lminf_export.runtime.chat_template import ChatTemplate
 
 _NEEDED = {
     "fastapi": "fastapi",
@@ -163,7 +166,7 @@ def serve_command(
             )
             own = None if template is None else ChatTemplate.from_file(template, lm.bundle)
             if own is not None:
-                own.turn([{"role": "user", "content": "a"}])  # a file that is none fails here
+                _require_template(own)
             models[name] = ServedModel.of(name, lm, settings, own)
             stack.callback(models[name].engine.close)
         app = create_app(models, settings)
@@ -196,6 +199,19 @@ def keys_of(given: str | None, path: str | None) -> tuple[str, ...]:
     if not keys and (from_environment := os.environ.get(_KEY_VARIABLE)):
         keys.append(from_environment)
     return tuple(keys)
+
+
+def _require_template(template: ChatTemplate) -> None:
+    """Refuse a file that is no template before anything is served.
+
+    Raises:
+        LminfError: it can be rendered neither without a system's message nor with one.
+    """
+    question = [{"role": "user", "content": "a"}]
+    try:
+        template.turn(question)
+    except InputError:
+        template.turn(question, system="Be brief.")
 
 
 def _names(bundles: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str]:

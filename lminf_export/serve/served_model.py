@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lminf_export.errors import LminfError
@@ -92,7 +93,7 @@ class ServedModel:
 
 
 def _end_ids(template: ChatTemplate, codec: TextCodec) -> frozenset[int]:
-    try:
-        return template.end_ids(codec)
-    except LminfError:  # nothing can be added behind its answers; they are rendered whole
-        return frozenset()
+    for system in (None, "Be brief."):  # some templates refuse a system's message, some need one
+        with suppress(LminfError):
+            return template.end_ids(codec, system=system)
+    return frozenset()  # nothing can be added behind its answers; they are rendered whole
