@@ -181,7 +181,7 @@ def test_langchain_chats_and_streams(server, demo_lm):
     assert model.invoke([("user", CHAT[0]["content"])]).content == expected
     pieces = [str(piece.content) for piece in model.stream([("user", CHAT[0]["content"])])]
     assert "".join(pieces) == expected
-    assert len(pieces) > 5
+    assert len(pieces) > 2
     text = LangchainOpenAI(
         base_url=url, api_key="none", model=NAME, temperature=0, max_tokens=20
     ).invoke(PROMPT)

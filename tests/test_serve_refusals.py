@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import json
 import random
 import socket
@@ -14,6 +15,8 @@ import time
 import httpx
 import pytest
 
+from lminf_export.serve.api_errors import ApiError
+from lminf_export.serve.openai_schema import CompletionFields, read_fields
 from tests.support import serving
 from tests.support.serving import CHAT, COMPLETIONS, offline_text, post, wait_until
 
@@ -330,3 +333,49 @@ def test_a_model_without_a_template_completes_and_does_not_chat(demo_lm):
         )
         assert error["code"] == "no_chat_template"
         assert post(server.url, COMPLETIONS, prompt="a", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a", "stop": [1] * 20_000},
+        {"prompt": "a", "stop_token_ids": [""] * 20_000},
+        {"prompt": "a", "logit_bias": {str(n): 999 for n in range(20_000)}},
+        {"prompt": "a", **{f"x{n}": 1 for n in range(20_000)}},
+        {"prompt": "a", "stream_options": {f"x{n}": 1 for n in range(20_000)}},
+    ],
+    ids=["stop", "stop_token_ids", "logit_bias", "names", "stream_options"],
+)
+def test_many_wrong_items_are_refused_at_the_first(body):
+    begun = time.process_time()
+    with pytest.raises(ApiError) as caught:
+        read_fields(CompletionFields, body)
+    assert caught.value.status == 400
+    assert time.process_time() - begun < 0.05  # all of them take ten times as long
+
+
+def test_a_long_text_is_read_while_others_write(demo_lm):
+    text = "a b" * 300_000
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=tick)
+    watcher.start()
+    begun = time.perf_counter()
+    ids = demo_lm.codec.ids(text)
+    seconds = time.perf_counter() - begun
+    done.set()
+    watcher.join()
+    assert ids == demo_lm.codec.tokenizer.encode(text, add_special_tokens=False).ids
+    gaps = [b - a for a, b in itertools.pairwise(ticks)]
+    assert max(gaps) < max(0.5 * seconds, 0.2)
+
+
+def test_a_session_that_is_named_twice_is_refused(server):
+    headers = [("x-session-id", "a"), ("x-session-id", "b")]
+    refused = httpx.post(server.url + COMPLETIONS, json={"prompt": "a"}, headers=headers)
+    assert "more than once" in require_error(refused, 400)["message"]

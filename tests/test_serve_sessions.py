@@ -373,3 +373,27 @@ def test_a_template_heeds_the_system_message_in_a_follow_up_and_after_a_restart(
             server.model.template = template
             found += [content(ask(server.url, "a", turn, max_tokens=8)) for turn in turns]
     assert found == expected
+
+
+def test_a_turn_that_cannot_be_written_leaves_no_earlier_one(demo_lm, tmp_path, monkeypatch):
+    folder = tmp_path / "sessions"
+    with serving.server_thread(demo_lm, session_folder=folder, session_bytes=0) as server:
+        content(ask(server.url, "a", FIRST))
+        wait_until(lambda: httpx.get(f"{server.url}/v1/sessions").json()["files"] == 1)
+        monkeypatch.setattr(SessionFolder, "save", _no_room)
+        content(ask(server.url, "a", SECOND))
+        wait_until(lambda: httpx.get(f"{server.url}/v1/sessions").json()["files"] == 0)
+        must = {"x-session-id": "a", "x-session-must-exist": "1"}
+        body = {"messages": SECOND, "max_tokens": 3}
+        assert httpx.post(server.url + CHAT, json=body, headers=must).status_code == 404
+
+
+def _no_room(folder, key, conversation):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_folder_holds_no_more_than_it_may_after_a_restart(kept_folder, tmp_path):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    sessions = SessionFolder(folder, 1000)
+    assert sessions.counts() == (0, 0)
+    sessions.close()

@@ -144,7 +144,7 @@ def serve_command(
         api_keys=keys,
         allow_origins=allow_origin,
         allow_hosts=allow_host,
-        session_folder=None if session_folder is None else Path(session_folder),
+        session_folder=None if session_folder is None else _folder(session_folder),
         prefix_reuse=not no_prefix_reuse,
         prefix_bytes=prefix_bytes,
         **limits,  # type: ignore[arg-type]
@@ -199,6 +199,17 @@ def keys_of(given: str | None, path: str | None) -> tuple[str, ...]:
     if not keys and (from_environment := os.environ.get(_KEY_VARIABLE)):
         keys.append(from_environment)
     return tuple(keys)
+
+
+def _folder(path: str) -> Path:
+    """Return the folder of conversations.
+
+    Raises:
+        InputError: an empty name, as of a variable that is not set.
+    """
+    if not path:
+        raise InputError("--session-folder is empty: name a folder, or leave the option out")
+    return Path(path)
 
 
 def _require_template(template: ChatTemplate) -> None:

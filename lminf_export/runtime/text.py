@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from lminf_export.runtime.text_stream import StreamDecoder
 logger = logging.getLogger(__name__)
 
 _MOST_STOPS = 4096
+# Characters of a text that is long.
+_LONG = 8192
+_long_text = threading.Lock()
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -96,7 +100,15 @@ class TextCodec:
         """
         _require_text(text, "the text")
         with foreign_errors(InputError, "the tokenizer cannot read this text"):
-            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            if len(text) < _LONG:
+                return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # A batch is encoded without Python's lock, so that other threads go on. One at a time:
+            # a long text takes some hundred times its bytes meanwhile.
+            with _long_text:
+                encoded = self.tokenizer.encode_batch_fast(
+                    [text], add_special_tokens=add_special_tokens
+                )
+                return encoded[0].ids
 
     def ids_behind(self, text: str, before: str = "x") -> list[int]:
         """Return the token ids of a text that stands behind another one, and not at a beginning.

@@ -219,10 +219,12 @@ class Answering:
         async for token in stream:
             tokens = [token, *stream.take()]
             now = time.perf_counter()
+            count = len(tokens)
+            if latest is None and stream.first_token_at is not None:
+                latest, count = stream.first_token_at, count - 1
+                self._metrics.began(name, latest - stream.submitted)
             if latest is not None:
-                self._metrics.went_on(name, now - latest, len(tokens))
-            elif stream.first_token_at is not None:
-                self._metrics.began(name, stream.first_token_at - stream.submitted)
+                self._metrics.went_on(name, now - latest, count)
             latest = now
             yield tokens
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from lminf_export.errors import LminfError
+from lminf_export.errors import InputError, LminfError, require_instance, shown
 from lminf_export.serve.api_errors import ApiError, of_ours, shutting_down
 from lminf_export.serve.chat import chat
 from lminf_export.serve.completions import complete
@@ -41,8 +41,9 @@ def create_app(models: Mapping[str, ServedModel], settings: ServeSettings) -> Fa
         An application whose `state.serving` is what its endpoints share.
 
     Raises:
-        InputError: the folder of conversations cannot be used.
+        InputError: no models, or other objects; the folder of conversations cannot be used.
     """
+    _require_models(models, settings)
     serving = Serving(models, settings)
 
     @asynccontextmanager
@@ -79,10 +80,21 @@ def create_app(models: Mapping[str, ServedModel], settings: ServeSettings) -> Fa
             CORSMiddleware,
             allow_origins=list(settings.allow_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-session-id", "x-session-must-exist"],
+            allow_headers=["*"],  # clients send many of their own
             expose_headers=_HEADERS_SHOWN,
         )
     return app
+
+
+def _require_models(models: Mapping[str, ServedModel], settings: ServeSettings) -> None:
+    """Refuse what is no table of models under their names, or no settings."""
+    require_instance("settings", settings, ServeSettings)
+    if not isinstance(models, Mapping) or not models:
+        raise InputError("models: expected a table of at least one ServedModel by its name")
+    for name, model in models.items():
+        require_instance(f"models[{shown(name)}]", model, ServedModel)
+        if name != model.name:
+            raise InputError(f"models[{shown(name)}] is called {model.name!r}; use one name")
 
 
 def _label(path: str, known: set[str]) -> str:

@@ -89,8 +89,10 @@ class ServerMetrics:
         self._first.labels(model).observe(seconds)
 
     def went_on(self, model: str, seconds: float, tokens: int) -> None:
-        """Record tokens that came together, so long after those before."""
-        self._between.labels(model).observe(seconds / tokens)
+        """Record tokens that came together, so long after the one before them."""
+        between = self._between.labels(model)
+        for _ in range(tokens):
+            between.observe(seconds / tokens)
 
     def reused(self, model: str, tokens: int) -> None:
         """Count tokens that did not have to be read again."""

@@ -9,6 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lminf_export.serve.api_errors import invalid, unsupported
 
 _INT64 = 1 << 63
+# Entries of an object; more names, or more biases, than any client sends.
+_MOST_NAMES = 128
+_MOST_BIASES = 16384
+# Lists whose first wrong item is found here: pydantic would name all of a million.
+_LISTS = {"stop": str, "stop_token_ids": int, "ids": int, "tokens": int}
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -119,6 +124,19 @@ def read_fields(kind: type[Fields], body: dict[str, Any]) -> Fields:
     Raises:
         ApiError: 400, naming the field.
     """
+    if len(body) > _MOST_NAMES:
+        raise invalid(f"the body has {len(body)} names; at most {_MOST_NAMES}")
+    biases = body.get("logit_bias")
+    if isinstance(biases, dict) and len(biases) > _MOST_BIASES:
+        raise invalid(f"{len(biases)} biases; at most {_MOST_BIASES}", "logit_bias")
+    options = body.get("stream_options")
+    if isinstance(options, dict) and len(options) > _MOST_NAMES:
+        raise invalid(f"stream_options has {len(options)} names", "stream_options")
+    for name in _LISTS.keys() & kind.model_fields.keys():
+        items = body.get(name)
+        if isinstance(items, list) and (wrong := _first_other(items, _LISTS[name])) is not None:
+            expected = "a text" if _LISTS[name] is str else "an integer"
+            raise invalid(f"{name}[{wrong}]: must be {expected}", name, "invalid_value")
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -130,6 +148,11 @@ def read_fields(kind: type[Fields], body: dict[str, Any]) -> Fields:
                 f"unrecognized request argument: {name}", name[:100], "unknown_parameter"
             ) from None
         raise invalid(f"{place}: {first['msg']}", place[:100], "invalid_value") from None
+
+
+def _first_other(items: list[Any], kind: type) -> int | None:
+    """Return the place of the first item of another type."""
+    return next((place for place, item in enumerate(items) if type(item) is not kind), None)
 
 
 def require_plain_chat(fields: ChatFields) -> None:

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from lminf_export.errors import LminfError
+from lminf_export.errors import InputError, LminfError, require_instance, shown
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.chat.files import find_template
 from lminf_export.runtime.chat_template import ChatTemplate
@@ -60,9 +60,16 @@ class ServedModel:
             template: instead of the bundle's own.
 
         Raises:
+            InputError: an argument of another kind.
             BundleError: it has no tokenizer, or a damaged template.
             SessionError: the slots' caches are more than the memory holds.
         """
+        require_instance("lm", lm, LanguageModel)
+        require_instance("settings", settings, ServeSettings)
+        if not isinstance(name, str) or not name:
+            raise InputError(f"name={shown(name)}: must be a text, not an empty one")
+        if template is not None:
+            require_instance("template", template, ChatTemplate)
         codec = lm.codec
         if template is None and find_template(lm.bundle.path, lm.bundle.manifest.files):
             template = ChatTemplate.of(lm.bundle)

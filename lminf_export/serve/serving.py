@@ -133,7 +133,10 @@ class Serving:
             ApiError: the session is busy, or a limit is exceeded.
             LminfError: see `Answering`.
         """
-        session_id = checked_session_id(request.headers.get("x-session-id"))
+        named = request.headers.getlist("x-session-id")
+        if len(named) > 1:
+            raise invalid("x-session-id is there more than once", "x-session-id")
+        session_id = checked_session_id(named[0] if named else None)
         owner = request.scope.get(OWNER, "")
         lease = None
         if session_id is not None:

@@ -79,6 +79,7 @@ class SessionFolder:
                 f"--session-folder {path} is used by another server; give each its own"
             ) from None
         self._files = self._found()
+        self._make_room()
 
     def close(self) -> None:
         """Let another server use the folder."""
@@ -127,7 +128,7 @@ class SessionFolder:
             self._files[key] = _File(state, size, changed)
             if old is not None:
                 (self._path / old.state).unlink(missing_ok=True)
-            self._make_room(key)
+            self._make_room()
 
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return a conversation; None if there is none, or its files are damaged and dropped."""
@@ -209,10 +210,11 @@ class SessionFolder:
                 path.unlink(missing_ok=True)
         return dict(sorted(files.items(), key=lambda item: item[1].changed))
 
-    def _make_room(self, latest: str) -> None:
+    def _make_room(self) -> None:
+        """Remove the oldest conversations that are more than the folder may hold."""
         total = sum(file.nbytes for file in self._files.values())
         for key in list(self._files):
-            if total <= self._max_bytes or key == latest:
+            if total <= self._max_bytes:
                 return
             total -= self._files[key].nbytes
             self._remove(key)

@@ -165,6 +165,8 @@ class Sessions:
             self._folder.save(key, conversation)
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
+            # What stands there is an earlier turn: better none than a past without the latest.
+            self._folder.drop(key)
         if self._unwritten.get(key) is conversation:
             del self._unwritten[key]
 

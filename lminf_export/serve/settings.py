@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from lminf_export.errors import ConfigError
-from lminf_export.operator.settings import as_integer
+from lminf_export.disk import require_path
+from lminf_export.errors import ConfigError, shown
+from lminf_export.operator.settings import as_integer, as_number
 
 _ZERO_ALLOWED = {"max_waiting", "session_bytes", "session_disk_bytes"}
 # Above these a request is refused by what reads it, so no setting may allow more.
@@ -93,7 +96,60 @@ class ServeSettings:
                     raise ConfigError(f"{field.name}={value}: must be at most {largest}")
             elif field.type == "int | None" and value is not None:
                 object.__setattr__(self, field.name, as_integer(field.name, value, 0))
-            elif field.type == "float" and not 0 < value < float("inf"):
-                raise ConfigError(f"{field.name}={value!r}: must be above 0 and finite")
-        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
-            raise ConfigError("api_keys: a key has printable ASCII characters, at least one")
+            elif field.type == "float":
+                seconds = as_number(field.name, value)
+                if not 0 < seconds < float("inf"):
+                    raise ConfigError(f"{field.name}={shown(value)}: must be above 0 and finite")
+                object.__setattr__(self, field.name, seconds)
+            elif field.type == "tuple[str, ...]":
+                object.__setattr__(self, field.name, _texts(field.name, value))
+        if not isinstance(self.prefix_reuse, bool):
+            raise ConfigError(f"prefix_reuse={shown(self.prefix_reuse)}: must be True or False")
+        if self.session_folder is not None:
+            require_path("session_folder", self.session_folder, ConfigError)
+            if not str(self.session_folder):
+                raise ConfigError("session_folder is empty: name a folder, or none")
+            object.__setattr__(self, "session_folder", Path(self.session_folder))
+        if not all(
+            key.isascii() and key.isprintable() and key == key.strip() for key in self.api_keys
+        ):
+            raise ConfigError(
+                "api_keys: a key has printable ASCII characters, no space at its ends"
+            )
+        for origin in self.allow_origins:
+            if origin != "*" and not _is_origin(origin):
+                raise ConfigError(
+                    f"allow_origins: {shown(origin)} is no origin; expected SCHEME://HOST[:PORT], "
+                    "such as https://app.example"
+                )
+        for host in self.allow_hosts:
+            if not set(host).isdisjoint(":/@ ") and not _is_address(host):
+                raise ConfigError(
+                    f"allow_hosts: {shown(host)} is no name; expected one without scheme and port, "
+                    "such as box.lan"
+                )
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    """Return texts as a tuple; a text alone is not a list of its letters."""
+    if not isinstance(value, tuple | list) or not all(
+        isinstance(item, str) and item for item in value
+    ):
+        raise ConfigError(f"{name}={shown(value)}: must be a tuple of texts, none of them empty")
+    return tuple(value)
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return bool(parts.scheme and parts.netloc) and text == f"{parts.scheme}://{parts.netloc}"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
