@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +18,7 @@ from lminf_export.runtime.batching import sequence as sequence_module
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.batching.slot_pool import SlotPool
+from lminf_export.runtime.batching.stream import Mailbox
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
 from lminf_export.runtime.sampling import SamplingConfig
@@ -461,6 +464,69 @@ def test_a_checkpoint_is_the_state_behind_so_much_of_a_prompt(any_lm):
         np.allclose(snapshot.caches[name], array, atol=1e-5)
         for name, array in state.snapshot().caches.items()
     )
+
+
+def test_continuations_that_only_read_write_nothing(lm):
+    with Engine(lm, slots=2) as engine:
+        streams = engine.submit_many(Request(prompt(1, 9), 0, keep=True), 3)
+        assert [ids(stream) for stream in streams] == [[], [], []]
+        assert {stream.finish_reason for stream in streams} == {"length"}
+        assert {stream.kept.unread for stream in streams} == {()}
+
+
+def test_a_cancel_is_heard_while_somebody_waits_for_the_end(lm, monkeypatch):
+    monkeypatch.setattr(sequence_module, "MAILBOX_TOKENS", 20)
+    engine = Engine(lm, slots=1)
+    stream = engine.submit(endless())
+    waiting = threading.Thread(target=engine.drain)
+    waiting.start()
+    wait_until(lambda: stream.num_tokens == 20 and engine.stats().active == 0)
+    time.sleep(0.2)
+    stream.cancel()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    engine.close()
+
+
+def test_an_interrupt_while_tokens_are_taken_loses_none(lm, monkeypatch):
+    with Engine(lm, slots=1) as engine:
+        stream = engine.submit(Request(prompt(1, 5), 50, stop_token_ids=frozenset()))
+        wait_until(lambda: stream.finished_at is not None)
+        move = Mailbox.move_to
+
+        def interrupted(mailbox, target):
+            move(mailbox, target)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Mailbox, "move_to", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        monkeypatch.undo()
+        assert len(list(stream)) == 50
+
+
+def test_a_function_that_would_end_the_program_ends_its_request(lm):
+    def ends(_):
+        raise SystemExit(3)
+
+    with Engine(lm, slots=2) as engine:
+        bad = engine.submit(Request(prompt(1, 5), 9, ends_at=ends))
+        good = engine.submit(Request(prompt(1, 5), 4))
+        with pytest.raises(InputError, match="ends_at has failed"):
+            ids(bad)
+        assert ids(good) == alone(lm, Request(prompt(1, 5), 4))
+        assert engine.stats().healthy
+
+
+def test_a_program_that_ends_while_an_engine_writes_ends_well(tmp_path):
+    bundle = TINY.write(tmp_path / "bundle").path
+    code = (
+        "import lminf_export as l, sys; lm = l.load(sys.argv[1], threads=1)\n"
+        "s = l.Engine(lm, 2).submit(l.Request([1, 2], None, stop_token_ids=frozenset())); next(s)"
+    )
+    for _ in range(3):
+        told = subprocess.run([sys.executable, "-c", code, str(bundle)], timeout=60, check=False)
+        assert told.returncode == 0
 
 
 @pytest.mark.parametrize("count", [0, -1, 6, 2.5, True, "1", 10**400])

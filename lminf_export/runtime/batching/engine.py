@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 from lminf_export.errors import BusyError, InputError, LminfError, SessionError, shown
@@ -24,6 +26,15 @@ DEFAULT_MAX_WAITING = 256
 DEFAULT_QUANTUM = 512
 # A slot is a row of one batch, with views of its own.
 _MOST_SLOTS = 4096
+
+# Engines whose thread may run: it must not be in a step while Python ends.
+_RUNNING: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_RUNNING):
+        engine.close()
 
 
 class Engine:
@@ -78,6 +89,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="lminf-engine", daemon=True)
         try:
             self._thread.start()
+            _RUNNING.add(self)
         except BaseException:
             # Interrupted: nobody gets this engine, so the thread, if there is one, ends.
             self._closing = True
@@ -133,7 +145,7 @@ class Engine:
             first.others = others
             self._inbox.extend(sequences)
             self._called = True
-            self._changed.notify()
+            self._changed.notify_all()  # `drain` may wait there, too
         return streams
 
     def stats(self) -> EngineStats:
@@ -196,7 +208,7 @@ class Engine:
         """Let the engine look at what callers want, before its next step."""
         with self._changed:
             self._called = True
-            self._changed.notify()
+            self._changed.notify_all()  # `drain` may wait there, too
 
     # The engine's thread.
 

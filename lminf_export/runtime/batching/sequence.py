@@ -123,8 +123,12 @@ class RunningSequence:
         if self._ends_at is not None:
             # An error of one request's function must not end the others.
             with foreign_errors(InputError, "Request.ends_at has failed"):
-                if self._ends_at(token):
-                    reason = "stop_text"
+                try:
+                    is_end = self._ends_at(token)
+                except SystemExit as error:
+                    raise InputError(f"Request.ends_at has failed: {error!r}") from error
+            if is_end:
+                reason = "stop_text"
         mailbox = self.mailbox
         waker = mailbox.put(token if told is None else told)
         if waker is not None:

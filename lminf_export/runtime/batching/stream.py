@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from lminf_export.errors import LminfError
@@ -86,12 +87,12 @@ class Mailbox:
             self.cancelled = True
             self._call()
 
-    def take(self) -> list[Token]:
-        """Take all tokens that are there."""
-        found = [self.items.popleft() for _ in range(len(self.items))]
+    def move_to(self, target: deque[int | Token]) -> None:
+        """Take all tokens that are there, in one call that no interrupt comes into."""
+        with suppress(IndexError):  # none is left
+            target.extend(iter(self.items.popleft, None))
         if self.is_full:
             self._call()
-        return [item if isinstance(item, Token) else Token(item) for item in found]
 
     def wait(self, wake: Callable[[], None]) -> bool:
         """Have a function called, once, when something comes; False if something is there."""
@@ -114,7 +115,7 @@ class TokenStream:
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
-        self._taken: deque[Token] = deque()
+        self._taken: deque[int | Token] = deque()
         weakref.finalize(self, mailbox.cancel).atexit = False
 
     @property
@@ -188,7 +189,8 @@ class TokenStream:
         """
         # Looked at first: what came before the end is there when the end is.
         ended = self._mailbox.ended
-        found = [*self._taken, *self._mailbox.take()]
+        self._mailbox.move_to(self._taken)
+        found = [_as_token(item) for item in self._taken]
         self._taken.clear()
         if not found and ended and self._mailbox.error is not None:
             raise self._mailbox.error
@@ -205,7 +207,7 @@ class TokenStream:
                 gate.acquire()
         if not self._taken:
             raise StopIteration
-        return self._taken.popleft()
+        return _as_token(self._taken.popleft())
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self
@@ -218,17 +220,21 @@ class TokenStream:
                 await arrived
         if not self._taken:
             raise StopAsyncIteration
-        return self._taken.popleft()
+        return _as_token(self._taken.popleft())
 
     def _refill(self) -> bool:
         """Tell whether there is a token to return, or none will come."""
         if self._taken:
             return True
         ended = self._mailbox.ended
-        self._taken.extend(self._mailbox.take())
+        self._mailbox.move_to(self._taken)
         if not self._taken and ended and self._mailbox.error is not None:
             raise self._mailbox.error
         return bool(self._taken) or ended
+
+
+def _as_token(item: int | Token) -> Token:
+    return item if isinstance(item, Token) else Token(item)
 
 
 class LoopWaker:

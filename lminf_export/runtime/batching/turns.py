@@ -134,7 +134,10 @@ class Turns:
             self._begin_decoding(sequence)
         elif sequence.first_logits is not None:
             logits, sequence.first_logits = sequence.first_logits, None
-            self._choose_first(sequence, logits)
+            if sequence.only_reads:
+                self._finish(sequence, "length")
+            else:
+                self._choose_first(sequence, logits)
 
     def _begin_decoding(self, sequence: RunningSequence) -> None:
         assert sequence.latest is not None
