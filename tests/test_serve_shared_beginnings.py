@@ -69,6 +69,12 @@ def test_another_key_shares_nothing(demo_lm):
     assert counts[4] == 0
 
 
+def test_few_of_many_prompts_that_come_at_once_keep_what_they_share():
+    known = SharedBeginnings()
+    kept = [n for n in range(1, 70) if known.note("a", list(range(9)), 8) is not None]
+    assert kept == [2, 4, 8, 16, 32, 64]
+
+
 def test_the_beginnings_that_are_known_are_bounded_and_of_one_scope(monkeypatch):
     monkeypatch.setattr("lminf_export.serve.shared_beginnings._MOST_KNOWN", 4)
     known = SharedBeginnings()

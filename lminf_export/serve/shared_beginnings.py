@@ -2,8 +2,9 @@
 
 A prompt is known by the hashes of its beginnings of one chunk, two chunks and so on. Where a later
 one begins alike, the state behind the longest such beginning is kept while it is read, and the next
-one goes on from there. The state is one that reading any of them leaves, bit for bit, since prompts
-are cut there anyway.
+one goes on from there. Of many that come at once the second, the fourth, the eighth and so on keep
+it, since each copy takes the engine's time. The state is one that reading any of them leaves, bit
+for bit, since prompts are cut there anyway.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ class SharedBeginnings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[tuple[str, RollingHash], None] = OrderedDict()
+        # Beginning → prompts that had it.
+        self._known: OrderedDict[tuple[str, RollingHash], int] = OrderedDict()
 
     def note(self, scope: str, ids: Sequence[int], chunk_size: int) -> RollingHash | None:
-        """Note the beginnings of a prompt; return the longest that had been noted before.
+        """Note the beginnings of a prompt; return the longest whose state it is to keep.
 
         Args:
             scope: whose prompts are compared.
@@ -44,10 +46,10 @@ class SharedBeginnings:
             beginnings.append((scope, rolling))
         with self._lock:
             for key in beginnings:
-                if key in self._known:
-                    longest = key[1]
-                self._known[key] = None
+                prompts = self._known[key] = self._known.get(key, 0) + 1
                 self._known.move_to_end(key)
+                if prompts > 1 and prompts.bit_count() == 1:
+                    longest = key[1]
             while len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
         return longest

@@ -267,7 +267,11 @@ class Cudart:
     def room(cls, address):
         """Bytes from an address to the end of the block it lies in."""
         return max(
-            (start + size - address for start, size in cls.sizes.copy().items() if start <= address),
+            (
+                start + size - address
+                for start, size in cls.sizes.copy().items()
+                if start <= address
+            ),
             default=-1,
             key=lambda left: left if left >= 0 else -math.inf,
         )
