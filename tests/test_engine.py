@@ -314,8 +314,7 @@ def test_tokens_reach_their_reader_before_the_state_behind_them_is_copied(lm, mo
 
 def test_a_reader_that_takes_nothing_for_too_long_loses_its_stream(lm, monkeypatch):
     monkeypatch.setattr(sequence_module, "MAILBOX_TOKENS", 20)
-    monkeypatch.setattr(sequence_module, "MAX_STALL_SECONDS", 0.1)
-    with Engine(lm, slots=1) as engine:
+    with Engine(lm, slots=1, reader_timeout=0.1) as engine:
         slow = engine.submit(endless())
         wait_until(lambda: slow.finished_at is not None)
         assert slow.finish_reason == "slow_reader"
@@ -339,7 +338,7 @@ def test_logits_that_are_no_numbers_end_one_request_and_leave_no_trace(tmp_path)
 
 def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(lm, monkeypatch):
     with Engine(lm, slots=2) as engine:
-        decode, calls = engine._turns.pool.decode, []
+        decode, calls = engine._loop.turns.pool.decode, []
 
         def fails_once(count):
             calls.append(count)
@@ -347,7 +346,7 @@ def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(lm, monkeypat
                 raise SessionError("no memory")
             return decode(count)
 
-        monkeypatch.setattr(engine._turns.pool, "decode", fails_once)
+        monkeypatch.setattr(engine._loop.turns.pool, "decode", fails_once)
         stream = engine.submit(Request(prompt(5, 9), 60, stop_token_ids=frozenset()))
         with pytest.raises(SessionError, match="no memory"):
             ids(stream)
@@ -369,8 +368,7 @@ def test_an_engine_whose_beginning_is_interrupted_leaves_no_thread(lm, monkeypat
     wait_until(lambda: set(threading.enumerate()) <= before)
 
 
-def test_a_thread_that_fails_ends_all_streams_with_an_error(lm, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+def test_a_thread_that_fails_ends_all_streams_with_an_error(lm, monkeypatch, caplog):
     with Engine(lm, slots=1) as engine:
         begins = threading.Event()
 
@@ -378,7 +376,7 @@ def test_a_thread_that_fails_ends_all_streams_with_an_error(lm, monkeypatch):
             begins.wait()
             return 1 / 0
 
-        monkeypatch.setattr(engine._turns.pool, "decode", fails)
+        monkeypatch.setattr(engine._loop.turns.pool, "decode", fails)
         streams = [engine.submit(Request(prompt(n, 9), 60)) for n in range(2)]
         begins.set()
         for stream in streams:
@@ -387,6 +385,7 @@ def test_a_thread_that_fails_ends_all_streams_with_an_error(lm, monkeypatch):
         assert not engine.stats().healthy
         with pytest.raises(SessionError, match="has failed; it takes no requests"):
             engine.submit(endless())
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_closing_ends_what_runs_and_draining_waits_for_it(lm):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import time
 
 import numpy as np
@@ -13,6 +15,9 @@ from lminf_export.errors import LminfError
 from lminf_export.operator.settings import LambdaConfig
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
+from lminf_export.runtime.batching.text import StopText, StreamText
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.one_stream import OneStream
 from lminf_export.runtime.sampling import Sampler, SamplingConfig, logprobs_of
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.text import StopStrings
@@ -299,6 +304,70 @@ class Case:
         if hasattr(found, "close"):
             found.close()
 
+    def one_stream(self):
+        stream = OneStream(self.lm if self.rng.random() < 0.9 else odd(self.rng))
+        stream.add(PROMPT)
+        kind, value = self.rng.integers(5), odd(self.rng, NUMBERS, IDS)
+        if kind == 0:
+            stream.add(value)
+        elif kind == 1:
+            stream.unread = value
+        elif kind == 2:
+            stream.read(value)
+        elif kind == 3:
+            stream.save("stream")
+            stream.load(value if self.rng.random() < 0.7 else "stream")
+        else:
+            assert len(list(stream.write(max_new_tokens=2, temperature=value))) <= 2
+        assert stream.position == stream.state.furthest + len(stream.unread)
+
+    def advance(self):
+        state = self.lm.new_state(2)
+        good = np.array([1, 0])
+        state.advance(good if self.rng.random() < 0.2 else odd(self.rng, NUMBERS, IDS))
+        assert state.past_length.min() >= 0
+
+    def step(self):
+        valid = {
+            "state": self.lm.new_state(2),
+            "input_ids": np.array([[1, 2], [3, 4]]),
+            "new_length": np.array([2, 1]),
+            "logits_index": np.zeros((2, 1), np.int64),
+        }
+        found = self.lm.session.step(**self.arguments(valid, NUMBERS, IDS))
+        assert found.shape == (2, 1, V)
+
+    def text(self):
+        codec = self.lm.codec
+        value, other = odd(self.rng, NUMBERS, TEXTS), odd(self.rng, IDS, TEXTS)
+        kind = self.rng.integers(4)
+        if kind == 0:
+            codec.ids_behind(value, other)
+        elif kind == 1:
+            codec.is_special(value)
+        elif kind == 2:
+            StreamText(codec if self.rng.random() < 0.5 else value, PROMPT, ["zz"]).push(72)
+        else:
+            StopText(codec, other, ["zz"])(72)
+
+    def model(self):
+        bundle, session = self.lm.bundle, self.lm.session
+        found = LanguageModel(**self.arguments({"bundle": bundle, "session": session}, OBJECTS))
+        assert found.vocab_size == V
+
+    def copies(self):
+        copy_one = (copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)))
+        things = (self.state, self.lm, self.shared_engine, self.state.snapshot())
+        thing = things[int(self.rng.integers(len(things)))]
+        found = copy_one[int(self.rng.integers(3))](thing)
+        assert type(found) in (type(self.state), Snapshot)
+
+    def when_ready(self):
+        stream = self.shared_engine.submit(Request(PROMPT, 2))
+        value = odd(self.rng) if self.rng.random() < 0.7 else list
+        stream.when_ready(value)
+        assert len(list(stream)) == 2
+
 
 # How often each is called: what takes longer, less often.
 CALLS = {
@@ -324,6 +393,13 @@ CALLS = {
     "engine": 150,
     "submit": 700,
     "generate_batch": 200,
+    "one_stream": 300,
+    "advance": 200,
+    "step": 200,
+    "text": 300,
+    "model": 100,
+    "copies": 60,
+    "when_ready": 100,
 }
 
 

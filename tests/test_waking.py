@@ -11,6 +11,7 @@ SECONDS = 20
 
 def test_functions_are_called_in_order_and_nobody_waits_for_them():
     waking, gate, called = WakingThread(), threading.Event(), []
+    waking.start()
     done = threading.Event()
     waking.wake([lambda: gate.wait(SECONDS), lambda: called.append(1)])
     waking.wake([lambda: called.append(2), done.set])
@@ -23,6 +24,7 @@ def test_functions_are_called_in_order_and_nobody_waits_for_them():
 
 def test_what_comes_before_the_end_is_called_and_what_comes_after_it_too():
     waking, called = WakingThread(), []
+    waking.start()
     waking.wake([lambda: called.append(1)])
     waking.close()
     waking._thread.join(SECONDS)

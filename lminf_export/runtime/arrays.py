@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from lminf_export.bundle.files import human_bytes
+from lminf_export.errors import SessionError
+
 _HUGE_PAGE = 2 * 2**20
 _ALIGNMENT = 64
 
@@ -25,6 +28,9 @@ def zeros_together(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[n
 
     Args:
         arrays: shape and element type of each.
+
+    Raises:
+        SessionError: the memory is short.
     """
     return arrays_in(zero_bytes(starts_together(arrays)[-1]), arrays)
 
@@ -46,14 +52,41 @@ def arrays_in(
 
 
 def zero_bytes(size: int) -> np.ndarray:
-    """Return bytes of zero, on huge pages where the system has them."""
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.zeros(size, np.uint8)
-    # Private: a shared mapping would be a file in memory. Freed with the last array.
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Return bytes of zero, on huge pages where the system has them.
+
+    Raises:
+        SessionError: the memory is short.
+    """
+    try:
+        if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return np.zeros(size, np.uint8)
+        # Private: a shared mapping would be a file in memory. Freed with the last array.
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (MemoryError, OSError):
+        raise short_of_memory(size) from None
     with suppress(OSError):  # advice only: a kernel may have been built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
+
+
+def unset_bytes(size: int) -> np.ndarray:
+    """Return bytes that are still to be written.
+
+    Raises:
+        SessionError: the memory is short.
+    """
+    try:
+        return np.empty(size, np.uint8)
+    except MemoryError:
+        raise short_of_memory(size) from None
+
+
+def short_of_memory(size: int) -> SessionError:
+    """Return the error of caches for which so many bytes could not be had."""
+    return SessionError(
+        f"the memory is short: {human_bytes(size)} for caches could not be had; keep fewer states, "
+        "or export with a smaller --window-size"
+    )
 
 
 def assign_together(targets: Sequence[np.ndarray], sources: Sequence[np.ndarray]) -> None:

@@ -9,14 +9,15 @@ from types import NoneType
 
 import numpy as np
 
-from lminf_export.errors import InputError, SessionError
+from lminf_export.errors import InputError, SessionError, shown
 from lminf_export.operator.bindings import BATCH
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.operator.settings import as_integer
+from lminf_export.operator.settings import MAX_POSITION, as_integer
 from lminf_export.runtime.in_use import InUse
 from lminf_export.runtime.inputs import checked_positions, listed_ids
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.snapshot_memory import random_cache
+from lminf_export.runtime.unpicklable import Unpicklable
 
 # A ring is bound only as large as its tokens need: attention reads all of it at every step.
 GROWTH = 1.25
@@ -38,11 +39,12 @@ class Bound:
     past_length: np.ndarray
 
 
-class State:
+class State(Unpicklable):
     """Lengths and caches of a batch of independent streams; made by `LanguageModel.new_state`.
 
     A session keeps its caches in a subclass. One thread at a time may use a state: another one
-    is refused with an InputError, and so it is for all views of one state together.
+    is refused with an InputError, and so it is for all views of one state together. A copy
+    (`copy.copy`, `copy.deepcopy`) is a fork.
 
     Args:
         contract: the graph's, with its caches.
@@ -55,6 +57,8 @@ class State:
         run_seconds: time spent inside the engine's runs since the state was made.
         in_use: the context of every use.
     """
+
+    in_its_place = "pickle its snapshot(), or save() it to a file"
 
     def __init__(
         self,
@@ -106,8 +110,34 @@ class State:
         return True
 
     def advance(self, new_length: np.ndarray) -> None:
-        """Count the real tokens (B,) of a step that has succeeded."""
+        """Count the real tokens of a step that has succeeded.
+
+        Args:
+            new_length: (B,) int64, 0 … 2**40.
+
+        Raises:
+            InputError: another class, shape or type, or outside that range.
+        """
+        if (
+            type(new_length) is not np.ndarray
+            or new_length.dtype != np.int64
+            or new_length.shape != (self.batch_size,)
+            or min(counts := new_length.tolist()) < 0
+            or max(counts) > MAX_POSITION
+        ):
+            raise InputError(
+                f"new_length={shown(new_length)}: must be ({self.batch_size},) int64, tokens that "
+                "each stream has read in the step"
+            )
         self._bound.past_length += new_length
+
+    def __copy__(self) -> State:
+        """Return a state of its own, see `fork`."""
+        return self.fork(1)[0]
+
+    def __deepcopy__(self, memo: object) -> State:
+        """Return a state of its own, see `fork`."""
+        return self.fork(1)[0]
 
     def rows(self, start: int, stop: int) -> State:
         """Return a view of the streams start … stop − 1: it shares lengths and caches.
@@ -169,6 +199,9 @@ class State:
             into: an earlier snapshot that is needed no more: its memory is used again, where
                 it is large enough, and it holds nothing afterwards. Fresh memory costs about
                 as much as the copy itself.
+
+        Raises:
+            SessionError: the memory is short.
         """
         if not isinstance(into, (Snapshot, NoneType)):
             raise InputError(f"into takes a Snapshot, not a {type(into).__name__}")

@@ -80,6 +80,41 @@ def checked_positions(position: Any, batch_size: int) -> np.ndarray:
     return np.broadcast_to(found.astype(np.int64), (batch_size,))
 
 
+def require_step(
+    input_ids: Any, new_length: Any, logits_index: Any, batch_size: int, vocab_size: int
+) -> None:
+    """Refuse arguments of `Session.step` that an engine would take for others; cheap.
+
+    Args:
+        input_ids: (B, S) int64, 0 … V − 1.
+        new_length: (B,) int64.
+        logits_index: (B, K) int64.
+        batch_size: B of the state.
+        vocab_size: V.
+
+    Raises:
+        InputError: another class, shape or type, or an id outside the vocabulary.
+    """
+    for name, found, ndim in (
+        ("input_ids", input_ids, 2),
+        ("new_length", new_length, 1),
+        ("logits_index", logits_index, 2),
+    ):
+        if (
+            type(found) is not np.ndarray
+            or found.dtype != np.int64
+            or found.ndim != ndim
+            or len(found) != batch_size
+        ):
+            raise InputError(
+                f"{name}={shown(found)}: must be an int64 array, a row for each of "
+                f"{batch_size} streams, with {ndim} dimensions"
+            )
+    if not input_ids.size:
+        raise InputError("input_ids is empty; a step takes a token of every stream at least")
+    _check_range(input_ids, vocab_size)
+
+
 def integers(values: Any, name: str) -> np.ndarray:
     """Return values as an array of integers.
 

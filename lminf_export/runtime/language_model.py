@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.errors import InputError, shown
+from lminf_export.errors import InputError, require_instance, shown
 from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.drawing import drawing_of
@@ -21,6 +21,7 @@ from lminf_export.runtime.session import Session
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.text import TextCodec
 from lminf_export.runtime.token_reader import Logits, TokenReader
+from lminf_export.runtime.unpicklable import Unpicklable
 
 if TYPE_CHECKING:
     from lminf_export.runtime.batching.batch import Generated, Piece
@@ -30,7 +31,7 @@ _LOGITS = get_args(Logits)
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
-class LanguageModel:
+class LanguageModel(Unpicklable):
     """A bundle and a session that runs it; `lminf_export.load` makes one.
 
     Attributes:
@@ -38,7 +39,12 @@ class LanguageModel:
         session: what runs it.
     """
 
+    in_its_place = "load the bundle again"
+
     def __init__(self, bundle: Bundle, session: Session) -> None:
+        require_instance("bundle", bundle, Bundle)
+        if not callable(getattr(session, "step", None)):
+            raise InputError(f"session={shown(session)}: must be a Session")
         self.bundle = bundle
         self.session = session
         self._vocab_size = bundle.manifest.vocab_size

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lminf_export.errors import InputError, require_instance
+from lminf_export.operator.settings import as_integer
+from lminf_export.runtime.inputs import listed_ids
 from lminf_export.runtime.language_model import LanguageModel
 
 
@@ -17,9 +20,14 @@ class OneStream:
 
     Attributes:
         state: of the stream.
+
+    Raises:
+        InputError: no model.
+        SessionError: see `LanguageModel.new_state`.
     """
 
     def __init__(self, model: LanguageModel) -> None:
+        require_instance("model", model, LanguageModel)
         self._model = model
         self.state = model.new_state()
         # Token ids, and where the state stood when they began to be read: the state's own count
@@ -34,7 +42,8 @@ class OneStream:
 
     @unread.setter
     def unread(self, token_ids: Sequence[int]) -> None:
-        self._given = (list(token_ids), self.state.furthest)
+        ids = listed_ids(token_ids, "token_ids", self._model.vocab_size)
+        self._given = (ids, self.state.furthest)
 
     @property
     def position(self) -> int:
@@ -42,8 +51,13 @@ class OneStream:
         return self.state.furthest + len(self.unread)
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """Put tokens behind the stream; they are read when more is written, or by `read`."""
-        self.unread = [*self.unread, *token_ids]
+        """Put tokens behind the stream; they are read when more is written, or by `read`.
+
+        Raises:
+            InputError: no token ids, or one outside the vocabulary.
+        """
+        ids = listed_ids(token_ids, "token_ids", self._model.vocab_size)
+        self._given = ([*self.unread, *ids], self.state.furthest)
 
     def read(self, keep: int = 1) -> None:
         """Read what was added, except for its last tokens.
@@ -52,8 +66,10 @@ class OneStream:
             keep: how many stay unread; one at least is needed to write behind them.
 
         Raises:
+            InputError: a number that is none, or below 0.
             SessionError: a step failed.
         """
+        keep = as_integer("keep", keep, 0, InputError)
         ids = self.unread
         if len(ids) > keep:
             self._model.forward([ids[: len(ids) - keep]], self.state, logits="none")
@@ -65,7 +81,7 @@ class OneStream:
             settings: see `LanguageModel.generate`.
         """
         for token in self._model.generate(self.unread, state=self.state, **settings):
-            self.unread = [token]
+            self._given = ([token], self.state.furthest)
             yield token
 
     def save(self, path: str | Path) -> None:

@@ -16,10 +16,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from lminf_export.bundle.files import require_utf8
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
-from lminf_export.errors import SessionError, shortened
+from lminf_export.errors import SessionError, require_instance, shortened
 from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.cache import State
-from lminf_export.runtime.inputs import checked_batch
+from lminf_export.runtime.inputs import checked_batch, require_step
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState, new_bound
 from lminf_export.runtime.onnxruntime_tables import require_table, with_outputs
@@ -83,6 +83,7 @@ class OnnxRuntimeSession(Session):
         lean: bool = False,
     ) -> None:
         self.manifest = bundle.manifest
+        self._vocab_size = bundle.manifest.vocab_size
         self._state_id = self.manifest.state_id
         self.provider = provider
         self._watched, self._receive = tuple(watched), receive
@@ -177,7 +178,9 @@ class OnnxRuntimeSession(Session):
         logits_index: np.ndarray,
     ) -> np.ndarray:
         """See `Session.step`."""
+        require_instance("state", state, OnnxRuntimeState)
         assert isinstance(state, OnnxRuntimeState)
+        require_step(input_ids, new_length, logits_index, state.batch_size, self._vocab_size)
         try:
             logits = state.run(input_ids, new_length, logits_index)
         except _ERRORS as error:

@@ -87,6 +87,9 @@ class Snapshot:
             past_length: (B,) int64.
             state_id: of the bundle.
             into: a snapshot whose memory may be used, and which holds nothing from then on.
+
+        Raises:
+            SessionError: the memory is short.
         """
         old = None if into is None else into._give_memory()
         furthest = max(past_length.tolist())

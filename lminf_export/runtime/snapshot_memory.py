@@ -11,7 +11,7 @@ import numpy as np
 
 from lminf_export.operator.bindings import BATCH
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.runtime.arrays import starts_together
+from lminf_export.runtime.arrays import starts_together, unset_bytes
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 
@@ -88,6 +88,9 @@ class SnapshotMemory:
     Attributes:
         arrays: by name, to be written.
         caches: the same, read-only.
+
+    Raises:
+        SessionError: the memory is short.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class SnapshotMemory:
             self._bytes: np.ndarray = old._bytes
         else:
             # Not zeros: all of it is written.
-            self._bytes = np.empty(layout.nbytes, np.uint8)
+            self._bytes = unset_bytes(layout.nbytes)
         self.arrays = self._arrays_over(self._bytes)
         self.caches = self._arrays_over(memoryview(self._bytes.data).toreadonly())
 

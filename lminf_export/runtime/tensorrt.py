@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lminf_export.bundle.folder import Bundle
-from lminf_export.errors import SessionError
+from lminf_export.errors import SessionError, require_instance
 from lminf_export.operator import bindings
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.engine import (
@@ -35,7 +35,7 @@ from lminf_export.runtime.engine import (
     reason,
 )
 from lminf_export.runtime.gpu import Cuda, find_gpu
-from lminf_export.runtime.inputs import checked_batch
+from lminf_export.runtime.inputs import checked_batch, require_step
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
 from lminf_export.runtime.session import Receiver, Session
 from lminf_export.runtime.tensorrt_state import Decoder, TensorRTState
@@ -63,6 +63,7 @@ class TensorRTSession(Session):
         self, bundle: Bundle, *, cuda_graphs: bool = True, libraries: Libraries | None = None
     ) -> None:
         self.manifest = bundle.manifest
+        self._vocab_size = bundle.manifest.vocab_size
         path, engine = bundle.plan_path, bundle.manifest.engine
         if path is None or engine is None:
             raise SessionError(f"{bundle.path} holds no plan; {INSTEAD}")
@@ -143,7 +144,9 @@ class TensorRTSession(Session):
         logits_index: np.ndarray,
     ) -> np.ndarray:
         """See `Session.step`."""
+        require_instance("state", state, TensorRTState)
         assert isinstance(state, TensorRTState)
+        require_step(input_ids, new_length, logits_index, state.batch_size, self._vocab_size)
         assert input_ids.shape[1] <= self.step_limit(state), "a linear write would leave the ring"
         if not state.can_step:
             raise SessionError(

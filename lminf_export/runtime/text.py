@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from lminf_export.bundle.folder import Bundle
 from lminf_export.disk import require_path
 from lminf_export.errors import BundleError, InputError, shown
+from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.added_tokens import SIDE_FILES, SURROGATE, merge_added_tokens
 from lminf_export.runtime.foreign_errors import foreign_errors
 from lminf_export.runtime.inputs import one_by_one
@@ -121,14 +122,21 @@ class TextCodec:
                 gets tokens of its own.
 
         Raises:
-            InputError: the tokenizer cannot read it.
+            InputError: no text, or the tokenizer cannot read it.
         """
+        _require_text(text, "the text")
+        _require_text(before, "the text before")
         first, both = self.ids(before), self.ids(before + text)
         return both[len(first) :] if both[: len(first)] == first else self.ids(text)
 
     def is_special(self, token: int) -> bool:
-        """Whether a token is a special one, which is no text."""
-        found = self.tokenizer.get_added_tokens_decoder().get(token)
+        """Whether a token is a special one, which is no text.
+
+        Raises:
+            InputError: it is no token id.
+        """
+        number = as_integer("token", token, 0, InputError)
+        found = self.tokenizer.get_added_tokens_decoder().get(number)
         return found is not None and bool(found.special)
 
     def stream(

@@ -12,7 +12,7 @@ from lminf_export.errors import InputError, shown
 from lminf_export.operator.settings import as_integer, as_number
 from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.batching.sequence import RunningSequence
-from lminf_export.runtime.batching.stream import Mailbox, TokenStream
+from lminf_export.runtime.batching.stream import Mailbox
 from lminf_export.runtime.drawing import drawing_of
 from lminf_export.runtime.inputs import checked_prompt, listed_ids, one_by_one
 from lminf_export.runtime.language_model import LanguageModel
@@ -28,9 +28,12 @@ class Acceptor:
     Args:
         lm: that serves them.
         on_call: see `Mailbox`.
+        reader_timeout: seconds that a request may wait for its reader.
     """
 
-    def __init__(self, lm: LanguageModel, on_call: Callable[[], None]) -> None:
+    def __init__(
+        self, lm: LanguageModel, on_call: Callable[[], None], reader_timeout: float
+    ) -> None:
         manifest = lm.bundle.manifest
         self._vocab_size = lm.vocab_size
         self._max_position = manifest.max_position
@@ -39,11 +42,12 @@ class Acceptor:
         self._contract, self._state_id = manifest.contract, manifest.state_id
         self._drawing = drawing_of(lm.session.library)
         self._on_call = on_call
+        self._reader_timeout = reader_timeout
 
     def accepted(
         self, request: Request, n: int, ends_at: Sequence[Callable[[int], bool]] | None = None
-    ) -> tuple[list[RunningSequence], list[TokenStream]]:
-        """Return n sequences of a request, and what their callers hold of them.
+    ) -> list[RunningSequence]:
+        """Return n sequences of a request.
 
         Args:
             request: checked here.
@@ -74,15 +78,16 @@ class Acceptor:
         stops = self._stops
         if request.stop_token_ids is not None:
             stops = frozenset(listed_ids(request.stop_token_ids, "stop_token_ids"))
-        sequences, streams = [], []
+        sequences = []
         for index, one in enumerate(requests):
             if one.ends_at is not None and not callable(one.ends_at):
                 raise InputError(f"ends_at={shown(one.ends_at)}: must be a function of a token id")
             mailbox = Mailbox(len(prompt), self._on_call)
             sampler = self._sampler(one.sampling, index, prompt)
-            sequences.append(RunningSequence(one, prompt, stops, limit, sampler, mailbox))
-            streams.append(TokenStream(mailbox))
-        return sequences, streams
+            sequences.append(
+                RunningSequence(one, prompt, stops, limit, sampler, mailbox, self._reader_timeout)
+            )
+        return sequences
 
     def _start_of(self, request: Request) -> int:
         if request.start is None:

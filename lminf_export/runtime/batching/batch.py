@@ -116,7 +116,9 @@ class Batch:
         count = len(self._prompts) * self._n
         if not count:
             return
-        with Engine(self._lm, min(self._slots, count), max_waiting=count) as engine:
+        slots = min(self._slots, count)
+        # Whoever takes the pieces may take its time.
+        with Engine(self._lm, slots, max_waiting=count, reader_timeout=None) as engine:
             streams = [s for ids in self._prompts for s in self._submit(engine, ids)]
             texts = [self._text(ids) for ids in self._prompts for _ in range(self._n)]
             for place, token in _merged(streams):

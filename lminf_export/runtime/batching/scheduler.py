@@ -150,5 +150,11 @@ class Scheduler:
         seat = min(self._decoding, key=lambda seat: seat.begun)
         return seat.sequence if self._steps - seat.begun >= self.quantum else None
 
+    def clear(self) -> None:
+        """Forget everybody."""
+        self.waiting.clear()
+        self._decoding.clear()
+        self._reading.clear()
+
     def _reading_row(self, sequence: Reader) -> int:
         return next(row for row, seat in self._reading.items() if seat.sequence is sequence)

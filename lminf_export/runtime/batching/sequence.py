@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from lminf_export.errors import InputError
+from lminf_export.errors import InputError, SessionError
 from lminf_export.runtime.batching.request import FinishReason, Kept, Request, Token
 from lminf_export.runtime.batching.stream import Mailbox
 from lminf_export.runtime.foreign_errors import foreign_errors
@@ -18,8 +18,6 @@ from lminf_export.runtime.snapshot import Snapshot
 
 # Tokens that wait for a reader at most: its sequence then pauses, and goes on at half of them.
 MAILBOX_TOKENS = 4096
-# How long a sequence may wait for a reader that takes nothing.
-MAX_STALL_SECONDS = 60.0
 
 # Why a sequence leaves its row: it has ended, or pauses for its reader.
 Leaving = FinishReason | Literal["pause"]
@@ -35,6 +33,7 @@ class RunningSequence:
         limit: tokens it may choose at most; None for no end.
         sampler: chooses its tokens; None takes the likeliest.
         mailbox: where they go.
+        reader_timeout: seconds that it may wait for its reader.
 
     Attributes:
         num_read: tokens of the prompt that its stream has read.
@@ -55,6 +54,7 @@ class RunningSequence:
         limit: int | None,
         sampler: Sampler | None,
         mailbox: Mailbox,
+        reader_timeout: float,
     ) -> None:
         self.request, self.prompt, self.mailbox = request, prompt, mailbox
         self.num_read = 0
@@ -71,6 +71,7 @@ class RunningSequence:
         self._limit = math.inf if limit is None else limit
         self._sampler = sampler
         self._ends_at = request.ends_at
+        self._reader_timeout = reader_timeout
 
     @property
     def num_unread(self) -> int:
@@ -89,16 +90,20 @@ class RunningSequence:
 
         Raises:
             InputError: a logit is not a number, or no token is possible.
+            SessionError: the memory is short.
         """
         told = None
-        if self._sampler is None:
-            token = int(logits.argmax())
-            require_number(float(logits[token]))
-        else:
-            token = self._sampler.choose(logits)
-        if self.request.num_logprobs is not None:
-            count = min(self.request.num_logprobs, len(logits))
-            told = Token(token, *logprobs_of(logits, token, count))
+        try:
+            if self._sampler is None:
+                token = int(logits.argmax())
+                require_number(float(logits[token]))
+            else:
+                token = self._sampler.choose(logits)
+            if self.request.num_logprobs is not None:
+                count = min(self.request.num_logprobs, len(logits))
+                told = Token(token, *logprobs_of(logits, token, count))
+        except MemoryError:
+            raise SessionError("the memory is short: no token could be chosen") from None
         return token, told
 
     def give(
@@ -159,7 +164,7 @@ class RunningSequence:
     def next_due(self) -> float:
         """When the engine has to look at it again; infinite while it need not."""
         stalled = self.stalled_since
-        ends = math.inf if stalled is None else stalled + MAX_STALL_SECONDS
+        ends = math.inf if stalled is None else stalled + self._reader_timeout
         return ends if self.due is None else min(ends, self.due)
 
 

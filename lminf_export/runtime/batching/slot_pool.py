@@ -34,6 +34,10 @@ class SlotPool:
         self.latest = np.zeros((slots, 1), np.int64)
         self._rows = [self._state.rows(row, row + 1) for row in range(slots)]
         self._prefixes = [self._state.rows(0, count) for count in range(1, slots + 1)]
+        # Where two rows change places, one of them waits here: it must not lack memory then.
+        contract = lm.bundle.manifest.contract
+        full = np.array([contract.ring_capacities[-1]])
+        self._spare = Snapshot.begin(contract, full, lm.bundle.manifest.state_id, None)[0]
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +102,11 @@ class SlotPool:
         return self._rows[row].furthest
 
     def snapshot(self, row: int) -> Snapshot:
-        """Return a copy of one row."""
+        """Return a copy of one row.
+
+        Raises:
+            SessionError: the memory is short.
+        """
         return self._rows[row].snapshot()
 
     def clear(self, row: int) -> None:
@@ -112,7 +120,7 @@ class SlotPool:
             self._state.copy_row(move.source, move.target)
             latest[move.target] = latest[move.source]
             return
-        held = self._rows[move.target].snapshot()
+        self._spare = self._rows[move.target].snapshot(into=self._spare)
         self._state.copy_row(move.source, move.target)
-        self._rows[move.source].restore(held)
+        self._rows[move.source].restore(self._spare)
         latest[[move.source, move.target]] = latest[[move.target, move.source]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import weakref
@@ -11,9 +12,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from lminf_export.errors import LminfError
+from lminf_export.errors import InputError, LminfError, require_instance, shown
 from lminf_export.runtime.batching.request import FinishReason, Kept, Token
 from lminf_export.runtime.snapshot import Snapshot
+from lminf_export.runtime.unpicklable import Unpicklable
+
+logger = logging.getLogger(__name__)
 
 
 class Mailbox:
@@ -54,7 +58,8 @@ class Mailbox:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = 0
         self._call = on_call
-        self._waiter: Callable[[], None] | None = None
+        # One reader at most, and what wakes it: `setdefault` and `pop` are one step each.
+        self._waiting: dict[str, tuple[object, Callable[[], None]]] = {}
 
     @property
     def ended(self) -> bool:
@@ -67,10 +72,7 @@ class Mailbox:
         self.num_tokens += 1
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-        return waiter
+        return self._waiting.pop("", _NOBODY)[1]
 
     def end(
         self, reason: FinishReason | None, error: LminfError | None = None
@@ -78,8 +80,7 @@ class Mailbox:
         """Let no more tokens come; return what wakes the reader, if it waits."""
         self.finish_reason, self.error = reason, error
         self.finished_at = time.perf_counter()
-        waiter, self._waiter = self._waiter, None
-        return waiter
+        return self._waiting.pop("", _NOBODY)[1]
 
     def cancel(self) -> None:
         """Ask the engine to end the request."""
@@ -94,27 +95,57 @@ class Mailbox:
         if self.is_full:
             self._call()
 
-    def wait(self, wake: Callable[[], None]) -> bool:
-        """Have a function called, once, when something comes; False if something is there."""
-        self._waiter = wake
-        # What came before the waiter stood there woke nobody.
+    def wait(self, wake: Callable[[], None], reader: object) -> bool:
+        """Have a function called, once, when something comes; False if something is there.
+
+        Args:
+            wake: called then; another function of the same reader is not called any more.
+            reader: who waits: a thread's number, or a task.
+
+        Raises:
+            InputError: another reader waits.
+        """
+        waits = reader, wake
+        found = self._waiting.setdefault("", waits)
+        if found is not waits:
+            if found[0] != reader:
+                raise InputError(
+                    "another thread or task waits for this stream's tokens, and each of them goes "
+                    "to one reader only; let one read, or submit a request for each"
+                )
+            self._waiting[""] = waits
+        # What came before the reader stood there woke nobody.
         if not self.items and not self.ended:
             return True
-        self._waiter = None
+        self.stop_waiting(reader)
         return False
 
+    def stop_waiting(self, reader: object) -> None:
+        """Have nothing called for a reader that waits no more."""
+        if self._waiting.get("", _NOBODY)[0] == reader:
+            self._waiting.pop("", None)
 
-class TokenStream:
+
+# Where no reader waits.
+_NOBODY: tuple[object, None] = (None, None)
+
+
+class TokenStream(Unpicklable):
     """The tokens of one request as they are chosen; for one reader, in a thread or in asyncio.
 
-    A stream that nobody holds any more cancels its request.
+    A stream that nobody holds any more cancels its request. `Engine.submit` makes streams.
 
     Args:
         mailbox: that the engine fills.
+        engine: which is not closed for want of a holder while there is the stream.
     """
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    in_its_place = "send its tokens"
+
+    def __init__(self, mailbox: Mailbox, engine: object = None) -> None:
+        require_instance("mailbox", mailbox, Mailbox)
         self._mailbox = mailbox
+        self._engine = engine
         self._taken: deque[int | Token] = deque()
         weakref.finalize(self, mailbox.cancel).atexit = False
 
@@ -174,12 +205,18 @@ class TokenStream:
         """Have a function called once, in another thread, when there is something to take.
 
         Args:
-            wake: called at the next token or the end; it must be quick and must not raise.
+            wake: called at the next token or the end; it must be quick. An error that it raises
+                is logged. A function that this thread gave before is not called any more.
 
         Returns:
             False if there is something now; the function is not called then.
+
+        Raises:
+            InputError: another thread or task waits already, or this is no function.
         """
-        return not self._taken and self._mailbox.wait(wake)
+        if not callable(wake):
+            raise InputError(f"wake={shown(wake)}: must be a function without arguments")
+        return not self._taken and self._mailbox.wait(wake, threading.get_ident())
 
     def take(self) -> list[Token]:
         """Return the tokens that are there, without waiting.
@@ -200,37 +237,58 @@ class TokenStream:
         return self
 
     def __next__(self) -> Token:
-        while not self._refill():
-            gate = threading.Lock()
+        """Return the next token, waiting for it.
+
+        Raises:
+            StopIteration: the request has ended.
+            LminfError: an error has ended it.
+            InputError: another thread or task waits for a token of this stream.
+        """
+        while (item := self._next()) is None:
+            gate, reader = threading.Lock(), threading.get_ident()
             gate.acquire()
-            if self._mailbox.wait(gate.release):
-                gate.acquire()
-        if not self._taken:
+            try:
+                if self._mailbox.wait(gate.release, reader):
+                    gate.acquire()
+            finally:
+                self._mailbox.stop_waiting(reader)
+        if item is _END:
             raise StopIteration
-        return _as_token(self._taken.popleft())
+        return _as_token(item)
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self
 
     async def __anext__(self) -> Token:
-        while not self._refill():
-            loop = asyncio.get_running_loop()
+        """Return the next token, waiting for it; see `__next__`."""
+        while (item := self._next()) is None:
+            loop, reader = asyncio.get_running_loop(), asyncio.current_task()
             arrived: asyncio.Future[None] = loop.create_future()
-            if self._mailbox.wait(LoopWaker(loop, arrived)):
-                await arrived
-        if not self._taken:
+            try:
+                if self._mailbox.wait(LoopWaker(loop, arrived), reader):
+                    await arrived
+            finally:
+                self._mailbox.stop_waiting(reader)
+        if item is _END:
             raise StopAsyncIteration
-        return _as_token(self._taken.popleft())
+        return _as_token(item)
 
-    def _refill(self) -> bool:
-        """Tell whether there is a token to return, or none will come."""
-        if self._taken:
-            return True
+    def _next(self) -> int | Token | None:
+        """Take a token that is there; None if there is none yet, _END if none will come."""
+        taken = self._taken
         ended = self._mailbox.ended
-        self._mailbox.move_to(self._taken)
-        if not self._taken and ended and self._mailbox.error is not None:
+        if not taken:
+            self._mailbox.move_to(taken)
+        # Another reader may have been faster.
+        with suppress(IndexError):
+            return taken.popleft()
+        if ended and self._mailbox.error is not None:
             raise self._mailbox.error
-        return bool(self._taken) or ended
+        return _END if ended else None
+
+
+# No id of a token.
+_END = -1
 
 
 def _as_token(item: int | Token) -> Token:
@@ -259,8 +317,12 @@ def wake_all(wakers: list[Callable[[], None]]) -> None:
     for waker in wakers:
         if isinstance(waker, LoopWaker):
             loops.setdefault(waker.loop, []).append(waker.arrived)
-        else:
+            continue
+        try:
             waker()
+        except Exception:
+            # A caller's function; other readers wait behind it.
+            logger.exception("a function given to TokenStream.when_ready has failed")
     for loop, futures in loops.items():
         # A loop that has been closed has nobody left who waits.
         if not loop.is_closed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lminf_export.errors import require_instance
 from lminf_export.runtime.text import StopStrings, TextCodec
 from lminf_export.runtime.text_stream import StreamDecoder
 
@@ -15,9 +16,13 @@ class StreamText:
         codec: the bundle's tokenizer.
         after: ids of the text before, such as the prompt's.
         stop: strings that end the text.
+
+    Raises:
+        InputError: an argument of another kind, or an empty stop string.
     """
 
     def __init__(self, codec: TextCodec, after: Sequence[int], stop: Sequence[str] = ()) -> None:
+        require_instance("codec", codec, TextCodec)
         self._decoder = StreamDecoder(codec.tokenizer, after)
         self._stops = StopStrings(stop)
 

@@ -84,10 +84,19 @@ class Turns:
         error: LminfError | None,
     ) -> None:
         """End whatever is left and what has just arrived, without touching a row."""
+        self.scheduler.clear()
         for sequence in [*self.live, *arrived]:
             self._live.discard(sequence)
             self._end(sequence, reason, error)
         self._wake()
+
+    def abandon(self, arrived: Iterable[RunningSequence], error: LminfError) -> None:
+        """End whatever is left in a process where no thread takes turns and nobody waits."""
+        for sequence in [*self.live, *arrived]:
+            sequence.mailbox.end(None, error)
+        self.scheduler.clear()
+        self._live.clear()
+        self._wakers.clear()
 
     def turn(self) -> bool:
         """Step once; tell whether there was anything to do."""
@@ -114,8 +123,8 @@ class Turns:
         while scheduler.waiting:
             if (overdue := scheduler.overdue()) is not None:
                 assert isinstance(overdue, RunningSequence)
-                self._park(overdue)
-                scheduler.waiting.append(overdue)
+                if self._park(overdue):
+                    scheduler.waiting.append(overdue)
             found = scheduler.admit()
             if found is None:
                 return
@@ -144,12 +153,17 @@ class Turns:
         self._move(self.scheduler.begin_decoding(sequence))
         self.pool.latest[self.scheduler.num_decoding - 1] = sequence.latest
 
-    def _park(self, sequence: RunningSequence) -> None:
-        """Keep a sequence's state and take its row away."""
+    def _park(self, sequence: RunningSequence) -> bool:
+        """Keep a sequence's state and take its row away; it ends, and False, if memory is short."""
         row = self.scheduler.row_of(sequence)
         assert row is not None
-        sequence.parked = self._snapshot(row)
+        try:
+            sequence.parked = self._snapshot(row)
+        except SessionError as error:
+            self._finish(sequence, None, error)
+            return False
         self._move(self.scheduler.release(sequence))
+        return True
 
     def _read(self, sequence: object, row: int) -> None:
         """Read a piece of a prompt; behind the last one choose the first token."""
@@ -159,13 +173,13 @@ class Turns:
         is_last = size == sequence.num_unread
         try:
             logits = self.pool.read(row, ids, wanted=is_last)
+            sequence.num_read += size
+            self.prompt_tokens += size
+            if sequence.num_read == sequence.request.checkpoint:
+                sequence.mailbox.checkpoint = self._snapshot(row)
         except SessionError as error:
             self._finish(sequence, None, error)
             return
-        sequence.num_read += size
-        self.prompt_tokens += size
-        if sequence.num_read == sequence.request.checkpoint:
-            sequence.mailbox.checkpoint = self._snapshot(row)
         if logits is None:
             return
         self._share(sequence, row, logits)
@@ -177,10 +191,15 @@ class Turns:
     def _share(self, sequence: RunningSequence, row: int, logits: np.ndarray) -> None:
         """Let those who share a prompt go on from where one has read it, before all others."""
         others = [other for other in sequence.others if other in self._live]
-        sequence.others = []
         if not others:
             return
-        snapshot, logits = self._snapshot(row), logits.copy()
+        try:
+            snapshot, logits = self._snapshot(row), logits.copy()
+        except (SessionError, MemoryError):
+            # No memory for a copy: the next of them reads the prompt, too.
+            self._pass_on(sequence)
+            return
+        sequence.others = []
         for other in others:
             other.parked, other.first_logits, other.num_read = snapshot, logits, len(other.prompt)
         self.scheduler.waiting.extendleft(reversed(others))
@@ -250,7 +269,8 @@ class Turns:
             self._finish(sequence, why)
             return
         # Its reader is too slow: it waits without a row, and nobody waits for it.
-        self._park(sequence)
+        if not self._park(sequence):
+            return
         sequence.stalled_since = time.perf_counter()
         self.next_due = min(self.next_due, sequence.next_due)
         sequence.mailbox.is_full = True
@@ -269,7 +289,10 @@ class Turns:
             if error is not None:
                 self.pool.clear(row)
             elif sequence.request.keep:
-                snapshot = self._snapshot(row)
+                try:
+                    snapshot = self._snapshot(row)
+                except SessionError as short:
+                    reason, error = None, short
             self._move(scheduler.release(sequence))
         elif sequence in scheduler.waiting:
             scheduler.waiting.remove(sequence)

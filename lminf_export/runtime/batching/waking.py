@@ -17,11 +17,14 @@ Wakers = list[Callable[[], None]]
 
 
 class WakingThread:
-    """Calls what wakes readers, in the order in which it was given."""
+    """Calls what wakes readers, in the order in which it was given; without `start`, at once."""
 
     def __init__(self) -> None:
         self._given: SimpleQueue[Wakers | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="lminf-wake", daemon=True)
+
+    def start(self) -> None:
+        """Begin the thread."""
         self._thread.start()
 
     def wake(self, wakers: Wakers) -> None:
