@@ -105,7 +105,9 @@ def test_what_cannot_be_loaded_or_saved_is_one_line(bundle, tmp_path):
     assert "another bundle" in refused(generate(other, *prompt, "--load-state", path))
 
 
-def test_an_interrupted_text_goes_on(bundle, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
+def test_an_interrupted_text_goes_on(bundle, tmp_path, sent):
+    """None: its reader goes away."""
     path = tmp_path / "s"
     command = [sys.executable, "-m", "lminf_export.cli.main", "generate", str(bundle)]
     command += ["--threads", "1", "--ignore-eos"]
@@ -118,15 +120,24 @@ def test_an_interrupted_text_goes_on(bundle, tmp_path):
     )
     first = process.stdout.read(1)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    rest, messages = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert messages.strip().endswith(b"the state is saved")
-    written = (first + rest).decode().removesuffix("\n")
+    if sent is None:
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
+    else:
+        process.send_signal(sent)
+        rest, messages = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert messages.strip().endswith(b"the state is saved")
     lm = load(bundle, threads=1)
     snapshot = lm.load_snapshot(path)
     count = int(snapshot.past_length[0]) + len(snapshot.unread) - len(lm.codec.encode("Hi"))
     whole = text(bundle, "--prompt", "Hi", "--max-new-tokens", count + 30)
+    if sent is None:
+        assert count > 0
+        assert whole.endswith(text(bundle, "--load-state", path, "--max-new-tokens", 30))
+        return
+    written = (first + rest).decode().removesuffix("\n")
     assert written + text(bundle, "--load-state", path, "--max-new-tokens", 30) == whole
 
 

@@ -16,6 +16,7 @@ from lminf_export.cli import terminal
 from lminf_export.cli.common import require_unicode
 from lminf_export.cli.export import export_command
 from lminf_export.cli.main import cli
+from lminf_export.cli.signals import when_interrupted
 from lminf_export.errors import InputError
 from tests.support.signals import default_signals
 from tests.support.tiny_bundle import TinyModel
@@ -187,7 +188,7 @@ def test_ctrl_c_prints_the_statistics_and_what_is_kept(bundle):
 def test_when_interrupted_says_what_is_kept():
     @click.command()
     def command():
-        with terminal.when_interrupted(lambda: "nothing"):
+        with when_interrupted(lambda: "nothing"):
             raise KeyboardInterrupt
 
     result = CliRunner().invoke(command)

@@ -273,7 +273,9 @@ def test_closed_streams_end_no_program(bundle, closed, command):
     assert b"internal" not in told.stderr
 
 
-def test_sigterm_saves_a_stream_as_ctrl_c_does(bundle, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, None])
+def test_a_stream_is_saved_however_it_ends(bundle, tmp_path, sent):
+    """None: its reader goes away."""
     state = tmp_path / "state"
     command = [*LMINF, "generate", str(bundle), "--follow", "--save-state", str(state)]
     process = subprocess.Popen(
@@ -284,8 +286,15 @@ def test_sigterm_saves_a_stream_as_ctrl_c_does(bundle, tmp_path):
     process.stdin.write(b"One\n")
     process.stdin.flush()
     process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert b"the stream is in" in told
+    if sent is None:
+        process.stdout.close()
+        process.stdin.write(b"Two\n")
+        process.stdin.close()
+        assert process.wait(30) == 141
+        assert process.stderr.read() == b""
+    else:
+        process.send_signal(sent)
+        _, told = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert b"the stream is in" in told
     assert state.is_file()

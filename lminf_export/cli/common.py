@@ -9,18 +9,20 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, BinaryIO, NoReturn, ParamSpec, TypeVar
 
 import click
 
 from lminf_export.cli.internal_errors import InternalErrors
-from lminf_export.cli.terminal import EXIT_INTERRUPTED, make_streams_safe
+from lminf_export.cli.signals import EXIT_INTERRUPTED
+from lminf_export.cli.terminal import make_streams_safe
 from lminf_export.errors import InputError, LminfError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 EXIT_ERROR = 2
+_MOST_TEXT_BYTES = 2**28
 EXIT_BROKEN_PIPE = 141
 
 
@@ -120,15 +122,38 @@ def read_text(path: str) -> str:
     """Return a UTF-8 file's text.
 
     Raises:
-        InputError: it cannot be read, or is not UTF-8.
+        InputError: it cannot be read, is not UTF-8, or has more than 256 MiB.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        with open(path, "rb") as file:
+            return text_of(file, path).replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path or "''"}: {reason}") from None
+
+
+def text_of(file: BinaryIO, name: str) -> str:
+    """Return the UTF-8 text of an opened file.
+
+    Args:
+        file: to be read to its end.
+        name: of the file, for messages.
+
+    Raises:
+        InputError: it is not UTF-8, or has more than 256 MiB.
+    """
+    content = file.read(_MOST_TEXT_BYTES + 1)
+    if len(content) > _MOST_TEXT_BYTES:
+        raise InputError(
+            f"{name} has more than {_MOST_TEXT_BYTES >> 20} MiB; give the text in pieces, line by "
+            "line with lminf generate --follow, or over several runs with --save-state"
+        )
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(not_utf8(path, error)) from None
+        raise InputError(not_utf8(name, error)) from None
 
 
 def not_utf8(name: str, error: UnicodeDecodeError) -> str:

@@ -11,7 +11,7 @@ from lminf_export.cli.common import handle_errors, quiet_transformers, verbosity
 from lminf_export.cli.eval import check_outputs, deliver, output_options
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.session_options import session_options, trust_code_option
-from lminf_export.cli.terminal import when_interrupted
+from lminf_export.cli.signals import when_interrupted
 from lminf_export.errors import InputError
 from lminf_export.runtime.options import Provider
 

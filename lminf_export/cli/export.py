@@ -21,7 +21,8 @@ from lminf_export.cli.engine_options import engine_options
 from lminf_export.cli.option_fields import option_of
 from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.quantize_options import quantize_options
-from lminf_export.cli.terminal import echo_json, when_interrupted
+from lminf_export.cli.signals import when_interrupted
+from lminf_export.cli.terminal import echo_json
 from lminf_export.export.options import CHOICES, ExportOptions
 from lminf_export.tensors.dtypes import DTYPE_ALIASES
 

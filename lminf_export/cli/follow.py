@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lminf_export.bundle.files import human_bytes
-from lminf_export.cli.terminal import when_interrupted
+from lminf_export.cli.signals import saved_however_it_ends, when_interrupted
 
 if TYPE_CHECKING:
     from lminf_export.runtime.following import WriteAfter
     from lminf_export.runtime.language_model import LanguageModel
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end a stream as Ctrl-C does, so that what is to be saved is."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def follow(
@@ -73,18 +56,21 @@ def follow(
             f"{human_bytes(stream.state.max_nbytes)}"
         )
 
-    def kept() -> str:
-        if save_state is None:
-            return statistics()
-        following.end_writing()
-        following.stream.save(save_state)
-        return f"{statistics()}; the stream is in {save_state}"
+    is_saved = False
 
-    with when_interrupted(kept), _terminated_as_interrupted():
+    def save() -> None:
+        nonlocal is_saved
+        following.end_writing()
+        if save_state is not None:
+            following.stream.save(save_state)
+            is_saved = True
+
+    def kept() -> str:
+        return f"{statistics()}{f'; the stream is in {save_state}' if is_saved else ''}"
+
+    with when_interrupted(kept), saved_however_it_ends(save):
         for piece in following.answers(sys.stdin.buffer, stop=stop, **settings):
             click.echo(piece, nl=False)
             sys.stdout.flush()
-    if save_state is not None:
-        following.stream.save(save_state)
     if stats:
         click.echo(statistics(), err=True)

@@ -10,16 +10,16 @@ import click
 
 from lminf_export.cli.common import (
     handle_errors,
-    not_utf8,
     read_text,
     require_unicode,
+    text_of,
     verbosity_options,
 )
 from lminf_export.cli.follow import follow as follow_stdin
 from lminf_export.cli.kept_state import KeptState
 from lminf_export.cli.sampling_options import sampling_options
 from lminf_export.cli.session_options import load_options
-from lminf_export.cli.terminal import when_interrupted
+from lminf_export.cli.signals import saved_however_it_ends, when_interrupted
 from lminf_export.cli.written_text import WrittenText
 from lminf_export.errors import InputError
 from lminf_export.runtime.following import WRITE_AFTER, WriteAfter
@@ -143,7 +143,7 @@ def generate_command(
         **sampling,
     )
     text = WrittenText(limit, started, kept, as_json, stats)
-    with when_interrupted(text.interrupt):
+    with when_interrupted(text.interrupt), saved_however_it_ends(text.save):
         for piece in model.codec.stream(
             text.watch(kept.watch(token_ids)),
             after=kept.before,
@@ -152,7 +152,6 @@ def generate_command(
             ends_open=save_state is not None,
         ):
             text.write(piece)
-        text.save()
     text.finish()
 
 
@@ -184,10 +183,7 @@ def _prompt_text(
         raise InputError("give the text once: --prompt TEXT, --prompt-file FILE, or - for stdin")
     if prompt is not None:
         return require_unicode("--prompt", prompt)
-    try:
-        if given == ["-"]:
-            return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(not_utf8("the prompt on stdin", error)) from None
+    if given == ["-"]:
+        return text_of(sys.stdin.buffer, "the prompt on stdin")
     assert prompt_file is not None
     return read_text(prompt_file)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lminf_export.cli.terminal import HeldInterrupt
+from lminf_export.cli.signals import HeldInterrupt
 from lminf_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class KeptState:
     def watch(self, token_ids: Iterator[int]) -> Iterator[int]:
         """Pass tokens on, and keep those that the file may need.
 
-        Where there is a file, Ctrl-C waits until the latest token has been shown.
+        Where there is a file, Ctrl-C and other signals wait until the latest token is shown.
         """
         with HeldInterrupt() if self._save is not None else nullcontext() as held:
             for token in token_ids:

@@ -1,4 +1,4 @@
-"""Printing in any encoding of the terminal, and the last words of a command that is stopped."""
+"""Printing in any encoding of the terminal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import codecs
 import io
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
-
-EXIT_INTERRUPTED = 130
 
 _ERRORS = "lminf_readable"
 # Signs of our own texts, for terminals that lack them.
@@ -54,56 +48,3 @@ def echo_json(content: Any) -> None:
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
     unicode = encoding.replace("_", "-").startswith("utf")
     click.echo(json.dumps(content, indent=1, ensure_ascii=not unicode))
-
-
-@contextmanager
-def when_interrupted(kept: Callable[[], str]) -> Iterator[None]:
-    """End with 130 on Ctrl-C, after a line that says what was kept.
-
-    Args:
-        kept: returns the line; called when the interruption comes.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        click.echo(f"interrupted: {kept()}", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-
-
-class HeldInterrupt:
-    """A context in which Ctrl-C can be held back for a moment; a second one comes through.
-
-    It does nothing outside of the main thread, which no Ctrl-C reaches.
-    """
-
-    def __init__(self) -> None:
-        self._holds, self._came = False, False
-        self._before: Any = None
-
-    def __enter__(self) -> HeldInterrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def hold(self) -> None:
-        """Hold Ctrl-C back from now on."""
-        self._holds = True
-
-    def release(self) -> None:
-        """Let a Ctrl-C that came meanwhile through.
-
-        Raises:
-            KeyboardInterrupt: if one came.
-        """
-        if self._came:
-            raise KeyboardInterrupt
-
-    def _interrupt(self, *_: object) -> None:
-        if not self._holds or self._came:
-            raise KeyboardInterrupt
-        self._came = True

@@ -90,7 +90,6 @@ class WrittenText:
 
     def interrupt(self) -> str:
         """Print what comes behind an interrupted text; return a line that says what is kept."""
-        self.save()
         self.finish(INTERRUPTED)
         end = "no state is kept" if self.state_bytes is None else "the state is saved"
         return f"the {self._num_written} written so far are above; {end}"

@@ -224,6 +224,8 @@ def _checked_path(path: str | Path) -> Path:
     try:
         if b"\0" in os.fsencode(path):
             raise InputError("a path has no null character")
+        if not os.fspath(path):
+            raise InputError("the path of a state is empty; give a file")
     except UnicodeEncodeError:
         raise InputError(f"the path {shown(str(path))} has characters that no path has") from None
     return user_path(path, InputError)

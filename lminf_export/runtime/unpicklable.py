@@ -1,4 +1,4 @@
-"""What lives in one process and stands for more than its Python objects."""
+"""Objects that live in one process and stand for more than their Python attributes."""
 
 from __future__ import annotations
 
