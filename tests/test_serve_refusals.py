@@ -129,6 +129,7 @@ def test_what_is_no_json_object_is_refused(server, body):
         (COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options"),
         (COMPLETIONS, {"prompt": [0, 4096]}, "prompt"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"4096": 1}}, "logit_bias"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"05": 1, "5": 2}}, "logit_bias"),
         (COMPLETIONS, {"prompt": "a", "max_token": 1}, "max_token"),
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
@@ -146,6 +147,15 @@ def test_what_clients_send_and_nobody_needs_is_accepted(server):
         parallel_tool_calls=True, tools=[], response_format={"type": "text"}, n=1,
     )  # fmt: skip
     assert found.status_code == 200, found.text
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/demo", "/healthz", "/readyz", "/metrics", "/v1/sessions"]
+)
+def test_whatever_can_be_read_answers_head_too(server, path):
+    found, head = httpx.get(server.url + path), httpx.head(server.url + path)
+    assert (head.status_code, head.content) == (found.status_code, b"")
+    assert head.headers["content-type"] == found.headers["content-type"]
 
 
 def test_unknown_paths_and_methods(server):

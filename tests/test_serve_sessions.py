@@ -252,6 +252,49 @@ def test_a_killed_server_goes_on_with_what_it_had_written(demo_bundle, demo_lm, 
         assert not any((folder / name).exists() for name in left)
 
 
+def test_what_a_client_has_seen_to_its_end_outlives_a_kill(demo_bundle, demo_lm, tmp_path):
+    options = ("--session-folder", str(tmp_path / "s"), "--session-durable", "--threads", "1")
+    turns = [FIRST, SECOND, FIRST]
+    answers = []
+    for number, turn in enumerate(turns):
+        with serving.server_process(demo_bundle, *options) as server:
+            found = ask(server.url, "kept", turn)
+            server.process.kill()
+            server.process.wait()
+        answers.append(content(found))
+        assert found.headers["x-session-state"] == ("resumed" if number else "new")
+    assert answers == offline_turns(demo_lm, *turns)
+
+
+@pytest.mark.parametrize("failure", ["fails", "has no room"])
+def test_a_conversation_that_cannot_be_written_is_an_error_where_it_must_be(
+    demo_lm, tmp_path, monkeypatch, failure
+):
+    room = {"session_disk_bytes": 1000} if failure == "has no room" else {}
+    settings = {"session_folder": tmp_path / "s", "session_durable": True, **room}
+    if failure == "fails":
+
+        def fails(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(SessionFolder, "save", fails)
+    with serving.server_thread(demo_lm, **settings) as server:
+        found = ask(server.url, "kept", FIRST)
+        assert found.status_code == 500
+        assert found.json()["error"]["code"] == "session_not_written"
+        streamed = ask(server.url, "kept", FIRST, stream=True)
+        assert "session_not_written" in streamed.text
+        assert 'finish_reason":"' not in streamed.text
+        again = httpx.post(
+            server.url + CHAT,
+            json={"messages": SECOND},
+            headers={"x-session-id": "kept", "x-session-must-exist": "1"},
+        )
+        assert again.status_code == 404
+        # Without a conversation there is nothing to write.
+        assert content(ask(server.url, None, FIRST)) == offline_turns(demo_lm, FIRST)[0]
+
+
 def cut(data):
     return data[: len(data) // 2]
 

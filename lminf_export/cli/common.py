@@ -131,7 +131,7 @@ def read_text(path: str) -> str:
         if isinstance(error, InputError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read {path or "''"}: {reason}") from None
+        raise InputError(f"cannot read {path or 'a file without a name'}: {reason}") from None
 
 
 def text_of(file: BinaryIO, name: str) -> str:

@@ -86,6 +86,11 @@ def _limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--template", type=click.Path(), help="Chat template instead of the bundle's own.")
 @click.option("--session-folder", type=click.Path(), help="Keep conversations over restarts.")
 @click.option(
+    "--session-durable",
+    is_flag=True,
+    help="End an answer when its conversation is in the folder, and not before.",
+)
+@click.option(
     "--prefix-bytes",
     type=_NATURAL,
     help="Memory of states that prompts go on from.  [default: that of all slots]",
@@ -110,6 +115,7 @@ def serve_command(
     api_key_file: str | None,
     template: str | None,
     session_folder: str | None,
+    session_durable: bool,
     prefix_bytes: int | None,
     no_prefix_reuse: bool,
     allow_host: tuple[str, ...],
@@ -135,6 +141,8 @@ def serve_command(
     from lminf_export.serve.served_model import ServedModel
 
     keys = keys_of(api_key, api_key_file)
+    if session_durable and session_folder is None:
+        raise InputError("--session-durable needs a --session-folder to keep conversations in")
     if not keys and not is_local(host):
         raise InputError(
             f"--host {host} is reached from other machines, which needs a key: --api-key-file, "
@@ -145,6 +153,7 @@ def serve_command(
         allow_origins=allow_origin,
         allow_hosts=allow_host,
         session_folder=None if session_folder is None else _folder(session_folder),
+        session_durable=session_durable,
         prefix_reuse=not no_prefix_reuse,
         prefix_bytes=prefix_bytes,
         **limits,  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from lminf_export.serve.tokens import detokenize, tokenize
 
 _SESSION = "/v1/sessions/{session_id}"
 _MODEL = "/v1/models/{name:path}"
+_READING = ["GET", "HEAD"]
 _HEADERS_SHOWN = ["x-cached-tokens", "x-session-state", "retry-after"]
 
 
@@ -67,7 +68,7 @@ def create_app(models: Mapping[str, ServedModel], settings: ServeSettings) -> Fa
     _add_operations(app, serving)
     _add_sessions(app, serving)
     for path, response in files.items():
-        app.add_api_route(path, _always(response), methods=["GET", "HEAD"])
+        app.add_api_route(path, _always(response), methods=_READING)
     labels = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(
         Guard,
@@ -137,29 +138,29 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
 def _add_operations(app: FastAPI, serving: Serving) -> None:
     """Add what is asked for without a body: models, health, metrics."""
 
-    @app.api_route("/v1/models", methods=["GET", "HEAD"])
+    @app.api_route("/v1/models", methods=_READING)
     async def models() -> Response:
         listed = [_described(model) for model in serving.models.values()]
         return JSONResponse({"object": "list", "data": listed})
 
-    @app.get(_MODEL)
+    @app.api_route(_MODEL, methods=_READING)
     async def one_model(name: str) -> Response:
         return JSONResponse(_described(serving.model(name)))
 
-    @app.api_route("/healthz", methods=["GET", "HEAD"])
+    @app.api_route("/healthz", methods=_READING)
     async def healthz() -> Response:
         failed = [name for name, stats in serving.stats().items() if not stats.healthy]
         if failed:
             raise ApiError(503, f"the engine of {', '.join(failed)} has failed", code="unhealthy")
         return JSONResponse({"status": "ok"})
 
-    @app.api_route("/readyz", methods=["GET", "HEAD"])
+    @app.api_route("/readyz", methods=_READING)
     async def readyz() -> Response:
         if serving.is_draining:
             raise shutting_down()
         return await healthz()
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_READING)
     async def metrics() -> Response:
         exposition = await asyncio.to_thread(serving.metrics.exposition)
         return Response(exposition, headers={"content-type": CONTENT_TYPE})
@@ -168,7 +169,7 @@ def _add_operations(app: FastAPI, serving: Serving) -> None:
 def _add_sessions(app: FastAPI, serving: Serving) -> None:
     """Add what tells of conversations, and ends them."""
 
-    @app.get("/v1/sessions")
+    @app.api_route("/v1/sessions", methods=_READING)
     async def sessions() -> Response:
         counts = serving.sessions.counts()
         return JSONResponse(

@@ -162,9 +162,11 @@ def _biases(biases: dict[str, float] | None, vocab_size: int) -> dict[int, float
     for token, bias in biases.items():
         if not (token.isascii() and token.isdecimal() and len(token) < 12):
             raise _no_token(vocab_size)
-        if int(token) >= vocab_size:
+        number = int(token)
+        # "05" would be a second name of token 5.
+        if number >= vocab_size or str(number) != token:
             raise _no_token(vocab_size)
-        found[int(token)] = bias
+        found[number] = bias
     return found
 
 

@@ -90,8 +90,8 @@ class SessionFolder:
         with self._lock:
             return len(self._files), sum(file.nbytes for file in self._files.values())
 
-    def save(self, key: str, conversation: Conversation) -> None:
-        """Write a conversation.
+    def save(self, key: str, conversation: Conversation) -> bool:
+        """Write a conversation; tell whether the folder has room for it.
 
         Raises:
             OSError, LminfError: it could not be written; what stood there before is still there.
@@ -129,6 +129,7 @@ class SessionFolder:
             if old is not None:
                 (self._path / old.state).unlink(missing_ok=True)
             self._make_room()
+            return key in self._files
 
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return a conversation; None if there is none, or its files are damaged and dropped."""
@@ -184,9 +185,18 @@ class SessionFolder:
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(self._path / (key + _RECORD))
+            self._sync()
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+    def _sync(self) -> None:
+        """Have the names of the files on the disk, as their content is."""
+        folder = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | _SAFELY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def _found(self) -> dict[str, _File]:
         """Return the files of an earlier server, oldest first; remove what it left unfinished."""

@@ -88,6 +88,7 @@ class Sessions:
         self._folder: SessionFolder | None = None
         if settings.session_folder is not None:
             self._folder = SessionFolder(settings.session_folder, settings.session_disk_bytes)
+        self._is_durable = settings.session_durable
         self._writer = ThreadPoolExecutor(1, "lminf-sessions")
 
     def counts(self) -> StoreCounts:
@@ -126,7 +127,11 @@ class Sessions:
         self._leases.pop(key, None)
 
     async def keep(self, key: str, conversation: Conversation) -> None:
-        """Keep a conversation in memory, and have it written."""
+        """Keep a conversation in memory, and have it written.
+
+        Raises:
+            ApiError: 500 where it is to be on the disk and could not be written; it is forgotten.
+        """
         self._store.keep_conversation(key, conversation)
         if self._folder is None:
             return
@@ -134,8 +139,17 @@ class Sessions:
         write = self._writer.submit(self._write, key, conversation)
         write.add_done_callback(_report)
         waiting = sum(c.kept.snapshot.nbytes for c in list(self._unwritten.values()))
-        if waiting > _UNWRITTEN_BYTES:
-            await asyncio.wrap_future(write)
+        if not self._is_durable and waiting <= _UNWRITTEN_BYTES:
+            return
+        # A client that goes meanwhile does not stop the writing.
+        is_written = await asyncio.shield(asyncio.wrap_future(write))
+        if self._is_durable and not is_written:
+            self._store.drop_conversation(key)
+            raise ApiError(
+                500,
+                "the conversation could not be written and is forgotten; see the server's log",
+                code="session_not_written",
+            )
 
     async def drop(self, key: str) -> bool:
         """Forget a conversation, one that is being answered included; tell if there was one."""
@@ -157,21 +171,24 @@ class Sessions:
         if self._folder is not None:
             self._folder.close()
 
-    def _write(self, key: str, conversation: Conversation) -> None:
+    def _write(self, key: str, conversation: Conversation) -> bool:
+        """Write a conversation; tell whether it is there, or need not be."""
         # What came later, or was dropped, is not written.
         if self._unwritten.get(key) is not conversation or self._folder is None:
-            return
+            return True
+        is_written = False
         try:
-            self._folder.save(key, conversation)
+            is_written = self._folder.save(key, conversation)
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
             # What stands there is an earlier turn: better none than a past without the latest.
             self._folder.drop(key)
         if self._unwritten.get(key) is conversation:
             del self._unwritten[key]
+        return is_written
 
 
-def _report(write: Future[None]) -> None:
+def _report(write: Future[bool]) -> None:
     """Log what a thread would else keep to itself."""
     error = write.exception()
     if error is not None:

@@ -47,6 +47,7 @@ class ServeSettings:
         max_stream_seconds: time of one answer, waiting included.
         shutdown_seconds: time that running answers get after the first signal.
         session_folder: where conversations are kept over restarts; None keeps none.
+        session_durable: an answer ends when its conversation is in the folder.
         session_bytes: memory of kept conversations; the least recently used are dropped.
         session_disk_bytes: bytes of the folder; the oldest files are dropped.
         prefix_reuse: go on from a kept state whose tokens a prompt begins with.
@@ -80,6 +81,7 @@ class ServeSettings:
     max_stream_seconds: float = 3600.0
     shutdown_seconds: float = 30.0
     session_folder: Path | None = None
+    session_durable: bool = False
     session_bytes: int = 1 << 30
     session_disk_bytes: int = 16 << 30
     prefix_reuse: bool = True
@@ -103,13 +105,15 @@ class ServeSettings:
                 object.__setattr__(self, field.name, seconds)
             elif field.type == "tuple[str, ...]":
                 object.__setattr__(self, field.name, _texts(field.name, value))
-        if not isinstance(self.prefix_reuse, bool):
-            raise ConfigError(f"prefix_reuse={shown(self.prefix_reuse)}: must be True or False")
+            elif field.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{field.name}={shown(value)}: must be True or False")
         if self.session_folder is not None:
             require_path("session_folder", self.session_folder, ConfigError)
             if not str(self.session_folder):
                 raise ConfigError("session_folder is empty: name a folder, or none")
             object.__setattr__(self, "session_folder", Path(self.session_folder))
+        elif self.session_durable:
+            raise ConfigError("session_durable needs a session_folder to keep conversations in")
         if not all(
             key.isascii() and key.isprintable() and key == key.strip() for key in self.api_keys
         ):
