@@ -55,7 +55,7 @@ def saved_however_it_ends(save: Callable[[], object]) -> Iterator[None]:
 class HeldInterrupt:
     """A context in which Ctrl-C can be held back for a moment; a second one comes through.
 
-    So can the other signals that `ended_as_interrupted` takes.
+    So can the other signals that `saved_however_it_ends` takes.
     """
 
     def __init__(self) -> None:
