@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import linecache
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from lminf_export.runtime.batching import sequence as sequence_module
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.load import load
+from tests.support.interrupter import Interrupter
 from tests.support.tiny_bundle import TinyModel
 
 TINY = TinyModel(head_dim=8, logits_scale=0.25)  # see test_engine
@@ -120,43 +120,13 @@ next(stream)
     assert told.returncode == 0, told.stderr
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line of the engine's modules that this thread runs.
-
-    Not at the line of a `with` over a lock: it is also that of its end, which no interrupt divides.
-    """
-
-    def __init__(self, at):
-        self._left = at
-        self.has_come = False
-
-    def __enter__(self):
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, kind, *_):
-        sys.settrace(None)
-        return kind is KeyboardInterrupt
-
-    def _trace(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(BATCHING):
-            return None
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        if event == "line" and line != "with self._lock:":
-            self._left -= 1
-            if not self._left:
-                self.has_come = True
-                raise KeyboardInterrupt
-        return self._trace
-
-
 def test_an_interrupt_at_any_line_of_a_submit_loses_no_place(lm):
     with Engine(lm, slots=1, max_waiting=2) as engine:
         line, interrupter = 0, None
         while interrupter is None or interrupter.has_come:
             line += 1
             held = []
-            with Interrupter(line) as interrupter:
+            with Interrupter(line, BATCHING) as interrupter:
                 held += engine.submit_many(request(count=None), 3)
             held.clear()
             wait_until(lambda: engine._loop.num_pending == 0)
@@ -171,7 +141,7 @@ def test_an_interrupt_at_any_line_of_a_beginning_leaves_no_thread(lm):
     while interrupter is None or interrupter.has_come:
         line += 1
         held = []
-        with Interrupter(line) as interrupter:
+        with Interrupter(line, BATCHING) as interrupter:
             held.append(Engine(lm, slots=1))
     held.clear()
     wait_until(lambda: engine_threads() <= before)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import lminf_export
 from lminf_export.errors import InputError
+from tests.support.interrupter import Interrupter
 from tests.support.kinds_of_session import KINDS, opened
 from tests.support.tiny_bundle import TinyModel
 
-PACKAGE = str(Path(lminf_export.__file__).parent)
 # Rings of 84 slots, bound in steps of 64: they grow twice.
 TINY = TinyModel(window_size=75, chunk_size=7, sliding_window=5, head_dim=32, vocab_size=61)
 LENGTHS = [60, 41, 3]
@@ -23,30 +20,6 @@ LENGTHS = [60, 41, 3]
 @pytest.fixture(params=KINDS)
 def lm(request, tmp_path, monkeypatch):
     return opened(request.param, tmp_path, monkeypatch, TINY)
-
-
-class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line of the package that runs; counts lines."""
-
-    def __init__(self, at=None):
-        self.at, self.lines = at, 0
-
-    def __enter__(self):
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, kind, *_):
-        sys.settrace(None)
-        return kind is KeyboardInterrupt
-
-    def _trace(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                raise KeyboardInterrupt
-        return self._trace
 
 
 def lines_of(work):
