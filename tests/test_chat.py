@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from lminf_export.cli.main import cli
-from lminf_export.errors import BundleError, InputError
+from lminf_export.errors import BundleError, InputError, LminfError, SessionError
 from lminf_export.export.run import export
 from lminf_export.runtime import conversation as conversation_module
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.conversation import Conversation
 from tests.support.chat_templates import TURNS
 from tests.support.pseudo_terminal import PseudoTerminal
+from tests.support.signals import default_signals
 from tests.support.tiny_bundle import TinyModel
 
 LMINF = [sys.executable, "-m", "lminf_export.cli.main"]
@@ -230,14 +234,61 @@ def test_commands_of_a_chat(bundle, tmp_path):
     assert "/load FILE" in result.stderr
 
 
-def test_a_loaded_chat_does_not_show_the_system_prompt_of_another(bundle, tmp_path):
-    first = chat(bundle, "--max-new-tokens", 3, lines=[FIRST, f"/save {tmp_path / 's'}"])
-    assert first.exit_code == 0, first.output
-    lines = [f"/load {tmp_path / 's'}", "/system", "/reset", "/system"]
+# It writes the system prompt into the latest question, as some do.
+HEEDING = """
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- for m in messages if m.role != 'system' %}
+{%- if m.role == 'user' %}Q: {% if loop.last and system %}{{ system + '\n' }}{% endif %}
+{{- m.content + '\nA:' }}{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("system", [None, "Thou art a prophet of old."])
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_saved_chat_goes_on_with_its_system_prompt(bundle, tmp_path, system, turns):
+    path, file = tmp_path / "heeding.jinja", tmp_path / "s"
+    path.write_text(HEEDING)
+    options = ["--template", path, "--max-new-tokens", 12]
+    own = [] if system is None else ["--system", system]
+    whole = chat(bundle, *options, *own, lines=[FIRST, SECOND]).stdout
+    first = chat(bundle, *options, *own, lines=[*[FIRST][:turns], f"/save {file}"])
+    rest = [SECOND] if turns else [FIRST, SECOND]
+    for more in ([], own):
+        second = chat(bundle, *options, *more, "--load-state", file, lines=[*rest, "/system"])
+        assert first.stdout + second.stdout == whole
+        assert second.stderr.splitlines()[-1] == (system or "no system prompt")
+    inside = chat(bundle, *options, "--system", "Be loud.", lines=[f"/load {file}", *rest])
+    assert first.stdout + inside.stdout == whole
+    other = chat(bundle, *options, "--system", "Be loud.", "--load-state", file, lines=rest)
+    assert "has another system prompt" in refused(other)
+    assert not other.stdout
+
+
+def test_a_state_that_no_chat_saved_can_be_gone_on_with(bundle, lm, template, tmp_path):
+    file = tmp_path / "s"
+    lm.prime("In the beginning").save(file)
+    lines = [f"/load {file}", "/system", "/reset", "/system"]
     told = chat(bundle, "--system", "Be brief.", lines=lines).stderr.splitlines()
-    assert "this conversation was loaded and keeps its own" in told[-3]
-    assert told[-3].endswith("Be brief.")
+    assert "what was loaded does not say its own" in told[-3]
     assert told[-1] == "Be brief."
+    long = "Be brief. " * 40
+    conversation = Conversation(lm, template, system=long)
+    conversation.load(file)
+    assert not conversation.knows_system
+    loaded = chat(bundle, "--load-state", file, lines=[FIRST])
+    assert (loaded.exit_code, loaded.stderr) == (0, "note: cut at 1024 tokens (--max-new-tokens)\n")
+    conversation.save(file)
+    assert lm.load_snapshot(file).labels == {}
+
+
+@pytest.mark.parametrize("label", ["", "5", "[]", "{}", '{"system": 5}'])
+def test_a_file_whose_label_is_none_is_damaged(conversation, lm, tmp_path, label):
+    file = tmp_path / "s"
+    replace(lm.prime("Hi").snapshot(), labels={"conversation": label}).save(file)
+    said(conversation, FIRST)
+    position = conversation.stream.position
+    with pytest.raises(SessionError, match="does not say its conversation's system prompt"):
+        conversation.load(file)
+    assert conversation.stream.position == position
 
 
 @pytest.mark.parametrize(
@@ -387,6 +438,80 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(bundle, lm, template):
         terminal.wait_for("stopped; what was written so far is part of the conversation")
         terminal.keys("/stats\r")
         terminal.wait_for("tokens/s")
+        terminal.keys("\x04")
+        assert terminal.finish() == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: list(c.say("x", stop_token_ids=[1])),
+        lambda c: list(c.say("x", state=3)),
+        lambda c: list(c.say(3)),
+        lambda c: list(c.say("x", temperature="hot")),
+        lambda c: list(c.say("x", max_new_tokens=-1)),
+        lambda c: list(c.say("x", stop=3)),
+        lambda c: Conversation(c.model, c.template, system=3),
+        lambda c: c.reset(3),
+        lambda c: c.count_system_tokens(3),
+        lambda c: c.template.turn([{"role": "user", "content": "x"}], system=3),
+        lambda c: c.template.end_ids(3),
+        lambda c: c.template.rewrites(3),
+        lambda c: c.load(3),
+        lambda c: c.save(3),
+    ],
+)
+def test_a_wrong_argument_of_a_conversation_changes_nothing(conversation, call):
+    said(conversation, FIRST)
+    before = conversation.stream.position, conversation.stream.unread
+    with pytest.raises(LminfError) as found:
+        call(conversation)
+    assert len(str(found.value).splitlines()) == 1
+    assert (conversation.stream.position, conversation.stream.unread) == before
+
+
+def test_the_tokens_of_a_system_prompt_are_counted_whatever_a_template_does(lm):
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    lowered = plain.replace("m.content", "m.content|lower if m.role == 'user' else m.content")
+    valued = "{{ given }}" + plain
+    system = "be brief, and answer as a prophet."
+    counts = [
+        Conversation(lm, ChatTemplate(text), variables=values).count_system_tokens(system)
+        for text, values in ((plain, {}), (lowered, {}), (valued, {"given": ""}))
+    ]
+    assert len(set(counts)) == 1
+    stand_in = conversation_module._STAND_IN
+    more = Conversation(lm, ChatTemplate(valued), variables={"given": [stand_in]})
+    assert more.count_system_tokens(system) > counts[0]
+
+
+def test_ctrl_c_ends_a_chat_from_a_pipe(bundle):
+    process = subprocess.Popen(
+        [*LMINF, "chat", str(bundle), "--threads", "1", "--max-new-tokens", "1000000"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=default_signals,
+    )  # fmt: skip
+    process.stdin.write(f"{FIRST}\n{SECOND}\n".encode())
+    process.stdin.flush()
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told.strip().endswith(b"interrupted")
+
+
+@pytest.mark.slow
+def test_what_was_typed_before_a_ctrl_c_comes_next_too(bundle, lm, template):
+    (answer,), _ = offline(lm, template, FIRST)
+    begun = "".join(lm.codec.stream(answer))[:12]
+    with terminal_chat(bundle, "--max-new-tokens", "1000000") as terminal:
+        terminal.wait_for("at token 0")
+        terminal.keys(f"{FIRST}\r")
+        terminal.wait_for(begun)
+        terminal.keys("/help\r")
+        time.sleep(0.3)
+        terminal.keys("\x03")
+        terminal.wait_for("go on with a conversation that was saved")
         terminal.keys("\x04")
         assert terminal.finish() == 0
 

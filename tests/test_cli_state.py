@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,10 +14,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from lminf_export.cli.kept_state import KeptState
 from lminf_export.cli.main import cli
 from lminf_export.runtime.load import load
+from tests.support.pseudo_terminal import PseudoTerminal
 from tests.support.signals import default_signals
 from tests.support.tiny_bundle import TinyModel
+
+LMINF = [sys.executable, "-m", "lminf_export.cli.main"]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,99 @@ def test_an_interrupted_text_goes_on(bundle, tmp_path, sent):
         return
     written = (first + rest).decode().removesuffix("\n")
     assert written + text(bundle, "--load-state", path, "--max-new-tokens", 30) == whole
+
+
+def test_a_closed_terminal_saves_the_stream(bundle, tmp_path):
+    for number, end in enumerate((["--prompt", "Hi", "--endless"], ["--follow"])):
+        path = tmp_path / f"s{number}"
+        command = [*LMINF, "generate", str(bundle), "--threads", "1", "--ignore-eos", *end]
+        with PseudoTerminal([*command, "--save-state", str(path)]) as terminal:
+            if "--follow" in end:
+                terminal.keys("One\n")
+            while len(terminal.shown) < 10:
+                assert terminal._read(30)
+            terminal.close()
+            assert terminal.child.wait(30) in (2, 130)
+        assert load(bundle, threads=1).load_snapshot(path).furthest > 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_full_disk_behind_stdout_does_not_cost_the_stream(bundle, tmp_path, follow):
+    path = tmp_path / "s"
+    options = ["--follow"] if follow else ["--prompt", "Hi"]
+    command = [*LMINF, "generate", str(bundle), *options, "--save-state", str(path)]
+    with open("/dev/full", "wb") as full:
+        told = subprocess.run(
+            [*command, "--max-new-tokens", "5"],
+            input=b"One\n", stdout=full, stderr=subprocess.PIPE, check=False, timeout=60,
+        )  # fmt: skip
+    assert told.returncode == 2
+    assert told.stderr == b"error: No space left on device\n"
+    assert load(bundle, threads=1).load_snapshot(path).furthest > 1
+
+
+@pytest.mark.parametrize("pause", [0.001, 0.003, 0.006, 0.012])
+def test_signals_that_come_together_are_one(bundle, tmp_path, pause):
+    path = tmp_path / "s"
+    process = subprocess.Popen(
+        [*LMINF, "generate", str(bundle), "--prompt", "Hi", "--endless", "--ignore-eos",
+         "--save-state", str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=default_signals,
+    )  # fmt: skip
+    process.stdout.read(1)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(pause)
+    _, messages = process.communicate(timeout=60)
+    assert messages.strip().endswith(b"the state is saved")
+    load(bundle, threads=1).load_snapshot(path)
+
+
+def test_text_held_back_for_a_stop_string_is_shown_at_an_interrupt(bundle, tmp_path, monkeypatch):
+    path = tmp_path / "s"
+    whole = text(bundle, "--prompt", "Hi", "--max-new-tokens", 40)
+    watch = KeptState.watch
+
+    def interrupted(kept, token_ids):
+        yield from itertools.islice(watch(kept, token_ids), 20)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptState, "watch", interrupted)
+        stop = whole[:15] + "no such text"
+        told = generate(bundle, "--prompt", "Hi", "--stop", stop, "--save-state", path)
+    assert told.exit_code == 130
+    parts = told.stdout.removesuffix("\n")
+    assert parts
+    assert parts + text(bundle, "--load-state", path, "--max-new-tokens", 20) == whole
+
+
+def test_a_state_that_has_read_nothing_begins_a_text(bundle, tmp_path):
+    path = tmp_path / "s"
+    load(bundle, threads=1).new_state().save(path)
+    new = text(bundle, "--prompt", "Hi", "--max-new-tokens", 9)
+    assert text(bundle, "--load-state", path, "--prompt", "Hi", "--max-new-tokens", 9) == new
+
+
+def test_a_stop_string_is_utf8_in_every_locale(bundle):
+    command = [*LMINF, "generate", str(bundle), "--prompt", "Hi", "--json", "--max-new-tokens", "3"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for stop, code in (("é".encode(), 0), (b"\xff", 2)):
+        told = subprocess.run(
+            [*map(os.fsencode, command), b"--stop", stop],
+            env=environment, capture_output=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert told.returncode == code, told.stderr
+        assert code == 0 or b"--stop is not UTF-8" in told.stderr
+
+
+def test_a_link_to_a_state_stays_one(bundle, tmp_path):
+    path, link = tmp_path / "s", tmp_path / "link"
+    link.symlink_to("s")
+    text(bundle, "--prompt", "Hi", "--max-new-tokens", 3, "--save-state", link)
+    assert link.is_symlink()
+    assert path.is_file()
 
 
 def test_the_context_of_a_file_is_that_of_its_text(bundle, tmp_path):

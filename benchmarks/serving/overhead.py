@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
 import json
 import statistics
 import sys
@@ -226,8 +225,8 @@ def _row(turns: list[dict[str, float]]) -> dict[str, float]:
 def without_step(lm: LanguageModel, arguments: argparse.Namespace) -> dict[str, float]:
     """Microseconds of processor time of a turn, and of the bare loop, where steps cost nothing."""
     logits = np.random.default_rng(0).standard_normal((arguments.slots, 1, lm.vocab_size))
-    instant = copy.copy(lm)
-    instant.session = cast("Session", InstantSession(lm.session, logits.astype(np.float32)))
+    session = cast("Session", InstantSession(lm.session, logits.astype(np.float32)))
+    instant = LanguageModel(lm.bundle, session)
     bare, loops, turns = BareLoop(instant, arguments.slots), [], []
     with Engine(instant, arguments.slots) as engine:
         for _ in range(arguments.rounds):

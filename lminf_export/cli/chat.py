@@ -10,7 +10,7 @@ import click
 from lminf_export.cli.chat_lines import open_lines
 from lminf_export.cli.chat_loop import COMMANDS, Chat, Writing, check_system, say, seen_tokens
 from lminf_export.cli.common import handle_errors, read_text, require_unicode, verbosity_options
-from lminf_export.cli.sampling_options import sampling_options
+from lminf_export.cli.sampling_options import sampling_options, stop_option
 from lminf_export.cli.session_options import load_options
 from lminf_export.errors import InputError
 
@@ -47,7 +47,7 @@ DEFAULT_ANSWER_TOKENS = 1024
     help="Tokens of an answer at most.",
 )
 @sampling_options
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@stop_option
 @click.option("--load-state", type=click.Path(), help="Go on where /save wrote this file.")
 @load_options
 @verbosity_options
@@ -77,13 +77,14 @@ def chat_command(
     conversation = _conversation(
         bundle, _system_text(system, system_file), template, _values(template_values), loading
     )
-    check_system(conversation, conversation.system, pinned=pin_system)
+    if load_state is not None:
+        _go_on(conversation, load_state)
+    if conversation.knows_system:
+        check_system(conversation, conversation.system, pinned=pin_system)
     rewrites = conversation.template.rewrites(conversation.system, **_values(template_values))
     if rewrites is not None:
         say(f"note: {rewrites}")
     chats.append(Chat(conversation, writing, pinned=pin_system))
-    if load_state is not None:
-        conversation.load(load_state)
     if lines.is_terminal:
         model_type = conversation.model.bundle.manifest.model_type
         say(f"{model_type}, {seen_tokens(conversation)}; /help shows the commands")
@@ -108,6 +109,21 @@ def _conversation(
         else ChatTemplate.from_file(template, model.bundle)
     )
     return Conversation(model, found, system=system, variables=values)
+
+
+def _go_on(conversation: Conversation, path: str) -> None:
+    """Go on with a conversation in a file, and with its system prompt.
+
+    Raises:
+        InputError: --system gives another one.
+    """
+    asked = conversation.system
+    conversation.load(path)
+    if asked is not None and asked != conversation.system:
+        raise InputError(
+            f"the conversation in {path} has another system prompt; leave --system out to go on "
+            "with it, or --load-state to begin with yours"
+        )
 
 
 def _system_text(text: str | None, path: str | None) -> str | None:

@@ -111,6 +111,7 @@ class TerminalLines:
         quiet = termios.tcgetattr(terminal)
         quiet[0] &= ~termios.ICRNL
         quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        quiet[3] |= termios.NOFLSH  # Ctrl-C leaves what was typed before it
         ended = signal.signal(signal.SIGTERM, _end)  # or the terminal stays as it is then
         termios.tcsetattr(terminal, termios.TCSANOW, quiet)
         try:

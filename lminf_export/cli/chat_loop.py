@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +90,9 @@ class Chat:
         Raises:
             LminfError: what is wrong with a line that nobody can type again.
         """
-        with self._stopping_answers(), lines.open():
+        # From a pipe nothing is typed again: Ctrl-C ends it all there.
+        answers = self._stopping_answers() if lines.is_terminal else nullcontext()
+        with answers, lines.open():
             while True:
                 try:
                     line = lines.read()
@@ -99,7 +103,7 @@ class Chat:
                         raise
                     say(f"error: {error}")
                 except KeyboardInterrupt:
-                    if not lines.is_terminal and not self._answering:
+                    if not lines.is_terminal:
                         raise
                     say("" if self._answering else "/quit or Ctrl-D ends")
                 finally:
@@ -160,11 +164,11 @@ class Chat:
             signal.signal(signal.SIGINT, before)
 
     def _save(self, argument: str) -> None:
-        self._conversation.stream.save(user_path(_required("/save", argument), InputError))
+        self._conversation.save(_typed_path("/save", argument))
         say(f"saved {argument} at token {self._conversation.stream.position:,}")
 
     def _load(self, argument: str) -> None:
-        self._conversation.load(user_path(_required("/load", argument), InputError))
+        self._conversation.load(_typed_path("/load", argument))
         say(f"loaded {argument} at token {self._conversation.stream.position:,}")
 
     def _reset(self, argument: str) -> None:
@@ -177,10 +181,10 @@ class Chat:
             self._begin(text)
             return
         own = self._conversation.system or "no system prompt"
-        if self._conversation.is_loaded:
-            say(f"this conversation was loaded and keeps its own; /reset begins anew with: {own}")
-        else:
+        if self._conversation.knows_system:
             say(own)
+        else:
+            say(f"what was loaded does not say its own; /reset begins anew with: {own}")
 
     def _begin(self, system: str | None) -> None:
         check_system(self._conversation, system, pinned=self._pinned)
@@ -226,10 +230,11 @@ def check_system(conversation: Conversation, system: str | None, *, pinned: bool
     )
 
 
-def _required(command: str, argument: str) -> str:
+def _typed_path(command: str, argument: str) -> Path:
+    """Return a path that was typed, as UTF-8 whatever this system's encoding is."""
     if not argument:
         raise InputError(f"{command} needs a file: {command} FILE")
-    return argument
+    return user_path(os.fsdecode(argument.encode("utf-8", "surrogateescape")), InputError)
 
 
 def _help() -> str:

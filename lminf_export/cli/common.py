@@ -7,15 +7,14 @@ import functools
 import importlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NoReturn, ParamSpec, TypeVar
 
 import click
 
 from lminf_export.cli.internal_errors import InternalErrors
-from lminf_export.cli.signals import EXIT_INTERRUPTED
-from lminf_export.cli.terminal import make_streams_safe
+from lminf_export.cli.signals import EXIT_INTERRUPTED, ignore_signals
+from lminf_export.cli.terminal import close_stdout, make_streams_safe, say_if_heard
 from lminf_export.errors import InputError, LminfError
 
 P = ParamSpec("P")
@@ -39,7 +38,7 @@ def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
         except LminfError as error:
             fail(str(error))
         except BrokenPipeError:
-            _close_stdout()
+            close_stdout()
             raise SystemExit(EXIT_BROKEN_PIPE) from None
         except OSError as error:
             if error.errno is None:
@@ -47,8 +46,7 @@ def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
             place = f"{error.filename}: " if error.filename else ""
             fail(f"{place}{error.strerror}")
         except KeyboardInterrupt:
-            click.echo(err=True)
-            click.echo("interrupted", err=True)
+            say_if_heard("\ninterrupted")
             raise SystemExit(EXIT_INTERRUPTED) from None
 
     @functools.wraps(function)
@@ -69,13 +67,18 @@ def run_command(command: click.Command, name: str) -> NoReturn:
         context = error.ctx if isinstance(error, click.UsageError) else None
         fail(f"{error.format_message()} (see {context.command_path if context else name} --help)")
     except click.Abort:
+        say_if_heard("\ninterrupted")
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:
+            ignore_signals()
+        raise
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def fail(message: str) -> NoReturn:
     """Print one line on stderr and exit with 2."""
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    say_if_heard(f"error: {' '.join(message.split())}")
     raise SystemExit(EXIT_ERROR)
 
 
@@ -233,11 +236,3 @@ class LazyGroup(click.Group):
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
-
-
-def _close_stdout() -> None:
-    """Let the interpreter's last flush go nowhere."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # stdout is no file, as in tests
-        return

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lminf_export.bundle.files import human_bytes
-from lminf_export.cli.signals import saved_however_it_ends, when_interrupted
+from lminf_export.cli.signals import saved_however_it_ends
+from lminf_export.cli.terminal import end_stdout
 
 if TYPE_CHECKING:
     from lminf_export.runtime.following import WriteAfter
@@ -56,21 +57,24 @@ def follow(
             f"{human_bytes(stream.state.max_nbytes)}"
         )
 
-    is_saved = False
+    rest = ""
 
     def save() -> None:
-        nonlocal is_saved
-        following.end_writing()
+        nonlocal rest
+        rest = following.end_writing()
         if save_state is not None:
             following.stream.save(save_state)
-            is_saved = True
 
     def kept() -> str:
-        return f"{statistics()}{f'; the stream is in {save_state}' if is_saved else ''}"
+        end_stdout(rest)
+        where = "" if save_state is None else f"; the stream is in {save_state}"
+        return f"{statistics()}{where}"
 
-    with when_interrupted(kept), saved_however_it_ends(save):
+    def work() -> None:
         for piece in following.answers(sys.stdin.buffer, stop=stop, **settings):
             click.echo(piece, nl=False)
             sys.stdout.flush()
+
+    saved_however_it_ends(work, save, kept)
     if stats:
         click.echo(statistics(), err=True)

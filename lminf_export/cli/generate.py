@@ -17,9 +17,9 @@ from lminf_export.cli.common import (
 )
 from lminf_export.cli.follow import follow as follow_stdin
 from lminf_export.cli.kept_state import KeptState
-from lminf_export.cli.sampling_options import sampling_options
+from lminf_export.cli.sampling_options import sampling_options, stop_option
 from lminf_export.cli.session_options import load_options
-from lminf_export.cli.signals import saved_however_it_ends, when_interrupted
+from lminf_export.cli.signals import saved_however_it_ends
 from lminf_export.cli.written_text import WrittenText
 from lminf_export.errors import InputError
 from lminf_export.runtime.following import WRITE_AFTER, WriteAfter
@@ -53,7 +53,7 @@ DEFAULT_NEW_TOKENS = 256
     "[default: line]",
 )
 @sampling_options
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@stop_option
 @click.option(
     "--load-state",
     type=click.Path(),
@@ -103,6 +103,7 @@ def generate_command(
     it comes from stdin line by line, for as long as there are lines. With
     --load-state the text goes on behind one that was saved.
     """
+    from lminf_export.runtime.batching.text import StreamText
     from lminf_export.runtime.load import load
 
     limit = _limit(max_new_tokens, endless, as_json)
@@ -142,16 +143,9 @@ def generate_command(
         state=kept.state,
         **sampling,
     )
-    text = WrittenText(limit, started, kept, as_json, stats)
-    with when_interrupted(text.interrupt), saved_however_it_ends(text.save):
-        for piece in model.codec.stream(
-            text.watch(kept.watch(token_ids)),
-            after=kept.before,
-            stop=stop,
-            begins_open=load_state is not None,
-            ends_open=save_state is not None,
-        ):
-            text.write(piece)
+    shown = StreamText(model.codec, kept.before, stop, begins_open=load_state is not None)
+    text = WrittenText(limit, started, kept, shown, as_json, stats)
+    saved_however_it_ends(lambda: text.write(kept.watch(token_ids)), text.save, text.interrupt)
     text.finish()
 
 

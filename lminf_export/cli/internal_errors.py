@@ -10,6 +10,8 @@ from types import TracebackType
 
 import click
 
+from lminf_export.cli.terminal import say_if_heard
+
 EXIT_INTERNAL = 3
 # Ways in which click ends a command; they are no errors of this program.
 _CLICK_ENDS = (click.ClickException, click.exceptions.Exit, click.Abort)
@@ -39,9 +41,7 @@ class InternalErrors:
             sys.stderr.write(text)
         reason = " ".join(str(error).split())[:_MESSAGE_LENGTH]
         name = type(error).__name__
-        click.echo(
-            f"internal error: {name}{': ' if reason else ''}{reason} ({_kept(text)})", err=True
-        )
+        say_if_heard(f"internal error: {name}{': ' if reason else ''}{reason} ({_kept(text)})")
         raise SystemExit(EXIT_INTERNAL) from None
 
 

@@ -69,7 +69,7 @@ class KeptState:
             InputError: there is nothing to read.
         """
         codec = self._model.codec
-        if self._loaded is None:
+        if not (self.state.furthest or self._unread):
             self.prompt_ids = codec.encode(text or "")
         else:
             # It stands in the middle of a text, so nothing that begins one comes before it.

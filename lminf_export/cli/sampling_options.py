@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from lminf_export.cli.common import require_unicode
+from lminf_export.errors import InputError
+
 _OPTIONS = (
     click.option(
         "--temperature",
@@ -55,6 +58,22 @@ _OPTIONS = (
         help="Taken from a logit as often as the answer has the token, -2 to 2.",
     ),
     click.option("--seed", type=int, help="Draw the same text again."),
+)
+
+
+def _stops(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return tuple(require_unicode("--stop", text) for text in given)
+    except InputError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+stop_option = click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    callback=_stops,
+    help="End before this text; repeatable.",
 )
 _NAMES = (
     "temperature",

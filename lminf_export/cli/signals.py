@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
-import click
+from lminf_export.cli.terminal import say_if_heard
 
 EXIT_INTERRUPTED = 130
+# Seconds within which signals count as one.
+_TOGETHER = 1.0
 
 # Whoever stops a program sends one of these; Windows has no SIGHUP.
 _SIGNALS = [
@@ -28,28 +32,55 @@ def when_interrupted(kept: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(err=True)
-        click.echo(f"interrupted: {kept()}", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        _end(kept)
 
 
-@contextmanager
-def saved_however_it_ends(save: Callable[[], object]) -> Iterator[None]:
-    """Save at the end, at Ctrl-C, SIGTERM, SIGHUP, and where the reader of stdout goes.
+def saved_however_it_ends(
+    work: Callable[[], None], save: Callable[[], object], kept: Callable[[], str]
+) -> None:
+    """Work, and save at the end, also where a signal, or a stream or disk that fails, brings it.
+
+    Ctrl-C, SIGTERM and SIGHUP end with 130, after a line that says what was kept; others that come
+    meanwhile are ignored. An error of the system, such as that of a terminal that was closed, goes
+    on when all is saved. A context would not do: a signal may come while it is left.
 
     Args:
-        save: called then, before the exception goes on, which for a signal is KeyboardInterrupt.
+        work: to be done.
+        save: called at its end, once.
+        kept: returns the line; called behind `save`.
     """
-    handlers = _Handlers(signal.default_int_handler)
+    handlers, is_saved = _Handlers(lambda *_: _ONCE.interrupt()), False
+
+    def end() -> None:
+        nonlocal is_saved
+        handlers.ignore()
+        if not is_saved:
+            save()
+            is_saved = True
+
     try:
         try:
-            yield
-            save()
-        except (KeyboardInterrupt, BrokenPipeError):
-            save()
+            work()
+            end()
+        except OSError:
+            end()
             raise
+    except KeyboardInterrupt:
+        end()
+        _end(kept)
     finally:
         handlers.restore()
+
+
+def ignore_signals() -> None:
+    """Let a program that has been interrupted end in peace."""
+    _Handlers(signal.SIG_IGN)
+
+
+def _end(kept: Callable[[], str]) -> NoReturn:
+    say_if_heard("")
+    say_if_heard(f"interrupted: {kept()}")
+    raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 class HeldInterrupt:
@@ -59,7 +90,8 @@ class HeldInterrupt:
     """
 
     def __init__(self) -> None:
-        self._holds, self._came = False, False
+        self._holds = False
+        self._came: float | None = None
         self._handlers: _Handlers | None = None
 
     def __enter__(self) -> HeldInterrupt:
@@ -80,13 +112,32 @@ class HeldInterrupt:
         Raises:
             KeyboardInterrupt: if one came.
         """
-        if self._came:
-            raise KeyboardInterrupt
+        if self._came is not None:
+            _ONCE.interrupt()
 
     def _interrupt(self, *_: object) -> None:
-        if not self._holds or self._came:
+        now = time.monotonic()
+        if not self._holds or (self._came is not None and now > self._came + _TOGETHER):
+            _ONCE.interrupt()
+        elif self._came is None:
+            self._came = now
+
+
+class _Once:
+    """Interrupts once for signals that come together: a terminal that closes sends several."""
+
+    def __init__(self) -> None:
+        self._latest = -math.inf
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt, unless that has just been done."""
+        now = time.monotonic()
+        if now > self._latest + _TOGETHER:
+            self._latest = now
             raise KeyboardInterrupt
-        self._came = True
+
+
+_ONCE = _Once()
 
 
 class _Handlers:
@@ -98,13 +149,18 @@ class _Handlers:
         handler: of all of them.
     """
 
-    def __init__(self, handler: Callable[..., Any]) -> None:
+    def __init__(self, handler: Callable[..., Any] | signal.Handlers) -> None:
         self._before: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, handler)
+
+    def ignore(self) -> None:
+        """Let no signal come through from now on."""
+        for number in self._before:
+            signal.signal(number, lambda *_: None)
 
     def restore(self) -> None:
         """Put those from before back."""

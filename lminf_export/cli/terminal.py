@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -43,8 +44,36 @@ def make_streams_safe() -> None:
             stream.reconfigure(errors=_ERRORS)
 
 
+def say_if_heard(text: str) -> None:
+    """Print a line on stderr; where that has been closed, nobody is there to read it."""
+    with suppress(OSError):
+        click.echo(text, err=True)
+
+
+def end_stdout(text: str) -> None:
+    """Print the last of an interrupted output; whoever read it may be gone, too."""
+    try:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+    except OSError:
+        close_stdout()
+
+
+def close_stdout() -> None:
+    """Let the interpreter's last flush go nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # stdout is no file, as in tests
+        return
+
+
 def echo_json(content: Any) -> None:
-    """Print JSON; in ASCII where stdout has no Unicode encoding."""
+    """Print JSON, see `json_text`."""
+    click.echo(json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """Return JSON as stdout can show it: in ASCII where it has no Unicode encoding."""
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
     unicode = encoding.replace("_", "-").startswith("utf")
-    click.echo(json.dumps(content, indent=1, ensure_ascii=not unicode))
+    return json.dumps(content, indent=1, ensure_ascii=not unicode)

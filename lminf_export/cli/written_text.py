@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lminf_export.bundle.files import human_bytes
-from lminf_export.cli.terminal import echo_json
+from lminf_export.cli.terminal import echo_json, end_stdout, json_text, say_if_heard
 
 if TYPE_CHECKING:
     from lminf_export.cli.kept_state import KeptState
+    from lminf_export.runtime.batching.text import StreamText
 
 INTERRUPTED = "interrupted"
 
@@ -27,6 +28,7 @@ class WrittenText:
         max_new_tokens: tokens to write at most; None for no end.
         started: when the command began, of `time.perf_counter`, as the other times.
         kept: the stream.
+        shown: its text, as far as it is certain.
         as_json: keep text and tokens and print them at the end, in place of text as it comes.
         stats: print speed and cache at the end, to stderr.
         first: when the first token came.
@@ -41,6 +43,7 @@ class WrittenText:
     max_new_tokens: int | None
     started: float
     kept: KeptState
+    shown: StreamText
     as_json: bool
     stats: bool
     first: float = 0.0
@@ -51,22 +54,23 @@ class WrittenText:
     pieces: list[str] = field(default_factory=list)
     state_bytes: int | None = None
 
-    def watch(self, token_ids: Iterator[int]) -> Iterator[int]:
-        """Pass tokens on and count them."""
+    def write(self, token_ids: Iterator[int]) -> None:
+        """Print text as tokens come, up to a stop string or their end."""
         for token in token_ids:
             self.last = time.perf_counter()
             self.first = self.first or self.last
             self.count += 1
             if self.as_json:
                 self.token_ids.append(token)
-            yield token
+            self._show(self.shown.push(token))
+            if self.shown.found is not None:
+                return
         self.ran_out = True
 
-    def write(self, piece: str) -> None:
-        """Print a piece of the text, or keep it."""
+    def _show(self, piece: str) -> None:
         if self.as_json:
             self.pieces.append(piece)
-        else:
+        elif piece:
             click.echo(piece, nl=False)
             sys.stdout.flush()
 
@@ -74,15 +78,11 @@ class WrittenText:
         """Write the stream's state, if it is to be kept."""
         self.state_bytes = self.kept.save()
 
-    def finish(self, reason: str | None = None) -> None:
-        """Print what comes behind the text.
-
-        Args:
-            reason: why it ended; by default "length", "end_of_text" (the model's own end) or
-                "stop_text".
-        """
+    def finish(self) -> None:
+        """Print what comes behind the text."""
+        self._show(self._rest())
         if self.as_json:
-            echo_json(self._result(reason or self._reason))
+            echo_json(self._result(self._reason))
         else:
             click.echo()
         if self.stats:
@@ -90,9 +90,19 @@ class WrittenText:
 
     def interrupt(self) -> str:
         """Print what comes behind an interrupted text; return a line that says what is kept."""
-        self.finish(INTERRUPTED)
+        rest = self._rest()
+        if self.as_json:
+            self.pieces.append(rest)
+            rest = json_text(self._result(INTERRUPTED))
+        end_stdout(f"{rest}\n")
+        if self.stats:
+            say_if_heard(self._statistics)
         end = "no state is kept" if self.state_bytes is None else "the state is saved"
         return f"the {self._num_written} written so far are above; {end}"
+
+    def _rest(self) -> str:
+        """Return the text held back; a character that is not complete waits in a saved state."""
+        return self.shown.finish(ends_open=self.state_bytes is not None)
 
     @property
     def _reason(self) -> str:

@@ -147,6 +147,7 @@ class ChatTemplate:
             InputError: see `render`.
             BundleError: see `turn`.
         """
+        require_instance("codec", codec, TextCodec)
         ids = codec.ids_behind(self.turn(_before("")[:1], system=system, **variables))
         return frozenset(token for token in ids[:1] if codec.is_special(token))
 
@@ -191,7 +192,13 @@ class ChatTemplate:
 
 
 def of_system(text: str | None) -> list[dict[str, str]]:
-    """Return a system's message as the beginning of messages; nothing for None."""
+    """Return a system's message as the beginning of messages; nothing for None.
+
+    Raises:
+        InputError: it is no text.
+    """
+    if not isinstance(text, str | NoneType):
+        raise InputError(f"system={shown(text)}: must be a text, or None")
     return [] if text is None else [{"role": "system", "content": text}]
 
 

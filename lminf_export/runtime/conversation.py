@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from lminf_export.errors import LminfError, require_instance
+from lminf_export.disk import parse_json
+from lminf_export.errors import InputError, LminfError, SessionError, require_instance, shown
 from lminf_export.runtime.chat_template import ChatTemplate, check_variables, of_system
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.one_stream import OneStream
 
-_STAND_IN = "The first question stands here"
+# Digits are what no template writes in another case.
+_STAND_IN = "8461973205"
+
+
+# Under which a state's file says what else belongs to the conversation.
+_LABEL = "conversation"
+# Settings of `LanguageModel.generate` that are not the caller's.
+_OWN = frozenset({"state", "stop_token_ids"})
 
 
 @dataclass
@@ -58,9 +68,9 @@ class Conversation:
 
     Attributes:
         stream: what has been said.
-        system: the system's message that `reset` began with.
-        is_loaded: whether `load` replaced what had been said: the state holds the system's message
-            it was begun with, as tokens only.
+        system: the system's message that it began with.
+        knows_system: False where `load` read a state that no conversation saved: `system` is then
+            that of the conversation before, for `reset`.
         last: the latest answer.
 
     Raises:
@@ -69,7 +79,7 @@ class Conversation:
     """
 
     system: str | None
-    is_loaded: bool
+    knows_system: bool
     stream: OneStream
     last: Answer
     _stop_ids: frozenset[int]
@@ -87,6 +97,7 @@ class Conversation:
         check_variables({} if variables is None else variables)
         self.model, self.template = model, template
         self._variables = dict(variables or {})
+        self._given = str(self._variables)
         self._stopping = False
         self.reset(system)
 
@@ -97,12 +108,19 @@ class Conversation:
             InputError: the template refuses it; the conversation is as it was.
         """
         self.count_system_tokens(system)
-        ends = self.template.end_ids(self.model.codec, system=system, **self._variables)
+        self._begin(OneStream(self.model), system, knows_system=True)
+
+    def _begin(self, stream: OneStream, system: str | None, *, knows_system: bool) -> None:
+        heeded = system if knows_system else None
+        ends = self.template.end_ids(self.model.codec, system=heeded, **self._variables)
         stop_ids = frozenset(self.model.bundle.manifest.eos_token_ids) | ends
-        stream, last = OneStream(self.model), Answer()
         # In one step: an interrupt leaves this conversation or the new one.
         self.__dict__.update(
-            system=system, is_loaded=False, stream=stream, last=last, _stop_ids=stop_ids
+            system=system,
+            knows_system=knows_system,
+            stream=stream,
+            last=Answer(),
+            _stop_ids=stop_ids,
         )
 
     def count_system_tokens(self, system: str | None) -> int:
@@ -111,21 +129,39 @@ class Conversation:
         Raises:
             InputError: the template refuses the message.
         """
-        question = _STAND_IN
-        while question in (system or "") or question in self.template.text:
-            question += "."
+        begin, question = of_system(system), _STAND_IN
+        while any(question in text for text in (system or "", self.template.text, self._given)):
+            question += "0"
         message = {"role": "user", "content": question}
-        text = self.template.render([*of_system(system), message], **self._variables)
+        text = self.template.render([*begin, message], **self._variables)
         return len(self.model.codec.ids(text.partition(question)[0]))
 
-    def load(self, path: str | Path) -> None:
-        """Go on where a conversation of the same bundle was saved, by `stream.save`.
+    def save(self, path: str | Path) -> None:
+        """Write the conversation to a file, in one step, with its system's message.
 
         Raises:
+            InputError: it cannot be written there.
+        """
+        label = {_LABEL: json.dumps({"system": self.system})} if self.knows_system else None
+        self.stream.save(path, labels=label)
+
+    def load(self, path: str | Path) -> None:
+        """Go on where a conversation of the same bundle was saved, with its system's message.
+
+        The state of any one stream can be loaded, too.
+
+        Raises:
+            InputError: there is no such file, or the template refuses the system's message.
             SessionError: the file is damaged or of another bundle; this conversation is as it was.
         """
-        self.stream.load(path)
-        self.is_loaded, self.last = True, Answer()
+        stream = OneStream(self.model)
+        snapshot = stream.read_file(path)
+        label = snapshot.labels.get(_LABEL)
+        stream.go_on(snapshot)
+        if label is None:
+            self._begin(stream, self.system, knows_system=False)
+        else:
+            self._begin(stream, _system_in(label, path), knows_system=True)
 
     @property
     def is_reading(self) -> bool:
@@ -165,15 +201,17 @@ class Conversation:
             ConfigError: a sampling setting outside its rule.
             SessionError: a step failed.
         """
+        for name in _OWN & sampling.keys():
+            raise InputError(f"{name}={shown(sampling[name])}: a conversation has its own")
         stream = self.stream
         before, start = stream.unread, stream.state.furthest
         stream.add(self._new_ids(text))
         ids = stream.unread
         self.last, self._stopping = Answer(num_read=len(ids)), False
-        tokens = stream.write(
-            max_new_tokens=max_new_tokens, stop_token_ids=self._stop_ids, **sampling
-        )
         try:
+            tokens = stream.write(
+                max_new_tokens=max_new_tokens, stop_token_ids=self._stop_ids, **sampling
+            )
             yield from self.model.codec.stream(
                 self._watched(tokens, max_new_tokens), after=ids, stop=stop
             )
@@ -205,8 +243,23 @@ class Conversation:
         """Return the token ids of what a message adds to the conversation."""
         message = {"role": "user", "content": text}
         if self.stream.position:
-            system = None if self.is_loaded else self.system
+            system = self.system if self.knows_system else None
             new = self.template.turn([message], system=system, **self._variables)
             return self.model.codec.ids_behind(new)
         new = self.template.render([*of_system(self.system), message], **self._variables)
         return self.model.codec.ids(new)
+
+
+def _system_in(label: str, path: str | Path) -> str | None:
+    """Return the system's message that a file names.
+
+    Raises:
+        SessionError: it names none.
+    """
+    try:
+        system = parse_json(label)["system"]
+    except (ValueError, TypeError, KeyError):
+        system = 0
+    if not isinstance(system, str | NoneType):
+        raise SessionError(f"{path} is damaged: it does not say its conversation's system prompt")
+    return system

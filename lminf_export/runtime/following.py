@@ -7,10 +7,9 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
+from lminf_export.runtime.batching.text import StreamText
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.one_stream import OneStream
-from lminf_export.runtime.text import StopStrings
-from lminf_export.runtime.text_stream import StreamDecoder
 
 # Behind the words of a line; behind its newline, so that the next line is written; behind a blank
 # line; behind all of it.
@@ -62,6 +61,7 @@ class Following:
         self._write_after = write_after
         self._end = _ENDS.get(write_after, "")
         self._line_has_text = self._has_news = self._is_writing = False
+        self._text: StreamText | None = None
         self._add(prompt)
 
     def answers(
@@ -118,36 +118,38 @@ class Following:
         """Write, and end it in the stream and in the text as it should."""
         self._is_writing = True
         ended = yield from self._written(stop, settings)
-        self.end_writing(ended)
-        yield self._end or "\n"
+        yield self.end_writing(ended)
 
-    def end_writing(self, ended: str | None = None) -> None:
+    def end_writing(self, ended: str | None = None) -> str:
         """End what is being written in the stream, also where its reader went in the middle.
 
         Args:
             ended: the stop string behind which it has ended by itself.
+
+        Returns:
+            The text that was held back for a stop string, and the end; "" if nothing is written.
         """
         if not self._is_writing:
-            return
+            return ""
+        held, self._text = self._text.finish() if self._text else "", None
         if not self._end or ended != self._end:
             self._add(self._end or "\n")
         self._has_news = self._line_has_text = self._is_writing = False
+        return held + (self._end or "\n")
 
     def _written(
         self, stop: Sequence[str], settings: dict[str, Any]
     ) -> Generator[str, None, str | None]:
         """Yield what the model writes; return the stop string that ended it, or None."""
-        decoder = StreamDecoder(self._codec.tokenizer, self.stream.unread)
-        stops = StopStrings((*([self._end] if self._end else []), *stop))
+        ends = [self._end] if self._end else []
+        text = self._text = StreamText(self._codec, self.stream.unread, (*ends, *stop))
         for token in self.stream.write(**settings):
             self.num_written += 1
-            if piece := stops.push(decoder.step(token)):
+            if piece := text.push(token):
                 yield piece
-            if stops.found is not None:
-                return stops.found
-        if piece := stops.push(decoder.flush()) + stops.flush():
-            yield piece
-        return stops.found
+            if text.found is not None:
+                break
+        return text.found
 
     def _add(self, text: str) -> None:
         if not text:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lminf_export.errors import InputError, require_instance
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.inputs import listed_ids
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.snapshot import Snapshot
 
 
 class OneStream:
@@ -84,18 +86,37 @@ class OneStream:
             self._given = ([token], self.state.furthest)
             yield token
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, labels: Mapping[str, str] | None = None) -> None:
         """Write state and unread tokens to a file, in one step.
 
+        Args:
+            path: of the file.
+            labels: see `Snapshot`.
+
         Raises:
-            SessionError: the file cannot be written.
+            InputError: the file cannot be written.
         """
-        self.state.save(path, unread=self.unread)
+        snapshot = self.state.snapshot()
+        replace(snapshot, unread=tuple(self.unread), labels=labels or {}).save(path)
 
     def load(self, path: str | Path) -> None:
         """Go on where a stream of the same bundle was saved.
 
         Raises:
+            InputError: there is no such file.
             SessionError: the file is damaged or of another bundle; this stream is as it was.
         """
-        self.unread = self.state.load(path)
+        self.go_on(self.read_file(path))
+
+    def read_file(self, path: str | Path) -> Snapshot:
+        """Return what `save` wrote to a file; see `load`."""
+        return Snapshot.load(path, self.state.contract, self.state.state_id, 1)
+
+    def go_on(self, snapshot: Snapshot) -> None:
+        """Stand where a stream of the same bundle stood.
+
+        Raises:
+            SessionError: it is of another bundle; this stream is as it was.
+        """
+        self.state.restore(snapshot)
+        self.unread = snapshot.unread

@@ -44,6 +44,7 @@ class Snapshot:
             next. Saved with the rest.
         context: the latest token ids before those, as far as they are known: whoever decodes
             the text that follows needs some. Saved with the rest.
+        labels: texts by name, of whoever saves it, such as a conversation. Saved with the rest.
     """
 
     contract: GraphContract
@@ -52,6 +53,7 @@ class Snapshot:
     state_id: str | None = None
     unread: tuple[int, ...] = ()
     context: tuple[int, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
     # Whether the arrays, which stay as they are, have been checked; and whose memory they are.
     _is_sound: bool = field(default=False, init=False, repr=False)
     _memory: SnapshotMemory | None = field(default=None, init=False, repr=False)
@@ -71,6 +73,11 @@ class Snapshot:
             if getattr(self, name) != ():
                 ids = listed_ids(getattr(self, name), name, self.contract.vocab_size)
                 object.__setattr__(self, name, tuple(ids))
+        if not isinstance(self.labels, Mapping) or not all(
+            isinstance(text, str) for pair in self.labels.items() for text in pair
+        ):
+            raise InputError(f"labels={shown(self.labels)}: must be a table of texts")
+        object.__setattr__(self, "labels", dict(self.labels))
 
     @classmethod
     def begin(
@@ -102,6 +109,7 @@ class Snapshot:
             state_id=state_id,
             unread=(),
             context=(),
+            labels={},
             _is_sound=True,
             _memory=memory,
         )
@@ -175,6 +183,7 @@ class Snapshot:
             "lengths": json.dumps(self.past_length.tolist()),
             "unread": json.dumps(self.unread),
             "context": json.dumps(self.context),
+            "labels": json.dumps(self.labels),
         }
         write_state_file(path, self.to_arrays(), metadata)
 
@@ -228,7 +237,8 @@ class Snapshot:
                 unread, context = (
                     tuple(parse_json(file.metadata.get(name, ""))) for name in ("unread", "context")
                 )
-                found = cls(contract, lengths, arrays, state_id, unread, context)
+                labels = parse_json(file.metadata.get("labels", "{}"))
+                found = cls(contract, lengths, arrays, state_id, unread, context, labels)
                 found.require_sound()
             except (ValueError, TypeError, SessionError) as error:
                 raise file.damaged(str(error)) from None

@@ -75,8 +75,8 @@ def write_state_file(
     text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNMENT)
     if len(text) > MOST_HEADER_BYTES:
         raise InputError(
-            f"{path}: the state's tokens that are not read yet do not fit the file's header; "
-            "read them first"
+            f"{path}: tokens that are not read yet, and labels, do not fit the file's header of "
+            f"{MOST_HEADER_BYTES >> 20} MiB; read the tokens first"
         )
     with _replacing(place) as file:
         file.write(_LENGTH.pack(len(text)))
@@ -228,7 +228,9 @@ def _checked_path(path: str | Path) -> Path:
             raise InputError("the path of a state is empty; give a file")
     except UnicodeEncodeError:
         raise InputError(f"the path {shown(str(path))} has characters that no path has") from None
-    return user_path(path, InputError)
+    place = user_path(path, InputError)
+    # A link stays one: what it leads to is written.
+    return place.resolve() if place.is_symlink() else place
 
 
 @contextmanager

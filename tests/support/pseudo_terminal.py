@@ -51,7 +51,13 @@ class PseudoTerminal:
     def __exit__(self, *_: object) -> None:
         self.child.kill()
         self.child.wait()
-        os.close(self._ours)
+        self.close()
+
+    def close(self) -> None:
+        """Close the terminal, as its window would."""
+        if self._ours >= 0:
+            os.close(self._ours)
+            self._ours = -1
 
     def keys(self, text: str) -> None:
         """Press keys."""

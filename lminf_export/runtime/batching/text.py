@@ -16,14 +16,22 @@ class StreamText:
         codec: the bundle's tokenizer.
         after: ids of the text before, such as the prompt's.
         stop: strings that end the text.
+        begins_open: see `TextCodec.stream`.
 
     Raises:
         InputError: an argument of another kind, or an empty stop string.
     """
 
-    def __init__(self, codec: TextCodec, after: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        after: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        begins_open: bool = False,
+    ) -> None:
         require_instance("codec", codec, TextCodec)
-        self._decoder = StreamDecoder(codec.tokenizer, after)
+        self._decoder = StreamDecoder(codec.tokenizer, after, begins_open)
         self._stops = StopStrings(stop)
 
     @property
@@ -35,9 +43,14 @@ class StreamText:
         """Add a token; return the text that has become certain."""
         return self._stops.push(self._decoder.step(token_id))
 
-    def finish(self) -> str:
-        """Return the text held back; no more tokens follow."""
-        return self._stops.push(self._decoder.flush()) + self._stops.flush()
+    def finish(self, *, ends_open: bool = False) -> str:
+        """Return the text held back; no more tokens follow.
+
+        Args:
+            ends_open: see `TextCodec.stream`.
+        """
+        rest = "" if ends_open else self._decoder.flush()
+        return self._stops.push(rest) + self._stops.flush()
 
 
 class StopText:
