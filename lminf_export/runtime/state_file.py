@@ -230,7 +230,7 @@ def _checked_path(path: str | Path) -> Path:
         raise InputError(f"the path {shown(str(path))} has characters that no path has") from None
     place = user_path(path, InputError)
     # A link stays one: what it leads to is written.
-    return place.resolve() if place.is_symlink() else place
+    return Path(os.path.realpath(place)) if os.path.islink(place) else place
 
 
 @contextmanager
