@@ -9,6 +9,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from lminf_export.errors import BusyError, LminfError, SessionError
 from lminf_export.runtime.batching.request import FinishReason
@@ -46,6 +48,8 @@ class EngineLoop:
         self._changed = threading.Condition(self._lock)
         self._arrived: list[list[RunningSequence]] = []
         self._num_taken = 0
+        # Its `put` may be called anywhere, also by a finalizer that runs within another call of it.
+        self._calls: SimpleQueue[None] = SimpleQueue()
         self._called = False
         self._closing = self._draining = False
         self._refusal = "is closed"
@@ -87,15 +91,12 @@ class EngineLoop:
                 raise BusyError(
                     f"{pending} requests run or wait, at most {self._most} may; try again later"
                 )
-            self._called = True
             self._arrived.append(sequences)
-            self._changed.notify_all()  # `drain` may wait there, too
+            self.call()
 
     def call(self) -> None:
-        """Let the thread look at what callers want, before its next step."""
-        with self._lock:
-            self._called = True
-            self._changed.notify_all()
+        """Let the thread look at what callers want, before its next step; never waits."""
+        self._calls.put(None)
 
     def drain(self, timeout: float | None) -> bool:
         """Take no more sequences, wait until all have ended, and tell whether they have.
@@ -144,7 +145,11 @@ class EngineLoop:
             # Started here, where no interrupt comes.
             self._waking.start()
             while not self._closing:
-                if self._called or time.perf_counter() >= self.turns.next_due:
+                if (
+                    self._called
+                    or not self._calls.empty()
+                    or time.perf_counter() >= self.turns.next_due
+                ):
                     self._tend()
                 if not self.turns.turn():
                     self._sleep()
@@ -157,14 +162,17 @@ class EngineLoop:
             self._waking.close()
 
     def _sleep(self) -> None:
-        with self._lock:
-            if not self._called and not self._closing:
-                rest = self.turns.next_due - time.perf_counter()
-                self._changed.wait(min(max(rest, 0.0), threading.TIMEOUT_MAX))
+        rest = self.turns.next_due - time.perf_counter()
+        with suppress(Empty):
+            self._calls.get(timeout=min(max(rest, 0.0), threading.TIMEOUT_MAX))
+            self._called = True
 
     def _tend(self) -> None:
+        self._called = False
+        with suppress(Empty):
+            while True:
+                self._calls.get_nowait()
         with self._lock:
-            self._called = False
             arrived = self._take_arrived()
         self.turns.tend(arrived)
 
