@@ -504,9 +504,19 @@ def test_an_interrupt_while_tokens_are_taken_loses_none(lm, monkeypatch):
         assert len(list(stream)) == 50
 
 
-def test_a_function_that_would_end_the_program_ends_its_request(lm):
+class NoTruth:
+    def __bool__(self):
+        raise ValueError("neither")
+
+
+@pytest.mark.parametrize(
+    "result", [SystemExit(3), asyncio.CancelledError(), GeneratorExit(), ValueError(), NoTruth()]
+)
+def test_a_function_that_would_end_the_program_ends_its_request(lm, result):
     def ends(_):
-        raise SystemExit(3)
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     with Engine(lm, slots=2) as engine:
         bad = engine.submit(Request(prompt(1, 5), 9, ends_at=ends))
@@ -515,6 +525,25 @@ def test_a_function_that_would_end_the_program_ends_its_request(lm):
             ids(bad)
         assert ids(good) == alone(lm, Request(prompt(1, 5), 4))
         assert engine.stats().healthy
+
+
+def test_a_reader_that_comes_back_while_its_stream_is_parked_is_not_forgotten(lm, monkeypatch):
+    monkeypatch.setattr(sequence_module, "MAILBOX_TOKENS", 20)
+    copying, taken, copy = threading.Event(), threading.Event(), SlotPool.snapshot
+
+    def slow(pool, row):
+        copying.set()
+        assert taken.wait(20)
+        return copy(pool, row)
+
+    monkeypatch.setattr(SlotPool, "snapshot", slow)
+    request = Request(prompt(3, 3), 100, stop_token_ids=frozenset())
+    with Engine(lm, slots=1) as engine:
+        stream = engine.submit(request)
+        assert copying.wait(20)
+        found = [token.id for token in stream.take()]
+        taken.set()
+        assert found + ids(stream) == alone(lm, request)
 
 
 def test_a_program_that_ends_while_an_engine_writes_ends_well(tmp_path):

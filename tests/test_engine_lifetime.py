@@ -267,17 +267,21 @@ def test_threads_that_read_by_turns_get_every_token_once(lm):
         assert sorted(found) == sorted(alone(lm, request(count=3000)))
 
 
-def test_a_function_to_be_called_that_is_none_or_fails_is_told_of(lm, caplog):
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_a_function_to_be_called_that_is_none_or_fails_is_told_of(lm, caplog, error):
+    def fails():
+        raise error
+
     with Engine(lm, slots=2) as engine:
         stream = engine.submit(request())
         with pytest.raises(InputError, match="must be a function without arguments"):
             stream.when_ready(5)
         running = engine.submit(request(count=None))
         bad, good = engine.submit(request()), engine.submit(request())
-        assert bad.when_ready(lambda: 1 / 0)
+        assert bad.when_ready(fails)
         running.cancel()
         assert ids(good) == alone(lm, request())
-        wait_until(lambda: "ZeroDivisionError" in caplog.text)
+        wait_until(lambda: error.__name__ in caplog.text)
         assert ids(engine.submit(request())) == alone(lm, request())
 
 

@@ -8,10 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from lminf_export.errors import InputError, SessionError
+from lminf_export.errors import InputError, LminfError, SessionError, shown
 from lminf_export.runtime.batching.request import FinishReason, Kept, Request, Token
 from lminf_export.runtime.batching.stream import Mailbox
-from lminf_export.runtime.foreign_errors import foreign_errors
 from lminf_export.runtime.logprobs import logprobs_of
 from lminf_export.runtime.sampling import Sampler
 from lminf_export.runtime.snapshot import Snapshot
@@ -126,14 +125,14 @@ class RunningSequence:
             self._sampler.observe((token,))
         reason: Leaving | None = None
         if self._ends_at is not None:
-            # An error of one request's function must not end the others.
-            with foreign_errors(InputError, "Request.ends_at has failed"):
-                try:
-                    is_end = self._ends_at(token)
-                except SystemExit as error:
-                    raise InputError(f"Request.ends_at has failed: {error!r}") from error
-            if is_end:
-                reason = "stop_text"
+            try:
+                if self._ends_at(token):
+                    reason = "stop_text"
+            except LminfError:
+                raise
+            except BaseException as error:
+                # Whatever one request's function raises must not end the others.
+                raise InputError(f"Request.ends_at has failed: {shown(error)}") from error
         mailbox = self.mailbox
         waker = mailbox.put(token if told is None else told)
         if waker is not None:

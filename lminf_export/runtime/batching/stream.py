@@ -320,8 +320,8 @@ def wake_all(wakers: list[Callable[[], None]]) -> None:
             continue
         try:
             waker()
-        except Exception:
-            # A caller's function; other readers wait behind it.
+        except BaseException:
+            # A caller's function, also one that would end the thread: other readers wait behind it.
             logger.exception("a function given to TokenStream.when_ready has failed")
     for loop, futures in loops.items():
         # A loop that has been closed has nobody left who waits.

@@ -268,12 +268,14 @@ class Turns:
         if why != "pause":
             self._finish(sequence, why)
             return
-        # Its reader is too slow: it waits without a row, and nobody waits for it.
+        # Its reader is too slow: it waits without a row, and nobody waits for it. From here on the
+        # reader calls when it takes something; what it took before is looked for behind the copy.
+        sequence.mailbox.is_full = True
         if not self._park(sequence):
             return
-        sequence.stalled_since = time.perf_counter()
+        now = sequence.stalled_since = time.perf_counter()
         self.next_due = min(self.next_due, sequence.next_due)
-        sequence.mailbox.is_full = True
+        self._tend_stalled(sequence, now)
 
     def _finish(
         self,
