@@ -295,6 +295,37 @@ def test_a_conversation_that_cannot_be_written_is_an_error_where_it_must_be(
         assert content(ask(server.url, None, FIRST)) == offline_turns(demo_lm, FIRST)[0]
 
 
+def test_files_that_cannot_be_removed_stop_no_answer(demo_lm, tmp_path, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with serving.server_thread(demo_lm, session_folder=tmp_path) as server:
+        first = content(ask(server.url, "kept", FIRST))
+        wait_until(lambda: httpx.get(f"{server.url}/v1/sessions").json()["files"] == 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", fails)
+            patch.setattr(Path, "rename", fails)
+            found = ask(server.url, "kept", SECOND)
+            assert [first, content(found)] == offline_turns(demo_lm, FIRST, SECOND)
+            wait_until(lambda: "could not be written" in caplog.text)
+            told = httpx.delete(f"{server.url}/v1/sessions/kept")
+        assert (told.status_code, told.json()["error"]["code"]) == (500, "session_not_removed")
+        assert httpx.delete(f"{server.url}/v1/sessions/kept").status_code == 200
+        assert not list(tmp_path.glob("*.json"))
+    assert "Traceback" not in caplog.text
+
+
+def test_a_conversation_that_is_too_large_for_the_folder_costs_no_other(demo_lm, tmp_path):
+    settings = {"session_folder": tmp_path, "session_disk_bytes": 600_000}
+    with serving.server_thread(demo_lm, **settings) as server:
+        ask(server.url, "small", FIRST)
+        ask(server.url, "large", [{"role": "user", "content": "Tell me of Elizabeth. " * 100}])
+    with serving.server_thread(demo_lm, **settings) as server:
+        states = [ask(server.url, name, SECOND).headers["x-session-state"]
+                  for name in ("small", "large")]  # fmt: skip
+        assert states == ["resumed", "new"]
+
+
 def cut(data):
     return data[: len(data) // 2]
 

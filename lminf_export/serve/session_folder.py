@@ -79,6 +79,8 @@ class SessionFolder:
                 f"--session-folder {path} is used by another server; give each its own"
             ) from None
         self._files = self._found()
+        # Files that could not be removed: nothing goes on from them, and removing is tried again.
+        self._left: dict[str, _File] = {}
         self._make_room()
 
     def close(self) -> None:
@@ -102,6 +104,10 @@ class SessionFolder:
             conversation.kept.snapshot.save(part)
             part.chmod(0o600)
             digest, size = _digest(part)
+            if size > self._max_bytes:
+                part.unlink()
+                self.forget(key)  # what stands there is an earlier turn
+                return False
             part.rename(self._path / state)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -124,7 +130,7 @@ class SessionFolder:
             raise
         changed = (self._path / (key + _RECORD)).stat().st_mtime
         with self._lock:
-            old = self._files.pop(key, None)
+            old = self._files.pop(key, None) or self._left.pop(key, None)
             self._files[key] = _File(state, size, changed)
             if old is not None:
                 (self._path / old.state).unlink(missing_ok=True)
@@ -141,14 +147,29 @@ class SessionFolder:
             conversation = self._read(key, _record(self._path / (key + _RECORD)), lm)
         except (OSError, ValueError, LminfError) as error:
             logger.warning("a kept conversation is damaged and was dropped: %s", error)
-            self.drop(key)
+            self.forget(key)
             return None
         return conversation
 
     def drop(self, key: str) -> bool:
-        """Remove a conversation; tell whether there was one."""
+        """Remove a conversation; tell whether there was one.
+
+        Raises:
+            OSError: its files could not be removed; only another server would find them.
+        """
         with self._lock:
             return self._remove(key)
+
+    def forget(self, key: str) -> None:
+        """Remove a conversation; where that fails, the log says so."""
+        try:
+            self.drop(key)
+        except OSError as error:
+            logger.warning(
+                "an earlier turn of a conversation could not be removed, and would be found after "
+                "a restart: %s",
+                error,
+            )
 
     def _read(self, key: str, record: Any, lm: LanguageModel) -> Conversation:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -230,11 +251,15 @@ class SessionFolder:
             self._remove(key)
 
     def _remove(self, key: str) -> bool:
-        file = self._files.pop(key, None)
+        file = self._files.pop(key, None) or self._left.pop(key, None)
         if file is None:
             return False
-        (self._path / (key + _RECORD)).unlink(missing_ok=True)
-        (self._path / file.state).unlink(missing_ok=True)
+        try:
+            (self._path / (key + _RECORD)).unlink(missing_ok=True)
+            (self._path / file.state).unlink(missing_ok=True)
+        except OSError:
+            self._left[key] = file
+            raise
         return True
 
 

@@ -152,7 +152,11 @@ class Sessions:
             )
 
     async def drop(self, key: str) -> bool:
-        """Forget a conversation, one that is being answered included; tell if there was one."""
+        """Forget a conversation, one that is being answered included; tell if there was one.
+
+        Raises:
+            ApiError: 500 where its files could not be removed.
+        """
         lease = self._leases.get(key)
         if lease is not None:
             lease.is_deleted = True
@@ -162,7 +166,16 @@ class Sessions:
         if self._folder is not None:
             # Behind a write that has begun.
             drop = self._writer.submit(self._folder.drop, key)
-            was_file = await asyncio.wrap_future(drop)
+            try:
+                was_file = await asyncio.shield(asyncio.wrap_future(drop))
+            except OSError as error:
+                logger.warning("a conversation could not be removed: %s", error)
+                raise ApiError(
+                    500,
+                    "the conversation is forgotten, but its files could not be removed; see the "
+                    "server's log",
+                    code="session_not_removed",
+                ) from None
         return was_kept or was_file or was_unwritten or lease is not None
 
     def close(self) -> None:
@@ -182,7 +195,7 @@ class Sessions:
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
             # What stands there is an earlier turn: better none than a past without the latest.
-            self._folder.drop(key)
+            self._folder.forget(key)
         if self._unwritten.get(key) is conversation:
             del self._unwritten[key]
         return is_written

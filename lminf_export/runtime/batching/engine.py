@@ -41,13 +41,14 @@ class Engine(Unpicklable):
         max_waiting: requests that may wait for a slot.
         quantum: tokens after which a sequence gives its slot to one that waits; its state is
             kept in main memory until its turn comes again.
-        chunk_size: tokens of a prompt read at once; the bundle's by default, and at most.
+        chunk_size: tokens of a prompt read at once; the bundle's by default, and at most. Where a
+            prompt is cut decides the last bits of its logits.
         reader_timeout: seconds that a request whose reader takes nothing may pause before it ends
             with "slow_reader"; None for no end.
 
     Raises:
         InputError: a number that is none, or too small.
-        SessionError: the slots' caches are more than the memory holds.
+        SessionError: the slots' caches are more than the memory holds, or there is no thread.
     """
 
     in_its_place = "make another one"

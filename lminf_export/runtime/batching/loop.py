@@ -58,10 +58,16 @@ class EngineLoop:
     # What any thread may call.
 
     def start(self) -> None:
-        """Begin the thread."""
+        """Begin the thread.
+
+        Raises:
+            SessionError: the system gives no more threads.
+        """
         _LOOPS.add(self)
         try:
             self._thread.start()
+        except RuntimeError as error:
+            raise SessionError(f"an engine needs a thread of its own: {error}") from None
         except BaseException:
             # Interrupted: nobody gets this engine, so the thread, if there is one, ends.
             self.stop()
