@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -184,6 +185,26 @@ def test_a_signal_lets_streams_finish_or_tells_them(demo_bundle):
                 }
             }
         )
+
+
+@pytest.mark.parametrize("delay", [0.03, 0.1, 0.25])
+def test_a_signal_while_a_prompt_is_read_cuts_no_stream(demo_bundle, delay):
+    with serving.server_process(demo_bundle, "--threads", "1") as server:
+        body = {"prompt": "It is a truth, " * 20_000, "max_tokens": 4, "stream": True}
+        told = []
+
+        def ask():
+            with httpx.stream("POST", server.url + STREAM, json=body, timeout=60) as response:
+                told.extend((response.status_code, response.read().decode()))
+
+        client = threading.Thread(target=ask)
+        client.start()
+        time.sleep(delay)
+        server.process.send_signal(signal.SIGTERM)
+        client.join(60)
+        assert server.process.wait(60) == 0
+    status, text = told
+    assert text.endswith("data: [DONE]\n\n") if status == 200 else "shutting_down" in text
 
 
 def test_a_second_signal_ends_at_once(demo_bundle):

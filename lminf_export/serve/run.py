@@ -116,7 +116,7 @@ class DrainingServer(uvicorn.Server):
         """Tell whether to end: when nothing runs any more, or what runs was ended."""
         if self._serving.is_draining and not self.should_exit:
             now = time.monotonic()
-            if not self._serving.running or now >= self._due + _LAST_WORDS_SECONDS:
+            if not self._serving.is_answering or now >= self._due + _LAST_WORDS_SECONDS:
                 self.should_exit = True
             elif now >= self._due and self._engines_closed is None:
                 # Every stream ends with an event that says so.

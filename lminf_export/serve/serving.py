@@ -71,6 +71,7 @@ class Serving:
 
     Attributes:
         running: requests that are being answered.
+        num_beginning: requests whose prompts are being read; their answers will run.
         num_requests: requests that are being read or answered.
         is_draining: whether new requests are refused.
     """
@@ -88,6 +89,7 @@ class Serving:
         self.sessions = Sessions(settings, self.store)
         self.metrics = ServerMetrics(self.stats, self.sessions.counts)
         self.running: set[Running] = set()
+        self.num_beginning = 0
         self.num_requests = 0
         self.is_draining = False
         self._threads = ThreadPoolExecutor(_THREADS, "lminf-serve")
@@ -115,6 +117,11 @@ class Serving:
             )
         return self.models[name]
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether an answer runs, or will."""
+        return bool(self.running) or self.num_beginning > 0
+
     def require_open(self) -> None:
         """Refuse what comes while the server ends.
 
@@ -130,9 +137,21 @@ class Serving:
         """Plan a request's prompts in a thread, and submit them.
 
         Raises:
-            ApiError: the session is busy, or a limit is exceeded.
+            ApiError: the session is busy, a limit is exceeded, or the server ends.
             LminfError: see `Answering`.
         """
+        self.require_open()
+        self.num_beginning += 1
+        try:
+            running = await self._begun(request, model, generation, planner)
+            self.running.add(running)
+        finally:
+            self.num_beginning -= 1
+        return running
+
+    async def _begun(
+        self, request: Request, model: ServedModel, generation: Generation, planner: Planner
+    ) -> Running:
         named = request.headers.getlist("x-session-id")
         if len(named) > 1:
             raise invalid("x-session-id is there more than once", "x-session-id")
@@ -154,9 +173,7 @@ class Serving:
             if lease is not None:
                 lease.release()
             raise
-        running = Running(self, answering, lease)
-        self.running.add(running)
-        return running
+        return Running(self, answering, lease)
 
     def close(self) -> None:
         """End all engines, and write what is kept."""
