@@ -126,6 +126,20 @@ def test_n_choices_draw_with_seeds_of_their_own(client):
     assert drawn(extra_body={"top_k": 1})[0] == drawn(temperature=0)[0]
 
 
+def test_choices_that_a_stop_string_ends_count_what_they_wrote(client):
+    def asked(seed, n):
+        return client.completions.create(
+            model=NAME, prompt=PROMPT, max_tokens=60, n=n, seed=seed, stop=["e", ","]
+        )
+
+    alone = [asked(3 + number, 1) for number in range(4)]
+    together = asked(3, 4)
+    assert [c.text for c in together.choices] == [one.choices[0].text for one in alone]
+    counts = [one.usage.completion_tokens for one in alone]
+    assert together.usage.completion_tokens == sum(counts)
+    assert max(counts) < 60
+
+
 def test_log_probabilities_stand_beside_their_tokens(client, demo_lm):
     found = client.completions.create(
         model=NAME, prompt=PROMPT, max_tokens=12, temperature=0, logprobs=3

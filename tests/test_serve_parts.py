@@ -10,10 +10,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lminf_export.runtime.batching.request import Token
+from lminf_export.runtime.batching.text import StopText
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.token_bytes import TokenBytes
-from lminf_export.serve.answer_text import AnswerText, stop_watch
+from lminf_export.serve.answer_text import AnswerText
 from lminf_export.serve.generation import generation_of
 from lminf_export.serve.log_probabilities import completion_logprobs, token_name
 from lminf_export.serve.openai_schema import ChatFields
@@ -64,11 +65,9 @@ def test_text_and_tokens_come_together(codec, stop, size):
 
 
 def test_a_stop_is_seen_with_the_token_that_completes_it(codec):
-    watch = stop_watch(codec, (), ("世界",))
-    assert watch is not None
+    watch = StopText(codec, (), ("世界",))
     seen = [watch(token.id) for token in tokens_of(codec, "Grüße, 世界 and")]
     assert seen.index(True) == len("Grüße, 世界".encode()) - 1
-    assert stop_watch(codec, (), ()) is None
 
 
 def test_a_part_of_a_character_is_named_by_its_bytes(codec):

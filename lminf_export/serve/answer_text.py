@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lminf_export.runtime.batching.request import Token
@@ -81,18 +81,3 @@ class AnswerText:
         while self._waiting and self._waiting[0].offset < end:
             found.append(self._waiting.popleft())
         return found
-
-
-def stop_watch(
-    codec: TextCodec, after: Sequence[int], stop: Sequence[str]
-) -> Callable[[int], bool] | None:
-    """Return what tells an engine, token by token, that a stop string is complete."""
-    if not stop:
-        return None
-    decoder, stops = StreamDecoder(codec.tokenizer, after), StopStrings(stop)
-
-    def ends_at(token: int) -> bool:
-        stops.push(decoder.step(token))
-        return stops.found is not None
-
-    return ends_at

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from lminf_export.errors import LminfError
 from lminf_export.runtime.batching.request import Request, Token
 from lminf_export.runtime.batching.stream import TokenStream
-from lminf_export.serve.answer_text import AnswerText, Piece, stop_watch
+from lminf_export.runtime.batching.text import StopText
+from lminf_export.serve.answer_text import AnswerText, Piece
 from lminf_export.serve.api_errors import ApiError, of_ours, shutting_down
 from lminf_export.serve.generation import Generation
 from lminf_export.serve.kept_answer import AnswerKeeper
@@ -175,15 +176,16 @@ class Answering:
             max_new_tokens=generation.max_new_tokens,
             sampling=generation.sampling,
             stop_token_ids=generation.stop_token_ids,
-            # Of several sequences each has a text of its own: their readers end them.
-            ends_at=stop_watch(codec, plan.ids, generation.stop) if n == 1 else None,
             num_logprobs=generation.num_logprobs,
             deadline=self._deadline,
             start=plan.start,
             keep=keeper is not None,
             checkpoint=None if plan.shared is None else plan.shared.num_tokens,
         )
-        for stream in self.model.engine.submit_many(request, n):
+        watches = None
+        if generation.stop:
+            watches = [StopText(codec, plan.ids, generation.stop) for _ in range(n)]
+        for stream in self.model.engine.submit_many(request, n, ends_at=watches):
             text = AnswerText(codec, plan.ids, generation.stop, generation.num_logprobs is not None)
             choice = Choice(len(self.choices), stream, text, keeper, plan.shared)
             self.choices.append(choice)
@@ -200,9 +202,6 @@ class Answering:
                     keeper.add(tokens, piece.text)
                 if piece:
                     yield Update(choice.index, piece)
-                if text.stopped and self.generation.n > 1:
-                    choice.stream.cancel()
-                    break
         except LminfError as error:
             raise of_ours(error) from None
         piece = text.finish()
