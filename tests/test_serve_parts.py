@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from lminf_export.runtime.batching.request import Token
 from lminf_export.runtime.batching.text import StopText
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.snapshot import Snapshot
+from lminf_export.runtime.text import TextCodec
 from lminf_export.runtime.token_bytes import TokenBytes
 from lminf_export.serve.answer_text import AnswerText
 from lminf_export.serve.generation import generation_of
@@ -27,13 +27,15 @@ TEXT = "Grüße, 世界 🙂🙂 and naïve café; the end."
 
 
 @pytest.fixture(scope="module")
-def codec():
+def codec(tmp_path_factory):
     """One token for each byte, so that every character of several bytes is torn."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return SimpleNamespace(tokenizer=tokenizer)
+    path = tmp_path_factory.mktemp("codec") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return TextCodec(path)
 
 
 def tokens_of(codec, text):
