@@ -288,8 +288,79 @@ def test_a_function_to_be_called_that_is_none_or_fails_is_told_of(lm, caplog, er
 def test_a_function_that_waits_for_the_engines_end_in_its_thread_is_refused(lm):
     with Engine(lm, slots=1) as engine:
         stream = engine.submit(request(ends_at=lambda _: engine.drain()))
-        with pytest.raises(SessionError, match="waits for the engine's thread"):
+        with pytest.raises(SessionError, match=r"drain\(\) waits for the engine"):
             ids(stream)
+
+
+def test_a_stream_that_is_read_in_the_engines_threads_is_refused(lm):
+    with Engine(lm, slots=2) as engine:
+        other = engine.submit(request(count=None))
+        waiting = engine.submit(request(ends_at=lambda _: bool(list(other))))
+        while waiting.finished_at is None:
+            other.take()
+        with pytest.raises(SessionError, match="reading a stream waits for the engine"):
+            ids(waiting)
+        stream, found = engine.submit(request(count=None)), []
+
+        def read():
+            try:
+                found.extend(stream)
+            except SessionError as error:
+                found.append(error)
+
+        stream.take()
+        while not stream.when_ready(read):
+            stream.take()
+        wait_until(lambda: found and isinstance(found[-1], SessionError))
+        stream.cancel()
+        assert ids(engine.submit(request())) == alone(lm, request())
+
+
+def test_a_close_that_comes_while_the_thread_looks_at_calls_is_heard(lm, monkeypatch):
+    engine = Engine(lm, slots=1)
+    tend = engine._loop._tend
+
+    def slow():
+        time.sleep(0.1)
+        tend()
+
+    monkeypatch.setattr(engine._loop, "_tend", slow)
+    engine.submit(request(count=None)).cancel()
+    time.sleep(0.03)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+
+
+def test_threads_that_take_at_the_same_time_get_every_token_once(lm):
+    with Engine(lm, slots=1) as engine:
+        stream, found = engine.submit(request(count=4000)), []
+
+        def take():
+            while stream.finished_at is None or stream._mailbox.items:
+                found.extend(token.id for token in stream.take())
+
+        takers = [threading.Thread(target=take) for _ in range(4)]
+        for taker in takers:
+            taker.start()
+        for taker in takers:
+            taker.join(60)
+        found.extend(token.id for token in stream.take())
+        assert sorted(found) == sorted(alone(lm, request(count=4000)))
+
+
+def test_a_kept_state_is_nobody_elses(lm):
+    start = lm.prime([1, 2, 3]).snapshot()
+    with Engine(lm, slots=1) as engine:
+        running = engine.submit(request(count=None))
+        waiting = engine.submit(request(start=start, keep=True))
+        waiting.cancel()
+        ids(waiting)
+        running.cancel()
+        state = lm.new_state()
+        state.snapshot(into=waiting.kept.snapshot)
+        assert len(ids(engine.submit(request(start=start)))) == 4
 
 
 def test_a_closed_engine_has_nobody_active(lm):

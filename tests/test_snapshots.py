@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load
+from lminf_export.runtime.one_stream import OneStream
 from lminf_export.runtime.snapshot import Snapshot
 from tests.support.kinds_of_session import KINDS, opened
 from tests.support.tiny_bundle import TinyModel
@@ -211,3 +214,51 @@ def test_measurements_know_no_concrete_session_and_no_private_name(path):
             base = node.value.id if isinstance(node.value, ast.Name) else ""
             is_own = base == "self" or node.attr in own or node.attr.startswith("__")
             assert is_own or base == "hashlib", f"{path.name}:{node.lineno}: {node.attr}"
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda snapshot: pickle.loads(pickle.dumps(snapshot)),
+    "replace": lambda snapshot: replace(snapshot, unread=(5,)),
+    "replace of a copy": lambda snapshot: replace(copy.copy(snapshot), context=(5,)),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_of_a_snapshot_stays_as_it_is_whatever_becomes_of_the_first(lm, kind):
+    state = begun(lm)
+    first = state.snapshot()
+    second = COPIES[kind](first)
+    expected = {name: array.copy() for name, array in first.caches.items()}
+    lengths = first.past_length.copy()
+    state.reset()
+    lm.forward([[1], [2], [3]], state, logits="none")
+    latest = state.snapshot(into=first)
+    assert all(np.array_equal(second.caches[name], array) for name, array in expected.items())
+    assert np.array_equal(second.past_length, lengths)
+    with pytest.raises(SessionError, match="has no caches"):
+        state.restore(first)
+    state.restore(second)
+    assert np.array_equal(state.past_length, lengths)
+    # What was given to one of them is what is returned.
+    other = lm.new_state(3)
+    lm.forward([[4], [5], [6]], other, logits="none")
+    again = other.snapshot(into=second)
+    plain = other.snapshot()
+    assert all(np.array_equal(again.caches[name], x) for name, x in plain.caches.items())
+    assert latest.furthest == 1
+
+
+def test_a_stream_whose_state_was_put_back_has_unread_all_it_was_given(lm):
+    stream = OneStream(lm)
+    stream.add([1, 2, 3, 4, 5])
+    stream.read(0)
+    earlier = stream.state.snapshot()
+    stream.add([6, 7, 8, 9])
+    stream.read(0)
+    stream.state.restore(earlier)
+    assert stream.unread == [6, 7, 8, 9]
+    stream.add([6, 7])
+    stream.state.reset()
+    assert (stream.unread, stream.position) == ([6, 7, 8, 9, 6, 7], 6)

@@ -37,6 +37,7 @@ class LanguageModel(Unpicklable):
     Attributes:
         bundle: what was loaded.
         session: what runs it.
+        state_id: `Manifest.state_id`, of the states that it reads and writes.
     """
 
     in_its_place = "load the bundle again"
@@ -47,6 +48,7 @@ class LanguageModel(Unpicklable):
             raise InputError(f"session={shown(session)}: must be a Session")
         self.bundle = bundle
         self.session = session
+        self.state_id = bundle.manifest.state_id
         self._vocab_size = bundle.manifest.vocab_size
         self._reader = TokenReader(bundle.manifest, session)
         self._codec: TextCodec | None = None
@@ -107,8 +109,7 @@ class LanguageModel(Unpicklable):
             InputError: there is no such file.
             SessionError: it is of another bundle, damaged or cut short.
         """
-        manifest = self.bundle.manifest
-        return Snapshot.load(path, manifest.contract, manifest.state_id)
+        return Snapshot.load(path, self.bundle.manifest.contract, self.state_id)
 
     def load_state(self, path: str | Path) -> State:
         """Return a state of as many streams as a file holds, which `State.save` wrote.

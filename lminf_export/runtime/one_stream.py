@@ -40,7 +40,8 @@ class OneStream:
     def unread(self) -> list[int]:
         """Token ids that the state has yet to read, before anything new."""
         ids, start = self._given
-        return ids[self.state.furthest - start :]
+        # Whoever has put the state back has unread all of them.
+        return ids[max(0, self.state.furthest - start) :]
 
     @unread.setter
     def unread(self, token_ids: Sequence[int]) -> None:

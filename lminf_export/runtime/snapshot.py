@@ -17,6 +17,7 @@ from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION
 from lminf_export.runtime.inputs import integers, listed_ids
 from lminf_export.runtime.snapshot_memory import (
+    OwnCaches,
     SnapshotMemory,
     numpy_dtype,
     read_only,
@@ -66,6 +67,8 @@ class Snapshot:
         arrays = (self.past_length, *self.caches.values())
         if not all(isinstance(array, np.ndarray) for array in arrays):
             raise InputError("a Snapshot is made of numpy arrays: lengths, and caches by name")
+        if isinstance(self.caches, OwnCaches):
+            self.caches.memory.is_shared = True
         object.__setattr__(self, "past_length", read_only(self.past_length.copy()))
         caches = {name: read_only(array) for name, array in self.caches.items()}
         object.__setattr__(self, "caches", caches)
@@ -105,7 +108,7 @@ class Snapshot:
         found.__dict__.update(
             contract=contract,
             past_length=read_only(past_length),
-            caches=memory.caches,
+            caches=OwnCaches(memory),
             state_id=state_id,
             unread=(),
             context=(),
@@ -121,7 +124,17 @@ class Snapshot:
             object.__setattr__(self, "_memory", None)
             object.__setattr__(self, "_is_sound", False)
             object.__setattr__(self, "caches", {})
-        return memory
+        return None if memory is None or memory.is_shared else memory
+
+    def __copy__(self) -> Snapshot:
+        """Return another snapshot of the same arrays, which stay as they are."""
+        return replace(self)
+
+    def __reduce__(self) -> tuple[type[Snapshot], tuple[Any, ...]]:
+        """Return what makes the snapshot anew, for pickle and deepcopy."""
+        caches = dict(self.caches)
+        parts = (self.contract, self.past_length, caches, self.state_id)
+        return Snapshot, (*parts, self.unread, self.context, self.labels)
 
     @property
     def batch_size(self) -> int:

@@ -76,6 +76,18 @@ def _layout(contract: GraphContract, batch_size: int, furthest: int) -> _Layout:
     return _Layout(starts[-1], tuple((name, *shape, start) for name, shape, start in places))
 
 
+class OwnCaches(dict[str, np.ndarray]):
+    """Caches by name that lie in a snapshot's memory.
+
+    Args:
+        memory: theirs.
+    """
+
+    def __init__(self, memory: SnapshotMemory) -> None:
+        super().__init__(memory.caches)
+        self.memory = memory
+
+
 class SnapshotMemory:
     """Arrays for the caches of one snapshot, which a later one may write again.
 
@@ -88,6 +100,7 @@ class SnapshotMemory:
     Attributes:
         arrays: by name, to be written.
         caches: the same, read-only.
+        is_shared: whether another snapshot has these arrays, too; it is then not written again.
 
     Raises:
         SessionError: the memory is short.
@@ -102,6 +115,7 @@ class SnapshotMemory:
             self.__dict__.update(old.__dict__)
             return
         self._layout: _Layout = layout
+        self.is_shared = False
         if old is not None and old._bytes.nbytes >= layout.nbytes:
             self._bytes: np.ndarray = old._bytes
         else:

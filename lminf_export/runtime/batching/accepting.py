@@ -39,7 +39,7 @@ class Acceptor:
         self._max_position = manifest.max_position
         self._window = manifest.lambda_config.window_size
         self._stops = frozenset(manifest.eos_token_ids)
-        self._contract, self._state_id = manifest.contract, manifest.state_id
+        self._contract, self._state_id = manifest.contract, lm.state_id
         self._drawing = drawing_of(lm.session.library)
         self._on_call = on_call
         self._reader_timeout = reader_timeout

@@ -42,7 +42,7 @@ class Engine(Unpicklable):
         quantum: tokens after which a sequence gives its slot to one that waits; its state is
             kept in main memory until its turn comes again.
         chunk_size: tokens of a prompt read at once; the bundle's by default, and at most. Where a
-            prompt is cut decides the last bits of its logits.
+            prompt is cut changes its logits a little, those of quantised weights more.
         reader_timeout: seconds that a request whose reader takes nothing may pause before it ends
             with "slow_reader"; None for no end.
 

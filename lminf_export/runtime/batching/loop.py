@@ -17,6 +17,7 @@ from lminf_export.runtime.batching.request import FinishReason
 from lminf_export.runtime.batching.scheduler import Scheduler
 from lminf_export.runtime.batching.sequence import RunningSequence
 from lminf_export.runtime.batching.slot_pool import SlotPool
+from lminf_export.runtime.batching.threads import EngineThread, require_other_thread
 from lminf_export.runtime.batching.turns import Turns
 from lminf_export.runtime.batching.waking import WakingThread
 
@@ -53,7 +54,7 @@ class EngineLoop:
         self._called = False
         self._closing = self._draining = False
         self._refusal = "is closed"
-        self._thread = threading.Thread(target=self._run, name="lminf-engine", daemon=True)
+        self._thread = EngineThread(self._run, "lminf-engine")
 
     # What any thread may call.
 
@@ -113,11 +114,7 @@ class EngineLoop:
         Raises:
             SessionError: called by a function of a request, in the thread that it waits for.
         """
-        if threading.current_thread() is self._thread:
-            raise SessionError(
-                "drain() waits for the engine's thread; a function that this thread calls, as "
-                "Request.ends_at, cannot wait for it"
-            )
+        require_other_thread("drain()")
         with self._lock:
             self._draining = True
             return self._changed.wait_for(lambda: not self.num_pending, timeout)
@@ -168,6 +165,8 @@ class EngineLoop:
             self._waking.close()
 
     def _sleep(self) -> None:
+        if self._closing:
+            return  # `_tend` may have taken the call that told of it
         rest = self.turns.next_due - time.perf_counter()
         with suppress(Empty):
             self._calls.get(timeout=min(max(rest, 0.0), threading.TIMEOUT_MAX))

@@ -37,7 +37,7 @@ class SlotPool:
         # Where two rows change places, one of them waits here: it must not lack memory then.
         contract = lm.bundle.manifest.contract
         full = np.array([contract.ring_capacities[-1]])
-        self._spare = Snapshot.begin(contract, full, lm.bundle.manifest.state_id, None)[0]
+        self._spare = Snapshot.begin(contract, full, lm.state_id, None)[0]
 
     @property
     def nbytes(self) -> int:

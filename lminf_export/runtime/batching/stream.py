@@ -14,6 +14,7 @@ from typing import Any
 
 from lminf_export.errors import InputError, LminfError, require_instance, shown
 from lminf_export.runtime.batching.request import FinishReason, Kept, Token
+from lminf_export.runtime.batching.threads import require_other_thread
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.unpicklable import Unpicklable
 
@@ -147,6 +148,7 @@ class TokenStream(Unpicklable):
         self._mailbox = mailbox
         self._engine = engine
         self._taken: deque[int | Token] = deque()
+        self._taking = threading.Lock()
         weakref.finalize(self, mailbox.cancel).atexit = False
 
     @property
@@ -161,7 +163,10 @@ class TokenStream(Unpicklable):
 
     @property
     def kept(self) -> Kept | None:
-        """The state at the end, if `Request.keep` asked for it and the request has begun."""
+        """The state at the end, if `Request.keep` asked for it and the request has begun.
+
+        None where an error has ended it, or the engine's close.
+        """
         return self._mailbox.kept
 
     @property
@@ -226,9 +231,10 @@ class TokenStream(Unpicklable):
         """
         # Looked at first: what came before the end is there when the end is.
         ended = self._mailbox.ended
-        self._mailbox.move_to(self._taken)
-        found = [_as_token(item) for item in self._taken]
-        self._taken.clear()
+        with self._taking:
+            self._mailbox.move_to(self._taken)
+            found = [_as_token(item) for item in list(self._taken)]
+            self._taken.clear()
         if not found and ended and self._mailbox.error is not None:
             raise self._mailbox.error
         return found
@@ -243,8 +249,10 @@ class TokenStream(Unpicklable):
             StopIteration: the request has ended.
             LminfError: an error has ended it.
             InputError: another thread or task waits for a token of this stream.
+            SessionError: a function that an engine's thread calls cannot wait here.
         """
         while (item := self._next()) is None:
+            require_other_thread("reading a stream")
             gate, reader = threading.Lock(), threading.get_ident()
             gate.acquire()
             try:

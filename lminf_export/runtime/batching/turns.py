@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -285,7 +286,8 @@ class Turns:
     ) -> None:
         """End a sequence, wherever it is, and free what it holds."""
         scheduler = self.scheduler
-        snapshot = sequence.parked
+        # Others may go on from the same one, or its caller may hold it.
+        snapshot = None if sequence.parked is None else copy.copy(sequence.parked)
         row = scheduler.row_of(sequence)
         if row is not None:
             if error is not None:

@@ -7,11 +7,11 @@ This thread gets the lock when the step has begun, and needs it no more.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
 from lminf_export.runtime.batching.stream import wake_all
+from lminf_export.runtime.batching.threads import EngineThread
 
 Wakers = list[Callable[[], None]]
 
@@ -21,7 +21,7 @@ class WakingThread:
 
     def __init__(self) -> None:
         self._given: SimpleQueue[Wakers | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="lminf-wake", daemon=True)
+        self._thread = EngineThread(self._run, "lminf-wake")
 
     def start(self) -> None:
         """Begin the thread."""
