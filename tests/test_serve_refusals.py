@@ -130,6 +130,13 @@ def test_what_is_no_json_object_is_refused(server, body):
         (COMPLETIONS, {"prompt": [0, 4096]}, "prompt"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"4096": 1}}, "logit_bias"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"05": 1, "5": 2}}, "logit_bias"),
+        (CHAT, {"messages": [{"role": "user", "content": "a", "bogus": 0}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages",
+        ),
         (COMPLETIONS, {"prompt": "a", "max_token": 1}, "max_token"),
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
@@ -147,6 +154,26 @@ def test_what_clients_send_and_nobody_needs_is_accepted(server):
         parallel_tool_calls=True, tools=[], response_format={"type": "text"}, n=1,
     )  # fmt: skip
     assert found.status_code == 200, found.text
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("x-session-id", "a"), ("x-session-must-exist", "on")],
+        [("x-session-id", "a"), ("x-session-must-exist", "1, 1")],
+        [("x-session-id", "a"), ("x-session-must-exist", "1"), ("x-session-must-exist", "0")],
+        [("x-session-must-exist", "1")],
+    ],
+)
+def test_a_header_that_must_not_be_misunderstood_is_refused(server, headers):
+    found = httpx.post(server.url + COMPLETIONS, json={"prompt": "a"}, headers=headers)
+    assert require_error(found, 400)["param"] == "x-session-must-exist"
+
+
+def test_a_name_that_stands_twice_is_refused(server):
+    body = b'{"prompt": "a", "max_tokens": 1, "prompt": "b"}'
+    error = require_error(httpx.post(server.url + COMPLETIONS, content=body), 400)
+    assert "a name stands in an object twice" in error["message"]
 
 
 @pytest.mark.parametrize(

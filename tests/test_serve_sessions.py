@@ -315,11 +315,38 @@ def test_files_that_cannot_be_removed_stop_no_answer(demo_lm, tmp_path, monkeypa
     assert "Traceback" not in caplog.text
 
 
-def test_a_conversation_that_is_too_large_for_the_folder_costs_no_other(demo_lm, tmp_path):
+def test_a_conversation_that_is_deleted_while_it_is_loaded_stays_deleted(
+    demo_lm, kept_folder, tmp_path, monkeypatch
+):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    load, loading, deleted = SessionFolder.load, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        found = load(*arguments)
+        loading.set()
+        assert deleted.wait(20)
+        return found
+
+    monkeypatch.setattr(SessionFolder, "load", slow)
+    with serving.server_thread(demo_lm, session_folder=folder) as server:
+        told = []
+        client = threading.Thread(target=lambda: told.append(ask(server.url, "kept", SECOND)))
+        client.start()
+        assert loading.wait(20)
+        assert httpx.delete(f"{server.url}/v1/sessions/kept").status_code == 200
+        deleted.set()
+        client.join(20)
+        assert told[0].headers["x-session-state"] == "new"
+        assert httpx.delete(f"{server.url}/v1/sessions/kept").status_code == 404
+        assert httpx.get(f"{server.url}/v1/sessions").json()["sessions"] == 0
+
+
+def test_a_conversation_that_is_too_large_for_the_folder_costs_no_other(demo_lm, tmp_path, caplog):
     settings = {"session_folder": tmp_path, "session_disk_bytes": 600_000}
     with serving.server_thread(demo_lm, **settings) as server:
         ask(server.url, "small", FIRST)
         ask(server.url, "large", [{"role": "user", "content": "Tell me of Elizabeth. " * 100}])
+        wait_until(lambda: "see --session-disk-bytes" in caplog.text)
     with serving.server_thread(demo_lm, **settings) as server:
         states = [ask(server.url, name, SECOND).headers["x-session-state"]
                   for name in ("small", "large")]  # fmt: skip

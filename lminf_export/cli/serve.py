@@ -145,8 +145,8 @@ def serve_command(
         raise InputError("--session-durable needs a --session-folder to keep conversations in")
     if not keys and not is_local(host):
         raise InputError(
-            f"--host {host} is reached from other machines, which needs a key: --api-key-file, "
-            f"or the variable {_KEY_VARIABLE}; without one listen at 127.0.0.1"
+            f"--host {host or repr(host)} is reached from other machines, which needs a key: "
+            f"--api-key-file, or the variable {_KEY_VARIABLE}; without one listen at 127.0.0.1"
         )
     settings = ServeSettings(
         api_keys=keys,

@@ -86,6 +86,14 @@ def _refuse(limit: int) -> NoReturn:
     )
 
 
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; which of two values of one name is meant would be a guess."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in an object twice")
+    return found
+
+
 def parsed(body: bytes, max_depth: int) -> dict[str, Any]:
     """Return the object that bytes of JSON spell.
 
@@ -94,7 +102,10 @@ def parsed(body: bytes, max_depth: int) -> dict[str, Any]:
     """
     try:
         found = json.loads(
-            body.decode("utf-8"), parse_constant=_refuse_constant, parse_int=_integer
+            body.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_int=_integer,
+            object_pairs_hook=_once_each,
         )
     except RecursionError:
         raise _too_deep(max_depth) from None

@@ -7,6 +7,10 @@ from typing import Any
 
 from lminf_export.serve.api_errors import invalid, unsupported
 
+# Names of a message that are accepted; and those that are where they are empty, as clients send
+# the messages back that they got.
+_WITHOUT_EFFECT = ("name", "refusal", "annotations")
+_EMPTY = ("tool_calls", "function_call", "audio", "tool_call_id", "reasoning_content")
 # Lone halves of characters outside the basic plane: valid in JSON's escapes, but no text.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -30,9 +34,7 @@ def _message(message: Any, place: str) -> dict[str, str]:
         if role in ("tool", "function"):
             raise unsupported(f"{place}.role {role!r}")
         raise invalid(f"{place}.role must be system, user or assistant", "messages")
-    for name, found in message.items():
-        if name not in ("role", "content", "name", "refusal", "annotations") and found:
-            raise invalid(f"{place}.{name} is not supported", "messages", "unsupported_parameter")
+    _require_known(message, place, ("role", "content", *_WITHOUT_EFFECT))
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, place) for part in content)
@@ -50,10 +52,20 @@ def _part(part: Any, place: str) -> str:
             f"{place}.content has a part of type {shown}; only text is supported", "messages",
             "unsupported_parameter",
         )  # fmt: skip
+    _require_known(part, f"{place}.content", ("type", "text"))
     text = part.get("text")
     if not isinstance(text, str):
         raise invalid(f"{place}.content has a text part without text", "messages")
     return text
+
+
+def _require_known(table: dict[str, Any], place: str, names: tuple[str, ...]) -> None:
+    """Refuse what would be ignored: other names, unless they say nothing."""
+    for name, found in table.items():
+        if name in names or found is None or (name in _EMPTY and not found):
+            continue
+        shown = repr(name[:40])
+        raise invalid(f"{place} has {shown}: not supported", "messages", "unsupported_parameter")
 
 
 def require_text(text: str, place: str, param: str) -> None:

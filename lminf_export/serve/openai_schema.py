@@ -145,7 +145,9 @@ def read_fields(kind: type[Fields], body: dict[str, Any]) -> Fields:
         if first["type"] == "extra_forbidden":
             name = ".".join(str(part) for part in first["loc"])
             raise invalid(
-                f"unrecognized request argument: {name}", name[:100], "unknown_parameter"
+                f"unrecognized request argument: {name or repr(name)}",
+                name[:100],
+                "unknown_parameter",
             ) from None
         raise invalid(f"{place}: {first['msg']}", place[:100], "invalid_value") from None
 

@@ -156,6 +156,9 @@ class Serving:
         if len(named) > 1:
             raise invalid("x-session-id is there more than once", "x-session-id")
         session_id = checked_session_id(named[0] if named else None)
+        must_exist = _must_exist(request)
+        if must_exist and session_id is None:
+            raise invalid("x-session-must-exist goes with an x-session-id", "x-session-must-exist")
         owner = request.scope.get(OWNER, "")
         lease = None
         if session_id is not None:
@@ -164,8 +167,13 @@ class Serving:
             key = session_key(model.name, owner, session_id)
             lease = await self.sessions.lease(key, model.lm)
         try:
-            if lease is not None and lease.conversation is None:
-                _require_new(request)
+            if must_exist and lease is not None and lease.conversation is None:
+                raise ApiError(
+                    404,
+                    "this session is not kept: it never was, was deleted, or made room for "
+                    "others; send the whole conversation",
+                    code="session_not_found",
+                )
             answering = await asyncio.get_running_loop().run_in_executor(
                 self._threads, self._submit, model, generation, planner, lease, owner
             )
@@ -246,12 +254,15 @@ class Serving:
         return replace(plan, shared=SharedBeginning(self.store, scope, shared, count))
 
 
-def _require_new(request: Request) -> None:
-    """Refuse a new session where the client relies on one that is kept."""
-    if request.headers.get("x-session-must-exist", "").lower() in ("1", "true", "yes"):
-        raise ApiError(
-            404,
-            "this session is not kept: it never was, was deleted, or made room for others; send "
-            "the whole conversation",
-            code="session_not_found",
-        )
+def _must_exist(request: Request) -> bool:
+    """Return whether the client relies on a session that is kept.
+
+    Raises:
+        ApiError: 400 for a header that says neither yes nor no.
+    """
+    found = request.headers.getlist("x-session-must-exist")
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    wanted = {words.get(value.strip().lower()) for value in found}
+    if None in wanted or len(wanted) > 1:
+        raise invalid("x-session-must-exist: 1 or 0", "x-session-must-exist")
+    return True in wanted

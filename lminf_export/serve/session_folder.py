@@ -146,8 +146,11 @@ class SessionFolder:
         try:
             conversation = self._read(key, _record(self._path / (key + _RECORD)), lm)
         except (OSError, ValueError, LminfError) as error:
-            logger.warning("a kept conversation is damaged and was dropped: %s", error)
-            self.forget(key)
+            with self._lock:
+                is_there = self._files.get(key) is file
+            if is_there:  # and was not deleted meanwhile
+                logger.warning("a kept conversation is damaged and was dropped: %s", error)
+                self.forget(key)
             return None
         return conversation
 

@@ -114,6 +114,8 @@ class Sessions:
             found = self._store.conversation(key) or self._unwritten.get(key)
             if found is None and self._folder is not None:
                 found = await asyncio.to_thread(self._folder.load, key, lm)
+                if lease.is_deleted:
+                    found = None  # meanwhile
                 if found is not None:
                     self._store.keep_conversation(key, found)
         except BaseException:
@@ -144,7 +146,6 @@ class Sessions:
         # A client that goes meanwhile does not stop the writing.
         is_written = await asyncio.shield(asyncio.wrap_future(write))
         if self._is_durable and not is_written:
-            self._store.drop_conversation(key)
             raise ApiError(
                 500,
                 "the conversation could not be written and is forgotten; see the server's log",
@@ -192,12 +193,20 @@ class Sessions:
         is_written = False
         try:
             is_written = self._folder.save(key, conversation)
+            if not is_written:
+                logger.warning(
+                    "a conversation of %d bytes was not written: the folder of conversations has "
+                    "no room for it, see --session-disk-bytes",
+                    conversation.kept.snapshot.nbytes,
+                )
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
             # What stands there is an earlier turn: better none than a past without the latest.
             self._folder.forget(key)
         if self._unwritten.get(key) is conversation:
             del self._unwritten[key]
+        if self._is_durable and not is_written and self._store.conversation(key) is conversation:
+            self._store.drop_conversation(key)
         return is_written
 
 
