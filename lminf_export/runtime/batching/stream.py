@@ -9,7 +9,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 from lminf_export.errors import InputError, LminfError, require_instance, shown
@@ -73,7 +72,7 @@ class Mailbox:
         self.num_tokens += 1
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        return self._waiting.pop("", _NOBODY)[1]
+        return self._waiting.pop("", _NOBODY)[1] if self._waiting else None
 
     def end(
         self, reason: FinishReason | None, error: LminfError | None = None
@@ -91,10 +90,11 @@ class Mailbox:
 
     def move_to(self, target: deque[int | Token]) -> None:
         """Take all tokens that are there, in one call that no interrupt comes into."""
-        with suppress(IndexError):  # none is left
+        try:
             target.extend(iter(self.items.popleft, None))
-        if self.is_full:
-            self._call()
+        except IndexError:  # none is left
+            if self.is_full:
+                self._call()
 
     def wait(self, wake: Callable[[], None], reader: object) -> bool:
         """Have a function called, once, when something comes; False if something is there.
@@ -258,8 +258,9 @@ class TokenStream(Unpicklable):
             try:
                 if self._mailbox.wait(gate.release, reader):
                     gate.acquire()
-            finally:
+            except BaseException:
                 self._mailbox.stop_waiting(reader)
+                raise
         if item is _END:
             raise StopIteration
         return _as_token(item)
@@ -275,24 +276,27 @@ class TokenStream(Unpicklable):
             try:
                 if self._mailbox.wait(LoopWaker(loop, arrived), reader):
                     await arrived
-            finally:
+            except BaseException:
                 self._mailbox.stop_waiting(reader)
+                raise
         if item is _END:
             raise StopAsyncIteration
         return _as_token(item)
 
     def _next(self) -> int | Token | None:
         """Take a token that is there; None if there is none yet, _END if none will come."""
-        taken = self._taken
-        ended = self._mailbox.ended
+        taken, mailbox = self._taken, self._mailbox
+        # Looked at first: what came before the end is there when the end is.
+        ended = mailbox.finished_at is not None
         if not taken:
-            self._mailbox.move_to(taken)
-        # Another reader may have been faster.
-        with suppress(IndexError):
+            mailbox.move_to(taken)
+        try:
             return taken.popleft()
-        if ended and self._mailbox.error is not None:
-            raise self._mailbox.error
-        return _END if ended else None
+        except IndexError:  # nothing is there, or another reader was faster
+            found = _END if ended else None
+        if ended and mailbox.error is not None:
+            raise mailbox.error
+        return found
 
 
 # No id of a token.
