@@ -69,10 +69,12 @@ class Mailbox:
     def put(self, item: int | Token) -> Callable[[], None] | None:
         """Add a token; return what wakes the reader, if it waits."""
         self.items.append(item)
-        self.num_tokens += 1
-        if self.first_token_at is None:
+        count = self.num_tokens
+        self.num_tokens = count + 1
+        if not count:
             self.first_token_at = time.perf_counter()
-        return self._waiting.pop("", _NOBODY)[1] if self._waiting else None
+        waiting = self._waiting
+        return waiting.pop("", _NOBODY)[1] if waiting else None
 
     def end(
         self, reason: FinishReason | None, error: LminfError | None = None

@@ -244,13 +244,14 @@ class Turns:
     ) -> list[tuple[RunningSequence, Leaving | LminfError]]:
         """Choose a token for every row; return the sequences that do not go on, and why."""
         leaving: list[tuple[RunningSequence, Leaving | LminfError]] = []
-        count, wakers = len(sequences), self._wakers
+        count, wakers, isfinite = len(sequences), self._wakers, math.isfinite
         tokens = logits.argmax(axis=1).tolist()
         for row, sequence in enumerate(sequences):
             told = None
             try:
                 if sequence.is_greedy:
-                    require_number(logits.item(row, tokens[row]))
+                    if not isfinite(largest := logits.item(row, tokens[row])):
+                        require_number(largest)
                 else:
                     tokens[row], told = sequence.choose(logits[row])
                 ending = sequence.give(tokens[row], told, wakers)
