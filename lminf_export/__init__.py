@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from lminf_export.runtime.batching.request import Token as Token
     from lminf_export.runtime.batching.stats import EngineStats as EngineStats
     from lminf_export.runtime.batching.stream import TokenStream as TokenStream
-    from lminf_export.runtime.batching.text import StopText as StopText
-    from lminf_export.runtime.batching.text import StreamText as StreamText
     from lminf_export.runtime.cache import State as State
     from lminf_export.runtime.chat_template import ChatTemplate as ChatTemplate
     from lminf_export.runtime.conversation import Answer as Answer
@@ -55,6 +53,8 @@ if TYPE_CHECKING:
     from lminf_export.runtime.sampling import SamplingConfig as SamplingConfig
     from lminf_export.runtime.session import Session as Session
     from lminf_export.runtime.snapshot import Snapshot as Snapshot
+    from lminf_export.runtime.text import StopText as StopText
+    from lminf_export.runtime.text import StreamText as StreamText
     from lminf_export.runtime.text import TextCodec as TextCodec
     from lminf_export.verify.report import ValidationReport as ValidationReport
     from lminf_export.verify.validate import validate as validate
@@ -95,8 +95,8 @@ _HOMES = {
     "SessionError": "errors",
     "Snapshot": "runtime.snapshot",
     "State": "runtime.cache",
-    "StopText": "runtime.batching.text",
-    "StreamText": "runtime.batching.text",
+    "StopText": "runtime.text",
+    "StreamText": "runtime.text",
     "TextCodec": "runtime.text",
     "Token": "runtime.batching.request",
     "TokenStream": "runtime.batching.stream",

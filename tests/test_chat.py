@@ -500,14 +500,20 @@ def test_ctrl_c_ends_a_chat_from_a_pipe(bundle):
     assert told.strip().endswith(b"interrupted")
 
 
-@pytest.mark.slow
-def test_what_was_typed_before_a_ctrl_c_comes_next_too(bundle, lm, template):
+def begin_answer(terminal, lm, template):
+    """Ask on a terminal, and wait until the answer is being written."""
     (answer,), _ = offline(lm, template, FIRST)
     begun = "".join(lm.codec.stream(answer))[:12]
+    assert begun not in FIRST
+    terminal.wait_for("at token 0")
+    terminal.keys(f"{FIRST}\r")
+    terminal.wait_for(begun)
+
+
+@pytest.mark.slow
+def test_what_was_typed_before_a_ctrl_c_comes_next_too(bundle, lm, template):
     with terminal_chat(bundle, "--max-new-tokens", "1000000") as terminal:
-        terminal.wait_for("at token 0")
-        terminal.keys(f"{FIRST}\r")
-        terminal.wait_for(begun)
+        begin_answer(terminal, lm, template)
         terminal.keys("/help\r")
         time.sleep(0.3)
         terminal.keys("\x03")
@@ -518,12 +524,8 @@ def test_what_was_typed_before_a_ctrl_c_comes_next_too(bundle, lm, template):
 
 @pytest.mark.slow
 def test_what_is_typed_during_an_answer_comes_next(bundle, lm, template):
-    (answer,), _ = offline(lm, template, FIRST)
-    begun = "".join(lm.codec.stream(answer))[:12]
     with terminal_chat(bundle, "--max-new-tokens", "300") as terminal:
-        terminal.wait_for("at token 0")
-        terminal.keys(f"{FIRST}\r")
-        terminal.wait_for(begun)
+        begin_answer(terminal, lm, template)
         terminal.keys("/quit\r")
         assert "/quit" not in terminal.wait_for("cut at 300 tokens")
         assert terminal.finish() == 0

@@ -15,12 +15,11 @@ from lminf_export.errors import LminfError
 from lminf_export.operator.settings import LambdaConfig
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
-from lminf_export.runtime.batching.text import StopText, StreamText
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.one_stream import OneStream
 from lminf_export.runtime.sampling import Sampler, SamplingConfig, logprobs_of
 from lminf_export.runtime.snapshot import Snapshot
-from lminf_export.runtime.text import StopStrings
+from lminf_export.runtime.text import StopStrings, StopText, StreamText
 from lminf_export.runtime.text_stream import StreamDecoder
 from tests.support.odd_values import IDS, NUMBERS, OBJECTS, TEXTS, odd
 from tests.support.tiny_bundle import TinyModel

@@ -9,10 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lminf_export.runtime.batching.request import Token
-from lminf_export.runtime.batching.text import StopText
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.snapshot import Snapshot
-from lminf_export.runtime.text import TextCodec
+from lminf_export.runtime.text import StopText, TextCodec
 from lminf_export.runtime.token_bytes import TokenBytes
 from lminf_export.serve.answer_text import AnswerText
 from lminf_export.serve.generation import generation_of

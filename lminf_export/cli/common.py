@@ -128,13 +128,12 @@ def read_text(path: str) -> str:
         InputError: it cannot be read, is not UTF-8, or has more than 256 MiB.
     """
     try:
-        with open(path, "rb") as file:
-            return text_of(file, path).replace("\r\n", "\n").replace("\r", "\n")
+        file = open(path, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path or 'a file without a name'}: {reason}") from None
+    with file:
+        return text_of(file, path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def text_of(file: BinaryIO, name: str) -> str:

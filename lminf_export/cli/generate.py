@@ -103,8 +103,8 @@ def generate_command(
     it comes from stdin line by line, for as long as there are lines. With
     --load-state the text goes on behind one that was saved.
     """
-    from lminf_export.runtime.batching.text import StreamText
     from lminf_export.runtime.load import load
+    from lminf_export.runtime.text import StreamText
 
     limit = _limit(max_new_tokens, endless, as_json)
     if follow and (endless or as_json):

@@ -15,7 +15,7 @@ from lminf_export.cli.terminal import echo_json, end_stdout, json_text, say_if_h
 
 if TYPE_CHECKING:
     from lminf_export.cli.kept_state import KeptState
-    from lminf_export.runtime.batching.text import StreamText
+    from lminf_export.runtime.text import StreamText
 
 INTERRUPTED = "interrupted"
 

@@ -7,9 +7,9 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
-from lminf_export.runtime.batching.text import StreamText
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.one_stream import OneStream
+from lminf_export.runtime.text import StreamText
 
 # Behind the words of a line; behind its newline, so that the next line is written; behind a blank
 # line; behind all of it.

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.disk import require_path
-from lminf_export.errors import BundleError, InputError, shown
+from lminf_export.errors import BundleError, InputError, require_instance, shown
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.added_tokens import SIDE_FILES, SURROGATE, merge_added_tokens
 from lminf_export.runtime.foreign_errors import foreign_errors
@@ -163,24 +163,81 @@ class TextCodec:
             InputError: an empty stop string, or arguments of another type; a token that is none,
                 when it comes.
         """
-        decoder = StreamDecoder(self.tokenizer, after, begins_open)
-        return self._pieces(
-            one_by_one(token_ids, "token_ids"), decoder, StopStrings(stop), ends_open
-        )
+        tokens = one_by_one(token_ids, "token_ids")
+        text = StreamText(self, after, stop, begins_open=begins_open)
+        return self._pieces(tokens, text, ends_open)
 
     @staticmethod
-    def _pieces(
-        token_ids: Iterable[int], decoder: StreamDecoder, stops: StopStrings, ends_open: bool
-    ) -> Iterator[str]:
+    def _pieces(token_ids: Iterable[int], text: StreamText, ends_open: bool) -> Iterator[str]:
         for token in token_ids:
-            piece = stops.push(decoder.step(token))
-            if piece:
+            if piece := text.push(token):
                 yield piece
-            if stops.found:
+            if text.found is not None:
                 return
-        piece = stops.push("" if ends_open else decoder.flush()) + stops.flush()
-        if piece:
+        if piece := text.finish(ends_open=ends_open):
             yield piece
+
+
+class StreamText:
+    """Turns tokens into pieces of text; no part of a stop string is ever returned.
+
+    Args:
+        codec: the bundle's tokenizer.
+        after: ids of the text before, such as the prompt's.
+        stop: strings that end the text.
+        begins_open: see `TextCodec.stream`.
+
+    Raises:
+        InputError: an argument of another kind, or an empty stop string.
+    """
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        after: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        begins_open: bool = False,
+    ) -> None:
+        require_instance("codec", codec, TextCodec)
+        self._decoder = StreamDecoder(codec.tokenizer, after, begins_open)
+        self._stops = StopStrings(stop)
+
+    @property
+    def found(self) -> str | None:
+        """The stop string that has ended the text."""
+        return self._stops.found
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that has become certain."""
+        return self._stops.push(self._decoder.step(token_id))
+
+    def finish(self, *, ends_open: bool = False) -> str:
+        """Return the text held back; no more tokens follow.
+
+        Args:
+            ends_open: see `TextCodec.stream`.
+        """
+        rest = "" if ends_open else self._decoder.flush()
+        return self._stops.push(rest) + self._stops.flush()
+
+
+class StopText:
+    """`Request.ends_at` for stop strings: the engine reads no token behind one.
+
+    Args:
+        codec: the bundle's tokenizer.
+        after: ids of the text before, such as the prompt's.
+        stop: strings that end the text, at least one.
+    """
+
+    def __init__(self, codec: TextCodec, after: Sequence[int], stop: Sequence[str]) -> None:
+        self._text = StreamText(codec, after, stop)
+
+    def __call__(self, token_id: int) -> bool:
+        """Add a token; tell whether a stop string is complete."""
+        self._text.push(token_id)
+        return self._text.found is not None
 
 
 class StopStrings:

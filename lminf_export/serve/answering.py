@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lminf_export.errors import LminfError
 from lminf_export.runtime.batching.request import Request, Token
 from lminf_export.runtime.batching.stream import TokenStream
-from lminf_export.runtime.batching.text import StopText
+from lminf_export.runtime.text import StopText
 from lminf_export.serve.answer_text import AnswerText, Piece
 from lminf_export.serve.api_errors import ApiError, of_ours, shutting_down
 from lminf_export.serve.generation import Generation

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,13 @@ class SessionFolder:
             raise InputError(
                 f"--session-folder {path} is used by another server; give each its own"
             ) from None
-        self._files = self._found()
         # Files that could not be removed: nothing goes on from them, and removing is tried again.
         self._left: dict[str, _File] = {}
+        try:
+            self._files = self._found()
+        except OSError as error:
+            os.close(self._guard)
+            raise InputError(f"--session-folder {path}: {error.strerror}") from None
         self._make_room()
 
     def close(self) -> None:
@@ -133,7 +138,9 @@ class SessionFolder:
             old = self._files.pop(key, None) or self._left.pop(key, None)
             self._files[key] = _File(state, size, changed)
             if old is not None:
-                (self._path / old.state).unlink(missing_ok=True)
+                # What no record names is removed by the next server at the latest.
+                with suppress(OSError):
+                    (self._path / old.state).unlink()
             self._make_room()
             return key in self._files
 
@@ -165,14 +172,8 @@ class SessionFolder:
 
     def forget(self, key: str) -> None:
         """Remove a conversation; where that fails, the log says so."""
-        try:
-            self.drop(key)
-        except OSError as error:
-            logger.warning(
-                "an earlier turn of a conversation could not be removed, and would be found after "
-                "a restart: %s",
-                error,
-            )
+        with self._lock:
+            self._forget(key)
 
     def _read(self, key: str, record: Any, lm: LanguageModel) -> Conversation:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -251,7 +252,17 @@ class SessionFolder:
             if total <= self._max_bytes:
                 return
             total -= self._files[key].nbytes
+            self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        try:
             self._remove(key)
+        except OSError as error:
+            logger.warning(
+                "an earlier turn of a conversation could not be removed, and would be found after "
+                "a restart: %s",
+                error,
+            )
 
     def _remove(self, key: str) -> bool:
         file = self._files.pop(key, None) or self._left.pop(key, None)

@@ -13,10 +13,9 @@ from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import FinishReason, Request, Token
 from lminf_export.runtime.batching.stream import TokenStream
-from lminf_export.runtime.batching.text import StopText, StreamText
 from lminf_export.runtime.inputs import checked_prompt, one_by_one
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.text import StopStrings
+from lminf_export.runtime.text import StopStrings, StopText, StreamText
 
 # Continuations of one prompt, and prompts that come from an iterator, which may have no end.
 _MOST = 2**16
