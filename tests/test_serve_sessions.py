@@ -315,6 +315,18 @@ def test_files_that_cannot_be_removed_stop_no_answer(demo_lm, tmp_path, monkeypa
     assert "Traceback" not in caplog.text
 
 
+def test_names_that_are_not_surely_on_the_disk_leave_no_files(demo_lm, tmp_path, monkeypatch):
+    def fails(_):
+        raise OSError(5, "Input/output error")
+
+    with serving.server_thread(demo_lm, session_folder=tmp_path, session_durable=True) as server:
+        content(ask(server.url, "kept", FIRST))
+        monkeypatch.setattr(SessionFolder, "_sync", fails)
+        for name in ("kept", "new"):
+            assert ask(server.url, name, SECOND).json()["error"]["code"] == "session_not_written"
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_a_conversation_that_is_deleted_while_it_is_loaded_stays_deleted(
     demo_lm, kept_folder, tmp_path, monkeypatch
 ):

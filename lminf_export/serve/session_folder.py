@@ -101,7 +101,7 @@ class SessionFolder:
         """Write a conversation; tell whether the folder has room for it.
 
         Raises:
-            OSError, LminfError: it could not be written; what stood there before is still there.
+            OSError, LminfError: it could not be written, or not surely; see `forget`.
         """
         state = f"{key}-{secrets.token_hex(4)}{_STATE}"
         part = self._path / (state + _PART)
@@ -142,7 +142,9 @@ class SessionFolder:
                 with suppress(OSError):
                     (self._path / old.state).unlink()
             self._make_room()
-            return key in self._files
+            is_kept = key in self._files
+        self._sync()
+        return is_kept
 
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return a conversation; None if there is none, or its files are damaged and dropped."""
@@ -210,7 +212,6 @@ class SessionFolder:
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(self._path / (key + _RECORD))
-            self._sync()
         except BaseException:
             part.unlink(missing_ok=True)
             raise

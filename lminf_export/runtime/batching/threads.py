@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from lminf_export.errors import SessionError
 
@@ -10,8 +11,8 @@ from lminf_export.errors import SessionError
 class EngineThread(threading.Thread):
     """A thread of an engine; it ends with the program."""
 
-    def __init__(self, target: object, name: str) -> None:
-        super().__init__(target=target, name=name, daemon=True)  # type: ignore[arg-type]
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        super().__init__(target=target, name=name, daemon=True)
 
 
 def require_other_thread(what: str) -> None:

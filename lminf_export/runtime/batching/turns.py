@@ -287,25 +287,28 @@ class Turns:
     ) -> None:
         """End a sequence, wherever it is, and free what it holds."""
         scheduler = self.scheduler
-        # Others may go on from the same one, or its caller may hold it.
-        snapshot = None if sequence.parked is None else copy.copy(sequence.parked)
         row = scheduler.row_of(sequence)
+        if sequence.request.keep and error is None:
+            try:
+                sequence.mailbox.kept = sequence.kept(self._state_of(sequence, row))
+            except SessionError as short:
+                reason, error = None, short
         if row is not None:
             if error is not None:
                 self.pool.clear(row)
-            elif sequence.request.keep:
-                try:
-                    snapshot = self._snapshot(row)
-                except SessionError as short:
-                    reason, error = None, short
             self._move(scheduler.release(sequence))
         elif sequence in scheduler.waiting:
             scheduler.waiting.remove(sequence)
-        if sequence.request.keep and error is None:
-            sequence.mailbox.kept = sequence.kept(snapshot)
         self._pass_on(sequence)
         self._live.discard(sequence)
         self._end(sequence, reason, error)
+
+    def _state_of(self, sequence: RunningSequence, row: int | None) -> Snapshot | None:
+        """Return where a sequence stands, in its row or parked; None if it has not begun."""
+        if row is not None:
+            return self._snapshot(row)
+        # Others may go on from the same one, or its caller may hold it.
+        return None if sequence.parked is None else copy.copy(sequence.parked)
 
     def _end(
         self, sequence: RunningSequence, reason: FinishReason | None, error: LminfError | None
