@@ -93,3 +93,19 @@ class InputError(LminfError, ValueError):
 
 class BusyError(LminfError):
     """More requests than an engine takes at once; the same one may be served a little later."""
+
+
+class ParkingError(LminfError):
+    """A store of parked sessions cannot be used."""
+
+
+class ParkedSessionError(LminfError):
+    """A parked session must not be resumed: the store holds it, but not as it was written.
+
+    Attributes:
+        reason: "damaged", "foreign" (of another bundle or session) or "expired".
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

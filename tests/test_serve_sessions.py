@@ -22,6 +22,7 @@ from tests.support.serving import (
     cached,
     content,
     offline_answer,
+    offline_turns,
     wait_until,
 )
 from tests.support.tiny_bundle import TinyModel
@@ -34,19 +35,6 @@ SECOND = [{"role": "user", "content": "And of her sister?"}]
 def server(demo_lm):
     with serving.server_thread(demo_lm, slots=2) as server:
         yield server
-
-
-def offline_turns(lm, *turns, count=20):
-    """Return the answers to messages that follow each other in one state, read as they come."""
-    template, state = ChatTemplate.of(lm.bundle), lm.new_state()
-    answers, unread = [], []
-    for number, turn in enumerate(turns):
-        text = template.turn(turn) if number else template.render(turn)
-        ids = [*unread, *lm.codec.ids(text)]
-        written = list(lm.generate(ids, max_new_tokens=count, state=state))
-        unread = written[-1:] if len(written) == count else []
-        answers.append("".join(lm.codec.stream(written, after=ids)))
-    return answers
 
 
 def test_a_follow_up_sends_only_what_is_new(server, demo_lm):
@@ -493,7 +481,7 @@ def test_a_turn_that_cannot_be_written_leaves_no_earlier_one(demo_lm, tmp_path, 
     with serving.server_thread(demo_lm, session_folder=folder, session_bytes=0) as server:
         content(ask(server.url, "a", FIRST))
         wait_until(lambda: httpx.get(f"{server.url}/v1/sessions").json()["files"] == 1)
-        monkeypatch.setattr(SessionFolder, "save", _no_room)
+        monkeypatch.setattr(SessionFolder, "_save", _no_room)
         content(ask(server.url, "a", SECOND))
         wait_until(lambda: httpx.get(f"{server.url}/v1/sessions").json()["files"] == 0)
         must = {"x-session-id": "a", "x-session-must-exist": "1"}

@@ -30,6 +30,7 @@ _NEEDED = {
     "prometheus_client": "prometheus-client",
 }
 _KEY_VARIABLE = "LMINF_API_KEY"
+_SECRET_VARIABLE = "LMINF_SESSION_SECRET"
 _POSITIVE = click.IntRange(min=1)
 _NATURAL = click.IntRange(min=0)
 _SECONDS = click.FloatRange(min=0, min_open=True)
@@ -50,6 +51,7 @@ LIMITS: dict[str, tuple[click.ParamType, str]] = {
     "shutdown-seconds": (_SECONDS, "Time that running answers get after SIGTERM."),
     "session-bytes": (_NATURAL, "Memory of kept conversations."),
     "session-disk-bytes": (_POSITIVE, "Bytes of the folder of conversations."),
+    "session-max-age": (_SECONDS, "Seconds that a conversation in a shared store is kept."),
 }
 
 
@@ -86,6 +88,18 @@ def _limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--template", type=click.Path(), help="Chat template instead of the bundle's own.")
 @click.option("--session-folder", type=click.Path(), help="Keep conversations over restarts.")
 @click.option(
+    "--session-store",
+    metavar="URL",
+    help="Keep conversations where other servers resume them: a folder that all of them reach, or "
+    "what fsspec opens, such as s3://BUCKET/PREFIX.",
+)
+@click.option(
+    "--session-secret-file",
+    type=click.Path(),
+    help="File of the secret that seals what --session-store holds, the same for all its servers; "
+    f"or the variable {_SECRET_VARIABLE}. Further lines are earlier secrets.",
+)
+@click.option(
     "--session-durable",
     is_flag=True,
     help="End an answer when its conversation is in the folder, and not before.",
@@ -115,6 +129,8 @@ def serve_command(
     api_key_file: str | None,
     template: str | None,
     session_folder: str | None,
+    session_store: str | None,
+    session_secret_file: str | None,
     session_durable: bool,
     prefix_bytes: int | None,
     no_prefix_reuse: bool,
@@ -141,8 +157,9 @@ def serve_command(
     from lminf_export.serve.served_model import ServedModel
 
     keys = keys_of(api_key, api_key_file)
-    if session_durable and session_folder is None:
+    if session_durable and session_folder is None and session_store is None:
         raise InputError("--session-durable needs a --session-folder to keep conversations in")
+    secrets = secrets_of(session_store, session_secret_file)
     if not keys and not is_local(host):
         raise InputError(
             f"--host {host or repr(host)} is reached from other machines, which needs a key: "
@@ -153,6 +170,8 @@ def serve_command(
         allow_origins=allow_origin,
         allow_hosts=allow_host,
         session_folder=None if session_folder is None else _folder(session_folder),
+        session_store=session_store,
+        session_secrets=secrets,
         session_durable=session_durable,
         prefix_reuse=not no_prefix_reuse,
         prefix_bytes=prefix_bytes,
@@ -200,14 +219,40 @@ def keys_of(given: str | None, path: str | None) -> tuple[str, ...]:
     """Return the keys of the option, the file and the environment, of which one is enough."""
     keys = [] if given is None else [given]
     if path is not None:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise InputError(f"{path} has no key; write one a line")
-        keys += found
+        keys += _lines_of(path, "key")
     if not keys and (from_environment := os.environ.get(_KEY_VARIABLE)):
         keys.append(from_environment)
     return tuple(keys)
+
+
+def secrets_of(store: str | None, path: str | None) -> tuple[str, ...]:
+    """Return the secrets of a shared store, of the file or else of the environment.
+
+    Raises:
+        InputError: a store without a secret, or a secret without a store.
+    """
+    if store is None:
+        if path is not None:
+            raise InputError("--session-secret-file goes with a --session-store")
+        return ()
+    secrets = _lines_of(path, "secret") if path is not None else []
+    if not secrets and (from_environment := os.environ.get(_SECRET_VARIABLE)):
+        secrets.append(from_environment)
+    if not secrets:
+        raise InputError(
+            "--session-store needs a secret that seals what it holds: --session-secret-file, or "
+            f"the variable {_SECRET_VARIABLE}; make one by `openssl rand -hex 32`"
+        )
+    return tuple(secrets)
+
+
+def _lines_of(path: str, what: str) -> list[str]:
+    """Return the lines of a file that are neither empty nor comments, at least one."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise InputError(f"{path} has no {what}; write one a line")
+    return found
 
 
 def _folder(path: str) -> Path:

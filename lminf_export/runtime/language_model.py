@@ -111,6 +111,15 @@ class LanguageModel(Unpicklable):
         """
         return Snapshot.load(path, self.bundle.manifest.contract, self.state_id)
 
+    def snapshot_from_bytes(self, data: bytes) -> Snapshot:
+        """Return the snapshot of which `Snapshot.to_bytes` made these, checked as a file is.
+
+        Raises:
+            InputError: they are no bytes.
+            SessionError: they are of another bundle, damaged or cut short.
+        """
+        return Snapshot.from_bytes(data, self.bundle.manifest.contract, self.state_id)
+
     def load_state(self, path: str | Path) -> State:
         """Return a state of as many streams as a file holds, which `State.save` wrote.
 

@@ -23,7 +23,7 @@ from lminf_export.runtime.snapshot_memory import (
     read_only,
     used_slots,
 )
-from lminf_export.runtime.state_file import StateFile, write_state_file
+from lminf_export.runtime.state_file import StateFile, state_pieces, write_state_file
 
 _FORMAT, _VERSION = "lminf-state", "1"
 
@@ -182,13 +182,24 @@ class Snapshot:
             InputError: it cannot be written there.
             SessionError: a snapshot made by hand that does not know its bundle, or is not sound.
         """
+        write_state_file(path, self.to_arrays(), self._metadata())
+
+    def to_bytes(self) -> bytes:
+        """Return what `save` writes, for a store that is no folder.
+
+        Raises:
+            InputError, SessionError: see `save`.
+        """
+        return b"".join(state_pieces(self.to_arrays(), self._metadata()))
+
+    def _metadata(self) -> dict[str, str]:
         self.require_sound()
         if self.state_id is None:
             raise SessionError(
                 "this snapshot does not know its bundle, so no file of it could be checked; save "
                 "one that State.snapshot returned"
             )
-        metadata = {
+        return {
             "format": _FORMAT,
             "format_version": _VERSION,
             "state_id": self.state_id,
@@ -198,7 +209,6 @@ class Snapshot:
             "context": json.dumps(self.context),
             "labels": json.dumps(self.labels),
         }
-        write_state_file(path, self.to_arrays(), metadata)
 
     @classmethod
     def load(
@@ -223,38 +233,54 @@ class Snapshot:
             SessionError: it is of another bundle or batch, damaged or cut short.
         """
         with StateFile.open(path) as file:
-            known = file.metadata.get("format"), file.metadata.get("format_version")
-            if known != (_FORMAT, _VERSION):
-                raise file.damaged(
-                    f"its form is {known[0]!r} version {known[1]!r}, expected {_FORMAT!r} "
-                    f"version {_VERSION!r}"
-                )
-            if file.metadata.get("state_id") != state_id or not _is_json(
-                file.metadata.get("contract"), _contract_fields(contract)
-            ):
-                raise SessionError(
-                    f"{path} is a state of another bundle (id {file.metadata.get('state_id')!r}, "
-                    f"this bundle has {state_id!r}): load it with the bundle that wrote it"
-                )
-            _, shape = file.shapes.get(PAST_LENGTH, (None, ()))
-            if batch_size is not None and shape != (batch_size,):
-                raise SessionError(
-                    f"{path} has streams {shape}, the state has {batch_size}; make a state of as "
-                    "many, or choose some with Snapshot.rows"
-                )
-            arrays = file.read()
-            lengths = arrays.pop(PAST_LENGTH, np.zeros(0))
-            if not _is_json(file.metadata.get("lengths"), lengths.tolist()):
-                raise file.damaged("its lengths are not those that it says")
-            try:
-                unread, context = (
-                    tuple(parse_json(file.metadata.get(name, ""))) for name in ("unread", "context")
-                )
-                labels = parse_json(file.metadata.get("labels", "{}"))
-                found = cls(contract, lengths, arrays, state_id, unread, context, labels)
-                found.require_sound()
-            except (ValueError, TypeError, SessionError) as error:
-                raise file.damaged(str(error)) from None
+            return cls._read(file, contract, state_id, batch_size)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, contract: GraphContract, state_id: str) -> Snapshot:
+        """Return the snapshot of which `to_bytes` made these; see `load`.
+
+        Raises:
+            InputError: they are no bytes.
+            SessionError: see `load`.
+        """
+        return cls._read(StateFile.of_bytes(data), contract, state_id, None)
+
+    @classmethod
+    def _read(
+        cls, file: StateFile, contract: GraphContract, state_id: str, batch_size: int | None
+    ) -> Snapshot:
+        known = file.metadata.get("format"), file.metadata.get("format_version")
+        if known != (_FORMAT, _VERSION):
+            raise file.damaged(
+                f"its form is {known[0]!r} version {known[1]!r}, expected {_FORMAT!r} "
+                f"version {_VERSION!r}"
+            )
+        if file.metadata.get("state_id") != state_id or not _is_json(
+            file.metadata.get("contract"), _contract_fields(contract)
+        ):
+            raise SessionError(
+                f"{file.name} is a state of another bundle (id {file.metadata.get('state_id')!r}, "
+                f"this bundle has {state_id!r}): load it with the bundle that wrote it"
+            )
+        _, shape = file.shapes.get(PAST_LENGTH, (None, ()))
+        if batch_size is not None and shape != (batch_size,):
+            raise SessionError(
+                f"{file.name} has streams {shape}, the state has {batch_size}; make a state of as "
+                "many, or choose some with Snapshot.rows"
+            )
+        arrays = file.read()
+        lengths = arrays.pop(PAST_LENGTH, np.zeros(0))
+        if not _is_json(file.metadata.get("lengths"), lengths.tolist()):
+            raise file.damaged("its lengths are not those that it says")
+        try:
+            unread, context = (
+                tuple(parse_json(file.metadata.get(name, ""))) for name in ("unread", "context")
+            )
+            labels = parse_json(file.metadata.get("labels", "{}"))
+            found = cls(contract, lengths, arrays, state_id, unread, context, labels)
+            found.require_sound()
+        except (ValueError, TypeError, SessionError) as error:
+            raise file.damaged(str(error)) from None
         return found
 
     def to_arrays(self) -> dict[str, np.ndarray]:

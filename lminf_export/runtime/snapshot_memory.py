@@ -76,6 +76,11 @@ def _layout(contract: GraphContract, batch_size: int, furthest: int) -> _Layout:
     return _Layout(starts[-1], tuple((name, *shape, start) for name, shape, start in places))
 
 
+def most_bytes(contract: GraphContract) -> int:
+    """Return the bytes of the caches of one stream that has filled them."""
+    return _layout(contract, 1, contract.ring_capacities[-1]).nbytes
+
+
 class OwnCaches(dict[str, np.ndarray]):
     """Caches by name that lie in a snapshot's memory.
 

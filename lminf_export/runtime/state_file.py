@@ -17,6 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from lminf_export.bundle.files import sync
 from lminf_export.disk import parse_json, user_path
-from lminf_export.errors import InputError, SessionError, shortened, shown
+from lminf_export.errors import InputError, SessionError, require_instance, shortened, shown
 from lminf_export.runtime.arrays import arrays_in, starts_together
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
@@ -43,20 +44,18 @@ _DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def write_state_file(
-    path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
-    """Write a file; a reader sees what stood there before, or all of it. Only its owner reads it.
+def state_pieces(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> list[bytes | memoryview]:
+    """Return the content of a file, in pieces that follow each other.
 
     Args:
-        path: the file, which is replaced.
-        arrays: by name, of numpy's own types.
+        arrays: by name, of numpy's own types; the pieces are views of them where they can be.
         metadata: strings by name.
 
     Raises:
-        InputError: it cannot be written there.
+        InputError: its header would be too long.
     """
-    place = _checked_path(path)
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     tensors: dict[str, Any] = {}
     end = 0
@@ -75,14 +74,30 @@ def write_state_file(
     text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNMENT)
     if len(text) > MOST_HEADER_BYTES:
         raise InputError(
-            f"{path}: tokens that are not read yet, and labels, do not fit the file's header of "
+            "tokens that are not read yet, and labels, do not fit the header of a state's file, "
             f"{MOST_HEADER_BYTES >> 20} MiB; read the tokens first"
         )
+    return [_LENGTH.pack(len(text)) + text, *map(_bytes, contiguous.values())]
+
+
+def write_state_file(
+    path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write a file; a reader sees what stood there before, or all of it. Only its owner reads it.
+
+    Args:
+        path: the file, which is replaced.
+        arrays: by name, of numpy's own types.
+        metadata: strings by name.
+
+    Raises:
+        InputError: it cannot be written there, or see `state_pieces`.
+    """
+    place = _checked_path(path)
+    pieces = state_pieces(arrays, metadata)
     with _replacing(place) as file:
-        file.write(_LENGTH.pack(len(text)))
-        file.write(text)
-        for array in contiguous.values():
-            file.write(_bytes(array))
+        for piece in pieces:
+            file.write(piece)
 
 
 def require_place(path: str | Path) -> None:
@@ -104,13 +119,19 @@ def require_place(path: str | Path) -> None:
 class StateFile:
     """An opened file whose header has been checked against the file's size.
 
+    Args:
+        file: of so many bytes.
+        size: bytes.
+        name: of the file, for messages.
+
     Attributes:
+        name: of the file.
         metadata: strings by name, without the checksum.
         shapes: element type and shape of each array, by name, in the file's order.
     """
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
-        self._file, self._path = file, path
+    def __init__(self, file: BinaryIO, size: int, name: str) -> None:
+        self._file, self._size, self.name = file, size, name
         header, left = self._read_header()
         metadata = header.pop(_METADATA, None)
         if not isinstance(metadata, dict) or not all(
@@ -121,6 +142,17 @@ class StateFile:
         self.metadata: dict[str, str] = metadata
         self._tensors = header
         self.shapes = self._checked_tensors(left)
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> StateFile:
+        """Read the header of a file's content.
+
+        Raises:
+            InputError: it is no content of a file.
+            SessionError: it is not of this form, or was cut short.
+        """
+        require_instance("data", data, bytes)
+        return cls(BytesIO(data), len(data), "the state in these bytes")
 
     @classmethod
     @contextmanager
@@ -137,14 +169,14 @@ class StateFile:
             if not stat.S_ISREG(place.stat().st_mode):
                 raise InputError(f"{path} is not a file")
             with open(place, "rb") as file:
-                yield cls(file, str(path))
+                yield cls(file, os.fstat(file.fileno()).st_size, str(path))
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
     def damaged(self, reason: str) -> SessionError:
         """Return the error of a file that is not as it was written."""
         return SessionError(
-            f"{self._path} is damaged or no saved state: {reason}; save the state again"
+            f"{self.name} is damaged or no saved state: {reason}; save the state again"
         )
 
     def read(self) -> dict[str, np.ndarray]:
@@ -170,7 +202,7 @@ class StateFile:
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
         """Return the header and the number of bytes behind it."""
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._size
         first = self._file.read(_LENGTH.size)
         length = int(_LENGTH.unpack(first)[0]) if len(first) == _LENGTH.size else size
         left = size - _LENGTH.size - length

@@ -43,6 +43,7 @@ def create_app(models: Mapping[str, ServedModel], settings: ServeSettings) -> Fa
 
     Raises:
         InputError: no models, or other objects; the folder of conversations cannot be used.
+        ParkingError: their store cannot be reached.
     """
     _require_models(models, settings)
     serving = Serving(models, settings)

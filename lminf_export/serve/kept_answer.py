@@ -111,4 +111,6 @@ class SessionKeeper:
         read = self._prefix.keep_read(kept) if self._prefix is not None else None
         going_on = Kept(kept.snapshot, unread)
         plan = self._plan
-        await self._lease.keep(Conversation(plan.kind, history, going_on, read, plan.system))
+        await self._lease.keep(
+            Conversation(plan.kind, history, going_on, read, plan.system, self._lease.turn + 1)
+        )

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from lminf_export.runtime.batching.stats import EngineStats
 from lminf_export.serve.answering import Answering
 from lminf_export.serve.api_errors import ApiError, invalid, shutting_down
+from lminf_export.serve.durable_sessions import open_durable_sessions
 from lminf_export.serve.generation import Generation
 from lminf_export.serve.kept_answer import AnswerKeeper, PrefixKeeper, SessionKeeper
 from lminf_export.serve.metrics import ServerMetrics
@@ -67,7 +68,7 @@ class Serving:
         settings: limits.
 
     Raises:
-        InputError: the folder of conversations cannot be used.
+        LminfError: the folder or the store of conversations cannot be used.
 
     Attributes:
         running: requests that are being answered.
@@ -86,7 +87,7 @@ class Serving:
             settings.session_bytes, prefix_bytes if settings.prefix_reuse else 0
         )
         self.beginnings = SharedBeginnings()
-        self.sessions = Sessions(settings, self.store)
+        self.sessions = Sessions(settings, self.store, open_durable_sessions(settings))
         self.metrics = ServerMetrics(self.stats, self.sessions.counts)
         self.running: set[Running] = set()
         self.num_beginning = 0

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lminf_export.errors import InputError, LminfError
-from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.serve.rolling import RollingHash
+from lminf_export.serve.session_record import conversation_of, record_of, require_record
 from lminf_export.serve.state_store import Conversation
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 _STATE, _RECORD, _PART, _LOCK = ".state", ".json", ".part", ".lock"
 # Nothing else in a folder is read or removed: it may be one of other things, by mistake.
 _IS_RECORD = re.compile(r"[0-9a-f]{64}\.json")
@@ -35,7 +33,6 @@ _IS_OURS = re.compile(
 # Other programs do not get the file, and a link that somebody has put there is not followed.
 _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
 _MAX_RECORD = 2**20
-_MAX_UNREAD = 64
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,9 @@ class SessionFolder:
     Raises:
         InputError: the folder cannot be used, or another server uses it.
     """
+
+    is_shared = False
+    threads = 1
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path = path
@@ -97,12 +97,24 @@ class SessionFolder:
         with self._lock:
             return len(self._files), sum(file.nbytes for file in self._files.values())
 
+    def latest(self, key: str) -> int:
+        """Return 0: nobody else writes here."""
+        return 0
+
     def save(self, key: str, conversation: Conversation) -> bool:
         """Write a conversation; tell whether the folder has room for it.
 
         Raises:
-            OSError, LminfError: it could not be written, or not surely; see `forget`.
+            OSError, LminfError: it could not be written, or not surely. What stood there, an
+                earlier turn, is removed: better none than a past without the latest.
         """
+        try:
+            return self._save(key, conversation)
+        except BaseException:
+            self.forget(key)
+            raise
+
+    def _save(self, key: str, conversation: Conversation) -> bool:
         state = f"{key}-{secrets.token_hex(4)}{_STATE}"
         part = self._path / (state + _PART)
         try:
@@ -118,15 +130,10 @@ class SessionFolder:
             part.unlink(missing_ok=True)
             raise
         record = {
-            "format": FORMAT,
+            **record_of(conversation),
             "state": state,
             "sha256": digest,
             "bytes": size,
-            "kind": conversation.kind,
-            "history_length": conversation.history.length,
-            "history": conversation.history.digits,
-            "unread": list(conversation.kept.unread),
-            "system": conversation.system,
         }
         try:
             self._write_record(key, record)
@@ -178,30 +185,11 @@ class SessionFolder:
             self._forget(key)
 
     def _read(self, key: str, record: Any, lm: LanguageModel) -> Conversation:
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise InputError(f"its record is not of format {FORMAT}")
-        name, unread = _state_of(key, record), record.get("unread")
-        kind, length = record.get("kind"), record.get("history_length")
-        if kind not in ("chat", "text", "ids"):
-            raise InputError("its record names no kind")
-        if type(length) is not int or length < 0 or not isinstance(record.get("history"), str):
-            raise InputError("its record has no history")
-        if (
-            not isinstance(unread, list)
-            or len(unread) > _MAX_UNREAD
-            or not all(type(token) is int and 0 <= token < lm.vocab_size for token in unread)
-        ):
-            raise InputError("its record has impossible token ids")
-        system = record.get("system")
-        if system is not None and not isinstance(system, str):
-            raise InputError("its record has an impossible system message")
-        history = RollingHash(length, int(record["history"], 16))
+        require_record(record, lm.vocab_size)
+        name = _state_of(key, record)
         if _digest(self._path / name) != (record.get("sha256"), record.get("bytes")):
             raise InputError("its state is not the one that was recorded")
-        snapshot = lm.load_snapshot(self._path / name)
-        if snapshot.batch_size != 1:
-            raise InputError("its state is not one of one stream")
-        return Conversation(kind, history, Kept(snapshot, tuple(unread)), system=system)
+        return conversation_of(record, lm.load_snapshot(self._path / name))
 
     def _write_record(self, key: str, record: dict[str, Any]) -> None:
         part = self._path / (key + _RECORD + _PART)

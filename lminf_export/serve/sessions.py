@@ -1,4 +1,4 @@
-"""Conversations by name: one request at a time, in memory first, in a folder behind it."""
+"""Conversations by name: one request at a time, in memory first, on a disk behind it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import asyncio
 import hashlib
 import logging
 import re
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
-from lminf_export.errors import LminfError
+from lminf_export.errors import LminfError, ParkedSessionError, ParkingError
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.serve.api_errors import ApiError, invalid
-from lminf_export.serve.session_folder import SessionFolder
+from lminf_export.runtime.parking.objects import StaleTurnError
+from lminf_export.serve.api_errors import ApiError, invalid, of_ours
+from lminf_export.serve.durable_sessions import DurableSessions
 from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.state_store import Conversation, StateStore, StoreCounts
 
@@ -49,12 +52,14 @@ class Lease:
 
     Attributes:
         conversation: where it stands; None if it is new.
+        turn: its number where it stands, in a store that several servers share; else 0.
     """
 
     def __init__(self, sessions: Sessions, key: str) -> None:
         self._sessions = sessions
         self._key = key
         self.conversation: Conversation | None = None
+        self.turn = 0
         self.is_deleted = False
         self._is_released = False
 
@@ -74,34 +79,37 @@ class Sessions:
     """The conversations of a server.
 
     Args:
-        settings: memory and folder.
+        settings: whether an answer waits until its conversation is written.
         store: states in memory.
-
-    Raises:
-        InputError: the folder cannot be used.
+        durable: where conversations outlive the server; None if they do not.
     """
 
-    def __init__(self, settings: ServeSettings, store: StateStore) -> None:
+    def __init__(
+        self, settings: ServeSettings, store: StateStore, durable: DurableSessions | None
+    ) -> None:
         self._store = store
         self._leases: dict[str, Lease] = {}
         self._unwritten: dict[str, Conversation] = {}
-        self._folder: SessionFolder | None = None
-        if settings.session_folder is not None:
-            self._folder = SessionFolder(settings.session_folder, settings.session_disk_bytes)
-        self._is_durable = settings.session_durable
-        self._writer = ThreadPoolExecutor(1, "lminf-sessions")
+        self._writes: dict[str, Future[ApiError | None]] = {}
+        self._lock = threading.Lock()  # of both
+        self._durable = durable
+        # Another server goes on from what is stored, so it is stored before a client has the end.
+        self._waits = settings.session_durable or (durable is not None and durable.is_shared)
+        threads = 1 if durable is None else durable.threads
+        self._threads = ThreadPoolExecutor(threads, "lminf-sessions")
 
     def counts(self) -> StoreCounts:
         """Return what is kept."""
         found = self._store.counts()
-        files, file_bytes = self._folder.counts() if self._folder else (0, 0)
+        files, file_bytes = self._durable.counts() if self._durable else (0, 0)
         return StoreCounts(found.sessions, found.prefixes, found.nbytes, files, file_bytes)
 
     async def lease(self, key: str, lm: LanguageModel) -> Lease:
         """Return the use of a conversation.
 
         Raises:
-            ApiError: 409 while another request has it.
+            ApiError: 409 while another request has it; 410 where what is stored of it must not be
+                resumed; 503 where a shared store cannot be read.
         """
         if key in self._leases:
             raise ApiError(
@@ -111,18 +119,34 @@ class Sessions:
             )
         lease = self._leases[key] = Lease(self, key)
         try:
-            found = self._store.conversation(key) or self._unwritten.get(key)
-            if found is None and self._folder is not None:
-                found = await asyncio.to_thread(self._folder.load, key, lm)
-                if lease.is_deleted:
-                    found = None  # meanwhile
-                if found is not None:
-                    self._store.keep_conversation(key, found)
+            await self._find(lease, key, lm)
+        except LminfError as error:
+            lease.release()
+            raise _of_store(error) from None
         except BaseException:
             lease.release()
             raise
-        lease.conversation = found
         return lease
+
+    async def _find(self, lease: Lease, key: str, lm: LanguageModel) -> None:
+        durable = self._durable
+        found = self._store.conversation(key) or self._unwritten.get(key)
+        if durable is not None and durable.is_shared:
+            write = self._writes.get(key)
+            if write is not None:  # of an answer whose client has gone
+                await asyncio.shield(asyncio.wrap_future(write))
+            lease.turn = await asyncio.to_thread(durable.latest, key)
+            if found is not None and found.turn != lease.turn:
+                self._store.drop_conversation(key)
+                found = None
+        if found is None and durable is not None and (lease.turn or not durable.is_shared):
+            found = await asyncio.to_thread(durable.load, key, lm)
+            if lease.is_deleted:
+                found = None  # meanwhile
+            if found is not None:
+                lease.turn = found.turn
+                self._store.keep_conversation(key, found)
+        lease.conversation = found
 
     def release(self, key: str) -> None:
         """End a lease."""
@@ -132,25 +156,23 @@ class Sessions:
         """Keep a conversation in memory, and have it written.
 
         Raises:
-            ApiError: 500 where it is to be on the disk and could not be written; it is forgotten.
+            ApiError: where it is to be on the disk, and could not be written (500), or another
+                server has answered the same turn (409).
         """
         self._store.keep_conversation(key, conversation)
-        if self._folder is None:
+        if self._durable is None:
             return
-        self._unwritten[key] = conversation
-        write = self._writer.submit(self._write, key, conversation)
-        write.add_done_callback(_report)
+        with self._lock:
+            self._unwritten[key] = conversation
+            write = self._writes[key] = self._threads.submit(self._write, key, conversation)
+        write.add_done_callback(partial(self._written, key))
         waiting = sum(c.kept.snapshot.nbytes for c in list(self._unwritten.values()))
-        if not self._is_durable and waiting <= _UNWRITTEN_BYTES:
+        if not self._waits and waiting <= _UNWRITTEN_BYTES:
             return
         # A client that goes meanwhile does not stop the writing.
-        is_written = await asyncio.shield(asyncio.wrap_future(write))
-        if self._is_durable and not is_written:
-            raise ApiError(
-                500,
-                "the conversation could not be written and is forgotten; see the server's log",
-                code="session_not_written",
-            )
+        error = await asyncio.shield(asyncio.wrap_future(write))
+        if self._waits and error is not None:
+            raise error
 
     async def drop(self, key: str) -> bool:
         """Forget a conversation, one that is being answered included; tell if there was one.
@@ -164,12 +186,15 @@ class Sessions:
         was_unwritten = self._unwritten.pop(key, None) is not None
         was_kept = self._store.drop_conversation(key)
         was_file = False
-        if self._folder is not None:
+        if self._durable is not None:
             # Behind a write that has begun.
-            drop = self._writer.submit(self._folder.drop, key)
+            write = self._writes.get(key)
+            if write is not None:
+                await asyncio.shield(asyncio.wrap_future(write))
+            drop = self._threads.submit(self._durable.drop, key)
             try:
                 was_file = await asyncio.shield(asyncio.wrap_future(drop))
-            except OSError as error:
+            except (OSError, LminfError) as error:
                 logger.warning("a conversation could not be removed: %s", error)
                 raise ApiError(
                     500,
@@ -181,37 +206,75 @@ class Sessions:
 
     def close(self) -> None:
         """Write what is unwritten, and let another server use the folder."""
-        self._writer.shutdown()
-        if self._folder is not None:
-            self._folder.close()
+        self._threads.shutdown()
+        if self._durable is not None:
+            self._durable.close()
 
-    def _write(self, key: str, conversation: Conversation) -> bool:
-        """Write a conversation; tell whether it is there, or need not be."""
+    def _write(self, key: str, conversation: Conversation) -> ApiError | None:
+        """Write a conversation; return why it is not there, or None."""
         # What came later, or was dropped, is not written.
-        if self._unwritten.get(key) is not conversation or self._folder is None:
-            return True
-        is_written = False
+        if self._unwritten.get(key) is not conversation or self._durable is None:
+            return None
+        problem = None
         try:
-            is_written = self._folder.save(key, conversation)
-            if not is_written:
+            if not self._durable.save(key, conversation):
                 logger.warning(
                     "a conversation of %d bytes was not written: the folder of conversations has "
                     "no room for it, see --session-disk-bytes",
                     conversation.kept.snapshot.nbytes,
                 )
+                problem = _not_written("is forgotten")
+        except StaleTurnError as error:
+            logger.info("a conversation was answered twice: %s", error)
+            problem = ApiError(
+                409,
+                "another server has answered this session meanwhile, or it was deleted; this "
+                "answer is no part of it",
+                code="session_conflict",
+            )
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
-            # What stands there is an earlier turn: better none than a past without the latest.
-            self._folder.forget(key)
-        if self._unwritten.get(key) is conversation:
-            del self._unwritten[key]
-        if self._is_durable and not is_written and self._store.conversation(key) is conversation:
+            is_shared = self._durable.is_shared
+            problem = _not_written("stands before this answer" if is_shared else "is forgotten")
+        with self._lock:
+            if self._unwritten.get(key) is conversation:
+                del self._unwritten[key]
+        if self._waits and problem is not None and self._store.conversation(key) is conversation:
             self._store.drop_conversation(key)
-        return is_written
+        return problem
+
+    def _written(self, key: str, write: Future[ApiError | None]) -> None:
+        """Forget a write that has ended; log what its thread would else keep to itself."""
+        with self._lock:
+            if self._writes.get(key) is write:
+                del self._writes[key]
+        error = write.exception()
+        if error is not None:
+            logger.error("a conversation could not be written", exc_info=error)
 
 
-def _report(write: Future[bool]) -> None:
-    """Log what a thread would else keep to itself."""
-    error = write.exception()
-    if error is not None:
-        logger.error("a conversation could not be written", exc_info=error)
+def _not_written(then: str) -> ApiError:
+    return ApiError(
+        500,
+        f"the conversation could not be written and {then}; see the server's log",
+        code="session_not_written",
+    )
+
+
+def _of_store(error: LminfError) -> ApiError:
+    """Return what a client is told of a conversation that cannot be had."""
+    if isinstance(error, ParkedSessionError):
+        return ApiError(
+            410,
+            f"{error}; delete this session, or use another x-session-id",
+            code=f"session_{error.reason}",
+        )
+    if isinstance(error, ParkingError):
+        logger.warning("a conversation could not be read: %s", error)
+        return ApiError(
+            503,
+            "the store of conversations cannot be read; see the server's log",
+            code="session_store_unavailable",
+            retry=True,
+        )
+    return of_ours(error)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from lminf_export.disk import require_path
 from lminf_export.errors import ConfigError, shown
 from lminf_export.operator.settings import as_integer, as_number
+from lminf_export.runtime.parking.seal import DEFAULT_MAX_AGE
 
 _ZERO_ALLOWED = {"max_waiting", "session_bytes", "session_disk_bytes"}
 # Above these a request is refused by what reads it, so no setting may allow more.
@@ -47,6 +48,12 @@ class ServeSettings:
         max_stream_seconds: time of one answer, waiting included.
         shutdown_seconds: time that running answers get after the first signal.
         session_folder: where conversations are kept over restarts; None keeps none.
+        session_store: a store that several servers share, instead of a folder: a folder of theirs,
+            or what fsspec opens, such as s3://BUCKET/PREFIX. An answer ends when its conversation
+            is there.
+        session_secrets: what seals the conversations of a store, the same for all its servers; the
+            first one for new ones, any for those that are there.
+        session_max_age: seconds after which a conversation of a store is not resumed any more.
         session_durable: an answer ends when its conversation is in the folder.
         session_bytes: memory of kept conversations; the least recently used are dropped.
         session_disk_bytes: bytes of the folder; the oldest files are dropped.
@@ -57,7 +64,7 @@ class ServeSettings:
         ConfigError: naming the field and its rule.
     """
 
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
     slots: int = 8
@@ -81,6 +88,9 @@ class ServeSettings:
     max_stream_seconds: float = 3600.0
     shutdown_seconds: float = 30.0
     session_folder: Path | None = None
+    session_store: str | None = None
+    session_secrets: tuple[str, ...] = field(default=(), repr=False)
+    session_max_age: float = DEFAULT_MAX_AGE
     session_durable: bool = False
     session_bytes: int = 1 << 30
     session_disk_bytes: int = 16 << 30
@@ -88,32 +98,26 @@ class ServeSettings:
     prefix_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                least = 0 if field.name in _ZERO_ALLOWED else 1
-                object.__setattr__(self, field.name, as_integer(field.name, value, least))
-                largest = _LARGEST.get(field.name)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type == "int":
+                least = 0 if setting.name in _ZERO_ALLOWED else 1
+                object.__setattr__(self, setting.name, as_integer(setting.name, value, least))
+                largest = _LARGEST.get(setting.name)
                 if largest is not None and value > largest:
-                    raise ConfigError(f"{field.name}={value}: must be at most {largest}")
-            elif field.type == "int | None" and value is not None:
-                object.__setattr__(self, field.name, as_integer(field.name, value, 0))
-            elif field.type == "float":
-                seconds = as_number(field.name, value)
+                    raise ConfigError(f"{setting.name}={value}: must be at most {largest}")
+            elif setting.type == "int | None" and value is not None:
+                object.__setattr__(self, setting.name, as_integer(setting.name, value, 0))
+            elif setting.type == "float":
+                seconds = as_number(setting.name, value)
                 if not 0 < seconds < float("inf"):
-                    raise ConfigError(f"{field.name}={shown(value)}: must be above 0 and finite")
-                object.__setattr__(self, field.name, seconds)
-            elif field.type == "tuple[str, ...]":
-                object.__setattr__(self, field.name, _texts(field.name, value))
-            elif field.type == "bool" and not isinstance(value, bool):
-                raise ConfigError(f"{field.name}={shown(value)}: must be True or False")
-        if self.session_folder is not None:
-            require_path("session_folder", self.session_folder, ConfigError)
-            if not str(self.session_folder):
-                raise ConfigError("session_folder is empty: name a folder, or none")
-            object.__setattr__(self, "session_folder", Path(self.session_folder))
-        elif self.session_durable:
-            raise ConfigError("session_durable needs a session_folder to keep conversations in")
+                    raise ConfigError(f"{setting.name}={shown(value)}: must be above 0 and finite")
+                object.__setattr__(self, setting.name, seconds)
+            elif setting.type == "tuple[str, ...]":
+                object.__setattr__(self, setting.name, _texts(setting.name, value))
+            elif setting.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{setting.name}={shown(value)}: must be True or False")
+        self._check_sessions()
         if not all(
             key.isascii() and key.isprintable() and key == key.strip() for key in self.api_keys
         ):
@@ -132,6 +136,25 @@ class ServeSettings:
                     f"allow_hosts: {shown(host)} is no name; expected one without scheme and port, "
                     "such as box.lan"
                 )
+
+    def _check_sessions(self) -> None:
+        """Check where conversations are kept."""
+        if self.session_store is not None:
+            if not isinstance(self.session_store, str) or not self.session_store:
+                raise ConfigError("session_store is empty: name a folder or a URL, or none")
+            if self.session_folder is not None:
+                raise ConfigError("session_store and session_folder: conversations are kept once")
+            if not self.session_secrets:
+                raise ConfigError("session_store needs session_secrets, which seal what it holds")
+        elif self.session_secrets:
+            raise ConfigError("session_secrets seal a session_store; there is none")
+        if self.session_folder is not None:
+            require_path("session_folder", self.session_folder, ConfigError)
+            if not str(self.session_folder):
+                raise ConfigError("session_folder is empty: name a folder, or none")
+            object.__setattr__(self, "session_folder", Path(self.session_folder))
+        elif self.session_durable and self.session_store is None:
+            raise ConfigError("session_durable needs a session_folder to keep conversations in")
 
 
 def _texts(name: str, value: object) -> tuple[str, ...]:

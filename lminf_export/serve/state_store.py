@@ -31,6 +31,7 @@ class Conversation:
         kept: the state to go on from.
         read: hash of the bytes of the ids that the state has read; None if it is not known.
         system: the system's message of a chat, which its template may heed at every turn.
+        turn: its number in a store that several servers share.
     """
 
     kind: ConversationKind
@@ -38,6 +39,7 @@ class Conversation:
     kept: Kept
     read: RollingHash | None = None
     system: str | None = None
+    turn: int = 0
 
     @property
     def num_tokens(self) -> int:

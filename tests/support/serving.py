@@ -118,6 +118,20 @@ def offline_text(lm: LanguageModel, prompt: str, count: int, stop: tuple[str, ..
     return "".join(lm.codec.stream(written, after=ids, stop=stop))
 
 
+def offline_turns(lm: LanguageModel, *turns: Any, count: int = 20) -> list[str]:
+    """Return the answers to messages that follow each other in one state, read as they come."""
+    template, state = ChatTemplate.of(lm.bundle), lm.new_state()
+    answers: list[str] = []
+    unread: list[int] = []
+    for number, turn in enumerate(turns):
+        text = template.turn(turn) if number else template.render(turn)
+        ids = [*unread, *lm.codec.ids(text)]
+        written = list(lm.generate(ids, max_new_tokens=count, state=state))
+        unread = written[-1:] if len(written) == count else []
+        answers.append("".join(lm.codec.stream(written, after=ids)))
+    return answers
+
+
 def ask(
     url: str,
     session: str | None,

@@ -1,0 +1,132 @@
+"""The form of a parked session: a header, its HMAC, and the state, which is bound to the header.
+
+Nothing of an object is parsed before its HMAC is found to be one that this fleet's secret makes.
+The header says which session and turn it is, of which bundle, and when it was written, so that an
+object in another's place, or of another bundle, is refused as well as one that was changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import struct
+from dataclasses import asdict, dataclass
+
+from lminf_export.disk import parse_json
+from lminf_export.errors import ConfigError, ParkedSessionError
+
+_FORMAT = 1
+_MAGIC = b"lminf-parked\0\0\0\0"
+_LENGTH = struct.Struct("<I")
+_DIGEST = hashlib.sha256
+_MAC_BYTES = _DIGEST().digest_size
+_MOST_HEADER_BYTES = 4096
+# Bytes of an object besides its state, at most.
+OVERHEAD = len(_MAGIC) + _LENGTH.size + _MOST_HEADER_BYTES + _MAC_BYTES
+# Seconds.
+DEFAULT_MAX_AGE = 30 * 24 * 3600.0
+# What a secret must have at least: that of 128 random bits in hexadecimal digits.
+LEAST_SECRET = 32
+
+
+class Secret:
+    """What the servers of a fleet share, and nobody else: it names and seals their objects.
+
+    Args:
+        text: at least 32 characters, random ones.
+
+    Raises:
+        ConfigError: it is too short.
+    """
+
+    def __init__(self, text: str) -> None:
+        if not isinstance(text, str) or len(text) < LEAST_SECRET:
+            raise ConfigError(
+                f"a session secret has at least {LEAST_SECRET} characters; make one by "
+                "`openssl rand -hex 32`"
+            )
+        secret = text.encode("utf-8", "surrogatepass")
+        self._naming = hmac.digest(secret, b"lminf parked session: name", _DIGEST)
+        self._sealing = hmac.digest(secret, b"lminf parked session: seal", _DIGEST)
+
+    def key(self, name: str) -> str:
+        """Return the key of a session's objects, which nobody can guess from its name."""
+        return hmac.digest(self._naming, name.encode("utf-8", "surrogatepass"), _DIGEST).hex()
+
+    def seal(self, header: bytes) -> bytes:
+        """Return a header's HMAC."""
+        return hmac.digest(self._sealing, header, _DIGEST)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The part of an object that vouches for the rest.
+
+    Attributes:
+        key: of the session.
+        turn: of the session, from 1.
+        state_id: of the bundle.
+        written: Unix time, seconds.
+        nbytes: bytes of the state.
+        sha256: of the state, hexadecimal.
+        format: of the object.
+    """
+
+    key: str
+    turn: int
+    state_id: str
+    written: float
+    nbytes: int
+    sha256: str
+    format: int = _FORMAT
+
+
+def sealed(secret: Secret, header: Header, state: bytes) -> bytes:
+    """Return an object's bytes.
+
+    Args:
+        secret: of the fleet.
+        header: with `nbytes` and `sha256` of the state.
+        state: as `Snapshot.to_bytes` returns it.
+    """
+    text = json.dumps(asdict(header), separators=(",", ":")).encode("ascii")
+    signed = _MAGIC + _LENGTH.pack(len(text)) + text
+    return b"".join((signed, secret.seal(signed), state))
+
+
+def digest(state: bytes) -> str:
+    """Return the SHA-256 of a state's bytes."""
+    return _DIGEST(state).hexdigest()
+
+
+def unsealed(secret: Secret, content: bytes) -> tuple[Header, memoryview]:
+    """Return what an object holds: all of it is as it was sealed.
+
+    Raises:
+        ParkedSessionError: it is damaged, or another secret sealed it.
+    """
+    view = memoryview(content)
+    start = len(_MAGIC) + _LENGTH.size
+    if len(view) < start or view[: len(_MAGIC)] != _MAGIC:
+        raise _damaged("it is no parked session, or was cut short")
+    (length,) = _LENGTH.unpack(view[len(_MAGIC) : start])
+    end = start + length + _MAC_BYTES
+    if length > _MOST_HEADER_BYTES or end > len(view):
+        raise _damaged("it was cut short")
+    signed, mac = view[: start + length], view[start + length : end]
+    if not hmac.compare_digest(secret.seal(bytes(signed)), bytes(mac)):
+        raise _damaged("it was changed, or another secret sealed it")
+    # From here on the header is one that a server of this fleet wrote.
+    found = parse_json(bytes(signed[start:]))
+    if found.get("format") != _FORMAT:
+        raise _damaged(f"its form is {found.get('format')}, this release reads {_FORMAT}")
+    header = Header(**found)
+    state = view[end:]
+    if len(state) != header.nbytes or _DIGEST(state).hexdigest() != header.sha256:
+        raise _damaged("its state was changed or cut short")
+    return header, state
+
+
+def _damaged(reason: str) -> ParkedSessionError:
+    return ParkedSessionError("damaged", f"the parked session cannot be resumed: {reason}")

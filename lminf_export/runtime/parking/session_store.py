@@ -1,0 +1,252 @@
+"""A store of parked sessions that several servers share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lminf_export.errors import (
+    ConfigError,
+    InputError,
+    ParkedSessionError,
+    ParkingError,
+    SessionError,
+    require_instance,
+    shown,
+)
+from lminf_export.operator.settings import as_integer, as_number
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.parking.objects import Objects, StaleTurnError, Stored
+from lminf_export.runtime.parking.open_objects import open_objects
+from lminf_export.runtime.parking.seal import (
+    DEFAULT_MAX_AGE,
+    OVERHEAD,
+    Header,
+    Secret,
+    digest,
+    sealed,
+    unsealed,
+)
+from lminf_export.runtime.snapshot import Snapshot
+from lminf_export.runtime.snapshot_memory import most_bytes
+
+# Beside its caches a state's file has a header, its unread tokens and labels.
+_MOST_BESIDE = 1 << 20
+# A session that has expired is refused for as long again before it is removed.
+_SWEPT_AT = 2.0
+_MOST_TURN = 10**12 - 1
+_LONGEST_NAME = 4096
+_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Parked:
+    """A session as a store had it.
+
+    Attributes:
+        turn: its number; the next one to save is one more.
+        snapshot: of one stream.
+    """
+
+    turn: int
+    snapshot: Snapshot
+
+
+class SessionStore:
+    """Sessions in a folder or a bucket, from which any server of a fleet resumes them.
+
+    An object holds one turn of a session, and is never replaced: of two servers that answer the
+    same turn, one is told so. It is sealed by HMAC with a secret of the fleet, and bound to the
+    session's name, its turn and its bundle. Safe in any thread, and among processes.
+
+    Args:
+        url: a folder, or what fsspec opens, such as s3://BUCKET/PREFIX.
+        secrets: the first one seals and names; sessions under the others are resumed, too.
+        max_age: seconds after which a session is not resumed any more.
+
+    Raises:
+        ConfigError: no secret, or one that is too short; an age that is none.
+        InputError: the folder cannot be used, or there is no such store.
+        ParkingError: the store cannot be reached, or its package is not installed.
+    """
+
+    def __init__(
+        self, url: str | Path, secrets: Sequence[str], *, max_age: float = DEFAULT_MAX_AGE
+    ) -> None:
+        if isinstance(secrets, str) or not isinstance(secrets, Sequence) or not secrets:
+            raise ConfigError("secrets: expected a list of at least one session secret")
+        self._secrets = [Secret(text) for text in secrets]
+        self._max_age = as_number("max_age", max_age)
+        if not 0 < self._max_age < float("inf"):
+            raise ConfigError(f"max_age={shown(max_age)}: must be seconds, above 0 and finite")
+        self._objects: Objects = open_objects(url)
+
+    def latest(self, name: str) -> int:
+        """Return the number of a session's latest turn; 0 if there never was such a session.
+
+        That a session was dropped is a turn, too, so that numbers never begin again.
+
+        Raises:
+            ParkingError: the store cannot be read.
+        """
+        found = self._latest(_checked(name))
+        return 0 if found is None else found[2].turn
+
+    def load(self, name: str, lm: LanguageModel) -> Parked | None:
+        """Return where a session stands; None if there is none, or it was dropped.
+
+        No more is read than a state of this bundle may have, and nothing of it is used before
+        its seal has been checked.
+
+        Args:
+            name: of the session, as it was saved.
+            lm: the bundle's model.
+
+        Raises:
+            ParkedSessionError: what stands there was changed or cut short, is another session's
+                or bundle's, or is too old.
+            ParkingError: the store cannot be read.
+        """
+        require_instance("lm", lm, LanguageModel)
+        most = most_bytes(lm.bundle.manifest.contract) + _MOST_BESIDE + OVERHEAD
+        for _ in range(_TRIES):
+            place = self._latest(_checked(name))
+            if place is None:
+                return None
+            secret, key, found = place
+            if found.nbytes > most:
+                raise ParkedSessionError(
+                    "damaged",
+                    f"the parked session has {found.nbytes} bytes; a state of this bundle has "
+                    f"{most} at most",
+                )
+            content = self._objects.read(key, found)
+            if content is not None:
+                header, state = _opened(secret, key, found, content)
+                return self._parked(header, state, lm) if header.nbytes else None
+            # Another server has saved a later turn meanwhile.
+        raise ParkingError(f"turn {found.turn} of a session is gone again and again")
+
+    def save(self, name: str, turn: int, snapshot: Snapshot) -> None:
+        """Save a turn of a session; the turns before it are removed.
+
+        Args:
+            name: of the session.
+            turn: one more than `latest` was when its caller went on from there.
+            snapshot: of one stream, with whatever labels.
+
+        Raises:
+            StaleTurnError: another server has saved this turn, or dropped the session.
+            InputError: a snapshot of several streams, or with more labels than are stored.
+            SessionError: a snapshot that does not know its bundle.
+            ParkingError: it could not be stored; the session stands where it stood.
+        """
+        _checked(name)
+        require_instance("snapshot", snapshot, Snapshot)
+        turn = as_integer("turn", turn, 1, InputError, maximum=_MOST_TURN)
+        if snapshot.batch_size != 1:
+            raise InputError(f"a session is one stream; this snapshot has {snapshot.batch_size}")
+        state = snapshot.to_bytes()
+        if len(state) > snapshot.nbytes + _MOST_BESIDE:
+            raise InputError(
+                f"the session's labels and unread tokens have more than {_MOST_BESIDE} bytes"
+            )
+        latest = self.latest(name)
+        if latest >= turn or (latest == 0 and turn > 1):
+            raise StaleTurnError(f"turn {turn} cannot follow turn {latest}, where the session is")
+        assert snapshot.state_id is not None  # or there would be no bytes
+        self._create(name, turn, snapshot.state_id, state)
+
+    def drop(self, name: str) -> bool:
+        """Remove a session; tell whether there was one.
+
+        A server that is answering it meanwhile cannot save its turn any more.
+
+        Raises:
+            ParkingError: it could not be removed.
+        """
+        for _ in range(_TRIES):
+            place = self._latest(_checked(name))
+            if place is None or self._is_dropped(*place):
+                return False
+            with suppress(StaleTurnError):
+                self._create(name, place[2].turn + 1, "", b"")
+                return True
+        raise ParkingError("the session is answered again and again while it is removed")
+
+    def sweep(self) -> int:
+        """Remove what is older than twice the age at which sessions expire; return how many.
+
+        Only a folder is swept; of a bucket its lifecycle rules remove what is old.
+
+        Raises:
+            ParkingError: the folder cannot be read.
+        """
+        return self._objects.remove_older(_SWEPT_AT * self._max_age, time.time())
+
+    def _parked(self, header: Header, state: memoryview, lm: LanguageModel) -> Parked:
+        """Return the session of an object that is as it was sealed."""
+        if header.state_id != lm.state_id:
+            raise ParkedSessionError(
+                "foreign",
+                "the session was parked by another bundle, whose state this one cannot read",
+            )
+        age = time.time() - header.written
+        if age > self._max_age:
+            raise ParkedSessionError(
+                "expired",
+                f"the session was parked {age / 3600:.1f} hours ago, and is kept for "
+                f"{self._max_age / 3600:.1f}",
+            )
+        try:
+            return Parked(header.turn, lm.snapshot_from_bytes(bytes(state)))
+        except SessionError as error:
+            raise ParkedSessionError("damaged", str(error)) from None
+
+    def _create(self, name: str, turn: int, state_id: str, state: bytes) -> None:
+        """Seal and store a turn, and remove those before it."""
+        secret = self._secrets[0]
+        key = secret.key(name)
+        header = Header(key, turn, state_id, time.time(), len(state), digest(state))
+        self._objects.create(key, turn, sealed(secret, header, state))
+        for other in self._secrets:
+            key = other.key(name)
+            for found in self._objects.turns(key):
+                if found.turn < turn:
+                    self._objects.remove(key, found.turn)
+
+    def _is_dropped(self, secret: Secret, key: str, found: Stored) -> bool:
+        if found.nbytes > OVERHEAD:
+            return False
+        try:
+            content = self._objects.read(key, found)
+            return content is None or not _opened(secret, key, found, content)[0].nbytes
+        except ParkedSessionError:
+            return False
+
+    def _latest(self, name: str) -> tuple[Secret, str, Stored] | None:
+        """Return the secret, the key and the object of a session's latest turn."""
+        latest = None
+        for secret in self._secrets:
+            key = secret.key(name)
+            turns = self._objects.turns(key)
+            if turns and (latest is None or turns[-1].turn > latest[2].turn):
+                latest = secret, key, turns[-1]
+        return latest
+
+
+def _opened(secret: Secret, key: str, found: Stored, content: bytes) -> tuple[Header, memoryview]:
+    """Return what an object holds, if it is sealed and stands where it belongs."""
+    header, state = unsealed(secret, content)
+    if (header.key, header.turn) != (key, found.turn):
+        raise ParkedSessionError("foreign", "what is parked here is another session's")
+    return header, state
+
+
+def _checked(name: str) -> str:
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+        raise InputError(f"name={shown(name)}: must be text of 1 … {_LONGEST_NAME} characters")
+    return name

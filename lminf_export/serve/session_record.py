@@ -1,0 +1,79 @@
+"""The record that is kept beside a conversation's state: what else it takes to go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lminf_export.errors import InputError
+from lminf_export.runtime.batching.request import Kept
+from lminf_export.runtime.snapshot import Snapshot
+from lminf_export.serve.rolling import RollingHash
+from lminf_export.serve.state_store import Conversation
+
+FORMAT = 1
+_MOST_UNREAD = 64
+
+
+def record_of(conversation: Conversation) -> dict[str, Any]:
+    """Return a conversation's record, a table for JSON."""
+    return {
+        "format": FORMAT,
+        "kind": conversation.kind,
+        "history_length": conversation.history.length,
+        "history": conversation.history.digits,
+        "unread": list(conversation.kept.unread),
+        "system": conversation.system,
+    }
+
+
+def require_record(record: Any, vocab_size: int) -> None:
+    """Refuse what is no record.
+
+    Args:
+        record: parsed JSON.
+        vocab_size: token ids are below it.
+
+    Raises:
+        InputError: naming the first thing that is wrong.
+    """
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise InputError(f"its record is not of format {FORMAT}")
+    kind, length, unread = record.get("kind"), record.get("history_length"), record.get("unread")
+    if kind not in ("chat", "text", "ids"):
+        raise InputError("its record names no kind")
+    if type(length) is not int or length < 0 or not _is_hexadecimal(record.get("history")):
+        raise InputError("its record has no history")
+    if (
+        not isinstance(unread, list)
+        or len(unread) > _MOST_UNREAD
+        or not all(type(token) is int and 0 <= token < vocab_size for token in unread)
+    ):
+        raise InputError("its record has impossible token ids")
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise InputError("its record has an impossible system message")
+
+
+def conversation_of(record: dict[str, Any], snapshot: Snapshot, turn: int = 0) -> Conversation:
+    """Return the conversation of a record that `require_record` has let pass.
+
+    Args:
+        record: of it.
+        snapshot: its state.
+        turn: answers it has had, where that is known.
+
+    Raises:
+        InputError: a state of several streams.
+    """
+    if snapshot.batch_size != 1:
+        raise InputError("its state is not one of one stream")
+    history = RollingHash(record["history_length"], int(record["history"], 16))
+    kept = Kept(snapshot, tuple(record["unread"]))
+    return Conversation(record["kind"], history, kept, system=record.get("system"), turn=turn)
+
+
+def _is_hexadecimal(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and int(value, 16) >= 0
+    except ValueError:
+        return False

@@ -1,0 +1,287 @@
+"""Servers that share a store: a conversation goes on at any of them, once, and unchanged."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from contextlib import ExitStack
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from lminf_export import load
+from lminf_export.cli.serve import serve_command
+from lminf_export.errors import ConfigError, ParkingError
+from lminf_export.runtime.parking import session_store
+from lminf_export.runtime.parking.session_store import SessionStore
+from lminf_export.serve.settings import ServeSettings
+from tests.support import serving
+from tests.support.serving import CHAT, ask, cached, content, offline_turns, wait_until
+
+SECRET = "0123456789abcdef" * 4
+TURNS = [
+    [{"role": "user", "content": text}]
+    for text in ("Tell me of Elizabeth.", "And of her sister?", "And then?", "Who said so?")
+]
+
+
+@pytest.fixture(scope="module")
+def other_lm(demo_bundle):
+    return load(demo_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+def shared(folder, **limits):
+    return {"session_store": str(folder), "session_secrets": (SECRET,), **limits}
+
+
+@pytest.fixture(scope="module")
+def servers(demo_lm, other_lm, folder):
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(serving.server_thread(lm, **shared(folder)))
+            for lm in (demo_lm, other_lm)
+        ]
+
+
+def the_object(folder):
+    """Return the largest object of a store: that of its only session."""
+    return max(
+        (path for path in folder.rglob("0*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+
+
+def code(response):
+    return response.status_code, response.json()["error"]["code"]
+
+
+def test_a_conversation_goes_on_at_another_server(servers, demo_lm):
+    answers = [ask(servers[number % 2].url, "moves", turn) for number, turn in enumerate(TURNS)]
+    assert [content(answer) for answer in answers] == offline_turns(demo_lm, *TURNS)
+    assert [answer.headers["x-session-state"] for answer in answers] == ["new"] + ["resumed"] * 3
+    assert all(cached(answer) for answer in answers[1:])
+
+
+def test_a_server_that_answered_an_earlier_turn_knows_the_later_ones(servers, demo_lm):
+    order = (0, 1, 1, 0)  # the first server still has its first turn in memory
+    answers = [
+        ask(servers[place].url, "back", turn) for place, turn in zip(order, TURNS, strict=True)
+    ]
+    assert [content(answer) for answer in answers] == offline_turns(demo_lm, *TURNS)
+
+
+def test_a_conversation_that_one_server_ends_has_ended_at_all(servers):
+    ask(servers[0].url, "ends", TURNS[0])
+    content(ask(servers[1].url, "ends", TURNS[1]))
+    assert httpx.delete(f"{servers[1].url}/v1/sessions/ends").status_code == 200
+    assert httpx.delete(f"{servers[0].url}/v1/sessions/ends").status_code in (200, 404)
+    found = ask(servers[0].url, "ends", TURNS[1])
+    assert (found.status_code, found.headers["x-session-state"]) == (200, "new")
+
+
+def test_a_conversation_that_was_begun_again_elsewhere_is_not_mixed_up(servers, demo_lm):
+    """Its turns are counted on, so the copy in one server's memory is known to be another's."""
+    content(ask(servers[0].url, "again", TURNS[2]))
+    assert httpx.delete(f"{servers[1].url}/v1/sessions/again").status_code == 200
+    content(ask(servers[1].url, "again", TURNS[0]))
+    found = ask(servers[0].url, "again", TURNS[1])
+    assert content(found) == offline_turns(demo_lm, *TURNS[:2])[1]
+
+
+def test_of_two_servers_that_answer_one_turn_one_is_refused(servers, demo_lm):
+    content(ask(servers[0].url, "twice", TURNS[0]))
+    told = []
+    together = threading.Barrier(2)
+
+    def go_on(server):
+        together.wait()
+        told.append(ask(server.url, "twice", TURNS[1], max_tokens=200, ignore_eos=True))
+
+    threads = [threading.Thread(target=go_on, args=(server,)) for server in servers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in told) == [200, 409]
+    refused = next(answer for answer in told if answer.status_code == 409)
+    assert code(refused) == (409, "session_conflict")
+    kept = content(next(answer for answer in told if answer.status_code == 200))
+    # Both servers go on from the one that counts.
+    whole = [*TURNS[0], {"role": "assistant", "content": offline_turns(demo_lm, TURNS[0])[0]},
+             *TURNS[1], {"role": "assistant", "content": kept}, *TURNS[2]]  # fmt: skip
+    for server, sent in zip(servers, (whole, TURNS[3]), strict=True):
+        assert ask(server.url, "twice", sent).headers["x-session-state"] == "resumed"
+
+
+def test_an_answer_that_is_deleted_elsewhere_meanwhile_is_no_part_of_it(servers):
+    content(ask(servers[0].url, "gone", TURNS[0]))
+    told = []
+    client = threading.Thread(
+        target=lambda: told.append(
+            ask(servers[0].url, "gone", TURNS[1], max_tokens=2000, ignore_eos=True)
+        )
+    )
+    client.start()
+    wait_until(lambda: servers[0].stats().active == 1)
+    assert httpx.delete(f"{servers[1].url}/v1/sessions/gone").status_code == 200
+    client.join()
+    assert code(told[0]) == (409, "session_conflict")
+    assert ask(servers[1].url, "gone", TURNS[0]).headers["x-session-state"] == "new"
+
+
+def test_a_killed_server_loses_nothing_that_a_client_has_the_end_of(demo_bundle, demo_lm, tmp_path):
+    options = ("--session-store", str(tmp_path))
+    with serving.server_process(demo_bundle, *options, LMINF_SESSION_SECRET=SECRET) as first:
+        told = [content(ask(first.url, f"s{n}", TURNS[0])) for n in range(4)]
+        first.process.send_signal(signal.SIGKILL)
+    with serving.server_process(demo_bundle, *options, LMINF_SESSION_SECRET=SECRET) as second:
+        for number in range(4):
+            found = ask(second.url, f"s{number}", TURNS[1])
+            assert found.headers["x-session-state"] == "resumed"
+            told.append(content(found))
+    assert told == [answer for answer in offline_turns(demo_lm, *TURNS[:2]) for _ in range(4)]
+
+
+def test_a_session_belongs_to_the_key_that_began_it(demo_lm, other_lm, tmp_path):
+    keys = {"api_keys": ("mine", "theirs")}
+    with serving.server_thread(demo_lm, **shared(tmp_path, **keys)) as first:
+        content(ask(first.url, "stolen", TURNS[0], key="mine"))
+    with serving.server_thread(other_lm, **shared(tmp_path, **keys)) as second:
+        assert ask(second.url, "stolen", TURNS[1], key="theirs").headers["x-session-state"] == "new"
+        assert (
+            ask(second.url, "stolen", TURNS[1], key="mine").headers["x-session-state"] == "resumed"
+        )
+        gone = httpx.delete(
+            f"{second.url}/v1/sessions/nothing", headers={"authorization": "Bearer theirs"}
+        )
+        assert gone.status_code == 404
+
+
+def test_another_secret_opens_nothing(demo_lm, other_lm, tmp_path):
+    with serving.server_thread(demo_lm, **shared(tmp_path)) as first:
+        content(ask(first.url, "sealed", TURNS[0]))
+    limits = shared(tmp_path) | {"session_secrets": ("f" * 64,)}
+    with serving.server_thread(other_lm, **limits) as second:
+        assert ask(second.url, "sealed", TURNS[1]).headers["x-session-state"] == "new"
+
+
+def test_changed_objects_are_refused_until_the_session_is_deleted(demo_lm, tmp_path):
+    rng = random.Random(1)
+    with serving.server_thread(demo_lm, **shared(tmp_path, session_bytes=0)) as server:
+        content(ask(server.url, "changed", TURNS[0]))
+        path = the_object(tmp_path)
+        good = path.read_bytes()
+        for number in range(200):
+            data = bytearray(good)
+            place = rng.randrange(2000 if number % 2 else len(good))
+            if number % 3 == 0:
+                del data[place:]
+            elif number % 3 == 1:
+                data[place] ^= 1 << rng.randrange(8)
+            else:
+                data[place:place] = rng.randbytes(5)
+            path.write_bytes(data)
+            assert code(ask(server.url, "changed", TURNS[1])) == (410, "session_damaged")
+        assert server.stats().active == 0
+        path.write_bytes(good)
+        assert ask(server.url, "changed", TURNS[1]).headers["x-session-state"] == "resumed"
+        path = the_object(tmp_path)
+        path.write_bytes(path.read_bytes()[:-1])
+        assert code(ask(server.url, "changed", TURNS[2])) == (410, "session_damaged")
+        assert httpx.delete(f"{server.url}/v1/sessions/changed").status_code == 200
+        assert ask(server.url, "changed", TURNS[0]).headers["x-session-state"] == "new"
+
+
+def test_expired_and_foreign_sessions_are_refused(demo_lm, other_lm, tmp_path, monkeypatch):
+    limits = shared(tmp_path, session_max_age=100.0)
+    with serving.server_thread(demo_lm, **limits) as first:
+        content(ask(first.url, "old", TURNS[0]))
+        content(ask(first.url, "other", TURNS[0]))
+    with serving.server_thread(other_lm, **limits) as second:
+        now = session_store.time.time()
+        with monkeypatch.context() as patched:
+            patched.setattr(session_store.time, "time", lambda: now + 150)
+            assert code(ask(second.url, "old", TURNS[1])) == (410, "session_expired")
+        with monkeypatch.context() as patched:
+            patched.setattr(other_lm, "state_id", "0" * 64)
+            assert code(ask(second.url, "other", TURNS[1])) == (410, "session_foreign")
+        assert ask(second.url, "other", TURNS[1]).headers["x-session-state"] == "resumed"
+
+
+def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeypatch, caplog):
+    def failing(*_):
+        raise ParkingError("the network is down")
+
+    with serving.server_thread(demo_lm, **shared(tmp_path)) as server:
+        content(ask(server.url, "fails", TURNS[0]))
+        with monkeypatch.context() as patched:
+            patched.setattr(SessionStore, "latest", failing)
+            found = ask(server.url, "fails", TURNS[1])
+            assert code(found) == (503, "session_store_unavailable")
+            assert found.headers["retry-after"]
+        with monkeypatch.context() as patched:
+            patched.setattr(SessionStore, "save", failing)
+            assert code(ask(server.url, "fails", TURNS[1])) == (500, "session_not_written")
+        assert "the network is down" in caplog.text
+        answers = [content(ask(server.url, "fails", turn)) for turn in TURNS[1:3]]
+        assert answers == offline_turns(demo_lm, *TURNS[:3])[1:]
+
+
+def test_a_client_that_goes_at_the_end_leaves_one_turn_or_the_other(servers):
+    body = {"messages": TURNS[0], "max_tokens": 5, "temperature": 0, "stream": True}
+    for number in range(20):
+        name = f"goes-{number}"
+        headers = {"x-session-id": name}
+        with httpx.stream("POST", servers[0].url + CHAT, json=body, headers=headers) as response:
+            for place, line in enumerate(response.iter_lines()):
+                if line and place >= number:
+                    break
+        found = ask(servers[number % 2].url, name, TURNS[1])
+        assert found.status_code in (200, 409), found.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--session-store", "s"), "needs a secret"),
+        (("--session-store", ""), "needs a secret"),
+        (("--session-secret-file", "f"), "goes with a --session-store"),
+        (("--session-store", "s", "--session-secret-file", "missing"), "missing"),
+    ],
+)
+def test_options_are_checked_in_one_line(demo_bundle, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LMINF_SESSION_SECRET", raising=False)
+    result = CliRunner().invoke(serve_command, [str(demo_bundle), "--port", "0", *options])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"session_store": "s"}, "needs session_secrets"),
+        ({"session_secrets": ("s",)}, "there is none"),
+        ({"session_store": "", "session_secrets": ("s",)}, "is empty"),
+        ({"session_store": "s", "session_secrets": ("s",), "session_folder": "f"}, "kept once"),
+        ({"session_max_age": 0}, "session_max_age"),
+    ],
+)
+def test_settings_are_checked(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        ServeSettings(**fields)
+
+
+def test_settings_do_not_show_their_secrets():
+    settings = ServeSettings(api_keys=("a-key",), session_store="s", session_secrets=(SECRET,))
+    assert SECRET not in repr(settings)
+    assert "a-key" not in repr(settings)

@@ -1,0 +1,332 @@
+"""A store of parked sessions: sealed, bound to name, turn and bundle, one writer for each turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+import threading
+import time
+from dataclasses import replace
+
+import fsspec
+import numpy as np
+import pytest
+
+from lminf_export import load
+from lminf_export.errors import ConfigError, InputError, ParkedSessionError, ParkingError
+from lminf_export.runtime.parking import seal, session_store
+from lminf_export.runtime.parking.objects import StaleTurnError
+from lminf_export.runtime.parking.session_store import SessionStore
+from tests.support.tiny_bundle import TinyModel
+
+SECRET = "0123456789abcdef" * 4
+OTHER = "fedcba9876543210" * 4
+
+
+@pytest.fixture(scope="module")
+def snapshot(demo_lm):
+    state = demo_lm.new_state(1)
+    demo_lm.forward([[1, 2, 3, 4, 5, 6, 7]], state)
+    return replace(state.snapshot(), labels={"of": "tests"}, unread=(9,))
+
+
+@pytest.fixture(params=["folder", "memory"])
+def url(request, tmp_path):
+    if request.param == "folder":
+        yield str(tmp_path / "store")
+    else:
+        yield f"memory://{tmp_path.name}/store"
+        fsspec.filesystem("memory").store.clear()
+
+
+def the_file(folder):
+    (found,) = [path for path in folder.rglob("0*") if path.is_file()]
+    return found
+
+
+def is_equal(first, second):
+    return (
+        first.unread == second.unread
+        and first.labels == second.labels
+        and all(np.array_equal(first.caches[name], second.caches[name]) for name in first.caches)
+    )
+
+
+def test_a_session_is_resumed_by_another_server(url, demo_lm, snapshot):
+    store = SessionStore(url, [SECRET])
+    assert (store.latest("a"), store.load("a", demo_lm)) == (0, None)
+    store.save("a", 1, snapshot)
+    other = SessionStore(url, [SECRET])
+    found = other.load("a", demo_lm)
+    assert found.turn == other.latest("a") == 1
+    assert is_equal(found.snapshot, snapshot)
+    other.save("a", 2, replace(snapshot, unread=()))
+    assert store.latest("a") == 2
+    assert store.load("a", demo_lm).snapshot.unread == ()
+    assert store.load("b", demo_lm) is None
+
+
+def test_of_two_that_save_a_turn_one_is_told(url, snapshot):
+    first, second = SessionStore(url, [SECRET]), SessionStore(url, [SECRET])
+    first.save("a", 1, snapshot)
+    with pytest.raises(StaleTurnError):
+        second.save("a", 1, snapshot)
+    first.save("a", 2, snapshot)
+    first.save("a", 3, snapshot)
+    with pytest.raises(StaleTurnError, match="turn 2 cannot follow turn 3"):
+        second.save("a", 2, snapshot)
+    with pytest.raises(StaleTurnError):
+        second.save("never", 2, snapshot)
+
+
+def test_of_many_at_once_exactly_one_saves_a_turn(tmp_path, snapshot):
+    stores = [SessionStore(tmp_path, [SECRET]) for _ in range(8)]
+    for turn in range(1, 11):
+        results = []
+
+        def save(store, turn=turn, results=results):
+            try:
+                store.save("a", turn, snapshot)
+                results.append(True)
+            except StaleTurnError:
+                results.append(False)
+
+        threads = [threading.Thread(target=save, args=(store,)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(results) == [False] * 7 + [True]
+    assert the_file(tmp_path).name == "000000000010"
+
+
+def test_a_dropped_session_does_not_come_back(url, demo_lm, snapshot):
+    store, other = SessionStore(url, [SECRET]), SessionStore(url, [SECRET])
+    assert not store.drop("a")
+    assert store.latest("a") == 0
+    store.save("a", 1, snapshot)
+    assert other.drop("a")
+    assert not other.drop("a")
+    assert store.load("a", demo_lm) is None
+    with pytest.raises(StaleTurnError):
+        store.save("a", 2, snapshot)  # of an answer that began before
+    store.save("a", store.latest("a") + 1, snapshot)
+    assert store.load("a", demo_lm).turn == 3
+
+
+def test_a_secret_can_be_replaced(tmp_path, demo_lm, snapshot):
+    SessionStore(tmp_path, [SECRET]).save("a", 1, snapshot)
+    assert SessionStore(tmp_path, [OTHER]).load("a", demo_lm) is None
+    both = SessionStore(tmp_path, [OTHER, SECRET])
+    assert both.load("a", demo_lm).turn == 1
+    both.save("a", 2, snapshot)
+    assert SessionStore(tmp_path, [SECRET]).load("a", demo_lm) is None
+    assert SessionStore(tmp_path, [OTHER]).load("a", demo_lm).turn == 2
+
+
+def test_names_of_files_tell_nothing(tmp_path, snapshot):
+    SessionStore(tmp_path, [SECRET]).save("a name", 1, snapshot)
+    path = the_file(tmp_path)
+    assert b"a name" not in path.read_bytes()
+    assert "name" not in str(path.relative_to(tmp_path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def reason_of(store, lm, name="a"):
+    with pytest.raises(ParkedSessionError) as caught:
+        store.load(name, lm)
+    assert "\n" not in str(caught.value)
+    return caught.value.reason
+
+
+def test_an_object_elsewhere_is_foreign(tmp_path, demo_lm, snapshot):
+    store = SessionStore(tmp_path, [SECRET])
+    store.save("a", 1, snapshot)
+    mine = the_file(tmp_path)
+    store.save("b", 1, snapshot)
+    (theirs,) = [path for path in tmp_path.rglob("0*") if path.is_file() and path != mine]
+    mine.write_bytes(theirs.read_bytes())
+    assert reason_of(store, demo_lm) == "foreign"
+    # An earlier turn under a later one's name.
+    theirs.rename(theirs.with_name("000000000002"))
+    assert reason_of(store, demo_lm, "b") == "foreign"
+
+
+def test_a_session_of_another_bundle_is_foreign(tmp_path, demo_lm, snapshot):
+    other = load(TinyModel().write(tmp_path / "other").path, threads=1)
+    store = SessionStore(tmp_path / "store", [SECRET])
+    state = other.new_state(1)
+    other.forward([[1, 2, 3]], state)
+    store.save("a", 1, state.snapshot())
+    assert reason_of(store, demo_lm) == "foreign"
+    # Of the same shapes, with other weights.
+    store.save("b", 1, replace(snapshot, state_id="0" * 64))
+    assert reason_of(store, demo_lm, "b") == "foreign"
+
+
+def test_an_old_session_has_expired_and_is_swept_later(tmp_path, demo_lm, snapshot, monkeypatch):
+    store = SessionStore(tmp_path, [SECRET], max_age=100)
+    store.save("a", 1, snapshot)
+    now = time.time()
+    monkeypatch.setattr(session_store.time, "time", lambda: now + 99)
+    assert store.load("a", demo_lm).turn == 1
+    monkeypatch.setattr(session_store.time, "time", lambda: now + 102)
+    assert reason_of(store, demo_lm) == "expired"
+    assert store.sweep() == 0
+    monkeypatch.setattr(session_store.time, "time", lambda: now + 202)
+    stranger = tmp_path / "kept.txt"
+    stranger.write_text("not ours")
+    assert store.sweep() == 1
+    assert store.load("a", demo_lm) is None
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [stranger]
+
+
+def test_a_sealed_lie_is_refused_too(tmp_path, demo_lm, snapshot):
+    """A server of the fleet that is broken seals something that is no state."""
+    store, secret = SessionStore(tmp_path, [SECRET]), seal.Secret(SECRET)
+    store.save("a", 1, snapshot)
+    header, state = seal.unsealed(secret, the_file(tmp_path).read_bytes())
+    for content in (b"", b"\0" * 100, bytes(state[:-1]), bytes(state) + b"\0"):
+        lie = replace(header, nbytes=len(content), sha256=seal.digest(content))
+        the_file(tmp_path).write_bytes(seal.sealed(secret, lie, content))
+        if content:
+            assert reason_of(store, demo_lm) == "damaged"
+        else:
+            assert store.load("a", demo_lm) is None
+
+
+def test_no_changed_object_is_resumed(tmp_path, demo_lm, snapshot):
+    store = SessionStore(tmp_path, [SECRET])
+    store.save("a", 1, snapshot)
+    path = the_file(tmp_path)
+    good = path.read_bytes()
+    header_end = good.index(b"lminf-state")
+    rng = random.Random(0)
+    for number in range(2000):
+        data = bytearray(good)
+        kind = number % 4
+        # Half of the changes are in the header, which is small.
+        place = rng.randrange(header_end if number % 8 < 4 else len(good))
+        if kind == 0:
+            data[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[place:]
+        elif kind == 2:
+            data[place:place] = rng.randbytes(rng.randint(1, 64))
+        else:
+            size = rng.randint(1, 64)
+            data[place : place + size] = rng.randbytes(size)
+        if bytes(data) == good:
+            continue
+        path.write_bytes(data)
+        assert reason_of(store, demo_lm) == "damaged"
+    path.write_bytes(good)
+    assert store.load("a", demo_lm).turn == 1
+
+
+def test_a_huge_object_is_not_read(tmp_path, demo_lm, snapshot):
+    store = SessionStore(tmp_path, [SECRET])
+    store.save("a", 1, snapshot)
+    os.truncate(the_file(tmp_path), 2**40)  # a hole
+    started = time.monotonic()
+    assert reason_of(store, demo_lm) == "damaged"
+    assert time.monotonic() - started < 1
+
+
+def test_a_header_is_read_only_when_its_seal_fits(tmp_path, demo_lm, snapshot, monkeypatch):
+    store = SessionStore(tmp_path, [SECRET])
+    store.save("a", 1, snapshot)
+    path = the_file(tmp_path)
+    text = json.dumps({"format": 1, "key": "x" * 3000}).encode()
+    path.write_bytes(seal._MAGIC + struct.pack("<I", len(text)) + text + b"\0" * 32)
+
+    def parsed(text):
+        raise AssertionError("parsed before its seal was checked")
+
+    monkeypatch.setattr(seal, "parse_json", parsed)
+    assert reason_of(store, demo_lm) == "damaged"
+
+
+def test_links_are_not_followed(tmp_path, demo_lm, snapshot):
+    store = SessionStore(tmp_path / "store", [SECRET])
+    store.save("a", 1, snapshot)
+    path = the_file(tmp_path / "store")
+    elsewhere = tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    assert store.load("a", demo_lm) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert store.load("a", demo_lm) is None  # and does not wait
+
+
+def test_what_cannot_be_stored_is_refused(tmp_path, demo_lm, snapshot):
+    store = SessionStore(tmp_path, [SECRET])
+    two = demo_lm.new_state(2)
+    demo_lm.forward([[1], [2]], two)
+    with pytest.raises(InputError, match="one stream"):
+        store.save("a", 1, two.snapshot())
+    with pytest.raises(InputError, match="labels"):
+        store.save("a", 1, replace(snapshot, labels={"a": "b" * 2**21}))
+    with pytest.raises(InputError, match="turn"):
+        store.save("a", 0, snapshot)
+    for name in ("", 5, "x" * 5000):
+        with pytest.raises(InputError, match="name"):
+            store.save(name, 1, snapshot)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, snapshot):
+    store = SessionStore(tmp_path, [SECRET])
+    tmp_path.chmod(0o500)
+    with pytest.raises(ParkingError, match="Permission denied"):
+        store.save("a", 1, snapshot)
+
+
+def test_a_full_disk_leaves_the_session_where_it_stood(tmp_path, demo_lm, snapshot, monkeypatch):
+    store = SessionStore(tmp_path, [SECRET])
+    store.save("a", 1, snapshot)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ParkingError, match="No space left"):
+        store.save("a", 2, snapshot)
+    monkeypatch.undo()
+    assert store.load("a", demo_lm).turn == 1
+    assert the_file(tmp_path).name == "000000000001"
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "words"),
+    [
+        ("", InputError, "expected a folder, or a URL"),
+        ("nothing://bucket", InputError, "knows no nothing://"),
+        ("/proc/nothing/here", InputError, "session store /proc/nothing/here: "),
+        (5, InputError, "expected a folder, or a URL"),
+        ("a\nb", InputError, "expected a folder, or a URL"),
+    ],
+)
+def test_a_place_that_is_no_store_is_named(place, error, words):
+    with pytest.raises(error, match=words) as caught:
+        SessionStore(place, [SECRET])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("secrets", [[], "a" * 64, ["short"], [5], None])
+def test_secrets_are_checked(tmp_path, secrets):
+    with pytest.raises(ConfigError, match="secret"):
+        SessionStore(tmp_path / "store", secrets)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("age", [0, -1, float("inf"), float("nan"), "long"])
+def test_an_age_is_checked(tmp_path, age):
+    with pytest.raises(ConfigError, match="max_age"):
+        SessionStore(tmp_path, [SECRET], max_age=age)
