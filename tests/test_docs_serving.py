@@ -12,8 +12,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from lminf_export.cli.serve import keys_of, serve_command
+from lminf_export.cli.serve import serve_command
 from lminf_export.errors import InputError
+from lminf_export.serve.credentials import keys_of
 from scripts.docs import record_serving
 from tests.support import serving
 

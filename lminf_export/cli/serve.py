@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from lminf_export.cli.common import handle_errors, read_text, verbosity_options
+from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.session_options import (
     kernels_option,
     provider_option,
@@ -19,18 +18,14 @@ from lminf_export.cli.session_options import (
     trust_options,
 )
 from lminf_export.errors import DependencyError, InputError
+from lminf_export.serve.credentials import KEY_VARIABLE, SECRET_VARIABLE, keys_of, secrets_of
 from lminf_export.serve.settings import ServeSettings
-
-if TYPE_CHECKING:
-    from lminf_export.runtime.chat_template import ChatTemplate
 
 _NEEDED = {
     "fastapi": "fastapi",
     "uvicorn": "uvicorn",
     "prometheus_client": "prometheus-client",
 }
-_KEY_VARIABLE = "LMINF_API_KEY"
-_SECRET_VARIABLE = "LMINF_SESSION_SECRET"
 _POSITIVE = click.IntRange(min=1)
 _NATURAL = click.IntRange(min=0)
 _SECONDS = click.FloatRange(min=0, min_open=True)
@@ -82,7 +77,7 @@ def _limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--api-key",
     help="Key that each request must bear. Others on this machine see it in the list of "
-    f"processes: rather use --api-key-file, or the variable {_KEY_VARIABLE}.",
+    f"processes: rather use --api-key-file, or the variable {KEY_VARIABLE}.",
 )
 @click.option("--api-key-file", type=click.Path(), help="File of keys, one a line.")
 @click.option("--template", type=click.Path(), help="Chat template instead of the bundle's own.")
@@ -97,7 +92,7 @@ def _limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--session-secret-file",
     type=click.Path(),
     help="File of the secret that seals what --session-store holds, the same for all its servers; "
-    f"or the variable {_SECRET_VARIABLE}. Further lines are earlier secrets.",
+    f"or the variable {SECRET_VARIABLE}. Further lines are earlier secrets.",
 )
 @click.option(
     "--session-durable",
@@ -149,12 +144,10 @@ def serve_command(
     use the server. SIGTERM or Ctrl-C lets running answers finish; a second one does not.
     """
     _require_packages()
-    from lminf_export.runtime.chat_template import ChatTemplate
-    from lminf_export.runtime.load import load
     from lminf_export.serve.app import create_app
     from lminf_export.serve.auth import is_local
+    from lminf_export.serve.opening import named, opened
     from lminf_export.serve.run import address_of, bound_socket, run
-    from lminf_export.serve.served_model import ServedModel
 
     keys = keys_of(api_key, api_key_file)
     if session_durable and session_folder is None and session_store is None:
@@ -163,7 +156,7 @@ def serve_command(
     if not keys and not is_local(host):
         raise InputError(
             f"--host {host or repr(host)} is reached from other machines, which needs a key: "
-            f"--api-key-file, or the variable {_KEY_VARIABLE}; without one listen at 127.0.0.1"
+            f"--api-key-file, or the variable {KEY_VARIABLE}; without one listen at 127.0.0.1"
         )
     settings = ServeSettings(
         api_keys=keys,
@@ -177,26 +170,21 @@ def serve_command(
         prefix_bytes=prefix_bytes,
         **limits,  # type: ignore[arg-type]
     )
-    if template is not None and len(bundles) > 1:
-        raise InputError("--template goes with one bundle")
-    called = _names(bundles, names)
+    called = named(bundles, names)
     with ExitStack() as stack:
         bound = stack.enter_context(bound_socket(host, port))
-        models = {}
-        for name, path in called.items():
-            lm = load(
-                path,
-                provider=provider,  # type: ignore[arg-type]
-                kernels=kernels,
-                threads=threads,
-                trust_plan=trust_plan,
-                revision=revision,
-            )
-            own = None if template is None else ChatTemplate.from_file(template, lm.bundle)
-            if own is not None:
-                _require_template(own)
-            models[name] = ServedModel.of(name, lm, settings, own)
-            stack.callback(models[name].engine.close)
+        models = opened(
+            called,
+            settings,
+            template=template,
+            provider=provider,
+            kernels=kernels,
+            threads=threads,
+            trust_plan=trust_plan,
+            revision=revision,
+        )
+        for model in models.values():
+            stack.callback(model.engine.close)
         app = create_app(models, settings)
         listed = ", ".join(models)
         run(
@@ -215,46 +203,6 @@ def _require_packages() -> None:
         )
 
 
-def keys_of(given: str | None, path: str | None) -> tuple[str, ...]:
-    """Return the keys of the option, the file and the environment, of which one is enough."""
-    keys = [] if given is None else [given]
-    if path is not None:
-        keys += _lines_of(path, "key")
-    if not keys and (from_environment := os.environ.get(_KEY_VARIABLE)):
-        keys.append(from_environment)
-    return tuple(keys)
-
-
-def secrets_of(store: str | None, path: str | None) -> tuple[str, ...]:
-    """Return the secrets of a shared store, of the file or else of the environment.
-
-    Raises:
-        InputError: a store without a secret, or a secret without a store.
-    """
-    if store is None:
-        if path is not None:
-            raise InputError("--session-secret-file goes with a --session-store")
-        return ()
-    secrets = _lines_of(path, "secret") if path is not None else []
-    if not secrets and (from_environment := os.environ.get(_SECRET_VARIABLE)):
-        secrets.append(from_environment)
-    if not secrets:
-        raise InputError(
-            "--session-store needs a secret that seals what it holds: --session-secret-file, or "
-            f"the variable {_SECRET_VARIABLE}; make one by `openssl rand -hex 32`"
-        )
-    return tuple(secrets)
-
-
-def _lines_of(path: str, what: str) -> list[str]:
-    """Return the lines of a file that are neither empty nor comments, at least one."""
-    lines = [line.strip() for line in read_text(path).splitlines()]
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise InputError(f"{path} has no {what}; write one a line")
-    return found
-
-
 def _folder(path: str) -> Path:
     """Return the folder of conversations.
 
@@ -264,38 +212,3 @@ def _folder(path: str) -> Path:
     if not path:
         raise InputError("--session-folder is empty: name a folder, or leave the option out")
     return Path(path)
-
-
-def _require_template(template: ChatTemplate) -> None:
-    """Refuse a file that is no template before anything is served.
-
-    Raises:
-        LminfError: it can be rendered neither without a system's message nor with one.
-    """
-    question = [{"role": "user", "content": "a"}]
-    try:
-        template.turn(question)
-    except InputError:
-        template.turn(question, system="Be brief.")
-
-
-def _names(bundles: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str]:
-    """Return the bundle of each model name, in order."""
-    if len(names) > len(bundles):
-        raise InputError(f"{len(names)} names for {len(bundles)} bundles; give one for each")
-    found: dict[str, str] = {}
-    for place, path in enumerate(bundles):
-        name = names[place] if place < len(names) else _folder_name(path)
-        if not name or not name.isprintable() or len(name) > 200:
-            raise InputError(f"the name {name!r} of {path} is no model name; see --name")
-        if name in found:
-            raise InputError(f"{found[name]} and {path} are both called {name}; see --name")
-        found[name] = path
-    return found
-
-
-def _folder_name(path: str) -> str:
-    folder = Path(os.path.abspath(path))
-    if not folder.exists():
-        return path  # an id on the hub
-    return (folder if folder.is_dir() else folder.parent).name
