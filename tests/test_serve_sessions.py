@@ -377,7 +377,7 @@ DAMAGES = [
     (".json", changed_record(kind=["chat"])), (".json", changed_record(bytes=True)),
     (".json", changed_record(bytes="x")), (".json", changed_record(sha256="0" * 64)),
     (".json", lambda _: b"[" * 60_000), (".json", lambda data: data[:-1] + b" " * 2**20 + b"}"),
-    (".json", changed_record(system=5)),
+    (".json", changed_record(system=5)), (".json", changed_record(turn=-1)),
 ]  # fmt: skip
 
 

@@ -285,3 +285,19 @@ def test_settings_do_not_show_their_secrets():
     settings = ServeSettings(api_keys=("a-key",), session_store="s", session_secrets=(SECRET,))
     assert SECRET not in repr(settings)
     assert "a-key" not in repr(settings)
+
+
+def test_a_client_that_lost_an_end_can_ask_where_its_session_stands(servers):
+    first = ask(servers[0].url, "asks", TURNS[0])
+    assert first.headers["x-session-turn"] == "1"
+    second = ask(servers[1].url, "asks", TURNS[1])
+    assert second.headers["x-session-turn"] == "2"
+    for server in servers:
+        told = httpx.get(f"{server.url}/v1/sessions/asks").json()
+        read = second.json()["usage"]["total_tokens"] - 1
+        assert told == {
+            "id": "asks", "object": "session", "model": "demo", "turn": 2, "tokens": read,
+        }  # fmt: skip
+    assert httpx.get(f"{servers[0].url}/v1/sessions/never").status_code == 404
+    assert httpx.delete(f"{servers[0].url}/v1/sessions/asks").status_code == 200
+    assert httpx.get(f"{servers[1].url}/v1/sessions/asks").status_code == 404

@@ -28,7 +28,7 @@ from lminf_export.serve.tokens import detokenize, tokenize
 _SESSION = "/v1/sessions/{session_id}"
 _MODEL = "/v1/models/{name:path}"
 _READING = ["GET", "HEAD"]
-_HEADERS_SHOWN = ["x-cached-tokens", "x-session-state", "retry-after"]
+_HEADERS_SHOWN = ["x-cached-tokens", "x-session-state", "x-session-turn", "retry-after"]
 
 
 def create_app(models: Mapping[str, ServedModel], settings: ServeSettings) -> FastAPI:
@@ -184,6 +184,26 @@ def _add_sessions(app: FastAPI, serving: Serving) -> None:
             }
         )
 
+    @app.api_route(_SESSION, methods=_READING)
+    async def one_session(request: Request, session_id: str) -> Response:
+        name = checked_session_id(session_id)
+        assert name is not None
+        owner = request.scope.get(OWNER, "")
+        for model in serving.models.values():
+            key = session_key(model.name, owner, name)
+            found = await serving.sessions.where(key, model.lm)
+            if found is not None:
+                return JSONResponse(
+                    {
+                        "id": name,
+                        "object": "session",
+                        "model": model.name,
+                        "turn": found.turn,
+                        "tokens": found.num_tokens,
+                    }
+                )
+        raise _no_session()
+
     @app.delete(_SESSION)
     async def end_session(request: Request, session_id: str) -> Response:
         name = checked_session_id(session_id)
@@ -193,8 +213,12 @@ def _add_sessions(app: FastAPI, serving: Serving) -> None:
             await serving.sessions.drop(session_key(model, owner, name)) for model in serving.models
         ]
         if not any(dropped):
-            raise ApiError(404, "there is no such session", code="session_not_found")
+            raise _no_session()
         return JSONResponse({"id": name, "object": "session.deleted", "deleted": True})
+
+
+def _no_session() -> ApiError:
+    return ApiError(404, "there is no such session", code="session_not_found")
 
 
 def _described(model: ServedModel) -> dict[str, object]:

@@ -47,6 +47,7 @@ class Running:
         self.headers = {"x-cached-tokens": str(answering.num_cached)}
         if lease is not None:
             self.headers["x-session-state"] = "resumed" if answering.is_follow_up else "new"
+            self.headers["x-session-turn"] = str(lease.turn + 1)
 
     def release_session(self) -> None:
         """Let the next request of the session in, before the client knows of the end."""

@@ -18,6 +18,7 @@ def record_of(conversation: Conversation) -> dict[str, Any]:
     """Return a conversation's record, a table for JSON."""
     return {
         "format": FORMAT,
+        "turn": conversation.turn,
         "kind": conversation.kind,
         "history_length": conversation.history.length,
         "history": conversation.history.digits,
@@ -49,18 +50,16 @@ def require_record(record: Any, vocab_size: int) -> None:
         or not all(type(token) is int and 0 <= token < vocab_size for token in unread)
     ):
         raise InputError("its record has impossible token ids")
+    turn = record.get("turn", 0)  # of an earlier release
+    if type(turn) is not int or turn < 0:
+        raise InputError("its record has an impossible turn")
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise InputError("its record has an impossible system message")
 
 
-def conversation_of(record: dict[str, Any], snapshot: Snapshot, turn: int = 0) -> Conversation:
-    """Return the conversation of a record that `require_record` has let pass.
-
-    Args:
-        record: of it.
-        snapshot: its state.
-        turn: answers it has had, where that is known.
+def conversation_of(record: dict[str, Any], snapshot: Snapshot) -> Conversation:
+    """Return the conversation of a record that `require_record` has let pass, and its state.
 
     Raises:
         InputError: a state of several streams.
@@ -69,7 +68,8 @@ def conversation_of(record: dict[str, Any], snapshot: Snapshot, turn: int = 0) -
         raise InputError("its state is not one of one stream")
     history = RollingHash(record["history_length"], int(record["history"], 16))
     kept = Kept(snapshot, tuple(record["unread"]))
-    return Conversation(record["kind"], history, kept, system=record.get("system"), turn=turn)
+    system, turn = record.get("system"), record.get("turn", 0)
+    return Conversation(record["kind"], history, kept, system=system, turn=turn)
 
 
 def _is_hexadecimal(value: Any) -> bool:

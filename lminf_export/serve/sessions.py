@@ -52,7 +52,7 @@ class Lease:
 
     Attributes:
         conversation: where it stands; None if it is new.
-        turn: its number where it stands, in a store that several servers share; else 0.
+        turn: the number of where it stands; its next answer has one more.
     """
 
     def __init__(self, sessions: Sessions, key: str) -> None:
@@ -144,9 +144,20 @@ class Sessions:
             if lease.is_deleted:
                 found = None  # meanwhile
             if found is not None:
-                lease.turn = found.turn
                 self._store.keep_conversation(key, found)
         lease.conversation = found
+        if found is not None:
+            lease.turn = found.turn
+
+    async def where(self, key: str, lm: LanguageModel) -> Conversation | None:
+        """Return where a conversation stands; None if there is none.
+
+        Raises:
+            ApiError: see `lease`.
+        """
+        lease = await self.lease(key, lm)
+        lease.release()
+        return lease.conversation
 
     def release(self, key: str) -> None:
         """End a lease."""

@@ -61,7 +61,8 @@ class SharedSessions:
         try:
             record = parse_json(parked.snapshot.labels.get(_RECORD, "null"))
             require_record(record, lm.vocab_size)
-            return conversation_of(record, replace(parked.snapshot, labels={}), parked.turn)
+            found = conversation_of(record, replace(parked.snapshot, labels={}))
+            return replace(found, turn=parked.turn)
         except (ValueError, InputError) as error:
             raise ParkedSessionError(
                 "foreign", f"what is parked here is no conversation of a server: {error}"

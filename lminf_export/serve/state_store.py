@@ -31,7 +31,7 @@ class Conversation:
         kept: the state to go on from.
         read: hash of the bytes of the ids that the state has read; None if it is not known.
         system: the system's message of a chat, which its template may heed at every turn.
-        turn: its number in a store that several servers share.
+        turn: a number that grows with every answer; in a shared store also if it was deleted.
     """
 
     kind: ConversationKind

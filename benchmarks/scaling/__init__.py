@@ -1,0 +1,1 @@
+"""Fleets of servers: conversations that move, hosts that fail, how many fit."""
