@@ -14,13 +14,14 @@ from starlette.requests import ClientDisconnect
 
 from lminf_export.errors import InputError, LminfError, require_instance, shown
 from lminf_export.serve.api_errors import ApiError, of_ours, shutting_down
+from lminf_export.serve.caller import OWNER
 from lminf_export.serve.chat import chat
 from lminf_export.serve.completions import complete
 from lminf_export.serve.guard import CLIENT_CLOSED, Guard
 from lminf_export.serve.metrics import CONTENT_TYPE
 from lminf_export.serve.page_files import page_files
 from lminf_export.serve.served_model import ServedModel
-from lminf_export.serve.serving import OWNER, Serving
+from lminf_export.serve.serving import Serving
 from lminf_export.serve.sessions import checked_session_id, session_key
 from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.tokens import detokenize, tokenize

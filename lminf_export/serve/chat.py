@@ -14,6 +14,7 @@ from lminf_export.serve.answer_text import Placed
 from lminf_export.serve.answering import Update, Usage
 from lminf_export.serve.answers import WholeChoice, send
 from lminf_export.serve.bodies import read_json
+from lminf_export.serve.caller import caller_of
 from lminf_export.serve.contents import chat_messages
 from lminf_export.serve.generation import Generation, generation_of
 from lminf_export.serve.log_probabilities import chat_logprobs
@@ -41,7 +42,7 @@ async def chat(serving: Serving, request: Request) -> Response:
         messages = chat_messages(fields.messages)
         return [plan_chat(messages, template, model.lm.codec, conversation)]
 
-    running = await serving.begin(request, model, generation, plans)
+    running = await serving.begin(caller_of(request), model, generation, plans)
     return await send(request, running, _ChatFormat(model, generation))
 
 

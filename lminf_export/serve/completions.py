@@ -14,6 +14,7 @@ from lminf_export.serve.answering import Update, Usage
 from lminf_export.serve.answers import WholeChoice, send
 from lminf_export.serve.api_errors import invalid
 from lminf_export.serve.bodies import read_json
+from lminf_export.serve.caller import caller_of
 from lminf_export.serve.contents import prompts_of
 from lminf_export.serve.generation import Generation, generation_of
 from lminf_export.serve.log_probabilities import completion_logprobs
@@ -47,7 +48,7 @@ async def complete(serving: Serving, request: Request) -> Response:
             raise invalid(f"prompts times n must be at most {most}", "n")
         return [plan_prompt(prompt, model.lm.codec, conversation) for prompt in prompts]
 
-    running = await serving.begin(request, model, generation, plans)
+    running = await serving.begin(caller_of(request), model, generation, plans)
     return await send(request, running, _CompletionFormat(model, generation))
 
 

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lminf_export.serve.api_errors import ApiError
 from lminf_export.serve.auth import is_open, require_key, require_known_sender
-from lminf_export.serve.serving import OWNER, Serving
+from lminf_export.serve.caller import OWNER
+from lminf_export.serve.serving import Serving
 
 logger = logging.getLogger(__name__)
 

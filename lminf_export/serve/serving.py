@@ -8,26 +8,23 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from starlette.requests import Request
-
 from lminf_export.runtime.batching.stats import EngineStats
 from lminf_export.serve.answering import Answering
 from lminf_export.serve.api_errors import ApiError, invalid, shutting_down
+from lminf_export.serve.caller import Caller
 from lminf_export.serve.durable_sessions import open_durable_sessions
 from lminf_export.serve.generation import Generation
 from lminf_export.serve.kept_answer import AnswerKeeper, PrefixKeeper, SessionKeeper
 from lminf_export.serve.metrics import ServerMetrics
 from lminf_export.serve.planning import Plan
 from lminf_export.serve.served_model import ServedModel
-from lminf_export.serve.sessions import Lease, Sessions, checked_session_id, session_key
+from lminf_export.serve.sessions import Lease, Sessions, session_key
 from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.shared_beginnings import SharedBeginning, SharedBeginnings
 from lminf_export.serve.state_store import Conversation, StateStore
 
 # Threads that tokenise and render; the engines' own are not among them.
 _THREADS = 4
-# Where a request's owner stands in its scope: the hash of its API key.
-OWNER = "lminf.owner"
 
 Planner = Callable[[Conversation | None], list[Plan]]
 
@@ -134,7 +131,7 @@ class Serving:
             raise shutting_down()
 
     async def begin(
-        self, request: Request, model: ServedModel, generation: Generation, planner: Planner
+        self, caller: Caller, model: ServedModel, generation: Generation, planner: Planner
     ) -> Running:
         """Plan a request's prompts in a thread, and submit them.
 
@@ -145,31 +142,23 @@ class Serving:
         self.require_open()
         self.num_beginning += 1
         try:
-            running = await self._begun(request, model, generation, planner)
+            running = await self._begun(caller, model, generation, planner)
             self.running.add(running)
         finally:
             self.num_beginning -= 1
         return running
 
     async def _begun(
-        self, request: Request, model: ServedModel, generation: Generation, planner: Planner
+        self, caller: Caller, model: ServedModel, generation: Generation, planner: Planner
     ) -> Running:
-        named = request.headers.getlist("x-session-id")
-        if len(named) > 1:
-            raise invalid("x-session-id is there more than once", "x-session-id")
-        session_id = checked_session_id(named[0] if named else None)
-        must_exist = _must_exist(request)
-        if must_exist and session_id is None:
-            raise invalid("x-session-must-exist goes with an x-session-id", "x-session-must-exist")
-        owner = request.scope.get(OWNER, "")
         lease = None
-        if session_id is not None:
+        if caller.session_id is not None:
             if generation.n > 1:
                 raise invalid("a session goes on with one answer; n must be 1", "n")
-            key = session_key(model.name, owner, session_id)
+            key = session_key(model.name, caller.owner, caller.session_id)
             lease = await self.sessions.lease(key, model.lm)
         try:
-            if must_exist and lease is not None and lease.conversation is None:
+            if caller.must_exist and lease is not None and lease.conversation is None:
                 raise ApiError(
                     404,
                     "this session is not kept: it never was, was deleted, or made room for "
@@ -177,7 +166,7 @@ class Serving:
                     code="session_not_found",
                 )
             answering = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._submit, model, generation, planner, lease, owner
+                self._threads, self._submit, model, generation, planner, lease, caller.owner
             )
         except BaseException:
             if lease is not None:
@@ -254,17 +243,3 @@ class Serving:
         if count <= 0:
             return plan
         return replace(plan, shared=SharedBeginning(self.store, scope, shared, count))
-
-
-def _must_exist(request: Request) -> bool:
-    """Return whether the client relies on a session that is kept.
-
-    Raises:
-        ApiError: 400 for a header that says neither yes nor no.
-    """
-    found = request.headers.getlist("x-session-must-exist")
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    wanted = {words.get(value.strip().lower()) for value in found}
-    if None in wanted or len(wanted) > 1:
-        raise invalid("x-session-must-exist: 1 or 0", "x-session-must-exist")
-    return True in wanted
