@@ -24,6 +24,10 @@ _COMMANDS = {
         "lminf_export.cli.serve:serve_command",
         "Serve bundles over HTTP, as OpenAI's API.",
     ),
+    "export-triton": (
+        "lminf_export.cli.export_triton:export_triton_command",
+        "Write a model repository for NVIDIA's Triton.",
+    ),
     "bench": (
         "lminf_export.cli.bench:bench_command",
         "Measure speed and memory, and how far from the floor they are.",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lminf_export.errors import ConfigError
 from lminf_export.runtime.options import PROVIDERS
 from lminf_export.serve.credentials import keys_of, secrets_of
 from lminf_export.serve.settings import ServeSettings
+from lminf_export.serve.settings_texts import settings_of_texts
 
 # Read from files where a replica runs, so that no secret is among an application's arguments.
 _OF_FILES = {"api_keys": "api_key_file", "session_secrets": "session_secret_file"}
@@ -65,7 +65,7 @@ class Arguments(BaseModel):
             raise ConfigError(
                 f"max_replicas={self.max_replicas}: must be at least replicas={self.replicas}"
             )
-        return _of_texts({name: given[name] for name in given if name != "session_store"})
+        return settings_of_texts({name: given[name] for name in given if name != "session_store"})
 
     def settings(self) -> ServeSettings:
         """Return the settings of a replica, with what its files hold.
@@ -78,15 +78,4 @@ class Arguments(BaseModel):
         given = self.model_extra or {}
         secrets = secrets_of(given.get("session_store"), self.session_secret_file)
         keys = keys_of(None, self.api_key_file)
-        return _of_texts({**given, "api_keys": keys, "session_secrets": secrets})
-
-
-def _of_texts(given: dict[str, Any]) -> ServeSettings:
-    """Return settings of values that may be texts, as a command line has them."""
-    try:
-        return TypeAdapter(ServeSettings).validate_python(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{place}: {message}" if place else message) from None
+        return settings_of_texts({**given, "api_keys": keys, "session_secrets": secrets})

@@ -1,0 +1,49 @@
+"""The tensors of the python backend's model: their names, types, shapes and meaning.
+
+Names are those of Triton's own language model backends (`text_input`, `sampling_parameters`,
+`text_output`), so that its `generate` endpoint and its clients fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a model.
+
+    Attributes:
+        name: of the tensor.
+        dtype: as config.pbtxt has it.
+        dims: −1 for any number.
+        meaning: for readers of config.pbtxt.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    meaning: str
+
+
+INPUTS = (
+    TensorSpec("text_input", "TYPE_STRING", (1,), "the text to continue"),
+    TensorSpec("input_ids", "TYPE_INT32", (-1,), "or its token ids"),
+    TensorSpec("messages", "TYPE_STRING", (1,), "or the messages of a chat, a JSON list"),
+    TensorSpec("stream", "TYPE_BOOL", (1,), "send text as it is written; false by default"),
+    TensorSpec(
+        "sampling_parameters",
+        "TYPE_STRING",
+        (1,),
+        "a JSON object with the fields of /v1/completions: max_tokens, temperature, stop, ...",
+    ),
+    TensorSpec("return_output_ids", "TYPE_BOOL", (1,), "send token ids beside the text"),
+)
+OUTPUTS = (
+    TensorSpec("text_output", "TYPE_STRING", (1,), "what is new of the text, or all of it"),
+    TensorSpec("output_ids", "TYPE_INT32", (-1,), "token ids, if they are asked for"),
+    TensorSpec("finish_reason", "TYPE_STRING", (1,), '"stop" or "length" at the end, else ""'),
+    TensorSpec("num_input_tokens", "TYPE_INT32", (1,), "of the prompt, with what a session had"),
+    TensorSpec("num_cached_tokens", "TYPE_INT32", (1,), "of those, read before"),
+    TensorSpec("num_output_tokens", "TYPE_INT32", (1,), "written so far"),
+)

@@ -1,0 +1,209 @@
+"""The model that Triton's python backend runs; a repository's `model.py` names this class.
+
+Triton hands requests to `execute` and does not wait: the model is decoupled. They are answered in
+one event loop of a thread, over one engine whose slots are the batch; a request joins it between
+two steps. So Triton's own batchers are not used: a sequence batcher would hold a place for each
+session, idle ones too, and sessions of ours are parked instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lminf_export.errors import LminfError
+from lminf_export.serve.api_errors import ApiError
+from lminf_export.serve.credentials import secrets_of
+from lminf_export.serve.opening import opened
+from lminf_export.serve.serving import Serving
+from lminf_export.serve.settings_texts import settings_of_texts
+from lminf_export.triton.answers import Asked, Reply, answer
+
+# Parameters of config.pbtxt that are not settings of a server.
+_OF_LOADING = ("provider", "kernels", "threads", "trust_hash")
+_OF_FILES = ("template", "session_secret_file")
+_METRIC_SECONDS = 0.5
+_GAUGES = {
+    "active": ("lminf_slots_busy", "Sequences that have a slot."),
+    "waiting": ("lminf_queue_length", "Sequences that wait for a slot."),
+    "parked": ("lminf_parked", "Sequences that gave their slot up for a while."),
+}
+
+
+class TritonPythonModel:
+    """One bundle behind Triton's python backend."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the bundle and start its engine.
+
+        Args:
+            args: Triton's: the configuration as JSON, and where the model stands.
+
+        Raises:
+            LminfError: the bundle cannot be served, or a parameter is wrong.
+        """
+        import triton_python_backend_utils as pb_utils
+
+        self._pb: Any = pb_utils
+        config = json.loads(args["model_config"])
+        given = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
+        folder = Path(args["model_repository"]) / args["model_version"]
+        loading = {name: given.pop(name) for name in _OF_LOADING if name in given}
+        files = {name: given.pop(name) for name in _OF_FILES if name in given}
+        bundle = folder / given.pop("bundle", "bundle")
+        given.pop("EXECUTION_ENV_PATH", None)  # Triton's own
+        secrets = secrets_of(given.get("session_store"), files.get("session_secret_file"))
+        settings = settings_of_texts({**given, "session_secrets": secrets})
+        if "threads" in loading:
+            loading["threads"] = int(loading["threads"])
+        models = opened(
+            {args["model_name"]: str(bundle)},
+            settings,
+            template=files.get("template"),
+            trust_plan=loading.pop("trust_hash", False),
+            **loading,
+        )
+        self._serving = Serving(models, settings)
+        (self._model,) = models.values()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lminf-triton")
+        self._thread.start()
+        self._gauges = self._made_gauges(args["model_name"])
+        self._start(self._publish())
+
+    def execute(self, requests: list[Any]) -> None:
+        """Begin to answer requests; their responses are sent as they come."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                asked = self._asked(request)
+            except (LminfError, ValueError) as error:
+                self._refuse(sender, str(error))
+                continue
+            self._start(self._answer(asked, sender))
+
+    def finalize(self) -> None:
+        """End what still runs, and write sessions that are not written."""
+        self._serving.is_draining = True
+        for model in self._serving.models.values():
+            model.engine.close()
+        asyncio.run_coroutine_threadsafe(self._ended(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._serving.close()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        def start() -> None:
+            task = self._loop.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        self._loop.call_soon_threadsafe(start)
+
+    async def _ended(self) -> None:
+        self._publisher.cancel()
+        others = self._tasks - {self._publisher}
+        await asyncio.gather(*others, self._publisher, return_exceptions=True)
+
+    async def _answer(self, asked: Asked, sender: Any) -> None:
+        final = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        replies = answer(self._serving, self._model, asked, sender.is_cancelled)
+        try:
+            async for reply in replies:
+                flags = final if reply.finish_reason else 0
+                sender.send(self._response(reply, asked), flags=flags)
+        except ApiError as error:
+            if sender.is_cancelled():
+                sender.send(flags=final)  # nobody is there to be told
+            else:
+                self._refuse(sender, error.message)
+        except LminfError as error:
+            self._refuse(sender, str(error))
+        finally:
+            await replies.aclose()
+
+    def _asked(self, request: Any) -> Asked:
+        """Return a request's tensors."""
+        pb = self._pb
+        found: dict[str, Any] = {}
+        for name in ("text_input", "messages", "sampling_parameters", "input_ids", "stream",
+                     "return_output_ids"):  # fmt: skip
+            tensor = pb.get_input_tensor_by_name(request, name)
+            found[name] = None if tensor is None else tensor.as_numpy().reshape(-1)
+        flags = request.flags()
+        ids = found["input_ids"]
+        return Asked(
+            sequence=request.correlation_id(),
+            starts=bool(flags & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START),
+            ends=bool(flags & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END),
+            text=_text(found["text_input"]),
+            ids=None if ids is None else tuple(ids.tolist()),
+            messages=_text(found["messages"]),
+            sampling=_text(found["sampling_parameters"]) or "{}",
+            stream=_flag(found["stream"]),
+            with_ids=_flag(found["return_output_ids"]),
+        )
+
+    def _response(self, reply: Reply, asked: Asked) -> Any:
+        values = {
+            "text_output": np.array([reply.text.encode("utf-8", "replace")], object),
+            "finish_reason": np.array([reply.finish_reason.encode("ascii")], object),
+            "num_input_tokens": np.array([reply.num_input_tokens], np.int32),
+            "num_cached_tokens": np.array([reply.num_cached_tokens], np.int32),
+            "num_output_tokens": np.array([reply.num_output_tokens], np.int32),
+        }
+        if asked.with_ids:
+            values["output_ids"] = np.array(reply.ids, np.int32)
+        tensors = [self._pb.Tensor(name, array) for name, array in values.items()]
+        return self._pb.InferenceResponse(output_tensors=tensors)
+
+    def _refuse(self, sender: Any, message: str) -> None:
+        error = self._pb.TritonError(message)
+        response = self._pb.InferenceResponse(output_tensors=[], error=error)
+        sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _made_gauges(self, name: str) -> dict[str, Any]:
+        """Return gauges beside Triton's own metrics, by the field of `EngineStats`."""
+        gauge = self._pb.MetricFamily.GAUGE
+        # A family that nobody holds takes its metrics away.
+        self._families = {
+            field: self._pb.MetricFamily(name=metric, description=text, kind=gauge)
+            for field, (metric, text) in _GAUGES.items()
+        }
+        return {
+            field: family.Metric(labels={"model": name}) for field, family in self._families.items()
+        }
+
+    async def _publish(self) -> None:
+        current = asyncio.current_task()
+        assert current is not None
+        self._publisher = current
+        while True:
+            stats = self._model.engine.stats()
+            for field, gauge in self._gauges.items():
+                gauge.set(getattr(stats, field))
+            await asyncio.sleep(_METRIC_SECONDS)
+
+
+def _text(array: np.ndarray | None) -> str | None:
+    """Return the only text of a tensor.
+
+    Raises:
+        ValueError: there are none or several, or it is no UTF-8.
+    """
+    if array is None:
+        return None
+    (value,) = array
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _flag(array: np.ndarray | None) -> bool:
+    return array is not None and bool(array.any())

@@ -1,0 +1,56 @@
+"""The page beside the models of a repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lminf_export.bundle.manifest import Manifest
+
+_PYTHON = """
+## {name}: our runtime in the python backend
+
+Text or token ids in, text out, streamed; requests share one engine's batch; sequences are sessions.
+The environment of the server's Python needs `pip install 'lminf-export[serve]'`.
+
+    tritonserver --model-repository . --http-address 127.0.0.1 --grpc-address 127.0.0.1 \\
+        --metrics-address 127.0.0.1
+    curl -s localhost:8000/v2/models/{name}/generate -d '{{"text_input": "It is a truth",
+      "sampling_parameters": "{{\\"max_tokens\\": 16, \\"temperature\\": 0}}"}}'
+
+A sequence id makes a session: START begins it, requests without START go on where it stands, END
+forgets it behind its answer. `config.pbtxt` names all tensors and parameters.
+"""
+_IMPLICIT = """
+## {name}_implicit: the bare graph in onnxruntime's backend
+
+Token ids in, logits out; Triton carries {bytes} of state for each sequence from request to request,
+and the client chooses tokens. Triton copies that state at every request and holds it for idle rows,
+too, so take it for small models or few sequences, and where Python may not run in the server.
+"""
+_TENSORRT = """
+## {name}_tensorrt: the plan in TensorRT's backend
+
+NOT RUN: its configuration was written by the plan's contract and checked against Triton's schema
+only. Caches are inputs and outputs of each request, so they cross the server's memory; where that
+matters take the python backend, whose caches stay on the GPU.
+"""
+
+
+def readme(
+    manifest: Manifest, name: str, backends: Sequence[str], human: Callable[[float], str]
+) -> str:
+    """Return the page.
+
+    Args:
+        manifest: of the bundle.
+        name: of the model.
+        backends: that the repository has.
+        human: writes a number of bytes for readers.
+    """
+    parts = {"python": _PYTHON, "onnxruntime": _IMPLICIT, "tensorrt": _TENSORRT}
+    size = human(manifest.contract.cache_bytes())
+    head = (
+        f"# {name} for Triton\n\n"
+        f"Written by `lminf export-triton` from the bundle of {manifest.source.name}.\n"
+    )
+    return head + "".join(parts[backend].format(name=name, bytes=size) for backend in backends)

@@ -1,0 +1,185 @@
+"""A model repository for Triton out of a bundle."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from lminf_export.bundle.destination import make_folder, remove_folder, temporary_name
+from lminf_export.bundle.files import human_bytes, require_utf8
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.records import MANIFEST_NAME
+from lminf_export.disk import require_path, user_path
+from lminf_export.errors import ExportError, InputError, shown
+from lminf_export.operator.settings import as_integer, require_one_of
+from lminf_export.runtime.kernels import AUTO, find_kernels
+from lminf_export.serve.settings_texts import settings_of_texts
+from lminf_export.triton.configs import implicit_config, python_config, tensorrt_config
+from lminf_export.triton.implicit_state import write_implicit_state
+from lminf_export.triton.readme import readme
+
+Backend = Literal["python", "onnxruntime", "tensorrt"]
+BACKENDS = get_args(Backend)
+_VERSION = "1"
+_SUFFIX: dict[str, str] = {"python": "", "onnxruntime": "_implicit", "tensorrt": "_tensorrt"}
+_MODEL = '''"""The model that Triton's python backend runs; config.pbtxt tells of it."""
+
+from lminf_export.triton.python_backend import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def export_triton(
+    bundle: str | Path,
+    out: str | Path,
+    *,
+    backends: Sequence[Backend] = ("python",),
+    name: str | None = None,
+    slots: int = 8,
+    parameters: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a model repository that Triton serves.
+
+    Files of the bundle are hard links where that can be, else copies. The folder is put in its
+    place when all of it is written.
+
+    Args:
+        bundle: folder of a bundle.
+        out: the repository, a folder that is not there or empty.
+        backends: "python" runs our runtime, with streams, batching and sessions; "onnxruntime"
+            the bare graph with implicit state; "tensorrt" the bundle's plan.
+        name: of the model; the bundle's folder by default. Others have a suffix.
+        slots: sequences side by side.
+        parameters: further ones of the python backend, see docs/triton.md.
+
+    Returns:
+        The repository.
+
+    Raises:
+        InputError: an argument that is wrong, or a backend that the bundle has nothing for.
+        BundleError: see `Bundle.open`.
+        ExportError: the folder cannot be written.
+    """
+    require_path("out", out, InputError)
+    if isinstance(backends, str) or not isinstance(backends, Sequence) or not backends:
+        raise InputError(f"backends={shown(backends)}: expected some of {', '.join(BACKENDS)}")
+    for backend in backends:
+        require_one_of("backends", backend, BACKENDS, InputError)
+    slots = as_integer("slots", slots, 1, InputError)
+    opened = Bundle.open(bundle)
+    called = opened.path.resolve().name if name is None else name
+    if not isinstance(called, str) or not called.replace("-", "").replace("_", "").isalnum():
+        raise InputError(
+            f"name={shown(called)}: a model's name has letters, digits, - and _; see --name"
+        )
+    given = {"bundle": "bundle", "slots": str(slots), **(parameters or {})}
+    _check(given)
+    if "tensorrt" in backends and opened.plan_path is None:
+        raise InputError(
+            f"{opened.path} has no plan: build one by lminf-export --out engine.plan, or leave "
+            "tensorrt out"
+        )
+    if "onnxruntime" in backends:
+        require_one_of(
+            "a cache", opened.manifest.contract.dtype, ("float32", "float16"), InputError
+        )
+    target = user_path(out, InputError)
+    writers: dict[str, Callable[[Bundle, Path, str, Path], None]] = {
+        "python": lambda b, folder, model, _: _write_python(b, folder, model, given),
+        "onnxruntime": lambda b, folder, model, at: _write_implicit(b, folder, model, at, slots),
+        "tensorrt": lambda b, folder, model, at: _write_plan(b, folder, model, at, slots),
+    }
+    _require_free(target)
+    partial = temporary_name(target, "partial", secrets.token_hex(4))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
+        for backend in dict.fromkeys(backends):
+            model = called + _SUFFIX[backend]
+            folder = partial / model
+            (folder / _VERSION).mkdir(parents=True)
+            writers[backend](opened, folder, model, target.resolve() / model)
+        (partial / "README.md").write_text(
+            readme(opened.manifest, called, backends, human_bytes), encoding="utf-8"
+        )
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error.strerror or error}") from None
+    finally:
+        if partial.exists():
+            remove_folder(partial)
+    return target
+
+
+def _check(given: Mapping[str, str]) -> None:
+    """Refuse parameters that the model would refuse when Triton loads it."""
+    known = {
+        "bundle", "provider", "kernels", "threads", "trust_hash", "template",
+        "session_secret_file", "EXECUTION_ENV_PATH",
+    }  # fmt: skip
+    for key, value in given.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise InputError(f"parameters: {shown(key)}={shown(value)}: must be texts")
+    settings = {key: value for key, value in given.items() if key not in known}
+    secret = ("0" * 64,) if "session_store" in settings else ()
+    if ("session_secret_file" in given) and not secret:
+        raise InputError("session_secret_file goes with a session_store")
+    settings_of_texts({**settings, "session_secrets": secret})
+
+
+def _require_free(target: Path) -> None:
+    require_utf8(target, ExportError)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ExportError(f"{target} is no folder; name another one")
+    if target.is_dir() and any(target.iterdir()):
+        raise ExportError(f"{target} is not empty; nothing was touched: name another folder")
+
+
+def _write_python(bundle: Bundle, folder: Path, model: str, parameters: Mapping[str, str]) -> None:
+    (folder / "config.pbtxt").write_text(python_config(model, parameters), encoding="utf-8")
+    version = folder / _VERSION
+    (version / "model.py").write_text(_MODEL, encoding="utf-8")
+    for name in (*bundle.manifest.files, MANIFEST_NAME):
+        _place(bundle.path / name, version / "bundle" / name)
+
+
+def _write_implicit(bundle: Bundle, folder: Path, model: str, at: Path, slots: int) -> None:
+    version = folder / _VERSION
+    write_implicit_state(bundle, version / "model.onnx")
+    for name in bundle.manifest.files_of("weights"):
+        _place(bundle.path / name, version / name)
+    kernels = find_kernels(AUTO, "cpu", bundle.manifest.kv_cache_dtype)
+    path = None
+    if kernels is not None:
+        _place(kernels.path, version / kernels.path.name)
+        path = str(at / _VERSION / kernels.path.name)
+    text = implicit_config(model, bundle.manifest, slots, path)
+    (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+
+
+def _write_plan(bundle: Bundle, folder: Path, model: str, at: Path, slots: int) -> None:
+    version = folder / _VERSION
+    assert bundle.plan_path is not None
+    _place(bundle.plan_path, version / "model.plan")
+    path = None
+    if bundle.plugin_path is not None:
+        _place(bundle.plugin_path, version / bundle.plugin_path.name)
+        path = str(at / _VERSION / bundle.plugin_path.name)
+    text = tensorrt_config(model, bundle.manifest, slots, path)
+    (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+
+
+def _place(source: Path, target: Path) -> None:
+    """Link a file, or copy it where the disk is another."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
