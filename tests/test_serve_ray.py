@@ -36,7 +36,7 @@ def test_arguments_of_a_command_line_are_texts(tmp_path):
     [
         ({"slots": 0}, "slots=0: must be"),
         ({"slots": "many"}, "slots: Input should be a valid integer"),
-        ({"slot": 4}, "slot is no argument"),
+        ({"slot": 4}, "'slot' is no setting"),
         ({"api_keys": ("k",)}, "name a file by api_key_file"),
         ({"session_secrets": ("k",)}, "name a file by session_secret_file"),
         ({"session_folder": "f"}, "replicas share a session_store"),

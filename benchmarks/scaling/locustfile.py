@@ -38,7 +38,9 @@ class Reader(FastHttpUser):
         }  # fmt: skip
         begun = time.perf_counter()
         first, tokens, is_done, rest = None, 0, False, b""
-        with self.client.post(PATH, json=body, stream=True, catch_response=True, name="headers") as r:
+        with self.client.post(
+            PATH, json=body, stream=True, catch_response=True, name="headers"
+        ) as r:
             if r.status_code != 200:
                 r.failure(f"{r.status_code}")
                 return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from pydantic import BaseModel, ConfigDict, Field
 
 from lminf_export.errors import ConfigError
@@ -16,7 +14,6 @@ from lminf_export.serve.settings_texts import settings_of_texts
 _OF_FILES = {"api_keys": "api_key_file", "session_secrets": "session_secret_file"}
 # A folder has one server; behind a store an answer is durable anyway.
 _OF_ONE_SERVER = {"session_folder", "session_durable", "session_disk_bytes"}
-_KNOWN = {field.name for field in fields(ServeSettings)} - _OF_FILES.keys() - _OF_ONE_SERVER
 
 
 class Arguments(BaseModel):
@@ -57,8 +54,6 @@ class Arguments(BaseModel):
                 raise ConfigError(f"{name} would be shown by Ray; name a file by {file}")
         for name in _OF_ONE_SERVER & given.keys():
             raise ConfigError(f"{name} is of one server; replicas share a session_store")
-        for name in given.keys() - _KNOWN:
-            raise ConfigError(f"{name} is no argument; see ServeSettings and docs/scaling.md")
         if self.session_secret_file is not None and "session_store" not in given:
             raise ConfigError("session_secret_file goes with a session_store")
         if self.max_replicas is not None and self.max_replicas < self.replicas:

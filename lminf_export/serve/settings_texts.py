@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lminf_export.errors import ConfigError
+from lminf_export.errors import ConfigError, shown
 from lminf_export.serve.settings import ServeSettings
 
 
@@ -17,6 +18,9 @@ def settings_of_texts(given: Mapping[str, Any]) -> ServeSettings:
     Raises:
         ConfigError: naming the field, and its rule.
     """
+    unknown = given.keys() - {field.name for field in fields(ServeSettings)}
+    if unknown:
+        raise ConfigError(f"{shown(min(unknown))} is no setting of a server; see ServeSettings")
     try:
         return TypeAdapter(ServeSettings).validate_python(dict(given))
     except ValidationError as error:

@@ -111,10 +111,10 @@ sequence_batching {{
   # A sequence has its row of the batch until it ends.
   direct {{ max_queue_delay_microseconds: 0 }}
   control_input [
-    {{ name: "{START}" control [ {{ kind: CONTROL_SEQUENCE_START
-                                fp32_false_true: [ ] bool_false_true: [ false, true ] }} ] }},
-    {{ name: "{READY}" control [ {{ kind: CONTROL_SEQUENCE_READY
-                                bool_false_true: [ false, true ] }} ] }}
+    {{ name: "{START}"
+      control [ {{ kind: CONTROL_SEQUENCE_START bool_false_true: [ false, true ] }} ] }},
+    {{ name: "{READY}"
+      control [ {{ kind: CONTROL_SEQUENCE_READY bool_false_true: [ false, true ] }} ] }}
   ]
   # The lengths begin at zero where START is set; the caches need no beginning of their own, but
   # Triton must be told of one.

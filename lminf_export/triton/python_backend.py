@@ -19,15 +19,11 @@ import numpy as np
 
 from lminf_export.errors import LminfError
 from lminf_export.serve.api_errors import ApiError
-from lminf_export.serve.credentials import secrets_of
 from lminf_export.serve.opening import opened
 from lminf_export.serve.serving import Serving
-from lminf_export.serve.settings_texts import settings_of_texts
 from lminf_export.triton.answers import Asked, Reply, answer
+from lminf_export.triton.parameters import Parameters
 
-# Parameters of config.pbtxt that are not settings of a server.
-_OF_LOADING = ("provider", "kernels", "threads", "trust_hash")
-_OF_FILES = ("template", "session_secret_file")
 _METRIC_SECONDS = 0.5
 _GAUGES = {
     "active": ("lminf_slots_busy", "Sequences that have a slot."),
@@ -53,21 +49,14 @@ class TritonPythonModel:
         self._pb: Any = pb_utils
         config = json.loads(args["model_config"])
         given = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
+        parameters = Parameters.of(given)
+        settings = parameters.read()
         folder = Path(args["model_repository"]) / args["model_version"]
-        loading = {name: given.pop(name) for name in _OF_LOADING if name in given}
-        files = {name: given.pop(name) for name in _OF_FILES if name in given}
-        bundle = folder / given.pop("bundle", "bundle")
-        given.pop("EXECUTION_ENV_PATH", None)  # Triton's own
-        secrets = secrets_of(given.get("session_store"), files.get("session_secret_file"))
-        settings = settings_of_texts({**given, "session_secrets": secrets})
-        if "threads" in loading:
-            loading["threads"] = int(loading["threads"])
         models = opened(
-            {args["model_name"]: str(bundle)},
+            {args["model_name"]: str(folder / parameters.bundle)},
             settings,
-            template=files.get("template"),
-            trust_plan=loading.pop("trust_hash", False),
-            **loading,
+            template=parameters.template,
+            **parameters.loading,
         )
         self._serving = Serving(models, settings)
         (self._model,) = models.values()

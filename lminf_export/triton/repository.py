@@ -17,9 +17,9 @@ from lminf_export.disk import require_path, user_path
 from lminf_export.errors import ExportError, InputError, shown
 from lminf_export.operator.settings import as_integer, require_one_of
 from lminf_export.runtime.kernels import AUTO, find_kernels
-from lminf_export.serve.settings_texts import settings_of_texts
 from lminf_export.triton.configs import implicit_config, python_config, tensorrt_config
 from lminf_export.triton.implicit_state import write_implicit_state
+from lminf_export.triton.parameters import Parameters
 from lminf_export.triton.readme import readme
 
 Backend = Literal["python", "onnxruntime", "tensorrt"]
@@ -78,7 +78,7 @@ def export_triton(
             f"name={shown(called)}: a model's name has letters, digits, - and _; see --name"
         )
     given = {"bundle": "bundle", "slots": str(slots), **(parameters or {})}
-    _check(given)
+    Parameters.of(given)
     if "tensorrt" in backends and opened.plan_path is None:
         raise InputError(
             f"{opened.path} has no plan: build one by lminf-export --out engine.plan, or leave "
@@ -116,22 +116,6 @@ def export_triton(
         if partial.exists():
             remove_folder(partial)
     return target
-
-
-def _check(given: Mapping[str, str]) -> None:
-    """Refuse parameters that the model would refuse when Triton loads it."""
-    known = {
-        "bundle", "provider", "kernels", "threads", "trust_hash", "template",
-        "session_secret_file", "EXECUTION_ENV_PATH",
-    }  # fmt: skip
-    for key, value in given.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise InputError(f"parameters: {shown(key)}={shown(value)}: must be texts")
-    settings = {key: value for key, value in given.items() if key not in known}
-    secret = ("0" * 64,) if "session_store" in settings else ()
-    if ("session_secret_file" in given) and not secret:
-        raise InputError("session_secret_file goes with a session_store")
-    settings_of_texts({**settings, "session_secrets": secret})
 
 
 def _require_free(target: Path) -> None:

@@ -1,0 +1,286 @@
+"""The python backend's model, run by a double of Triton: requests, sequences, errors, its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import types
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from lminf_export.errors import LminfError
+from lminf_export.triton.parameters import Parameters
+from lminf_export.triton.repository import export_triton
+from tests.support.serving import offline_text, wait_until
+
+START, END = 1, 2
+
+
+@dataclass
+class Sender:
+    """Where responses go."""
+
+    responses: list = field(default_factory=list)
+    is_gone: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def send(self, response=None, flags=0):
+        assert not self.ended.is_set(), "sent behind the end"
+        if response is not None:
+            self.responses.append(response)
+        if flags:
+            self.ended.set()
+
+    def is_cancelled(self):
+        return self.is_gone
+
+    def done(self):
+        assert self.ended.wait(30)
+        return self
+
+    @property
+    def text(self):
+        return "".join(r.found["text_output"][0].decode() for r in self.responses if r.found)
+
+    @property
+    def error(self):
+        return self.responses[-1].error
+
+
+class Request:
+    def __init__(self, tensors, sequence=0, flags=0):
+        self.tensors, self.sequence, self._flags, self.sender = tensors, sequence, flags, Sender()
+
+    def get_response_sender(self):
+        return self.sender
+
+    def correlation_id(self):
+        return self.sequence
+
+    def flags(self):
+        return self._flags
+
+
+class Metric:
+    def __init__(self):
+        self.value = None
+
+    def set(self, value):
+        self.value = value
+
+
+class MetricFamily:
+    GAUGE = 1
+    made: dict = {}  # noqa: RUF012
+
+    def __init__(self, name, description, kind):
+        self.made[name] = self.metric = Metric()
+
+    def Metric(self, labels):
+        return self.metric
+
+
+@pytest.fixture(scope="module")
+def utils():
+    """A module of the name that Triton's own has."""
+    module = types.ModuleType("triton_python_backend_utils")
+
+    class Tensor:
+        def __init__(self, name, array):
+            self.name, self.array = name, array
+
+        def as_numpy(self):
+            return self.array
+
+    class InferenceResponse:
+        def __init__(self, output_tensors, error=None):
+            self.found = {tensor.name: tensor.array for tensor in output_tensors}
+            self.error = error
+
+    module.Tensor, module.InferenceResponse = Tensor, InferenceResponse
+    module.TritonError = str
+    module.MetricFamily = MetricFamily
+    module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+    module.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START = START
+    module.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END = END
+    module.get_input_tensor_by_name = lambda request, name: (
+        Tensor(name, request.tensors[name]) if name in request.tensors else None
+    )
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+
+
+@pytest.fixture(scope="module")
+def repository(demo_lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("triton")
+    sessions = {"session_folder": str(folder / "sessions"), "threads": "1"}
+    return export_triton(
+        demo_lm.bundle.path, folder / "models", name="demo", slots=2, parameters=sessions
+    )
+
+
+def loaded(repository, **changed):
+    from lminf_export.triton.python_backend import TritonPythonModel
+
+    config = (repository / "demo" / "config.pbtxt").read_text()
+    given = {}
+    for line in config.splitlines():
+        if line.startswith("parameters"):
+            _, key, _, value, _ = line.split('"')
+            given[key] = value
+    parameters = {key: {"string_value": value} for key, value in {**given, **changed}.items()}
+    model = TritonPythonModel()
+    model.initialize(
+        {
+            "model_config": json.dumps({"parameters": parameters}),
+            "model_repository": str(repository / "demo"), "model_version": "1",
+            "model_name": "demo",
+        }
+    )  # fmt: skip
+    return model
+
+
+@pytest.fixture
+def model(utils, repository):
+    found = loaded(repository)
+    yield found
+    found.finalize()
+
+
+def asked(model, sequence=0, flags=0, **fields):
+    """Ask for 20 likeliest tokens; return where the answer goes."""
+    sampling = {"max_tokens": 20, "temperature": 0, **fields.pop("sampling", {})}
+    tensors = {"sampling_parameters": np.array([json.dumps(sampling).encode()], object)}
+    for name, value in fields.items():
+        if isinstance(value, str):
+            tensors[name] = np.array([value.encode()], object)
+        else:
+            tensors[name] = np.atleast_1d(np.asarray(value))
+    request = Request(tensors, sequence, flags)
+    model.execute([request])
+    return request.sender
+
+
+def test_text_is_streamed_or_whole(model, demo_lm):
+    expected = offline_text(demo_lm, "It is a truth", 20)
+    streamed = asked(model, text_input="It is a truth", stream=True).done()
+    whole = asked(model, text_input="It is a truth").done()
+    assert streamed.text == whole.text == expected
+    assert len(streamed.responses) > len(whole.responses) == 1
+    last = streamed.responses[-1].found
+    assert last["finish_reason"].tolist() == [b"length"]
+    assert last["num_output_tokens"].tolist() == [20]
+    assert "output_ids" not in last
+
+
+def test_ids_go_in_and_come_out(model, demo_lm):
+    ids = demo_lm.codec.encode("It is a truth")
+    answer = asked(model, input_ids=np.array(ids, np.int32), return_output_ids=True).done()
+    (response,) = answer.responses
+    assert response.found["output_ids"].tolist() == list(demo_lm.generate(ids, max_new_tokens=20))
+
+
+def test_a_chat_is_answered(model):
+    messages = json.dumps([{"role": "user", "content": "Tell me of Elizabeth."}])
+    assert asked(model, messages=messages).done().text
+
+
+def test_a_sequence_goes_on_until_its_end(model, demo_lm):
+    whole = offline_text(demo_lm, "It is a truth", 60)
+    parts = [asked(model, 5, START, text_input="It is a truth").done()]
+    parts.append(asked(model, 5, text_input="").done())
+    parts.append(asked(model, 5, END, text_input="").done())
+    assert "".join(part.text for part in parts) == whole
+    assert "this session is not kept" in asked(model, 5, text_input="").done().error
+    again = asked(model, 5, START, text_input="It is a truth").done()
+    assert again.text == parts[0].text
+    both = asked(model, "once", START | END, text_input="It is a truth").done()
+    assert both.text == parts[0].text
+    assert "not kept" in asked(model, "once", text_input="").done().error
+
+
+def test_a_sequence_outlives_the_server(utils, repository, demo_lm):
+    first = loaded(repository)
+    one = asked(first, 11, START, text_input="It is a truth").done()
+    first.finalize()
+    second = loaded(repository)
+    two = asked(second, 11, text_input="").done()
+    second.finalize()
+    assert one.text + two.text == offline_text(demo_lm, "It is a truth", 40)
+
+
+def test_requests_share_the_slots_and_a_gone_client_frees_its(model):
+    endless = {"max_tokens": 100_000, "ignore_eos": True}
+    gone = [asked(model, text_input="It is", stream=True, sampling=endless) for _ in range(2)]
+    wait_until(lambda: all(sender.responses for sender in gone))
+    waiting = asked(model, text_input="It is")
+    time.sleep(0.2)
+    for sender in gone:
+        sender.is_gone = True
+    assert waiting.done().text
+    for sender in gone:
+        sender.done()
+    wait_until(lambda: MetricFamily.made["lminf_slots_busy"].value == 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "give one of text_input, input_ids and messages"),
+        ({"text_input": "a", "messages": "[]"}, "give one of"),
+        ({"messages": "[]"}, "at least one message"),
+        ({"messages": "no json"}, "messages: no JSON"),
+        ({"text_input": "a", "sampling": {"max_tokens": 0}}, "max_tokens"),
+        ({"text_input": "a", "sampling": {"n": 2}}, "n must be 1"),
+        ({"text_input": "a", "sampling": {"top_q": 1}}, "unrecognized"),
+        ({"text_input": "a", "sampling": {"prompt": "b"}}, "no parameter of sampling"),
+        ({"text_input": "a", "sampling": {"max_tokens": 10**9}}, "max_tokens must be at most"),
+        ({"input_ids": np.array([10**6], np.int32)}, "token"),
+        ({"text_input": "a", "flags": START}, "needs a sequence id"),
+        ({"text_input": "a", "sequence": "x" * 200, "flags": START}, "at most 128 characters"),
+    ],
+)
+def test_wrong_requests_are_told_so(model, fields, words):
+    answer = asked(model, fields.pop("sequence", 0), fields.pop("flags", 0), **fields).done()
+    assert words in answer.error
+    assert "\n" not in answer.error
+
+
+def test_text_that_is_none_is_told_so(model):
+    request = Request({"text_input": np.array([b"\xff\xfe"], object)})
+    two = Request({"text_input": np.array([b"a", b"b"], object)})
+    model.execute([request, two])
+    assert request.sender.done().error
+    assert two.sender.done().error
+
+
+def test_what_runs_at_the_end_is_told_so(utils, repository):
+    model = loaded(repository)
+    sender = asked(
+        model, text_input="It is", stream=True,
+        sampling={"max_tokens": 100_000, "ignore_eos": True},
+    )  # fmt: skip
+    wait_until(lambda: sender.responses)
+    model.finalize()
+    assert "shutting down" in sender.done().error
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"threads": "0"}, "threads"),
+        ({"threads": "many"}, "threads"),
+        ({"slots": "none"}, "slots"),
+        ({"api_keys": "k"}, "no place"),
+        ({"session_secrets": "s"}, "no place"),
+        ({"slot": "3"}, "no setting"),
+    ],
+)
+def test_parameters_are_checked(given, words):
+    with pytest.raises(LminfError, match=words):
+        Parameters.of(given)

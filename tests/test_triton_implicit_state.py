@@ -1,0 +1,130 @@
+"""The graph whose state Triton carries: equal to the bundle over many windows."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from lminf_export import load
+from lminf_export.operator.bindings import BATCH
+from lminf_export.runtime.kernels import AUTO, find_kernels
+from lminf_export.triton.implicit_state import (
+    PRESENT_LENGTH,
+    READY,
+    START,
+    STATE_LENGTH,
+    implicit_state_graph,
+    write_implicit_state,
+)
+from tests.support.tiny_bundle import TinyModel
+
+# Odd pieces, a whole chunk, single tokens; more than four windows of the demo model.
+PIECES = (1, 7, 256, 255, 100, 33, 256, 1, 1, 256, 64)
+TINY_PIECES = (3, 1, 4, 2, 4, 4, 1, 4, 3, 4, 4, 4, 1)
+
+
+class Carrier:
+    """What Triton does: hands the outputs of one request to the next, a row for each sequence."""
+
+    def __init__(self, bundle, path, rows, *, kernels):
+        write_implicit_state(bundle, path / "model.onnx")
+        for name in bundle.manifest.files_of("weights"):
+            os.link(bundle.path / name, path / name)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        if kernels:
+            found = find_kernels(AUTO, "cpu", bundle.manifest.kv_cache_dtype)
+            options.register_custom_ops_library(str(found.path))
+        self.session = ort.InferenceSession(str(path / "model.onnx"), options)
+        contract = bundle.manifest.contract
+        sizes = {**contract.ring_sizes(), BATCH: rows}
+        # Rubbish, which is not to be read: only lengths begin at zero.
+        rng = np.random.default_rng(9)
+        self.state = {STATE_LENGTH: np.full((rows, 1), 77)}
+        self.next = {PRESENT_LENGTH: STATE_LENGTH}
+        past, present = (contract.caches(present=flag) for flag in (False, True))
+        for before, after in zip(past, present, strict=True):
+            shape = before.sized(sizes)
+            numbers = rng.integers(-3, 4, shape) if before.dtype == "int8" else rng.random(shape)
+            self.state[before.name] = numbers.astype(before.dtype)
+            self.next[after.name] = before.name
+
+    def run(self, ids, start, ready=None):
+        rows = len(ids)
+        inputs = {
+            "input_ids": ids, START: np.reshape(start, (rows, 1)),
+            READY: np.ones((rows, 1), bool) if ready is None else np.reshape(ready, (rows, 1)),
+            **self.state,
+        }  # fmt: skip
+        names = [output.name for output in self.session.get_outputs()]
+        found = dict(zip(names, self.session.run(names, inputs), strict=True))
+        self.state = {before: found[after] for after, before in self.next.items()}
+        return found["logits"]
+
+
+def has_kernels():
+    return find_kernels(AUTO, "cpu") is not None
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_carried_state_is_the_bundle_s_over_four_windows(demo_lm, tmp_path, kernels):
+    if kernels and not has_kernels():
+        pytest.skip("no kernels are built here")
+    bundle = demo_lm.bundle
+    lm = load(bundle.path, kernels="auto" if kernels else "none", threads=1)
+    carrier, state = Carrier(bundle, tmp_path, 2, kernels=kernels), lm.new_state(2)
+    rng = np.random.default_rng(0)
+    for number, size in enumerate(PIECES):
+        ids = rng.integers(5, lm.vocab_size, (2, size))
+        logits = carrier.run(ids, [number == 0] * 2)
+        expected = lm.forward(ids, state, logits="last")
+        np.testing.assert_array_equal(logits.reshape(2, -1), expected.reshape(2, -1))
+    assert carrier.state[STATE_LENGTH].ravel().tolist() == [sum(PIECES)] * 2
+    assert sum(PIECES) > 4 * bundle.manifest.lambda_config.window_size
+
+
+def test_a_row_begins_anew_and_another_waits(demo_lm, tmp_path):
+    lm = load(demo_lm.bundle.path, kernels="none", threads=1)
+    carrier = Carrier(lm.bundle, tmp_path, 3, kernels=False)
+    states = [lm.new_state(1) for _ in range(3)]
+    rng = np.random.default_rng(1)
+    for number, size in enumerate(PIECES[:9]):
+        ids = rng.integers(5, lm.vocab_size, (3, size))
+        start = [number == 0, number in (0, 4), number in (0, 7)]
+        ready = [True, True, number % 3 != 1]
+        logits = carrier.run(ids, start, ready)
+        for row in range(3):
+            if start[row] and number:
+                states[row] = lm.new_state(1)
+            if ready[row]:
+                expected = lm.forward(ids[row : row + 1], states[row], logits="last")
+                np.testing.assert_allclose(logits[row].ravel(), expected.ravel(), atol=2e-5)
+    lengths = carrier.state[STATE_LENGTH].ravel().tolist()
+    assert lengths == [int(state.past_length[0]) for state in states]
+    assert len(set(lengths)) == 3
+
+
+@pytest.mark.parametrize("fields", [{"kv_cache_dtype": "int8"}, {"sliding_window": 5}])
+def test_other_caches_are_carried_too(tmp_path, fields):
+    tiny = TinyModel(head_dim=32, vocab_size=61, **fields)
+    lm = load(tiny.write(tmp_path / "tiny").path, kernels="none", threads=1)
+    (tmp_path / "graph").mkdir()
+    carrier = Carrier(lm.bundle, tmp_path / "graph", 2, kernels=False)
+    state, rng = lm.new_state(2), np.random.default_rng(2)
+    most = lm.bundle.manifest.lambda_config.chunk_size
+    for number, size in enumerate(TINY_PIECES):
+        ids = rng.integers(0, 61, (2, min(size, most)))
+        logits = carrier.run(ids, [number == 0] * 2)
+        expected = lm.forward(ids, state, logits="last")
+        np.testing.assert_array_equal(logits.reshape(2, -1), expected.reshape(2, -1))
+
+
+def test_the_bundle_s_own_graph_stays_as_it_is(demo_lm):
+    before = demo_lm.bundle.graph_path.read_bytes()
+    graph = implicit_state_graph(demo_lm.bundle).graph
+    assert demo_lm.bundle.graph_path.read_bytes() == before
+    assert {START, READY, STATE_LENGTH} <= {value.name for value in graph.input}
+    assert PRESENT_LENGTH in {value.name for value in graph.output}
