@@ -23,6 +23,7 @@ from scripts.docs import (
     performance,
     quantization,
     serving,
+    triton,
 )
 from scripts.docs.tables import ROOT, page
 from scripts.gpu import report
@@ -41,6 +42,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/performance.md": partial(page, "performance.md", performance.TABLES),
     "docs/quantization.md": partial(page, "quantization.md", quantization.TABLES),
     "docs/serving.md": partial(page, "serving.md", serving.TABLES),
+    "docs/triton.md": partial(page, "triton.md", triton.TABLES),
     "examples/demo-llama/README.md": partial(card, ROOT / "examples" / "demo-llama"),
     "examples/demo-mpt/README.md": partial(card, ROOT / "examples" / "demo-mpt"),
     "plugins/operator/contract.h": operator_contract.header,
