@@ -42,8 +42,12 @@ class KServeFields:
     def from_registry(cls, requirement: str, folder: Path) -> KServeFields:
         """Fetch a release of the package, without what it depends on, and read it."""
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", requirement]
-            + ["--dest", str(folder)],
+            [
+                sys.executable,
+                *["-m", "pip", "download", "--quiet", "--no-deps", "--dest"],
+                folder,
+                requirement,
+            ],
             check=True,
         )
         [wheel] = folder.glob("*.whl")
