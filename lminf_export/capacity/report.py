@@ -60,7 +60,7 @@ class ServerMemory:
 
 @dataclass(frozen=True)
 class ServerLoad:
-    """What one server answers; an M/M/c queue with the slots as its servers.
+    """The answers of one server; an M/M/c queue with the slots as its servers.
 
     Steps of fewer rows take less time than those of all slots, with which this reckons: waits are
     shorter than these.
