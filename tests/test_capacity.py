@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,14 +30,18 @@ from lminf_export.capacity.queueing import (
 )
 from lminf_export.capacity.sizes import StateSizes
 from lminf_export.cli.byte_sizes import ByteSize
+from lminf_export.cli.capacity import capacity_command
 from lminf_export.cli.main import cli
+from lminf_export.cli.serve import serve_command
 from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.parking.session_store import SessionStore
 from lminf_export.serve.rolling import RollingHash
 from lminf_export.serve.shared_sessions import SharedSessions
 from lminf_export.serve.state_store import Conversation, StateStore
+from scripts.docs import scaling
 from tests.support.tiny_bundle import TinyModel
 
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
     "float32": TinyModel(),
     "with a sliding layer": TinyModel(sliding_window=5),
@@ -243,3 +250,27 @@ def test_sizes_have_units(text, count):
 def test_settings_outside_their_rules_are_refused(make):
     with pytest.raises(ConfigError, match=r"must be|finite"):
         make()
+
+
+def test_the_page_names_options_that_there_are():
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    known = {
+        option
+        for command in (capacity_command, serve_command)
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    assert not shown - known - {"--build-arg", "--from-file", "--from-literal"}
+
+
+@pytest.mark.slow
+def test_the_command_of_the_page_prints_its_numbers(demo_bundle):
+    command = scaling.command().strip("`\n").replace("\\\n", " ")
+    _, name, _, *arguments = shlex.split(command)
+    assert name == "capacity"
+    found = json.loads(capacity(demo_bundle, "--json", *arguments).stdout)
+    wanted = scaling.plan()
+    for plan in (found, wanted):
+        del plan["bundle"], plan["load"]["speed"]["source"]
+    assert found == wanted

@@ -22,6 +22,7 @@ from scripts.docs import (
     operator_contract,
     performance,
     quantization,
+    scaling,
     serving,
 )
 from scripts.docs.tables import ROOT, page
@@ -40,6 +41,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/operator.md": partial(page, "operator.md", operator_contract.TABLES),
     "docs/performance.md": partial(page, "performance.md", performance.TABLES),
     "docs/quantization.md": partial(page, "quantization.md", quantization.TABLES),
+    "docs/scaling.md": partial(page, "scaling.md", scaling.TABLES),
     "docs/serving.md": partial(page, "serving.md", serving.TABLES),
     "examples/demo-llama/README.md": partial(card, ROOT / "examples" / "demo-llama"),
     "examples/demo-mpt/README.md": partial(card, ROOT / "examples" / "demo-mpt"),
