@@ -11,7 +11,7 @@ QUANTILES = (0.5, 0.99)
 
 
 class Counts:
-    """What happened to turns that arrived behind the warm-up.
+    """Counts of turns that arrived behind the warm-up.
 
     Attributes:
         first: seconds to the first token, by where the state came from; of turns that had to be

@@ -93,7 +93,7 @@ class FleetSettings:
     ring_points: int = 100
     answers_per_hour: float = 3.0
     zipf_exponent: float = 1.0
-    zipf_shift: int = 1_000
+    zipf_shift: int = 5_000
     answer_tokens: float = 2_048.0
     prompt_tokens: float = 64.0
     history_median: float = 8_192.0
@@ -103,7 +103,7 @@ class FleetSettings:
     load_bound: float = 1.25
     bandwidth: float = 10e9
     store_latency: float = 0.002
-    lifetime: float | None = 360_000.0
+    lifetime: float | None = 72_000.0
     noticed: float = 10.0
     recovery: float = 120.0
     drain_share: float = 0.05

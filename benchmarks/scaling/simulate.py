@@ -40,7 +40,8 @@ NOTE = (
     "A simulation, not a measurement of a fleet. Measured: the times and bytes under `times` and "
     "`sizes`. Assumed: everything under `settings`. Servers' networks and the store are never "
     "overloaded: transfers take their latency and their bytes at the full bandwidth. Full caches "
-    "cost nothing here but their bytes: decoding is as fast as with bounded ones."
+    "cost nothing here but their bytes, which are copied, saved and checked at the rate that was "
+    "measured for states: decoding is as fast as with bounded ones."
 )
 
 

@@ -183,8 +183,9 @@ def _sizes_table(plan: CapacityPlan) -> Table:
         title_justify="left",
     )
     bandwidth = f"{plan.options.bandwidth_gbits:g} Gbit/s"
+    table.add_column("tokens read", justify="right", no_wrap=True)
     for name in (
-        *("tokens read", "state", "stored, at most", "in 1 GiB of memory"),
+        *("state", "stored, at most", "in 1 GiB of memory"),
         *("in 1 GiB of store", f"moved at {bandwidth}", "full cache"),
     ):
         table.add_column(name, justify="right")
