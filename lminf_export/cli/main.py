@@ -40,6 +40,10 @@ _COMMANDS = {
         "lminf_export.cli.inspect:inspect_command",
         "Show what is inside a bundle and what its cache costs.",
     ),
+    "capacity": (
+        "lminf_export.cli.capacity:capacity_command",
+        "Reckon how many sessions servers hold and answer.",
+    ),
     "families": (
         "lminf_export.cli.families:families_command",
         "Show which model types are tested, and what becomes of the others.",

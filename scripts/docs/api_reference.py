@@ -17,7 +17,7 @@ from griffe import Docstring, DocstringSection
 import lminf_export
 
 GROUPS = {
-    "Functions": ("export", "load", "validate", "push_to_hub"),
+    "Functions": ("export", "load", "validate", "push_to_hub", "plan_capacity"),
     "Running a bundle": (
         "LanguageModel",
         "State",
@@ -33,6 +33,7 @@ GROUPS = {
     "Conversations": ("ChatTemplate", "Conversation", "Answer", "OneStream"),
     "Bundles": ("Bundle", "Manifest"),
     "Options": ("ExportOptions", "LambdaConfig", "QuantizeConfig", "EngineOptions"),
+    "Capacity": ("CapacityOptions", "SessionActivity", "ReplicaSpeed", "CapacityPlan"),
     "Reports": ("ValidationReport", "Progress"),
     "Errors": (
         *("LminfError", "ConfigError", "ModelError", "ExportError"),

@@ -22,6 +22,7 @@ from scripts.docs import (
     operator_contract,
     performance,
     quantization,
+    scaling,
     serving,
     triton,
 )
@@ -41,6 +42,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/operator.md": partial(page, "operator.md", operator_contract.TABLES),
     "docs/performance.md": partial(page, "performance.md", performance.TABLES),
     "docs/quantization.md": partial(page, "quantization.md", quantization.TABLES),
+    "docs/scaling.md": partial(page, "scaling.md", scaling.TABLES),
     "docs/serving.md": partial(page, "serving.md", serving.TABLES),
     "docs/triton.md": partial(page, "triton.md", triton.TABLES),
     "examples/demo-llama/README.md": partial(card, ROOT / "examples" / "demo-llama"),

@@ -1,0 +1,63 @@
+"""A capacity plan of a bundle, with the speed of a server that was measured: docs/scaling.md.
+
+    python -m benchmarks.scaling.capacity BUNDLE \\
+        --parameters benchmarks/results/scaling_parameters.json \\
+        --out benchmarks/results/scaling_capacity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.support.result import write_result
+from lminf_export.bundle.folder import Bundle
+from lminf_export.capacity.options import CapacityOptions, ReplicaSpeed
+from lminf_export.capacity.plan import plan_capacity
+from lminf_export.runtime.environment import describe_bundle, environment
+
+SESSIONS, MEMORY = 1_000_000, 4 << 30
+
+
+def main() -> int:
+    """Plan and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--parameters", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    measured = json.loads(asked.parameters.read_text(encoding="utf-8"))
+    speed = speed_of(measured)
+    options = CapacityOptions(slots=len(measured["step_ms"]), sessions=SESSIONS, memory=MEMORY)
+    manifest = Bundle.open(asked.bundle).manifest
+    if describe_bundle(manifest) != measured["bundle"]:
+        sys.exit(f"{asked.parameters} was measured with another bundle")
+    result = {
+        "benchmark": "scaling.capacity",
+        "environment": environment(),
+        "measured_on": measured["environment"]["device"],
+        "threads": measured["threads"],
+        "bundle": measured["bundle"],
+        "plan": plan_capacity(asked.bundle, options, speed=speed).to_dict(),
+    }
+    write_result(asked.out, result)
+    return 0
+
+
+def speed_of(measured: dict[str, Any]) -> ReplicaSpeed:
+    """Return the speed of a server with all slots busy, in whole tokens."""
+    slots, length = len(measured["step_ms"]), max(map(int, measured["prompt_ms"]))
+    return ReplicaSpeed(
+        tokens_per_second=round(slots * 1e3 / measured["step_ms"][str(slots)]),
+        prompt_tokens_per_second=round(length * 1e3 / measured["prompt_ms"][str(length)]),
+        source="measured",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""A simulated fleet of 1,000 servers and a million sessions, in several ways to keep the sessions.
+
+This is a simulation: the times of one server are measured (benchmarks.scaling.parameters), the
+rest is assumed, and the result names both. The clock of the simulation is simpy's.
+
+    python -m benchmarks.scaling.simulate --parameters benchmarks/results/scaling_parameters.json \\
+        --out benchmarks/results/scaling_simulation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import simpy
+
+from benchmarks.scaling.fleet import Fleet
+from benchmarks.scaling.settings import FleetSettings, Sizes, Times, measured
+from benchmarks.support.result import write_result
+from lminf_export.runtime.environment import environment
+
+# Name → what differs from the first.
+CALM = {"lifetime": None, "drain_share": 0.0}
+# Where a history would be read again, a session stays with its server, however busy that is.
+REREAD = {"elsewhere": "reread", "load_bound": 1e9}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "store": {},
+    "store, nothing fails": CALM,
+    "store, any server": {"routing": "random"},
+    "full caches in a store": {"cache": "full"},
+    "no store": REREAD,
+    "no store, nothing fails": {**REREAD, **CALM},
+}
+NOTE = (
+    "A simulation, not a measurement of a fleet. Measured: the times and bytes under `times` and "
+    "`sizes`. Assumed: everything under `settings`. Servers' networks and the store are never "
+    "overloaded: transfers take their latency and their bytes at the full bandwidth. Full caches "
+    "cost nothing here but their bytes, which are copied, saved and checked at the rate that was "
+    "measured for states: decoding is as fast as with bounded ones."
+)
+
+
+def main() -> int:
+    """Simulate and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parameters", type=Path, required=True)
+    parser.add_argument("--sessions", type=int, default=FleetSettings.sessions)
+    parser.add_argument("--hosts", type=int, default=FleetSettings.hosts)
+    parser.add_argument("--seconds", type=float, default=FleetSettings.seconds)
+    parser.add_argument("--warm-up", type=float, default=FleetSettings.warm_up)
+    parser.add_argument("--lifetime", type=float, default=FleetSettings.lifetime)
+    parser.add_argument("--seed", type=int, default=FleetSettings.seed)
+    parser.add_argument("--jobs", type=int, default=1, help="scenarios simulated at once")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    times, sizes, parameters = measured(asked.parameters)
+    settings = FleetSettings(
+        sessions=asked.sessions,
+        hosts=asked.hosts,
+        seconds=asked.seconds,
+        warm_up=asked.warm_up,
+        lifetime=asked.lifetime,
+        seed=asked.seed,
+    )
+    runs = {name: replace(settings, **changes) for name, changes in SCENARIOS.items()}
+    with ProcessPoolExecutor(asked.jobs) as pool:
+        found = dict(
+            zip(
+                runs,
+                pool.map(simulated, runs.values(), [times] * len(runs), [sizes] * len(runs)),
+                strict=True,
+            )
+        )
+    result = {
+        "benchmark": "scaling.simulate",
+        "note": NOTE,
+        "environment": environment(),
+        "simpy": simpy.__version__,
+        "measured_on": parameters["environment"]["device"],
+        "model": parameters["bundle"]["model"],
+        "times": asdict(times),
+        "sizes": asdict(sizes),
+        "settings": asdict(settings),
+        "scenarios": {name: {"differs": SCENARIOS[name], **found[name]} for name in runs},
+    }
+    write_result(asked.out, result)
+    return 0
+
+
+def simulated(settings: FleetSettings, times: Times, sizes: Sizes) -> dict[str, Any]:
+    """Run one fleet; return its counts, which depend on the seed and on nothing else."""
+    start = time.process_time()
+    fleet = Fleet(settings, times, sizes)
+    counts = fleet.run()
+    return {
+        "events": dict(sorted(counts.events.items())),
+        "first_token": counts.latencies(),
+        "slots": settings.hosts * settings.slots,
+        "busy_slots": round(fleet.busy_slots, 1),
+        "network_bytes": dict(sorted(counts.network_bytes.items())),
+        "cpu_seconds": round(time.process_time() - start, 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

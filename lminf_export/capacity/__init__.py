@@ -1,0 +1,1 @@
+"""How many sessions a bundle's servers hold and answer, from its numbers."""

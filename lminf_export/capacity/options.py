@@ -1,0 +1,111 @@
+"""The questions of a capacity plan: who asks how often, and how fast a replica is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from lminf_export.errors import ConfigError
+from lminf_export.operator.settings import as_integer, as_number
+
+
+@dataclass(frozen=True)
+class SessionActivity:
+    """How active a session is, and how long it may wait.
+
+    Attributes:
+        answers_per_hour: of one session, on average over all of them.
+        answer_tokens: of one answer.
+        prompt_tokens: new ones of one question: a parked session has read the rest.
+        wait_seconds: longest wait for a slot, but for one answer in a hundred.
+
+    Raises:
+        ConfigError: naming the field and its rule.
+    """
+
+    answers_per_hour: float = 12.0
+    answer_tokens: float = 256.0
+    prompt_tokens: float = 64.0
+    wait_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, zero_allowed={"prompt_tokens", "wait_seconds"})
+
+
+@dataclass(frozen=True)
+class ReplicaSpeed:
+    """How fast one server runs with all its slots busy.
+
+    Attributes:
+        tokens_per_second: new tokens of all slots together.
+        prompt_tokens_per_second: tokens of prompts read; None where they cost nothing beside
+            the rest.
+        source: "given" or "measured".
+
+    Raises:
+        ConfigError: naming the field and its rule.
+    """
+
+    tokens_per_second: float
+    prompt_tokens_per_second: float | None = None
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, zero_allowed=set())
+
+    def seconds(self, activity: SessionActivity) -> float:
+        """Return the time of the engine that one answer takes, when all slots are busy."""
+        written = activity.answer_tokens / self.tokens_per_second
+        if self.prompt_tokens_per_second is None:
+            return written
+        return written + activity.prompt_tokens / self.prompt_tokens_per_second
+
+
+@dataclass(frozen=True)
+class CapacityOptions:
+    """Settings of the servers that are planned; the same fields are options of `lminf capacity`.
+
+    Attributes:
+        slots: of a server.
+        session_bytes: memory of its kept conversations.
+        prefix_reuse: whether it keeps states that prompts begin with, as much as its slots.
+        memory: bytes that a server may take; None asks for what it needs.
+        reserve_bytes: memory besides weights, slots and kept states: interpreter and libraries.
+        bandwidth_gbits: of the network between a server and a shared store, 10⁹ bits a second.
+        sessions: of all users; None plans one server.
+        tokens: lengths of sessions whose sizes are shown, tokens read; the window, where a state is
+            full, and a million by default.
+
+    Raises:
+        ConfigError: naming the field and its rule.
+    """
+
+    slots: int = 8
+    session_bytes: int = 1 << 30
+    prefix_reuse: bool = True
+    memory: int | None = None
+    reserve_bytes: int = 1 << 29
+    bandwidth_gbits: float = 10.0
+    sessions: int | None = None
+    tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("session_bytes", 0), ("reserve_bytes", 0)):
+            as_integer(name, getattr(self, name), least)
+        for name in ("memory", "sessions"):
+            if getattr(self, name) is not None:
+                as_integer(name, getattr(self, name), 1)
+        if not as_number("bandwidth_gbits", self.bandwidth_gbits) > 0:
+            raise ConfigError(f"bandwidth_gbits={self.bandwidth_gbits}: must be above 0")
+        for count in self.tokens:
+            as_integer("tokens", count, 1)
+
+
+def _require_positive(holder: SessionActivity | ReplicaSpeed, zero_allowed: set[str]) -> None:
+    for field in fields(holder):
+        value = getattr(holder, field.name)
+        if isinstance(value, str) or value is None:
+            continue
+        number = as_number(field.name, value)
+        if number < 0 or (number == 0 and field.name not in zero_allowed):
+            least = "at least 0" if field.name in zero_allowed else "above 0"
+            raise ConfigError(f"{field.name}={value}: must be {least}")
