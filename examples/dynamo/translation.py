@@ -6,10 +6,12 @@ Nothing here imports Dynamo: its requests and chunks are dicts.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lminf_export import Request, SamplingConfig
 from lminf_export.errors import InputError, SessionError, shown
+from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.batching.request import FinishReason, Token
 from lminf_export.runtime.batching.stream import TokenStream
 
@@ -35,8 +37,21 @@ _REASONS: dict[FinishReason, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that the worker sets on every request; the frontend checks none of them.
+
+    Attributes:
+        default_max_tokens: tokens of an answer where the request names no number.
+        context_length: tokens of a prompt and its answer together.
+    """
+
+    default_max_tokens: int
+    context_length: int
+
+
 def engine_request(
-    asked: Mapping[str, Any], eos_token_ids: frozenset[int], default_max_tokens: int
+    asked: Mapping[str, Any], eos_token_ids: frozenset[int], limits: Limits
 ) -> Request:
     """Return the engine's form of a frontend's request.
 
@@ -45,10 +60,11 @@ def engine_request(
     Args:
         asked: as Dynamo's preprocessor sends it, with `token_ids`.
         eos_token_ids: the bundle's, which end a text unless `ignore_eos` is set.
-        default_max_tokens: tokens of an answer where the request names no number.
+        limits: of prompt and answer.
 
     Raises:
-        InputError: it asks for what the engine does not offer, or its prompt is no list.
+        InputError: it asks for what the engine does not offer or for more than the limits, or its
+            prompt is no list.
         ConfigError: a sampling setting is outside its rule.
     """
     _refuse_what_is_not_offered(asked)
@@ -57,13 +73,21 @@ def engine_request(
         raise InputError(f"token_ids={shown(prompt_ids)}: must be a list of token ids")
     options, stops = _part(asked, "sampling_options"), _part(asked, "stop_conditions")
     max_tokens = stops.get("max_tokens")
+    if max_tokens is None:
+        max_tokens = limits.default_max_tokens
+    max_tokens = as_integer("max_tokens", max_tokens, 0, InputError)
+    if len(prompt_ids) + max_tokens > limits.context_length:
+        raise InputError(
+            f"{len(prompt_ids)} tokens of a prompt and {max_tokens} of an answer: this worker "
+            f"takes {limits.context_length} together"
+        )
     ends = frozenset() if stops.get("ignore_eos") else eos_token_ids
     for name in ("stop_token_ids", "stop_token_ids_hidden"):
         ends |= frozenset(stops.get(name) or ())
     shown_ends = frozenset(stops.get("stop_token_ids_visible") or ())
     return Request(
         prompt_ids,
-        max_new_tokens=default_max_tokens if max_tokens is None else max_tokens,
+        max_new_tokens=max_tokens,
         sampling=_sampling(options),
         stop_token_ids=ends - shown_ends,
         ends_at=shown_ends.__contains__ if shown_ends else None,

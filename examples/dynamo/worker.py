@@ -29,9 +29,9 @@ from dynamo.common.backend import (
     WorkerConfig,
 )
 from dynamo.common.backend.run import run
-from dynamo.llm.exceptions import EngineShutdown, InvalidArgument, Unknown, WorkerUnavailable
+from dynamo.llm.exceptions import EngineShutdown, HttpError, InvalidArgument, Unknown
 from model_folder import write_model_folder
-from translation import chunks, engine_request
+from translation import Limits, chunks, engine_request
 
 import lminf_export
 from lminf_export import Engine
@@ -59,6 +59,7 @@ class LminfEngine(LLMEngine):
     def __init__(self, engine: Engine, options: argparse.Namespace) -> None:
         self.engine, self.options = engine, options
         self._running: dict[str, TokenStream] = {}
+        self._limits = Limits(options.default_max_tokens, options.context_length)
         self._eos = frozenset(engine.lm.bundle.manifest.eos_token_ids)
         # Read by the frontend, or sent to it where DYN_SYSTEM_PORT is set; gone with the engine.
         self._folder = tempfile.TemporaryDirectory(prefix="lminf-dynamo-")
@@ -105,13 +106,13 @@ class LminfEngine(LLMEngine):
     ) -> AsyncGenerator[GenerateChunk, None]:
         """Give the chunks of one request."""
         try:
-            asked = engine_request(request, self._eos, self.options.default_max_tokens)
-            stream = self.engine.submit(asked)
+            stream = self.engine.submit(engine_request(request, self._eos, self._limits))
         except (InputError, ConfigError) as error:
             raise InvalidArgument(str(error)) from error
         except BusyError as error:
-            raise WorkerUnavailable(str(error)) from error
+            raise HttpError(429, str(error)) from error
         except LminfError as error:
+            # It makes the frontend forget this worker: the engine has ended.
             raise EngineShutdown(str(error)) from error
         self._running[context.id()] = stream
         try:
@@ -167,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     option("--slots", type=int, default=8, help="sequences written side by side")
     option("--max-waiting", type=int, default=256, help="sequences that may wait for a slot")
     option("--default-max-tokens", type=int, default=256, help="if a request names no number")
-    option("--context-length", type=int, default=393_216, help="the frontend takes no longer ones")
+    option("--context-length", type=int, default=393_216, help="tokens of prompt and answer")
     option("--shutdown-seconds", type=float, default=30, help="for running answers after SIGTERM")
     option("--namespace", default="dynamo", help="of the workers that a frontend looks for")
     option("--discovery-backend", default="file", help="file, etcd or kubernetes; see README.md")

@@ -32,6 +32,8 @@ REQUIREMENTS = [
     "uvloop==0.23.0",
 ]
 HERE = "127.0.0.1"
+# How long a worker that is told to end still takes requests; Dynamo's default is 5.
+GRACE_SECONDS = 1
 _START_SECONDS = 60.0
 
 
@@ -92,7 +94,9 @@ def make_dynamo(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 @contextmanager
-def dynamo_running(python: Path, bundle: Path, work: Path, *, slots: int) -> Iterator[Dynamo]:
+def dynamo_running(
+    python: Path, bundle: Path, work: Path, *, slots: int, waiting: int
+) -> Iterator[Dynamo]:
     """Run a frontend and a worker until the block ends; their logs stay in a folder.
 
     Args:
@@ -100,6 +104,7 @@ def dynamo_running(python: Path, bundle: Path, work: Path, *, slots: int) -> Ite
         bundle: to serve.
         work: folder of the logs, and of the files through which they find each other.
         slots: of the worker.
+        waiting: requests that may wait for one.
 
     Raises:
         TimeoutError: the frontend lists no model after a minute.
@@ -113,11 +118,12 @@ def dynamo_running(python: Path, bundle: Path, work: Path, *, slots: int) -> Ite
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "DYN_FILE_KV": str(found_by),
-        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "1",
+        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": str(GRACE_SECONDS),
     }
     front = [python, "-m", "dynamo.frontend", "--discovery-backend", "file"]
     front += ["--http-host", HERE, "--http-port", http_port]
     back = [python, WORKER, bundle, "--name", "demo", "--slots", slots]
+    back += ["--max-waiting", waiting]
     # The worker binds to 127.0.0.1 by itself; the frontend is told to.
     hosts = dict.fromkeys(
         ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST"), HERE

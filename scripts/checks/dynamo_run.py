@@ -29,12 +29,13 @@ from benchmarks.support.result import write_result
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.language_model import LanguageModel
-from scripts.checks.dynamo_processes import Dynamo, dynamo_running, make_dynamo
+from scripts.checks.dynamo_processes import GRACE_SECONDS, Dynamo, dynamo_running, make_dynamo
 from scripts.checks.overlays import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "dynamo_run.json"
 MODEL = ROOT / "examples" / "demo-llama"
-SLOTS, STREAMS = 4, 8
+SLOTS, WAITING, STREAMS = 4, 4, 8
+CONTEXT_LENGTH = 393_216  # the worker's default
 PROMPTS = (
     "In the beginning",
     "It is a truth",
@@ -46,8 +47,9 @@ PROMPTS = (
     "She walked",
 )
 TOKENS = 64
-# An answer that goes on for longer than the worker's grace period before it drains.
-LONG_ANSWER = 12_000
+# It takes longer than the worker's grace period before it drains.
+LONG_ANSWER = 4_000
+ENDLESS_ANSWER = 300_000
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = options.bundle or exported(Path(scratch) / "demo")
         lm = lminf_export.load(bundle)
-        with dynamo_running(python, bundle, options.work, slots=SLOTS) as dynamo:
+        with dynamo_running(python, bundle, options.work, slots=SLOTS, waiting=WAITING) as dynamo:
             checks = checked(dynamo, lm)
     result = {
         **environment(),
@@ -89,6 +91,7 @@ def checked(dynamo: Dynamo, lm: LanguageModel) -> dict[str, Any]:
         "a prompt of four windows equals offline": long_prompt_equals_offline,
         f"{STREAMS} streams over {SLOTS} slots equal offline": streams_equal_offline,
         "what is not offered is refused with 400": refuses_what_is_not_offered,
+        "one more than may wait gets 429": too_many_are_told,
         "a stop string ends the text and frees the slot": stop_string_frees_its_slot,
         "a client that goes frees its slot": gone_client_frees_its_slot,
         "SIGTERM lets a running answer finish": drains,
@@ -156,23 +159,45 @@ def long_prompt_equals_offline(dynamo: Dynamo, lm: LanguageModel) -> None:
 
 
 def streams_equal_offline(dynamo: Dynamo, lm: LanguageModel) -> None:
-    expected = [offline(lm, prompt, 4 * TOKENS) for prompt in PROMPTS]
+    expected = [offline(lm, prompt, 2 * TOKENS) for prompt in PROMPTS]
     with ThreadPoolExecutor(STREAMS) as pool:
-        found = list(pool.map(lambda prompt: streamed(dynamo, prompt, 4 * TOKENS), PROMPTS))
+        found = list(pool.map(lambda prompt: streamed(dynamo, prompt, 2 * TOKENS), PROMPTS))
     require_equal(found, expected)
 
 
 def refuses_what_is_not_offered(dynamo: Dynamo, lm: LanguageModel) -> None:
-    body = {"model": dynamo.model, "prompt": "x", "max_tokens": 3, "min_tokens": 2}
-    answer = httpx.post(f"{dynamo.url}/v1/completions", json=body)
-    require_equal(answer.status_code, 400)
-    assert "does not offer" in answer.text, answer.text
+    body = {"model": dynamo.model, "prompt": "x", "max_tokens": 3}
+    for more, expected in (
+        ({"min_tokens": 2}, "does not offer"),
+        ({"n": 2}, "does not offer"),
+        ({"max_tokens": CONTEXT_LENGTH}, "together"),
+    ):
+        answer = httpx.post(f"{dynamo.url}/v1/completions", json={**body, **more})
+        require_equal((more, answer.status_code), (more, 400))
+        assert expected in answer.text, answer.text
+
+
+def too_many_are_told(dynamo: Dynamo, lm: LanguageModel) -> None:
+    options = {"model": dynamo.model, "prompt": "x", "max_tokens": ENDLESS_ANSWER, "stream": True}
+    streams = [dynamo.client().completions.create(**options) for _ in range(SLOTS + WAITING)]
+    dynamo.wait_for_busy(SLOTS, seconds=5)
+    body = {"model": dynamo.model, "prompt": "x", "max_tokens": 3}
+    require_equal(httpx.post(f"{dynamo.url}/v1/completions", json=body).status_code, 429)
+    for stream in streams:
+        stream.close()
+    dynamo.wait_for_busy(0, seconds=5)
+    require_equal(httpx.post(f"{dynamo.url}/v1/completions", json=body).status_code, 200)
 
 
 def stop_string_frees_its_slot(dynamo: Dynamo, lm: LanguageModel) -> None:
     text = offline(lm, PROMPTS[0])
     stop = text[len(text) // 2 :][:5]
-    body = {"model": dynamo.model, "prompt": PROMPTS[0], "max_tokens": LONG_ANSWER, "stop": [stop]}
+    body = {
+        "model": dynamo.model,
+        "prompt": PROMPTS[0],
+        "max_tokens": ENDLESS_ANSWER,
+        "stop": [stop],
+    }
     answer = httpx.post(f"{dynamo.url}/v1/completions", json={**body, "temperature": 0}, timeout=60)
     choice = answer.json()["choices"][0]
     require_equal(choice["text"], text[: text.index(stop)])
@@ -182,7 +207,7 @@ def stop_string_frees_its_slot(dynamo: Dynamo, lm: LanguageModel) -> None:
 
 def gone_client_frees_its_slot(dynamo: Dynamo, lm: LanguageModel) -> None:
     stream = dynamo.client().completions.create(
-        model=dynamo.model, prompt="The sea", max_tokens=300_000, temperature=0, stream=True
+        model=dynamo.model, prompt="The sea", max_tokens=ENDLESS_ANSWER, temperature=0, stream=True
     )
     next(iter(stream))
     require_equal(dynamo.busy(), 1)
@@ -196,17 +221,17 @@ def drains(dynamo: Dynamo, lm: LanguageModel) -> None:
     )
     parts = iter(stream)
     text = next(parts).choices[0].text
+    asked_to_end, reason = time.perf_counter(), None
     dynamo.worker.terminate()
-    reason = None
     for part in parts:
         for choice in part.choices:
             text += choice.text
             reason = choice.finish_reason or reason
-    ended = time.perf_counter()
+    seconds = time.perf_counter() - asked_to_end
+    assert seconds > GRACE_SECONDS, f"the answer ended after {seconds:.2f} s, before the drain"
     require_equal(reason, "length")
     require_equal(text, offline(lm, "The sea", LONG_ANSWER))
     require_equal(dynamo.worker.wait(timeout=60), 0)
-    assert time.perf_counter() - ended < 60
     body = {"model": dynamo.model, "prompt": "x", "max_tokens": 3}
     assert httpx.post(f"{dynamo.url}/v1/completions", json=body).status_code in (404, 503)
 
