@@ -39,7 +39,8 @@ def example(name: str) -> ModuleType:
     return module
 
 
-translation, model_folder = example("translation"), example("model_folder")
+translation = example("translation")
+model_folder = example("model_folder").model_folder
 LIMITS = translation.Limits(default_max_tokens=13, context_length=101)
 
 
@@ -233,28 +234,42 @@ def test_a_models_error_is_the_readers(tmp_path):
         chunks_of(load(tmp_path / "b"), translated(**greedy(max_tokens=31)))
 
 
-def written_folder(bundle: Path, out: Path) -> dict[str, Any]:
-    out.mkdir()
-    assert model_folder.write_model_folder(Bundle.open(bundle), out) == out
-    return json.loads((out / "generation_config.json").read_text())
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def test_the_frontend_reads_tokenizer_template_and_no_weights(demo_bundle, tmp_path):
-    settings = written_folder(demo_bundle, tmp_path / "m")
-    names = {path.name for path in (tmp_path / "m").iterdir()}
-    assert names == {
+    bundle = Bundle.open(demo_bundle)
+    found = model_folder(bundle, tmp_path / "new" / "folders")
+    assert names_in(found) == {
         *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
         "chat_template.jinja",
     }
-    assert settings["bos_token_id"] == Bundle.open(demo_bundle).manifest.bos_token_id
-    assert "temperature" not in settings
+    settings = json.loads((found / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": 0, "eos_token_id": [bundle.manifest.vocab_size]}
 
 
 @pytest.mark.parametrize(("ends", "expected"), [((), [257]), ((7,), [7]), ((7, 9), [7, 9])])
 def test_a_bundle_without_an_end_gets_one_that_no_text_has(tmp_path, ends, expected):
-    bundle = TinyModel(eos_token_ids=ends).write(tmp_path / "b")
-    (bundle.path / "config.json").write_text("{}")
-    assert written_folder(bundle.path, tmp_path / "m")["eos_token_id"] == expected
+    found = model_folder(with_config(tmp_path, eos_token_ids=ends), tmp_path / "folders")
+    settings = json.loads((found / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == expected
+
+
+def test_workers_of_equal_bundles_share_a_folder_and_others_do_not(tmp_path):
+    folders = tmp_path / "folders"
+    first, same = (with_config(tmp_path / name) for name in ("a", "b"))
+    other = with_config(tmp_path / "c", eos_token_ids=(3,))
+    found = [model_folder(bundle, folders) for bundle in (first, same, other)]
+    assert found[0] == found[1] != found[2]
+    assert names_in(folders) == {found[0].name, found[2].name}
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    bundle = with_config(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file cannot be written"):
+        model_folder(bundle, tmp_path / "file")
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "config"])
@@ -262,10 +277,15 @@ def test_a_bundle_that_the_frontend_cannot_read_is_refused(tmp_path, missing):
     bundle = TINY.write(tmp_path / "b", tokenizer=missing != "tokenizer")
     if missing != "config":
         (bundle.path / "config.json").write_text("{}")
-    (tmp_path / "m").mkdir()
-    with pytest.raises(BundleError, match=r"tokenizer\.json and config.json"):
-        model_folder.write_model_folder(bundle, tmp_path / "m")
-    assert not list((tmp_path / "m").iterdir())
+    with pytest.raises(BundleError, match=r"tokenizer\.json and config\.json"):
+        model_folder(bundle, tmp_path / "folders")
+    assert not (tmp_path / "folders").exists()
+
+
+def with_config(folder: Path, **sizes: Any) -> Bundle:
+    bundle = TinyModel(**sizes).write(folder / "bundle")
+    (bundle.path / "config.json").write_text("{}")
+    return bundle
 
 
 @pytest.mark.registry

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -30,7 +29,7 @@ from dynamo.common.backend import (
 )
 from dynamo.common.backend.run import run
 from dynamo.llm.exceptions import EngineShutdown, HttpError, InvalidArgument, Unknown
-from model_folder import write_model_folder
+from model_folder import model_folder
 from translation import Limits, chunks, engine_request
 
 import lminf_export
@@ -47,6 +46,8 @@ HOSTS = (
     "DYN_SYSTEM_HOST",
 )
 
+FOLDERS = Path("~/.cache/lminf_export/dynamo").expanduser()
+
 
 class LminfEngine(LLMEngine):
     """Dynamo's engine interface over the slots of one bundle.
@@ -61,9 +62,8 @@ class LminfEngine(LLMEngine):
         self._running: dict[str, TokenStream] = {}
         self._limits = Limits(options.default_max_tokens, options.context_length)
         self._eos = frozenset(engine.lm.bundle.manifest.eos_token_ids)
-        # Read by the frontend, or sent to it where DYN_SYSTEM_PORT is set; gone with the engine.
-        self._folder = tempfile.TemporaryDirectory(prefix="lminf-dynamo-")
-        write_model_folder(engine.lm.bundle, Path(self._folder.name))
+        # Read by the frontend, or sent to it where DYN_SYSTEM_PORT is set.
+        self.folder = str(model_folder(engine.lm.bundle, options.model_folders.absolute()))
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> tuple[LminfEngine, WorkerConfig]:
@@ -79,7 +79,7 @@ class LminfEngine(LLMEngine):
         config = WorkerConfig(
             namespace=options.namespace,
             component="lminf",
-            model_name=engine._folder.name,
+            model_name=engine.folder,
             served_model_name=engine.name,
             discovery_backend=options.discovery_backend,
             request_plane="tcp",
@@ -99,7 +99,7 @@ class LminfEngine(LLMEngine):
         """Return what the frontend is told of the model; the slots are there already."""
         options = self.options
         limits = LlmRegistration(context_length=options.context_length, max_num_seqs=options.slots)
-        return EngineConfig(model=self._folder.name, served_model_name=self.name, llm=limits)
+        return EngineConfig(model=self.folder, served_model_name=self.name, llm=limits)
 
     async def generate(
         self, request: GenerateRequest, context: Context
@@ -156,7 +156,6 @@ class LminfEngine(LLMEngine):
         # What an ended request wrote is sent before Dynamo closes the connections.
         while self._running and time.monotonic() < end + 1:
             await asyncio.sleep(0.01)
-        self._folder.cleanup()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,6 +169,9 @@ def parser() -> argparse.ArgumentParser:
     option("--default-max-tokens", type=int, default=256, help="if a request names no number")
     option("--context-length", type=int, default=393_216, help="tokens of prompt and answer")
     option("--shutdown-seconds", type=float, default=30, help="for running answers after SIGTERM")
+    option(
+        "--model-folders", type=Path, default=FOLDERS, help="where the frontend reads tokenizers"
+    )
     option("--namespace", default="dynamo", help="of the workers that a frontend looks for")
     option("--discovery-backend", default="file", help="file, etcd or kubernetes; see README.md")
     return found

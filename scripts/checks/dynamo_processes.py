@@ -123,7 +123,7 @@ def dynamo_running(
     front = [python, "-m", "dynamo.frontend", "--discovery-backend", "file"]
     front += ["--http-host", HERE, "--http-port", http_port]
     back = [python, WORKER, bundle, "--name", "demo", "--slots", slots]
-    back += ["--max-waiting", waiting]
+    back += ["--max-waiting", waiting, "--model-folders", work / "folders"]
     # The worker binds to 127.0.0.1 by itself; the frontend is told to.
     hosts = dict.fromkeys(
         ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST"), HERE
