@@ -16,7 +16,7 @@ from lminf_export.runtime.batching.request import FinishReason, Token
 from lminf_export.runtime.batching.stream import TokenStream
 
 # Dynamo's name of a setting → the value with which it asks for nothing.
-NOT_OFFERED = {
+NOT_OFFERED: dict[str, dict[str, Any]] = {
     "sampling_options": {
         "n": 1,
         "best_of": 1,

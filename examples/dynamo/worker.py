@@ -142,7 +142,9 @@ class LminfEngine(LLMEngine):
             "lminf_queue_length": stats.waiting,
             "lminf_cache_bytes": stats.cache_bytes,
         }
-        return "".join(f"# TYPE {name} gauge\n{name} {count}\n" for name, count in counts.items())
+        gauges = [f"# TYPE {name} gauge\n{name} {count}\n" for name, count in counts.items()]
+        total = "lminf_new_tokens_total"
+        return "".join(gauges) + f"# TYPE {total} counter\n{total} {stats.new_tokens}\n"
 
     def _text_of(self, token_id: int) -> str:
         tokenizer = self.engine.lm.codec.tokenizer

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,6 @@ REQUIREMENTS = [
     "ai-dynamo==1.6.1",
     "ai-dynamo-runtime==1.6.1",
     "msgspec==0.22.0",
-    "pyzmq==27.3.0",
     "uvloop==0.23.0",
 ]
 HERE = "127.0.0.1"
@@ -39,30 +38,35 @@ _START_SECONDS = 60.0
 
 @dataclass
 class Dynamo:
-    """A frontend and a worker that run.
+    """A frontend and its workers that run.
 
     Attributes:
         url: of the frontend.
-        metrics: address of the worker's metrics.
+        metrics: addresses of the workers' metrics.
         model: the name that requests bear.
-        frontend, worker: the processes.
+        frontend, workers: the processes.
     """
 
     url: str
-    metrics: str
+    metrics: list[str]
     model: str
     frontend: subprocess.Popen[bytes]
-    worker: subprocess.Popen[bytes]
+    workers: list[subprocess.Popen[bytes]]
 
     def client(self) -> openai.OpenAI:
         """Return OpenAI's client of the frontend."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
+    def counts(self, name: str) -> list[int]:
+        """Return each worker's value of a metric."""
+        texts = [httpx.get(address).text for address in self.metrics]
+        found = [re.search(rf"^{name}(?:{{.*}})? (\d+)", text, re.MULTILINE) for text in texts]
+        assert all(found), f"no {name} at {self.metrics}"
+        return [int(one[1]) for one in found if one]
+
     def busy(self) -> int:
-        """Return how many of the worker's slots are taken."""
-        found = re.search(r"^lminf_slots_busy(?:{.*})? (\d+)", httpx.get(self.metrics).text, re.M)
-        assert found, f"no lminf_slots_busy at {self.metrics}"
-        return int(found[1])
+        """Return how many slots are taken."""
+        return sum(self.counts("lminf_slots_busy"))
 
     def wait_for_busy(self, count: int, seconds: float) -> None:
         """Wait until so many slots are taken.
@@ -77,10 +81,10 @@ class Dynamo:
             time.sleep(0.02)
 
     def addresses(self) -> list[tuple[str, int]]:
-        """Return where the two processes listen."""
+        """Return where the processes listen."""
         return [
             (connection.laddr.ip, connection.laddr.port)
-            for process in (self.frontend, self.worker)
+            for process in (self.frontend, *self.workers)
             for connection in psutil.Process(process.pid).net_connections("inet")
             if connection.status == psutil.CONN_LISTEN
         ]
@@ -95,23 +99,28 @@ def make_dynamo(folder: Path) -> tuple[Path, dict[str, str]]:
 
 @contextmanager
 def dynamo_running(
-    python: Path, bundle: Path, work: Path, *, slots: int, waiting: int
+    python: Path,
+    bundle: Path,
+    work: Path,
+    *,
+    worker_options: tuple[object, ...] = (),
+    frontend_options: tuple[object, ...] = (),
+    num_workers: int = 1,
 ) -> Iterator[Dynamo]:
-    """Run a frontend and a worker until the block ends; their logs stay in a folder.
+    """Run a frontend and workers until the block ends; their logs stay in a folder.
 
     Args:
         python: of an environment with Dynamo.
         bundle: to serve.
         work: folder of the logs, and of the files through which they find each other.
-        slots: of the worker.
-        waiting: requests that may wait for one.
+        worker_options, frontend_options: of their command lines.
+        num_workers: of the same bundle.
 
     Raises:
         TimeoutError: the frontend lists no model after a minute.
     """
     found_by = work / "discovery"
     shutil.rmtree(found_by, ignore_errors=True)
-    http_port, system_port = _free_port(), _free_port()
     variables = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -120,22 +129,27 @@ def dynamo_running(
         "DYN_FILE_KV": str(found_by),
         "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": str(GRACE_SECONDS),
     }
-    front = [python, "-m", "dynamo.frontend", "--discovery-backend", "file"]
+    http_port, *system_ports = (_free_port() for _ in range(1 + num_workers))
+    front = [python, "-m", "dynamo.frontend", "--discovery-backend", "file", *frontend_options]
     front += ["--http-host", HERE, "--http-port", http_port]
-    back = [python, WORKER, bundle, "--name", "demo", "--slots", slots]
-    back += ["--max-waiting", waiting, "--model-folders", work / "folders"]
-    # The worker binds to 127.0.0.1 by itself; the frontend is told to.
+    back = [python, WORKER, bundle, "--name", "demo", "--model-folders", work / "folders"]
+    back += worker_options
+    # A worker binds to 127.0.0.1 by itself; the frontend is told to.
     hosts = dict.fromkeys(
         ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST"), HERE
     )
-    with (
-        _process(front, {**variables, **hosts}, work / "frontend.log") as frontend,
-        _process(
-            back, {**variables, "DYN_SYSTEM_PORT": system_port}, work / "worker.log"
-        ) as worker,
-    ):
-        url, metrics = f"http://{HERE}:{http_port}", f"http://{HERE}:{system_port}/metrics"
-        dynamo = Dynamo(url, metrics, "demo", frontend, worker)
+    with ExitStack() as stack:
+        frontend = stack.enter_context(
+            _process(front, {**variables, **hosts}, work / "frontend.log")
+        )
+        workers = [
+            stack.enter_context(
+                _process(back, {**variables, "DYN_SYSTEM_PORT": port}, work / f"worker{i}.log")
+            )
+            for i, port in enumerate(system_ports)
+        ]
+        metrics = [f"http://{HERE}:{port}/metrics" for port in system_ports]
+        dynamo = Dynamo(f"http://{HERE}:{http_port}", metrics, "demo", frontend, workers)
         _wait_for_model(dynamo, work)
         yield dynamo
 
@@ -165,20 +179,27 @@ def _process(
 
 
 def _wait_for_model(dynamo: Dynamo, work: Path) -> None:
+    """Wait until the frontend lists the model and every worker is found."""
+    processes = {"frontend": dynamo.frontend}
+    processes |= {f"worker{i}": process for i, process in enumerate(dynamo.workers)}
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
-        for name, process in (("frontend", dynamo.frontend), ("worker", dynamo.worker)):
+        for name, process in processes.items():
             if process.poll() is not None:
                 tail = (work / f"{name}.log").read_text(errors="replace")[-500:]
                 raise TimeoutError(f"the {name} ended with {process.returncode}: {tail}")
-        try:
-            models = json.loads(httpx.get(f"{dynamo.url}/v1/models").text)
-        except (httpx.TransportError, json.JSONDecodeError):
-            models = {"data": []}
-        if models["data"]:
+        registered = list((work / "discovery").glob("v1/instances/*"))
+        if len(registered) == len(dynamo.workers) and _lists_a_model(dynamo):
             return
         time.sleep(0.2)
     raise TimeoutError(f"no model after {_START_SECONDS:.0f} s; see the logs in {work}")
+
+
+def _lists_a_model(dynamo: Dynamo) -> bool:
+    try:
+        return bool(json.loads(httpx.get(f"{dynamo.url}/v1/models").text)["data"])
+    except (httpx.TransportError, json.JSONDecodeError):
+        return False
 
 
 def _free_port() -> str:

@@ -63,8 +63,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = options.bundle or exported(Path(scratch) / "demo")
         lm = lminf_export.load(bundle)
-        with dynamo_running(python, bundle, options.work, slots=SLOTS, waiting=WAITING) as dynamo:
-            checks = checked(dynamo, lm)
+        alone: tuple[object, ...] = ("--slots", SLOTS, "--max-waiting", WAITING)
+        with dynamo_running(python, bundle, options.work, worker_options=alone) as dynamo:
+            checks = checked(ONE_WORKER, dynamo, lm)
+        affinity = ("--router-session-affinity-ttl-secs", 600)
+        with dynamo_running(
+            python, bundle, options.work, frontend_options=affinity, num_workers=2
+        ) as dynamo:
+            checks |= checked(TWO_WORKERS, dynamo, lm)
     result = {
         **environment(),
         "dynamo": versions,
@@ -81,21 +87,8 @@ def exported(folder: Path) -> Path:
     return lminf_export.export(MODEL, folder, window_size=256).path
 
 
-def checked(dynamo: Dynamo, lm: LanguageModel) -> dict[str, Any]:
+def checked(checks: dict[str, Check], dynamo: Dynamo, lm: LanguageModel) -> dict[str, Any]:
     """Return for each check whether it holds, the seconds it took and, where not, why."""
-    checks: dict[str, Callable[[Dynamo, LanguageModel], None]] = {
-        "listens at 127.0.0.1 only": listens_here_only,
-        "curl: completion equals offline": curl_equals_offline,
-        "openai: completions equal offline, whole and streamed": completions_equal_offline,
-        "openai: a chat equals offline, whole and streamed": chat_equals_offline,
-        "a prompt of four windows equals offline": long_prompt_equals_offline,
-        f"{STREAMS} streams over {SLOTS} slots equal offline": streams_equal_offline,
-        "what is not offered is refused with 400": refuses_what_is_not_offered,
-        "one more than may wait gets 429": too_many_are_told,
-        "a stop string ends the text and frees the slot": stop_string_frees_its_slot,
-        "a client that goes frees its slot": gone_client_frees_its_slot,
-        "SIGTERM lets a running answer finish": drains,
-    }
     found = {}
     for name, check in checks.items():
         start = time.perf_counter()
@@ -222,7 +215,7 @@ def drains(dynamo: Dynamo, lm: LanguageModel) -> None:
     parts = iter(stream)
     text = next(parts).choices[0].text
     asked_to_end, reason = time.perf_counter(), None
-    dynamo.worker.terminate()
+    dynamo.workers[0].terminate()
     for part in parts:
         for choice in part.choices:
             text += choice.text
@@ -231,9 +224,35 @@ def drains(dynamo: Dynamo, lm: LanguageModel) -> None:
     assert seconds > GRACE_SECONDS, f"the answer ended after {seconds:.2f} s, before the drain"
     require_equal(reason, "length")
     require_equal(text, offline(lm, "The sea", LONG_ANSWER))
-    require_equal(dynamo.worker.wait(timeout=60), 0)
+    require_equal(dynamo.workers[0].wait(timeout=60), 0)
     body = {"model": dynamo.model, "prompt": "x", "max_tokens": 3}
     assert httpx.post(f"{dynamo.url}/v1/completions", json=body).status_code in (404, 503)
+
+
+def replicas_take_turns(dynamo: Dynamo, lm: LanguageModel) -> None:
+    before = tokens_written(dynamo)
+    for prompt in PROMPTS:
+        require_equal(streamed(dynamo, prompt, 8), offline(lm, prompt, 8))
+    written = [now - then for now, then in zip(tokens_written(dynamo), before, strict=True)]
+    require_equal(written, [8 * len(PROMPTS) // 2] * 2)
+
+
+def sessions_stay(dynamo: Dynamo, lm: LanguageModel) -> None:
+    places = set()
+    for session in ("a", "b", "c", "d"):
+        before = tokens_written(dynamo)
+        for prompt in PROMPTS[:3]:
+            body = {"model": dynamo.model, "prompt": prompt, "max_tokens": 8}
+            url, headers = f"{dynamo.url}/v1/completions", {"x-session-id": session}
+            require_equal(httpx.post(url, json=body, headers=headers).status_code, 200)
+        written = [now - then for now, then in zip(tokens_written(dynamo), before, strict=True)]
+        require_equal(sorted(written), [0, 24])
+        places.add(written.index(24))
+    require_equal(places, {0, 1})
+
+
+def tokens_written(dynamo: Dynamo) -> list[int]:
+    return dynamo.counts("lminf_new_tokens_total")
 
 
 def streamed(dynamo: Dynamo, prompt: str, num_tokens: int) -> str:
@@ -259,6 +278,26 @@ def continued(lm: LanguageModel, prompt_ids: list[int], num_tokens: int) -> str:
 
 def require_equal(found: object, expected: object) -> None:
     assert found == expected, f"found {found!r}, expected {expected!r}"
+
+
+Check = Callable[[Dynamo, LanguageModel], None]
+ONE_WORKER: dict[str, Check] = {
+    "listens at 127.0.0.1 only": listens_here_only,
+    "curl: completion equals offline": curl_equals_offline,
+    "openai: completions equal offline, whole and streamed": completions_equal_offline,
+    "openai: a chat equals offline, whole and streamed": chat_equals_offline,
+    "a prompt of four windows equals offline": long_prompt_equals_offline,
+    f"{STREAMS} streams over {SLOTS} slots equal offline": streams_equal_offline,
+    "what is not offered is refused with 400": refuses_what_is_not_offered,
+    "one more than may wait gets 429": too_many_are_told,
+    "a stop string ends the text and frees the slot": stop_string_frees_its_slot,
+    "a client that goes frees its slot": gone_client_frees_its_slot,
+    "SIGTERM lets a running answer finish": drains,
+}
+TWO_WORKERS: dict[str, Check] = {
+    "two workers take turns": replicas_take_turns,
+    "requests of a session stay with a worker": sessions_stay,
+}
 
 
 if __name__ == "__main__":
