@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import BundleError, ConfigError, InputError, LminfError, SessionError
 from lminf_export.runtime.batching.engine import Engine
-from lminf_export.runtime.batching.request import Request
+from lminf_export.runtime.batching.request import Request, Token
 from lminf_export.runtime.load import load
 from lminf_export.runtime.sampling import SamplingConfig
 from tests.support.tiny_bundle import TinyModel
@@ -197,6 +198,23 @@ def test_log_probabilities_stand_beside_their_tokens(lm):
             assert [entry["rank"] for entry in top] == [1, 2]
             assert (top[0]["token_id"], top[0]["token"]) == (token, str(token))
             assert top[0]["logprob"] == logprob > top[1]["logprob"]
+
+
+def test_an_impossible_token_has_a_finite_log_probability():
+    class Ended:
+        finish_reason, num_prompt_tokens, num_tokens = "length", 1, 1
+
+        def take(self):
+            return []
+
+        async def __aiter__(self):
+            yield Token(3, -0.5, ((3, -0.5), (4, -math.inf)))
+
+    async def read() -> list[dict[str, Any]]:
+        return [chunk async for chunk in translation.chunks(Ended(), str)]
+
+    top = asyncio.run(read())[0]["top_logprobs"][0]
+    assert [entry["logprob"] for entry in top] == [-0.5, -9999.0]
 
 
 def test_a_cancelled_request_ends_as_such(lm):

@@ -27,7 +27,9 @@ NOT_OFFERED: dict[str, dict[str, Any]] = {
     "stop_conditions": {"min_tokens": 0, "max_thinking_tokens": None},
     "output_options": {"prompt_logprobs": None},
 }
-_MEDIA = ("multi_modal_data", "prefill_result", "encoder_result")
+# JSON has no infinity; OpenAI's API puts this for a token that is impossible.
+_LEAST = -9999.0
+_OTHER_WORKERS = ("multi_modal_data", "prefill_result", "encoder_result")
 _REASONS: dict[FinishReason, str] = {
     "length": "length",
     "stop_token": "stop",
@@ -131,7 +133,7 @@ def _refuse_what_is_not_offered(asked: Mapping[str, Any]) -> None:
             value = _part(asked, part).get(name)
             if value is not None and value != nothing:
                 raise InputError(f"{name}={shown(value)}: this worker does not offer it")
-    for name in _MEDIA:
+    for name in _OTHER_WORKERS:
         if asked.get(name):
             raise InputError(f"{name}: this worker reads token ids, and none of other workers")
 
@@ -157,12 +159,16 @@ def _sampling(options: Mapping[str, Any]) -> SamplingConfig:
 def _chunk(tokens: list[Token], text_of: Callable[[int], str]) -> dict[str, Any]:
     chunk: dict[str, Any] = {"token_ids": [token.id for token in tokens], "index": 0}
     if tokens[0].logprob is not None:
-        chunk["log_probs"] = [token.logprob for token in tokens]
+        chunk["log_probs"] = [_finite(token.logprob) for token in tokens]
         chunk["top_logprobs"] = [
             [
-                {"rank": rank, "token_id": id_, "token": text_of(id_), "logprob": logprob}
+                {"rank": rank, "token_id": id_, "token": text_of(id_), "logprob": _finite(logprob)}
                 for rank, (id_, logprob) in enumerate(token.top, 1)
             ]
             for token in tokens
         ]
     return chunk
+
+
+def _finite(logprob: float | None) -> float:
+    return _LEAST if logprob is None else max(logprob, _LEAST)

@@ -45,7 +45,7 @@ HOSTS = (
     "DYN_EVENT_PLANE_HOST",
     "DYN_SYSTEM_HOST",
 )
-
+# Workers whose folders have other paths are no replicas to Dynamo, so it is none of a process.
 FOLDERS = Path("~/.cache/lminf_export/dynamo").expanduser()
 
 
@@ -175,7 +175,8 @@ def parser() -> argparse.ArgumentParser:
         "--model-folders", type=Path, default=FOLDERS, help="where the frontend reads tokenizers"
     )
     option("--namespace", default="dynamo", help="of the workers that a frontend looks for")
-    option("--discovery-backend", default="file", help="file, etcd or kubernetes; see README.md")
+    backends = ("file", "etcd", "kubernetes")
+    option("--discovery-backend", default="file", choices=backends, help="as the frontend's")
     return found
 
 
