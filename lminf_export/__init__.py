@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from lminf_export.errors import InputError as InputError
     from lminf_export.errors import LminfError as LminfError
     from lminf_export.errors import ModelError as ModelError
+    from lminf_export.errors import ParkedSessionError as ParkedSessionError
+    from lminf_export.errors import ParkingError as ParkingError
     from lminf_export.errors import SessionError as SessionError
     from lminf_export.export.options import ExportOptions as ExportOptions
     from lminf_export.export.run import export as export
@@ -55,12 +57,15 @@ if TYPE_CHECKING:
     from lminf_export.runtime.language_model import LanguageModel as LanguageModel
     from lminf_export.runtime.load import load as load
     from lminf_export.runtime.one_stream import OneStream as OneStream
+    from lminf_export.runtime.parking.session_store import Parked as Parked
+    from lminf_export.runtime.parking.session_store import SessionStore as SessionStore
     from lminf_export.runtime.sampling import SamplingConfig as SamplingConfig
     from lminf_export.runtime.session import Session as Session
     from lminf_export.runtime.snapshot import Snapshot as Snapshot
     from lminf_export.runtime.text import StopText as StopText
     from lminf_export.runtime.text import StreamText as StreamText
     from lminf_export.runtime.text import TextCodec as TextCodec
+    from lminf_export.triton.repository import export_triton as export_triton
     from lminf_export.verify.report import ValidationReport as ValidationReport
     from lminf_export.verify.validate import validate as validate
 

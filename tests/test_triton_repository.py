@@ -11,6 +11,7 @@ from lminf_export import load
 from lminf_export.bundle.folder import Bundle
 from lminf_export.cli.export_triton import export_triton_command
 from lminf_export.errors import BundleError, ExportError, LminfError
+from lminf_export.triton.configs import tensorrt_config
 from lminf_export.triton.repository import export_triton
 
 
@@ -121,3 +122,13 @@ def test_the_bundle_in_a_repository_runs(demo_lm, tmp_path):
     assert list(lm.generate([1, 2, 3], max_new_tokens=5)) == list(
         demo_lm.generate([1, 2, 3], max_new_tokens=5)
     )
+
+
+def test_a_plan_s_configuration_names_every_tensor(demo_lm):
+    manifest = demo_lm.bundle.manifest
+    text = tensorrt_config("plan", manifest, 4, "/models/plugin.so")
+    for spec in (*manifest.contract.inputs(), *manifest.contract.outputs()):
+        assert f'name: "{spec.name}"' in text
+    assert "NOT RUN" in text
+    assert "/models/plugin.so" in text
+    assert "ring_" not in text

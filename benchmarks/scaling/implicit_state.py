@@ -1,4 +1,4 @@
-"""What implicit state costs: the graph with a carried state beside the runtime, in onnxruntime.
+"""The cost of implicit state: the graph with a carried state beside the runtime, in onnxruntime.
 
     python -m benchmarks.scaling.implicit_state --bundle BUNDLE \\
         --out benchmarks/results/implicit_state.json

@@ -1,4 +1,4 @@
-"""What is done with Triton: streams, sessions, clients that go, restarts; see `triton_run`.
+"""Cases for Triton: streams, sessions, clients that go, restarts; see `triton_run`.
 
 `configs`: Triton's own parser reads what
 is written. `streams`: clients stream side by side by gRPC; their texts and token ids are compared

@@ -14,7 +14,7 @@ import tritonclient.grpc as grpc
 
 @dataclass
 class Answer:
-    """What a model has answered.
+    """The answer of a model.
 
     Attributes:
         text: all of it.

@@ -17,7 +17,7 @@ _OF_ONE_SERVER = {"session_folder", "session_durable", "session_disk_bytes"}
 
 
 class Arguments(BaseModel):
-    """What the application is told: of its deployment here, and any field of `ServeSettings`."""
+    """Arguments of the application: its deployment's, and any field of `ServeSettings`."""
 
     # Further ones are settings of a server.
     model_config = ConfigDict(extra="allow", frozen=True)

@@ -34,6 +34,13 @@ class ElementType:
         """Type of a tensor as onnxruntime and ONNX operator schemas write it."""
         return f"tensor({self.onnx.lower()})"
 
+    @property
+    def triton(self) -> str:
+        """Type as Triton's configurations write it, behind TYPE_."""
+        if "INT" in self.onnx:
+            return self.onnx
+        return "BF16" if self.name == "bfloat16" else f"FP{8 * self.itemsize}"
+
 
 _TABLE = (
     ElementType("float64", 8, "F64", "DOUBLE", "float64"),

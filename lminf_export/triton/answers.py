@@ -1,4 +1,4 @@
-"""What a request of Triton's asks for, and its answer, without anything of Triton itself."""
+"""Requests of Triton's and their answers, without anything of Triton itself."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Asked:
 
 @dataclass
 class Reply:
-    """What is sent back: a part of an answer, or all of it."""
+    """A part of an answer, or all of it."""
 
     text: str = ""
     ids: list[int] = field(default_factory=list)

@@ -6,17 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.operator.bindings import BATCH, INPUT_IDS, LOGITS
+from lminf_export.tensors.dtypes import ELEMENT_TYPES
 from lminf_export.triton.implicit_state import PRESENT_LENGTH, READY, START, STATE_LENGTH
 from lminf_export.triton.interface import INPUTS, OUTPUTS
 
-# Element types of caches, as Triton has them.
-_TYPES = {
-    "float32": "FP32",
-    "float16": "FP16",
-    "bfloat16": "BF16",
-    "int8": "INT8",
-    "int64": "INT64",
-}
 # A sequence that is idle for so long loses its state.
 _IDLE_MICROSECONDS = 600_000_000
 
@@ -140,12 +133,12 @@ def tensorrt_config(name: str, manifest: Manifest, slots: int, library: str | No
     contract = manifest.contract
     sizes = {**contract.ring_sizes(), BATCH: 1}
     inputs = [
-        f'  {{ name: "{spec.name}" data_type: TYPE_{_TYPES[spec.dtype]} '
+        f'  {{ name: "{spec.name}" data_type: TYPE_{ELEMENT_TYPES[spec.dtype].triton} '
         f"dims: [ {_dims(spec.shape[1:], sizes)} ] }}"
         for spec in contract.inputs()
     ]
     outputs = [
-        f'  {{ name: "{spec.name}" data_type: TYPE_{_TYPES[spec.dtype]} '
+        f'  {{ name: "{spec.name}" data_type: TYPE_{ELEMENT_TYPES[spec.dtype].triton} '
         f"dims: [ {_dims(spec.shape[1:], sizes)} ] }}"
         for spec in contract.outputs()
     ]
@@ -172,7 +165,7 @@ instance_group [ {{ kind: KIND_GPU count: 1 }} ]
 
 
 def _state(past: str, present: str, dtype: str, dims: Iterable[int]) -> str:
-    kind = f"TYPE_{_TYPES[dtype]}"
+    kind = f"TYPE_{ELEMENT_TYPES[dtype].triton}"
     shape = ", ".join(map(str, dims))
     return f"""    {{
       input_name: "{past}"

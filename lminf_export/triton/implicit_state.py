@@ -44,7 +44,7 @@ def implicit_state_graph(bundle: Bundle) -> onnx.ModelProto:
     are looked for beside the graph's file, under the names they have in the bundle.
 
     Raises:
-        InputError: the graph has not the inputs of a bundle's.
+        InputError: the graph lacks an input of a bundle's.
     """
     model = onnx.load(bundle.graph_path, load_external_data=False)
     graph = model.graph

@@ -20,7 +20,7 @@ _SOME_SECRET = "0" * 64
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a model is told by its configuration.
+    """The parameters of one model, as its configuration has them.
 
     Attributes:
         bundle: folder, in the version's folder if it is not absolute.

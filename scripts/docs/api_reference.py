@@ -17,7 +17,7 @@ from griffe import Docstring, DocstringSection
 import lminf_export
 
 GROUPS = {
-    "Functions": ("export", "load", "validate", "push_to_hub", "plan_capacity"),
+    "Functions": ("export", "load", "validate", "push_to_hub", "plan_capacity", "export_triton"),
     "Running a bundle": (
         "LanguageModel",
         "State",
@@ -31,6 +31,7 @@ GROUPS = {
         *("StopText", "StreamText", "Generated", "Piece"),
     ),
     "Conversations": ("ChatTemplate", "Conversation", "Answer", "OneStream"),
+    "Parked sessions": ("SessionStore", "Parked"),
     "Bundles": ("Bundle", "Manifest"),
     "Options": ("ExportOptions", "LambdaConfig", "QuantizeConfig", "EngineOptions"),
     "Capacity": ("CapacityOptions", "SessionActivity", "ReplicaSpeed", "CapacityPlan"),
@@ -38,7 +39,7 @@ GROUPS = {
     "Errors": (
         *("LminfError", "ConfigError", "ModelError", "ExportError"),
         *("BundleError", "EngineError", "SessionError", "InputError", "DependencyError"),
-        "BusyError",
+        *("BusyError", "ParkingError", "ParkedSessionError"),
     ),
 }
 HEAD = """# Public names

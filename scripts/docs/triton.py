@@ -27,7 +27,7 @@ def tensors() -> str:
 
 
 def run() -> str:
-    """What was seen of a real tritonserver."""
+    """A run of a real tritonserver."""
     found = load("triton_run")
     streams, sessions, rate = found["streams"], found["sessions"], found["rate"]
     rows = [
@@ -64,7 +64,7 @@ def run() -> str:
 
 
 def implicit() -> str:
-    """What carrying the state costs."""
+    """The cost of carrying the state."""
     rows, device = [], ""
     for name, found in load("implicit_state")["models"].items():
         device = found["environment"]["device"]

@@ -31,7 +31,7 @@ LEAST_SECRET = 32
 
 
 class Secret:
-    """What the servers of a fleet share, and nobody else: it names and seals their objects.
+    """A secret that the servers of a fleet share: it names and seals their objects.
 
     Args:
         text: at least 32 characters, random ones.
