@@ -84,10 +84,8 @@ def export_triton(
             f"{opened.path} has no plan: build one by lminf-export --out engine.plan, or leave "
             "tensorrt out"
         )
-    if "onnxruntime" in backends:
-        require_one_of(
-            "a cache", opened.manifest.contract.dtype, ("float32", "float16"), InputError
-        )
+    if "onnxruntime" in backends and opened.manifest.contract.dtype == "bfloat16":
+        raise InputError("onnxruntime's backend takes no bfloat16; export with another --dtype")
     target = user_path(out, InputError)
     writers: dict[str, Callable[[Bundle, Path, str, Path], None]] = {
         "python": lambda b, folder, model, _: _write_python(b, folder, model, given),
