@@ -46,7 +46,8 @@ test: lint
 test-versions: install
 	$(BIN)/python -m scripts.checks.dependency_matrix --ci
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m registry tests/test_packages.py \
-		tests/test_kubernetes.py tests/test_dynamo_example.py tests/test_triton_run.py
+		tests/test_kubernetes.py tests/test_dynamo_example.py tests/test_triton_run.py \
+		tests/test_session_store_s3.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_serve_page.py tests/test_serve_javascript.py
 
 test-fast: install

@@ -17,6 +17,7 @@ from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.one_stream import OneStream
+from lminf_export.runtime.parking.session_store import SessionStore
 from lminf_export.runtime.sampling import Sampler, SamplingConfig, logprobs_of
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.text import StopStrings, StopText, StreamText
@@ -223,6 +224,26 @@ class Case:
         if self.rng.random() < 0.5:
             Snapshot.from_arrays(good.contract, odd(self.rng))
 
+    def store(self):
+        store = SessionStore("sessions", ["0123456789abcdef" * 4])
+        value, kind = odd(self.rng, NUMBERS, TEXTS, OBJECTS), self.rng.integers(6)
+        snapshot = self.single.snapshot()
+        if kind == 0:
+            valid = {"name": "a", "turn": store.latest("a") + 1, "snapshot": snapshot}
+            store.save(**self.arguments(valid, NUMBERS, TEXTS))
+        elif kind == 1:
+            store.load(**self.arguments({"name": "a", "lm": self.lm}, TEXTS, OBJECTS))
+        elif kind == 2:
+            assert store.drop(value) in (True, False)
+        elif kind == 3:
+            assert store.latest(value) >= 0
+        elif kind == 4:
+            arguments = {"secrets": ["0123456789abcdef" * 4], "max_age": 5}
+            SessionStore("sessions", **self.arguments(arguments, NUMBERS, TEXTS))
+        else:
+            data = snapshot.to_bytes() if self.rng.random() < 0.3 else value
+            assert self.lm.snapshot_from_bytes(data).batch_size == 1
+
     def prime(self):
         state = self.lm.prime(odd(self.rng, IDS, TEXTS))
         assert state.furthest >= 1
@@ -386,6 +407,7 @@ CALLS = {
     "stand_at": 200,
     "session": 400,
     "snapshot_of": 200,
+    "store": 250,
     "prime": 200,
     "fork": 100,
     "files": 100,

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.support import serving
-from tests.support.serving import events, offline_text, wait_until
+from tests.support.serving import COMPLETIONS, ask, events, offline_text, wait_until
 
 PROMPTS = ["It is a truth", "Call me", "In the beginning", "Elizabeth was", "My dear", "Sir,"]
 STREAM = "/v1/completions"
@@ -225,3 +225,24 @@ def test_a_second_signal_ends_at_once(demo_bundle):
         asyncio.run(twice())
         assert server.process.wait(10) == 128 + signal.SIGINT
         assert time.monotonic() - start < 20
+
+
+def test_events_are_no_closer_than_they_may_be(demo_lm):
+    """Tokens of a fast model come together; the first one, and a last one, at once."""
+    counts = {}
+    for seconds in (0.0, 0.05):
+        with serving.server_thread(demo_lm, event_seconds=seconds) as server:
+            body = {"prompt": "It is a truth", "max_tokens": 60, "temperature": 0, "stream": True}
+            begun = time.perf_counter()
+            with httpx.stream("POST", server.url + COMPLETIONS, json=body) as response:
+                lines = [x for x in response.iter_lines() if x.startswith("data: {")]
+            taken = time.perf_counter() - begun
+            texts = [json.loads(x[6:])["choices"][0]["text"] for x in lines]
+            assert "".join(texts) == offline_text(demo_lm, "It is a truth", 60)
+            counts[seconds] = len(lines)
+            if seconds:
+                assert len(lines) <= taken / seconds + 3
+            one = time.perf_counter()
+            ask(server.url, None, "It is", path=COMPLETIONS, max_tokens=1)
+            assert time.perf_counter() - one < 5
+    assert counts[0.05] < counts[0.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import signal
 import threading
@@ -14,9 +15,14 @@ from click.testing import CliRunner
 from lminf_export import load
 from lminf_export.cli.serve import serve_command
 from lminf_export.errors import ConfigError, ParkingError
+from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.parking import session_store
+from lminf_export.runtime.parking.objects import StaleTurnError
 from lminf_export.runtime.parking.session_store import SessionStore
+from lminf_export.serve.rolling import RollingHash
+from lminf_export.serve.sessions import Sessions
 from lminf_export.serve.settings import ServeSettings
+from lminf_export.serve.state_store import Conversation, StateStore
 from tests.support import serving
 from tests.support.serving import CHAT, ask, cached, content, offline_turns, wait_until
 
@@ -301,3 +307,51 @@ def test_a_client_that_lost_an_end_can_ask_where_its_session_stands(servers):
     assert httpx.get(f"{servers[0].url}/v1/sessions/never").status_code == 404
     assert httpx.delete(f"{servers[0].url}/v1/sessions/asks").status_code == 200
     assert httpx.get(f"{servers[1].url}/v1/sessions/asks").status_code == 404
+
+
+class SlowStore:
+    """A store whose other server has answered turn 2 while ours is being saved."""
+
+    is_shared, threads = True, 1
+
+    def __init__(self, theirs):
+        self.theirs, self.may_end = theirs, threading.Event()
+
+    def latest(self, key):
+        return 2
+
+    def load(self, key, lm):
+        return self.theirs
+
+    def save(self, key, conversation):
+        assert self.may_end.wait(20)
+        raise StaleTurnError("turn 2 cannot follow turn 2")
+
+    def close(self):
+        pass
+
+
+def test_a_turn_that_lost_is_not_resumed_by_who_comes_while_it_is_saved(demo_lm):
+    snapshot = demo_lm.new_state(1).snapshot()
+    ours, theirs = (
+        Conversation("text", RollingHash().then(text), Kept(snapshot), turn=2)
+        for text in (b"ours", b"theirs")
+    )
+    store = SlowStore(theirs)
+    settings = ServeSettings(session_store="s", session_secrets=(SECRET,))
+
+    async def run():
+        sessions = Sessions(settings, StateStore(1 << 20, 0), store)
+        lease = await sessions.lease("key", demo_lm)
+        keeping = asyncio.create_task(lease.keep(ours))
+        await asyncio.sleep(0.05)
+        keeping.cancel()  # its client has gone
+        lease.release()
+        next_one = asyncio.create_task(sessions.lease("key", demo_lm))
+        await asyncio.sleep(0.05)
+        store.may_end.set()
+        found = await next_one
+        assert found.conversation is theirs
+        sessions.close()
+
+    asyncio.run(run())

@@ -262,3 +262,17 @@ def test_a_stream_whose_state_was_put_back_has_unread_all_it_was_given(lm):
     stream.add([6, 7])
     stream.state.reset()
     assert (stream.unread, stream.position) == ([6, 7, 8, 9, 6, 7], 6)
+
+
+def test_bytes_are_those_of_the_file(demo_lm, tmp_path):
+    state = demo_lm.new_state(2)
+    demo_lm.forward([[1, 2, 3], [4, 5, 6]], state)
+    snapshot = state.snapshot()
+    snapshot.save(tmp_path / "state")
+    data = snapshot.to_bytes()
+    assert data == (tmp_path / "state").read_bytes()
+    found = demo_lm.snapshot_from_bytes(data)
+    assert all(np.array_equal(found.caches[name], snapshot.caches[name]) for name in found.caches)
+    for wrong in (b"", data[:-1], data + b"0", data[:100] + b"x" + data[101:]):
+        with pytest.raises(SessionError, match="damaged"):
+            demo_lm.snapshot_from_bytes(wrong)

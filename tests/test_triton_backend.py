@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from lminf_export.errors import LminfError
+from lminf_export.errors import LminfError, SessionError
 from lminf_export.triton.parameters import Parameters
 from lminf_export.triton.repository import export_triton
 from tests.support.serving import offline_text, wait_until
@@ -95,6 +95,10 @@ def utils():
 
         def as_numpy(self):
             return self.array
+
+        @classmethod
+        def from_dlpack(cls, name, array):
+            return cls(name, array.copy())
 
     class InferenceResponse:
         def __init__(self, output_tensors, error=None):
@@ -284,3 +288,11 @@ def test_what_runs_at_the_end_is_told_so(utils, repository):
 def test_parameters_are_checked(given, words):
     with pytest.raises(LminfError, match=words):
         Parameters.of(given)
+
+
+def test_a_backend_that_misreads_arrays_is_refused(utils, repository, monkeypatch):
+    # As one does that was built for numpy 1, and takes the first element for all.
+    misread = classmethod(lambda cls, name, array: cls(name, np.full_like(array, array[0])))
+    monkeypatch.setattr(utils.Tensor, "from_dlpack", misread)
+    with pytest.raises(SessionError, match="numpy<2"):
+        loaded(repository)

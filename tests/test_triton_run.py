@@ -32,4 +32,5 @@ def test_triton_serves_a_bundle_as_it_is(demo_bundle, tmp_path):
     assert found["sessions"]["end_answers"]
     assert all(found["sessions"]["errors"].values())
     assert found["departure"]["free_after_s"] < 5
+    assert found["example"]["text_equal"]
     assert found["restart"]["text_equal"]

@@ -3,10 +3,11 @@
     python -m benchmarks.scaling.load_report --bundle BUNDLE --locust PATH/TO/locust \\
         --out benchmarks/results/load_report.json
 
-Users stream one completion after another (`locustfile.py`); as many readers do the same with an
-engine in this process, by asyncio. Both by turns, and one sleeps while the other runs. Tokens a
-second are those that the engine's own counter grew by in a window in which all were busy; times are
-locust's. Models of several bundles are measured one after the other and kept under their names.
+More users than slots stream one completion after another (`locustfile.py`); as many readers do the
+same with an engine in this process, by asyncio. Both by turns, and one sleeps while the other runs.
+Tokens a second are those that the engine's own counter grew by in a window in which all were busy;
+times are locust's. Models of several bundles are measured one after the other and kept under their
+names.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ async def bare(lm: LanguageModel, arguments: argparse.Namespace) -> float:
             async for _ in engine.submit(request):
                 pass
 
-    with Engine(lm, arguments.users) as engine:
+    with Engine(lm, arguments.slots) as engine:
         readers = [asyncio.create_task(read(engine)) for _ in range(arguments.users)]
         await asyncio.sleep(WARM_SECONDS)
         begun, before = time.perf_counter(), engine.stats().new_tokens
@@ -118,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load one bundle; return rates and locust's report of the last round."""
     lm = lminf_export.load(arguments.bundle, threads=arguments.threads)
     rates: dict[str, list[float]] = {"engine": [], "http": []}
-    with servers.ours("lminf", arguments.bundle, arguments.threads, arguments.users) as server:
+    with servers.ours("lminf", arguments.bundle, arguments.threads, arguments.slots) as server:
         for _ in range(arguments.rounds):
             server.sleep()
             rates["engine"].append(asyncio.run(bare(lm, arguments)))
@@ -129,6 +130,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         **describe_bundle(Bundle.open(arguments.bundle).manifest),
         "threads": arguments.threads,
+        "slots": arguments.slots,
         "users": arguments.users,
         "prompt_tokens": arguments.prompt_tokens,
         "new_tokens": arguments.new_tokens,
@@ -155,9 +157,10 @@ def main() -> None:
     parser.add_argument("--name", help="of the result; the bundle's folder by default")
     parser.add_argument("--locust", default="locust", help="locust's command")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--users", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--users", type=int, default=16, help="more than slots: none is idle")
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=30, help="of a window")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)

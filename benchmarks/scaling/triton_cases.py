@@ -29,7 +29,7 @@ from tritonclient.grpc import model_config_pb2
 
 import lminf_export
 from benchmarks.scaling.triton_client import Answer, Client
-from benchmarks.scaling.triton_server import SERVER, TritonServer
+from benchmarks.scaling.triton_server import ROOT, SERVER, TritonServer
 from benchmarks.support.result import write_result
 from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.batching.engine import Engine
@@ -138,6 +138,16 @@ def departure(server: TritonServer) -> dict[str, Any]:
     return {"busy_before": 1, "free_after_s": round(time.perf_counter() - begun, 2)}
 
 
+def example(server: TritonServer, lm: LanguageModel) -> dict[str, bool]:
+    """Run the client of examples/triton: two requests of one session."""
+    client = ROOT / "examples" / "triton" / "client.py"
+    command = [sys.executable, str(client), "--url", server.grpc, "--model", NAME]
+    done = subprocess.run(
+        [*command, "--tokens", "32", PROMPTS[0]], capture_output=True, text=True, check=True
+    )
+    return {"text_equal": done.stdout.rstrip("\n") == PROMPTS[0] + offline(lm, PROMPTS[0], 64)[0]}
+
+
 def read_on(address: str) -> None:
     """Read an answer that does not end."""
     with Client(address, NAME) as client:
@@ -211,6 +221,7 @@ def measure(bundle: Path, place: Path, rounds: int, count: int) -> dict[str, Any
                 "streams": streams(server, lm, count),
                 "sessions": sessions(server, lm),
                 "departure": departure(server),
+                "example": example(server, lm),
             }
             if rounds:
                 found["rate"] = rate(server, lm, rounds, count)

@@ -43,6 +43,10 @@ LIMITS: dict[str, tuple[click.ParamType, str]] = {
     "body-seconds": (_SECONDS, "Time in which a body must arrive."),
     "write-seconds": (_SECONDS, "Time after which a client that reads nothing is cut off."),
     "max-stream-seconds": (_SECONDS, "Time of one answer, waiting included."),
+    "event-seconds": (
+        click.FloatRange(min=0),
+        "Least time between events of a stream; tokens in between come together.",
+    ),
     "shutdown-seconds": (_SECONDS, "Time that running answers get after SIGTERM."),
     "session-bytes": (_NATURAL, "Memory of kept conversations."),
     "session-disk-bytes": (_POSITIVE, "Bytes of the folder of conversations."),

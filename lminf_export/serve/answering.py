@@ -79,6 +79,7 @@ class Answering:
         keepers: of the state of each prompt's answer, if it has only one; None to keep none.
         metrics: told of times and counts.
         deadline: seconds for the whole answer.
+        event_seconds: least time between updates; tokens that come sooner come together.
 
     Raises:
         InputError, BusyError, SessionError: see `Engine.submit`; then no sequence runs.
@@ -92,12 +93,14 @@ class Answering:
         keepers: list[AnswerKeeper | None],
         metrics: ServerMetrics,
         deadline: float,
+        event_seconds: float = 0.0,
     ) -> None:
         self.model = model
         self.generation = generation
         self._metrics = metrics
         self._plans = plans
         self._deadline = deadline
+        self._event_seconds = event_seconds
         self.choices: list[Choice] = []
         try:
             for plan, keeper in zip(plans, keepers, strict=True):
@@ -213,11 +216,15 @@ class Answering:
         yield Update(choice.index, piece, finish_reason)
 
     async def _batches(self, stream: TokenStream) -> AsyncGenerator[list[Token], None]:
-        """Yield the tokens that are there, whenever there are any."""
-        name, latest = self.model.name, None
+        """Yield the tokens that are there, whenever there are any, but not too often."""
+        name, latest, due = self.model.name, None, 0.0
         async for token in stream:
-            tokens = [token, *stream.take()]
             now = time.perf_counter()
+            if now < due and stream.finish_reason is None:
+                await asyncio.sleep(due - now)
+                now = time.perf_counter()
+            tokens = [token, *stream.take()]
+            due = now + self._event_seconds
             count = len(tokens)
             if latest is None and stream.first_token_at is not None:
                 latest, count = stream.first_token_at, count - 1

@@ -210,9 +210,9 @@ class Serving:
         if self.settings.prefix_reuse and generation.sampling.repetition_penalty == 1:
             chunk_size = model.lm.bundle.manifest.lambda_config.chunk_size
             plans = [self._behind_prefix(scope, plan, chunk_size) for plan in plans]
-        return Answering(
-            model, generation, plans, keepers, self.metrics, self.settings.max_stream_seconds
-        )
+        settings = self.settings
+        times = (settings.max_stream_seconds, settings.event_seconds)
+        return Answering(model, generation, plans, keepers, self.metrics, *times)
 
     def _prefix(self, scope: str, plan: Plan, lease: Lease) -> PrefixKeeper | None:
         """Return what keeps a session's state for prompts without one, if it can."""

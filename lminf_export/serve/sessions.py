@@ -130,16 +130,17 @@ class Sessions:
 
     async def _find(self, lease: Lease, key: str, lm: LanguageModel) -> None:
         durable = self._durable
+        is_shared = durable is not None and durable.is_shared
+        write = self._writes.get(key) if is_shared else None
+        if write is not None:  # of an answer whose client has gone
+            await asyncio.shield(asyncio.wrap_future(write))
         found = self._store.conversation(key) or self._unwritten.get(key)
-        if durable is not None and durable.is_shared:
-            write = self._writes.get(key)
-            if write is not None:  # of an answer whose client has gone
-                await asyncio.shield(asyncio.wrap_future(write))
+        if durable is not None and is_shared:
             lease.turn = await asyncio.to_thread(durable.latest, key)
             if found is not None and found.turn != lease.turn:
                 self._store.drop_conversation(key)
                 found = None
-        if found is None and durable is not None and (lease.turn or not durable.is_shared):
+        if found is None and durable is not None and (lease.turn or not is_shared):
             found = await asyncio.to_thread(durable.load, key, lm)
             if lease.is_deleted:
                 found = None  # meanwhile

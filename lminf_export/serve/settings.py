@@ -12,7 +12,7 @@ from lminf_export.errors import ConfigError, shown
 from lminf_export.operator.settings import as_integer, as_number
 from lminf_export.runtime.parking.seal import DEFAULT_MAX_AGE
 
-_ZERO_ALLOWED = {"max_waiting", "session_bytes", "session_disk_bytes"}
+_ZERO_ALLOWED = {"max_waiting", "session_bytes", "session_disk_bytes", "event_seconds"}
 # Above these a request is refused by what reads it, so no setting may allow more.
 _LARGEST = {"max_logprobs": 20}
 
@@ -46,6 +46,8 @@ class ServeSettings:
         body_seconds: time a client may take to send a body.
         write_seconds: time a client may leave what was sent unread before it is cut off.
         max_stream_seconds: time of one answer, waiting included.
+        event_seconds: least time between two events of a stream; what is written sooner comes
+            together, since each event costs the server as much as a small model's step.
         shutdown_seconds: time that running answers get after the first signal.
         session_folder: where conversations are kept over restarts; None keeps none.
         session_store: a store that several servers share, instead of a folder: a folder of theirs,
@@ -86,6 +88,7 @@ class ServeSettings:
     body_seconds: float = 60.0
     write_seconds: float = 60.0
     max_stream_seconds: float = 3600.0
+    event_seconds: float = 0.02
     shutdown_seconds: float = 30.0
     session_folder: Path | None = None
     session_store: str | None = None
@@ -110,8 +113,10 @@ class ServeSettings:
                 object.__setattr__(self, setting.name, as_integer(setting.name, value, 0))
             elif setting.type == "float":
                 seconds = as_number(setting.name, value)
-                if not 0 < seconds < float("inf"):
-                    raise ConfigError(f"{setting.name}={shown(value)}: must be above 0 and finite")
+                zero = setting.name in _ZERO_ALLOWED
+                if not (0 < seconds < float("inf") or (zero and seconds == 0)):
+                    bound = "0 at least" if zero else "above 0"
+                    raise ConfigError(f"{setting.name}={shown(value)}: must be {bound} and finite")
                 object.__setattr__(self, setting.name, seconds)
             elif setting.type == "tuple[str, ...]":
                 object.__setattr__(self, setting.name, _texts(setting.name, value))

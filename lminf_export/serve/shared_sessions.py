@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _RECORD = "lminf.conversation"
 _SWEEP_SECONDS = 3600.0
+_LAST_SECONDS = 1.0
 
 
 class SharedSessions:
@@ -89,9 +90,9 @@ class SharedSessions:
         return self._store.drop(key)
 
     def close(self) -> None:
-        """End the thread that sweeps."""
+        """End the thread that sweeps; one that waits for a slow folder is left to itself."""
         self._is_closed.set()
-        self._sweeper.join()
+        self._sweeper.join(_LAST_SECONDS)
 
     def _sweep(self) -> None:
         while not self._is_closed.is_set():

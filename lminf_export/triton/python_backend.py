@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -17,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from lminf_export.errors import LminfError
+from lminf_export.errors import LminfError, SessionError
 from lminf_export.serve.api_errors import ApiError
 from lminf_export.serve.opening import opened
 from lminf_export.serve.serving import Serving
 from lminf_export.triton.answers import Asked, Reply, answer
 from lminf_export.triton.parameters import Parameters
+
+logger = logging.getLogger(__name__)
 
 _METRIC_SECONDS = 0.5
 _GAUGES = {
@@ -47,6 +51,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as pb_utils
 
         self._pb: Any = pb_utils
+        _require_arrays(pb_utils)
         config = json.loads(args["model_config"])
         given = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         parameters = Parameters.of(given)
@@ -93,9 +98,15 @@ class TritonPythonModel:
         def start() -> None:
             task = self._loop.create_task(work)
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._end)
 
         self._loop.call_soon_threadsafe(start)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """Forget a task; log what nobody else would be told."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a request was not answered", exc_info=error)
 
     async def _ended(self) -> None:
         self._publisher.cancel()
@@ -172,6 +183,8 @@ class TritonPythonModel:
         }
 
     async def _publish(self) -> None:
+        """Set the gauges; end when the server has gone, which would leave the folder locked."""
+        server = os.getppid()
         current = asyncio.current_task()
         assert current is not None
         self._publisher = current
@@ -180,6 +193,23 @@ class TritonPythonModel:
             for field, gauge in self._gauges.items():
                 gauge.set(getattr(stats, field))
             await asyncio.sleep(_METRIC_SECONDS)
+            if os.getppid() != server:
+                os._exit(1)
+
+
+def _require_arrays(pb_utils: Any) -> None:
+    """Refuse a backend that misreads the arrays of this numpy.
+
+    Raises:
+        SessionError: it was built for the layout before version 2.
+    """
+    wanted = np.array([1, 2, 3, 4], np.uint8)
+    found = pb_utils.Tensor.from_dlpack("probe", wanted).as_numpy()
+    if not np.array_equal(found, wanted):
+        raise SessionError(
+            f"this release of Triton misreads arrays of numpy {np.__version__}: install 'numpy<2' "
+            "in the environment of its python backend, or take a newer release"
+        )
 
 
 def _text(array: np.ndarray | None) -> str | None:

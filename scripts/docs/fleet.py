@@ -99,7 +99,7 @@ def loaded() -> str:
         rows.append(
             [
                 _MODELS[name],
-                str(found["users"]),
+                f"{found['users']}, {found['slots']}",
                 f"{rates['engine']:,.0f}",
                 f"{rates['http']:,.0f}",
                 f"{found['http_over_engine']:.2f}",
@@ -107,7 +107,7 @@ def loaded() -> str:
                 str(rows_["answer"]["failures"] + rows_["headers"]["failures"]),
             ]
         )
-    head = ["model", "users", "engine, tokens/s", "over HTTP", "ratio"]
+    head = ["model", "users, slots", "engine, tokens/s", "over HTTP", "ratio"]
     head += ["first event, p50 / p99, ms", "failures"]
     return table(head, rows) + f"\n\n{device}; the model has one core, locust the other."
 
