@@ -132,7 +132,8 @@ def test_names_of_files_tell_nothing(tmp_path, snapshot):
     assert b"a name" not in path.read_bytes()
     assert "name" not in str(path.relative_to(tmp_path))
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == 0o700
+    for folder in (path.parent, path.parent.parent):
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def reason_of(store, lm, name="a"):
@@ -330,3 +331,103 @@ def test_secrets_are_checked(tmp_path, secrets):
 def test_an_age_is_checked(tmp_path, age):
     with pytest.raises(ConfigError, match="max_age"):
         SessionStore(tmp_path, [SECRET], max_age=age)
+
+
+def test_a_slow_server_does_not_win_over_a_later_turn(url, demo_lm, snapshot, monkeypatch):
+    """It saw turn 1, and creates turn 2 when the others have gone on to turn 3."""
+    slow, fast = SessionStore(url, [SECRET]), SessionStore(url, [SECRET])
+    fast.save("a", 1, snapshot)
+    create = slow._objects.create
+
+    def late(*arguments):
+        fast.save("a", 2, snapshot)
+        fast.save("a", 3, replace(snapshot, unread=(5,)))
+        create(*arguments)
+
+    monkeypatch.setattr(slow._objects, "create", late)
+    with pytest.raises(StaleTurnError, match="came behind"):
+        slow.save("a", 2, snapshot)
+    assert fast.load("a", demo_lm).snapshot.unread == (5,)
+    key = seal.Secret(SECRET).key("a")
+    assert [found.turn for found in fast._objects.turns(key)] == [3]
+
+
+def test_servers_with_the_secrets_in_another_order_do_not_fork_a_session(
+    url, demo_lm, snapshot, monkeypatch
+):
+    one, two = SessionStore(url, [OTHER, SECRET]), SessionStore(url, [SECRET, OTHER])
+    one.save("a", 1, snapshot)
+    create = two._objects.create
+
+    def together(*arguments):
+        one.save("a", 2, replace(snapshot, unread=(5,)))
+        create(*arguments)
+
+    monkeypatch.setattr(two._objects, "create", together)
+    with pytest.raises(StaleTurnError):
+        two.save("a", 2, snapshot)
+    for store in (one, two):
+        found = store.load("a", demo_lm)
+        assert (found.turn, found.snapshot.unread) == (2, (5,))
+
+
+def test_a_reply_that_is_lost_is_no_failure(url, demo_lm, snapshot, monkeypatch):
+    store = SessionStore(url, [SECRET])
+    create = store._objects.create
+    errors = [ParkingError("the connection broke"), StaleTurnError("asked twice")]
+
+    def unheard(*arguments):
+        create(*arguments)
+        raise errors.pop()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store._objects, "create", unheard)
+        for turn in (1, 2):
+            store.save("a", turn, snapshot)
+    assert store.load("a", demo_lm).turn == 2
+
+
+def test_earlier_turns_that_cannot_be_removed_are_no_failure(
+    url, demo_lm, snapshot, monkeypatch, caplog
+):
+    store = SessionStore(url, [SECRET])
+    store.save("a", 1, snapshot)
+
+    def refused(*_):
+        raise ParkingError("not allowed")
+
+    monkeypatch.setattr(store._objects, "remove", refused)
+    store.save("a", 2, snapshot)
+    assert "not allowed" in caplog.text
+    monkeypatch.undo()
+    assert store.load("a", demo_lm).turn == 2
+    store.save("a", 3, snapshot)
+    key = seal.Secret(SECRET).key("a")
+    assert [found.turn for found in store._objects.turns(key)] == [3]
+
+
+def test_a_turn_beyond_all_numbers_is_refused(tmp_path, snapshot):
+    store = SessionStore(tmp_path, [SECRET])
+    store.save("a", 1, snapshot)
+    path = the_file(tmp_path)
+    path.rename(path.with_name("9" * 12))
+    with pytest.raises(ParkingError, match="at most"):
+        store.drop("a")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "S3://bucket",
+        "s3:/bucket",
+        "simplecache::s3://bucket",
+        "file://",
+        "file://here",
+        "local://x",
+    ],
+)
+def test_what_is_meant_as_a_url_becomes_no_folder(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="expected"):
+        SessionStore(place, [SECRET])
+    assert not list(tmp_path.iterdir())

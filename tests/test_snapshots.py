@@ -273,6 +273,6 @@ def test_bytes_are_those_of_the_file(demo_lm, tmp_path):
     assert data == (tmp_path / "state").read_bytes()
     found = demo_lm.snapshot_from_bytes(data)
     assert all(np.array_equal(found.caches[name], snapshot.caches[name]) for name in found.caches)
-    for wrong in (b"", data[:-1], data + b"0", data[:100] + b"x" + data[101:]):
+    for wrong in (b"", data[:-1], data + b"0", data[:-9] + b"x" + data[-8:]):
         with pytest.raises(SessionError, match="damaged"):
             demo_lm.snapshot_from_bytes(wrong)

@@ -18,6 +18,8 @@ from lminf_export.triton.repository import export_triton
 from tests.support.serving import offline_text, wait_until
 
 START, END = 1, 2
+# Of the model towards Triton, in threads whose errors nobody sees.
+MISTAKES: list[str] = []
 
 
 @dataclass
@@ -29,7 +31,8 @@ class Sender:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def send(self, response=None, flags=0):
-        assert not self.ended.is_set(), "sent behind the end"
+        if self.ended.is_set():
+            MISTAKES.append("sent behind the end")
         if response is not None:
             self.responses.append(response)
         if flags:
@@ -154,6 +157,7 @@ def model(utils, repository):
     found = loaded(repository)
     yield found
     found.finalize()
+    assert not MISTAKES
 
 
 def asked(model, sequence=0, flags=0, **fields):
@@ -296,3 +300,29 @@ def test_a_backend_that_misreads_arrays_is_refused(utils, repository, monkeypatc
     monkeypatch.setattr(utils.Tensor, "from_dlpack", misread)
     with pytest.raises(SessionError, match="numpy<2"):
         loaded(repository)
+
+
+def test_an_error_of_the_server_ends_its_request_and_frees_its_session(model, monkeypatch):
+    first = asked(model, 31, START, text_input="It is a truth").done()
+
+    def broken(*_):
+        raise RuntimeError("nobody expected this")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lminf_export.serve.answering.AnswerText.push", broken)
+        assert "an error of the server" in asked(model, 31, text_input="").done().error
+    gone = asked(model, 31, text_input="")
+    gone.is_cancelled = broken
+    assert gone.done().error or gone.text
+    # The session stands where it stood, and is not busy.
+    again = asked(model, 31, text_input="").done()
+    assert first.text
+    assert again.text
+
+
+def test_a_start_that_fails_leaves_the_session(model, demo_lm):
+    first = asked(model, 41, START, text_input="It is a truth").done()
+    refused = asked(model, 41, START, text_input="x " * 140_000).done()
+    assert "at most" in refused.error
+    second = asked(model, 41, text_input="").done()
+    assert first.text + second.text == offline_text(demo_lm, "It is a truth", 40)

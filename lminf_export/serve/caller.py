@@ -21,11 +21,13 @@ class Caller:
         owner: hash of an API key, whose conversations nobody else has; "" without keys.
         session_id: of the conversation, or None for an answer outside of any.
         must_exist: refuse to answer without the conversation's past.
+        begins: the conversation begins anew, whatever its past.
     """
 
     owner: str = ""
     session_id: str | None = None
     must_exist: bool = False
+    begins: bool = False
 
 
 def caller_of(request: Request) -> Caller:

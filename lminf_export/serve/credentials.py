@@ -34,8 +34,8 @@ def secrets_of(store: str | None, path: str | None) -> tuple[str, ...]:
             raise InputError("--session-secret-file goes with a --session-store")
         return ()
     secrets = _lines_of(path, "secret") if path is not None else []
-    if not secrets and (from_environment := os.environ.get(SECRET_VARIABLE)):
-        secrets.append(from_environment)
+    if not secrets:
+        secrets = _lines(os.environ.get(SECRET_VARIABLE, ""))
     if not secrets:
         raise InputError(
             "--session-store needs a secret that seals what it holds: --session-secret-file, or "
@@ -57,8 +57,12 @@ def _lines_of(path: str, what: str) -> list[str]:
         ) from None
     if len(content) > _MOST_BYTES:
         raise InputError(f"{path} has more than {_MOST_BYTES} bytes; that is no file of a {what}")
-    lines = [line.strip() for line in text.splitlines()]
-    found = [line for line in lines if line and not line.startswith("#")]
+    found = _lines(text)
     if not found:
         raise InputError(f"{path} has no {what}; write one a line")
     return found
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]

@@ -157,6 +157,8 @@ class Serving:
                 raise invalid("a session goes on with one answer; n must be 1", "n")
             key = session_key(model.name, caller.owner, caller.session_id)
             lease = await self.sessions.lease(key, model.lm)
+            if caller.begins:
+                lease.conversation = None
         try:
             if caller.must_exist and lease is not None and lease.conversation is None:
                 raise ApiError(

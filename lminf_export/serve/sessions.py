@@ -208,6 +208,8 @@ class Sessions:
                 was_file = await asyncio.shield(asyncio.wrap_future(drop))
             except (OSError, LminfError) as error:
                 logger.warning("a conversation could not be removed: %s", error)
+                if lease is not None and self._durable.is_shared:
+                    lease.is_deleted = False  # it stands, with what is being answered
                 raise ApiError(
                     500,
                     "the conversation is forgotten, but its files could not be removed; see the "
@@ -227,18 +229,33 @@ class Sessions:
         # What came later, or was dropped, is not written.
         if self._unwritten.get(key) is not conversation or self._durable is None:
             return None
-        problem = None
+        problem: ApiError | None = _not_written("is forgotten")
         try:
-            if not self._durable.save(key, conversation):
-                logger.warning(
-                    "a conversation of %d bytes was not written: the folder of conversations has "
-                    "no room for it, see --session-disk-bytes",
-                    conversation.kept.snapshot.nbytes,
-                )
-                problem = _not_written("is forgotten")
+            problem = self._saved(key, conversation, self._durable)
+        finally:
+            with self._lock:
+                if self._unwritten.get(key) is conversation:
+                    del self._unwritten[key]
+            is_kept = self._store.conversation(key) is conversation
+            if self._waits and problem is not None and is_kept:
+                self._store.drop_conversation(key)
+        return problem
+
+    def _saved(
+        self, key: str, conversation: Conversation, durable: DurableSessions
+    ) -> ApiError | None:
+        """Save a conversation; return what a client is told if that fails."""
+        try:
+            if durable.save(key, conversation):
+                return None
+            logger.warning(
+                "a conversation of %d bytes was not written: the folder of conversations has no "
+                "room for it, see --session-disk-bytes",
+                conversation.kept.snapshot.nbytes,
+            )
         except StaleTurnError as error:
             logger.info("a conversation was answered twice: %s", error)
-            problem = ApiError(
+            return ApiError(
                 409,
                 "another server has answered this session meanwhile, or it was deleted; this "
                 "answer is no part of it",
@@ -246,14 +263,9 @@ class Sessions:
             )
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
-            is_shared = self._durable.is_shared
-            problem = _not_written("stands before this answer" if is_shared else "is forgotten")
-        with self._lock:
-            if self._unwritten.get(key) is conversation:
-                del self._unwritten[key]
-        if self._waits and problem is not None and self._store.conversation(key) is conversation:
-            self._store.drop_conversation(key)
-        return problem
+            if durable.is_shared:
+                return _not_written("stands before this answer")
+        return _not_written("is forgotten")
 
     def _written(self, key: str, write: Future[ApiError | None]) -> None:
         """Forget a write that has ended; log what its thread would else keep to itself."""

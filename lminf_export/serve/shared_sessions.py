@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import threading
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 _RECORD = "lminf.conversation"
 _SWEEP_SECONDS = 3600.0
 _LAST_SECONDS = 1.0
+_FIRST_SECONDS = 60.0
 
 
 class SharedSessions:
@@ -95,6 +97,8 @@ class SharedSessions:
         self._sweeper.join(_LAST_SECONDS)
 
     def _sweep(self) -> None:
+        # Replicas start together, and need not sweep together.
+        self._is_closed.wait(random.uniform(0, _FIRST_SECONDS))
         while not self._is_closed.is_set():
             try:
                 removed = self._store.sweep()

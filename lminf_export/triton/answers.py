@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,8 +87,6 @@ async def answer(
     """
     generation, planner = _plan(serving, model, asked)
     caller, key = _caller(model, asked)
-    if key is not None and asked.starts:
-        await serving.sessions.drop(key)
     running = await serving.begin(caller, model, generation, planner)
     watching = asyncio.create_task(_watch(running, has_gone))
     try:
@@ -100,14 +97,15 @@ async def answer(
                 running.release_session()
             yield reply
     finally:
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
         running.close()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 async def _replies(running: Running, asked: Asked) -> AsyncGenerator[Reply, None]:
-    whole = Reply()
+    texts: list[str] = []
+    ids: list[int] = []
+    reply = Reply()
     async for update in running.answering.updates():
         usage = running.answering.usage()
         reply = Reply(
@@ -121,9 +119,10 @@ async def _replies(running: Running, asked: Asked) -> AsyncGenerator[Reply, None
         if asked.stream:
             yield reply
             continue
-        whole = replace(reply, text=whole.text + reply.text, ids=[*whole.ids, *reply.ids])
+        texts.append(reply.text)
+        ids += reply.ids
     if not asked.stream:
-        yield whole
+        yield replace(reply, text="".join(texts), ids=ids)
 
 
 async def _watch(running: Running, has_gone: Callable[[], bool]) -> None:
@@ -138,11 +137,13 @@ def _caller(model: ServedModel, asked: Asked) -> tuple[Caller, str | None]:
         if asked.starts or asked.ends:
             raise InputError("the beginning or the end of a sequence needs a sequence id")
         return Caller(_OWNER), None
+    if asked.starts and asked.ends:
+        return Caller(_OWNER), None  # an answer outside of any session
     name = str(asked.sequence)
     if len(name) > _LONGEST_ID:
         raise InputError(f"a sequence id has at most {_LONGEST_ID} characters, found {len(name)}")
-    must_exist = not asked.starts
-    return Caller(_OWNER, name, must_exist), session_key(model.name, _OWNER, name)
+    caller = Caller(_OWNER, name, must_exist=not asked.starts, begins=asked.starts)
+    return caller, session_key(model.name, _OWNER, name)
 
 
 def _plan(serving: Serving, model: ServedModel, asked: Asked) -> tuple[Generation, Planner]:

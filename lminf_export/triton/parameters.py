@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lminf_export.errors import InputError, shown
@@ -70,6 +71,20 @@ class Parameters:
             raise InputError("session_secret_file goes with a session_store")
         settings_of_texts({**rest, "session_secrets": (_SOME_SECRET,) if has_store else ()})
         return found
+
+    def within(self, folder: Path) -> Parameters:
+        """Return the parameters with paths that are not absolute in a folder."""
+        settings = dict(self.settings)
+        for name in ("session_folder", "session_store"):
+            if name in settings and "://" not in settings[name]:
+                settings[name] = str(folder / settings[name])
+        return replace(
+            self,
+            bundle=str(folder / self.bundle),
+            template=None if self.template is None else str(folder / self.template),
+            secret_file=None if self.secret_file is None else str(folder / self.secret_file),
+            settings=settings,
+        )
 
     def read(self) -> ServeSettings:
         """Return the settings, with what the server's files hold.

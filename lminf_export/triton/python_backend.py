@@ -29,6 +29,7 @@ from lminf_export.triton.parameters import Parameters
 logger = logging.getLogger(__name__)
 
 _METRIC_SECONDS = 0.5
+_OURS = "an error of the server; its log says more"
 _GAUGES = {
     "active": ("lminf_slots_busy", "Sequences that have a slot."),
     "waiting": ("lminf_queue_length", "Sequences that wait for a slot."),
@@ -54,11 +55,11 @@ class TritonPythonModel:
         _require_arrays(pb_utils)
         config = json.loads(args["model_config"])
         given = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
-        parameters = Parameters.of(given)
-        settings = parameters.read()
         folder = Path(args["model_repository"]) / args["model_version"]
+        parameters = Parameters.of(given).within(folder)
+        settings = parameters.read()
         models = opened(
-            {args["model_name"]: str(folder / parameters.bundle)},
+            {args["model_name"]: parameters.bundle},
             settings,
             template=parameters.template,
             **parameters.loading,
@@ -80,6 +81,10 @@ class TritonPythonModel:
                 asked = self._asked(request)
             except (LminfError, ValueError) as error:
                 self._refuse(sender, str(error))
+                continue
+            except Exception:
+                logger.exception("a request could not be read")
+                self._refuse(sender, _OURS)
                 continue
             self._start(self._answer(asked, sender))
 
@@ -127,6 +132,10 @@ class TritonPythonModel:
                 self._refuse(sender, error.message)
         except LminfError as error:
             self._refuse(sender, str(error))
+        except Exception:
+            # A request without an end would keep Triton from unloading the model.
+            logger.exception("a request was not answered")
+            self._refuse(sender, _OURS)
         finally:
             await replies.aclose()
 

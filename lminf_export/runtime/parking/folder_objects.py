@@ -13,6 +13,7 @@ from lminf_export.errors import InputError, ParkingError
 from lminf_export.runtime.parking.objects import KEY, TURN, StaleTurnError, Stored, turn_name
 
 _PART = ".part-"
+_TRIES = 100
 # Others do not get the file, and a link that somebody has put there is not followed.
 _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -80,7 +81,7 @@ class FolderObjects:
             except FileExistsError:
                 raise StaleTurnError(f"turn {turn} is there already") from None
             finally:
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # the sweep takes what stays
                     part.unlink()
             sync(folder)
 
@@ -98,7 +99,7 @@ class FolderObjects:
             for folder in self._path.glob("[0-9a-f][0-9a-f]/*/"):
                 if not KEY.fullmatch(folder.name):
                     continue
-                for file in list(folder.iterdir()):
+                for file in _files(folder):
                     if not TURN.fullmatch(file.name) and not file.name.startswith(_PART):
                         continue
                     with suppress(FileNotFoundError):
@@ -112,9 +113,10 @@ class FolderObjects:
     def _created(self, folder: Path, part: Path) -> int:
         """Return a new file in a folder that another may be removing."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY
-        for _ in range(100):
+        for _ in range(_TRIES):
             is_new = not folder.exists()
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             if is_new:
                 sync(folder.parent)
                 sync(self._path)
@@ -155,3 +157,11 @@ class FolderObjects:
 
     def _file(self, key: str, turn: int) -> Path:
         return self._folder(key) / turn_name(turn)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return what is in a folder; nothing if another server has removed it."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -13,6 +13,8 @@ from lminf_export.runtime.parking.folder_objects import FolderObjects
 from lminf_export.runtime.parking.objects import Objects
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.ASCII | re.DOTALL)
+# What is meant as one: another case, one slash, or one inside another.
+_ALMOST_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(:|/)", re.ASCII)
 
 
 def open_objects(url: str | Path) -> Objects:
@@ -31,8 +33,15 @@ def open_objects(url: str | Path) -> Objects:
             f"session store {shown(url)}: expected a folder, or a URL such as s3://BUCKET/PREFIX"
         )
     found = _URL.fullmatch(text)
+    if found is None and _ALMOST_URL.match(text):
+        raise InputError(
+            f"session store {shown(text)}: no URL of a store, and no folder; expected one such as "
+            "s3://BUCKET/PREFIX, or /PATH/OF/FOLDER"
+        )
     if found is None:
         return FolderObjects(user_path(text, InputError))
     if found[1] in ("file", "local"):
+        if not Path(found[2]).is_absolute():
+            raise InputError(f"session store {shown(text)}: expected an absolute path behind it")
         return FolderObjects(Path(found[2]))
     return FileSystemObjects(text)

@@ -70,6 +70,7 @@ class Header:
         written: Unix time, seconds.
         nbytes: bytes of the state.
         sha256: of the state, hexadecimal.
+        nonce: of this object, so that no two are equal.
         format: of the object.
     """
 
@@ -79,6 +80,7 @@ class Header:
     written: float
     nbytes: int
     sha256: str
+    nonce: str = ""
     format: int = _FORMAT
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 
 from lminf_export.errors import (
     ConfigError,
@@ -32,6 +34,8 @@ from lminf_export.runtime.parking.seal import (
 )
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.snapshot_memory import most_bytes
+
+logger = logging.getLogger(__name__)
 
 # Beside its caches a state's file has a header, its unread tokens and labels.
 _MOST_BESIDE = 1 << 20
@@ -207,16 +211,55 @@ class SessionStore:
             raise ParkedSessionError("damaged", str(error)) from None
 
     def _create(self, name: str, turn: int, state_id: str, state: bytes) -> None:
-        """Seal and store a turn, and remove those before it."""
+        """Seal and store a turn, and remove those before it.
+
+        Raises:
+            StaleTurnError: this turn, or a later one, is another server's.
+            ParkingError: it could not be stored.
+        """
+        if turn > _MOST_TURN:
+            raise ParkingError(f"a session has at most {_MOST_TURN} turns")
         secret = self._secrets[0]
         key = secret.key(name)
-        header = Header(key, turn, state_id, time.time(), len(state), digest(state))
-        self._objects.create(key, turn, sealed(secret, header, state))
-        for other in self._secrets:
-            key = other.key(name)
-            for found in self._objects.turns(key):
+        size, sha256 = len(state), digest(state)
+        header = Header(key, turn, state_id, time.time(), size, sha256, token_hex(8))
+        content = sealed(secret, header, state)
+        try:
+            self._objects.create(key, turn, content)
+        except ParkingError:
+            # The answer of a store may have been lost, and asked for again.
+            found = self._objects.read(key, Stored(turn, len(content)))
+            if found is None:
+                raise
+            if found != content:
+                raise StaleTurnError(f"turn {turn} is there already") from None
+        try:
+            self._settle(name, key, turn)
+        except StaleTurnError:
+            raise
+        except ParkingError as error:
+            # The turn is stored; what stands beside it is older.
+            logger.warning("earlier turns of a session stay: %s", error)
+
+    def _settle(self, name: str, key: str, turn: int) -> None:
+        """Remove the turns before one that has been stored, unless it came too late.
+
+        Of two servers that store one turn under different secrets each sees the other's, and of
+        one that was slow a later turn stands already: then its own is removed.
+        """
+        places = [(other, self._objects.turns(other)) for other in self._keys(name)]
+        for other, turns in places:
+            if any(found.turn > turn or (found.turn == turn and other != key) for found in turns):
+                with suppress(ParkingError):
+                    self._objects.remove(key, turn)
+                raise StaleTurnError(f"turn {turn} came behind another server's")
+        for other, turns in places:
+            for found in turns:
                 if found.turn < turn:
-                    self._objects.remove(key, found.turn)
+                    self._objects.remove(other, found.turn)
+
+    def _keys(self, name: str) -> list[str]:
+        return [secret.key(name) for secret in self._secrets]
 
     def _is_dropped(self, secret: Secret, key: str, found: Stored) -> bool:
         if found.nbytes > OVERHEAD:
