@@ -240,8 +240,13 @@ def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeyp
         assert answers == offline_turns(demo_lm, *TURNS[:3])[1:]
 
 
-def test_a_client_that_goes_at_the_end_leaves_one_turn_or_the_other(servers):
-    body = {"messages": TURNS[0], "max_tokens": 5, "temperature": 0, "stream": True}
+def test_a_client_that_goes_at_the_end_leaves_one_turn_or_the_other(servers, demo_lm):
+    body = {"messages": TURNS[0], "max_tokens": 20, "temperature": 0, "stream": True}
+    expected = {
+        "new": offline_turns(demo_lm, TURNS[1])[0],
+        "resumed": offline_turns(demo_lm, *TURNS[:2])[1],
+    }
+    seen = set()
     for number in range(20):
         name = f"goes-{number}"
         headers = {"x-session-id": name}
@@ -249,8 +254,13 @@ def test_a_client_that_goes_at_the_end_leaves_one_turn_or_the_other(servers):
             for place, line in enumerate(response.iter_lines()):
                 if line and place >= number:
                     break
-        found = ask(servers[number % 2].url, name, TURNS[1])
-        assert found.status_code in (200, 409), found.text
+        wait_until(lambda: not servers[0].app.state.serving.running)
+        found = ask(servers[0].url, name, TURNS[1])
+        state = found.headers["x-session-state"]
+        assert found.headers["x-session-turn"] == ("1" if state == "new" else "2")
+        assert content(found) == expected[state]
+        seen.add(state)
+    assert seen == {"new", "resumed"}
 
 
 @pytest.mark.parametrize(
@@ -355,3 +365,48 @@ def test_a_turn_that_lost_is_not_resumed_by_who_comes_while_it_is_saved(demo_lm)
         sessions.close()
 
     asyncio.run(run())
+
+
+def test_a_client_may_say_which_turn_it_asks_for(servers):
+    url = servers[0].url
+
+    def at(turn, text=TURNS[0], session="turns"):
+        headers = {"x-session-turn": turn} | ({"x-session-id": session} if session else {})
+        body = {"messages": text, "max_tokens": 2, "temperature": 0}
+        return httpx.post(url + CHAT, json=body, headers=headers)
+
+    assert code(at("2")) == (409, "session_conflict")
+    assert at("1").headers["x-session-turn"] == "1"
+    assert code(at("1")) == (409, "session_conflict")  # sent again: it would be doubled
+    assert at("2", TURNS[1]).headers["x-session-turn"] == "2"
+    for wrong in ("", "x", "-1", "1" * 13):
+        assert at(wrong).status_code == 400
+    assert at("1", session=None).status_code == 400
+
+
+def test_a_copy_in_memory_is_no_longer_resumed_than_one_in_the_store(
+    demo_lm, tmp_path, monkeypatch
+):
+    with serving.server_thread(demo_lm, **shared(tmp_path, session_max_age=100.0)) as server:
+        content(ask(server.url, "old", TURNS[0]))
+        now = session_store.time.time()
+        monkeypatch.setattr(session_store.time, "time", lambda: now + 150)
+        assert code(ask(server.url, "old", TURNS[1])) == (410, "session_expired")
+        assert code(httpx.get(f"{server.url}/v1/sessions/old")) == (410, "session_expired")
+
+
+def test_where_a_session_stands_is_told_while_it_is_answered(servers):
+    content(ask(servers[0].url, "told", TURNS[0]))
+    told = []
+    client = threading.Thread(
+        target=lambda: told.append(
+            ask(servers[0].url, "told", TURNS[1], max_tokens=2000, ignore_eos=True)
+        )
+    )
+    client.start()
+    wait_until(lambda: servers[0].stats().active == 1)
+    for server in servers:
+        assert httpx.get(f"{server.url}/v1/sessions/told").json()["turn"] == 1
+    client.join()
+    assert told[0].status_code == 200
+    assert httpx.get(f"{servers[1].url}/v1/sessions/told").json()["turn"] == 2

@@ -308,7 +308,9 @@ def test_a_full_disk_leaves_the_session_where_it_stood(tmp_path, demo_lm, snapsh
     ("place", "error", "words"),
     [
         ("", InputError, "expected a folder, or a URL"),
-        ("nothing://bucket", InputError, "knows no nothing://"),
+        ("nothing://bucket", InputError, "no writes that replace nothing"),
+        ("ftp://host/folder", InputError, "no writes that replace nothing"),
+        ("s3://key:secret@bucket", InputError, "keys in a URL"),
         ("/proc/nothing/here", InputError, "session store /proc/nothing/here: "),
         (5, InputError, "expected a folder, or a URL"),
         ("a\nb", InputError, "expected a folder, or a URL"),
@@ -431,3 +433,14 @@ def test_what_is_meant_as_a_url_becomes_no_folder(tmp_path, monkeypatch, place):
     with pytest.raises(InputError, match="expected"):
         SessionStore(place, [SECRET])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_replaces_objects_is_refused(tmp_path, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def replacing(self, path, value, mode="overwrite", **_):
+        self.open(path, mode="wb", data=value)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", replacing)
+    with pytest.raises(ParkingError, match="conditional writes"):
+        SessionStore(f"memory://{tmp_path.name}/store", [SECRET])

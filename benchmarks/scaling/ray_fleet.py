@@ -54,6 +54,7 @@ class Talk:
     name: str
     turns: list[list[dict[str, str]]]
     answers: list[str] = field(default_factory=list)
+    turn: int = 0
     retries: int = 0
     longest: float = 0.0
 
@@ -83,16 +84,18 @@ async def answer(http: httpx.AsyncClient, talk: Talk, turn: list[dict[str, str]]
     A client that has lost the end of an answer asks where its session stands, and sends the turn
     again if the answer is no part of it.
     """
-    headers = {"x-session-id": talk.name}
     body = {"messages": turn, "max_tokens": n, "temperature": 0, "stream": True}
     for _ in range(MOST_TRIES):
         text, number = "", None
+        # An answer that is there already is not asked for twice.
+        headers = {"x-session-id": talk.name, "x-session-turn": str(talk.turn + 1)}
         try:
             async with http.stream("POST", CHAT, json=body, headers=headers) as response:
                 if response.status_code == 200:
                     number = int(response.headers["x-session-turn"])
                     async for line in response.aiter_lines():
                         if line == "data: [DONE]":
+                            talk.turn = number
                             return text
                         if line.startswith("data: "):
                             chunk = json.loads(line[6:])
@@ -107,8 +110,10 @@ async def answer(http: httpx.AsyncClient, talk: Talk, turn: list[dict[str, str]]
             pass  # the replica has gone, and its connection
         talk.retries += 1
         await asyncio.sleep(0.1)
-        if number is not None and await stands_at(http, talk.name) == number:
-            return text
+        if number is not None:
+            talk.turn = await stands_at(http, talk.name)
+            if talk.turn == number:
+                return text
     raise TimeoutError(f"{talk.name} was never answered")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from lminf_export.errors import ConfigError
+from lminf_export.errors import ConfigError, shown
 from lminf_export.operator.settings import as_integer, as_number
 
 
@@ -100,6 +100,10 @@ class CapacityOptions:
             as_integer("tokens", count, 1)
 
 
+# Beyond all servers and sessions, and far from the ends of floating point.
+_LEAST, _MOST = 1e-9, 1e15
+
+
 def _require_positive(holder: SessionActivity | ReplicaSpeed, zero_allowed: set[str]) -> None:
     for field in fields(holder):
         value = getattr(holder, field.name)
@@ -109,3 +113,5 @@ def _require_positive(holder: SessionActivity | ReplicaSpeed, zero_allowed: set[
         if number < 0 or (number == 0 and field.name not in zero_allowed):
             least = "at least 0" if field.name in zero_allowed else "above 0"
             raise ConfigError(f"{field.name}={value}: must be {least}")
+        if number and not _LEAST <= number <= _MOST:
+            raise ConfigError(f"{field.name}={shown(value)}: must be {_LEAST:g} … {_MOST:g}")

@@ -7,7 +7,7 @@ import re
 import click
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
-_FORM = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGTP])i?B?|B)?", re.IGNORECASE)
+_FORM = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?(?:([KMGTP])i?B?|B)?", re.IGNORECASE)
 
 
 class ByteSize(click.ParamType):

@@ -33,6 +33,9 @@ class DurableSessions(Protocol):
             LminfError: nobody can tell.
         """
 
+    def is_expired(self, conversation: Conversation) -> bool:
+        """Tell whether a conversation in memory is older than those here may be."""
+
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return a conversation; None if there is none.
 

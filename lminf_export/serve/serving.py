@@ -160,6 +160,13 @@ class Serving:
             if caller.begins:
                 lease.conversation = None
         try:
+            if lease is not None and caller.turn not in (None, lease.turn + 1):
+                raise ApiError(
+                    409,
+                    f"this session stands at turn {lease.turn}, so turn {caller.turn} is no next "
+                    "one; ask where it stands",
+                    code="session_conflict",
+                )
             if caller.must_exist and lease is not None and lease.conversation is None:
                 raise ApiError(
                     404,

@@ -7,8 +7,10 @@ import hashlib
 import logging
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any, TypeVar
 
 from lminf_export.errors import LminfError, ParkedSessionError, ParkingError
 from lminf_export.runtime.language_model import LanguageModel
@@ -23,6 +25,9 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Conversations that wait to be written hold so much memory at most; then their requests wait.
 _UNWRITTEN_BYTES = 256 << 20
+_READERS = 8
+
+Result = TypeVar("Result")
 
 
 def checked_session_id(found: str | None) -> str | None:
@@ -64,7 +69,11 @@ class Lease:
         self._is_released = False
 
     async def keep(self, conversation: Conversation) -> None:
-        """Let the conversation stand where a request has led it."""
+        """Let the conversation stand where a request has led it.
+
+        Raises:
+            ApiError: see `Sessions.keep`.
+        """
         if not self.is_deleted:
             await self._sessions.keep(self._key, conversation)
 
@@ -97,6 +106,7 @@ class Sessions:
         self._waits = settings.session_durable or (durable is not None and durable.is_shared)
         threads = 1 if durable is None else durable.threads
         self._threads = ThreadPoolExecutor(threads, "lminf-sessions")
+        self._readers = ThreadPoolExecutor(_READERS, "lminf-sessions-read")
 
     def counts(self) -> StoreCounts:
         """Return what is kept."""
@@ -117,6 +127,13 @@ class Sessions:
                 "another request of this session is being answered; wait for its end",
                 code="session_busy",
             )
+        if self._waits and self._unwritten_bytes() > _UNWRITTEN_BYTES:
+            raise ApiError(
+                503,
+                "conversations wait to be stored; come again later",
+                code="session_store_unavailable",
+                retry=True,
+            )
         lease = self._leases[key] = Lease(self, key)
         try:
             await self._find(lease, key, lm)
@@ -136,12 +153,12 @@ class Sessions:
             await asyncio.shield(asyncio.wrap_future(write))
         found = self._store.conversation(key) or self._unwritten.get(key)
         if durable is not None and is_shared:
-            lease.turn = await asyncio.to_thread(durable.latest, key)
-            if found is not None and found.turn != lease.turn:
+            lease.turn = await self._read(durable.latest, key)
+            if found is not None and (found.turn != lease.turn or durable.is_expired(found)):
                 self._store.drop_conversation(key)
                 found = None
         if found is None and durable is not None and (lease.turn or not is_shared):
-            found = await asyncio.to_thread(durable.load, key, lm)
+            found = await self._read(durable.load, key, lm)
             if lease.is_deleted:
                 found = None  # meanwhile
             if found is not None:
@@ -150,15 +167,27 @@ class Sessions:
         if found is not None:
             lease.turn = found.turn
 
+    async def _read(self, call: Callable[..., Result], *arguments: Any) -> Result:
+        """Call what may wait for a disk or a network, in a thread that nothing else needs."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, call, *arguments)
+
     async def where(self, key: str, lm: LanguageModel) -> Conversation | None:
-        """Return where a conversation stands; None if there is none.
+        """Return where a conversation stands, without what is being answered; None for none.
 
         Raises:
-            ApiError: see `lease`.
+            ApiError: 410 and 503 as `lease`.
         """
-        lease = await self.lease(key, lm)
-        lease.release()
-        return lease.conversation
+        durable = self._durable
+        found = self._store.conversation(key) or self._unwritten.get(key)
+        try:
+            if durable is not None and durable.is_shared and found is not None:
+                is_latest = await self._read(durable.latest, key) == found.turn
+                found = found if is_latest and not durable.is_expired(found) else None
+            if found is None and durable is not None:
+                found = await self._read(durable.load, key, lm)
+        except LminfError as error:
+            raise _of_store(error) from None
+        return found
 
     def release(self, key: str) -> None:
         """End a lease."""
@@ -178,13 +207,15 @@ class Sessions:
             self._unwritten[key] = conversation
             write = self._writes[key] = self._threads.submit(self._write, key, conversation)
         write.add_done_callback(partial(self._written, key))
-        waiting = sum(c.kept.snapshot.nbytes for c in list(self._unwritten.values()))
-        if not self._waits and waiting <= _UNWRITTEN_BYTES:
+        if not self._waits and self._unwritten_bytes() <= _UNWRITTEN_BYTES:
             return
         # A client that goes meanwhile does not stop the writing.
         error = await asyncio.shield(asyncio.wrap_future(write))
         if self._waits and error is not None:
             raise error
+
+    def _unwritten_bytes(self) -> int:
+        return sum(c.kept.snapshot.nbytes for c in list(self._unwritten.values()))
 
     async def drop(self, key: str) -> bool:
         """Forget a conversation, one that is being answered included; tell if there was one.
@@ -220,6 +251,7 @@ class Sessions:
 
     def close(self) -> None:
         """Write what is unwritten, and let another server use the folder."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self._threads.shutdown()
         if self._durable is not None:
             self._durable.close()

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import threading
+import time
 from dataclasses import replace
 
 from lminf_export.disk import parse_json
@@ -51,6 +52,10 @@ class SharedSessions:
         """
         return self._store.latest(key)
 
+    def is_expired(self, conversation: Conversation) -> bool:
+        """Tell whether a conversation in memory is older than those here may be."""
+        return time.time() - conversation.written > self._store.max_age
+
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return a conversation; None if there is none.
 
@@ -65,7 +70,7 @@ class SharedSessions:
             record = parse_json(parked.snapshot.labels.get(_RECORD, "null"))
             require_record(record, lm.vocab_size)
             found = conversation_of(record, replace(parked.snapshot, labels={}))
-            return replace(found, turn=parked.turn)
+            return replace(found, turn=parked.turn, written=parked.written)
         except (ValueError, InputError) as error:
             raise ParkedSessionError(
                 "foreign", f"what is parked here is no conversation of a server: {error}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from lminf_export.runtime.batching.request import Kept
@@ -32,6 +33,7 @@ class Conversation:
         read: hash of the bytes of the ids that the state has read; None if it is not known.
         system: the system's message of a chat, which its template may heed at every turn.
         turn: a number that grows with every answer; in a shared store also if it was deleted.
+        written: Unix time of that answer's end.
     """
 
     kind: ConversationKind
@@ -40,6 +42,7 @@ class Conversation:
     read: RollingHash | None = None
     system: str | None = None
     turn: int = 0
+    written: float = field(default_factory=time.time, compare=False)
 
     @property
     def num_tokens(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, suppress
+from secrets import token_hex
 from typing import Any
+from urllib.parse import urlsplit
 
 from lminf_export.errors import InputError, ParkingError, shortened
 from lminf_export.runtime.foreign_errors import foreign_errors
@@ -11,6 +13,10 @@ from lminf_export.runtime.parking.objects import TURN, StaleTurnError, Stored, t
 
 # Stores without folders to make.
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
+# Those whose writes can be told to replace nothing; the last is for tests.
+_CONDITIONAL = {*_BUCKETS, "memory"}
+# In Azure's URLs a container stands before the sign.
+_KEYED = {"s3", "s3a", "gs", "gcs"}
 
 
 class FileSystemObjects:
@@ -23,7 +29,7 @@ class FileSystemObjects:
         url: of the store.
 
     Raises:
-        InputError: fsspec does not know such URLs.
+        InputError: a kind of store that has no conditional writes, or a URL with keys.
         ParkingError: the store cannot be used, or its package is not installed.
     """
 
@@ -32,14 +38,23 @@ class FileSystemObjects:
 
         self._url = url
         scheme = url.partition("://")[0]
-        if scheme not in fsspec.available_protocols():
-            raise InputError(f"session store {shortened(url)}: fsspec knows no {scheme}://")
+        if scheme not in _CONDITIONAL:
+            raise InputError(
+                f"session store {shortened(url)}: {scheme}:// has no writes that replace nothing; "
+                f"use a folder, or one of {', '.join(sorted(_CONDITIONAL))}"
+            )
+        if urlsplit(url).username is not None and "@" in urlsplit(url).netloc and scheme in _KEYED:
+            raise InputError(
+                f"session store {scheme}://…: keys in a URL are seen by others; give them as the "
+                "store's own variables or files"
+            )
         with self._named("opened"):
             # Nothing is cached: other machines write there, too.
             self._files, root = fsspec.core.url_to_fs(
                 url, use_listings_cache=False, skip_instance_cache=True
             )
         self._root = str(root).rstrip("/")
+        self._require_conditions()
 
     def turns(self, key: str) -> list[Stored]:
         """Return what there is of a key, in order."""
@@ -87,6 +102,28 @@ class FileSystemObjects:
     def remove_older(self, seconds: float, now: float) -> int:
         """Remove nothing: listing a bucket is dear, and its own rules remove what is old."""
         return 0
+
+    def _require_conditions(self) -> None:
+        """Refuse a store that lets a second writer replace what the first has written.
+
+        Raises:
+            ParkingError: it does, or nothing can be written there.
+        """
+        probe = f"{self._root}/.probe-{token_hex(8)}"
+        with self._named("written"):
+            if not self._has_buckets():
+                self._files.makedirs(self._root, exist_ok=True)
+            self._files.pipe_file(probe, b"1", mode="create")
+            try:
+                self._files.pipe_file(probe, b"2", mode="create")
+            except FileExistsError:
+                return
+            finally:
+                self._files.rm_file(probe)
+        raise ParkingError(
+            f"session store {shortened(self._url)} replaces objects that are there, so two servers "
+            "could answer one turn; it must know conditional writes (If-None-Match)"
+        )
 
     def _has_buckets(self) -> bool:
         """Tell whether it is an object store, which has no folders to make."""

@@ -53,10 +53,12 @@ class Parked:
     Attributes:
         turn: its number; the next one to save is one more.
         snapshot: of one stream.
+        written: Unix time at which it was saved.
     """
 
     turn: int
     snapshot: Snapshot
+    written: float
 
 
 class SessionStore:
@@ -71,6 +73,9 @@ class SessionStore:
         secrets: the first one seals and names; sessions under the others are resumed, too.
         max_age: seconds after which a session is not resumed any more.
 
+    Attributes:
+        max_age: the same.
+
     Raises:
         ConfigError: no secret, or one that is too short; an age that is none.
         InputError: the folder cannot be used, or there is no such store.
@@ -83,8 +88,8 @@ class SessionStore:
         if isinstance(secrets, str) or not isinstance(secrets, Sequence) or not secrets:
             raise ConfigError("secrets: expected a list of at least one session secret")
         self._secrets = [Secret(text) for text in secrets]
-        self._max_age = as_number("max_age", max_age)
-        if not 0 < self._max_age < float("inf"):
+        self.max_age = as_number("max_age", max_age)
+        if not 0 < self.max_age < float("inf"):
             raise ConfigError(f"max_age={shown(max_age)}: must be seconds, above 0 and finite")
         self._objects: Objects = open_objects(url)
 
@@ -189,7 +194,7 @@ class SessionStore:
         Raises:
             ParkingError: the folder cannot be read.
         """
-        return self._objects.remove_older(_SWEPT_AT * self._max_age, time.time())
+        return self._objects.remove_older(_SWEPT_AT * self.max_age, time.time())
 
     def _parked(self, header: Header, state: memoryview, lm: LanguageModel) -> Parked:
         """Return the session of an object that is as it was sealed."""
@@ -199,16 +204,17 @@ class SessionStore:
                 "the session was parked by another bundle, whose state this one cannot read",
             )
         age = time.time() - header.written
-        if age > self._max_age:
+        if age > self.max_age:
             raise ParkedSessionError(
                 "expired",
                 f"the session was parked {age / 3600:.1f} hours ago, and is kept for "
-                f"{self._max_age / 3600:.1f}",
+                f"{self.max_age / 3600:.1f}",
             )
         try:
-            return Parked(header.turn, lm.snapshot_from_bytes(bytes(state)))
+            snapshot = lm.snapshot_from_bytes(bytes(state))
         except SessionError as error:
             raise ParkedSessionError("damaged", str(error)) from None
+        return Parked(header.turn, snapshot, header.written)
 
     def _create(self, name: str, turn: int, state_id: str, state: bytes) -> None:
         """Seal and store a turn, and remove those before it.
