@@ -235,6 +235,11 @@ def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeyp
         with monkeypatch.context() as patched:
             patched.setattr(SessionStore, "save", failing)
             assert code(ask(server.url, "fails", TURNS[1])) == (500, "session_not_written")
+        with monkeypatch.context() as patched:
+            patched.setattr(SessionStore, "drop", failing)
+            kept = httpx.delete(f"{server.url}/v1/sessions/fails")
+            assert code(kept) == (500, "session_not_removed")
+            assert "stands" in kept.json()["error"]["message"]
         assert "the network is down" in caplog.text
         answers = [content(ask(server.url, "fails", turn)) for turn in TURNS[1:3]]
         assert answers == offline_turns(demo_lm, *TURNS[:3])[1:]

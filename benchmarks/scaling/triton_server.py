@@ -22,7 +22,7 @@ from typing import IO
 
 import httpx
 
-from benchmarks.serving.servers import END_SECONDS, ServerError, free_port
+from benchmarks.serving.servers import END_SECONDS, ServerError, end, free_port
 
 SERVER = "nvidia-pytriton==0.7.0"
 NUMPY = "numpy<2"
@@ -132,12 +132,7 @@ class TritonServer:
     def stop(self) -> None:
         """End the server."""
         self.wake()
-        self.process.terminate()
-        try:
-            self.process.wait(2 * END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process, 2 * END_SECONDS)
         self._log.close()
 
     def __enter__(self) -> TritonServer:
@@ -157,9 +152,9 @@ class TritonServer:
             pass
 
     def _wait_ready(self) -> None:
-        end = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         url = f"http://127.0.0.1:{self.ports['http']}/v2/health/ready"
-        while time.monotonic() < end:
+        while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerError(f"tritonserver ended: {self.log()}")
             try:

@@ -51,8 +51,8 @@ class Server:
         self._wait_ready()
 
     def _wait_ready(self) -> None:
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerError(f"{self.name} ended with {self.process.returncode}: {self.log()}")
             try:
@@ -85,12 +85,7 @@ class Server:
     def stop(self) -> None:
         """End the process."""
         self.wake()
-        self.process.terminate()
-        try:
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
         self._log.close()
 
     def __enter__(self) -> Server:
@@ -98,6 +93,16 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def end(process: subprocess.Popen[Any], seconds: float = END_SECONDS) -> None:
+    """End a process, by force if it takes longer."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:

@@ -239,12 +239,14 @@ class Sessions:
                 was_file = await asyncio.shield(asyncio.wrap_future(drop))
             except (OSError, LminfError) as error:
                 logger.warning("a conversation could not be removed: %s", error)
-                if lease is not None and self._durable.is_shared:
-                    lease.is_deleted = False  # it stands, with what is being answered
+                stands = "is forgotten, but its files could not be removed"
+                if self._durable.is_shared:
+                    stands = "stands: it could not be removed from the store"
+                    if lease is not None:
+                        lease.is_deleted = False  # with what is being answered
                 raise ApiError(
                     500,
-                    "the conversation is forgotten, but its files could not be removed; see the "
-                    "server's log",
+                    f"the conversation {stands}; see the server's log",
                     code="session_not_removed",
                 ) from None
         return was_kept or was_file or was_unwritten or lease is not None

@@ -24,6 +24,7 @@ from lminf_export.serve.api_errors import ApiError
 from lminf_export.serve.opening import opened
 from lminf_export.serve.serving import Serving
 from lminf_export.triton.answers import Asked, Reply, answer
+from lminf_export.triton.interface import INPUTS
 from lminf_export.triton.parameters import Parameters
 
 logger = logging.getLogger(__name__)
@@ -143,10 +144,9 @@ class TritonPythonModel:
         """Return a request's tensors."""
         pb = self._pb
         found: dict[str, Any] = {}
-        for name in ("text_input", "messages", "sampling_parameters", "input_ids", "stream",
-                     "return_output_ids"):  # fmt: skip
-            tensor = pb.get_input_tensor_by_name(request, name)
-            found[name] = None if tensor is None else tensor.as_numpy().reshape(-1)
+        for spec in INPUTS:
+            tensor = pb.get_input_tensor_by_name(request, spec.name)
+            found[spec.name] = None if tensor is None else tensor.as_numpy().reshape(-1)
         flags = request.flags()
         ids = found["input_ids"]
         return Asked(

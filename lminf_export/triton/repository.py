@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -66,44 +66,30 @@ def export_triton(
         ExportError: the folder cannot be written.
     """
     require_path("out", out, InputError)
-    if isinstance(backends, str) or not isinstance(backends, Sequence) or not backends:
-        raise InputError(f"backends={shown(backends)}: expected some of {', '.join(BACKENDS)}")
-    for backend in backends:
-        require_one_of("backends", backend, BACKENDS, InputError)
     slots = as_integer("slots", slots, 1, InputError)
     opened = Bundle.open(bundle)
-    called = opened.path.resolve().name if name is None else name
-    if not isinstance(called, str) or not called.replace("-", "").replace("_", "").isalnum():
-        raise InputError(
-            f"name={shown(called)}: a model's name has letters, digits, - and _; see --name"
-        )
+    chosen = _backends(backends, opened)
+    called = _name(opened, name)
     given = {"bundle": "bundle", "slots": str(slots), **(parameters or {})}
     Parameters.of(given)
-    if "tensorrt" in backends and opened.plan_path is None:
-        raise InputError(
-            f"{opened.path} has no plan: build one by lminf-export --out engine.plan, or leave "
-            "tensorrt out"
-        )
-    if "onnxruntime" in backends and opened.manifest.contract.dtype == "bfloat16":
-        raise InputError("onnxruntime's backend takes no bfloat16; export with another --dtype")
     target = user_path(out, InputError)
-    writers: dict[str, Callable[[Bundle, Path, str, Path], None]] = {
-        "python": lambda b, folder, model, _: _write_python(b, folder, model, given),
-        "onnxruntime": lambda b, folder, model, at: _write_implicit(b, folder, model, at, slots),
-        "tensorrt": lambda b, folder, model, at: _write_plan(b, folder, model, at, slots),
-    }
     _require_free(target)
     partial = temporary_name(target, "partial", secrets.token_hex(4))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         make_folder(partial)
-        for backend in dict.fromkeys(backends):
+        for backend in chosen:
             model = called + _SUFFIX[backend]
-            folder = partial / model
+            folder, at = partial / model, target.resolve() / model
             (folder / _VERSION).mkdir(parents=True)
-            writers[backend](opened, folder, model, target.resolve() / model)
+            if backend == "python":
+                _write_python(opened, folder, model, given)
+            elif backend == "onnxruntime":
+                _write_implicit(opened, folder, model, at, slots)
+            else:
+                _write_plan(opened, folder, model, at, slots)
         (partial / "README.md").write_text(
-            readme(opened.manifest, called, backends, human_bytes), encoding="utf-8"
+            readme(opened.manifest, called, chosen, human_bytes), encoding="utf-8"
         )
         if target.exists():
             target.rmdir()
@@ -114,6 +100,32 @@ def export_triton(
         if partial.exists():
             remove_folder(partial)
     return target
+
+
+def _backends(backends: Sequence[Backend], bundle: Bundle) -> list[Backend]:
+    """Return the backends, each once, if the bundle has something for them."""
+    if isinstance(backends, str) or not isinstance(backends, Sequence) or not backends:
+        raise InputError(f"backends={shown(backends)}: expected some of {', '.join(BACKENDS)}")
+    for backend in backends:
+        require_one_of("backends", backend, BACKENDS, InputError)
+    if "tensorrt" in backends and bundle.plan_path is None:
+        raise InputError(
+            f"{bundle.path} has no plan: build one by lminf-export --out engine.plan, or leave "
+            "tensorrt out"
+        )
+    if "onnxruntime" in backends and bundle.manifest.contract.dtype == "bfloat16":
+        raise InputError("onnxruntime's backend takes no bfloat16; export with another --dtype")
+    return list(dict.fromkeys(backends))
+
+
+def _name(bundle: Bundle, given: str | None) -> str:
+    """Return the model's name."""
+    name = bundle.path.resolve().name if given is None else given
+    if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
+        raise InputError(
+            f"name={shown(name)}: a model's name has letters, digits, - and _; see --name"
+        )
+    return name
 
 
 def _require_free(target: Path) -> None:

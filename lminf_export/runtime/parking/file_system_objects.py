@@ -22,8 +22,8 @@ _KEYED = {"s3", "s3a", "gs", "gcs"}
 class FileSystemObjects:
     """Objects in a store that fsspec opens: s3://, gs://, az:// and others.
 
-    Turns are created by conditional writes, which the store must have (S3, GCS and Azure do). Old
-    objects are removed by the store's own lifecycle rules.
+    Turns are created by conditional writes; whether the store has them is tried at the beginning.
+    Old objects are removed by the store's own lifecycle rules.
 
     Args:
         url: of the store.
@@ -43,7 +43,7 @@ class FileSystemObjects:
                 f"session store {shortened(url)}: {scheme}:// has no writes that replace nothing; "
                 f"use a folder, or one of {', '.join(sorted(_CONDITIONAL))}"
             )
-        if urlsplit(url).username is not None and "@" in urlsplit(url).netloc and scheme in _KEYED:
+        if scheme in _KEYED and "@" in urlsplit(url).netloc:
             raise InputError(
                 f"session store {scheme}://…: keys in a URL are seen by others; give them as the "
                 "store's own variables or files"
