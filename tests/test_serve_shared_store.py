@@ -6,6 +6,7 @@ import asyncio
 import random
 import signal
 import threading
+import time
 from contextlib import ExitStack
 
 import httpx
@@ -101,6 +102,21 @@ def test_a_conversation_that_was_begun_again_elsewhere_is_not_mixed_up(servers, 
     assert content(found) == offline_turns(demo_lm, *TURNS[:2])[1]
 
 
+def test_a_session_that_began_again_in_an_emptied_store_is_no_other(demo_lm, other_lm, tmp_path):
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(serving.server_thread(lm, **shared(tmp_path)))
+            for lm in (demo_lm, other_lm)
+        )
+        content(ask(first.url, "emptied", TURNS[2]))
+        the_object(tmp_path).unlink()
+        content(ask(second.url, "emptied", TURNS[0]))
+        where = httpx.get(f"{first.url}/v1/sessions/emptied").json()
+        found = ask(first.url, "emptied", TURNS[1])
+    assert where["turn"] == 1
+    assert content(found) == offline_turns(demo_lm, *TURNS[:2])[1]
+
+
 def test_of_two_servers_that_answer_one_turn_one_is_refused(servers, demo_lm):
     content(ask(servers[0].url, "twice", TURNS[0]))
     told = []
@@ -126,7 +142,8 @@ def test_of_two_servers_that_answer_one_turn_one_is_refused(servers, demo_lm):
         assert ask(server.url, "twice", sent).headers["x-session-state"] == "resumed"
 
 
-def test_an_answer_that_is_deleted_elsewhere_meanwhile_is_no_part_of_it(servers):
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_answer_that_is_deleted_meanwhile_is_no_part_of_it(servers, place):
     content(ask(servers[0].url, "gone", TURNS[0]))
     told = []
     client = threading.Thread(
@@ -136,7 +153,7 @@ def test_an_answer_that_is_deleted_elsewhere_meanwhile_is_no_part_of_it(servers)
     )
     client.start()
     wait_until(lambda: servers[0].stats().active == 1)
-    assert httpx.delete(f"{servers[1].url}/v1/sessions/gone").status_code == 200
+    assert httpx.delete(f"{servers[place].url}/v1/sessions/gone").status_code == 200
     client.join()
     assert code(told[0]) == (409, "session_conflict")
     assert ask(servers[1].url, "gone", TURNS[0]).headers["x-session-state"] == "new"
@@ -222,13 +239,13 @@ def test_expired_and_foreign_sessions_are_refused(demo_lm, other_lm, tmp_path, m
 
 
 def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeypatch, caplog):
-    def failing(*_):
+    def failing(*_, **__):
         raise ParkingError("the network is down")
 
     with serving.server_thread(demo_lm, **shared(tmp_path)) as server:
         content(ask(server.url, "fails", TURNS[0]))
         with monkeypatch.context() as patched:
-            patched.setattr(SessionStore, "latest", failing)
+            patched.setattr(SessionStore, "is_latest", failing)
             found = ask(server.url, "fails", TURNS[1])
             assert code(found) == (503, "session_store_unavailable")
             assert found.headers["retry-after"]
@@ -239,10 +256,71 @@ def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeyp
             patched.setattr(SessionStore, "drop", failing)
             kept = httpx.delete(f"{server.url}/v1/sessions/fails")
             assert code(kept) == (500, "session_not_removed")
-            assert "stands" in kept.json()["error"]["message"]
+            assert "may stand" in kept.json()["error"]["message"]
         assert "the network is down" in caplog.text
         answers = [content(ask(server.url, "fails", turn)) for turn in TURNS[1:3]]
         assert answers == offline_turns(demo_lm, *TURNS[:3])[1:]
+
+
+def test_a_store_that_hangs_holds_up_no_request_and_no_end(demo_lm, tmp_path, monkeypatch, caplog):
+    may_end = threading.Event()
+
+    def hanging(*_, **__):
+        assert may_end.wait(60)
+        raise ParkingError("too late")
+
+    limits = shared(tmp_path, session_store_seconds=0.3)
+    started = time.monotonic()
+    try:
+        with serving.server_thread(demo_lm, **limits) as server:
+            content(ask(server.url, "hangs", TURNS[0]))
+            with monkeypatch.context() as patched:
+                patched.setattr(SessionStore, "is_latest", hanging)
+                told = ask(server.url, "hangs", TURNS[1])
+                assert code(told) == (503, "session_store_unavailable")
+                told = httpx.get(f"{server.url}/v1/sessions/hangs")
+                assert code(told) == (503, "session_store_unavailable")
+            assert content(ask(server.url, "another", TURNS[0]))
+            with monkeypatch.context() as patched:
+                patched.setattr(SessionStore, "drop", hanging)
+                told = httpx.delete(f"{server.url}/v1/sessions/another")
+                assert code(told) == (500, "session_not_removed")
+            monkeypatch.setattr(SessionStore, "save", hanging)
+            told = ask(server.url, "hangs", TURNS[1])
+            assert code(told) == (500, "session_not_written")
+            assert "ask where it stands" in told.json()["error"]["message"]
+            told = ask(server.url, "hangs", TURNS[1])  # not before the write has ended
+            assert code(told) == (503, "session_store_unavailable")
+        assert server.app.state.serving.sessions.is_stuck
+        assert "what is not written by now is lost" in caplog.text
+        assert time.monotonic() - started < 20
+    finally:
+        may_end.set()
+
+
+HANGING = """
+import sys, threading
+from lminf_export.cli.main import main
+from lminf_export.runtime.parking.session_store import SessionStore
+
+SessionStore.save = lambda *_, **__: threading.Event().wait()
+sys.argv = ["lminf", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_server_ends_although_its_store_hangs(demo_bundle, tmp_path):
+    script = tmp_path / "hanging.py"
+    script.write_text(HANGING)
+    options = ("--session-store", str(tmp_path / "s"), "--session-store-seconds", "0.3")
+    with serving.server_process(
+        demo_bundle, *options, program=(str(script),), LMINF_SESSION_SECRET=SECRET
+    ) as server:
+        assert code(ask(server.url, "a", TURNS[0])) == (500, "session_not_written")
+        exit_code, said = server.end()
+    assert exit_code == 1
+    assert "the store does not answer" in said
+    assert "Traceback" not in said
 
 
 def test_a_client_that_goes_at_the_end_leaves_one_turn_or_the_other(servers, demo_lm):
@@ -334,6 +412,9 @@ class SlowStore:
 
     def latest(self, key):
         return 2
+
+    def is_latest(self, key, conversation):
+        return conversation is self.theirs
 
     def load(self, key, lm):
         return self.theirs

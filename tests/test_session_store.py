@@ -102,6 +102,31 @@ def test_of_many_at_once_exactly_one_saves_a_turn(tmp_path, snapshot):
     assert the_file(tmp_path).name == "000000000010"
 
 
+def test_a_copy_is_known_by_its_mark(tmp_path, demo_lm, snapshot):
+    """Somebody empties the store, and the session begins again: its numbers are the same."""
+    store = SessionStore(tmp_path, [SECRET])
+    marks = [session_store.new_mark() for _ in range(2)]
+    for number, mark in enumerate(marks, 1):
+        store.save("a", number, snapshot, mark=mark)
+        assert store.load("a", demo_lm).mark == mark
+        assert store.is_latest("a", number, mark)
+    assert not store.is_latest("a", 1, marks[0])
+    assert not store.is_latest("b", 2, marks[1])
+    the_file(tmp_path).unlink()
+    assert not store.is_latest("a", 2, marks[1])
+    for number in (1, 2):
+        store.save("a", number, snapshot)
+    assert store.latest("a") == 2
+    assert not store.is_latest("a", 2, marks[1])
+    found = store.load("a", demo_lm).mark
+    assert store.is_latest("a", 2, found)
+    the_file(tmp_path).write_bytes(b"lminf-parked")
+    assert not store.is_latest("a", 2, found)
+    for turn, mark in ((0, found), (2, "x"), (2, None), (2, found.upper() + "\n")):
+        with pytest.raises(InputError):
+            store.is_latest("a", turn, mark)
+
+
 def test_a_dropped_session_does_not_come_back(url, demo_lm, snapshot):
     store, other = SessionStore(url, [SECRET]), SessionStore(url, [SECRET])
     assert not store.drop("a")
@@ -163,6 +188,9 @@ def test_a_session_of_another_bundle_is_foreign(tmp_path, demo_lm, snapshot):
     other.forward([[1, 2, 3]], state)
     store.save("a", 1, state.snapshot())
     assert reason_of(store, demo_lm) == "foreign"
+    # A state that is larger than any of the other bundle is foreign, too, and is not read.
+    store.save("c", 1, snapshot)
+    assert reason_of(store, other, "c") == "foreign"
     # Of the same shapes, with other weights.
     store.save("b", 1, replace(snapshot, state_id="0" * 64))
     assert reason_of(store, demo_lm, "b") == "foreign"

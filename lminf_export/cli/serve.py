@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,6 +51,10 @@ LIMITS: dict[str, tuple[click.ParamType, str]] = {
     "shutdown-seconds": (_SECONDS, "Time that running answers get after SIGTERM."),
     "session-bytes": (_NATURAL, "Memory of kept conversations."),
     "session-disk-bytes": (_POSITIVE, "Bytes of the folder of conversations."),
+    "session-store-seconds": (
+        _SECONDS,
+        "Time that --session-store may take for one call; then the request gets an error.",
+    ),
     "session-max-age": (_SECONDS, "Seconds that a conversation in a shared store is kept."),
 }
 
@@ -197,6 +202,8 @@ def serve_command(
             settings,
             lambda: click.echo(f"serving {listed} at {address_of(bound)}"),
         )
+    if app.state.serving.sessions.is_stuck:
+        os._exit(1)  # Python would wait for the thread that waits for the store
 
 
 def _require_packages() -> None:

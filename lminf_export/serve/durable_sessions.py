@@ -33,8 +33,12 @@ class DurableSessions(Protocol):
             LminfError: nobody can tell.
         """
 
-    def is_expired(self, conversation: Conversation) -> bool:
-        """Tell whether a conversation in memory is older than those here may be."""
+    def is_latest(self, key: str, conversation: Conversation) -> bool:
+        """Tell whether a conversation in memory is what `load` would return.
+
+        Raises:
+            LminfError: nobody can tell.
+        """
 
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return a conversation; None if there is none.

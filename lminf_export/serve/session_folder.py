@@ -101,9 +101,9 @@ class SessionFolder:
         """Return 0: nobody else writes here."""
         return 0
 
-    def is_expired(self, conversation: Conversation) -> bool:
-        """Return False: a folder keeps what it has room for."""
-        return False
+    def is_latest(self, key: str, conversation: Conversation) -> bool:
+        """Return True: nobody else writes here."""
+        return True
 
     def save(self, key: str, conversation: Conversation) -> bool:
         """Write a conversation; tell whether the folder has room for it.

@@ -76,6 +76,8 @@ class Lease:
         """
         if not self.is_deleted:
             await self._sessions.keep(self._key, conversation)
+        elif self._sessions.waits:
+            raise _conflict()
 
     def release(self) -> None:
         """Let another request use the conversation."""
@@ -88,9 +90,14 @@ class Sessions:
     """The conversations of a server.
 
     Args:
-        settings: whether an answer waits until its conversation is written.
+        settings: whether an answer waits until its conversation is written, and how long a shared
+            store may take.
         store: states in memory.
         durable: where conversations outlive the server; None if they do not.
+
+    Attributes:
+        waits: an answer ends when its conversation is written.
+        is_stuck: a call of the store did not end before the server did.
     """
 
     def __init__(
@@ -102,11 +109,14 @@ class Sessions:
         self._writes: dict[str, Future[ApiError | None]] = {}
         self._lock = threading.Lock()  # of both
         self._durable = durable
+        self.is_stuck = False
         # Another server goes on from what is stored, so it is stored before a client has the end.
-        self._waits = settings.session_durable or (durable is not None and durable.is_shared)
+        self.waits = settings.session_durable or (durable is not None and durable.is_shared)
         threads = 1 if durable is None else durable.threads
         self._threads = ThreadPoolExecutor(threads, "lminf-sessions")
         self._readers = ThreadPoolExecutor(_READERS, "lminf-sessions-read")
+        is_shared = durable is not None and durable.is_shared
+        self._limit = settings.session_store_seconds if is_shared else None
 
     def counts(self) -> StoreCounts:
         """Return what is kept."""
@@ -127,7 +137,7 @@ class Sessions:
                 "another request of this session is being answered; wait for its end",
                 code="session_busy",
             )
-        if self._waits and self._unwritten_bytes() > _UNWRITTEN_BYTES:
+        if self.waits and self._unwritten_bytes() > _UNWRITTEN_BYTES:
             raise ApiError(
                 503,
                 "conversations wait to be stored; come again later",
@@ -150,13 +160,11 @@ class Sessions:
         is_shared = durable is not None and durable.is_shared
         write = self._writes.get(key) if is_shared else None
         if write is not None:  # of an answer whose client has gone
-            await asyncio.shield(asyncio.wrap_future(write))
-        found = self._store.conversation(key) or self._unwritten.get(key)
-        if durable is not None and is_shared:
+            await self._ended(write)
+        found = await self._copy(key)
+        if found is None and durable is not None and is_shared:
+            self._store.drop_conversation(key)
             lease.turn = await self._read(durable.latest, key)
-            if found is not None and (found.turn != lease.turn or durable.is_expired(found)):
-                self._store.drop_conversation(key)
-                found = None
         if found is None and durable is not None and (lease.turn or not is_shared):
             found = await self._read(durable.load, key, lm)
             if lease.is_deleted:
@@ -167,9 +175,34 @@ class Sessions:
         if found is not None:
             lease.turn = found.turn
 
+    async def _copy(self, key: str) -> Conversation | None:
+        """Return the copy in memory, if it is where the conversation stands."""
+        found = self._store.conversation(key) or self._unwritten.get(key)
+        durable = self._durable
+        if found is None or durable is None or not durable.is_shared:
+            return found
+        return found if await self._read(durable.is_latest, key, found) else None
+
     async def _read(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        """Call what may wait for a disk or a network, in a thread that nothing else needs."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, call, *arguments)
+        """Call what may wait for a disk or a network, in a thread that nothing else needs.
+
+        Raises:
+            ParkingError: a shared store does not answer in time.
+        """
+        return await self._ended(self._readers.submit(call, *arguments))
+
+    async def _ended(self, call: Future[Result]) -> Result:
+        """Return what a call returns, which goes on if nobody waits for it any more.
+
+        Raises:
+            ParkingError: a shared store does not answer in time.
+        """
+        try:
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(call)), self._limit)
+        except TimeoutError:
+            if call.done():
+                return call.result()
+            raise ParkingError(f"the store did not answer in {self._limit:g} seconds") from None
 
     async def where(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return where a conversation stands, without what is being answered; None for none.
@@ -177,14 +210,10 @@ class Sessions:
         Raises:
             ApiError: 410 and 503 as `lease`.
         """
-        durable = self._durable
-        found = self._store.conversation(key) or self._unwritten.get(key)
         try:
-            if durable is not None and durable.is_shared and found is not None:
-                is_latest = await self._read(durable.latest, key) == found.turn
-                found = found if is_latest and not durable.is_expired(found) else None
-            if found is None and durable is not None:
-                found = await self._read(durable.load, key, lm)
+            found = await self._copy(key)
+            if found is None and self._durable is not None:
+                found = await self._read(self._durable.load, key, lm)
         except LminfError as error:
             raise _of_store(error) from None
         return found
@@ -207,11 +236,14 @@ class Sessions:
             self._unwritten[key] = conversation
             write = self._writes[key] = self._threads.submit(self._write, key, conversation)
         write.add_done_callback(partial(self._written, key))
-        if not self._waits and self._unwritten_bytes() <= _UNWRITTEN_BYTES:
+        if not self.waits and self._unwritten_bytes() <= _UNWRITTEN_BYTES:
             return
-        # A client that goes meanwhile does not stop the writing.
-        error = await asyncio.shield(asyncio.wrap_future(write))
-        if self._waits and error is not None:
+        try:
+            error = await self._ended(write)
+        except ParkingError as slow:
+            logger.warning("a conversation is not written yet: %s", slow)
+            error = _not_written("may be written later; ask where it stands")
+        if self.waits and error is not None:
             raise error
 
     def _unwritten_bytes(self) -> int:
@@ -230,18 +262,17 @@ class Sessions:
         was_kept = self._store.drop_conversation(key)
         was_file = False
         if self._durable is not None:
-            # Behind a write that has begun.
-            write = self._writes.get(key)
-            if write is not None:
-                await asyncio.shield(asyncio.wrap_future(write))
-            drop = self._threads.submit(self._durable.drop, key)
             try:
-                was_file = await asyncio.shield(asyncio.wrap_future(drop))
+                # Behind a write that has begun.
+                write = self._writes.get(key)
+                if write is not None:
+                    await self._ended(write)
+                was_file = await self._ended(self._threads.submit(self._durable.drop, key))
             except (OSError, LminfError) as error:
                 logger.warning("a conversation could not be removed: %s", error)
                 stands = "is forgotten, but its files could not be removed"
                 if self._durable.is_shared:
-                    stands = "stands: it could not be removed from the store"
+                    stands = "may stand: it could not surely be removed from the store"
                     if lease is not None:
                         lease.is_deleted = False  # with what is being answered
                 raise ApiError(
@@ -254,15 +285,20 @@ class Sessions:
     def close(self) -> None:
         """Write what is unwritten, and let another server use the folder."""
         self._readers.shutdown(wait=False, cancel_futures=True)
-        self._threads.shutdown()
+        end = threading.Thread(target=self._threads.shutdown, name="lminf-close", daemon=True)
+        end.start()
+        end.join(self._limit)
+        self.is_stuck = end.is_alive()
+        if self.is_stuck:
+            logger.warning("the store does not answer; what is not written by now is lost")
         if self._durable is not None:
             self._durable.close()
 
     def _write(self, key: str, conversation: Conversation) -> ApiError | None:
         """Write a conversation; return why it is not there, or None."""
-        # What came later, or was dropped, is not written.
-        if self._unwritten.get(key) is not conversation or self._durable is None:
-            return None
+        latest = self._unwritten.get(key)
+        if latest is not conversation or self._durable is None:
+            return None if latest is not None else _conflict()  # dropped
         problem: ApiError | None = _not_written("is forgotten")
         try:
             problem = self._saved(key, conversation, self._durable)
@@ -271,7 +307,7 @@ class Sessions:
                 if self._unwritten.get(key) is conversation:
                     del self._unwritten[key]
             is_kept = self._store.conversation(key) is conversation
-            if self._waits and problem is not None and is_kept:
+            if self.waits and problem is not None and is_kept:
                 self._store.drop_conversation(key)
         return problem
 
@@ -289,12 +325,7 @@ class Sessions:
             )
         except StaleTurnError as error:
             logger.info("a conversation was answered twice: %s", error)
-            return ApiError(
-                409,
-                "another server has answered this session meanwhile, or it was deleted; this "
-                "answer is no part of it",
-                code="session_conflict",
-            )
+            return _conflict()
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
             if durable.is_shared:
@@ -309,6 +340,15 @@ class Sessions:
         error = write.exception()
         if error is not None:
             logger.error("a conversation could not be written", exc_info=error)
+
+
+def _conflict() -> ApiError:
+    return ApiError(
+        409,
+        "another server has answered this session meanwhile, or it was deleted; this answer is no "
+        "part of it",
+        code="session_conflict",
+    )
 
 
 def _not_written(then: str) -> ApiError:

@@ -56,6 +56,8 @@ class ServeSettings:
         session_secrets: what seals the conversations of a store, the same for all its servers; the
             first one for new ones, any for those that are there.
         session_max_age: seconds after which a conversation of a store is not resumed any more.
+        session_store_seconds: time that a store may take for one call; then a request that needs it
+            is refused, although the call may still be carried out.
         session_durable: an answer ends when its conversation is in the folder.
         session_bytes: memory of kept conversations; the least recently used are dropped.
         session_disk_bytes: bytes of the folder; the oldest files are dropped.
@@ -94,6 +96,7 @@ class ServeSettings:
     session_store: str | None = None
     session_secrets: tuple[str, ...] = field(default=(), repr=False)
     session_max_age: float = DEFAULT_MAX_AGE
+    session_store_seconds: float = 30.0
     session_durable: bool = False
     session_bytes: int = 1 << 30
     session_disk_bytes: int = 16 << 30

@@ -52,9 +52,15 @@ class SharedSessions:
         """
         return self._store.latest(key)
 
-    def is_expired(self, conversation: Conversation) -> bool:
-        """Tell whether a conversation in memory is older than those here may be."""
-        return time.time() - conversation.written > self._store.max_age
+    def is_latest(self, key: str, conversation: Conversation) -> bool:
+        """Tell whether a conversation in memory is the one that stands here, and not too old.
+
+        Raises:
+            ParkingError: the store cannot be read.
+        """
+        if time.time() - conversation.written > self._store.max_age:
+            return False
+        return self._store.is_latest(key, conversation.turn, conversation.mark)
 
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return a conversation; None if there is none.
@@ -70,7 +76,7 @@ class SharedSessions:
             record = parse_json(parked.snapshot.labels.get(_RECORD, "null"))
             require_record(record, lm.vocab_size)
             found = conversation_of(record, replace(parked.snapshot, labels={}))
-            return replace(found, turn=parked.turn, written=parked.written)
+            return replace(found, turn=parked.turn, written=parked.written, mark=parked.mark)
         except (ValueError, InputError) as error:
             raise ParkedSessionError(
                 "foreign", f"what is parked here is no conversation of a server: {error}"
@@ -85,7 +91,7 @@ class SharedSessions:
         """
         labels = {_RECORD: json.dumps(record_of(conversation))}
         snapshot = replace(conversation.kept.snapshot, labels=labels)
-        self._store.save(key, conversation.turn, snapshot)
+        self._store.save(key, conversation.turn, snapshot, mark=conversation.mark)
         return True
 
     def drop(self, key: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from lminf_export.runtime.batching.request import Kept
+from lminf_export.runtime.parking.session_store import new_mark
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.serve.rolling import RollingHash, ids_bytes
 
@@ -34,6 +35,7 @@ class Conversation:
         system: the system's message of a chat, which its template may heed at every turn.
         turn: a number that grows with every answer; in a shared store also if it was deleted.
         written: Unix time of that answer's end.
+        mark: what tells this turn from another of its number.
     """
 
     kind: ConversationKind
@@ -43,6 +45,7 @@ class Conversation:
     system: str | None = None
     turn: int = 0
     written: float = field(default_factory=time.time, compare=False)
+    mark: str = field(default_factory=new_mark, compare=False)
 
     @property
     def num_tokens(self) -> int:

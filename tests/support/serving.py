@@ -47,11 +47,15 @@ class Process:
 
 
 @contextmanager
-def server_process(bundle: Path, *options: str, **variables: str) -> Iterator[Process]:
-    """Run `lminf serve` until the block ends."""
+def server_process(
+    bundle: Path,
+    *options: str,
+    program: tuple[str, ...] = ("-m", "lminf_export.cli.main"),
+    **variables: str,
+) -> Iterator[Process]:
+    """Run `lminf serve`, or what stands for it, until the block ends."""
     command = [
-        sys.executable, "-m", "lminf_export.cli.main", "serve", str(bundle), "--port", "0",
-        "--name", NAME, *options,
+        sys.executable, *program, "serve", str(bundle), "--port", "0", "--name", NAME, *options,
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -70,7 +70,7 @@ class Header:
         written: Unix time, seconds.
         nbytes: bytes of the state.
         sha256: of the state, hexadecimal.
-        nonce: of this object, so that no two are equal.
+        mark: of this object, so that no two are equal.
         format: of the object.
     """
 
@@ -80,7 +80,7 @@ class Header:
     written: float
     nbytes: int
     sha256: str
-    nonce: str = ""
+    mark: str = ""
     format: int = _FORMAT
 
 
@@ -108,6 +108,22 @@ def unsealed(secret: Secret, content: bytes) -> tuple[Header, memoryview]:
     Raises:
         ParkedSessionError: it is damaged, or another secret sealed it.
     """
+    header, state = unsealed_header(secret, content)
+    if len(state) != header.nbytes or _DIGEST(state).hexdigest() != header.sha256:
+        raise _damaged("its state was changed or cut short")
+    return header, state
+
+
+def unsealed_header(secret: Secret, content: bytes) -> tuple[Header, memoryview]:
+    """Return an object's header, which is as it was sealed, and what stands behind it unchecked.
+
+    Args:
+        secret: of the fleet.
+        content: the object's first bytes, `OVERHEAD` at least where it has so many.
+
+    Raises:
+        ParkedSessionError: the header is damaged, or another secret sealed it.
+    """
     view = memoryview(content)
     start = len(_MAGIC) + _LENGTH.size
     if len(view) < start or view[: len(_MAGIC)] != _MAGIC:
@@ -123,11 +139,7 @@ def unsealed(secret: Secret, content: bytes) -> tuple[Header, memoryview]:
     found = parse_json(bytes(signed[start:]))
     if found.get("format") != _FORMAT:
         raise _damaged(f"its form is {found.get('format')}, this release reads {_FORMAT}")
-    header = Header(**found)
-    state = view[end:]
-    if len(state) != header.nbytes or _DIGEST(state).hexdigest() != header.sha256:
-        raise _damaged("its state was changed or cut short")
-    return header, state
+    return Header(**found), view[end:]
 
 
 def _damaged(reason: str) -> ParkedSessionError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ from lminf_export.runtime.parking.seal import (
     digest,
     sealed,
     unsealed,
+    unsealed_header,
 )
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.snapshot_memory import most_bytes
@@ -43,6 +45,7 @@ _MOST_BESIDE = 1 << 20
 _SWEPT_AT = 2.0
 _MOST_TURN = 10**12 - 1
 _LONGEST_NAME = 4096
+_MARK = re.compile(r"[0-9a-f]{16}")
 _TRIES = 8
 
 
@@ -54,11 +57,18 @@ class Parked:
         turn: its number; the next one to save is one more.
         snapshot: of one stream.
         written: Unix time at which it was saved.
+        mark: what tells it from another turn of the same number.
     """
 
     turn: int
     snapshot: Snapshot
     written: float
+    mark: str = ""
+
+
+def new_mark() -> str:
+    """Return a random mark of a turn, which no other has."""
+    return token_hex(8)
 
 
 class SessionStore:
@@ -104,6 +114,31 @@ class SessionStore:
         found = self._latest(_checked(name))
         return 0 if found is None else found[2].turn
 
+    def is_latest(self, name: str, turn: int, mark: str) -> bool:
+        """Tell whether a session still stands where it was loaded or saved.
+
+        A number alone does not say so: a session may have begun again in a store that somebody
+        emptied. No more than the head of its object is read.
+
+        Args:
+            name: of the session.
+            turn: where it was.
+            mark: of that turn.
+
+        Raises:
+            InputError: a number or a mark that no turn has.
+            ParkingError: the store cannot be read.
+        """
+        turn, mark = _checked_turn(turn), _checked_mark(mark)
+        place = self._latest(_checked(name))
+        if place is None or place[2].turn != turn:
+            return False
+        try:
+            header = self._header(*place)
+        except ParkedSessionError:
+            return False  # `load` says why
+        return header is not None and header.mark == mark
+
     def load(self, name: str, lm: LanguageModel) -> Parked | None:
         """Return where a session stands; None if there is none, or it was dropped.
 
@@ -127,6 +162,10 @@ class SessionStore:
                 return None
             secret, key, found = place
             if found.nbytes > most:
+                header = self._header(*place)
+                if header is None:
+                    continue
+                _require_bundle(header, lm)
                 raise ParkedSessionError(
                     "damaged",
                     f"the parked session has {found.nbytes} bytes; a state of this bundle has "
@@ -139,23 +178,26 @@ class SessionStore:
             # Another server has saved a later turn meanwhile.
         raise ParkingError(f"turn {found.turn} of a session is gone again and again")
 
-    def save(self, name: str, turn: int, snapshot: Snapshot) -> None:
+    def save(self, name: str, turn: int, snapshot: Snapshot, *, mark: str | None = None) -> None:
         """Save a turn of a session; the turns before it are removed.
 
         Args:
             name: of the session.
             turn: one more than `latest` was when its caller went on from there.
             snapshot: of one stream, with whatever labels.
+            mark: of this turn, from `new_mark`; by default one that nobody asks for.
 
         Raises:
             StaleTurnError: another server has saved this turn, or dropped the session.
-            InputError: a snapshot of several streams, or with more labels than are stored.
+            InputError: a snapshot of several streams, or with more labels than are stored; another
+                mark.
             SessionError: a snapshot that does not know its bundle.
             ParkingError: it could not be stored; the session stands where it stood.
         """
         _checked(name)
         require_instance("snapshot", snapshot, Snapshot)
-        turn = as_integer("turn", turn, 1, InputError, maximum=_MOST_TURN)
+        turn = _checked_turn(turn)
+        mark = new_mark() if mark is None else _checked_mark(mark)
         if snapshot.batch_size != 1:
             raise InputError(f"a session is one stream; this snapshot has {snapshot.batch_size}")
         state = snapshot.to_bytes()
@@ -167,7 +209,7 @@ class SessionStore:
         if latest >= turn or (latest == 0 and turn > 1):
             raise StaleTurnError(f"turn {turn} cannot follow turn {latest}, where the session is")
         assert snapshot.state_id is not None  # or there would be no bytes
-        self._create(name, turn, snapshot.state_id, state)
+        self._create(name, turn, snapshot.state_id, state, mark)
 
     def drop(self, name: str) -> bool:
         """Remove a session; tell whether there was one.
@@ -182,7 +224,7 @@ class SessionStore:
             if place is None or self._is_dropped(*place):
                 return False
             with suppress(StaleTurnError):
-                self._create(name, place[2].turn + 1, "", b"")
+                self._create(name, place[2].turn + 1, "", b"", new_mark())
                 return True
         raise ParkingError("the session is answered again and again while it is removed")
 
@@ -198,11 +240,7 @@ class SessionStore:
 
     def _parked(self, header: Header, state: memoryview, lm: LanguageModel) -> Parked:
         """Return the session of an object that is as it was sealed."""
-        if header.state_id != lm.state_id:
-            raise ParkedSessionError(
-                "foreign",
-                "the session was parked by another bundle, whose state this one cannot read",
-            )
+        _require_bundle(header, lm)
         age = time.time() - header.written
         if age > self.max_age:
             raise ParkedSessionError(
@@ -214,9 +252,9 @@ class SessionStore:
             snapshot = lm.snapshot_from_bytes(bytes(state))
         except SessionError as error:
             raise ParkedSessionError("damaged", str(error)) from None
-        return Parked(header.turn, snapshot, header.written)
+        return Parked(header.turn, snapshot, header.written, header.mark)
 
-    def _create(self, name: str, turn: int, state_id: str, state: bytes) -> None:
+    def _create(self, name: str, turn: int, state_id: str, state: bytes, mark: str) -> None:
         """Seal and store a turn, and remove those before it.
 
         Raises:
@@ -228,7 +266,7 @@ class SessionStore:
         secret = self._secrets[0]
         key = secret.key(name)
         size, sha256 = len(state), digest(state)
-        header = Header(key, turn, state_id, time.time(), size, sha256, token_hex(8))
+        header = Header(key, turn, state_id, time.time(), size, sha256, mark)
         content = sealed(secret, header, state)
         try:
             self._objects.create(key, turn, content)
@@ -267,6 +305,15 @@ class SessionStore:
     def _keys(self, name: str) -> list[str]:
         return [secret.key(name) for secret in self._secrets]
 
+    def _header(self, secret: Secret, key: str, found: Stored) -> Header | None:
+        """Return the header of an object, without the state behind it; None if it is gone.
+
+        Raises:
+            ParkedSessionError: it is damaged, or stands where it does not belong.
+        """
+        head = self._objects.read(key, Stored(found.turn, min(found.nbytes, OVERHEAD)))
+        return None if head is None else _belonging(unsealed_header(secret, head)[0], key, found)
+
     def _is_dropped(self, secret: Secret, key: str, found: Stored) -> bool:
         if found.nbytes > OVERHEAD:
             return False
@@ -290,12 +337,36 @@ class SessionStore:
 def _opened(secret: Secret, key: str, found: Stored, content: bytes) -> tuple[Header, memoryview]:
     """Return what an object holds, if it is sealed and stands where it belongs."""
     header, state = unsealed(secret, content)
+    return _belonging(header, key, found), state
+
+
+def _belonging(header: Header, key: str, found: Stored) -> Header:
+    """Return a header, if its object stands where it belongs."""
     if (header.key, header.turn) != (key, found.turn):
         raise ParkedSessionError("foreign", "what is parked here is another session's")
-    return header, state
+    return header
+
+
+def _require_bundle(header: Header, lm: LanguageModel) -> None:
+    """Refuse a session of another bundle."""
+    if header.state_id != lm.state_id:
+        raise ParkedSessionError(
+            "foreign",
+            "the session was parked by another bundle, whose state this one cannot read",
+        )
 
 
 def _checked(name: str) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
         raise InputError(f"name={shown(name)}: must be text of 1 … {_LONGEST_NAME} characters")
     return name
+
+
+def _checked_turn(turn: int) -> int:
+    return as_integer("turn", turn, 1, InputError, maximum=_MOST_TURN)
+
+
+def _checked_mark(mark: str) -> str:
+    if not isinstance(mark, str) or not _MARK.fullmatch(mark):
+        raise InputError(f"mark={shown(mark)}: must be one of new_mark()")
+    return mark
