@@ -20,6 +20,7 @@ from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.parking import session_store
 from lminf_export.runtime.parking.objects import StaleTurnError
 from lminf_export.runtime.parking.session_store import SessionStore
+from lminf_export.serve.credentials import secrets_of
 from lminf_export.serve.rolling import RollingHash
 from lminf_export.serve.sessions import Sessions
 from lminf_export.serve.settings import ServeSettings
@@ -238,6 +239,50 @@ def test_expired_and_foreign_sessions_are_refused(demo_lm, other_lm, tmp_path, m
         assert ask(second.url, "other", TURNS[1]).headers["x-session-state"] == "resumed"
 
 
+def test_a_session_of_another_tokenizer_is_foreign(demo_lm, other_lm, tmp_path, monkeypatch):
+    """Its state would fit, but the same text has other tokens, or its messages another form."""
+    limits = shared(tmp_path)
+    with serving.server_thread(demo_lm, **limits) as first:
+        content(ask(first.url, "words", TURNS[0]))
+    with serving.server_thread(other_lm, **limits) as second:
+        files = other_lm.bundle.manifest.files
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            with monkeypatch.context() as patched:
+                changed = files[name].model_copy(update={"sha256": "0" * 64})
+                patched.setitem(files, name, changed)
+                assert code(ask(second.url, "words", TURNS[1])) == (410, "session_foreign")
+        assert ask(second.url, "words", TURNS[1]).headers["x-session-state"] == "resumed"
+
+
+def test_a_store_that_vanishes_is_told_and_its_sessions_go_on(demo_lm, other_lm, tmp_path):
+    place, away = tmp_path / "store", tmp_path / "away"
+    with serving.server_thread(demo_lm, **shared(place)) as server:
+        content(ask(server.url, "kept", TURNS[0]))
+        place.rename(away)
+        place.mkdir()  # a mount point without its file system
+        url = f"{server.url}/v1/sessions/kept"
+        assert code(ask(server.url, "kept", TURNS[1])) == (503, "session_store_unavailable")
+        assert code(httpx.get(url)) == (503, "session_store_unavailable")
+        assert code(httpx.delete(url)) == (500, "session_not_removed")
+        assert list(place.iterdir()) == []
+        place.rmdir()
+        away.rename(place)
+        assert content(ask(server.url, "kept", TURNS[1])) == offline_turns(demo_lm, *TURNS[:2])[1]
+
+
+def test_a_session_of_one_model_does_not_hide_that_of_another(demo_lm, other_lm, tmp_path):
+    limits = shared(tmp_path)
+    with serving.server_thread(demo_lm, {"second": other_lm}, **limits) as server:
+        content(ask(server.url, "both", TURNS[0], model=serving.NAME))
+        first = the_object(tmp_path)
+        assert ask(server.url, "both", TURNS[0], model="second").status_code == 200
+        first.write_bytes(b"damaged")
+        url = f"{server.url}/v1/sessions/both"
+        assert httpx.get(url).json()["model"] == "second"
+        assert httpx.delete(url).status_code == 200
+        assert httpx.get(url).status_code == 404
+
+
 def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeypatch, caplog):
     def failing(*_, **__):
         raise ParkingError("the network is down")
@@ -373,11 +418,20 @@ def test_options_are_checked_in_one_line(demo_bundle, tmp_path, monkeypatch, opt
         ({"session_store": "", "session_secrets": ("s",)}, "is empty"),
         ({"session_store": "s", "session_secrets": ("s",), "session_folder": "f"}, "kept once"),
         ({"session_max_age": 0}, "session_max_age"),
+        ({"session_store": 5}, "must be a path"),
+        ({"session_store": "memory://s"}, "is of one process"),
+        ({"session_store_seconds": 0}, "session_store_seconds"),
     ],
 )
 def test_settings_are_checked(fields, words):
     with pytest.raises(ConfigError, match=words):
         ServeSettings(**fields)
+
+
+def test_a_file_of_secrets_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text(f"{SECRET}\n# before\n{'f' * 64}\n", encoding="utf-8-sig")
+    assert secrets_of("store", str(path)) == (SECRET, "f" * 64)
 
 
 def test_settings_do_not_show_their_secrets():

@@ -177,6 +177,13 @@ class Manifest(Record):
         }
         return content_sha256(meaning)
 
+    @property
+    def text_id(self) -> str:
+        """SHA-256 over what decides which text token ids are: the tokenizer and its templates."""
+        return content_sha256(
+            {name: self.files[name].sha256 for name in self.files_of("tokenizer")}
+        )
+
     def files_of(self, *roles: Role) -> list[str]:
         """Names of the files with one of these roles."""
         return [name for name, entry in self.files.items() if entry.role in roles]

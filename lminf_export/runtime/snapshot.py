@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lminf_export.disk import parse_json
-from lminf_export.errors import InputError, SessionError, shown
+from lminf_export.errors import InputError, SessionError, require_instance, shown
 from lminf_export.operator.bindings import BATCH, PAST_LENGTH
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import MAX_POSITION
@@ -249,6 +249,9 @@ class Snapshot:
     def _read(
         cls, file: StateFile, contract: GraphContract, state_id: str, batch_size: int | None
     ) -> Snapshot:
+        require_instance("contract", contract, GraphContract)
+        if not isinstance(state_id, str):
+            raise InputError(f"state_id={shown(state_id)}: must be text, Manifest.state_id")
         known = file.metadata.get("format"), file.metadata.get("format_version")
         if known != (_FORMAT, _VERSION):
             raise file.damaged(

@@ -190,9 +190,13 @@ def _add_sessions(app: FastAPI, serving: Serving) -> None:
         name = checked_session_id(session_id)
         assert name is not None
         owner = request.scope.get(OWNER, "")
+        problem = _no_session()
         for model in serving.models.values():
             key = session_key(model.name, owner, name)
-            found = await serving.sessions.where(key, model.lm)
+            try:
+                found = await serving.sessions.where(key, model.lm)
+            except ApiError as error:
+                problem, found = error, None  # another model may have one
             if found is not None:
                 return JSONResponse(
                     {
@@ -203,17 +207,22 @@ def _add_sessions(app: FastAPI, serving: Serving) -> None:
                         "tokens": found.num_tokens,
                     }
                 )
-        raise _no_session()
+        raise problem
 
     @app.delete(_SESSION)
     async def end_session(request: Request, session_id: str) -> Response:
         name = checked_session_id(session_id)
         assert name is not None
         owner = request.scope.get(OWNER, "")
-        dropped = [
-            await serving.sessions.drop(session_key(model, owner, name)) for model in serving.models
-        ]
-        if not any(dropped):
+        was_there, failed = False, None
+        for model in serving.models:
+            try:
+                was_there |= await serving.sessions.drop(session_key(model, owner, name))
+            except ApiError as error:
+                failed = error  # those of other models are removed
+        if failed is not None:
+            raise failed
+        if not was_there:
             raise _no_session()
         return JSONResponse({"id": name, "object": "session.deleted", "deleted": True})
 

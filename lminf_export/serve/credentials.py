@@ -49,7 +49,7 @@ def _lines_of(path: str, what: str) -> list[str]:
     try:
         with Path(path).open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise InputError(

@@ -110,7 +110,9 @@ class SessionKeeper:
         history = self._plan.history.then(added)
         read = self._prefix.keep_read(kept) if self._prefix is not None else None
         going_on = Kept(kept.snapshot, unread)
-        plan = self._plan
-        await self._lease.keep(
-            Conversation(plan.kind, history, going_on, read, plan.system, self._lease.turn + 1)
+        plan, lease = self._plan, self._lease
+        await lease.keep(
+            Conversation(
+                plan.kind, history, going_on, read, plan.system, lease.text_id, lease.turn + 1
+            )
         )

@@ -189,7 +189,7 @@ class SessionFolder:
             self._forget(key)
 
     def _read(self, key: str, record: Any, lm: LanguageModel) -> Conversation:
-        require_record(record, lm.vocab_size)
+        require_record(record, lm.bundle.manifest)
         name = _state_of(key, record)
         if _digest(self._path / name) != (record.get("sha256"), record.get("bytes")):
             raise InputError("its state is not the one that was recorded")

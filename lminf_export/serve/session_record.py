@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import InputError
 from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.snapshot import Snapshot
@@ -24,15 +25,16 @@ def record_of(conversation: Conversation) -> dict[str, Any]:
         "history": conversation.history.digits,
         "unread": list(conversation.kept.unread),
         "system": conversation.system,
+        "text_id": conversation.text_id,
     }
 
 
-def require_record(record: Any, vocab_size: int) -> None:
-    """Refuse what is no record.
+def require_record(record: Any, manifest: Manifest) -> None:
+    """Refuse what is no record, or one of another tokenizer or chat template.
 
     Args:
         record: parsed JSON.
-        vocab_size: token ids are below it.
+        manifest: of the bundle that is to go on.
 
     Raises:
         InputError: naming the first thing that is wrong.
@@ -47,7 +49,7 @@ def require_record(record: Any, vocab_size: int) -> None:
     if (
         not isinstance(unread, list)
         or len(unread) > _MOST_UNREAD
-        or not all(type(token) is int and 0 <= token < vocab_size for token in unread)
+        or not all(type(token) is int and 0 <= token < manifest.vocab_size for token in unread)
     ):
         raise InputError("its record has impossible token ids")
     turn = record.get("turn", 0)  # of an earlier release
@@ -56,6 +58,8 @@ def require_record(record: Any, vocab_size: int) -> None:
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise InputError("its record has an impossible system message")
+    if record.get("text_id", "") != manifest.text_id:
+        raise InputError("it is of another bundle, with another tokenizer or chat template")
 
 
 def conversation_of(record: dict[str, Any], snapshot: Snapshot) -> Conversation:
@@ -68,8 +72,8 @@ def conversation_of(record: dict[str, Any], snapshot: Snapshot) -> Conversation:
         raise InputError("its state is not one of one stream")
     history = RollingHash(record["history_length"], int(record["history"], 16))
     kept = Kept(snapshot, tuple(record["unread"]))
-    system, turn = record.get("system"), record.get("turn", 0)
-    return Conversation(record["kind"], history, kept, system=system, turn=turn)
+    fields = {name: record[name] for name in ("system", "text_id", "turn") if name in record}
+    return Conversation(record["kind"], history, kept, **fields)
 
 
 def _is_hexadecimal(value: Any) -> bool:

@@ -55,14 +55,21 @@ def session_key(model: str, owner: str, session_id: str) -> str:
 class Lease:
     """The use of one conversation by one request.
 
+    Args:
+        sessions: of the server.
+        key: of the conversation.
+        text_id: `Manifest.text_id` of its bundle.
+
     Attributes:
+        text_id: the same.
         conversation: where it stands; None if it is new.
         turn: the number of where it stands; its next answer has one more.
     """
 
-    def __init__(self, sessions: Sessions, key: str) -> None:
+    def __init__(self, sessions: Sessions, key: str, text_id: str) -> None:
         self._sessions = sessions
         self._key = key
+        self.text_id = text_id
         self.conversation: Conversation | None = None
         self.turn = 0
         self.is_deleted = False
@@ -144,7 +151,7 @@ class Sessions:
                 code="session_store_unavailable",
                 retry=True,
             )
-        lease = self._leases[key] = Lease(self, key)
+        lease = self._leases[key] = Lease(self, key, lm.bundle.manifest.text_id)
         try:
             await self._find(lease, key, lm)
         except LminfError as error:

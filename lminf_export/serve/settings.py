@@ -148,8 +148,12 @@ class ServeSettings:
     def _check_sessions(self) -> None:
         """Check where conversations are kept."""
         if self.session_store is not None:
-            if not isinstance(self.session_store, str) or not self.session_store:
+            require_path("session_store", self.session_store, ConfigError)
+            object.__setattr__(self, "session_store", str(self.session_store))
+            if not self.session_store:
                 raise ConfigError("session_store is empty: name a folder or a URL, or none")
+            if self.session_store.startswith("memory:"):
+                raise ConfigError("session_store: memory:// is of one process; name one to share")
             if self.session_folder is not None:
                 raise ConfigError("session_store and session_folder: conversations are kept once")
             if not self.session_secrets:

@@ -74,12 +74,12 @@ class SharedSessions:
             return None
         try:
             record = parse_json(parked.snapshot.labels.get(_RECORD, "null"))
-            require_record(record, lm.vocab_size)
+            require_record(record, lm.bundle.manifest)
             found = conversation_of(record, replace(parked.snapshot, labels={}))
             return replace(found, turn=parked.turn, written=parked.written, mark=parked.mark)
         except (ValueError, InputError) as error:
             raise ParkedSessionError(
-                "foreign", f"what is parked here is no conversation of a server: {error}"
+                "foreign", f"what is parked here is no conversation of this server: {error}"
             ) from None
 
     def save(self, key: str, conversation: Conversation) -> bool:

@@ -33,6 +33,7 @@ class Conversation:
         kept: the state to go on from.
         read: hash of the bytes of the ids that the state has read; None if it is not known.
         system: the system's message of a chat, which its template may heed at every turn.
+        text_id: `Manifest.text_id` of the bundle whose text it is.
         turn: a number that grows with every answer; in a shared store also if it was deleted.
         written: Unix time of that answer's end.
         mark: what tells this turn from another of its number.
@@ -43,6 +44,7 @@ class Conversation:
     kept: Kept
     read: RollingHash | None = None
     system: str | None = None
+    text_id: str = ""
     turn: int = 0
     written: float = field(default_factory=time.time, compare=False)
     mark: str = field(default_factory=new_mark, compare=False)

@@ -43,7 +43,7 @@ class FileSystemObjects:
                 f"session store {shortened(url)}: {scheme}:// has no writes that replace nothing; "
                 f"use a folder, or one of {', '.join(sorted(_CONDITIONAL))}"
             )
-        if scheme in _KEYED and "@" in urlsplit(url).netloc:
+        if scheme in _KEYED and "@" in _place(url):
             raise InputError(
                 f"session store {scheme}://…: keys in a URL are seen by others; give them as the "
                 "store's own variables or files"
@@ -99,7 +99,7 @@ class FileSystemObjects:
         with self._named("removed"), suppress(FileNotFoundError):
             self._files.rm_file(self._file(key, turn))
 
-    def remove_older(self, seconds: float, now: float) -> int:
+    def remove_older(self, seconds: float) -> int:
         """Remove nothing: listing a bucket is dear, and its own rules remove what is old."""
         return 0
 
@@ -139,6 +139,20 @@ class FileSystemObjects:
 
     def _file(self, key: str, turn: int) -> str:
         return f"{self._folder(key)}/{turn_name(turn)}"
+
+
+def _place(url: str) -> str:
+    """Return what stands between the slashes of a URL.
+
+    Raises:
+        InputError: it is no URL.
+    """
+    try:
+        return urlsplit(url).netloc
+    except ValueError as error:
+        raise InputError(
+            f"session store {shortened(url)}: {error}; expected a URL such as s3://BUCKET/PREFIX"
+        ) from None
 
 
 def _protocols(files: Any) -> tuple[str, ...]:

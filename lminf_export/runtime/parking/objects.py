@@ -58,10 +58,5 @@ class Objects(Protocol):
     def remove(self, key: str, turn: int) -> None:
         """Remove an object that may be gone already."""
 
-    def remove_older(self, seconds: float, now: float) -> int:
-        """Remove objects that were created longer ago than that; return how many.
-
-        Args:
-            seconds: of age.
-            now: Unix time.
-        """
+    def remove_older(self, seconds: float) -> int:
+        """Remove objects that were created longer ago than that; return how many."""

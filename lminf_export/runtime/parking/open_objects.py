@@ -14,7 +14,9 @@ from lminf_export.runtime.parking.objects import Objects
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.ASCII | re.DOTALL)
 # What is meant as one: another case, one slash, or one inside another.
-_ALMOST_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(:|/)", re.ASCII)
+_ALMOST_URL = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*:(:|/)|(s3a?|gs|gcs|az|abfss?|memory|file|https?):", re.ASCII
+)
 
 
 def open_objects(url: str | Path) -> Objects:

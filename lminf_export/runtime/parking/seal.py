@@ -35,16 +35,20 @@ class Secret:
 
     Args:
         text: at least 32 characters, random ones.
+        name: of the secret, in what is said of it.
 
     Raises:
-        ConfigError: it is too short.
+        ConfigError: it is no text, or too short.
     """
 
-    def __init__(self, text: str) -> None:
-        if not isinstance(text, str) or len(text) < LEAST_SECRET:
+    def __init__(self, text: str, name: str = "secret") -> None:
+        if not isinstance(text, str):
+            raise ConfigError(f"{name} is of type {type(text).__name__}: must be text")
+        length = len(text.strip())
+        if length < LEAST_SECRET:
             raise ConfigError(
-                f"a session secret has at least {LEAST_SECRET} characters; make one by "
-                "`openssl rand -hex 32`"
+                f"{name} has {length} characters; a session secret has at least {LEAST_SECRET}: "
+                "make one by `openssl rand -hex 32`"
             )
         secret = text.encode("utf-8", "surrogatepass")
         self._naming = hmac.digest(secret, b"lminf parked session: name", _DIGEST)

@@ -40,13 +40,14 @@ from lminf_export.runtime.snapshot_memory import most_bytes
 logger = logging.getLogger(__name__)
 
 # Beside its caches a state's file has a header, its unread tokens and labels.
-_MOST_BESIDE = 1 << 20
+_MOST_BESIDE = 1 << 21
 # A session that has expired is refused for as long again before it is removed.
 _SWEPT_AT = 2.0
 _MOST_TURN = 10**12 - 1
 _LONGEST_NAME = 4096
 _MARK = re.compile(r"[0-9a-f]{16}")
 _TRIES = 8
+_PAUSE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class SessionStore:
     ) -> None:
         if isinstance(secrets, str) or not isinstance(secrets, Sequence) or not secrets:
             raise ConfigError("secrets: expected a list of at least one session secret")
-        self._secrets = [Secret(text) for text in secrets]
+        self._secrets = [Secret(text, f"secret {n}") for n, text in enumerate(secrets, 1)]
         self.max_age = as_number("max_age", max_age)
         if not 0 < self.max_age < float("inf"):
             raise ConfigError(f"max_age={shown(max_age)}: must be seconds, above 0 and finite")
@@ -175,7 +176,8 @@ class SessionStore:
             if content is not None:
                 header, state = _opened(secret, key, found, content)
                 return self._parked(header, state, lm) if header.nbytes else None
-            # Another server has saved a later turn meanwhile.
+            # Another server has saved a later turn meanwhile, which NFS may not list at once.
+            time.sleep(_PAUSE_SECONDS)
         raise ParkingError(f"turn {found.turn} of a session is gone again and again")
 
     def save(self, name: str, turn: int, snapshot: Snapshot, *, mark: str | None = None) -> None:
@@ -219,12 +221,25 @@ class SessionStore:
         Raises:
             ParkingError: it could not be removed.
         """
+        is_removed = False
         for _ in range(_TRIES):
             place = self._latest(_checked(name))
             if place is None or self._is_dropped(*place):
-                return False
+                return is_removed
+            _, key, found = place
+            if found.turn >= _MOST_TURN:
+                # No turn of ours: somebody has named a file so.
+                self._objects.remove(key, found.turn)
+                is_removed = True
+                continue
             with suppress(StaleTurnError):
-                self._create(name, place[2].turn + 1, "", b"", new_mark())
+                try:
+                    self._create(name, found.turn + 1, "", b"", new_mark())
+                except StaleTurnError:
+                    raise
+                except ParkingError:
+                    # A full store has no room for a turn; without any, no later one is saved.
+                    self._remove_all(name)
                 return True
         raise ParkingError("the session is answered again and again while it is removed")
 
@@ -236,7 +251,7 @@ class SessionStore:
         Raises:
             ParkingError: the folder cannot be read.
         """
-        return self._objects.remove_older(_SWEPT_AT * self.max_age, time.time())
+        return self._objects.remove_older(_SWEPT_AT * self.max_age)
 
     def _parked(self, header: Header, state: memoryview, lm: LanguageModel) -> Parked:
         """Return the session of an object that is as it was sealed."""
@@ -261,8 +276,6 @@ class SessionStore:
             StaleTurnError: this turn, or a later one, is another server's.
             ParkingError: it could not be stored.
         """
-        if turn > _MOST_TURN:
-            raise ParkingError(f"a session has at most {_MOST_TURN} turns")
         secret = self._secrets[0]
         key = secret.key(name)
         size, sha256 = len(state), digest(state)
@@ -301,6 +314,12 @@ class SessionStore:
             for found in turns:
                 if found.turn < turn:
                     self._objects.remove(other, found.turn)
+
+    def _remove_all(self, name: str) -> None:
+        """Remove a session's turns, its latest at last."""
+        for key in self._keys(name):
+            for found in self._objects.turns(key):
+                self._objects.remove(key, found.turn)
 
     def _keys(self, name: str) -> list[str]:
         return [secret.key(name) for secret in self._secrets]
