@@ -54,7 +54,7 @@ async def disconnecting(client, stream):
     else:
         body["max_tokens"] = 10000
         with pytest.raises(httpx.ReadTimeout):
-            await client.post(STREAM, json=body, timeout=0.3)
+            await client.post(STREAM, json=body, timeout=httpx.Timeout(60, read=0.3))
 
 
 async def senseless(client, chosen):
