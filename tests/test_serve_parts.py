@@ -49,6 +49,10 @@ def test_text_and_tokens_come_together(codec, stop, size):
     pieces = [answer.push(tokens[i : i + size]) for i in range(0, len(tokens), size)]
     pieces.append(answer.finish())
     text = "".join(piece.text for piece in pieces)
+    plain = AnswerText(codec, (), stop, False)
+    parts = [plain.push(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+    assert "".join(piece.text for piece in (*parts, plain.finish())) == text
+    assert plain.stopped == answer.stopped
     ends = [TEXT.index(s) for s in stop if s in TEXT]
     assert text == TEXT[: min(ends, default=None)]
     assert answer.stopped == bool(ends)

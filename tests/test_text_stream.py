@@ -73,6 +73,27 @@ def test_so_they_are_for_ids_that_are_no_text(name, data):
     assert found == behind(tokenizer, ids, split)
 
 
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", KINDS)
+def test_several_tokens_at_once_have_the_text_of_one_after_another(name, data):
+    tokenizer = MADE[name]
+    if data.draw(st.booleans()):
+        ids = tokenizer.encode(data.draw(TEXT)).ids
+    else:
+        ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() + 2), max_size=40))
+    split = data.draw(st.integers(0, len(ids)))
+    decoder, found, start = StreamDecoder(tokenizer, ids[:split]), "", split
+    singly = StreamDecoder(tokenizer, ids[:split])
+    while start < len(ids):
+        end = data.draw(st.integers(start, len(ids)))
+        found += decoder.steps(ids[start:end])
+        start = end + (end == start)
+        found += decoder.steps(ids[end:start])
+    assert found == "".join(singly.step(token) for token in ids[split:])
+    assert decoder.flush() == singly.flush()
+
+
 @settings(max_examples=150, deadline=None)
 @given(text=TEXT)
 @pytest.mark.parametrize("name", BYTES)

@@ -56,12 +56,14 @@ class AnswerText:
 
     def push(self, tokens: Iterable[Token]) -> Piece:
         """Add tokens; return the text that is certain."""
+        if self._waiting is None:
+            decoded = self._decoder.steps(token.id for token in tokens)
+            return Piece(self._stops.push(decoded))
         shown = ""
         for token in tokens:
             if self.stopped:
                 break
-            if self._waiting is not None:
-                self._waiting.append(Placed(token, self._decoded))
+            self._waiting.append(Placed(token, self._decoded))
             decoded = self._decoder.step(token.id)
             self._decoded += len(decoded)
             shown += self._stops.push(decoded)
