@@ -90,7 +90,7 @@ class ServeSettings:
     body_seconds: float = 60.0
     write_seconds: float = 60.0
     max_stream_seconds: float = 3600.0
-    event_seconds: float = 0.02
+    event_seconds: float = 0.04
     shutdown_seconds: float = 30.0
     session_folder: Path | None = None
     session_store: str | None = None

@@ -15,13 +15,13 @@ from starlette.types import Receive, Scope, Send
 # A comment for clients and proxies that give up on silence.
 _COMMENT = b": waiting\n\n"
 _SILENCE_SECONDS = 15.0
+_WRITER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 DONE = b"data: [DONE]\n\n"
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     """Return JSON in UTF-8; half a character, which UTF-8 cannot hold, stays an escape."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    return _WRITER.encode(content).encode("utf-8", "backslashreplace")
 
 
 def event(content: Mapping[str, Any]) -> bytes:
