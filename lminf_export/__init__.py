@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from lminf_export.runtime.language_model import LanguageModel as LanguageModel
     from lminf_export.runtime.load import load as load
     from lminf_export.runtime.one_stream import OneStream as OneStream
-    from lminf_export.runtime.parking.session_store import Parked as Parked
+    from lminf_export.runtime.parking.parked import Parked as Parked
     from lminf_export.runtime.parking.session_store import SessionStore as SessionStore
     from lminf_export.runtime.sampling import SamplingConfig as SamplingConfig
     from lminf_export.runtime.session import Session as Session
@@ -98,7 +98,7 @@ _HOMES = {
     "Manifest": "bundle.manifest",
     "ModelError": "errors",
     "OneStream": "runtime.one_stream",
-    "Parked": "runtime.parking.session_store",
+    "Parked": "runtime.parking.parked",
     "ParkedSessionError": "errors",
     "ParkingError": "errors",
     "Piece": "runtime.batching.batch",

@@ -19,6 +19,7 @@ from lminf_export.errors import ConfigError, InputError, ParkedSessionError, Par
 from lminf_export.runtime.parking import seal, session_store
 from lminf_export.runtime.parking.folder_objects import FolderObjects
 from lminf_export.runtime.parking.objects import StaleTurnError
+from lminf_export.runtime.parking.parked import new_mark
 from lminf_export.runtime.parking.session_store import SessionStore
 from tests.support.tiny_bundle import TinyModel
 
@@ -106,7 +107,7 @@ def test_of_many_at_once_exactly_one_saves_a_turn(tmp_path, snapshot):
 def test_a_copy_is_known_by_its_mark(tmp_path, demo_lm, snapshot):
     """Somebody empties the store, and the session begins again: its numbers are the same."""
     store = SessionStore(tmp_path, [SECRET])
-    marks = [session_store.new_mark() for _ in range(2)]
+    marks = [new_mark() for _ in range(2)]
     for number, mark in enumerate(marks, 1):
         store.save("a", number, snapshot, mark=mark)
         assert store.load("a", demo_lm).mark == mark
@@ -235,7 +236,7 @@ def test_a_store_that_is_not_there_is_not_an_empty_one(tmp_path, demo_lm, snapsh
         for call in (
             lambda: store.latest("a"),
             lambda: store.load("a", demo_lm),
-            lambda: store.is_latest("a", 1, session_store.new_mark()),
+            lambda: store.is_latest("a", 1, new_mark()),
             lambda: store.save("a", 2, snapshot),
             lambda: store.save("b", 1, snapshot),
             lambda: store.drop("a"),

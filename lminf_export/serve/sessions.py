@@ -12,11 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from lminf_export.errors import LminfError, ParkedSessionError, ParkingError
+from lminf_export.errors import LminfError, ParkingError
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.parking.objects import StaleTurnError
-from lminf_export.serve.api_errors import ApiError, invalid, of_ours
+from lminf_export.serve.api_errors import ApiError, invalid
 from lminf_export.serve.durable_sessions import DurableSessions
+from lminf_export.serve.session_errors import conflict, not_written, of_store
 from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.state_store import Conversation, StateStore, StoreCounts
 
@@ -84,7 +85,7 @@ class Lease:
         if not self.is_deleted:
             await self._sessions.keep(self._key, conversation)
         elif self._sessions.waits:
-            raise _conflict()
+            raise conflict()
 
     def release(self) -> None:
         """Let another request use the conversation."""
@@ -156,7 +157,7 @@ class Sessions:
             await self._find(lease, key, lm)
         except LminfError as error:
             lease.release()
-            raise _of_store(error) from None
+            raise of_store(error) from None
         except BaseException:
             lease.release()
             raise
@@ -222,7 +223,7 @@ class Sessions:
             if found is None and self._durable is not None:
                 found = await self._read(self._durable.load, key, lm)
         except LminfError as error:
-            raise _of_store(error) from None
+            raise of_store(error) from None
         return found
 
     def release(self, key: str) -> None:
@@ -249,7 +250,7 @@ class Sessions:
             error = await self._ended(write)
         except ParkingError as slow:
             logger.warning("a conversation is not written yet: %s", slow)
-            error = _not_written("may be written later; ask where it stands")
+            error = not_written("may be written later; ask where it stands")
         if self.waits and error is not None:
             raise error
 
@@ -305,8 +306,8 @@ class Sessions:
         """Write a conversation; return why it is not there, or None."""
         latest = self._unwritten.get(key)
         if latest is not conversation or self._durable is None:
-            return None if latest is not None else _conflict()  # dropped
-        problem: ApiError | None = _not_written("is forgotten")
+            return None if latest is not None else conflict()  # dropped
+        problem: ApiError | None = not_written("is forgotten")
         try:
             problem = self._saved(key, conversation, self._durable)
         finally:
@@ -332,12 +333,12 @@ class Sessions:
             )
         except StaleTurnError as error:
             logger.info("a conversation was answered twice: %s", error)
-            return _conflict()
+            return conflict()
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
             if durable.is_shared:
-                return _not_written("stands before this answer")
-        return _not_written("is forgotten")
+                return not_written("stands before this answer")
+        return not_written("is forgotten")
 
     def _written(self, key: str, write: Future[ApiError | None]) -> None:
         """Forget a write that has ended; log what its thread would else keep to itself."""
@@ -347,39 +348,3 @@ class Sessions:
         error = write.exception()
         if error is not None:
             logger.error("a conversation could not be written", exc_info=error)
-
-
-def _conflict() -> ApiError:
-    return ApiError(
-        409,
-        "another server has answered this session meanwhile, or it was deleted; this answer is no "
-        "part of it",
-        code="session_conflict",
-    )
-
-
-def _not_written(then: str) -> ApiError:
-    return ApiError(
-        500,
-        f"the conversation could not be written and {then}; see the server's log",
-        code="session_not_written",
-    )
-
-
-def _of_store(error: LminfError) -> ApiError:
-    """Return what a client is told of a conversation that cannot be had."""
-    if isinstance(error, ParkedSessionError):
-        return ApiError(
-            410,
-            f"{error}; delete this session, or use another x-session-id",
-            code=f"session_{error.reason}",
-        )
-    if isinstance(error, ParkingError):
-        logger.warning("a conversation could not be read: %s", error)
-        return ApiError(
-            503,
-            "the store of conversations cannot be read; see the server's log",
-            code="session_store_unavailable",
-            retry=True,
-        )
-    return of_ours(error)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from lminf_export.runtime.batching.request import Kept
-from lminf_export.runtime.parking.session_store import new_mark
+from lminf_export.runtime.parking.parked import new_mark
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.serve.rolling import RollingHash, ids_bytes
 

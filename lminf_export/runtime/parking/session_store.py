@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
 
 from lminf_export.errors import (
     ConfigError,
@@ -20,10 +17,18 @@ from lminf_export.errors import (
     require_instance,
     shown,
 )
-from lminf_export.operator.settings import as_integer, as_number
+from lminf_export.operator.settings import as_number
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.parking.objects import Objects, StaleTurnError, Stored
 from lminf_export.runtime.parking.open_objects import open_objects
+from lminf_export.runtime.parking.parked import (
+    MOST_TURN,
+    Parked,
+    checked_mark,
+    checked_name,
+    checked_turn,
+    new_mark,
+)
 from lminf_export.runtime.parking.seal import (
     DEFAULT_MAX_AGE,
     OVERHEAD,
@@ -43,33 +48,8 @@ logger = logging.getLogger(__name__)
 _MOST_BESIDE = 1 << 21
 # A session that has expired is refused for as long again before it is removed.
 _SWEPT_AT = 2.0
-_MOST_TURN = 10**12 - 1
-_LONGEST_NAME = 4096
-_MARK = re.compile(r"[0-9a-f]{16}")
 _TRIES = 8
 _PAUSE_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Parked:
-    """A session as a store had it.
-
-    Attributes:
-        turn: its number; the next one to save is one more.
-        snapshot: of one stream.
-        written: Unix time at which it was saved.
-        mark: what tells it from another turn of the same number.
-    """
-
-    turn: int
-    snapshot: Snapshot
-    written: float
-    mark: str = ""
-
-
-def new_mark() -> str:
-    """Return a random mark of a turn, which no other has."""
-    return token_hex(8)
 
 
 class SessionStore:
@@ -112,7 +92,7 @@ class SessionStore:
         Raises:
             ParkingError: the store cannot be read.
         """
-        found = self._latest(_checked(name))
+        found = self._latest(checked_name(name))
         return 0 if found is None else found[2].turn
 
     def is_latest(self, name: str, turn: int, mark: str) -> bool:
@@ -130,8 +110,8 @@ class SessionStore:
             InputError: a number or a mark that no turn has.
             ParkingError: the store cannot be read.
         """
-        turn, mark = _checked_turn(turn), _checked_mark(mark)
-        place = self._latest(_checked(name))
+        turn, mark = checked_turn(turn), checked_mark(mark)
+        place = self._latest(checked_name(name))
         if place is None or place[2].turn != turn:
             return False
         try:
@@ -158,7 +138,7 @@ class SessionStore:
         require_instance("lm", lm, LanguageModel)
         most = most_bytes(lm.bundle.manifest.contract) + _MOST_BESIDE + OVERHEAD
         for _ in range(_TRIES):
-            place = self._latest(_checked(name))
+            place = self._latest(checked_name(name))
             if place is None:
                 return None
             secret, key, found = place
@@ -187,7 +167,8 @@ class SessionStore:
             name: of the session.
             turn: one more than `latest` was when its caller went on from there.
             snapshot: of one stream, with whatever labels.
-            mark: of this turn, from `new_mark`; by default one that nobody asks for.
+            mark: of this turn, for `is_latest`: 16 hexadecimal digits that no other has. Random
+                ones by default.
 
         Raises:
             StaleTurnError: another server has saved this turn, or dropped the session.
@@ -196,10 +177,10 @@ class SessionStore:
             SessionError: a snapshot that does not know its bundle.
             ParkingError: it could not be stored; the session stands where it stood.
         """
-        _checked(name)
+        checked_name(name)
         require_instance("snapshot", snapshot, Snapshot)
-        turn = _checked_turn(turn)
-        mark = new_mark() if mark is None else _checked_mark(mark)
+        turn = checked_turn(turn)
+        mark = new_mark() if mark is None else checked_mark(mark)
         if snapshot.batch_size != 1:
             raise InputError(f"a session is one stream; this snapshot has {snapshot.batch_size}")
         state = snapshot.to_bytes()
@@ -223,11 +204,11 @@ class SessionStore:
         """
         is_removed = False
         for _ in range(_TRIES):
-            place = self._latest(_checked(name))
+            place = self._latest(checked_name(name))
             if place is None or self._is_dropped(*place):
                 return is_removed
             _, key, found = place
-            if found.turn >= _MOST_TURN:
+            if found.turn >= MOST_TURN:
                 # No turn of ours: somebody has named a file so.
                 self._objects.remove(key, found.turn)
                 is_removed = True
@@ -373,19 +354,3 @@ def _require_bundle(header: Header, lm: LanguageModel) -> None:
             "foreign",
             "the session was parked by another bundle, whose state this one cannot read",
         )
-
-
-def _checked(name: str) -> str:
-    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
-        raise InputError(f"name={shown(name)}: must be text of 1 … {_LONGEST_NAME} characters")
-    return name
-
-
-def _checked_turn(turn: int) -> int:
-    return as_integer("turn", turn, 1, InputError, maximum=_MOST_TURN)
-
-
-def _checked_mark(mark: str) -> str:
-    if not isinstance(mark, str) or not _MARK.fullmatch(mark):
-        raise InputError(f"mark={shown(mark)}: must be one of new_mark()")
-    return mark

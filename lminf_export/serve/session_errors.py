@@ -1,0 +1,52 @@
+"""Errors of conversations, as clients are told of them."""
+
+from __future__ import annotations
+
+import logging
+
+from lminf_export.errors import LminfError, ParkedSessionError, ParkingError
+from lminf_export.serve.api_errors import ApiError, of_ours
+
+logger = logging.getLogger(__name__)
+
+
+def conflict() -> ApiError:
+    """Return what ends an answer that is no part of its conversation."""
+    return ApiError(
+        409,
+        "another server has answered this session meanwhile, or it was deleted; this answer is no "
+        "part of it",
+        code="session_conflict",
+    )
+
+
+def not_written(then: str) -> ApiError:
+    """Return what ends an answer whose conversation could not be written.
+
+    Args:
+        then: what has become of it.
+    """
+    return ApiError(
+        500,
+        f"the conversation could not be written and {then}; see the server's log",
+        code="session_not_written",
+    )
+
+
+def of_store(error: LminfError) -> ApiError:
+    """Return what refuses a request whose conversation cannot be had."""
+    if isinstance(error, ParkedSessionError):
+        return ApiError(
+            410,
+            f"{error}; delete this session, or use another x-session-id",
+            code=f"session_{error.reason}",
+        )
+    if isinstance(error, ParkingError):
+        logger.warning("a conversation could not be read: %s", error)
+        return ApiError(
+            503,
+            "the store of conversations cannot be read; see the server's log",
+            code="session_store_unavailable",
+            retry=True,
+        )
+    return of_ours(error)
