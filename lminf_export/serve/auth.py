@@ -38,11 +38,19 @@ def require_key(headers: Headers, settings: ServeSettings) -> str:
     return hashlib.sha256(given).hexdigest()
 
 
-def require_known_sender(headers: Headers, settings: ServeSettings) -> None:
-    """Refuse requests that a page elsewhere makes a browser send.
+def require_known_sender(
+    headers: Headers, settings: ServeSettings, client: tuple[str, int] | None
+) -> None:
+    """Refuse requests of other machines, and those that a page elsewhere makes a browser send.
 
     Without keys a page whose name leads to this machine could else use the server, and any page
-    could make it work. A key cannot be guessed, so with keys names do not matter.
+    could make it work. Other machines write what they like into their headers: from them a request
+    to localhost is refused, too. A key cannot be guessed, so with keys names do not matter.
+
+    Args:
+        headers: of the request.
+        settings: keys, and names that are allowed.
+        client: address and port of the request's sender; None for a socket that has none.
 
     Raises:
         ApiError: 403.
@@ -50,19 +58,29 @@ def require_known_sender(headers: Headers, settings: ServeSettings) -> None:
     if settings.api_keys:
         return
     host = headers.get("host", "")
-    if "*" not in settings.allow_hosts and not _is_known(_name_of(host), settings.allow_hosts):
-        raise ApiError(
-            403,
-            "without an API key the server answers to localhost only; see --allow-host",
-            code="unknown_host",
-        )
+    name = _name_of(host)
+    if "*" not in settings.allow_hosts and not _is_allowed(name, settings.allow_hosts):
+        if not is_local(name):
+            raise ApiError(
+                403,
+                "without an API key the server answers to localhost only; other names are those "
+                "of its setting allow_hosts (--allow-host)",
+                code="unknown_host",
+            )
+        if client is not None and not is_local(client[0]):
+            raise ApiError(
+                403,
+                "without an API key the server answers to its own machine only",
+                code="unknown_client",
+            )
     origin = headers.get("origin")
     if origin is None or origin in settings.allow_origins:
         return
     if _netloc(origin) != host.lower():
         raise ApiError(
             403,
-            "requests from pages of another origin are refused; see --allow-origin",
+            "requests from pages of another origin are refused; others are those of the server's "
+            "setting allow_origins (--allow-origin)",
             code="unknown_origin",
         )
 
@@ -77,9 +95,11 @@ def is_local(name: str) -> bool:
     if name.lower() in _LOCAL_NAMES or name.lower().endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
         return False
+    mapped = getattr(address, "ipv4_mapped", None)  # of a socket that takes both kinds
+    return bool((mapped or address).is_loopback)
 
 
 def _netloc(origin: str) -> str | None:
@@ -96,5 +116,5 @@ def _name_of(host: str) -> str:
     return host.partition(":")[0]
 
 
-def _is_known(name: str, allowed: tuple[str, ...]) -> bool:
-    return is_local(name) or name.lower() in {known.lower() for known in allowed}
+def _is_allowed(name: str, allowed: tuple[str, ...]) -> bool:
+    return name.lower() in {known.lower() for known in allowed}

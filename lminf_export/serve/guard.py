@@ -90,7 +90,7 @@ class Guard:
             raise ApiError(
                 431, f"the headers have more than {limit} bytes", code="headers_too_large"
             )
-        require_known_sender(headers, serving.settings)
+        require_known_sender(headers, serving.settings, scope.get("client"))
         path = scope["path"]
         if is_open(path) or self._is_page(path):
             return
