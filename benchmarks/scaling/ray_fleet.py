@@ -280,8 +280,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def cluster() -> Iterator[str]:
-    """Run Ray on this machine, its proxy at 127.0.0.1, until the block ends; yield its URL."""
+def cluster(host: str = "127.0.0.1") -> Iterator[str]:
+    """Run Ray on this machine, with its proxy, until the block ends; yield the proxy's URL here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray import serve
@@ -290,7 +290,7 @@ def cluster() -> Iterator[str]:
     # Replicas share the cores, however few there are.
     ray.init(include_dashboard=False, num_cpus=8, log_to_driver=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.start(http_options={"host": host, "port": port})
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
@@ -304,7 +304,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         from ray import serve
 
         from lminf_export.serve.ray import app
-        from lminf_export.serve.ray_arguments import Arguments
 
         secret = Path(folder) / "secret"
         secret.write_text(secrets.token_hex(32))
@@ -315,7 +314,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
 
         def deploy(**changed: Any) -> None:
-            serve.run(app(Arguments(**given | changed)), route_prefix="/", blocking=False)
+            serve.run(app(given | changed), route_prefix="/", blocking=False)
 
         deploy()
         return {

@@ -50,6 +50,11 @@ def find_bundle(
     return folder / match[2] if match[2] else folder
 
 
+def names_hub(path: str | Path) -> bool:
+    """Return whether a text names a bundle of the hub, and nothing that is on this machine."""
+    return isinstance(path, str) and bool(_HUB_NAME.fullmatch(path)) and not os.path.lexists(path)
+
+
 def push_to_hub(
     bundle: str | Path | Bundle,
     repo_id: str,

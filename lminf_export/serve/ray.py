@@ -1,25 +1,35 @@
 """`lminf serve` as an application of Ray Serve: replicas of one server behind Ray's proxy.
 
-    serve run lminf_export.serve.ray:app bundle=demo replicas=2 slots=8 session_store=/mnt/sessions
+    serve run lminf_export.serve.ray:app bundle=demo replicas=2 slots=8 \
+        session_store=/mnt/sessions session_secret_file=session-secret
 
 The proxy sends the requests of a session, those with the same `x-session-id`, to the same replica
 while there is one; any other resumes it from the shared store. See docs/scaling.md.
 """
 
-# Ray looks at the annotation of `app`, so annotations are not put off.
+from __future__ import annotations
+
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
-from lminf_export.errors import SessionError
+from lminf_export.errors import LminfError, SessionError
 from lminf_export.serve.app import create_app
+from lminf_export.serve.credentials import keys_of
 from lminf_export.serve.opening import named, opened
-from lminf_export.serve.ray_arguments import Arguments
+from lminf_export.serve.ray_arguments import ArgumentError, Arguments
+from lminf_export.serve.ray_proxy import require_local_proxy
+from lminf_export.serve.settings import ServeSettings
 
 _HEALTH_PERIOD_SECONDS = 5.0
 _HEALTH_TIMEOUT_SECONDS = 30.0
+# Requests beyond its limits that a replica may hold while it refuses them, and asks for its health.
+_REFUSED_AT_ONCE = 64
+# Of Ray's fields.
+_MOST_REQUESTS = 2**31 - 1
 
 
 class Replica:
@@ -29,11 +39,14 @@ class Replica:
         arguments: of the application.
 
     Raises:
-        LminfError: the bundle cannot be served, or the store cannot be used.
+        LminfError: the bundle cannot be served, the store cannot be used, or there is no key
+            although other machines reach Ray's proxy.
     """
 
     def __init__(self, arguments: Arguments) -> None:
         settings = arguments.settings()
+        if not settings.api_keys:
+            require_local_proxy()
         models = opened(
             named([arguments.bundle], [arguments.name] if arguments.name else []),
             settings,
@@ -61,17 +74,42 @@ class Replica:
             raise SessionError(f"the engine of {', '.join(failed)} has failed")
 
 
-def app(arguments: Arguments) -> serve.Application:
+def app(arguments: Mapping[str, Any] | Arguments) -> serve.Application:
     """Return the application, for `serve run` and `serve.run`.
 
     Args:
-        arguments: of the deployment, and settings of each server. Nothing is loaded here, but
+        arguments: of the deployment, and settings of each server, by their names: values, or texts
+            that stand for them. Files that they name are looked at, and nothing is loaded but
             where replicas run.
 
     Raises:
-        ConfigError: an argument that is unknown, or outside its rule.
+        ArgumentError: arguments that are unknown or outside their rules, a file that cannot be
+            read, or no key although other machines reach Ray's proxy.
     """
-    settings = arguments.checked()
+    # Ray would check an annotation of pydantic's by itself, and print a traceback.
+    if not isinstance(arguments, Arguments):
+        arguments = Arguments.of(arguments)
+    arguments = arguments.found_here()
+    try:
+        if not keys_of(None, arguments.api_key_file):
+            require_local_proxy()
+        return _bound(arguments, arguments.settings_without_secrets())
+    except (LminfError, ValueError) as error:
+        # Ray's own rules, such as the precision of num_cpus.
+        raise ArgumentError(str(error)) from None
+
+
+def most_ongoing(settings: ServeSettings) -> int:
+    """Return how many requests Ray gives one replica at once.
+
+    More than it answers or lets wait, so that it refuses the others itself, in the API's form and
+    with a time to try again, and tells of its health and counts meanwhile.
+    """
+    taken = max(settings.max_requests, settings.slots + settings.max_waiting)
+    return min(taken + _REFUSED_AT_ONCE, _MOST_REQUESTS)
+
+
+def _bound(arguments: Arguments, settings: ServeSettings) -> serve.Application:
     scaling: dict[str, Any] = {"num_replicas": arguments.replicas}
     if arguments.max_replicas is not None and arguments.max_replicas > arguments.replicas:
         scaling = {
@@ -88,7 +126,7 @@ def app(arguments: Arguments) -> serve.Application:
         serve.ingress()(Replica),
         name="lminf",
         # What finds no slot waits in its replica, in the order in which it came.
-        max_ongoing_requests=settings.slots + settings.max_waiting,
+        max_ongoing_requests=most_ongoing(settings),
         max_queued_requests=arguments.max_queued,
         graceful_shutdown_timeout_s=arguments.drain_seconds,
         graceful_shutdown_wait_loop_s=1.0,
