@@ -33,6 +33,7 @@ from lminf_export.cli.byte_sizes import ByteSize
 from lminf_export.cli.capacity import capacity_command
 from lminf_export.cli.main import cli
 from lminf_export.cli.serve import serve_command
+from lminf_export.cli.terminal import json_text
 from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.parking.session_store import SessionStore
 from lminf_export.serve.rolling import RollingHash
@@ -102,7 +103,8 @@ def test_a_stored_session_takes_no_more_than_said_and_little_less(lm, tmp_path):
         conversation = Conversation("chat", RollingHash(), kept, system=system, turn=1)
         shared.save(f"of {tokens}", conversation)
     shared.close()
-    found = sorted(path.stat().st_size for path in (tmp_path / "s").rglob("0*") if path.is_file())
+    turns = (tmp_path / "s").rglob(f"{1:012d}")  # besides these a store has a mark of its own
+    found = sorted(path.stat().st_size for path in turns)
     for size, tokens in zip(found, (3, 1000), strict=True):
         assert size <= sizes.stored_bytes(tokens) < size + 14_000
         assert size > sizes.state_bytes(tokens)
@@ -200,6 +202,25 @@ def test_people_see_sizes_memory_load_and_fleet(tiny):
     assert "answers/s" not in unknown
 
 
+@pytest.mark.parametrize("bandwidth", [1e-9, 1e15])
+def test_the_ends_of_what_may_be_asked_are_json(tiny, bandwidth):
+    def never(constant):
+        raise AssertionError(constant)
+
+    asked = ("--slots", 65_536, "--tokens-per-second", 1e15, "--answers-per-hour", 1e-9)
+    result = capacity(tiny, "--json", "--bandwidth", bandwidth, *asked)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output, parse_constant=never)
+    assert all(row["move_ms"] > 0 for row in found["sizes"])
+    with pytest.raises(ValueError, match="JSON"):
+        json_text({"x": math.inf}, allow_nan=False)
+
+
+def test_no_wait_at_all_is_said_in_words(tiny):
+    result = capacity(tiny, "--wait-seconds", 0, "--tokens-per-second", 1000)
+    assert "1% of which wait for a slot" in result.output
+
+
 @pytest.mark.slow
 def test_a_speed_can_be_measured(tiny):
     result = capacity(tiny, "--json", "--measure", "--slots", 2, "--threads", 1)
@@ -218,6 +239,10 @@ def test_a_speed_can_be_measured(tiny):
         (("--memory", 1000), "weights, kept conversations"),
         (("--tokens-per-second", 1e-6, "--sessions", 5), "not answer even one session"),
         (("--memory", "8 horses"), "expected bytes, such as"),
+        (("--slots", 10_000_000, "--tokens-per-second", 5), "must be at most 65536"),
+        (("--slots", 2**63 - 1), "must be at most 65536"),
+        (("--bandwidth", 1e-320, "--json"), "bandwidth_gbits=1e-320: must be"),
+        (("--bandwidth", 1e308), "bandwidth_gbits=1e+308: must be"),
     ],
 )
 def test_questions_without_an_answer_cost_one_line(tiny, arguments, told):
@@ -242,7 +267,10 @@ def test_sizes_have_units(text, count):
         lambda: ReplicaSpeed(math.nan),
         lambda: ReplicaSpeed(5.0, 0.0),
         lambda: CapacityOptions(slots=0),
+        lambda: CapacityOptions(slots=65_537),
         lambda: CapacityOptions(bandwidth_gbits=0),
+        lambda: CapacityOptions(bandwidth_gbits=1e-320),
+        lambda: CapacityOptions(bandwidth_gbits=1e308),
         lambda: CapacityOptions(sessions=0),
         lambda: CapacityOptions(tokens=(0,)),
     ],

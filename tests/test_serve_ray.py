@@ -262,9 +262,9 @@ def test_a_proxy_for_all_machines_is_not_served_without_a_key(tiny, monkeypatch,
         from ray import serve
 
         given = {"bundle": str(tiny), "threads": 1}
-        with pytest.raises(ArgumentError, match="0.0.0.0"):
+        with pytest.raises(ArgumentError, match=r"0\.0\.0\.0"):
             app(given)
-        with pytest.raises(ConfigError, match="0.0.0.0"):
+        with pytest.raises(ConfigError, match=r"0\.0\.0\.0"):
             Replica(Arguments.of(given))
         serve.run(app({**given, "api_key_file": str(keys)}), route_prefix="/", blocking=False)
         assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 401

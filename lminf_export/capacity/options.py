@@ -7,6 +7,11 @@ from dataclasses import dataclass, fields
 from lminf_export.errors import ConfigError, shown
 from lminf_export.operator.settings import as_integer, as_number
 
+# Beyond all servers and sessions, and far from the ends of floating point.
+_LEAST, _MOST = 1e-9, 1e15
+# Of one server: a sum over its slots is reckoned some dozens of times.
+MOST_SLOTS = 65_536
+
 
 @dataclass(frozen=True)
 class SessionActivity:
@@ -65,7 +70,7 @@ class CapacityOptions:
     """Settings of the servers that are planned; the same fields are options of `lminf capacity`.
 
     Attributes:
-        slots: of a server.
+        slots: of a server, 65,536 at most.
         session_bytes: memory of its kept conversations.
         prefix_reuse: whether it keeps states that prompts begin with, as much as its slots.
         memory: bytes that a server may take; None asks for what it needs.
@@ -89,29 +94,28 @@ class CapacityOptions:
     tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("session_bytes", 0), ("reserve_bytes", 0)):
-            as_integer(name, getattr(self, name), least)
+        as_integer("slots", self.slots, 1, maximum=MOST_SLOTS)
+        for name in ("session_bytes", "reserve_bytes"):
+            as_integer(name, getattr(self, name), 0)
         for name in ("memory", "sessions"):
             if getattr(self, name) is not None:
                 as_integer(name, getattr(self, name), 1)
-        if not as_number("bandwidth_gbits", self.bandwidth_gbits) > 0:
-            raise ConfigError(f"bandwidth_gbits={self.bandwidth_gbits}: must be above 0")
+        _require_number("bandwidth_gbits", self.bandwidth_gbits, is_zero_allowed=False)
         for count in self.tokens:
             as_integer("tokens", count, 1)
-
-
-# Beyond all servers and sessions, and far from the ends of floating point.
-_LEAST, _MOST = 1e-9, 1e15
 
 
 def _require_positive(holder: SessionActivity | ReplicaSpeed, zero_allowed: set[str]) -> None:
     for field in fields(holder):
         value = getattr(holder, field.name)
-        if isinstance(value, str) or value is None:
-            continue
-        number = as_number(field.name, value)
-        if number < 0 or (number == 0 and field.name not in zero_allowed):
-            least = "at least 0" if field.name in zero_allowed else "above 0"
-            raise ConfigError(f"{field.name}={value}: must be {least}")
-        if number and not _LEAST <= number <= _MOST:
-            raise ConfigError(f"{field.name}={shown(value)}: must be {_LEAST:g} … {_MOST:g}")
+        if not isinstance(value, str) and value is not None:
+            _require_number(field.name, value, is_zero_allowed=field.name in zero_allowed)
+
+
+def _require_number(name: str, value: object, *, is_zero_allowed: bool) -> None:
+    number = as_number(name, value)
+    if number < 0 or (number == 0 and not is_zero_allowed):
+        least = "at least 0" if is_zero_allowed else "above 0"
+        raise ConfigError(f"{name}={shown(value)}: must be {least}")
+    if number and not _LEAST <= number <= _MOST:
+        raise ConfigError(f"{name}={shown(value)}: must be {_LEAST:g} … {_MOST:g}")

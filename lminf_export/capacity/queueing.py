@@ -59,6 +59,8 @@ def most_arrivals(servers: int, service: float, seconds: float, share: float) ->
     low, high = 0.0, servers * service
     for _ in range(100):
         middle = (low + high) / 2
+        if not low < middle < high:
+            break  # neighbours
         if waits_longer(servers, middle, service, seconds) <= share:
             low = middle
         else:

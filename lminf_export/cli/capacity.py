@@ -157,7 +157,7 @@ def capacity_command(
         raise InputError("--prompt-tokens-per-second goes with --tokens-per-second")
     plan = plan_capacity(bundle, options, activity, speed)
     if as_json:
-        echo_json(plan.to_dict())
+        echo_json(plan.to_dict(), allow_nan=False)
     else:
         _print_tables(plan)
 
@@ -236,7 +236,7 @@ def _load_rows(load: ServerLoad, plan: CapacityPlan) -> list[tuple[str, str]]:
     return [
         (f"tokens/s, {speed.source}", f"{speed.tokens_per_second:,.0f}{reading}"),
         (
-            f"answers/s, 1% of which wait over {activity.wait_seconds:g} s",
+            f"answers/s, 1% of which {_waiting(activity.wait_seconds)}",
             f"{load.answers_per_second:.2f}",
         ),
         ("slots busy", f"{load.utilization:.0%}"),
@@ -245,6 +245,10 @@ def _load_rows(load: ServerLoad, plan: CapacityPlan) -> list[tuple[str, str]]:
         ("written to a shared store", f"{load.store_gbits:.2f} Gbit/s"),
         ("limited by", load.limited_by),
     ]
+
+
+def _waiting(seconds: float) -> str:
+    return f"wait over {seconds:g} s" if seconds else "wait for a slot"
 
 
 def _fleet_rows(fleet: Fleet) -> list[tuple[str, str]]:

@@ -67,13 +67,21 @@ def close_stdout() -> None:
         return
 
 
-def echo_json(content: Any) -> None:
+def echo_json(content: Any, *, allow_nan: bool = True) -> None:
     """Print JSON, see `json_text`."""
-    click.echo(json_text(content))
+    click.echo(json_text(content, allow_nan=allow_nan))
 
 
-def json_text(content: Any) -> str:
-    """Return JSON as stdout can show it: in ASCII where it has no Unicode encoding."""
+def json_text(content: Any, *, allow_nan: bool = True) -> str:
+    """Return JSON as stdout can show it: in ASCII where it has no Unicode encoding.
+
+    Args:
+        content: of values that JSON has.
+        allow_nan: whether infinity and NaN are written, which not every reader knows.
+
+    Raises:
+        ValueError: one of these is in it, and not allowed.
+    """
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
     unicode = encoding.replace("_", "-").startswith("utf")
-    return json.dumps(content, indent=1, ensure_ascii=not unicode)
+    return json.dumps(content, indent=1, ensure_ascii=not unicode, allow_nan=allow_nan)
