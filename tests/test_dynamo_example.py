@@ -40,6 +40,22 @@ def example(name: str) -> ModuleType:
     return module
 
 
+def worker(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Load the worker; Dynamo's own modules, which it imports, are stand-ins."""
+    for name in (
+        *("dynamo", "dynamo._core", "dynamo.common", "dynamo.common.backend"),
+        *("dynamo.common.backend.run", "dynamo.llm", "dynamo.llm.exceptions"),
+    ):
+        module: Any = ModuleType(name)
+        module.__getattr__ = lambda wanted: type(wanted, (), {})
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "translation", translation)
+    folders: Any = ModuleType("model_folder")
+    folders.model_folder = model_folder
+    monkeypatch.setitem(sys.modules, "model_folder", folders)
+    return example("worker")
+
+
 translation = example("translation")
 model_folder = example("model_folder").model_folder
 LIMITS = translation.Limits(default_max_tokens=13, context_length=101)
@@ -135,7 +151,9 @@ def test_a_value_that_asks_for_nothing_is_no_reason_to_refuse():
         assert translated(**{part: names}).prompt_ids == PROMPT
 
 
-@pytest.mark.parametrize("name", ["multi_modal_data", "prefill_result", "encoder_result"])
+@pytest.mark.parametrize(
+    "name", ["multi_modal_data", "prefill_result", "encoder_result", "bootstrap_info"]
+)
 def test_parts_of_other_workers_are_refused(name):
     with pytest.raises(InputError, match=name):
         translation.engine_request({**asked(), name: {"x": 1}}, frozenset(), LIMITS)
@@ -288,6 +306,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file cannot be written"):
         model_folder(bundle, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "required: bundle"),
+        (["demo", "--slots", "many"], "--slots: invalid int value: 'many'"),
+        (["demo", "--discovery-backend", "x"], "--discovery-backend: invalid choice"),
+        (["demo", "--slot-count", "3"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_option_of_the_worker_costs_one_line(given, words, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        worker(monkeypatch).parser().parse_args(given)
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "config"])

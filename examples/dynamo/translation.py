@@ -29,7 +29,7 @@ NOT_OFFERED: dict[str, dict[str, Any]] = {
 }
 # JSON has no infinity; OpenAI's API puts this for a token that is impossible.
 _LEAST = -9999.0
-_OTHER_WORKERS = ("multi_modal_data", "prefill_result", "encoder_result")
+_OTHER_WORKERS = ("multi_modal_data", "prefill_result", "encoder_result", "bootstrap_info")
 _REASONS: dict[FinishReason, str] = {
     "length": "length",
     "stop_token": "stop",

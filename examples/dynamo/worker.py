@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dynamo._core import Context
 from dynamo.common.backend import (
@@ -160,9 +160,17 @@ class LminfEngine(LLMEngine):
             await asyncio.sleep(0.01)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of `lminf` are; --help has the options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line, and exit with 2."""
+        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the worker's options."""
-    found = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    found = OneLineParser(description=(__doc__ or "").partition("\n")[0])
     option = found.add_argument
     option("bundle", type=Path, help="folder that lminf-export wrote")
     option("--name", help="of the model; default: the folder's")
