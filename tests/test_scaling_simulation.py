@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -278,3 +280,48 @@ def test_requests_are_drawn_in_batches_and_not_twice(monkeypatch):
     monkeypatch.setattr(fleet_module, "_BATCH", 50)
     found = simulated(CASES["store, nothing fails"], TIMES, SIZES)
     assert found["events"]["arrived"] == pytest.approx(7_000, rel=0.05)
+
+
+def failing(name, *arguments):
+    """Run a script that is to end in one line and with 2; return the line."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)],
+        cwd=RESULTS.parents[1], capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--parameters", "/nonexist"), "/nonexist: No such file"),
+        (
+            ("--parameters", RESULTS / "ray_fleet.json"),
+            "no result of benchmarks.scaling.parameters",
+        ),
+        (("--hosts", 0), "hosts=0: must be at least 1"),
+        (("--sessions", -5), "sessions=-5: must be at least 1"),
+        (("--seconds", "nan"), "seconds=nan: must be a finite number"),
+        (("--lifetime", "inf"), "lifetime=inf: must be a finite number"),
+        (("--warm-up", -1), "warm_up=-1.0: must be 0 at least"),
+        (("--jobs", 0), "jobs=0: must be at least 1"),
+    ],
+)
+def test_a_simulation_that_cannot_be_asked_for_costs_one_line(arguments, words):
+    known = ("--parameters", RESULTS / "scaling_parameters.json")
+    assert words in failing("scaling.simulate", *known, *arguments)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["load_report", "ray_fleet", "session_moves", "parked_sessions", "implicit_state",
+     "parameters"],
+)  # fmt: skip
+def test_a_bundle_that_is_not_there_costs_one_line(name):
+    if name in ("session_moves", "ray_fleet", "load_report", "parked_sessions"):
+        pytest.importorskip("httpx")
+    given = ("/nonexist",) if name == "parameters" else ("--bundle", "/nonexist")
+    assert "/nonexist does not exist" in failing(f"scaling.{name}", *given)

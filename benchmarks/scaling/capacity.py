@@ -8,15 +8,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scaling.settings import measured as read_parameters
 from benchmarks.support.result import write_result
+from benchmarks.support.script import run_script
 from lminf_export.bundle.folder import Bundle
 from lminf_export.capacity.options import CapacityOptions, ReplicaSpeed
 from lminf_export.capacity.plan import plan_capacity
+from lminf_export.errors import InputError
 from lminf_export.runtime.environment import describe_bundle, environment
 
 SESSIONS, MEMORY = 1_000_000, 4 << 30
@@ -31,12 +32,12 @@ def main() -> int:
     parser.add_argument("--parameters", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    measured = json.loads(asked.parameters.read_text(encoding="utf-8"))
+    _, _, measured = read_parameters(asked.parameters)
     speed = speed_of(measured)
     options = CapacityOptions(slots=len(measured["step_ms"]), sessions=SESSIONS, memory=MEMORY)
     manifest = Bundle.open(asked.bundle).manifest
     if describe_bundle(manifest) != measured["bundle"]:
-        sys.exit(f"{asked.parameters} was measured with another bundle")
+        raise InputError(f"{asked.parameters} was measured with another bundle")
     result = {
         "benchmark": "scaling.capacity",
         "environment": environment(),
@@ -60,4 +61,4 @@ def speed_of(measured: dict[str, Any]) -> ReplicaSpeed:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

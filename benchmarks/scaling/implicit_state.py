@@ -25,6 +25,7 @@ import onnxruntime as ort
 
 import lminf_export
 from benchmarks.support.result import write_result
+from benchmarks.support.script import run_script
 from lminf_export.bundle.folder import Bundle
 from lminf_export.operator.bindings import BATCH
 from lminf_export.runtime.environment import describe_bundle, environment
@@ -138,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

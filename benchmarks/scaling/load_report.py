@@ -28,6 +28,7 @@ import numpy as np
 import lminf_export
 from benchmarks.serving import servers
 from benchmarks.support.result import write_result
+from benchmarks.support.script import run_script
 from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
@@ -174,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

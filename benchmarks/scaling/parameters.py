@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.support.result import write_result
+from benchmarks.support.script import run_script
 from lminf_export.bench.child import fresh_process
 from lminf_export.capacity.sizes import StateSizes
 from lminf_export.runtime.environment import describe_bundle, environment
@@ -173,4 +173,4 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

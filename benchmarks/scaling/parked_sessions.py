@@ -28,6 +28,7 @@ import numpy as np
 
 from benchmarks.serving import servers
 from benchmarks.support.result import write_result
+from benchmarks.support.script import run_script
 from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.parking import seal
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    bundle = Bundle.open(arguments.bundle)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         with Fleet(arguments.bundle, Path(one)) as fleet:
             parked = many(fleet, arguments.sessions, arguments.resumed)
@@ -238,7 +240,7 @@ def main() -> None:
         arguments.out,
         {
             "benchmark": "parked_sessions",
-            **describe_bundle(Bundle.open(arguments.bundle).manifest),
+            **describe_bundle(bundle.manifest),
             "many": parked,
             "mutations": tampered,
             "environment": environment(),
@@ -247,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

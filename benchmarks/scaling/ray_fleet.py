@@ -33,6 +33,7 @@ import psutil
 
 from benchmarks.support.conversations import offline_turns
 from benchmarks.support.result import write_result
+from benchmarks.support.script import run_script
 from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.language_model import LanguageModel
@@ -346,4 +347,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -32,6 +32,7 @@ import lminf_export
 from benchmarks.serving import servers
 from benchmarks.support.conversations import offline_turns
 from benchmarks.support.result import write_result
+from benchmarks.support.script import run_script
 from lminf_export.bundle.folder import Bundle
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.language_model import LanguageModel
@@ -175,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from lminf_export.errors import ConfigError, InputError
+from lminf_export.operator.settings import as_integer, as_number
 
 # What becomes of a conversation whose state is not in the memory of the server it comes to.
 Elsewhere = Literal["store", "reread"]
@@ -13,6 +16,11 @@ Elsewhere = Literal["store", "reread"]
 Cache = Literal["bounded", "full"]
 # Which server a turn of a conversation goes to.
 Routing = Literal["hash", "random"]
+
+_ZERO_ALLOWED = {
+    *("max_waiting", "session_bytes", "zipf_exponent", "zipf_shift", "history_sigma", "warm_up"),
+    *("store_latency", "noticed", "recovery", "drain_share", "drain_grace", "seed"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,9 @@ class FleetSettings:
         drain_grace: seconds in which a server that is replaced finishes its answers.
         elsewhere, routing, cache: see there.
         seed: of all random numbers.
+
+    Raises:
+        ConfigError: naming the field and its rule.
     """
 
     sessions: int = 1_000_000
@@ -113,12 +124,36 @@ class FleetSettings:
     cache: Cache = "bounded"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                as_integer(field.name, value, 0 if field.name in _ZERO_ALLOWED else 1)
+            elif str(field.type).startswith("float") and value is not None:
+                number, is_zero_allowed = as_number(field.name, value), field.name in _ZERO_ALLOWED
+                if number < 0 or (number == 0 and not is_zero_allowed):
+                    bound = "0 at least" if is_zero_allowed else "above 0"
+                    raise ConfigError(f"{field.name}={value}: must be {bound}")
+
 
 def measured(path: Path) -> tuple[Times, Sizes, dict[str, Any]]:
-    """Read what `benchmarks.scaling.parameters` wrote; return it whole, too."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    """Read what `benchmarks.scaling.parameters` wrote; return it whole, too.
+
+    Raises:
+        InputError: the file is none of these.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return *_measured(found), found
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(f"{path} is no result of benchmarks.scaling.parameters") from None
+
+
+def _measured(found: dict[str, Any]) -> tuple[Times, Sizes]:
     full = found["states"][-1]
-    assert full["tokens"] >= found["full_at"]
+    if full["tokens"] < found["full_at"]:
+        raise ValueError("its states are not full")
     chunk = found["bundle"]["lambda_config"]["chunk_size"]
     lengths = sorted(map(int, found["prompt_ms"]))
     (short, long), (low, high) = (
@@ -136,4 +171,4 @@ def measured(path: Path) -> tuple[Times, Sizes, dict[str, Any]]:
         load=full["load_ms"] / 1e3,
     )
     sizes = Sizes(found["kept_bytes"], full["stored_bytes"], found["full_cache_bytes_per_token"])
-    return times, sizes, found
+    return times, sizes

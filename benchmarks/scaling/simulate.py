@@ -10,7 +10,6 @@ rest is assumed, and the result names both. The clock of the simulation is simpy
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -22,6 +21,8 @@ import simpy
 from benchmarks.scaling.fleet import Fleet
 from benchmarks.scaling.settings import FleetSettings, Sizes, Times, measured
 from benchmarks.support.result import write_result
+from benchmarks.support.script import run_script
+from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.environment import environment
 
 # Name → what differs from the first.
@@ -60,6 +61,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="scenarios simulated at once")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    as_integer("jobs", asked.jobs, 1)
     times, sizes, parameters = measured(asked.parameters)
     settings = FleetSettings(
         sessions=asked.sessions,
@@ -110,4 +112,4 @@ def simulated(settings: FleetSettings, times: Times, sizes: Sizes) -> dict[str, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)
