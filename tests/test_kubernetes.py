@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ OF_OTHERS = {
     "ServiceMonitor",
 }
 # Fields that KServe's predictor has besides those of a pod.
-OF_PREDICTOR = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget"}
+OF_PREDICTOR = {"labels", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget"}
 
 
 def resources(name="*"):
@@ -134,12 +135,30 @@ def test_probes_ports_and_options_are_the_servers(name):
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
-def test_what_selects_the_servers_selects_them():
-    labels = DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
+# KServe gives them to its pods and its Service.
+LABELS = {
+    "deployment": DEPLOYMENT["spec"]["template"]["metadata"]["labels"],
+    "kserve": INFERENCE_SERVICE["metadata"]["labels"],
+    "kserve's predictor": PREDICTOR["labels"],
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_what_selects_the_servers_selects_them(labels):
     selectors = {
         "service": ("Service", "lminf", ("spec", "selector")),
         "disruption": ("PodDisruptionBudget", "lminf", ("spec", "selector", "matchLabels")),
         "network": ("NetworkPolicy", "lminf", ("spec", "podSelector", "matchLabels")),
+        "network-bucket": (
+            "NetworkPolicy",
+            "lminf-bucket",
+            ("spec", "podSelector", "matchLabels"),
+        ),
+        "affinity-istio": (
+            "NetworkPolicy",
+            "lminf-istio",
+            ("spec", "podSelector", "matchLabels"),
+        ),
         "monitoring": ("ServiceMonitor", "lminf", ("spec", "selector", "matchLabels")),
     }
     for file, (kind, name, path) in selectors.items():
@@ -154,6 +173,69 @@ def test_what_selects_the_servers_selects_them():
     for pod in PODS.values():
         asked = [volume.get("persistentVolumeClaim") for volume in pod["volumes"]]
         assert {claim["claimName"] for claim in asked if claim} <= claims
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_ports_are_called_alike_wherever_they_are_named(name):
+    """KServe's Service has port 80, too, with the name of the container's port."""
+    [port] = PODS[name]["containers"][0]["ports"]
+    [of_service] = ALL["service", "Service", "lminf"]["spec"]["ports"]
+    assert (of_service["port"], of_service["name"]) == (80, port["name"])
+    [monitored] = ALL["monitoring", "ServiceMonitor", "lminf"]["spec"]["endpoints"]
+    assert monitored["port"] == port["name"]
+    [let_in] = ALL["network", "NetworkPolicy", "lminf"]["spec"]["ingress"]
+    assert [each["port"] for each in let_in["ports"]] == [port["name"]]
+    [rule] = ALL["affinity-ingress-nginx", "Ingress", "lminf"]["spec"]["rules"]
+    [path] = rule["http"]["paths"]
+    assert path["backend"]["service"]["port"] == {"number": 80}
+    [rule] = ALL["affinity-envoy-gateway", "HTTPRoute", "lminf"]["spec"]["rules"]
+    assert [backend["port"] for backend in rule["backendRefs"]] == [80]
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "more"),
+    [
+        ("network-bucket", "lminf-bucket", ("TCP", 443)),
+        ("affinity-istio", "lminf-istio", ("TCP", 15012)),
+    ],
+)
+def test_who_reaches_something_may_ask_for_its_name(file, name, more):
+    egress = ALL[file, "NetworkPolicy", name]["spec"]["egress"]
+    let_out = {(port["protocol"], port["port"]) for rule in egress for port in rule["ports"]}
+    assert let_out == {("UDP", 53), ("TCP", 53), more}
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_node_has_room_for_what_a_pod_writes_there(name):
+    pod = PODS[name]
+    asked = pod["containers"][0]["resources"]["requests"]["ephemeral-storage"]
+    limits = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume]
+    assert all(size.endswith("Mi") for size in (asked, *limits))
+    assert int(asked[:-2]) > sum(int(limit[:-2]) for limit in limits)
+
+
+@pytest.mark.parametrize("place", ["", "examples/serving/", "examples/ray/"])
+def test_secrets_that_the_pages_make_stay_out_of_commits_and_images(place):
+    if not (FOLDER.parents[1] / ".git").exists():
+        pytest.skip("no checkout")
+    for name in ("api-key", "session-secret"):
+        found = subprocess.run(
+            ["git", "check-ignore", "-q", f"{place}{name}"], cwd=FOLDER.parents[1], check=False
+        )
+        assert found.returncode == 0, name
+        ignored = FOLDER.parent / "serving" / "Dockerfile.dockerignore"
+        assert f"**/{name}" in ignored.read_text(encoding="utf-8").splitlines()
+
+
+def test_no_secret_of_the_pages_is_on_a_command_line_or_readable_for_others():
+    pages = [*(FOLDER.parents[1] / "docs").glob("*.md"), FOLDER.parent / "dynamo" / "README.md"]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert "$(cat api-key)" not in text, page
+        assert "--from-literal" not in text, page
+        for block in re.findall(r"(?:^    .+\n)+", text, re.M):
+            if re.search(r"> (api-key|session-secret)|DYN_FILE_KV=", block):
+                assert "umask 077" in block, (page, block)
 
 
 def test_the_metric_of_the_autoscaler_is_one_of_the_servers():
