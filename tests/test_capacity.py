@@ -288,7 +288,7 @@ def test_the_page_names_options_that_there_are():
         for parameter in command.params
         for option in parameter.opts
     }
-    assert not shown - known - {"--build-arg", "--from-file", "--from-literal"}
+    assert not shown - known - {"--build-arg", "--from-file", "--head", "--node-ip-address"}
 
 
 @pytest.mark.slow

@@ -19,7 +19,10 @@ def moves() -> str:
         ["bytes of its object", f"{found['bytes']:,}"],
         ["a turn of one token, at the server that answered before, ms", f"{found['stays_ms']:.1f}"],
         ["the same at the other server, ms", f"{found['moves_ms']:.1f}"],
-        ["so the move costs, ms", f"{found['a_move_costs_ms']:.1f}"],
+        [
+            f"so the move costs, median of the differences of {found['pairs']} pairs, ms",
+            f"{found['a_move_costs_ms']:.1f}",
+        ],
         [
             "loading from the store: for each move, ms",
             f"{line['constant_ms']:.1f}",
