@@ -7,11 +7,14 @@ import errno
 import logging
 import os
 import re
+import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Literal
 
 from lminf_export.bundle.files import require_utf8
@@ -100,6 +103,29 @@ def temporary_name(directory: Path, kind: TemporaryKind, token: str) -> Path:
     return directory.with_name(f".{directory.name}.{kind}-{token}")
 
 
+def temporary_folder(directory: Path, stack: ExitStack) -> Path:
+    """Make and lock the folder to write into; a folder without a lock may be cleared by others.
+
+    Args:
+        directory: the destination; its parent exists.
+        stack: at whose end the folder goes, if it is still there, and its lock.
+
+    Raises:
+        ExportError: it cannot be made.
+    """
+    while True:
+        path = temporary_name(directory, "partial", secrets.token_hex(TOKEN_LENGTH // 2))
+        make_folder(path)
+        try:
+            stack.enter_context(locked(path))
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another export took it for abandoned before it was locked
+        except OSError as error:
+            logger.info("%s has no lock: %s", path, error.strerror)
+        stack.callback(remove_folder, path)
+        return path
+
+
 def is_temporary(folder: Path) -> bool:
     """Return whether a folder has the name of one in which an export works."""
     return _TEMPORARY.fullmatch(folder.name) is not None
@@ -163,6 +189,25 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that cleaning up happens."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+    before = {n: signal.signal(n, leave) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _temporaries(directory: Path, kind: TemporaryKind | None = None) -> list[Path]:

@@ -12,27 +12,24 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from lminf_export.bundle.card import CARD_NAME, model_card
 from lminf_export.bundle.destination import (
     NO_SPACE,
     TOKEN_LENGTH,
     check_destination,
-    locked,
-    make_folder,
     make_parents,
     remove_abandoned,
     remove_folder,
     restore_replaced,
+    temporary_folder,
     temporary_name,
+    terminated_as_exit,
 )
 from lminf_export.bundle.exchange import exchange
 from lminf_export.bundle.files import HashProgress, file_sha256, human_bytes, sync
@@ -69,10 +66,10 @@ class BundleWriter:
         restore_replaced(self.directory)
         check_destination(self.directory, force=self.force)
         with ExitStack() as stack:
-            stack.enter_context(_terminated_as_exit())
+            stack.enter_context(terminated_as_exit())
             make_parents(self.directory.parent, stack)
             remove_abandoned(self.directory)
-            self._temporary = _make_temporary(self.directory, stack)
+            self._temporary = temporary_folder(self.directory, stack)
             self._cleanup = stack.pop_all()
         return self
 
@@ -203,21 +200,6 @@ class BundleWriter:
         return 0
 
 
-def _make_temporary(directory: Path, stack: ExitStack) -> Path:
-    """Make and lock the folder to write into; a folder without a lock may be cleared by others."""
-    while True:
-        path = temporary_name(directory, "partial", secrets.token_hex(TOKEN_LENGTH // 2))
-        make_folder(path)
-        try:
-            stack.enter_context(locked(path))
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another export took it for abandoned before it was locked
-        except OSError as error:
-            logger.info("%s has no lock: %s", path, error.strerror)
-        stack.callback(remove_folder, path)
-        return path
-
-
 def _engine_files(manifest: Manifest) -> list[str]:
     engine, recipe = manifest.engine, manifest.engine_recipe
     names = [recipe.graph] if recipe else []
@@ -235,22 +217,3 @@ def _free_bytes(path: Path) -> int:
     with contextlib.suppress(OSError):
         return shutil.disk_usage(path).free
     return 0
-
-
-@contextlib.contextmanager
-def _terminated_as_exit() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that cleaning up happens."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
-    before = {n: signal.signal(n, leave) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

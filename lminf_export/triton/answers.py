@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lminf_export.disk import parse_json
-from lminf_export.errors import InputError
+from lminf_export.errors import InputError, shown
 from lminf_export.serve.caller import Caller
 from lminf_export.serve.contents import chat_messages, prompts_of
 from lminf_export.serve.generation import Generation, generation_of
@@ -30,6 +30,8 @@ _OWNER = "triton"
 _LONGEST_ID = 128
 # How soon a client's going is seen while nothing else happens.
 _WATCH_SECONDS = 0.05
+# Fields of a body that tensors stand for, or Triton's address.
+_OUTSIDE = ("prompt", "messages", "stream", "stream_options", "model")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Asked:
         ids: to continue, or None.
         messages: JSON of a chat's, or None.
         sampling: JSON of an object.
+        parameters: further fields of sampling, which the request has beside its tensors.
         stream: send text as it is written.
         with_ids: send token ids, too.
     """
@@ -55,6 +58,7 @@ class Asked:
     ids: tuple[int, ...] | None = None
     messages: str | None = None
     sampling: str = "{}"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = False
     with_ids: bool = False
 
@@ -181,17 +185,28 @@ def _fields(asked: Asked) -> CompletionFields | ChatFields:
     sampling = _json("sampling_parameters", asked.sampling)
     if not isinstance(sampling, Mapping):
         raise InputError("sampling_parameters: expected a JSON object")
-    for name in ("prompt", "messages", "stream", "stream_options", "model"):
+    for name in _OUTSIDE:
         if name in sampling:
             raise InputError(f"sampling_parameters: {name} is no parameter of sampling")
-    body: dict[str, Any] = {**sampling, "stream": asked.stream}
+    for name, value in asked.parameters.items():
+        if name in _OUTSIDE:
+            raise InputError(f"{name} is no parameter of sampling")
+        if name in sampling and sampling[name] != value:
+            raise InputError(
+                f"{shown(name)} is given twice: {shown(sampling[name])} in sampling_parameters, "
+                f"{shown(value)} as a parameter of the request"
+            )
+    body: dict[str, Any] = {**sampling, **asked.parameters, "stream": asked.stream}
+    fields: CompletionFields | ChatFields
     if asked.messages is not None:
-        chat = read_fields(ChatFields, body)
-        require_plain_chat(chat)
-        return chat
-    completion = read_fields(CompletionFields, body)
-    require_plain_completion(completion)
-    return completion
+        fields = read_fields(ChatFields, body)
+        require_plain_chat(fields)
+    else:
+        fields = read_fields(CompletionFields, body)
+        require_plain_completion(fields)
+    if fields.logprobs not in (None, False):
+        raise InputError("logprobs: no output of this model has them")
+    return fields
 
 
 def _json(name: str, text: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lminf_export.bundle.manifest import Manifest
-from lminf_export.operator.bindings import BATCH, INPUT_IDS, LOGITS
+from lminf_export.operator.bindings import BATCH, INPUT_IDS, LOGITS, TensorSpec
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 from lminf_export.triton.implicit_state import PRESENT_LENGTH, READY, START, STATE_LENGTH
 from lminf_export.triton.interface import INPUTS, OUTPUTS
@@ -53,7 +53,7 @@ max_batch_size: 0
 model_transaction_policy {{ decoupled: true }}
 # One process with one engine. More instances would be more copies of the weights.
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
-# One of text_input, input_ids and messages is needed.
+# One of text_input, input_ids and messages is needed. All but input_ids have one element.
 input [
 {_joined(tensors)}
 ]
@@ -132,16 +132,8 @@ def tensorrt_config(name: str, manifest: Manifest, slots: int, library: str | No
     """
     contract = manifest.contract
     sizes = {**contract.ring_sizes(), BATCH: 1}
-    inputs = [
-        f'  {{ name: "{spec.name}" data_type: TYPE_{ELEMENT_TYPES[spec.dtype].triton} '
-        f"dims: [ {_dims(spec.shape[1:], sizes)} ] }}"
-        for spec in contract.inputs()
-    ]
-    outputs = [
-        f'  {{ name: "{spec.name}" data_type: TYPE_{ELEMENT_TYPES[spec.dtype].triton} '
-        f"dims: [ {_dims(spec.shape[1:], sizes)} ] }}"
-        for spec in contract.outputs()
-    ]
+    inputs = [_bound(spec, sizes) for spec in contract.inputs()]
+    outputs = [_bound(spec, sizes) for spec in contract.outputs()]
     plugin = ""
     if library is not None:
         plugin = (
@@ -176,8 +168,17 @@ def _state(past: str, present: str, dtype: str, dims: Iterable[int]) -> str:
     }}"""
 
 
-def _dims(shape: Iterable[int | str], sizes: Mapping[str, int]) -> str:
-    return ", ".join(str(x if isinstance(x, int) else sizes.get(x, -1)) for x in shape)
+def _bound(spec: TensorSpec, sizes: Mapping[str, int]) -> str:
+    """Return an input or output; Triton counts the dimension of the batch by itself."""
+    kind = f"TYPE_{ELEMENT_TYPES[spec.dtype].triton}"
+    _, *rest = spec.shape
+    if not rest:
+        # Triton takes no tensor without dimensions: clients send (B, 1), the plan gets (B,).
+        return (
+            f'  {{ name: "{spec.name}" data_type: {kind} dims: [ 1 ] reshape: {{ shape: [ ] }} }}'
+        )
+    dims = ", ".join(str(x if isinstance(x, int) else sizes.get(x, -1)) for x in rest)
+    return f'  {{ name: "{spec.name}" data_type: {kind} dims: [ {dims} ] }}'
 
 
 def _joined(parts: Iterable[str]) -> str:

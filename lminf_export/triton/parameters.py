@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lminf_export.errors import InputError, shown
+from lminf_export.operator.settings import require_one_of
+from lminf_export.runtime.kernels import AUTO, NONE
+from lminf_export.runtime.options import PROVIDERS
 from lminf_export.serve.credentials import secrets_of
 from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.settings_texts import settings_of_texts
 
 _OF_LOADING = ("provider", "kernels", "threads", "trust_hash")
-# What only HTTP has, and what would show secrets.
-_NOT_HERE = ("api_keys", "allow_origins", "allow_hosts", "session_secrets")
+# What would show secrets in a file that others read.
+_SECRET = ("api_keys", "session_secrets")
+# What only a server of HTTP has, or several answers to one request.
+_OF_HTTP = (
+    "allow_origins", "allow_hosts", "max_requests", "max_connections", "max_choices",
+    "max_body_bytes", "max_json_depth", "max_header_bytes", "header_seconds", "body_seconds",
+    "write_seconds", "shutdown_seconds",
+)  # fmt: skip
+_THREADS = re.compile(r"[0-9]{1,4}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 # Stands for a secret where only the rest is checked.
 _SOME_SECRET = "0" * 64
 
@@ -45,17 +57,18 @@ class Parameters:
             LminfError: naming the parameter, and its rule.
         """
         for key, value in given.items():
-            if not isinstance(key, str) or not isinstance(value, str):
-                raise InputError(f"parameters: {shown(key)}={shown(value)}: must be texts")
+            _require_text(key, value)
         rest = dict(given)
         rest.pop("EXECUTION_ENV_PATH", None)  # Triton's own
-        for name in _NOT_HERE:
+        for name in _SECRET:
             if name in rest:
                 raise InputError(f"parameters: {name} has no place in a file that others read")
+        for name in _OF_HTTP:
+            if name in rest:
+                raise InputError(f"parameters: {name} has no place in Triton; it is of HTTP alone")
         loading: dict[str, Any] = {name: rest.pop(name) for name in _OF_LOADING if name in rest}
+        _check_loading(loading)
         if "threads" in loading:
-            if not loading["threads"].isdecimal() or int(loading["threads"]) < 1:
-                raise InputError(f"threads={shown(loading['threads'])}: must be a number above 0")
             loading["threads"] = int(loading["threads"])
         if "trust_hash" in loading:
             loading["trust_plan"] = loading.pop("trust_hash")
@@ -94,3 +107,35 @@ class Parameters:
         """
         secrets = secrets_of(self.settings.get("session_store"), self.secret_file)
         return settings_of_texts({**self.settings, "session_secrets": secrets})
+
+
+def _require_text(key: object, value: object) -> None:
+    """Refuse what a configuration cannot hold."""
+    if not isinstance(key, str) or not isinstance(value, str):
+        raise InputError(f"parameters: {shown(key)}={shown(value)}: must be texts")
+    try:
+        f"{key}={value}".encode()
+    except UnicodeEncodeError:
+        raise InputError(f"parameters: {shown(key)}={shown(value)}: no text in UTF-8") from None
+    if not value:
+        raise InputError(f"parameters: {shown(key)} is empty; leave it out")
+    if not value.isprintable():
+        raise InputError(f"parameters: {shown(key)}={shown(value)}: must be one line of text")
+
+
+def _check_loading(loading: Mapping[str, str]) -> None:
+    """Check what `load` would find only in the server."""
+    if "provider" in loading:
+        require_one_of("provider", loading["provider"], PROVIDERS, InputError)
+    kernels = loading.get("kernels", AUTO)
+    if kernels not in (AUTO, NONE) and not Path(kernels).is_absolute():
+        raise InputError(
+            f"kernels={shown(kernels)}: must be {AUTO}, {NONE}, or the whole path of a library"
+        )
+    threads = loading.get("threads", "1")
+    if not _THREADS.fullmatch(threads) or int(threads) < 1:
+        raise InputError(f"threads={shown(threads)}: must be a number of 1 … 9999")
+    if not _SHA256.fullmatch(loading.get("trust_hash", "0" * 64)):
+        raise InputError(
+            f"trust_hash={shown(loading['trust_hash'])}: must be a SHA-256, 64 hexadecimal digits"
+        )

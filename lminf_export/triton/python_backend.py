@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from lminf_export.serve.api_errors import ApiError
 from lminf_export.serve.opening import opened
 from lminf_export.serve.serving import Serving
 from lminf_export.triton.answers import Asked, Reply, answer
-from lminf_export.triton.interface import INPUTS
+from lminf_export.triton.messages import told
 from lminf_export.triton.parameters import Parameters
+from lminf_export.triton.requests import asked_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +59,20 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         given = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         folder = Path(args["model_repository"]) / args["model_version"]
-        parameters = Parameters.of(given).within(folder)
-        settings = parameters.read()
-        models = opened(
-            {args["model_name"]: parameters.bundle},
-            settings,
-            template=parameters.template,
-            **parameters.loading,
-        )
-        self._serving = Serving(models, settings)
-        (self._model,) = models.values()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="lminf-triton")
-        self._thread.start()
-        self._gauges = self._made_gauges(args["model_name"])
+        try:
+            self._serving = _serving(args["model_name"], Parameters.of(given).within(folder))
+        except LminfError as error:
+            raise SessionError(told(error)) from error
+        (self._model,) = self._serving.models.values()
+        with ExitStack() as stack:
+            stack.callback(self._serving.close)
+            self._gauges = self._made_gauges(args["model_name"])
+            self._tasks: set[asyncio.Task[None]] = set()
+            self._loop = asyncio.new_event_loop()
+            # The last that can fail: this thread keeps the process.
+            self._thread = threading.Thread(target=self._loop.run_forever, name="lminf-triton")
+            self._thread.start()
+            stack.pop_all()
         self._start(self._publish())
 
     def execute(self, requests: list[Any]) -> None:
@@ -79,9 +80,9 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                asked = self._asked(request)
-            except (LminfError, ValueError) as error:
-                self._refuse(sender, str(error))
+                asked = asked_of(request, self._pb)
+            except LminfError as error:
+                self._refuse(sender, told(error))
                 continue
             except Exception:
                 logger.exception("a request could not be read")
@@ -130,36 +131,15 @@ class TritonPythonModel:
             if sender.is_cancelled():
                 sender.send(flags=final)  # nobody is there to be told
             else:
-                self._refuse(sender, error.message)
+                self._refuse(sender, told(error))
         except LminfError as error:
-            self._refuse(sender, str(error))
+            self._refuse(sender, told(error))
         except Exception:
             # A request without an end would keep Triton from unloading the model.
             logger.exception("a request was not answered")
             self._refuse(sender, _OURS)
         finally:
             await replies.aclose()
-
-    def _asked(self, request: Any) -> Asked:
-        """Return a request's tensors."""
-        pb = self._pb
-        found: dict[str, Any] = {}
-        for spec in INPUTS:
-            tensor = pb.get_input_tensor_by_name(request, spec.name)
-            found[spec.name] = None if tensor is None else tensor.as_numpy().reshape(-1)
-        flags = request.flags()
-        ids = found["input_ids"]
-        return Asked(
-            sequence=request.correlation_id(),
-            starts=bool(flags & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START),
-            ends=bool(flags & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END),
-            text=_text(found["text_input"]),
-            ids=None if ids is None else tuple(ids.tolist()),
-            messages=_text(found["messages"]),
-            sampling=_text(found["sampling_parameters"]) or "{}",
-            stream=_flag(found["stream"]),
-            with_ids=_flag(found["return_output_ids"]),
-        )
 
     def _response(self, reply: Reply, asked: Asked) -> Any:
         values = {
@@ -206,6 +186,20 @@ class TritonPythonModel:
                 os._exit(1)
 
 
+def _serving(name: str, parameters: Parameters) -> Serving:
+    """Load the bundle and open its sessions; all of that, or nothing."""
+    settings = parameters.read()
+    models = opened(
+        {name: parameters.bundle}, settings, template=parameters.template, **parameters.loading
+    )
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.callback(model.engine.close)
+        serving = Serving(models, settings)
+        stack.pop_all()
+    return serving
+
+
 def _require_arrays(pb_utils: Any) -> None:
     """Refuse a backend that misreads the arrays of this numpy.
 
@@ -221,19 +215,3 @@ def _require_arrays(pb_utils: Any) -> None:
             f"this release of Triton misreads arrays of numpy {np.__version__}: install 'numpy<2' "
             "in the environment of its python backend, or take a newer release"
         )
-
-
-def _text(array: np.ndarray | None) -> str | None:
-    """Return the only text of a tensor.
-
-    Raises:
-        ValueError: there are none or several, or it is no UTF-8.
-    """
-    if array is None:
-        return None
-    (value,) = array
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _flag(array: np.ndarray | None) -> bool:
-    return array is not None and bool(array.any())
