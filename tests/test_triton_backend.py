@@ -55,8 +55,15 @@ class Sender:
 
 
 class Request:
-    def __init__(self, tensors, sequence=0, flags=0):
+    def __init__(self, tensors, sequence=0, flags=0, parameters=None, timeout=0):
         self.tensors, self.sequence, self._flags, self.sender = tensors, sequence, flags, Sender()
+        self._parameters, self._timeout = json.dumps(parameters or {}), timeout
+
+    def parameters(self):
+        return self._parameters
+
+    def timeout(self):
+        return self._timeout
 
     def get_response_sender(self):
         return self.sender
@@ -160,7 +167,7 @@ def model(utils, repository):
     assert not MISTAKES
 
 
-def asked(model, sequence=0, flags=0, **fields):
+def asked(model, sequence=0, flags=0, parameters=None, timeout=0, **fields):
     """Ask for 20 likeliest tokens; return where the answer goes."""
     sampling = {"max_tokens": 20, "temperature": 0, **fields.pop("sampling", {})}
     tensors = {"sampling_parameters": np.array([json.dumps(sampling).encode()], object)}
@@ -169,7 +176,7 @@ def asked(model, sequence=0, flags=0, **fields):
             tensors[name] = np.array([value.encode()], object)
         else:
             tensors[name] = np.atleast_1d(np.asarray(value))
-    request = Request(tensors, sequence, flags)
+    request = Request(tensors, sequence, flags, parameters, timeout)
     model.execute([request])
     return request.sender
 
@@ -204,7 +211,7 @@ def test_a_sequence_goes_on_until_its_end(model, demo_lm):
     parts.append(asked(model, 5, text_input="").done())
     parts.append(asked(model, 5, END, text_input="").done())
     assert "".join(part.text for part in parts) == whole
-    assert "this session is not kept" in asked(model, 5, text_input="").done().error
+    assert "this sequence is not kept" in asked(model, 5, text_input="").done().error
     again = asked(model, 5, START, text_input="It is a truth").done()
     assert again.text == parts[0].text
     both = asked(model, "once", START | END, text_input="It is a truth").done()
@@ -251,6 +258,16 @@ def test_requests_share_the_slots_and_a_gone_client_frees_its(model):
         ({"input_ids": np.array([10**6], np.int32)}, "token"),
         ({"text_input": "a", "flags": START}, "needs a sequence id"),
         ({"text_input": "a", "sequence": "x" * 200, "flags": START}, "at most 128 characters"),
+        ({"text_input": "a", "sampling": {"logprobs": 1}}, "no output of this model"),
+        ({"text_input": "a", "parameters": {"top_q": 1}}, "unrecognized request argument: top_q"),
+        ({"text_input": "a", "parameters": {"max_tokens": 3}}, "'max_tokens' is given twice: 20"),
+        ({"text_input": "a", "parameters": {"prompt": "b"}}, "prompt is no parameter of sampling"),
+        ({"text_input": "a", "parameters": {"stream": True}}, "'stream' is an input"),
+        ({"text_input": "a", "parameters": {"sequence_id": 3}}, "sequences are gRPC's"),
+        ({"text_input": "a", "parameters": {"priority": 3}}, "priority is not applied"),
+        ({"text_input": "a", "timeout": 7}, "timeout is not applied"),
+        ({"input_ids": np.zeros(0, np.int32)}, "input_ids is empty"),
+        ({"text_input": "a", "stream": np.array([True, False])}, "stream has 2 values; expected"),
     ],
 )
 def test_wrong_requests_are_told_so(model, fields, words):
@@ -263,8 +280,42 @@ def test_text_that_is_none_is_told_so(model):
     request = Request({"text_input": np.array([b"\xff\xfe"], object)})
     two = Request({"text_input": np.array([b"a", b"b"], object)})
     model.execute([request, two])
-    assert request.sender.done().error
-    assert two.sender.done().error
+    assert request.sender.done().error == "text_input is no text in UTF-8"
+    assert two.sender.done().error == "text_input has 2 texts; expected one"
+
+
+def test_parameters_of_a_request_are_fields_of_sampling(model, demo_lm):
+    # As HTTP's generate has them of clients of other models, beside its own names.
+    given = {"max_tokens": 7, "temperature": 0.0, "id": "q", "triton_x": True}
+    request = Request({"text_input": np.array([b"It is a truth"], object)}, parameters=given)
+    model.execute([request])
+    assert request.sender.done().text == offline_text(demo_lm, "It is a truth", 7)
+    same = asked(model, text_input="It is a truth", parameters={"max_tokens": 20}).done()
+    assert same.text == offline_text(demo_lm, "It is a truth", 20)
+
+
+def test_messages_speak_of_sequences(model):
+    asked(model, 51, START, text_input="It is a truth").done()
+    other = asked(model, 51, messages='[{"role": "user", "content": "a"}]').done().error
+    gone = asked(model, 52, text_input="a").done().error
+    assert "begin it anew by START" in other
+    assert "begin it by START" in gone
+    assert "session" not in other + gone
+
+
+def test_a_folder_in_use_is_told_by_its_parameter(model, repository):
+    with pytest.raises(SessionError, match=r"^parameter session_folder .* is used by another"):
+        loaded(repository)
+
+
+def test_a_failure_at_the_beginning_leaves_no_thread_and_no_lock(utils, repository, monkeypatch):
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patched:
+        patched.setattr(utils, "MetricFamily", None)
+        with pytest.raises(AttributeError):
+            loaded(repository)
+    wait_until(lambda: set(threading.enumerate()) <= before)
+    loaded(repository).finalize()
 
 
 def test_what_runs_at_the_end_is_told_so(utils, repository):
@@ -287,6 +338,18 @@ def test_what_runs_at_the_end_is_told_so(utils, repository):
         ({"api_keys": "k"}, "no place"),
         ({"session_secrets": "s"}, "no place"),
         ({"slot": "3"}, "no setting"),
+        ({"threads": "1" * 5000}, "threads"),
+        ({"threads": "\u0663"}, "threads"),
+        ({"provider": "nonsense"}, "provider='nonsense': must be one of cpu, cuda"),
+        ({"kernels": "nonsense"}, "kernels='nonsense': must be auto, none, or"),
+        ({"trust_hash": "zz"}, "trust_hash='zz': must be a SHA-256"),
+        ({"template": ""}, "'template' is empty"),
+        ({"session_folder": ""}, "'session_folder' is empty"),
+        ({"template": "a\ud800"}, "no text in UTF-8"),
+        ({"template": "x\udcff"}, "no text in UTF-8"),
+        ({"template": "a\nb"}, "one line of text"),
+        ({"max_requests": "9"}, "max_requests has no place in Triton"),
+        ({"max_body_bytes": "9"}, "max_body_bytes has no place in Triton"),
     ],
 )
 def test_parameters_are_checked(given, words):

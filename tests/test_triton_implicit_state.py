@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from tokenizers import Tokenizer
 
 from lminf_export import load
 from lminf_export.operator.bindings import BATCH
@@ -128,3 +133,57 @@ def test_the_bundle_s_own_graph_stays_as_it_is(demo_lm):
     assert demo_lm.bundle.graph_path.read_bytes() == before
     assert {START, READY, STATE_LENGTH} <= {value.name for value in graph.input}
     assert PRESENT_LENGTH in {value.name for value in graph.output}
+
+
+class Server:
+    """What the example's client calls, over `Carrier`: rows are sequences, one at a time."""
+
+    def __init__(self, carrier):
+        self.carrier, self.flags = carrier, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def infer(self, model, inputs, *, sequence_id, sequence_start, sequence_end):
+        assert isinstance(sequence_id, str)
+        self.flags.append((sequence_start, sequence_end))
+        logits = self.carrier.run(inputs[0].array, [sequence_start])
+        return types.SimpleNamespace(as_numpy=lambda name: logits)
+
+
+class Input:
+    def __init__(self, name, shape, datatype):
+        assert (name, datatype) == ("input_ids", "INT64")
+        self.shape = shape
+
+    def set_data_from_numpy(self, array):
+        assert self.shape == list(array.shape)
+        self.array = array
+
+
+def test_the_example_s_client_writes_what_the_bundle_does(demo_lm, tmp_path, monkeypatch, capsys):
+    server = Server(Carrier(demo_lm.bundle, tmp_path, 1, kernels=False))
+    module = types.ModuleType("tritonclient.grpc")
+    module.InferInput, module.InferenceServerClient = Input, lambda url: server
+    monkeypatch.setitem(sys.modules, "tritonclient", types.ModuleType("tritonclient"))
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", module)
+    sys.modules["tritonclient"].grpc = module
+    text = "It is a truth universally acknowledged, that a single man"
+    command = [
+        "implicit_client.py", "--tokenizer", str(demo_lm.bundle.tokenizer_path), "--tokens", "24",
+        "--chunk", "5", text,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    example = Path(__file__).parents[1] / "examples" / "triton" / "implicit_client.py"
+    runpy.run_path(str(example), run_name="__main__")
+    lm = load(demo_lm.bundle.path, kernels="none", threads=1)
+    ids = Tokenizer.from_file(str(demo_lm.bundle.tokenizer_path)).encode(text).ids
+    expected = list(lm.generate(ids, max_new_tokens=24, stop_token_ids=frozenset()))
+    tokenizer = Tokenizer.from_file(str(demo_lm.bundle.tokenizer_path))
+    assert capsys.readouterr().out == tokenizer.decode([*ids, *expected]) + "\n"
+    assert server.flags[0] == (True, False)
+    assert server.flags[-1] == (False, True)
+    assert set(server.flags[1:-1]) == {(False, False)}

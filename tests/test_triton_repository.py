@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -11,7 +13,6 @@ from lminf_export import load
 from lminf_export.bundle.folder import Bundle
 from lminf_export.cli.export_triton import export_triton_command
 from lminf_export.errors import BundleError, ExportError, LminfError
-from lminf_export.triton.configs import tensorrt_config
 from lminf_export.triton.repository import export_triton
 
 
@@ -29,11 +30,12 @@ def test_a_repository_is_whole(demo_lm, tmp_path):
     found = names_in(out)
     assert {"README.md", "demo/config.pbtxt", "demo/1/model.py"} <= found
     assert {"demo_implicit/config.pbtxt", "demo_implicit/1/model.onnx"} <= found
-    # The bundle in it is one, and its weights take no second place on the disk.
+    # The bundle in it is one, of files of its own.
     inside = Bundle.open(out / "demo" / "1" / "bundle", verify="full")
     assert inside.manifest == demo_lm.bundle.manifest
-    (weights,) = inside.manifest.files_of("weights")
-    assert os.path.samefile(inside.path / weights, demo_lm.bundle.path / weights)
+    assert all(path.stat().st_nlink == 1 for path in out.rglob("*") if path.is_file())
+    onnx.checker.check_model(out / "demo_implicit" / "1" / "model.onnx")
+    onnx.load(demo_lm.bundle.graph_path)
     config = (out / "demo" / "config.pbtxt").read_text()
     assert 'key: "slots" value { string_value: "3" }' in config
     assert 'key: "session_bytes" value { string_value: "1000000" }' in config
@@ -65,6 +67,16 @@ def test_an_empty_folder_is_as_good_as_none(demo_lm, tmp_path):
         ({"parameters": {"session_bytes": 5}}, "must be texts"),
         ({"parameters": {"session_secret_file": "f"}}, "goes with a session_store"),
         ({"out": 5}, "out"),
+        ({"name": "\u00e9\u00b2"}, "a model's name"),
+        ({"name": ".hidden"}, "a model's name"),
+        ({"parameters": [1]}, "must be names and texts"),
+        ({"parameters": "x"}, "must be names and texts"),
+        ({"parameters": {"slots": "7"}}, "slots is an argument of its own"),
+        ({"parameters": {"bundle": "/etc"}}, "bundle='/etc': expected bundle, which"),
+        ({"parameters": {"template": "a\ud800"}}, "no text in UTF-8"),
+        ({"parameters": {"trust_hash": "0" * 64}}, "has no plan, and a graph needs no trust"),
+        ({"backends": ("onnxruntime",), "parameters": {"session_folder": "x"}}, "of the python"),
+        ({"link": 1}, "link"),
     ],
 )
 def test_wrong_arguments_write_nothing(demo_lm, tmp_path, fields, words):
@@ -75,12 +87,69 @@ def test_wrong_arguments_write_nothing(demo_lm, tmp_path, fields, words):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_may_have_dots_within(demo_lm, tmp_path):
+    out = export_triton(demo_lm.bundle.path, tmp_path / "models", name="llama-3.2_b")
+    assert (out / "llama-3.2_b" / "config.pbtxt").is_file()
+
+
+def test_weights_are_linked_only_where_it_is_asked_for(demo_lm, tmp_path):
+    source = shutil.copytree(demo_lm.bundle.path, tmp_path / "source")
+    out = export_triton(source, tmp_path / "models", name="demo", link=True)
+    manifest = demo_lm.bundle.manifest
+    linked = {path.name for path in out.rglob("*") if path.is_file() and path.stat().st_nlink > 1}
+    assert linked == set(manifest.files_of("weights"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_an_altered_bundle_is_refused(demo_lm, tmp_path, name):
+    source = shutil.copytree(demo_lm.bundle.path, tmp_path / "source")
+    content = bytearray((source / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (source / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} was altered"):
+        export_triton(source, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_repository_is_not_put_into_its_bundle(demo_lm, tmp_path):
+    source = shutil.copytree(demo_lm.bundle.path, tmp_path / "source")
+    (tmp_path / "also").symlink_to(source)
+    for out in (source / "models", tmp_path / "also" / "models"):
+        with pytest.raises(ExportError, match="is in the bundle"):
+            export_triton(source, out)
+    assert names_in(source) == names_in(demo_lm.bundle.path)
+
+
+def test_the_current_folder_is_refused(demo_lm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "", tmp_path.parent):
+        with pytest.raises(ExportError, match=r"current folder|is not empty"):
+            export_triton(demo_lm.bundle.path, out)
+    assert export_triton(demo_lm.bundle.path, "models") == tmp_path / "models"
+
+
+def test_a_mount_point_is_refused(demo_lm, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "models")
+    with pytest.raises(ExportError, match="is a mount point"):
+        export_triton(demo_lm.bundle.path, tmp_path / "models")
+
+
+def test_kernels_none_is_honoured_by_the_bare_graph(demo_lm, tmp_path):
+    out = export_triton(
+        demo_lm.bundle.path, tmp_path / "models", name="demo", backends=("onnxruntime",),
+        parameters={"kernels": "none"},
+    )  # fmt: skip
+    assert "op_library_filename" not in (out / "demo_implicit" / "config.pbtxt").read_text()
+    assert not list(out.rglob("*.so"))
+
+
 def test_a_folder_with_other_things_is_left_alone(demo_lm, tmp_path):
     (tmp_path / "kept").write_text("kept")
     with pytest.raises(ExportError, match="not empty"):
         export_triton(demo_lm.bundle.path, tmp_path)
     assert names_in(tmp_path) == {"kept"}
-    with pytest.raises(ExportError, match="no folder"):
+    with pytest.raises(ExportError, match="is a file"):
         export_triton(demo_lm.bundle.path, tmp_path / "kept")
 
 
@@ -90,8 +159,16 @@ def test_an_export_that_fails_leaves_nothing(demo_lm, tmp_path, monkeypatch):
 
     monkeypatch.setattr("lminf_export.triton.repository.readme", full)
     with pytest.raises(ExportError, match="No space left"):
-        export_triton(demo_lm.bundle.path, tmp_path / "models")
+        export_triton(demo_lm.bundle.path, tmp_path / "a" / "b" / "models")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_cleared(demo_lm, tmp_path):
+    left = tmp_path / ".models.partial-01234567"
+    left.mkdir()
+    (left / "README.md").write_text("half")
+    export_triton(demo_lm.bundle.path, tmp_path / "models")
+    assert {path.name for path in tmp_path.iterdir()} == {"models"}
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):
@@ -103,7 +180,7 @@ def test_what_is_no_bundle_is_refused(tmp_path):
 def test_the_command_writes_a_repository(demo_lm, tmp_path):
     command = [
         str(demo_lm.bundle.path), "--out", str(tmp_path / "models"), "--name", "demo",
-        "--backend", "onnxruntime", "--parameter", "provider=cpu",
+        "--backend", "onnxruntime", "--parameter", "kernels=none",
     ]  # fmt: skip
     result = CliRunner().invoke(export_triton_command, command)
     assert result.exit_code == 0, result.output
@@ -116,19 +193,33 @@ def test_the_command_writes_a_repository(demo_lm, tmp_path):
     assert "expected NAME=VALUE" in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--slots", "4", "--parameter", "slots=7"], "give it by --slots"),
+        (["--session-folder", "a", "--parameter", "session_folder=b"], "give it by --session-f"),
+        (["--parameter", "threads=1", "--parameter", "threads=2"], "given more than once"),
+        (["--name", "a", "--name", "b"], "given more than once"),
+        (["--out", "elsewhere"], "given more than once"),
+        (["--backend", "onnxruntime", "--session-folder", "/x"], "of the python backend"),
+        (["--backend", "onnxruntime", "--parameter", "threads=1"], "of the python backend"),
+        (["--parameter", "template=\udcff"], "no text in UTF-8"),
+        (["--session-folder", "x\udcff"], "no text in UTF-8"),
+        (["--session-folder", ""], "is empty"),
+        (["--parameter", "template="], "is empty"),
+    ],
+)
+def test_options_that_say_two_things_or_none_write_nothing(demo_lm, tmp_path, options, words):
+    command = [str(demo_lm.bundle.path), "--out", str(tmp_path / "models"), *options]
+    result = CliRunner().invoke(export_triton_command, command)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_bundle_in_a_repository_runs(demo_lm, tmp_path):
     out = export_triton(demo_lm.bundle.path, tmp_path / "models", name="demo")
     lm = load(out / "demo" / "1" / "bundle", threads=1)
     assert list(lm.generate([1, 2, 3], max_new_tokens=5)) == list(
         demo_lm.generate([1, 2, 3], max_new_tokens=5)
     )
-
-
-def test_a_plan_s_configuration_names_every_tensor(demo_lm):
-    manifest = demo_lm.bundle.manifest
-    text = tensorrt_config("plan", manifest, 4, "/models/plugin.so")
-    for spec in (*manifest.contract.inputs(), *manifest.contract.outputs()):
-        assert f'name: "{spec.name}"' in text
-    assert "NOT RUN" in text
-    assert "/models/plugin.so" in text
-    assert "ring_" not in text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import queue
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,11 +74,12 @@ def main() -> None:
         client.start_stream(lambda result, error: results.put((result, error)))
         sampling = {"max_tokens": arguments.tokens, "temperature": 0}
         print(arguments.text, end="")
+        session = str(uuid.uuid4())  # nobody else's
         for start, end in ((True, False), (False, True)):
             text = arguments.text if start else ""
             parts = stream(
                 client, results, arguments.model, text, sampling,
-                sequence_id="example", sequence_start=start, sequence_end=end,
+                sequence_id=session, sequence_start=start, sequence_end=end,
             )  # fmt: skip
             for part in parts:
                 print(part, end="", flush=True)
