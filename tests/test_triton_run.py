@@ -25,7 +25,11 @@ def test_triton_serves_a_bundle_as_it_is(demo_bundle, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["configs"] == {"python": True, "onnxruntime": True, "tensorrt": True}
+    assert found["configs"] == {"onnxruntime": True, "tensorrt": True}
+    assert all(found["parameters"]["equal"].values())
+    assert all(found["parameters"]["errors"].values())
+    assert "unexpected shape" in found["unloading"]["error"]
+    assert found["unloading"]["behind_it"]
     assert found["streams"]["equal_to_offline"] == found["streams"]["clients"] == 8
     assert found["sessions"]["text_in_three_requests_equal"]
     assert found["sessions"]["start_begins_anew"]

@@ -1,11 +1,12 @@
 """Cases for Triton: streams, sessions, clients that go, restarts; see `triton_run`.
 
-`configs`: Triton's own parser reads what
-is written. `streams`: clients stream side by side by gRPC; their texts and token ids are compared
-with those of the model by itself. `sessions`: a text is written in one request, and again in
-several of a sequence. `departure`: a client is killed by SIGKILL while it reads. `restart`: the
-server ends and starts again over its folder of sessions. `rate`: tokens a second of streams through
-the server beside a bare engine in this process, by turns.
+`configs`: the server loads what is written for other backends. `parameters`: sampling as parameters
+of requests. `unloading`: of the model, behind a request that Triton refused. `streams`: clients
+stream side by side by gRPC; their texts and token ids are compared with those of the model by
+itself. `sessions`: a text is written in one request, and again in several of a sequence.
+`departure`: a client is killed by SIGKILL while it reads. `restart`: the server ends and starts
+again over its folder of sessions. `rate`: tokens a second of streams through the server beside a
+bare engine in this process, by turns.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
-
 import lminf_export
 from benchmarks.scaling.triton_client import Answer, Client
+from benchmarks.scaling.triton_configs import configs
+from benchmarks.scaling.triton_requests import parameters, unloading
 from benchmarks.scaling.triton_server import ROOT, SERVER, TritonServer
 from benchmarks.support.result import write_result
 from lminf_export.bundle.folder import Bundle
@@ -37,31 +37,16 @@ from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.sampling import SamplingConfig
-from lminf_export.triton.configs import implicit_config, tensorrt_config
 from lminf_export.triton.repository import export_triton
 
-NAME = "demo"
+# With a dot, which names of models often have.
+NAME = "demo-1.0"
 PROMPTS = (
     "It is a truth", "In the beginning", "The king said", "She went to", "There was a", "And the",
     "My dear", "When they had",
 )  # fmt: skip
 GREEDY = {"temperature": 0, "ignore_eos": True}
 BUSY = "lminf_slots_busy"
-
-
-def configs(lm: LanguageModel, repository: Path) -> dict[str, bool]:
-    """Parse configurations of all backends; return which of them Triton's schema takes."""
-    manifest = lm.bundle.manifest
-    texts = {
-        "python": (repository / NAME / "config.pbtxt").read_text(encoding="utf-8"),
-        "onnxruntime": implicit_config("implicit", manifest, 4, "/models/library.so"),
-        "tensorrt": tensorrt_config("plan", manifest, 4, "/models/plugin.so"),
-    }
-    found = {}
-    for backend, text in texts.items():
-        parsed = text_format.Parse(text, model_config_pb2.ModelConfig())
-        found[backend] = parsed.backend == backend and bool(parsed.input)
-    return found
 
 
 def offline(lm: LanguageModel, prompt: str, count: int) -> tuple[str, list[int]]:
@@ -217,11 +202,12 @@ def measure(bundle: Path, place: Path, rounds: int, count: int) -> dict[str, Any
         )  # fmt: skip
         with TritonServer(place, repository, (NAME,)) as server:
             found = {
-                "configs": configs(lm, repository),
+                "configs": configs(lm.bundle.manifest, place),
                 "streams": streams(server, lm, count),
                 "sessions": sessions(server, lm),
                 "departure": departure(server),
                 "example": example(server, lm),
+                "parameters": parameters(server, NAME, PROMPTS[0], offline(lm, PROMPTS[0], 4)[0]),
             }
             if rounds:
                 found["rate"] = rate(server, lm, rounds, count)
@@ -232,6 +218,8 @@ def measure(bundle: Path, place: Path, rounds: int, count: int) -> dict[str, Any
             Client(server.grpc, NAME) as client,
         ):
             after = client.ask("", sequence=9, max_tokens=32, **GREEDY)
+            client.close()
+            found["unloading"] = unloading(server, NAME)
         found["restart"] = {
             "text_equal": before.text + after.text == offline(lm, PROMPTS[0], 64)[0],
             "cached_tokens": after.num_cached_tokens,

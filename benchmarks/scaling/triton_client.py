@@ -54,11 +54,16 @@ class Client:
         sequence: int | str = 0,
         start: bool = False,
         end: bool = False,
+        parameters: dict[str, Any] | None = None,
+        timeout: int | None = None,
         **sampling: Any,
     ) -> Answer:
         """Ask, and read the answer to its end."""
         answer = Answer()
-        for part in self.parts(text, sequence=sequence, start=start, end=end, **sampling):
+        request = {"parameters": parameters, "timeout": timeout}
+        for part in self.parts(
+            text, sequence=sequence, start=start, end=end, request=request, **sampling
+        ):
             answer.parts += 1
             answer.text += part.text
             answer.ids += part.ids
@@ -74,9 +79,10 @@ class Client:
         sequence: int | str = 0,
         start: bool = False,
         end: bool = False,
+        request: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> Iterator[Answer]:
-        """Ask, and yield the answer as it comes."""
+        """Ask, and yield the answer as it comes; `request` has what is beside the tensors."""
         inputs = [
             _input("text_input", np.array([text.encode()], object), "BYTES"),
             _input("stream", np.array([True]), "BOOL"),
@@ -87,7 +93,7 @@ class Client:
         ]
         self._client.async_stream_infer(
             self._model, inputs, sequence_id=sequence, sequence_start=start, sequence_end=end,
-            enable_empty_final_response=True,
+            enable_empty_final_response=True, **(request or {}),
         )  # fmt: skip
         while True:
             result, error = self._results.get(timeout=120)

@@ -100,6 +100,8 @@ class TritonServer:
             env={
                 **os.environ,
                 "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
+                # This tree, whatever the environment was made for.
+                "PYTHONPATH": str(ROOT),
                 "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
                 "OMP_NUM_THREADS": str(threads),
             },
@@ -110,6 +112,11 @@ class TritonServer:
     def grpc(self) -> str:
         """Address for clients of gRPC."""
         return f"127.0.0.1:{self.ports['grpc']}"
+
+    @property
+    def http(self) -> str:
+        """Address for clients of HTTP."""
+        return f"127.0.0.1:{self.ports['http']}"
 
     def metric(self, name: str) -> float | None:
         """Return a metric of the only model; None if there is none yet."""
@@ -153,7 +160,7 @@ class TritonServer:
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        url = f"http://127.0.0.1:{self.ports['http']}/v2/health/ready"
+        url = f"http://{self.http}/v2/health/ready"
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerError(f"tritonserver ended: {self.log()}")

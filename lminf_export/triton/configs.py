@@ -53,7 +53,7 @@ max_batch_size: 0
 model_transaction_policy {{ decoupled: true }}
 # One process with one engine. More instances would be more copies of the weights.
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
-# One of text_input, input_ids and messages is needed. All but input_ids have one element.
+# One of text_input, input_ids and messages is needed.
 input [
 {_joined(tensors)}
 ]
@@ -170,15 +170,12 @@ def _state(past: str, present: str, dtype: str, dims: Iterable[int]) -> str:
 
 def _bound(spec: TensorSpec, sizes: Mapping[str, int]) -> str:
     """Return an input or output; Triton counts the dimension of the batch by itself."""
-    kind = f"TYPE_{ELEMENT_TYPES[spec.dtype].triton}"
     _, *rest = spec.shape
-    if not rest:
-        # Triton takes no tensor without dimensions: clients send (B, 1), the plan gets (B,).
-        return (
-            f'  {{ name: "{spec.name}" data_type: {kind} dims: [ 1 ] reshape: {{ shape: [ ] }} }}'
-        )
     dims = ", ".join(str(x if isinstance(x, int) else sizes.get(x, -1)) for x in rest)
-    return f'  {{ name: "{spec.name}" data_type: {kind} dims: [ {dims} ] }}'
+    # Triton takes no tensor without dimensions: clients send (B, 1), the plan gets (B,).
+    shape = f"dims: [ {dims} ]" if rest else "dims: [ 1 ] reshape: { shape: [ ] }"
+    kind = f"TYPE_{ELEMENT_TYPES[spec.dtype].triton}"
+    return f'  {{ name: "{spec.name}" data_type: {kind} {shape} }}'
 
 
 def _joined(parts: Iterable[str]) -> str:

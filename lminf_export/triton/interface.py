@@ -26,20 +26,18 @@ class TensorSpec:
     meaning: str
 
 
-# Lengths are checked by the model: a model that has a request which Triton's core refused for its
-# shape cannot be unloaded any more.
 INPUTS = (
-    TensorSpec("text_input", "TYPE_STRING", (-1,), "the text to continue"),
+    TensorSpec("text_input", "TYPE_STRING", (1,), "the text to continue"),
     TensorSpec("input_ids", "TYPE_INT32", (-1,), "or its token ids"),
-    TensorSpec("messages", "TYPE_STRING", (-1,), "or the messages of a chat, a JSON list"),
-    TensorSpec("stream", "TYPE_BOOL", (-1,), "send text as it is written; false by default"),
+    TensorSpec("messages", "TYPE_STRING", (1,), "or the messages of a chat, a JSON list"),
+    TensorSpec("stream", "TYPE_BOOL", (1,), "send text as it is written; false by default"),
     TensorSpec(
         "sampling_parameters",
         "TYPE_STRING",
-        (-1,),
+        (1,),
         "a JSON object with the fields of /v1/completions: max_tokens, temperature, stop, ...",
     ),
-    TensorSpec("return_output_ids", "TYPE_BOOL", (-1,), "send token ids beside the text"),
+    TensorSpec("return_output_ids", "TYPE_BOOL", (1,), "send token ids beside the text"),
 )
 OUTPUTS = (
     TensorSpec("text_output", "TYPE_STRING", (1,), "what is new of the text, or all of it"),
