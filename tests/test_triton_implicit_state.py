@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import runpy
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -37,7 +37,7 @@ class Carrier:
     def __init__(self, bundle, path, rows, *, kernels):
         write_implicit_state(bundle, path / "model.onnx")
         for name in bundle.manifest.files_of("weights"):
-            os.link(bundle.path / name, path / name)
+            shutil.copyfile(bundle.path / name, path / name)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         if kernels:

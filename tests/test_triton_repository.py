@@ -21,12 +21,13 @@ def names_in(folder):
 
 
 def test_a_repository_is_whole(demo_lm, tmp_path):
+    source = shutil.copytree(demo_lm.bundle.path, tmp_path / "source")
     out = export_triton(
-        demo_lm.bundle.path, tmp_path / "models", name="demo", slots=3,
+        source, tmp_path / "models", name="demo", slots=3,
         backends=("python", "onnxruntime"), parameters={"session_bytes": "1000000"},
     )  # fmt: skip
     assert out == tmp_path / "models"
-    assert {path.name for path in tmp_path.iterdir()} == {"models"}
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "source"}
     found = names_in(out)
     assert {"README.md", "demo/config.pbtxt", "demo/1/model.py"} <= found
     assert {"demo_implicit/config.pbtxt", "demo_implicit/1/model.onnx"} <= found
@@ -35,7 +36,7 @@ def test_a_repository_is_whole(demo_lm, tmp_path):
     assert inside.manifest == demo_lm.bundle.manifest
     assert all(path.stat().st_nlink == 1 for path in out.rglob("*") if path.is_file())
     onnx.checker.check_model(out / "demo_implicit" / "1" / "model.onnx")
-    onnx.load(demo_lm.bundle.graph_path)
+    onnx.load(source / demo_lm.bundle.manifest.graph)
     config = (out / "demo" / "config.pbtxt").read_text()
     assert 'key: "slots" value { string_value: "3" }' in config
     assert 'key: "session_bytes" value { string_value: "1000000" }' in config

@@ -142,7 +142,7 @@ def tensorrt_config(name: str, manifest: Manifest, slots: int, library: str | No
             "#   or --backend-config=tensorrt,plugins=" + library + "\n"
         )
     return f"""# lminf: the plan, whose caches are inputs and outputs of each request.
-# NOT RUN: written by the contract of the plan, and checked against Triton's schema only.
+# NOT RUN: written by the contract of the plan; no machine with a GPU has seen it.
 {plugin}name: "{name}"
 backend: "tensorrt"
 max_batch_size: {slots}

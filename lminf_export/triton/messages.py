@@ -1,4 +1,4 @@
-"""What a client of Triton is told: the server's messages speak of HTTP's headers and options."""
+"""Messages in the words of Triton's clients: the server's own speak of headers and options."""
 
 from __future__ import annotations
 

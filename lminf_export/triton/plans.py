@@ -1,4 +1,4 @@
-"""Which plans a model of Triton may run: by our runtime, or by Triton's TensorRT backend."""
+"""Plans that a model of Triton may run: by our runtime, or by Triton's TensorRT backend."""
 
 from __future__ import annotations
 

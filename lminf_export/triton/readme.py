@@ -17,8 +17,8 @@ The environment of the server's Python needs `pip install 'lminf-export[serve]'`
     curl -s localhost:8000/v2/models/{name}/generate -d '{{"text_input": "It is a truth",
       "sampling_parameters": "{{\\"max_tokens\\": 16, \\"temperature\\": 0}}"}}'
 
-A sequence id makes a session: START begins it, requests without START go on where it stands, END
-forgets it behind its answer. `config.pbtxt` names all tensors and parameters.
+By gRPC a sequence id makes a session: START begins it, requests without START go on where it
+stands, END forgets it behind its answer. `config.pbtxt` names all tensors and parameters.
 """
 _IMPLICIT = """
 ## {name}_implicit: the bare graph in onnxruntime's backend
@@ -30,8 +30,8 @@ too, so take it for small models or few sequences, and where Python may not run 
 _TENSORRT = """
 ## {name}_tensorrt: the plan in TensorRT's backend
 
-NOT RUN: its configuration was written by the plan's contract and checked against Triton's schema
-only. Caches are inputs and outputs of each request, so they cross the server's memory; where that
+NOT RUN: its configuration was written by the plan's contract; no machine with a GPU has seen it.
+Caches are inputs and outputs of each request, so they cross the server's memory; where that
 matters take the python backend, whose caches stay on the GPU.
 """
 

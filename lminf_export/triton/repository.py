@@ -140,7 +140,7 @@ def _free(out: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class _Export:
-    """What the models of a repository are made of."""
+    """Of these the models of a repository are made."""
 
     bundle: Bundle
     slots: int

@@ -1,4 +1,4 @@
-"""What a request of Triton's asks for: its tensors, its parameters, its place in a sequence."""
+"""Requests of Triton's, read: their tensors, their parameters, their places in sequences."""
 
 from __future__ import annotations
 
