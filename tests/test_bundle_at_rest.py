@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lminf_export.bundle import destination as destination_module
 from lminf_export.bundle import exchange as exchange_module
 from lminf_export.bundle import writer as writer_module
 from lminf_export.bundle.exchange import exchange
@@ -126,7 +127,7 @@ def test_a_folder_that_others_hold_is_not_cleared_and_one_that_is_cleared_is_mad
         path = writer.add("model.onnx", "graph")
         with BundleWriter(tmp_path / "b"):
             assert path.parent.is_dir()
-    real, taken = writer_module.locked, []
+    real, taken = destination_module.locked, []
 
     def steal(folder):
         if not taken:
@@ -135,7 +136,7 @@ def test_a_folder_that_others_hold_is_not_cleared_and_one_that_is_cleared_is_mad
         return real(folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer_module, "locked", steal)
+        patch.setattr(destination_module, "locked", steal)
         TINY.write(tmp_path / "b")
     assert len(taken) == 1
     assert os.listdir(tmp_path) == ["b"]

@@ -96,6 +96,9 @@ def export_triton(
     if target.resolve().is_relative_to(opened.path.resolve()):
         raise ExportError(f"{target} is in the bundle {opened.path}; name a folder outside of it")
     require_in_bundle(opened, chosen, slots, given)
+    if given[BUNDLE] != BUNDLE:
+        # Whoever exports it trusts this plan, and the server may run as another user.
+        given.setdefault("trust_hash", opened.manifest.manifest_sha256)
     export = _Export(opened, slots, given, link)
     try:
         with ExitStack() as stack:

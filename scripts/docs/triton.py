@@ -42,6 +42,19 @@ def run() -> str:
         ],
         ["START begins a sequence anew", _yes(sessions["start_begins_anew"])],
         [
+            "sampling as parameters, by gRPC, `generate` and `generate_stream`, gives that text",
+            _yes(all(found["parameters"]["equal"].values())),
+        ],
+        [
+            "configurations of the other backends are loaded",
+            _yes(all(found["configs"].values())),
+        ],
+        [
+            "a model is unloaded while a gRPC stream that has asked it is open, and behind it",
+            f"{_yes(found['unloading']['while_a_stream_is_open'])}, "
+            f"{_yes(found['unloading']['behind_it'])}",
+        ],
+        [
             "the slot of a client that was killed (SIGKILL) is free after",
             f"{found['departure']['free_after_s']:.2f} s, as the metric shows it",
         ],
