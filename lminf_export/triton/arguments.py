@@ -103,10 +103,7 @@ def require_in_bundle(
         raise InputError(f"trust_hash: {bundle.path} has no plan, and a graph needs no trust")
     if "tensorrt" in backends:
         if engine is None:
-            raise InputError(
-                f"{bundle.path} has no plan: build one by lminf-export --out engine.plan, or leave "
-                "tensorrt out"
-            )
+            raise InputError(f"{bundle.path} has no plan; leave tensorrt out")
         require_for_tensorrt_backend(bundle)
     if "tensorrt" in backends or parameters[BUNDLE] != BUNDLE:
         require_runnable(bundle, slots, trust_hash)
