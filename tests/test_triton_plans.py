@@ -19,23 +19,38 @@ def exported(tmp_path):
     return bundle_with_plan(tmp_path, plugin="beside")[0]
 
 
-def test_a_plan_that_updates_caches_in_place_is_not_for_triton_s_backend(exported, tmp_path):
-    with pytest.raises(
-        InputError, match=r"updates \d+ caches in place .* its own memory"
-    ) as caught:
-        export_triton(exported.path, tmp_path / "models", backends=("tensorrt",))
-    # It names what does run the plan.
-    assert "--backend python --parameter bundle=bundle/engine.plan" in str(caught.value)
-    assert "…" not in str(caught.value)
-    assert not (tmp_path / "models").exists()
+def test_a_plan_that_updates_caches_in_place_is_run_by_our_runtime(exported, tmp_path):
     out = export_triton(
-        exported.path, tmp_path / "models", name="a", slots=3, parameters=OUR_RUNTIME
+        exported.path, tmp_path / "models", name="a", slots=3, backends=("tensorrt",),
+        parameters={"max_new_tokens": "7"},
+    )  # fmt: skip
+    [model] = [path for path in out.iterdir() if path.is_dir()]
+    assert model.name == "a_tensorrt"
+    assert (model / "1" / "bundle" / "engine.plan").is_file()
+    text = (model / "config.pbtxt").read_text()
+    for words in (
+        'backend: "python"',
+        'key: "bundle" value { string_value: "bundle/engine.plan" }',
+        f'key: "trust_hash" value {{ string_value: "{exported.manifest.manifest_sha256}" }}',
+        'key: "slots" value { string_value: "3" }',
+        'key: "max_new_tokens" value { string_value: "7" }',
+        "caches in place",
+        "NOT RUN",
+    ):
+        assert words in text
+    for words in ("NOT RUN", "caches in place", "our runtime"):
+        assert words in (out / "README.md").read_text()
+
+
+def test_the_graph_and_the_plan_are_two_models(exported, tmp_path):
+    out = export_triton(
+        exported.path, tmp_path / "models", name="a", slots=1, backends=("python", "tensorrt")
     )
-    assert (out / "a" / "1" / "bundle" / "engine.plan").is_file()
-    assert (
-        'key: "bundle" value { string_value: "bundle/engine.plan" }'
-        in (out / "a" / "config.pbtxt").read_text()
-    )
+    places = {
+        name: 'string_value: "bundle/engine.plan"' in (out / name / "config.pbtxt").read_text()
+        for name in ("a", "a_tensorrt")
+    }
+    assert places == {"a": False, "a_tensorrt": True}
 
 
 def test_what_is_in_place_is_read_from_the_plan_s_record(exported):
@@ -59,15 +74,30 @@ def test_a_plan_that_updates_nothing_in_place_is_written(exported, tmp_path, mon
     assert "NOT RUN" in (out / "README.md").read_text()
 
 
-def test_a_plan_of_tensorrt_for_rtx_is_not_for_triton_s_backend(tmp_path):
+def test_a_plan_of_tensorrt_for_rtx_is_run_by_our_runtime(tmp_path):
     bundle = bundle_with_plan(tmp_path)[0]
-    with pytest.raises(InputError, match="was built by tensorrt-rtx"):
-        export_triton(bundle.path, tmp_path / "models", backends=("tensorrt",))
+    out = export_triton(bundle.path, tmp_path / "models", name="a", slots=1, backends=("tensorrt",))
+    text = (out / "a_tensorrt" / "config.pbtxt").read_text()
+    assert 'backend: "python"' in text
+    assert "was built by tensorrt-rtx" in text
 
 
-def test_a_plan_takes_no_more_slots_than_it_was_built_for(exported, tmp_path):
+def test_parameters_that_no_model_of_the_repository_has_are_refused(
+    exported, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(GraphContract, "ring_updates", lambda self: {})
+    monkeypatch.setattr(GraphContract, "sink_updates", lambda self: {})
+    with pytest.raises(InputError, match="max_new_tokens: of the python backend"):
+        export_triton(
+            exported.path, tmp_path / "models", slots=1, backends=("tensorrt",),
+            parameters={"max_new_tokens": "7"},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [{"parameters": OUR_RUNTIME}, {"backends": ("tensorrt",)}])
+def test_a_plan_takes_no_more_slots_than_it_was_built_for(exported, tmp_path, how):
     with pytest.raises(InputError, match=r"slots=99: engine.plan takes at most \d"):
-        export_triton(exported.path, tmp_path / "models", slots=99, parameters=OUR_RUNTIME)
+        export_triton(exported.path, tmp_path / "models", slots=99, **how)
 
 
 def test_a_foreign_plan_is_written_after_somebody_vouched_for_it(exported, tmp_path, monkeypatch):

@@ -60,8 +60,8 @@ def _table(texts: tuple[str, ...]) -> dict[str, str]:
     default=BACKENDS[:1],
     show_default=True,
     help="python: our runtime, with streams, batching and sessions; onnxruntime: the bare graph "
-    "with implicit state; tensorrt: the bundle's plan, if it updates no cache in place, as all of "
-    "today do. Several make several models.",
+    "with implicit state; tensorrt: the bundle's plan, by our runtime where Triton's own backend "
+    "cannot run it. Several make several models.",
 )
 @click.option(
     "--name",

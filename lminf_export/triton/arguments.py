@@ -10,7 +10,7 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import InputError, shown
 from lminf_export.operator.settings import require_one_of
 from lminf_export.triton.parameters import Parameters
-from lminf_export.triton.plans import require_for_tensorrt_backend, require_runnable
+from lminf_export.triton.plans import require_runnable, why_not_tensorrt_backend
 
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 BACKENDS = get_args(Backend)
@@ -64,17 +64,22 @@ def checked_parameters(
         raise InputError("parameters: slots is an argument of its own; leave it out here")
     result = {BUNDLE: BUNDLE, "slots": str(slots), **given}
     Parameters.of(result)
-    if "python" not in backends:
-        used = {
-            *(_OF_THE_GRAPH if "onnxruntime" in backends else ()),
-            *(_OF_THE_PLAN if "tensorrt" in backends else ()),
-        }
-        if unused := sorted(given.keys() - used):
-            raise InputError(
-                f"parameters: {', '.join(unused)}: of the python backend, which is not among "
-                f"{', '.join(backends)}"
-            )
+    if list(backends) == ["onnxruntime"]:
+        _require_used(given, _OF_THE_GRAPH, backends)
     return result
+
+
+def _require_used(given: Mapping[str, str], used: Sequence[str], backends: Sequence[str]) -> None:
+    """Refuse parameters that none of the models has.
+
+    Raises:
+        InputError: naming them.
+    """
+    if unused := sorted(given.keys() - set(used)):
+        raise InputError(
+            f"parameters: {', '.join(unused)}: of the python backend, which runs no model of "
+            f"{', '.join(backends)}"
+        )
 
 
 def require_in_bundle(
@@ -104,7 +109,9 @@ def require_in_bundle(
     if "tensorrt" in backends:
         if engine is None:
             raise InputError(f"{bundle.path} has no plan; leave tensorrt out")
-        require_for_tensorrt_backend(bundle)
+        if "python" not in backends and why_not_tensorrt_backend(bundle.manifest) is None:
+            given = {name: parameters[name] for name in parameters if name not in (BUNDLE, "slots")}
+            _require_used(given, (*_OF_THE_GRAPH, *_OF_THE_PLAN), backends)
     if "tensorrt" in backends or parameters[BUNDLE] != BUNDLE:
         require_runnable(bundle, slots, trust_hash)
     if "onnxruntime" in backends and bundle.manifest.contract.dtype == "bfloat16":

@@ -14,13 +14,21 @@ from lminf_export.triton.interface import INPUTS, OUTPUTS
 _IDLE_MICROSECONDS = 600_000_000
 
 
-def python_config(name: str, parameters: Mapping[str, str]) -> str:
+def python_config(name: str, parameters: Mapping[str, str], why_here: str = "") -> str:
     """Return the configuration of a model of the python backend.
 
     Args:
         name: of the model.
         parameters: that `TritonPythonModel` reads.
+        why_here: why a plan is run here and not by Triton's TensorRT backend; "" for a graph.
     """
+    note = (
+        f"""
+# The bundle's plan, on a GPU: {why_here}.
+# NOT RUN: no machine with a GPU and Triton has seen this."""
+        if why_here
+        else ""
+    )
     tensors = [
         f"""  {{
     # {tensor.meaning}
@@ -44,7 +52,7 @@ def python_config(name: str, parameters: Mapping[str, str]) -> str:
         f'parameters {{ key: "{key}" value {{ string_value: "{_escaped(value)}" }} }}'
         for key, value in parameters.items()
     )
-    return f"""# lminf: a bundle with a bounded cache, over its own engine of slots.
+    return f"""# lminf: a bundle with a bounded cache, over its own engine of slots.{note}
 name: "{name}"
 backend: "python"
 # Requests are batched by the engine, between two of its steps, and not by Triton.

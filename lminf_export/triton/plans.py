@@ -42,30 +42,26 @@ def require_runnable(bundle: Bundle, slots: int, trust_hash: str | None) -> None
         )
 
 
-def require_for_tensorrt_backend(bundle: Bundle) -> None:
-    """Refuse a plan that Triton's TensorRT backend cannot run, or would run wrongly.
+def why_not_tensorrt_backend(manifest: Manifest) -> str | None:
+    """Return why Triton's TensorRT backend cannot run a plan, or would run it wrongly; else None.
 
     That backend binds every input and every output to memory of its own. A plan that updates a
     cache in place needs one buffer for both.
-
-    Raises:
-        InputError: saying why, and what runs the plan.
     """
-    manifest = bundle.manifest
-    assert manifest.engine is not None, "asked for bundles with a plan"
-    name = manifest.engine.file
-    instead = f"take --backend python --parameter bundle=bundle/{name}, where our runtime runs it"
-    if manifest.engine.builder != TENSORRT:
-        raise InputError(
-            f"{name} was built by {manifest.engine.builder}, and Triton's TensorRT backend loads "
-            f"plans of {TENSORRT} only; {instead}"
+    engine = manifest.engine
+    assert engine is not None, "asked for bundles with a plan"
+    if engine.builder != TENSORRT:
+        return (
+            f"{engine.file} was built by {engine.builder}, and Triton's TensorRT backend loads "
+            f"plans of {TENSORRT} only"
         )
     in_place = updated_in_place(manifest)
     if in_place:
-        raise InputError(
-            f"{name} updates {len(in_place)} caches in place ({in_place[0]}, ...), but Triton's "
-            f"TensorRT backend gives each tensor its own memory; {instead}"
+        return (
+            f"{engine.file} updates {len(in_place)} caches in place ({in_place[0]}, ...), but "
+            "Triton's TensorRT backend gives each tensor its own memory"
         )
+    return None
 
 
 def updated_in_place(manifest: Manifest) -> list[str]:

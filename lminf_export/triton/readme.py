@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lminf_export.bundle.manifest import Manifest
+from lminf_export.triton.plans import why_not_tensorrt_backend
 
 _PYTHON = """
 ## {name}: our runtime in the python backend
@@ -31,8 +32,14 @@ _TENSORRT = """
 ## {name}_tensorrt: the plan in TensorRT's backend
 
 NOT RUN: its configuration was written by the plan's contract; no machine with a GPU has seen it.
-Caches are inputs and outputs of each request, so they cross the server's memory; where that
-matters take the python backend, whose caches stay on the GPU.
+Caches are inputs and outputs of each request, so they cross the server's memory.
+"""
+_PLAN = """
+## {name}_tensorrt: the plan, by our runtime in the python backend
+
+NOT RUN: no machine with a GPU and Triton has seen it. Its tensors are those of the python backend,
+and its caches stay on the GPU. Triton's own TensorRT backend is not used:
+{why}.
 """
 
 
@@ -47,10 +54,14 @@ def readme(
         backends: that the repository has.
         human: writes a number of bytes for readers.
     """
-    parts = {"python": _PYTHON, "onnxruntime": _IMPLICIT, "tensorrt": _TENSORRT}
+    why = why_not_tensorrt_backend(manifest) if "tensorrt" in backends else None
+    plan = _TENSORRT if why is None else _PLAN
+    parts = {"python": _PYTHON, "onnxruntime": _IMPLICIT, "tensorrt": plan}
     size = human(manifest.contract.cache_bytes())
     head = (
         f"# {name} for Triton\n\n"
         f"Written by `lminf export-triton` from the bundle of {manifest.source.name}.\n"
     )
-    return head + "".join(parts[backend].format(name=name, bytes=size) for backend in backends)
+    return head + "".join(
+        parts[backend].format(name=name, bytes=size, why=why) for backend in backends
+    )

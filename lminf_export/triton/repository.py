@@ -33,6 +33,7 @@ from lminf_export.triton.arguments import (
 )
 from lminf_export.triton.configs import implicit_config, python_config, tensorrt_config
 from lminf_export.triton.implicit_state import write_implicit_state
+from lminf_export.triton.plans import why_not_tensorrt_backend
 from lminf_export.triton.readme import readme
 
 _VERSION = "1"
@@ -64,8 +65,9 @@ def export_triton(
         bundle: folder of a bundle.
         out: the repository, a folder that is not there or empty.
         backends: "python" runs our runtime, with streams, batching and sessions; "onnxruntime"
-            the bare graph with implicit state; "tensorrt" the bundle's plan, unless it updates
-            caches in place, as all plans of today do.
+            the bare graph with implicit state; "tensorrt" the bundle's plan: in Triton's own
+            TensorRT backend where that can run it, else by our runtime in the python backend, as
+            plans that update caches in place need it, which all of today do.
         name: of the model; the bundle's folder by default. Others have a suffix.
         slots: sequences side by side.
         parameters: further ones of the python backend, see docs/triton.md.
@@ -96,9 +98,6 @@ def export_triton(
     if target.resolve().is_relative_to(opened.path.resolve()):
         raise ExportError(f"{target} is in the bundle {opened.path}; name a folder outside of it")
     require_in_bundle(opened, chosen, slots, given)
-    if given[BUNDLE] != BUNDLE:
-        # Whoever exports it trusts this plan, and the server may run as another user.
-        given.setdefault("trust_hash", opened.manifest.manifest_sha256)
     export = _Export(opened, slots, given, link)
     try:
         with ExitStack() as stack:
@@ -168,11 +167,18 @@ class _Export:
             config = self._plan(model, version, at / _VERSION)
         (folder / "config.pbtxt").write_text(config, encoding="utf-8")
 
-    def _python(self, model: str, version: Path) -> str:
+    def _python(self, model: str, version: Path, note: str = "") -> str:
+        parameters = dict(self.parameters)
+        if note:
+            assert self.bundle.manifest.engine is not None, "asked for bundles with a plan"
+            parameters[BUNDLE] = f"{BUNDLE}/{self.bundle.manifest.engine.file}"
+        if parameters[BUNDLE] != BUNDLE:
+            # Whoever exports it trusts this plan, and the server may run as another user.
+            parameters.setdefault("trust_hash", self.bundle.manifest.manifest_sha256)
         (version / "model.py").write_text(_MODEL, encoding="utf-8")
         for name in (*self.bundle.manifest.files, MANIFEST_NAME):
             self._place(name, version / BUNDLE / name)
-        return python_config(model, self.parameters)
+        return python_config(model, parameters, note)
 
     def _implicit(self, model: str, version: Path, at: Path) -> str:
         manifest = self.bundle.manifest
@@ -188,6 +194,9 @@ class _Export:
         return implicit_config(model, manifest, self.slots, library)
 
     def _plan(self, model: str, version: Path, at: Path) -> str:
+        why = why_not_tensorrt_backend(self.bundle.manifest)
+        if why is not None:
+            return self._python(model, version, why)
         plan, plugin = self.bundle.plan_path, self.bundle.plugin_path
         assert plan is not None, "asked for bundles with a plan"
         copy_file(plan, version / "model.plan")
