@@ -103,15 +103,17 @@ def loaded() -> str:
             [
                 _MODELS[name],
                 f"{found['users']}, {found['slots']}",
+                f"{found['new_tokens']}",
                 f"{rates['engine']:,.0f}",
                 f"{rates['http']:,.0f}",
                 f"{found['http_over_engine']:.2f}",
                 f"{rows_['first event']['p50_ms']:.0f} / {rows_['first event']['p99_ms']:.0f}",
+                f"{rows_['answer']['requests']:,}",
                 str(rows_["answer"]["failures"] + rows_["headers"]["failures"]),
             ]
         )
-    head = ["model", "users, slots", "engine, tokens/s", "over HTTP", "ratio"]
-    head += ["first event, p50 / p99, ms", "failures"]
+    head = ["model", "users, slots", "tokens of an answer", "engine, tokens/s", "over HTTP"]
+    head += ["ratio", "first event, p50 / p99, ms", "answers of the last round", "failures"]
     return table(head, rows) + f"\n\n{device}; the model has one core, locust the other."
 
 
