@@ -100,6 +100,22 @@ def test_all_that_is_wrong_is_named_at_once_and_no_value_of_a_secret():
     assert "TOPSECRET" not in text
 
 
+@pytest.mark.parametrize("scheme", ["az", "abfs", "abfss"])
+def test_an_azure_container_is_no_key(scheme):
+    url = f"{scheme}://container@account.dfs.core.windows.net/p"
+    assert Arguments.of({"bundle": "demo", "session_store": url}).session_store == url
+    with pytest.raises(ArgumentError, match="keys in a URL"):
+        Arguments.of({"bundle": "demo", "session_store": f"{scheme}://name:key@account/p"})
+
+
+def test_a_short_secret_is_refused_before_anything_is_deployed(tiny, tmp_path):
+    short = tmp_path / "short"
+    short.write_text("too short\n")
+    given = {"bundle": str(tiny), "session_store": "s", "session_secret_file": str(short)}
+    with pytest.raises(ArgumentError, match="secret 1 has 9 characters"):
+        Arguments.of(given).found_here()
+
+
 def test_a_folder_may_have_an_at_sign():
     assert Arguments.of({"bundle": "demo", "session_store": "/mnt/a:b@c"}).session_store
 

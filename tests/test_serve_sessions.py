@@ -341,6 +341,32 @@ def test_a_conversation_that_is_deleted_while_it_is_loaded_stays_deleted(
         assert httpx.get(f"{server.url}/v1/sessions").json()["sessions"] == 0
 
 
+def test_a_request_that_comes_while_its_session_is_deleted_is_refused(
+    demo_lm, kept_folder, tmp_path, monkeypatch
+):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    drop, dropping, may_drop = SessionFolder.drop, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        dropping.set()
+        assert may_drop.wait(20)
+        return drop(*arguments)
+
+    monkeypatch.setattr(SessionFolder, "drop", slow)
+    with serving.server_thread(demo_lm, session_folder=folder) as server:
+        told = []
+        url = f"{server.url}/v1/sessions/kept"
+        client = threading.Thread(target=lambda: told.append(httpx.delete(url, timeout=30)))
+        client.start()
+        assert dropping.wait(20)
+        found = ask(server.url, "kept", SECOND)
+        assert (found.status_code, found.json()["error"]["code"]) == (409, "session_busy")
+        may_drop.set()
+        client.join(20)
+        assert told[0].status_code == 200
+        assert ask(server.url, "kept", SECOND).headers["x-session-state"] == "new"
+
+
 def test_a_conversation_that_is_too_large_for_the_folder_costs_no_other(demo_lm, tmp_path, caplog):
     settings = {"session_folder": tmp_path, "session_disk_bytes": 600_000}
     with serving.server_thread(demo_lm, **settings) as server:

@@ -348,20 +348,24 @@ import sys, threading
 from lminf_export.cli.main import main
 from lminf_export.runtime.parking.session_store import SessionStore
 
-SessionStore.save = lambda *_, **__: threading.Event().wait()
+setattr(SessionStore, sys.argv.pop(1), lambda *_, **__: threading.Event().wait())
 sys.argv = ["lminf", *sys.argv[1:]]
 main()
 """
 
 
-def test_a_server_ends_although_its_store_hangs(demo_bundle, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [("save", (500, "session_not_written")), ("latest", (503, "session_store_unavailable"))],
+)
+def test_a_server_ends_although_its_store_hangs(demo_bundle, tmp_path, method, told):
     script = tmp_path / "hanging.py"
     script.write_text(HANGING)
     options = ("--session-store", str(tmp_path / "s"), "--session-store-seconds", "0.3")
     with serving.server_process(
-        demo_bundle, *options, program=(str(script),), LMINF_SESSION_SECRET=SECRET
+        demo_bundle, *options, program=(str(script), method), LMINF_SESSION_SECRET=SECRET
     ) as server:
-        assert code(ask(server.url, "a", TURNS[0])) == (500, "session_not_written")
+        assert code(ask(server.url, "a", TURNS[0])) == told
         exit_code, said = server.end()
     assert exit_code == 1
     assert "the store does not answer" in said

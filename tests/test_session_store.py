@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import struct
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import fsspec
@@ -254,7 +256,7 @@ def test_a_store_that_is_not_there_is_not_an_empty_one(tmp_path, demo_lm, snapsh
         SessionStore(place, [SECRET])
 
 
-def test_what_is_no_file_is_damaged_and_can_be_dropped(tmp_path, demo_lm, snapshot):
+def test_what_is_no_file_is_damaged_and_can_be_dropped(tmp_path, demo_lm, snapshot, monkeypatch):
     def pipe(path):
         os.mkfifo(path)
 
@@ -264,7 +266,13 @@ def test_what_is_no_file_is_damaged_and_can_be_dropped(tmp_path, demo_lm, snapsh
     store = SessionStore(tmp_path, [SECRET])
     store.save("folder", 1, snapshot)
     folder = the_file(tmp_path).parent
-    for number, make in enumerate((os.mkdir, pipe, link)):
+
+    def plug(path):
+        with closing(socket.socket(socket.AF_UNIX)) as made:
+            monkeypatch.chdir(path.parent)  # a socket's path is short
+            made.bind(path.name)
+
+    for number, make in enumerate((os.mkdir, pipe, link, plug)):
         before = len(os.listdir("/proc/self/fd"))
         turn = 10 * number + 9
         make(folder / f"{turn:012d}")
@@ -282,16 +290,58 @@ def test_what_is_no_file_is_damaged_and_can_be_dropped(tmp_path, demo_lm, snapsh
         store.load("folder", demo_lm)
 
 
-def test_a_turn_beyond_all_numbers_can_be_dropped(tmp_path, demo_lm, snapshot):
+@pytest.mark.parametrize("turn", ["9" * 12, "9" * 11 + "8"])
+def test_a_turn_beyond_all_numbers_can_be_dropped(tmp_path, demo_lm, snapshot, turn):
     store = SessionStore(tmp_path, [SECRET])
     store.save("a", 1, snapshot)
     found = the_file(tmp_path)
-    found.rename(found.with_name("9" * 12))
+    found.rename(found.with_name(turn))
     assert reason_of(store, demo_lm) == "foreign"
     assert store.drop("a")
     assert not store.drop("a")
     store.save("a", 1, snapshot)
     assert store.load("a", demo_lm).turn == 1
+
+
+def test_a_sweep_follows_no_link_and_stops_at_nothing(tmp_path, demo_lm, snapshot):
+    store = SessionStore(tmp_path / "store", [SECRET], max_age=1)
+    store.save("a", 1, snapshot)
+    old = time.time() - 7200
+    turn = the_file(tmp_path / "store")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ("0" * 12)).write_bytes(b"of somebody else")
+    (turn.parent.parent / ("0" * 64)).symlink_to(elsewhere)
+    stuck = turn.parent / ("0" * 11 + "9")
+    (stuck / "inside").mkdir(parents=True)
+    left = tmp_path / "store" / ".part-0123"
+    left.write_bytes(b"of a crash")
+    for path in (turn, stuck, left, elsewhere / ("0" * 12)):
+        os.utime(path, (old, old))
+    assert store.sweep() == 2  # the turn, and what was left
+    assert stuck.is_dir()
+    assert (elsewhere / ("0" * 12)).is_file()
+    assert not left.exists()
+
+
+def test_a_session_that_goes_on_while_it_is_dropped_is_dropped(
+    tmp_path, demo_lm, snapshot, monkeypatch
+):
+    """Another server saves its next turn between looking and reading."""
+    store, other = SessionStore(tmp_path, [SECRET]), SessionStore(tmp_path, [SECRET])
+    store.save("a", 1, snapshot)
+    monkeypatch.setattr(session_store, "OVERHEAD", 1 << 30)  # any turn could be a dropped one
+    read, saved = FolderObjects.read, []
+
+    def slow(self, key, found):
+        if not saved:
+            saved.append(True)
+            other.save("a", 2, snapshot)
+        return read(self, key, found)
+
+    monkeypatch.setattr(FolderObjects, "read", slow)
+    assert store.drop("a")
+    assert store.load("a", demo_lm) is None
 
 
 def test_a_full_store_can_be_emptied(tmp_path, demo_lm, snapshot, monkeypatch):

@@ -53,6 +53,18 @@ def test_the_graph_and_the_plan_are_two_models(exported, tmp_path):
     assert places == {"a": False, "a_tensorrt": True}
 
 
+def test_two_models_get_no_folder_of_sessions_between_them(exported, tmp_path):
+    def export(folder):
+        return export_triton(
+            exported.path, tmp_path / "models", slots=1, backends=("python", "tensorrt"),
+            parameters={"session_folder": folder},
+        )  # fmt: skip
+
+    with pytest.raises(InputError, match="two models cannot have one folder"):
+        export(str(tmp_path / "sessions"))
+    assert export("sessions").is_dir()
+
+
 def test_what_is_in_place_is_read_from_the_plan_s_record(exported):
     rings, sinks = exported.manifest.contract.ring_updates(), 0
     assert set(rings) <= set(updated_in_place(exported.manifest))

@@ -22,9 +22,10 @@ def copy_file(source: Path, target: Path) -> None:
     Raises:
         OSError: it cannot be read or written, or was cut short meanwhile.
     """
-    with open(source, "rb", buffering=0) as read, open(target, "xb", buffering=0) as written:
+    with open(source, "rb", buffering=0) as read, open(target, "xb") as written:
         if not _copied_by_kernel(read.fileno(), written.fileno()):
             shutil.copyfileobj(read, written, 1 << 20)
+            written.flush()
         if os.fstat(read.fileno()).st_size != os.fstat(written.fileno()).st_size:
             raise OSError(errno.EIO, "it changed while it was copied", str(source))
 

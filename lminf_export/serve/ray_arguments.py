@@ -18,6 +18,7 @@ from lminf_export.errors import ConfigError, LminfError
 from lminf_export.operator.settings import require_one_of
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.options import PROVIDERS
+from lminf_export.runtime.parking.seal import Secret
 from lminf_export.serve.credentials import keys_of, secrets_of
 from lminf_export.serve.opening import named
 from lminf_export.serve.settings import ServeSettings
@@ -28,7 +29,11 @@ _OF_FILES = {"api_keys": "api_key_file", "session_secrets": "session_secret_file
 # A folder has one server; behind a store an answer is durable anyway.
 _OF_ONE_SERVER = ("session_folder", "session_durable", "session_disk_bytes")
 _PATHS = ("bundle", "template", "api_key_file", "session_secret_file", "session_store")
-_CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*:/*[^/]*@", re.ASCII | re.IGNORECASE)
+# In Azure's URLs a container stands before the sign.
+_CREDENTIALS = re.compile(
+    r"(?!az:|abfss?:)[a-z][a-z0-9+.-]*:/*[^/]*@|(?:az|abfss?)://[^/@]*:[^/]*@",
+    re.ASCII | re.IGNORECASE,
+)
 # Stands for the secret of a store, which is read where a replica runs.
 _SOME_SECRET = "0" * 64
 _MOST_REPLICAS = 10_000
@@ -131,7 +136,10 @@ class Arguments(BaseModel):
         try:
             keys_of(None, self.api_key_file)
             if self.session_secret_file is not None:
-                secrets_of(self.session_store, self.session_secret_file)
+                for n, text in enumerate(
+                    secrets_of(self.session_store, self.session_secret_file), 1
+                ):
+                    Secret(text, f"{self.session_secret_file}: secret {n}")
             if not names_hub(self.bundle):
                 bundle = Bundle.open(user_path(self.bundle, ConfigError))
                 if self.template is not None:

@@ -58,7 +58,7 @@ def require_record(record: Any, manifest: Manifest) -> None:
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise InputError("its record has an impossible system message")
-    if record.get("text_id", "") != manifest.text_id:
+    if record.get("text_id", manifest.text_id) != manifest.text_id:
         raise InputError("it is of another bundle, with another tokenizer or chat template")
 
 

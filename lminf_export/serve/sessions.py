@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -113,6 +114,7 @@ class Sessions:
     ) -> None:
         self._store = store
         self._leases: dict[str, Lease] = {}
+        self._deleting: Counter[str] = Counter()
         self._unwritten: dict[str, Conversation] = {}
         self._writes: dict[str, Future[ApiError | None]] = {}
         self._lock = threading.Lock()  # of both
@@ -139,10 +141,11 @@ class Sessions:
             ApiError: 409 while another request has it; 410 where what is stored of it must not be
                 resumed; 503 where a shared store cannot be read.
         """
-        if key in self._leases:
+        if key in self._leases or key in self._deleting:
+            by = "answered" if key in self._leases else "carried out: it is deleted"
             raise ApiError(
                 409,
-                "another request of this session is being answered; wait for its end",
+                f"another request of this session is being {by}; wait for its end",
                 code="session_busy",
             )
         if self.waits and self._unwritten_bytes() > _UNWRITTEN_BYTES:
@@ -197,10 +200,14 @@ class Sessions:
         Raises:
             ParkingError: a shared store does not answer in time.
         """
-        return await self._ended(self._readers.submit(call, *arguments))
+        return await self._ended(self._readers.submit(call, *arguments), or_not_at_all=True)
 
-    async def _ended(self, call: Future[Result]) -> Result:
+    async def _ended(self, call: Future[Result], *, or_not_at_all: bool = False) -> Result:
         """Return what a call returns, which goes on if nobody waits for it any more.
+
+        Args:
+            call: of the store, in a thread.
+            or_not_at_all: a call that has not begun in time is not made any more.
 
         Raises:
             ParkingError: a shared store does not answer in time.
@@ -210,6 +217,8 @@ class Sessions:
         except TimeoutError:
             if call.done():
                 return call.result()
+            if or_not_at_all:
+                call.cancel()
             raise ParkingError(f"the store did not answer in {self._limit:g} seconds") from None
 
     async def where(self, key: str, lm: LanguageModel) -> Conversation | None:
@@ -263,6 +272,16 @@ class Sessions:
         Raises:
             ApiError: 500 where its files could not be removed.
         """
+        # Whoever began a request meanwhile would go on from what is to be gone.
+        self._deleting[key] += 1
+        try:
+            return await self._drop(key)
+        finally:
+            self._deleting[key] -= 1
+            if not self._deleting[key]:
+                del self._deleting[key]
+
+    async def _drop(self, key: str) -> bool:
         lease = self._leases.get(key)
         if lease is not None:
             lease.is_deleted = True
@@ -275,7 +294,8 @@ class Sessions:
                 write = self._writes.get(key)
                 if write is not None:
                     await self._ended(write)
-                was_file = await self._ended(self._threads.submit(self._durable.drop, key))
+                drop = self._threads.submit(self._durable.drop, key)
+                was_file = await self._ended(drop, or_not_at_all=True)
             except (OSError, LminfError) as error:
                 logger.warning("a conversation could not be removed: %s", error)
                 stands = "is forgotten, but its files could not be removed"
@@ -293,7 +313,7 @@ class Sessions:
     def close(self) -> None:
         """Write what is unwritten, and let another server use the folder."""
         self._readers.shutdown(wait=False, cancel_futures=True)
-        end = threading.Thread(target=self._threads.shutdown, name="lminf-close", daemon=True)
+        end = threading.Thread(target=self._end_threads, name="lminf-close", daemon=True)
         end.start()
         end.join(self._limit)
         self.is_stuck = end.is_alive()
@@ -301,6 +321,10 @@ class Sessions:
             logger.warning("the store does not answer; what is not written by now is lost")
         if self._durable is not None:
             self._durable.close()
+
+    def _end_threads(self) -> None:
+        self._threads.shutdown()
+        self._readers.shutdown()
 
     def _write(self, key: str, conversation: Conversation) -> ApiError | None:
         """Write a conversation; return why it is not there, or None."""

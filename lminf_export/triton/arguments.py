@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 from lminf_export.bundle.folder import Bundle
@@ -112,6 +113,13 @@ def require_in_bundle(
         if "python" not in backends and why_not_tensorrt_backend(bundle.manifest) is None:
             given = {name: parameters[name] for name in parameters if name not in (BUNDLE, "slots")}
             _require_used(given, (*_OF_THE_GRAPH, *_OF_THE_PLAN), backends)
+        folder = parameters.get("session_folder", "")
+        if "python" in backends and Path(folder).is_absolute():
+            raise InputError(
+                f"session_folder={shown(folder)}: two models cannot have one folder of sessions; "
+                "give a path that is not absolute, which is in each model's own folder, or a "
+                "session_store"
+            )
     if "tensorrt" in backends or parameters[BUNDLE] != BUNDLE:
         require_runnable(bundle, slots, trust_hash)
     if "onnxruntime" in backends and bundle.manifest.contract.dtype == "bfloat16":

@@ -38,7 +38,8 @@ _PLAN = """
 ## {name}_tensorrt: the plan, by our runtime in the python backend
 
 NOT RUN: no machine with a GPU and Triton has seen it. Its tensors are those of the python backend,
-and its caches stay on the GPU. Triton's own TensorRT backend is not used:
+and its caches stay on the GPU. The environment of the server's Python needs TensorRT and
+`pip install 'lminf-export[serve]'`. Triton's own TensorRT backend is not used:
 {why}.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
 import os
 import re
 import secrets
@@ -122,23 +124,19 @@ class FolderObjects:
         with self._named("swept"):
             self._require_place()
             now = self._time()
-            for folder in self._path.glob("[0-9a-f][0-9a-f]/*/"):
-                if KEY.fullmatch(folder.name):
-                    try:
-                        count += _remove_older(folder, now - seconds, now - _PART_SECONDS)
-                    except OSError as error:
-                        logger.warning("%s… is not swept: %s", folder.name[:12], error.strerror)
-        return count
+            due, parts_due = now - seconds, now - _PART_SECONDS
+            folders = [path for path in self._path.glob("[0-9a-f][0-9a-f]/*") if _is_key(path)]
+            for folder in folders:
+                count += _remove_older(folder, due, parts_due)
+                with suppress(OSError):  # it holds a later turn, or is gone
+                    folder.rmdir()
+            return count + _remove_older(self._path, -math.inf, parts_due)
 
     def _time(self) -> float:
-        """Return what the file system takes for now."""
-        part = self._path / (_PART + secrets.token_hex(8))
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY, 0o600)
-        try:
-            return os.fstat(handle).st_mtime
-        finally:
-            os.close(handle)
-            part.unlink()
+        """Return what the file system takes for now; a full one has room for that."""
+        mark = self._path / _MARK
+        os.utime(mark)
+        return mark.stat().st_mtime
 
     def _marked(self) -> bytes:
         """Return the store's mark, which is made if it has none.
@@ -158,11 +156,16 @@ class FolderObjects:
                 )
             part = self._path / (_PART + secrets.token_hex(8))
             handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY, 0o600)
-            with open(handle, "wb") as file:
-                file.write(secrets.token_hex(16).encode("ascii") + b"\n")
-            with suppress(FileExistsError):  # another server's
-                os.link(part, mark)
-            part.unlink()
+            try:
+                with open(handle, "wb") as file:
+                    file.write(secrets.token_hex(16).encode("ascii") + b"\n")
+                    file.flush()
+                    os.fsync(handle)
+                with suppress(FileExistsError):  # another server's
+                    os.link(part, mark)
+            finally:
+                part.unlink()
+            sync(self._path)
         raise OSError(f"its {_MARK} is removed again and again")
 
     def _require_place(self) -> None:
@@ -171,7 +174,7 @@ class FolderObjects:
         Raises:
             OSError: the store was unmounted, moved or removed.
         """
-        with suppress(OSError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             if _content(self._path / _MARK, 64) == self._mark:
                 return
         raise OSError(
@@ -240,8 +243,8 @@ def _content(path: Path, most: int) -> bytes:
     """
     try:
         handle = os.open(path, _READING)
-    except OSError:
-        if path.is_symlink():
+    except OSError as error:
+        if error.errno == errno.ENXIO or path.is_symlink():  # a socket, or a link
             return b""
         raise
     try:
@@ -263,20 +266,35 @@ def _remove(path: Path) -> None:
         path.rmdir()
 
 
+def _is_key(path: Path) -> bool:
+    return bool(KEY.fullmatch(path.name)) and not path.is_symlink() and path.is_dir()
+
+
 def _remove_older(folder: Path, turns: float, parts: float) -> int:
-    """Remove what a key's folder has had since before a time; return how many."""
+    """Remove what a folder has had since before a time; return how many.
+
+    Args:
+        folder: of a key, or of the store.
+        turns: Unix time; turns from before it are removed.
+        parts: the same for what a crash has left.
+    """
     count = 0
     try:
         files = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return 0  # another server has removed it
+    except OSError as error:
+        logger.warning("%s is not swept: %s", folder.name, error.strerror)
+        return 0
     for file in files:
         is_turn = TURN.fullmatch(file.name)
         if is_turn or file.name.startswith(_PART):
-            with suppress(FileNotFoundError):
+            try:
                 if file.lstat().st_mtime < (turns if is_turn else parts):
                     _remove(file)
                     count += 1
-    with suppress(OSError):
-        folder.rmdir()
+            except FileNotFoundError:
+                pass  # another server was quicker
+            except OSError as error:
+                logger.warning("%s is not removed: %s", file.name, error.strerror)
     return count

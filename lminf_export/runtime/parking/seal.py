@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from lminf_export.disk import parse_json
 from lminf_export.errors import ConfigError, ParkedSessionError
 
-_FORMAT = 1
+_FORMAT = 2
 _MAGIC = b"lminf-parked\0\0\0\0"
 _LENGTH = struct.Struct("<I")
 _DIGEST = hashlib.sha256

@@ -205,14 +205,20 @@ class SessionStore:
         is_removed = False
         for _ in range(_TRIES):
             place = self._latest(checked_name(name))
-            if place is None or self._is_dropped(*place):
+            if place is None:
                 return is_removed
             _, key, found = place
-            if found.turn >= MOST_TURN:
+            if found.turn >= MOST_TURN - 1:
                 # No turn of ours: somebody has named a file so.
                 self._objects.remove(key, found.turn)
                 is_removed = True
                 continue
+            is_dropped = self._is_dropped(*place)
+            if is_dropped is None:
+                time.sleep(_PAUSE_SECONDS)
+                continue
+            if is_dropped:
+                return is_removed
             with suppress(StaleTurnError):
                 try:
                     self._create(name, found.turn + 1, "", b"", new_mark())
@@ -314,13 +320,14 @@ class SessionStore:
         head = self._objects.read(key, Stored(found.turn, min(found.nbytes, OVERHEAD)))
         return None if head is None else _belonging(unsealed_header(secret, head)[0], key, found)
 
-    def _is_dropped(self, secret: Secret, key: str, found: Stored) -> bool:
+    def _is_dropped(self, secret: Secret, key: str, found: Stored) -> bool | None:
+        """Tell whether a turn says that the session was dropped; None if it is gone."""
         if found.nbytes > OVERHEAD:
             return False
         try:
             content = self._objects.read(key, found)
-            return content is None or not _opened(secret, key, found, content)[0].nbytes
-        except ParkedSessionError:
+            return None if content is None else not _opened(secret, key, found, content)[0].nbytes
+        except (ParkedSessionError, ParkingError):  # damaged, or nobody can read it
             return False
 
     def _latest(self, name: str) -> tuple[Secret, str, Stored] | None:
