@@ -193,6 +193,19 @@ def test_signals_that_come_together_are_one(bundle, tmp_path, pause):
     load(bundle, threads=1).load_snapshot(path)
 
 
+def test_a_signal_behind_the_last_words_says_nothing_more(bundle, tmp_path, monkeypatch):
+    """The handlers of before are back, and the program has not ended yet."""
+
+    def restored(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(KeptState, "watch", restored)  # at its first token
+    monkeypatch.setattr("lminf_export.cli.signals._Handlers.restore", restored)
+    told = generate(bundle, "--prompt", "Hi", "--save-state", tmp_path / "s")
+    assert told.exit_code == 130
+    assert told.stderr.strip().endswith("the state is saved")
+
+
 def test_text_held_back_for_a_stop_string_is_shown_at_an_interrupt(bundle, tmp_path, monkeypatch):
     path = tmp_path / "s"
     whole = text(bundle, "--prompt", "Hi", "--max-new-tokens", 40)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NoReturn, ParamSpec, TypeVar
 import click
 
 from lminf_export.cli.internal_errors import InternalErrors
-from lminf_export.cli.signals import EXIT_INTERRUPTED, ignore_signals
+from lminf_export.cli.signals import EXIT_INTERRUPTED, begin, ignore_signals, say_interrupted
 from lminf_export.cli.terminal import close_stdout, make_streams_safe, say_if_heard
 from lminf_export.errors import InputError, LminfError
 
@@ -46,11 +46,12 @@ def handle_errors(function: Callable[P, R]) -> Callable[P, R]:
             place = f"{error.filename}: " if error.filename else ""
             fail(f"{place}{error.strerror}")
         except KeyboardInterrupt:
-            say_if_heard("\ninterrupted")
+            say_interrupted()
             raise SystemExit(EXIT_INTERRUPTED) from None
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        begin()
         with InternalErrors():
             return foreseen(*args, **kwargs)
 
@@ -67,7 +68,7 @@ def run_command(command: click.Command, name: str) -> NoReturn:
         context = error.ctx if isinstance(error, click.UsageError) else None
         fail(f"{error.format_message()} (see {context.command_path if context else name} --help)")
     except click.Abort:
-        say_if_heard("\ninterrupted")
+        say_interrupted()
         raise SystemExit(EXIT_INTERRUPTED) from None
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:

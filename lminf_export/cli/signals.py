@@ -77,9 +77,24 @@ def ignore_signals() -> None:
     _Handlers(signal.SIG_IGN)
 
 
+def begin() -> None:
+    """Forget the last words of a command that this process has run before."""
+    _ONCE.begin()
+
+
+def say_interrupted() -> None:
+    """Say that a command was interrupted, unless its last words have just said so.
+
+    A signal that comes with those it ends by may find their handlers gone already.
+    """
+    if not _ONCE.is_over:
+        say_if_heard("\ninterrupted")
+
+
 def _end(kept: Callable[[], str]) -> NoReturn:
     say_if_heard("")
     say_if_heard(f"interrupted: {kept()}")
+    _ONCE.end()
     raise SystemExit(EXIT_INTERRUPTED) from None
 
 
@@ -127,7 +142,20 @@ class _Once:
     """Interrupts once for signals that come together: a terminal that closes sends several."""
 
     def __init__(self) -> None:
-        self._latest = -math.inf
+        self._latest = self._ended = -math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """Whether what the last interruption ended has just said its last words."""
+        return time.monotonic() <= self._ended + _TOGETHER
+
+    def begin(self) -> None:
+        """Note that a command begins."""
+        self._ended = -math.inf
+
+    def end(self) -> None:
+        """Note that the last words are said."""
+        self._ended = time.monotonic()
 
     def interrupt(self) -> None:
         """Raise KeyboardInterrupt, unless that has just been done."""
