@@ -493,6 +493,7 @@ def test_a_full_disk_leaves_the_session_where_it_stood(tmp_path, demo_lm, snapsh
         ("nothing://bucket", InputError, "no writes that replace nothing"),
         ("ftp://host/folder", InputError, "no writes that replace nothing"),
         ("s3://key:secret@bucket", InputError, "keys in a URL"),
+        ("abfs://name:key@account/p", InputError, "keys in a URL"),
         ("/proc/nothing/here", InputError, "session store /proc/nothing/here: "),
         (5, InputError, "expected a folder, or a URL"),
         ("a\nb", InputError, "expected a folder, or a URL"),

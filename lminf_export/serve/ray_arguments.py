@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +17,7 @@ from lminf_export.errors import ConfigError, LminfError
 from lminf_export.operator.settings import require_one_of
 from lminf_export.runtime.chat_template import ChatTemplate
 from lminf_export.runtime.options import PROVIDERS
+from lminf_export.runtime.parking.file_system_objects import has_keys
 from lminf_export.runtime.parking.seal import Secret
 from lminf_export.serve.credentials import keys_of, secrets_of
 from lminf_export.serve.opening import named
@@ -29,11 +29,6 @@ _OF_FILES = {"api_keys": "api_key_file", "session_secrets": "session_secret_file
 # A folder has one server; behind a store an answer is durable anyway.
 _OF_ONE_SERVER = ("session_folder", "session_durable", "session_disk_bytes")
 _PATHS = ("bundle", "template", "api_key_file", "session_secret_file", "session_store")
-# In Azure's URLs a container stands before the sign.
-_CREDENTIALS = re.compile(
-    r"(?!az:|abfss?:)[a-z][a-z0-9+.-]*:/*[^/]*@|(?:az|abfss?)://[^/@]*:[^/]*@",
-    re.ASCII | re.IGNORECASE,
-)
 # Stands for the secret of a store, which is read where a replica runs.
 _SOME_SECRET = "0" * 64
 _MOST_REPLICAS = 10_000
@@ -210,7 +205,7 @@ def _require_settings(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     store = given.get("session_store")
     if store is None and own.get("session_secret_file") is not None:
         raise ConfigError("session_secret_file goes with a session_store")
-    if isinstance(store, str | Path) and _CREDENTIALS.match(str(store)):
+    if isinstance(store, str | Path) and has_keys(str(store)):
         raise ConfigError(
             "session_store: keys in a URL would be shown by Ray; give them as the store's own "
             "variables or files"

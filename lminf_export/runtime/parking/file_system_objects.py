@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, suppress
 from secrets import token_hex
 from typing import Any
@@ -16,7 +17,10 @@ _BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 # Those whose writes can be told to replace nothing; the last is for tests.
 _CONDITIONAL = {*_BUCKETS, "memory"}
 # In Azure's URLs a container stands before the sign.
-_KEYED = {"s3", "s3a", "gs", "gcs"}
+_KEYS = re.compile(
+    r"(?!az:|abfss?:)[a-z][a-z0-9+.-]*:/*[^/]*@|(?:az|abfss?)://[^/@]*:[^/]*@",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 class FileSystemObjects:
@@ -43,7 +47,8 @@ class FileSystemObjects:
                 f"session store {shortened(url)}: {scheme}:// has no writes that replace nothing; "
                 f"use a folder, or one of {', '.join(sorted(_CONDITIONAL))}"
             )
-        if scheme in _KEYED and "@" in _place(url):
+        _require_url(url)
+        if has_keys(url):
             raise InputError(
                 f"session store {scheme}://…: keys in a URL are seen by others; give them as the "
                 "store's own variables or files"
@@ -141,14 +146,19 @@ class FileSystemObjects:
         return f"{self._folder(key)}/{turn_name(turn)}"
 
 
-def _place(url: str) -> str:
-    """Return what stands between the slashes of a URL.
+def has_keys(url: str) -> bool:
+    """Tell whether a name or a key stands in a store's URL, where others see it."""
+    return _KEYS.match(url) is not None
+
+
+def _require_url(url: str) -> None:
+    """Refuse what fsspec could not take apart.
 
     Raises:
         InputError: it is no URL.
     """
     try:
-        return urlsplit(url).netloc
+        urlsplit(url)
     except ValueError as error:
         raise InputError(
             f"session store {shortened(url)}: {error}; expected a URL such as s3://BUCKET/PREFIX"
