@@ -9,8 +9,8 @@ import click
 
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.errors import DependencyError, InputError, shown
+from lminf_export.triton.interface import BACKENDS
 
-BACKENDS = ("python", "onnxruntime", "tensorrt")
 _SLOTS = 8
 # Parameters that are options of their own.
 _OPTIONS = ("slots", "session_folder", "session_store", "session_secret_file")

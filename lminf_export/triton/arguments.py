@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import InputError, shown
 from lminf_export.operator.settings import require_one_of
+from lminf_export.triton.interface import BACKENDS, Backend
 from lminf_export.triton.parameters import Parameters
 from lminf_export.triton.plans import require_runnable, why_not_tensorrt_backend
 
-Backend = Literal["python", "onnxruntime", "tensorrt"]
-BACKENDS = get_args(Backend)
 # Of the bundle in a model's version.
 BUNDLE = "bundle"
 # What is not of the python backend only.

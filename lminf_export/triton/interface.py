@@ -1,4 +1,4 @@
-"""The tensors of the python backend's model: their names, types, shapes and meaning.
+"""The backends that models are written for, and the tensors of the python backend's model.
 
 Names are those of Triton's own language model backends (`text_input`, `sampling_parameters`,
 `text_output`), so that its `generate` endpoint and its clients fit.
@@ -7,6 +7,10 @@ Names are those of Triton's own language model backends (`text_input`, `sampling
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+Backend = Literal["python", "onnxruntime", "tensorrt"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.kernels import AUTO, find_kernels
 from lminf_export.triton.arguments import (
     BUNDLE,
-    Backend,
     checked_backends,
     checked_name,
     checked_parameters,
@@ -33,6 +32,7 @@ from lminf_export.triton.arguments import (
 )
 from lminf_export.triton.configs import implicit_config, python_config, tensorrt_config
 from lminf_export.triton.implicit_state import write_implicit_state
+from lminf_export.triton.interface import Backend
 from lminf_export.triton.plans import why_not_tensorrt_backend
 from lminf_export.triton.readme import readme
 
