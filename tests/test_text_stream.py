@@ -94,6 +94,15 @@ def test_several_tokens_at_once_have_the_text_of_one_after_another(name, data):
     assert decoder.flush() == singly.flush()
 
 
+def test_a_replacement_character_that_the_prompt_breaks_off_takes_no_text_behind_it():
+    tokenizer = MADE["llama2"]
+    ids = tokenizer.encode("haa\ufffd\ufffdaaa").ids
+    for split in range(len(ids)):
+        singly = StreamDecoder(tokenizer, ids[:split])
+        expected = "".join(singly.step(token) for token in ids[split:])
+        assert StreamDecoder(tokenizer, ids[:split]).steps(ids[split:]) == expected
+
+
 @settings(max_examples=150, deadline=None)
 @given(text=TEXT)
 @pytest.mark.parametrize("name", BYTES)

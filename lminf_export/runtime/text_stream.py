@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Literal
 
 from tokenizers import Tokenizer
@@ -53,6 +54,7 @@ class StreamDecoder:
         if not begins_open:
             # A character that breaks off at the prompt's end belongs to it, if it stays broken.
             self._text = self._decoded([*self._groups, self._bytes.broken()])
+        self._first_alone = bool(self._bytes.broken())
 
     def step(self, token: int) -> str:
         """Return the text that has become certain, often "" or one word."""
@@ -62,8 +64,12 @@ class StreamDecoder:
     def steps(self, tokens: Iterable[int]) -> str:
         """Return the text that has become certain with several tokens; quicker than each alone."""
         strings = (self._visible(token) for token in tokens)
-        groups = [self._bytes.push(string) for string in strings if string is not None]
-        return self._show([string for group in groups for string in group])
+        pushed = [self._bytes.push(string) for string in strings if string is not None]
+        groups = [group for group in pushed if group]
+        # Of a character that the prompt broke off, its end alone tells what is text behind it.
+        split = int(self._first_alone)
+        parts = (groups[:split], groups[split:])
+        return "".join([self._show(list(chain.from_iterable(part))) for part in parts])
 
     def flush(self) -> str:
         """Return the text held back, with a replacement character for invalid bytes."""
@@ -93,6 +99,7 @@ class StreamDecoder:
         """Return the text that a group of token strings adds, and remember the context."""
         if not group:
             return ""
+        self._first_alone = False
         groups = [*self._groups, group]
         text = self._decoded(groups)
         piece = text_behind(self._text, text)
