@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lminf_export.operator.settings import LambdaConfig as LambdaConfig
     from lminf_export.progress import Progress as Progress
     from lminf_export.quantize.config import QuantizeConfig as QuantizeConfig
+    from lminf_export.rewriting.run import rewrite as rewrite
     from lminf_export.runtime.batching.batch import Generated as Generated
     from lminf_export.runtime.batching.batch import Piece as Piece
     from lminf_export.runtime.batching.engine import Engine as Engine
@@ -123,6 +124,7 @@ _HOMES = {
     "load": "runtime.load",
     "plan_capacity": "capacity.plan",
     "push_to_hub": "bundle.hub",
+    "rewrite": "rewriting.run",
     "validate": "verify.validate",
 }
 __all__ = [*_HOMES, "__version__", "export"]

@@ -74,10 +74,12 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     )
     if source.wrapper:
         yield "text part of", f"a {_code(source.wrapper)} model; it reads text only"
+    if source.rewritten:
+        yield "rewritten from", _code(source.rewritten)
     if source.adapter:
         yield "adapter, merged", _code(source.adapter)
     yield "element type", manifest.dtype
-    yield "quantised", manifest.quantization.description if manifest.quantization else "no"
+    yield "quantised", manifest.quantised
     weights = sum(manifest.files[name].bytes for name in manifest.files_of("weights"))
     yield "weights", human_bytes(weights)
     yield "vocabulary", str(manifest.vocab_size)

@@ -147,6 +147,13 @@ class Manifest(Record):
         return GraphContract(self.layer_specs, self.dtype, self.kv_cache_dtype, self.vocab_size)
 
     @property
+    def quantised(self) -> str:
+        """How the weights are quantised, in words."""
+        if self.quantization is not None:
+            return self.quantization.description
+        return "as the ONNX model has them" if self.source.rewritten else "no"
+
+    @property
     def cache_bytes_per_sequence(self) -> int:
         """Bytes of one sequence's caches when every ring is full: the most they ever take."""
         return self.contract.cache_bytes()

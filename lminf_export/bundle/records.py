@@ -69,18 +69,21 @@ class SourceRecord(Record):
         revision: of the hub.
         adapter: name of a LoRA adapter merged into them, or None.
         wrapper: type of the multimodal model whose text model it is; only there if it is one.
+        rewritten: file and maker of the ONNX model that was rewritten; only there if one was.
     """
 
     name: Annotated[str, AfterValidator(check_source_name)]
     revision: str | None = None
     adapter: Annotated[str, AfterValidator(check_source_name)] | None = None
     wrapper: str | None = None
+    rewritten: str | None = None
 
     @model_serializer(mode="wrap")
     def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        if self.wrapper is None:  # a bundle of a text model is what it always was
-            fields.pop("wrapper", None)
+        for name in ("wrapper", "rewritten"):  # a bundle of a text model is what it always was
+            if fields.get(name) is None:
+                fields.pop(name, None)
         return fields
 
 

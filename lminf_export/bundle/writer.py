@@ -104,6 +104,10 @@ class BundleWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def forget(self, name: str) -> None:
+        """Take back the announcement of a file that was not written."""
+        del self._roles[name]
+
     def set_digest(self, name: str, sha256: str) -> None:
         """Give a file's SHA-256, computed while it was written, for `commit`."""
         self._digests[name] = sha256

@@ -24,12 +24,14 @@ from lminf_export.cli.quantize_options import quantize_options
 from lminf_export.cli.signals import when_interrupted
 from lminf_export.cli.terminal import echo_json
 from lminf_export.export.options import CHOICES, ExportOptions
+from lminf_export.rewriting.detecting import find_onnx_model
 from lminf_export.tensors.dtypes import DTYPE_ALIASES
 
 if TYPE_CHECKING:
     from lminf_export.cli.export_report import ExportReport, PlanReport
     from lminf_export.export.job import ExportJob
     from lminf_export.progress import Progress
+    from lminf_export.rewriting.job import RewriteJob
 
 option = functools.partial(option_of, ExportOptions, CHOICES)
 
@@ -46,12 +48,23 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     "lminf-export",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@option("model", metavar="ID|DIR|FILE", help="Hub id, folder of a model, or GGUF file.")
+@option(
+    "model",
+    metavar="ID|DIR|FILE",
+    help="Hub id, folder of a model, GGUF file, or ONNX model that another tool exported (its "
+    "folder or .onnx file), which is rewritten.",
+)
 @option(
     "out",
     metavar="OUT",
     help="DIR writes the bundle DIR; DIR/engine.plan or DIR/model.onnx the bundle DIR with "
     "that as its last product; a bare engine.plan the bundle ./engine.",
+)
+@option(
+    "tokenizer",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Folder with the tokenizer and config.json of an ONNX model that has none beside it.",
 )
 @option(
     "num_sink_tokens",
@@ -170,9 +183,12 @@ def export_command(dry_run: bool, as_json: bool, sample_text: str | None, **opti
     Writes a bundle: the model as ONNX with Λ-shaped attention over a bounded cache, its weights
     and tokenizer, an engine if OUT asks for one, and a manifest. Run it with `lminf generate`.
     """
-    check_local_config(options["model"])
+    is_onnx = find_onnx_model(options["model"]) is not None
+    if not is_onnx:
+        check_local_config(options["model"])
     from lminf_export.cli.export_report import PlanReport
-    from lminf_export.export.run import prepare
+    from lminf_export.export import run as exporting
+    from lminf_export.rewriting import run as rewriting
 
     quiet_transformers()
     asked = ExportOptions(**options)
@@ -181,20 +197,29 @@ def export_command(dry_run: bool, as_json: bool, sample_text: str | None, **opti
     report: ExportReport | PlanReport
     with when_interrupted(lambda: "nothing was written"), progress_bar(quiet=dry_run) as progress:
         # A dry run replaces nothing, so it needs no leave to.
-        job = prepare(replace(asked, force=asked.force or dry_run), progress)
-        report = PlanReport(job) if dry_run else _exported(job, text, progress)
+        checked = replace(asked, force=asked.force or dry_run)
+        job: ExportJob | RewriteJob
+        if is_onnx:
+            job = rewriting.prepare(checked, progress)
+        else:
+            job = exporting.prepare(checked, progress)
+        report = PlanReport(job) if dry_run else _written(job, text, progress)
     if as_json:
         echo_json(report.to_dict())
     else:
         report.print()
 
 
-def _exported(job: ExportJob, text: str | None, progress: Progress) -> ExportReport:
-    """Export, and measure what quantisation costs on a text where there is one."""
+def _written(job: ExportJob | RewriteJob, text: str | None, progress: Progress) -> ExportReport:
+    """Export or rewrite; measure what quantisation costs on a text where there is one."""
     from lminf_export.cli.export_report import ExportReport
     from lminf_export.export.run import run_job
+    from lminf_export.rewriting.job import RewriteJob
+    from lminf_export.rewriting.run import run_job as run_rewrite
     from lminf_export.verify.sample_cost import sample_cost
 
+    if isinstance(job, RewriteJob):
+        return ExportReport(run_rewrite(job, progress))
     bundle = run_job(job, progress)
     if text is None or job.quantize is None:
         return ExportReport(bundle)

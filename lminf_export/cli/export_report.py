@@ -17,6 +17,7 @@ from lminf_export.bundle.records import BUILD_SCRIPT_NAME, MANIFEST_NAME, Engine
 from lminf_export.engine.options import ELSEWHERE
 from lminf_export.engine.plugin import PLUGIN_FILE
 from lminf_export.export.job import ExportJob
+from lminf_export.rewriting.job import RewriteJob
 from lminf_export.verify.perplexity_cost import PerplexityCost
 
 _SHOWN_ROLES = ("graph", "weights", "plan", "plugin", "engine_graph")
@@ -26,7 +27,7 @@ _SHOWN_ROLES = ("graph", "weights", "plan", "plugin", "engine_graph")
 class PlanReport:
     """A dry run's result."""
 
-    job: ExportJob
+    job: ExportJob | RewriteJob
 
     def print(self) -> None:
         """Print what would be written."""
@@ -39,13 +40,14 @@ class PlanReport:
                 if (wrapper := draft.source.wrapper)
                 else []
             ),
+            *([("rewritten", origin)] if (origin := draft.source.rewritten) else []),
             *([("adapter", draft.source.adapter)] if draft.source.adapter else []),
             ("bundle", str(job.target.directory)),
             ("graph", job.target.graph_name),
             ("engine", _engine_plan(job)),
             ("element type", draft.dtype),
-            ("quantised", draft.quantization.description if draft.quantization else "no"),
-            ("weights", ("about " if job.quantize else "") + human_bytes(job.weight_bytes)),
+            ("quantised", draft.quantised),
+            ("weights", ("about " if draft.quantization else "") + human_bytes(job.weight_bytes)),
             ("window", f"{settings.window_size} tokens, chunks of {settings.chunk_size}"),
             ("sink tokens", f"{settings.num_sink_tokens}, at distance {settings.distance_limit}"),
             ("cache", f"{_kind_of_cache(draft)}{cache} per sequence, without end"),
@@ -147,7 +149,7 @@ def _kind_of_cache(manifest: Manifest) -> str:
     return f"{manifest.kv_cache_dtype}, " if manifest.kv_cache_dtype else ""
 
 
-def _engine_plan(job: ExportJob) -> str:
+def _engine_plan(job: ExportJob | RewriteJob) -> str:
     if job.builder is None:
         return "none"
     if job.builder == ELSEWHERE:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from lminf_export.bundle.out import OutTarget, parse_out
 from lminf_export.bundle.records import BUILD_SCRIPT_NAME, Engine, EngineRecipe
@@ -28,13 +29,47 @@ from lminf_export.engine.plugin import PLUGIN_FILE, find_plugin, head_dim_proble
 from lminf_export.engine.recipe import make_recipe, trtexec_script
 from lminf_export.errors import ConfigError, EngineError
 from lminf_export.export.engine_graph import write_engine_graph
-from lminf_export.export.job import ExportJob
 from lminf_export.export.options import ExportOptions
 from lminf_export.models.base import AttentionPlan
-from lminf_export.operator.settings import AUTO_KV_CACHE_DTYPE
+from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.operator.settings import AUTO_KV_CACHE_DTYPE, LambdaConfig
 from lminf_export.progress import Progress
 
 DEFAULT_ENGINE_NAME = "engine.plan"
+
+
+class EngineJob(Protocol):
+    """What an engine is built for: an export, or a rewrite."""
+
+    @property
+    def options(self) -> ExportOptions:
+        """See `ExportJob.options`."""
+        ...
+
+    @property
+    def target(self) -> OutTarget:
+        """See `ExportJob.target`."""
+        ...
+
+    @property
+    def settings(self) -> LambdaConfig:
+        """See `ExportJob.settings`."""
+        ...
+
+    @property
+    def contract(self) -> GraphContract:
+        """See `ExportJob.contract`."""
+        ...
+
+    @property
+    def builder(self) -> str | None:
+        """See `ExportJob.builder`."""
+        ...
+
+    @property
+    def plugin(self) -> Path | None:
+        """See `ExportJob.plugin`."""
+        ...
 
 
 def out_target(options: ExportOptions) -> OutTarget:
@@ -96,7 +131,7 @@ def plugin_notices(
 
 
 def add_engine(
-    job: ExportJob, writer: BundleWriter, graph: Path, progress: Progress
+    job: EngineJob, writer: BundleWriter, graph: Path, progress: Progress
 ) -> tuple[Engine | None, EngineRecipe | None]:
     """Prepare the engine's graph and build the engine, or say how it is built elsewhere.
 
@@ -127,7 +162,9 @@ def add_engine(
         progress("preparing the graph", None)
         write_engine_graph(graph, request)
         recipe = make_recipe(request) if has_recipe(job.builder) else None
-        if recipe is not None and not (recipe.needs_plugin and head_dim_problem(job.plan.layers)):
+        if recipe is not None and not (
+            recipe.needs_plugin and head_dim_problem(job.contract.layers)
+        ):
             _write_script(writer, recipe)
         if job.builder == ELSEWHERE:
             return None, recipe
@@ -156,7 +193,7 @@ def _graph_place(builder: str, writer: BundleWriter, graph: Path) -> Iterator[Pa
         scratch.unlink(missing_ok=True)
 
 
-def _copy_plugin(job: ExportJob, writer: BundleWriter) -> Path | None:
+def _copy_plugin(job: EngineJob, writer: BundleWriter) -> Path | None:
     """Put the plugin's library into the bundle: what the plan is built with is what it loads."""
     if job.plugin is None:
         return None

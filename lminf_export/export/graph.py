@@ -91,7 +91,7 @@ def save_graph(
     steps = pipelines.finished(trace.contract, features, trace.constants, metadata)
     pipelines.run(model, steps)
     ir.save(model, path)
-    _check(path)
+    check_graph_file(path)
 
 
 def _features(plan: AttentionPlan, *, int8_cache: bool) -> BodyFeatures:
@@ -104,11 +104,14 @@ def _features(plan: AttentionPlan, *, int8_cache: bool) -> BodyFeatures:
     )
 
 
-def _check(path: Path) -> None:
+def check_graph_file(path: Path) -> None:
     """Check the graph by onnx's own checker; the operator itself it knows from its schema.
 
     The checker takes weights with hard links for an attack, so linked ones are left out; that
     they are where the graph says, `read_header` has checked.
+
+    Raises:
+        ExportError: the checker refuses it.
     """
     torch_operator.register_schema()
     checked: str | onnx.ModelProto = str(path)

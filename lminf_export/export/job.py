@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from lminf_export.bundle.manifest import Manifest, new_manifest
 from lminf_export.bundle.out import OutTarget
@@ -15,6 +17,7 @@ from lminf_export.checkpoint.source import Source
 from lminf_export.export.options import LINK, ExportOptions
 from lminf_export.export.tokenizer_files import bos_id, eos_ids
 from lminf_export.models.base import AttentionPlan, Family
+from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import (
     Dtype,
@@ -27,6 +30,30 @@ from lminf_export.quantize.kept import kept_type
 from lminf_export.tensors.dtypes import item_size
 
 TOOLS = ("lminf-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+def graph_metadata(
+    *,
+    model_type: str,
+    source: str,
+    dtype: str,
+    settings: LambdaConfig,
+    layers: Sequence[LayerSpec],
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
+    """Return the essentials of a manifest as ONNX metadata_props."""
+    return {
+        "lminf_export": package_version("lminf-export"),
+        "lminf.model_type": model_type,
+        "lminf.source": source,
+        "lminf.dtype": dtype,
+        **more,
+        "lminf.window_size": str(settings.window_size),
+        "lminf.num_sink_tokens": str(settings.num_sink_tokens),
+        "lminf.distance_limit": str(settings.distance_limit),
+        "lminf.chunk_size": str(settings.chunk_size),
+        "lminf.layers": json.dumps([vars(layer) for layer in layers]),
+    }
 
 
 @dataclass(frozen=True)

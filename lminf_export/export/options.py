@@ -45,6 +45,7 @@ class ExportOptions:
         model: folder, GGUF file, or id on the Hugging Face hub.
         out: the bundle's folder, or DIR/NAME.plan or DIR/NAME.onnx for a bundle DIR with that
             as its last product.
+        tokenizer: folder with tokenizer and configuration of an ONNX model that has none beside it.
         num_sink_tokens: N, starting tokens that stay visible without end; may be 0.
         window_size: W, keys a query sees, its own included; by default the model's original
             training length, at most 4096.
@@ -81,6 +82,7 @@ class ExportOptions:
 
     model: str | Path
     out: str | Path
+    tokenizer: str | Path | None = None
     num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
     window_size: int | None = None
     distance_limit: int | None = None

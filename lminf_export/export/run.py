@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -13,7 +12,6 @@ from typing import Any
 
 from lminf_export.bundle.destination import check_destination
 from lminf_export.bundle.folder import Bundle
-from lminf_export.bundle.versions import package_version
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.from_bundle import bundle_notice
 from lminf_export.checkpoint.opening import open_checkpoint
@@ -45,7 +43,7 @@ from lminf_export.export.engine import (
     plugin_notices,
 )
 from lminf_export.export.graph import write_graph
-from lminf_export.export.job import ExportJob
+from lminf_export.export.job import ExportJob, graph_metadata
 from lminf_export.export.license_files import copy_license_files
 from lminf_export.export.options import LINK, ExportOptions
 from lminf_export.export.quantized_weights import calibrated_notices, kept_notices, with_blocks
@@ -196,7 +194,7 @@ def run_job(job: ExportJob, progress: Progress = silent) -> Bundle:
             writer.add(name, "weights")
             if digest is not None:
                 writer.set_digest(name, digest)
-        license = copy_license_files(job.source, writer)
+        license = copy_license_files(job.source.folder, writer)
         engine, recipe = add_engine(job, writer, graph, progress)
         progress("hashing", None)
         linked = tuple(written.files) if job.links_weights else ()
@@ -264,18 +262,12 @@ def _background_weights(job: ExportJob, graph: Path) -> BackgroundWeights | None
 
 def _metadata(job: ExportJob) -> dict[str, str]:
     """Return the essentials of the manifest as ONNX metadata_props."""
-    settings = job.settings
     cache = {"lminf.kv_cache_dtype": job.kv_cache_dtype} if job.kv_cache_dtype else {}
-    return {
-        "lminf_export": package_version("lminf-export"),
-        "lminf.model_type": job.source.model_type,
-        "lminf.source": job.source.name,
-        "lminf.dtype": job.dtype,
-        "lminf.quantize": job.quantize.weights if job.quantize else "none",
-        **cache,
-        "lminf.window_size": str(settings.window_size),
-        "lminf.num_sink_tokens": str(settings.num_sink_tokens),
-        "lminf.distance_limit": str(settings.distance_limit),
-        "lminf.chunk_size": str(settings.chunk_size),
-        "lminf.layers": json.dumps([vars(layer) for layer in job.plan.layers]),
-    }
+    return graph_metadata(
+        model_type=job.source.model_type,
+        source=job.source.name,
+        dtype=job.dtype,
+        settings=job.settings,
+        layers=job.plan.layers,
+        more={"lminf.quantize": job.quantize.weights if job.quantize else "none", **cache},
+    )

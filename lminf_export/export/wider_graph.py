@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-_LOW, _WIDE = TensorProto.BFLOAT16, TensorProto.FLOAT
-_LOW_SUFFIX = ".bfloat16"
+_BFLOAT16, _WIDE = (TensorProto.BFLOAT16,), TensorProto.FLOAT
+_LOW_SUFFIX = ".low"
 
 
 def in_float32(path: Path) -> bytes:
@@ -21,10 +22,21 @@ def in_float32(path: Path) -> bytes:
         path: the graph's file.
     """
     model = onnx.load(str(path), load_external_data=False)
+    widen(model, _BFLOAT16)
+    return bytes(model.SerializeToString())
+
+
+def widen(model: onnx.ModelProto, low: Collection[int]) -> None:
+    """Make every tensor of some element types one of float32, in place.
+
+    Args:
+        model: the graph; weights in other files stay there, and are converted when it is run.
+        low: the types, as TensorProto numbers them.
+    """
     graph = model.graph
     casts = []
     for tensor in graph.initializer:
-        if tensor.data_type != _LOW:
+        if tensor.data_type not in low:
             continue
         if tensor.data_location == TensorProto.EXTERNAL:
             name = tensor.name
@@ -32,32 +44,36 @@ def in_float32(path: Path) -> bytes:
             casts.append(helper.make_node("Cast", [tensor.name], [name], to=_WIDE))
         else:
             tensor.CopyFrom(_widened(tensor))
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type == _LOW:
-            value.type.tensor_type.elem_type = _WIDE
+    _widen_ends(graph, low)
     del graph.value_info[:]
     for nodes in (graph.node, *(function.node for function in model.functions)):
-        _widen(nodes)
+        _widen_nodes(nodes, low)
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend([*casts, *rest])
-    return bytes(model.SerializeToString())
 
 
-def _widen(nodes: list[onnx.NodeProto]) -> None:
+def _widen_ends(graph: onnx.GraphProto, low: Collection[int]) -> None:
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type in low:
+            value.type.tensor_type.elem_type = _WIDE
+
+
+def _widen_nodes(nodes: Iterable[onnx.NodeProto], low: Collection[int]) -> None:
     """Change constants and conversions, in subgraphs too."""
     for node in nodes:
         for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == _LOW:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in low:
                 attribute.i = _WIDE
-            if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == _LOW:
+            if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in low:
                 attribute.t.CopyFrom(_widened(attribute.t))
             if attribute.type == onnx.AttributeProto.GRAPH:
                 del attribute.g.value_info[:]
-                for value in (*attribute.g.input, *attribute.g.output):
-                    if value.type.tensor_type.elem_type == _LOW:
-                        value.type.tensor_type.elem_type = _WIDE
-                _widen(attribute.g.node)
+                for tensor in attribute.g.initializer:
+                    if tensor.data_type in low:
+                        tensor.CopyFrom(_widened(tensor))
+                _widen_ends(attribute.g, low)
+                _widen_nodes(attribute.g.node, low)
 
 
 def _widened(tensor: TensorProto) -> TensorProto:

@@ -54,49 +54,66 @@ def _(past_length: Tensor, new_length: Tensor, ring: Tensor) -> Tensor:
     return past_length.new_empty((past_length.shape[0], ring.shape[2]))
 
 
-def _integers(*values: int) -> Any:
-    return _ONNX.Constant(value_ints=values)
+def onnx_rotary_rows(op: Any, position: Any, cos: Any, sin: Any) -> Any:
+    """Compute `rotary_rows` in ONNX.
 
-
-def _scalar(value: int) -> Any:
-    return _ONNX.Constant(value_int=value)
-
-
-def _rotary_rows_to_onnx(position: Any, cos: Any, sin: Any) -> Any:
+    Args:
+        op: a set of operators of opset 24; `op.Add(a, b)` puts an Add into a graph.
+        position: (B, S) int64.
+        cos: (4·1024, R/2) float32.
+        sin: like cos.
+    """
     weights = [rope.BASE**k for k in range(rope.NUM_DIGITS)]
     offsets = [rope.BASE * k for k in range(rope.NUM_DIGITS)]
-    shifted = _ONNX.Div(_ONNX.Unsqueeze(position, _integers(-1)), _integers(*weights))
-    row = _ONNX.Add(_ONNX.Mod(shifted, _scalar(rope.BASE)), _integers(*offsets))
-    c, s = _ONNX.Gather(cos, row), _ONNX.Gather(sin, row)
+    shifted = op.Div(op.Unsqueeze(position, _integers(op, -1)), _integers(op, *weights))
+    row = op.Add(op.Mod(shifted, _scalar(op, rope.BASE)), _integers(op, *offsets))
+    c, s = op.Gather(cos, row), op.Gather(sin, row)
     for _ in range(int(np.log2(rope.NUM_DIGITS))):
-        c0, c1 = _ONNX.Split(c, axis=2, num_outputs=2, _outputs=2)
-        s0, s1 = _ONNX.Split(s, axis=2, num_outputs=2, _outputs=2)
-        c = _ONNX.Sub(_ONNX.Mul(c0, c1), _ONNX.Mul(s0, s1))
-        s = _ONNX.Add(_ONNX.Mul(s0, c1), _ONNX.Mul(c0, s1))
-    return _ONNX.Squeeze(c, _integers(2)), _ONNX.Squeeze(s, _integers(2))
+        c0, c1 = op.Split(c, axis=2, num_outputs=2, _outputs=2)
+        s0, s1 = op.Split(s, axis=2, num_outputs=2, _outputs=2)
+        c = op.Sub(op.Mul(c0, c1), op.Mul(s0, s1))
+        s = op.Add(op.Mul(s0, c1), op.Mul(c0, s1))
+    return op.Squeeze(c, _integers(op, 2)), op.Squeeze(s, _integers(op, 2))
 
 
-def _token_positions_to_onnx(past_length: Any, input_ids: Any) -> Any:
-    count = _ONNX.Squeeze(_ONNX.Shape(input_ids, start=1, end=2))
-    steps = _ONNX.Range(_scalar(0), count, _scalar(1))
-    return _ONNX.Add(_ONNX.Unsqueeze(past_length, _integers(1)), steps)
+def onnx_token_positions(op: Any, past_length: Any, input_ids: Any) -> Any:
+    """Compute `token_positions` in ONNX, as `onnx_rotary_rows`."""
+    count = op.Squeeze(op.Shape(input_ids, start=1, end=2))
+    steps = op.Range(_scalar(op, 0), count, _scalar(op, 1))
+    return op.Add(op.Unsqueeze(past_length, _integers(op, 1)), steps)
 
 
-def _slot_positions_to_onnx(past_length: Any, new_length: Any, ring: Any) -> Any:
-    capacity = _ONNX.Squeeze(_ONNX.Shape(ring, start=2, end=3))
-    total = _ONNX.Add(past_length, new_length)
-    last = _ONNX.Unsqueeze(_ONNX.Sub(total, _scalar(1)), _integers(1))
+def onnx_slot_positions(op: Any, past_length: Any, new_length: Any, ring: Any) -> Any:
+    """Compute `slot_positions` in ONNX, as `onnx_rotary_rows`."""
+    capacity = op.Squeeze(op.Shape(ring, start=2, end=3))
+    total = op.Add(past_length, new_length)
+    last = op.Unsqueeze(op.Sub(total, _scalar(op, 1)), _integers(op, 1))
     # One lap is added so that Mod never sees a negative number: engines differ on those.
-    a_lap_on = _ONNX.Add(last, capacity)
-    age = _ONNX.Sub(a_lap_on, _ONNX.Range(_scalar(0), capacity, _scalar(1)))
-    return _ONNX.Sub(last, _ONNX.Mod(age, capacity))
+    a_lap_on = op.Add(last, capacity)
+    age = op.Sub(a_lap_on, op.Range(_scalar(op, 0), capacity, _scalar(op, 1)))
+    return op.Sub(last, op.Mod(age, capacity))
+
+
+def _integers(op: Any, *values: int) -> Any:
+    return op.Constant(value_ints=values)
+
+
+def _scalar(op: Any, value: int) -> Any:
+    return op.Constant(value_int=value)
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what `torch.onnx.export(custom_translation_table=…)` needs for these operators."""
     ops = torch.ops.lminf
     return {
-        ops.rotary_rows.default: _rotary_rows_to_onnx,
-        ops.token_positions.default: _token_positions_to_onnx,
-        ops.slot_positions.default: _slot_positions_to_onnx,
+        ops.rotary_rows.default: _of_torch(onnx_rotary_rows),
+        ops.token_positions.default: _of_torch(onnx_token_positions),
+        ops.slot_positions.default: _of_torch(onnx_slot_positions),
     }
+
+
+def _of_torch(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def translation(*values: Any) -> Any:
+        return compute(_ONNX, *values)
+
+    return translation

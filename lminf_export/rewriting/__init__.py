@@ -1,0 +1,1 @@
+"""Rewriting of ONNX language models that other tools exported."""

@@ -1,0 +1,224 @@
+"""The inputs of a foreign graph by what they mean, and arrays for them.
+
+Decoders take their tokens' ids and describe the rest in a few ways: a mask over all tokens, their
+positions, caches of the tokens before. Each input is recognised by its name and shape; an unknown
+one ends the rewrite, since what it means could not be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lminf_export.errors import ModelError, shortened
+
+Array = NDArray[Any]
+Role = Literal[
+    "ids",
+    "mask",
+    "mask_4d",
+    "positions",
+    "cache_positions",
+    "write_index",
+    "past_length",
+    "total_length",
+    "last_index",
+    "keep",
+    "cache",
+]
+_NAMES: dict[str, Role] = {
+    "input_ids": "ids",
+    "tokens": "ids",
+    "attention_mask": "mask",
+    "position_ids": "positions",
+    "positions": "positions",
+    "cache_position": "cache_positions",
+    "write_indices": "write_index",
+    "past_length": "write_index",
+    "past_sequence_length": "past_length",
+    "past_seq_len": "last_index",
+    "seqlens_k": "last_index",
+    "total_sequence_length": "total_length",
+    "total_seq_len": "total_length",
+    "nonpad_kv_seqlen": "total_length",
+    "num_logits_to_keep": "keep",
+    "logits_to_keep": "keep",
+}
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A graph's inputs by their roles.
+
+    Attributes:
+        ids: the tokens.
+        roles: every input and its role.
+    """
+
+    ids: ir.Value
+    roles: Mapping[ir.Value, Role]
+
+    @property
+    def caches(self) -> list[ir.Value]:
+        """The inputs that hold keys or values of earlier tokens."""
+        return [value for value, role in self.roles.items() if role == "cache"]
+
+    @property
+    def positional(self) -> list[ir.Value]:
+        """All inputs but the tokens: what a token's place in the text decides."""
+        return [value for value, role in self.roles.items() if role not in ("ids", "keep")]
+
+    def feeds(self, call: Call) -> dict[ir.Value, Array]:
+        """Return arrays for all inputs, caches of zeros."""
+        return {value: _array(value, role, call) for value, role in self.roles.items()}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a graph.
+
+    Attributes:
+        new: tokens that are new, S.
+        past: tokens before them, P.
+        head_dims: of each cache whose last dimension the graph leaves open.
+        masked: total length that the mask has, by default P + S.
+        capacity: slots of caches that are written in place, by default P.
+        seed: of the random ids.
+    """
+
+    new: int
+    past: int = 0
+    head_dims: Mapping[str, int] | None = None
+    masked: int | None = None
+    capacity: int | None = None
+    seed: int = 0
+
+    @property
+    def total(self) -> int:
+        """All tokens, P + S."""
+        return self.past + self.new
+
+
+def read_inputs(graph: ir.Graph) -> Inputs:
+    """Recognise a graph's inputs.
+
+    Raises:
+        ModelError: naming one that is not understood.
+    """
+    roles: dict[ir.Value, Role] = {}
+    for value in graph.inputs:
+        if value.name in graph.initializers:
+            continue
+        roles[value] = _role(value)
+    ids = [value for value, role in roles.items() if role == "ids"]
+    if len(ids) != 1:
+        raise ModelError(_no_ids([str(value.name) for value in roles]))
+    return Inputs(ids[0], roles)
+
+
+def _no_ids(names: Iterable[str]) -> str:
+    listed = ", ".join(sorted(names)[:6])
+    if any("embeds" in name for name in names):
+        return (
+            "the graph takes inputs_embeds instead of token ids: its embedding is another file; "
+            "export the model with its embedding"
+        )
+    return f"the graph has no input input_ids (it has {listed}): it is no decoder of tokens"
+
+
+def _role(value: ir.Value) -> Role:
+    name, rank = str(value.name), len(value.shape) if value.shape is not None else None
+    if name in _NAMES:
+        role = _NAMES[name]
+        if role == "mask" and rank == 4:
+            return "mask_4d"
+        if role == "positions" and rank == 1:
+            return "cache_positions"
+        if role == "positions" and rank == 3:
+            raise ModelError(
+                f"the input {name} has three rows of positions (multimodal rotation), which a "
+                f"stream of text alone does not need; export the text model"
+            )
+        return role
+    if value.dtype in _FLOATS and rank == 4:
+        return "cache"
+    if name == "use_cache_branch":
+        raise ModelError(
+            "the graph is a merged decoder (use_cache_branch chooses between two graphs); give "
+            "the one with a past alone, decoder_with_past_model.onnx, or export it without merging"
+        )
+    if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8) and rank == 4:
+        raise ModelError(
+            f"the cache {name} is quantised ({value.dtype}); rewriting takes caches of the model's "
+            f"own element type: export the model without a quantised cache"
+        )
+    raise ModelError(
+        f"the input {shortened(name, 60)} of {value.dtype} and rank {rank} is not understood; "
+        f"expected input_ids, attention_mask, position_ids and a cache for each layer"
+    )
+
+
+def numpy_dtype(value: ir.Value) -> np.dtype[Any]:
+    """Return numpy's type of a value."""
+    if value.dtype == ir.DataType.BFLOAT16:
+        return np.dtype(ml_dtypes.bfloat16)
+    assert value.dtype is not None
+    return value.dtype.numpy()
+
+
+def _array(value: ir.Value, role: Role, call: Call) -> Array:
+    dtype = numpy_dtype(value)
+    positions = np.arange(call.past, call.total)
+    rank = len(value.shape) if value.shape is not None else 0
+    match role:
+        case "ids":
+            rng = np.random.default_rng(call.seed)
+            return rng.integers(1, 2, (1, call.new)).astype(dtype)
+        case "mask":
+            return np.ones((1, call.masked or call.total), dtype)
+        case "mask_4d":
+            row = np.arange(call.total)[None] <= positions[:, None]
+            shown = row if dtype == np.bool_ else np.where(row, 0.0, np.finfo(np.float32).min / 2)
+            return shown[None, None].astype(dtype)
+        case "positions":
+            return positions[None].astype(dtype)
+        case "cache_positions":
+            return positions.astype(dtype)
+        case "write_index" | "past_length":
+            return np.full((1,) * rank, call.past, dtype)
+        case "total_length":
+            return np.full((1,) * rank, call.total, dtype)
+        case "last_index":
+            return np.full((1,) * rank, call.total - 1, dtype)
+        case "keep":
+            return np.full((1,) * rank, call.new, dtype)
+        case "cache":
+            return np.zeros(cache_shape(value, call), dtype)
+
+
+def cache_shape(value: ir.Value, call: Call) -> tuple[int, int, int, int]:
+    """Return (1, G, slots, D) of a cache."""
+    assert value.shape is not None
+    heads, slots, dim = value.shape[1], value.shape[2], value.shape[3]
+    if not isinstance(dim, int):
+        known = (call.head_dims or {}).get(str(value.name))
+        if known is None:
+            raise ModelError(
+                f"the head dimension of the cache {value.name} is not in the graph; "
+                f"expected shape (batch, heads, tokens, dimension), found {value.shape}"
+            )
+        dim = known
+    if not isinstance(heads, int):
+        raise ModelError(
+            f"the cache {value.name} has an unknown number of heads: its shape is {value.shape}"
+        )
+    if isinstance(slots, int):
+        return 1, heads, slots, dim
+    return 1, heads, call.past if call.capacity is None else call.capacity, dim

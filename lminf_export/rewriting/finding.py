@@ -1,0 +1,237 @@
+"""Everything that is found out about a foreign graph before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lminf_export.errors import ModelError
+from lminf_export.operator.settings import Dtype
+from lminf_export.progress import Progress
+from lminf_export.rewriting.anchors import MICROSOFT, Anchor, find_anchors
+from lminf_export.rewriting.feeds import Call, Inputs, cache_shape, read_inputs
+from lminf_export.rewriting.layouts import Layout, find_layout
+from lminf_export.rewriting.measure import Attention, Layouts, Measured, measure
+from lminf_export.rewriting.parts import Array, Parts
+from lminf_export.rewriting.plain_forms import plain_forms, window_of_caches
+from lminf_export.rewriting.reading import read_graph, take_sizes_from_tokens
+
+# Tokens of the two runs whose shapes are compared.
+_SHORT, _LONG = 5, 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One attention of a graph: where it is, how its tensors lie, what it computes."""
+
+    anchor: Anchor
+    layouts: Layouts
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class FoundGraph:
+    """A foreign graph and what was found in it.
+
+    Attributes:
+        model: the graph, in the forms that were measured; its file is as it was.
+        folder: of its file.
+        inputs: its inputs by their roles.
+        layers: its attentions, in order.
+        logits: the output that scores the vocabulary.
+        vocab_size: V.
+        dtype: element type of the caches.
+        head_dims: D of caches whose shape leaves it open, by name.
+        least_capacity: slots that the original's caches must have at least, or None.
+        description: of the file, for the manifest.
+        shapes: of every value that was asked for, with 5 and with 6 tokens.
+    """
+
+    model: ir.Model
+    folder: Path
+    inputs: Inputs
+    layers: tuple[Finding, ...]
+    logits: ir.Value
+    vocab_size: int
+    dtype: Dtype
+    head_dims: Mapping[str, int]
+    least_capacity: int | None
+    description: str
+    shapes: Mapping[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def find_in_graph(path: Path, head_dim: int | None, progress: Progress) -> FoundGraph:
+    """Read a graph and find out how it attends.
+
+    Args:
+        path: the graph's file.
+        head_dim: D, from the files beside it, for caches whose shape leaves it open.
+        progress: receives the phase that runs.
+
+    Raises:
+        ModelError: naming what is not understood.
+    """
+    progress("reading the graph", None)
+    model = read_graph(path)
+    graph = model.graph
+    inputs = read_inputs(graph)
+    take_sizes_from_tokens(graph, inputs)
+    head_dims = {} if head_dim is None else {str(v.name): head_dim for v in inputs.caches}
+    least_capacity = window_of_caches(graph)
+    plain_forms(graph, head_dims)
+    anchors = find_anchors(graph, inputs)
+    _check_caches(inputs, anchors)
+    logits = _logits(graph)
+    parts = Parts(model, path.parent)
+    progress("running the graph", None)
+    shapes = _shapes(parts, inputs, head_dims, [*_values(anchors), *_tokenwise(logits)])
+    longest = _table_rows(graph)
+    layers: list[Finding] = []
+    known: dict[bytes, Measured] = {}
+    for index, anchor in enumerate(anchors):
+        progress(f"measuring attention {index + 1} of {len(anchors)}", None)
+        dim = cache_shape(anchor.past_key, Call(1, 1, head_dims))[3]
+        layouts = _layouts(anchor, shapes, dim)
+        attention = Attention(parts, inputs, anchor, layouts, head_dims, longest)
+        print_ = attention.fingerprint()
+        if print_ not in known:
+            known[print_] = measure(attention)
+        layers.append(Finding(anchor, layouts, known[print_]))
+    return FoundGraph(
+        model=model,
+        folder=path.parent,
+        inputs=inputs,
+        layers=tuple(layers),
+        logits=logits,
+        vocab_size=shapes[logits][0][-1],
+        dtype=_dtype(anchors),
+        head_dims=head_dims,
+        least_capacity=least_capacity,
+        description=_description(path.name, model),
+        shapes=shapes,
+    )
+
+
+def _description(name: str, model: ir.Model) -> str:
+    """Say which file it is, who wrote it, and how its products are stored."""
+    producer = " ".join(x for x in (model.producer_name, model.producer_version) if x)
+    bits = Counter(
+        node.attributes.get_int("bits", 4)
+        for node in model.graph
+        if (node.domain, node.op_type) == (MICROSOFT, "MatMulNBits")
+    )
+    stored = ", ".join(f"{count} products of int{n}" for n, count in sorted(bits.items()))
+    words = [name, f"of {producer}" if producer else "", f"with {stored}" if stored else ""]
+    return " ".join(word for word in words if word)
+
+
+def _dtype(anchors: list[Anchor]) -> Dtype:
+    kinds = {a.past_key.dtype for a in anchors} | {a.past_value.dtype for a in anchors}
+    if len(kinds) > 1:
+        raise ModelError(
+            f"the graph's caches have several element types: {sorted(map(str, kinds))}"
+        )
+    names: dict[ir.DataType, Dtype] = {
+        ir.DataType.FLOAT: "float32",
+        ir.DataType.FLOAT16: "float16",
+        ir.DataType.BFLOAT16: "bfloat16",
+    }
+    kind = kinds.pop()
+    assert kind is not None
+    return names[kind]
+
+
+def _check_caches(inputs: Inputs, anchors: list[Anchor]) -> None:
+    """Every cache belongs to one attention, and every attention has its own two."""
+    used = [value for a in anchors for value in (a.past_key, a.past_value)]
+    shared = sorted({str(v.name) for v in used if used.count(v) > 1})
+    if shared:
+        raise ModelError(
+            f"the cache {shared[0]} is read by several attentions; expected one for each layer"
+        )
+    unused = [str(v.name) for v in inputs.caches if v not in used]
+    if unused:
+        raise ModelError(
+            f"the input {unused[0]} is no cache of keys or values of an attention that was found: "
+            f"the layer keeps another state, which bounded caches do not carry"
+        )
+
+
+def _logits(graph: ir.Graph) -> ir.Value:
+    outputs = [value for value in graph.outputs if value.name == "logits"]
+    if not outputs:
+        names = ", ".join(str(value.name) for value in list(graph.outputs)[:4])
+        raise ModelError(
+            f"the graph has no output logits (it has {names}): its head is another file, or it is "
+            f"no language model"
+        )
+    return outputs[0]
+
+
+def _values(anchors: list[Anchor]) -> list[ir.Value]:
+    return [v for a in anchors for v in (a.query, a.key, a.value, a.output)]
+
+
+def _tokenwise(logits: ir.Value) -> list[ir.Value]:
+    """Return the values on the way from the last layer to the logits, the logits first."""
+    found = [logits]
+    value: ir.Value | None = logits
+    for _ in range(16):
+        node = value.producer() if value is not None else None
+        if node is None:
+            break
+        value = next((v for v in node.inputs if v is not None and v.const_value is None), None)
+        if value is None or not value.producer():
+            break
+        found.append(value)
+    return found
+
+
+def _shapes(
+    parts: Parts, inputs: Inputs, head_dims: Mapping[str, int], values: list[ir.Value]
+) -> dict[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Run the whole graph twice; return the shapes of some values."""
+    wanted = list(dict.fromkeys(values))
+    runs: list[list[Array]] = [
+        parts.run(wanted, inputs.feeds(Call(count, 0, head_dims))) for count in (_SHORT, _LONG)
+    ]
+    return {v: (a.shape, b.shape) for v, a, b in zip(wanted, *runs, strict=True)}
+
+
+def _layouts(
+    anchor: Anchor,
+    shapes: Mapping[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]],
+    dim: int,
+) -> Layouts:
+    def layout(value: ir.Value, what: str) -> Layout:
+        return find_layout(*shapes[value], dim, f"the {what} of {anchor.name}")
+
+    return Layouts(
+        layout(anchor.query, "queries"),
+        layout(anchor.key, "keys"),
+        layout(anchor.value, "values"),
+        layout(anchor.output, "results"),
+    )
+
+
+def _table_rows(graph: ir.Graph) -> int | None:
+    """Return the rows of the shortest table that rotations look positions up in."""
+    places = {
+        (MICROSOFT, "GroupQueryAttention"): 7,
+        (MICROSOFT, "RotaryEmbedding"): 2,
+        ("", "RotaryEmbedding"): 1,
+    }
+    rows = []
+    for node in graph:
+        place = places.get((node.domain, node.op_type))
+        if place is None or place >= len(node.inputs):
+            continue
+        table = node.inputs[place]
+        shape = None if table is None else table.shape
+        if shape is not None and len(shape) == 2 and isinstance(shape[0], int):
+            rows.append(shape[0])
+    return min(rows, default=None)

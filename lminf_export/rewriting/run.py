@@ -1,0 +1,260 @@
+"""One ONNX model in, one bundle out: find → plan → assemble → weights → check → manifest."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lminf_export.bundle.copying import copy_file
+from lminf_export.bundle.destination import check_destination
+from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.writer import BundleWriter
+from lminf_export.checkpoint.source import CONFIG_FILES, EXTRA_TEMPLATES, TOKENIZER_FILES
+from lminf_export.errors import ModelError
+from lminf_export.export.decisions import (
+    LINK_NOTICE,
+    check_cache_size,
+    check_weights,
+    default_window,
+    memory_notices,
+)
+from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
+from lminf_export.export.graph import check_graph_file
+from lminf_export.export.license_files import copy_license_files
+from lminf_export.export.options import LINK, ExportOptions
+from lminf_export.export.passes import pipelines
+from lminf_export.export.passes.attach_attention_body import AttachAttentionBodyPass
+from lminf_export.export.passes.declare_inputs_and_outputs import DeclareInputsAndOutputsPass
+from lminf_export.export.passes.describe_model import DescribeModelPass
+from lminf_export.export.tokenizer_check import TOKENIZER, check_tokenizer
+from lminf_export.models.registry import family_of
+from lminf_export.operator.attention_body import BodyFeatures
+from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.operator.settings import LambdaConfig, as_integer
+from lminf_export.progress import Progress, silent
+from lminf_export.rewriting.assembling import assemble
+from lminf_export.rewriting.check import check_rewrite, run_original
+from lminf_export.rewriting.finding import find_in_graph
+from lminf_export.rewriting.job import RewriteJob, training_length
+from lminf_export.rewriting.opset import to_opset
+from lminf_export.rewriting.options import REWRITE_OPTIONS, check_options
+from lminf_export.rewriting.planning import plan_layers
+from lminf_export.rewriting.source import OnnxSource, open_onnx
+
+logger = logging.getLogger(__name__)
+
+
+def rewrite(
+    model: str | Path, out: str | Path, *, progress: Progress = silent, **options: Any
+) -> Bundle:
+    """Rewrite an ONNX language model of another tool so that it decodes a stream without end.
+
+    Its attentions become Λ-attention over bounded caches; all else, quantised weights among it,
+    stays as it is.
+
+    Args:
+        model: the graph's file, or the folder that holds it.
+        out: the bundle's folder, or DIR/NAME.plan or DIR/NAME.onnx for a bundle DIR with that
+            as its last product.
+        progress: called with the phase that runs.
+        options: fields of `ExportOptions`, by their names, that mean something for a finished
+            graph: `REWRITE_OPTIONS`.
+
+    Returns:
+        The written bundle.
+
+    Raises:
+        TypeError: an option of an unknown name.
+        LminfError: in one line the expected, the found and the remedy; nothing is left behind.
+    """
+    unknown = sorted(options.keys() - set(REWRITE_OPTIONS))
+    if unknown:
+        raise TypeError(f"rewrite() got an unexpected keyword argument {unknown[0]!r}")
+    return run_job(prepare(ExportOptions(model, out, **options), progress), progress)
+
+
+def _signature_of_rewrite() -> inspect.Signature:
+    """Return `rewrite`'s signature with every option in the place of `**options`."""
+    written = inspect.signature(rewrite)
+    model, out, progress = (written.parameters[name] for name in ("model", "out", "progress"))
+    known = inspect.signature(ExportOptions).parameters
+    options = [
+        known[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name in (field.name for field in fields(ExportOptions))
+        if name in REWRITE_OPTIONS
+    ]
+    return written.replace(parameters=[model, out, *options, progress])
+
+
+rewrite.__signature__ = _signature_of_rewrite()  # type: ignore[attr-defined]  # read by inspect
+
+
+def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
+    """Check every setting and the graph, and decide all that is left open; write nothing.
+
+    Raises:
+        LminfError: as `rewrite`.
+    """
+    check_options(options)
+    target = out_target(options)
+    builder, plugin = choose_builder(options, target)
+    check_weights(options.weights, None)
+    as_integer("max_batch_size", options.max_batch_size, 1)
+    options.lambda_config(1 if options.window_size is None else options.window_size)
+    progress("reading the model", None)
+    source = open_onnx(options.model, options.tokenizer)
+    trained = training_length(source)
+    window, notices = default_window(options.window_size, trained)
+    settings = options.lambda_config(window)
+    found = find_in_graph(source.path, source.head_dim, progress)
+    known = _configured(source, settings, notices)
+    plan = plan_layers(found.layers, settings, known)
+    contract = GraphContract(plan.attention.layers, found.dtype, None, found.vocab_size)
+    batch_size = options.max_batch_size if target.engine_name else 1
+    check_cache_size(contract, settings, batch_size, trained)
+    notices += [*source.notices, *plan.attention.notices]
+    notices += plugin_notices(builder, options, plan.attention)
+    notices += [LINK_NOTICE] if options.weights == LINK else []
+    notices += memory_notices(contract, settings)
+    job = RewriteJob(
+        options=options,
+        source=source,
+        found=found,
+        settings=settings,
+        plan=plan,
+        target=target,
+        builder=builder,
+        plugin=plugin,
+        training_length=trained,
+        notices=tuple(notices),
+    )
+    job.manifest()  # what the files get wrong shows here, not after the work
+    _check_weight_files(job)
+    check_destination(target.directory, force=options.force)
+    return job
+
+
+def _configured(source: OnnxSource, settings: LambdaConfig, notices: list[str]) -> Any:
+    """Return how the layers attend by the configuration, None where it does not say."""
+    if source.source is None:
+        return None
+    config = source.source.config
+    try:
+        family = family_of(config)
+        # The graph says itself whether a rotation depends on the length.
+        return family.plan(config, settings)
+    except ModelError as error:
+        notices.append(f"config.json is not compared with the graph: {error}")
+        return None
+
+
+def _check_weight_files(job: RewriteJob) -> None:
+    """Check that the graph's weights are plain files beside it."""
+    for path in job.weight_files:
+        name = path.relative_to(job.source.folder).as_posix()
+        if ".." in path.parts or path.is_absolute() != job.source.folder.is_absolute():
+            raise ModelError(f"the graph's weights {name} are outside of its folder")
+        if not path.is_file():
+            raise ModelError(f"the graph's weights {name} are missing; copy the whole model")
+
+
+def run_job(job: RewriteJob, progress: Progress = silent) -> Bundle:
+    """Write the bundle of a prepared job; the job is used up.
+
+    Raises:
+        LminfError: as `rewrite`.
+    """
+    with BundleWriter(job.target.directory, force=job.options.force) as writer:
+        writer.require_space(0 if job.links_weights else job.weight_bytes)
+        notices = _copy_texts(job, writer)
+        original = None
+        if job.options.check:
+            progress("running the original", None)
+            original = run_original(job)
+            notices += original.notices
+        progress("rewriting", None)
+        graph = _write_graph(job, writer)
+        _put_weights(job, writer, progress)
+        check_graph_file(graph)
+        if original is not None:
+            progress("checking the graph", None)
+            check_rewrite(job, graph.parent, original)
+        license = copy_license_files(job.source.texts, writer)
+        engine, recipe = add_engine(job, writer, graph, progress)
+        progress("hashing", None)
+        draft = job.manifest(engine, recipe, notices)
+        linked = tuple(_names(job)) if job.links_weights else ()
+        manifest = writer.commit(draft.model_copy(update={"linked_files": linked}), license=license)
+    for notice in manifest.notices:
+        logger.warning(notice)
+    return Bundle.open(job.target.directory)
+
+
+def _write_graph(job: RewriteJob, writer: BundleWriter) -> Path:
+    assemble(job.found, job.plan, job.contract)
+    model = to_opset(job.found.model)
+    plan = job.plan.attention
+    features = BodyFeatures(
+        rotary=bool(plan.rotations),
+        alibi=plan.alibi_slopes is not None,
+        softcap=bool(plan.softcap),
+        sink_logits=plan.sink_logits,
+    )
+    steps = (
+        DescribeModelPass(job.metadata()),
+        AttachAttentionBodyPass(features),
+        DeclareInputsAndOutputsPass(job.contract.inputs(), job.contract.outputs()),
+    )
+    pipelines.run(model, steps)
+    path = writer.add(job.target.graph_name, "graph")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor._base_dir = path.parent  # the same files, in the bundle
+    ir.save(model, path)
+    return path
+
+
+def _names(job: RewriteJob) -> list[str]:
+    return [path.relative_to(job.source.folder).as_posix() for path in job.weight_files]
+
+
+def _put_weights(job: RewriteJob, writer: BundleWriter, progress: Progress) -> None:
+    """Copy or link the files of weights that the new graph still reads."""
+    progress("linking weights" if job.links_weights else "copying weights", None)
+    for name, path in zip(_names(job), job.weight_files, strict=True):
+        target = writer.add(name, "weights")
+        if not job.links_weights:
+            copy_file(path, target)
+            continue
+        try:
+            os.link(path.resolve(), target)
+        except OSError as error:
+            raise ModelError(
+                f"{name} cannot be linked into the bundle ({error.strerror}): both must be on one "
+                f"disk that knows hard links; use --weights copy"
+            ) from error
+
+
+def _copy_texts(job: RewriteJob, writer: BundleWriter) -> list[str]:
+    """Copy tokenizer, chat templates and configuration; return notices."""
+    texts, source = job.source.texts, job.source.source
+    templates = [p.relative_to(texts).as_posix() for p in sorted(texts.glob(EXTRA_TEMPLATES))]
+    copies = [(texts, name, "tokenizer") for name in (*TOKENIZER_FILES, *templates)]
+    if source is not None:
+        copies += [(source.folder, name, "config") for name in CONFIG_FILES]
+    for folder, name, role in copies:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, writer.add(name, role))  # type: ignore[arg-type]
+    path = writer.add(TOKENIZER, "tokenizer")
+    notices = check_tokenizer(texts, path.parent)
+    if not path.is_file():
+        writer.forget(TOKENIZER)
+    return notices
