@@ -75,7 +75,7 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if source.wrapper:
         yield "text part of", f"a {_code(source.wrapper)} model; it reads text only"
     if source.rewritten:
-        yield "rewritten from", _code(source.rewritten)
+        yield "rewritten from", _code(source.rewritten.description)
     if source.adapter:
         yield "adapter, merged", _code(source.adapter)
     yield "element type", manifest.dtype

@@ -151,7 +151,8 @@ class Manifest(Record):
         """How the weights are quantised, in words."""
         if self.quantization is not None:
             return self.quantization.description
-        return "as the ONNX model has them" if self.source.rewritten else "no"
+        origin = self.source.rewritten
+        return "as the ONNX model has them" if origin and origin.integer_products else "no"
 
     @property
     def cache_bytes_per_sequence(self) -> int:

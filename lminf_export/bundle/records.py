@@ -61,6 +61,27 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
+class OnnxOrigin(Record):
+    """The ONNX model that a rewritten bundle was made of.
+
+    Attributes:
+        file: the graph's name.
+        producer: the tool that wrote it and its version, "" where the graph names none.
+        integer_products: type of the integers → number of products with weights of that type.
+    """
+
+    file: str
+    producer: str = ""
+    integer_products: dict[str, Count] = {}
+
+    @property
+    def description(self) -> str:
+        """The record as one phrase."""
+        stored = ", ".join(f"{count} products of {n}" for n, count in self.integer_products.items())
+        by = f" of {self.producer}" if self.producer else ""
+        return f"{self.file}{by}{f' with {stored}' if stored else ''}"
+
+
 class SourceRecord(Record):
     """The origin of the weights: a model id or a folder's name, and the revision asked for.
 
@@ -69,14 +90,14 @@ class SourceRecord(Record):
         revision: of the hub.
         adapter: name of a LoRA adapter merged into them, or None.
         wrapper: type of the multimodal model whose text model it is; only there if it is one.
-        rewritten: file and maker of the ONNX model that was rewritten; only there if one was.
+        rewritten: the ONNX model that was rewritten; only there if one was.
     """
 
     name: Annotated[str, AfterValidator(check_source_name)]
     revision: str | None = None
     adapter: Annotated[str, AfterValidator(check_source_name)] | None = None
     wrapper: str | None = None
-    rewritten: str | None = None
+    rewritten: OnnxOrigin | None = None
 
     @model_serializer(mode="wrap")
     def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

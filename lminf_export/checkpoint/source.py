@@ -57,6 +57,7 @@ TIKTOKEN_PATTERN = "*.tiktoken"
 EXTRA_TEMPLATES = "additional_chat_templates/*.jinja"
 CONFIG_FILES = ("config.json", "generation_config.json")
 # The licence is copied, and looked up in the card.
+_ONNX_SUFFIX = ".onnx"
 LICENSE_PATTERNS = ("README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
@@ -130,6 +131,11 @@ def open_source(
         if parts := gguf_parts(folder):
             gguf = open_gguf(parts)
             folder, name = gguf.path, gguf.gguf.name
+        elif is_file(folder) and folder.suffix.lower() == _ONNX_SUFFIX:
+            raise ModelError(
+                f"model {shortened(repr(str(model)))} is an ONNX model: it is rewritten, by "
+                f"lminf_export.rewrite or lminf-export --model, and not exported"
+            )
         elif is_file(folder):
             raise ModelError(
                 f"model {shortened(repr(str(model)))} is a file and not GGUF; give the folder that "
@@ -148,7 +154,7 @@ def open_source(
         )
         folder = _download(str(model), revision, cache_dir, weights)
         name, commit = str(model), folder.name
-        _refuse_gguf_only(folder, name, commit)
+        _refuse_other_files(folder, name, commit)
     refuse_links_to_outside(folder)
     content, named = _by_known_name(read_config_file(folder, str(model)))
     quantization = quantization_of(folder, content, str(model))
@@ -179,8 +185,8 @@ def _download(
     return Path(folder)
 
 
-def _refuse_gguf_only(folder: Path, name: str, commit: str) -> None:
-    """Refuse a repository of the hub whose only weights are GGUF files: which one is not said.
+def _refuse_other_files(folder: Path, name: str, commit: str) -> None:
+    """Refuse a repository of the hub with GGUF files or graphs only: which one is not said.
 
     Raises:
         ModelError: naming one of them.
@@ -191,13 +197,15 @@ def _refuse_gguf_only(folder: Path, name: str, commit: str) -> None:
 
     files: list[str] = []
     with suppress(ModelError), hub_errors_as(ModelError, name, commit):
-        files = sorted(x for x in list_repo_files(name, revision=commit) if x.endswith(SUFFIX))
-    if files:
-        raise ModelError(
-            f"model {shortened(repr(name))} holds GGUF files on the hub, and no safetensors: fetch "
-            f"one, `hf download {shortened(name)} {shortened(files[0])} --local-dir .`, and give "
-            f"it as --model"
-        )
+        files = sorted(list_repo_files(name, revision=commit))
+    for suffix, kind, wanted in ((SUFFIX, "GGUF files", ""), (_ONNX_SUFFIX, "ONNX models", "*")):
+        found = [file for file in files if file.endswith(suffix)]
+        if found:
+            raise ModelError(
+                f"model {shortened(repr(name))} holds {kind} on the hub, and no safetensors: fetch "
+                f"one, `hf download {shortened(name)} {shortened(found[0])}{wanted} --local-dir "
+                f".`, and give it as --model"
+            )
 
 
 def plain_config(source: Source, *, of_files: bool = False) -> str:

@@ -40,7 +40,7 @@ class PlanReport:
                 if (wrapper := draft.source.wrapper)
                 else []
             ),
-            *([("rewritten", origin)] if (origin := draft.source.rewritten) else []),
+            *([("rewritten", origin.description)] if (origin := draft.source.rewritten) else []),
             *([("adapter", draft.source.adapter)] if draft.source.adapter else []),
             ("bundle", str(job.target.directory)),
             ("graph", job.target.graph_name),

@@ -13,11 +13,13 @@ from lminf_export.bench.parameters import count_parameters
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
-from lminf_export.bundle.records import BUILD_SCRIPT_NAME, Layer, Plugin
+from lminf_export.bundle.records import BUILD_SCRIPT_NAME, MANIFEST_NAME, Layer, Plugin
 from lminf_export.bundle.trust import is_trusted
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.terminal import echo_json
+from lminf_export.disk import exists, is_dir, is_file
 from lminf_export.errors import BundleError, SessionError
+from lminf_export.rewriting.detecting import find_onnx_model
 from lminf_export.runtime.chat.files import find_template
 from lminf_export.runtime.kernels import INSTALLED, open_library
 
@@ -34,7 +36,16 @@ _FAR = 2**30
 @verbosity_options
 @handle_errors
 def inspect_command(bundle: str, as_json: bool, verify: bool) -> None:
-    """Show what is inside BUNDLE and what its cache costs."""
+    """Show what is inside BUNDLE and what its cache costs.
+
+    BUNDLE may be an ONNX model of another tool, its file or folder: then what it attends with, and
+    whether `lminf-export --model` can rewrite it.
+    """
+    if _is_foreign(bundle):
+        from lminf_export.cli.inspect_onnx import show_onnx
+
+        show_onnx(bundle, as_json=as_json)
+        return
     opened = Bundle.open(bundle, "full" if verify else "fast")
     if as_json:
         content: dict[str, Any] = {"path": str(opened.path), "cache": cache_costs(opened.manifest)}
@@ -45,6 +56,14 @@ def inspect_command(bundle: str, as_json: bool, verify: bool) -> None:
         echo_json(content)
         return
     _print_tables(opened)
+
+
+def _is_foreign(path: str) -> bool:
+    """Say whether a path is an ONNX model and belongs to no bundle."""
+    folder = Path(path) if is_dir(Path(path)) else Path(path).parent
+    if is_file(folder / MANIFEST_NAME) or not exists(Path(path)):
+        return False
+    return find_onnx_model(path) is not None
 
 
 def cache_costs(manifest: Manifest) -> dict[str, Any]:
@@ -139,7 +158,7 @@ def _model_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("model", manifest.model_type),
         ("source", f"{source.name}{revision}"),
         *([("text part of", f"a {source.wrapper} model")] if source.wrapper else []),
-        *([("rewritten from", source.rewritten)] if source.rewritten else []),
+        *([("rewritten from", source.rewritten.description)] if source.rewritten else []),
         *([("adapter", f"{source.adapter}, merged")] if source.adapter else []),
         ("element type", manifest.dtype),
         ("quantised", manifest.quantised),

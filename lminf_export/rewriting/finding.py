@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from lminf_export.bundle.records import OnnxOrigin
 from lminf_export.errors import ModelError
 from lminf_export.operator.settings import Dtype
 from lminf_export.progress import Progress
@@ -47,7 +48,7 @@ class FoundGraph:
         dtype: element type of the caches.
         head_dims: D of caches whose shape leaves it open, by name.
         least_capacity: slots that the original's caches must have at least, or None.
-        description: of the file, for the manifest.
+        origin: the file, for the manifest.
         shapes: of every value that was asked for, with 5 and with 6 tokens.
     """
 
@@ -60,7 +61,7 @@ class FoundGraph:
     dtype: Dtype
     head_dims: Mapping[str, int]
     least_capacity: int | None
-    description: str
+    origin: OnnxOrigin
     shapes: Mapping[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
@@ -111,22 +112,28 @@ def find_in_graph(path: Path, head_dim: int | None, progress: Progress) -> Found
         dtype=_dtype(anchors),
         head_dims=head_dims,
         least_capacity=least_capacity,
-        description=_description(path.name, model),
+        origin=_origin(path.name, model),
         shapes=shapes,
     )
 
 
-def _description(name: str, model: ir.Model) -> str:
+def _origin(name: str, model: ir.Model) -> OnnxOrigin:
     """Say which file it is, who wrote it, and how its products are stored."""
     producer = " ".join(x for x in (model.producer_name, model.producer_version) if x)
-    bits = Counter(
-        node.attributes.get_int("bits", 4)
-        for node in model.graph
-        if (node.domain, node.op_type) == (MICROSOFT, "MatMulNBits")
-    )
-    stored = ", ".join(f"{count} products of int{n}" for n, count in sorted(bits.items()))
-    words = [name, f"of {producer}" if producer else "", f"with {stored}" if stored else ""]
-    return " ".join(word for word in words if word)
+    kinds = Counter(kind for node in model.graph if (kind := _integers(node)) is not None)
+    return OnnxOrigin(file=name, producer=producer, integer_products=dict(sorted(kinds.items())))
+
+
+def _integers(node: ir.Node) -> str | None:
+    """Return the type of the integers of a product's weights, None where they are none."""
+    if node.domain == MICROSOFT and node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+        return f"int{node.attributes.get_int('bits', 4)}"
+    if node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
+        return "int8"
+    first = node.inputs[0] if node.op_type == "DequantizeLinear" and node.inputs else None
+    if first is not None and first.const_value is not None:
+        return str(first.const_value.dtype).lower().removeprefix("u")
+    return None
 
 
 def _dtype(anchors: list[Anchor]) -> Dtype:

@@ -88,7 +88,7 @@ class RewriteJob:
         attention = self.plan.attention
         return new_manifest(
             model_type=self.source.model_type,
-            source=SourceRecord(name=self.source.name, rewritten=self.found.description),
+            source=SourceRecord(name=self.source.name, rewritten=self.found.origin),
             settings=self.settings,
             contract=self.contract,
             num_attention_heads=attention.num_attention_heads,
@@ -129,11 +129,16 @@ class RewriteJob:
         return [token for token in ids if token < self.found.vocab_size]
 
 
-def training_length(source: OnnxSource) -> int | None:
-    """Return the length that a model was trained on, where its files say it."""
+def training_length(source: OnnxSource, found: FoundGraph) -> int | None:
+    """Return the length that a model was trained on, where its files or its graph say it."""
     if source.source is not None:
         config = source.source.config
         known = family_of(config).training_length(config)
         if known is not None:
             return known
-    return source.context_length
+    # Where a graph rotates long texts otherwise, short ones are of the training's length.
+    turnings = [layer.measured.turning for layer in found.layers]
+    lengths = [turning.switch for turning in turnings if turning and turning.switch]
+    if source.context_length is not None:
+        lengths.append(source.context_length)
+    return min(lengths, default=None)

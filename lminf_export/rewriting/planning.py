@@ -16,6 +16,7 @@ from lminf_export.operator.bindings import LayerSpec
 from lminf_export.operator.settings import LambdaConfig, ring_capacity
 from lminf_export.rewriting.finding import Finding
 from lminf_export.rewriting.measure import Measured
+from lminf_export.rewriting.rules import round_base
 from lminf_export.rewriting.turning import Turning
 
 
@@ -200,7 +201,8 @@ def _rotation(
         found = torch.from_numpy(np.ascontiguousarray(turning.inv_freq)).float()
         factor = turning.factor if configured is None else configured.attention_factor
         return Rotation(found, factor, turning.interleaved)
-    ruled = _by_rule(turning)
+    found_base = round_base(turning)
+    ruled = None if found_base is None else found_base[1]
     if ruled is None:
         notices.append(
             f"the rotation's frequencies are read off the graph's tables to "
@@ -216,23 +218,6 @@ def _agree(turning: Turning, rotation: Rotation) -> bool:
     wanted = rotation.inv_freq.double().numpy()
     error = np.abs(wanted - turning.inv_freq)
     return bool((error <= turning.error + 1e-6 * np.abs(wanted)).all())
-
-
-def _by_rule(turning: Turning) -> torch.Tensor | None:
-    """Return frequencies θ^(−2i/R) of a round θ, None if these are others."""
-    speeds, dims = turning.inv_freq, turning.rotary_dim
-    places = np.arange(0, dims, 2) / dims
-    usable = (places > 0) & (speeds > 20 * turning.error)
-    if not usable.any():
-        return None
-    last = np.flatnonzero(usable)[-1]
-    theta = float(np.exp(-np.log(speeds[last]) / places[last]))
-    for digits in (1, 2, 3, 4, 5, 6, 7):
-        base = float(f"{theta:.{digits}g}")
-        ruled = 1.0 / (base ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims))
-        if (np.abs(ruled.double().numpy() - speeds) <= turning.error + 1e-6 * speeds).all():
-            return ruled
-    return None
 
 
 def _layer(measured: Measured, window: int | None, settings: LambdaConfig) -> LayerSpec:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,7 +24,8 @@ def read_graph(path: Path) -> ir.Model:
         ModelError: it cannot be read, or is one of this package already.
     """
     try:
-        model = ir.load(path)
+        with _quiet():
+            model = ir.load(path)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except DecodeError as error:
@@ -39,6 +43,18 @@ def read_graph(path: Path) -> ir.Model:
     ):
         step(model)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence onnx_ir about names that nothing gives: what needs one of them is refused."""
+    logger = logging.getLogger("onnx_ir")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def take_sizes_from_tokens(graph: ir.Graph, inputs: Inputs) -> None:

@@ -41,6 +41,7 @@ from lminf_export.verify.options import DEFAULT_MAX_HOURS
 from lminf_export.verify.perplexity_cost import cost_of
 from lminf_export.verify.reference_model import Reference, bundle_plan, rounding_of
 from lminf_export.verify.report import ValidationReport
+from lminf_export.verify.rewritten import require_comparable
 from lminf_export.verify.same_model import check_same_model, check_weights_fit
 from lminf_export.verify.small_window import SmallWindow, largest_window, tested_window, with_window
 from lminf_export.verify.stream import make_stream, notes_on
@@ -96,6 +97,7 @@ def validate(
     """
     progress("checking files", None)
     opened = Bundle.open(bundle, verify="full")
+    require_comparable(opened.manifest, model)
     _check_adapter(opened, model, lora)
     small = with_window(opened, tested_window(bundle, opened, window))
     manifest = small.bundle.manifest
@@ -107,13 +109,15 @@ def validate(
         trust_remote_code=trust_remote_code,
     )
     family = family_of(source.config)
-    if model is not None:
+    names_its_weights = opened.manifest.source.rewritten is None
+    if model is not None and names_its_weights:
         check_same_model(opened, source)
     original = open_checkpoint(source, lora, allow_pickle=allow_pickle)
     plan = small.plan(bundle_plan(opened, family, original))
     differing = None
     if model is not None:
         check_weights_fit(original)
+    if model is not None and names_its_weights:
         progress("comparing weights", None)
         differing = differing_weights(opened, original)
     watch = routing_watch(language_model, original)
