@@ -61,8 +61,7 @@ def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract
     op = Recorder()
     wide = op.Cast(logits, to=ir.DataType.FLOAT)
     graph.extend(op.nodes)
-    if logits.name == LOGITS:
-        logits.name = "logits.narrow"
+    found.logits.name = f"original.{LOGITS}"
     wide.name = LOGITS
     for spec in graph_contract.outputs():
         value = wide if spec.name == LOGITS else outputs[spec.name]

@@ -190,9 +190,10 @@ def _rotation(
         notices.append("layers rotate their keys that by config.json do not")
         configured = None
     if configured is not None and not _agree(turning, configured):
+        how_much = _by_how_much(turning, configured)
         notices.append(
-            "layers rotate by other frequencies than config.json says; the graph's are kept, so "
-            "the result equals the graph and not the checkpoint of that configuration"
+            f"layers rotate by other frequencies than config.json says{how_much}; the graph's are "
+            f"kept, so the result equals the graph and not the checkpoint of that configuration"
         )
         configured = None
     if configured is not None and not turning.exact:
@@ -210,6 +211,15 @@ def _rotation(
         )
         ruled = torch.from_numpy(turning.inv_freq).float()
     return Rotation(ruled, turning.factor, turning.interleaved)
+
+
+def _by_how_much(turning: Turning, rotation: Rotation) -> str:
+    """Say how far frequencies are from others of the same number."""
+    if rotation.rotary_dim != turning.rotary_dim:
+        return ""
+    wanted = rotation.inv_freq.double().numpy()
+    share = np.abs(turning.inv_freq / wanted - 1).max()
+    return f" (by up to {share:.2g} of them)"
 
 
 def _agree(turning: Turning, rotation: Rotation) -> bool:

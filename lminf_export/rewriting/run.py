@@ -185,7 +185,7 @@ def run_job(job: RewriteJob, progress: Progress = silent) -> Bundle:
         check_graph_file(graph)
         if original is not None:
             progress("checking the graph", None)
-            check_rewrite(job, graph.parent, original)
+            notices += check_rewrite(job, graph.parent, original)
         license = copy_license_files(job.source.texts, writer)
         engine, recipe = add_engine(job, writer, graph, progress)
         progress("hashing", None)

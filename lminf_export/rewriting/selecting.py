@@ -17,7 +17,10 @@ _PRODUCTS = {
     *((MICROSOFT, kind) for kind in ("MatMulNBits", "FusedMatMul", "DynamicQuantizeMatMul")),
     *((MICROSOFT, kind) for kind in ("MatMulIntegerToFloat", "MatMulFpQ4", "MatMulBnb4")),
     ("", "MatMul"),
+    ("", "DynamicQuantizeLinear"),
 }
+# Products of integers, whose tokens are rounded to integers by the node before.
+_INTEGER_PRODUCTS = {("", "MatMulInteger"), (MICROSOFT, "MatMulIntegerToFloat")}
 # What treats every token and every feature by itself.
 _TOKENWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Clip", "Where"}
 
@@ -81,6 +84,8 @@ def _before_head(found: FoundGraph) -> _Place | None:
         return None
     for node in _way_up(found):
         data = node.inputs[0]
+        if (node.domain, node.op_type) in _INTEGER_PRODUCTS:
+            continue
         if (node.domain, node.op_type) in _PRODUCTS:
             if data is None or not _tokens(found, data):
                 return None

@@ -132,10 +132,9 @@ def _turning(
     eps = max(protractor.attention.eps, 2.0**-23)
     if not places:
         return Turning(speeds, protractor.interleaved, error=eps / (_TOKENS - 1))
-    if protractor.attention.eps == 0.0:
-        exact = _exact(speeds, np.array(places), np.array(angles))
-        if exact is not None:
-            return Turning(exact, protractor.interleaved, exact=True)
+    exact = _exact(speeds, np.array(places), np.array(angles))
+    if exact is not None:
+        return Turning(exact, protractor.interleaved, exact=True)
     return Turning(speeds, protractor.interleaved, error=2 * eps / min(places[-1], _COARSE))
 
 
