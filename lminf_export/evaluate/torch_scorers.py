@@ -31,6 +31,7 @@ from lminf_export.models.registry import family_of
 from lminf_export.models.steps import run
 from lminf_export.verify.bundle_weights import reference_checkpoint
 from lminf_export.verify.reference_model import bundle_plan, rounding_of
+from lminf_export.verify.rewritten import require_weights
 
 CHUNK_SIZE = 256
 # A snapshot is written many times; a history larger than this is read again instead.
@@ -51,6 +52,7 @@ class TorchModel:
     def __init__(
         self, bundle: Bundle, model: str | None = None, *, trust_remote_code: bool = False
     ) -> None:
+        require_weights(bundle.manifest, model)
         source = open_source(
             model if model is not None else bundle.path, trust_remote_code=trust_remote_code
         )

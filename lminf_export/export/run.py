@@ -18,7 +18,7 @@ from lminf_export.checkpoint.opening import open_checkpoint
 from lminf_export.checkpoint.skeleton import Skeleton
 from lminf_export.checkpoint.source import open_source
 from lminf_export.disk import exists, user_path
-from lminf_export.errors import ModelError
+from lminf_export.errors import ConfigError, ModelError
 from lminf_export.export.background_weights import BackgroundWeights, expected_pieces
 from lminf_export.export.calibration import Calibration, calibration_batch
 from lminf_export.export.decisions import (
@@ -109,6 +109,8 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:
     Raises:
         LminfError: as `export`.
     """
+    if options.tokenizer is not None:
+        raise ConfigError("tokenizer: is for ONNX models; a checkpoint's is in its own folder")
     target = out_target(options)
     dtype = default_dtype(options.dtype, target)
     kv_cache_dtype = decide_kv_cache_dtype(options.kv_cache_dtype, dtype, target)

@@ -6,26 +6,34 @@ from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import InputError
 
 
-def require_comparable(manifest: Manifest, model: str | None) -> None:
-    """Check that a reference can be built for a bundle, where it was rewritten.
+def require_weights(manifest: Manifest, model: str | None) -> None:
+    """Check that a torch model of a bundle can be built, where it was rewritten.
 
     Its weights have the names and layouts of the ONNX model, so none can be read back from it.
 
     Raises:
-        InputError: there is no model to take weights from, or the bundle's are not those.
+        InputError: no other model is given to take weights from.
     """
     origin = manifest.source.rewritten
-    if origin is None:
-        return
-    compared = "it was compared with that graph when it was written"
-    if model is None or model.endswith(".onnx"):
+    if origin is not None and (model is None or model.endswith(".onnx")):
         raise InputError(
-            f"the bundle was rewritten from {origin.file} and has no checkpoint to build a "
-            f"reference of; {compared}; --model CHECKPOINT compares it with the model that the "
-            f"graph was made of"
+            f"the bundle was rewritten from {origin.file} and has no checkpoint to take weights "
+            f"from; give --model CHECKPOINT, the model that the graph was made of (the graph itself "
+            f"was compared with {origin.file} when it was written)"
         )
-    if origin.integer_products:
+
+
+def require_comparable(manifest: Manifest, model: str | None) -> None:
+    """Check that a bundle computes what a reference does, where it was rewritten.
+
+    Raises:
+        InputError: there is no model to take weights from, or the bundle's are not those.
+    """
+    require_weights(manifest, model)
+    origin = manifest.source.rewritten
+    if origin is not None and origin.integer_products:
         raise InputError(
             f"the bundle was rewritten from {origin.file}, whose weights are integers, and the "
-            f"reference of a checkpoint would have others; {compared}"
+            f"reference of a checkpoint would have others; it was compared with that graph when "
+            f"it was written"
         )
