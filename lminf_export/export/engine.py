@@ -39,7 +39,7 @@ DEFAULT_ENGINE_NAME = "engine.plan"
 
 
 class EngineJob(Protocol):
-    """What an engine is built for: an export, or a rewrite."""
+    """An export or a rewrite, as far as its engine needs it."""
 
     @property
     def options(self) -> ExportOptions:

@@ -98,7 +98,7 @@ def _features(graph: ir.Graph, inputs: Inputs) -> set[ir.Value]:
 
 @dataclass(frozen=True)
 class _Search:
-    """What finders need."""
+    """The things that finders need."""
 
     graph: ir.Graph
     inputs: Inputs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lminf_export.errors import ModelError, shortened
 from lminf_export.export.onnx_dtypes import onnx_dtype
+from lminf_export.export.passes import editing
 from lminf_export.models.steps import PlanTables
 from lminf_export.operator import contract, positions
 from lminf_export.operator.bindings import (
@@ -51,6 +52,9 @@ def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract
     # Old inputs may have the names of new ones; they keep their readers until those are gone.
     for value in old:
         value.name = f"original.{value.name}"
+    _free_names(
+        graph, {spec.name for spec in (*graph_contract.inputs(), *graph_contract.outputs())}
+    )
     ids = _take_ids(found, inputs[INPUT_IDS])
     builder = _Builder(found, plan, graph_contract, inputs, ids)
     outputs = builder.build()
@@ -61,7 +65,6 @@ def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract
     op = Recorder()
     wide = op.Cast(logits, to=ir.DataType.FLOAT)
     graph.extend(op.nodes)
-    found.logits.name = f"original.{LOGITS}"
     wide.name = LOGITS
     for spec in graph_contract.outputs():
         value = wide if spec.name == LOGITS else outputs[spec.name]
@@ -81,6 +84,15 @@ def _input(spec: TensorSpec) -> ir.Value:
     return ir.Value(
         name=spec.name, type=ir.TensorType(onnx_dtype(spec.dtype)), shape=ir.Shape(spec.shape)
     )
+
+
+def _free_names(graph: ir.Graph, names: set[str]) -> None:
+    """Rename what has the name of a new input or output."""
+    for value in (value for node in graph for value in node.outputs):
+        if value.name in names:
+            value.name = f"original.{value.name}"
+    for name in names & graph.initializers.keys():
+        editing.rename_initializer(graph, name, f"original.{name}")
 
 
 def _take_ids(found: FoundGraph, new: ir.Value) -> ir.Value:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 
 from lminf_export.bundle.folder import Bundle
@@ -24,17 +25,20 @@ from lminf_export.rewriting.job import RewriteJob
 from lminf_export.rewriting.parts import (
     NARROW,
     NO_PACKED_WEIGHTS,
-    WEIGHTS_FOLDER,
+    weight_files,
     widened_array,
 )
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
+from lminf_export.runtime.onnxruntime import OnnxRuntimeSession, weights_of_bytes
+from lminf_export.tensors.torch_dtypes import torch_dtype
 
 _SEED = 11
 # Tokens, and for models whose weights take longer to read than the rest of the check.
 _TOKENS, _FEW_TOKENS, _LARGE_BYTES = 48, 12, 2**31
 # Largest error of a logit, relative to their range: rounding of float32 stays far below.
 _LIMIT = 2e-4
+# Tables in half precision are rounded: so many times the distance of two numbers near 1.
+_STEPS = 8
 # The same where the graph rounds activations to integers by itself: a near-tie goes either way.
 _ROUNDED_LIMIT = 2e-2
 _ROUNDING_OPERATORS = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QLinearMatMul")
@@ -42,7 +46,7 @@ _ROUNDING_OPERATORS = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QLinea
 
 @dataclass(frozen=True)
 class Original:
-    """What the original graph computes.
+    """The logits of the original graph.
 
     Attributes:
         tokens: (T,) int64.
@@ -115,8 +119,8 @@ def check_rewrite(job: RewriteJob, folder: Path, original: Original) -> list[str
     """
     proto = onnx.load(str(folder / job.target.graph_name), load_external_data=False)
     rounds = _rounds(proto)
-    eps = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[job.found.dtype]
-    limit = max(_ROUNDED_LIMIT if rounds else _LIMIT, 8 * eps)
+    eps = torch.finfo(torch_dtype(job.found.dtype)).eps
+    limit = max(_ROUNDED_LIMIT if rounds else _LIMIT, _STEPS * eps)
     wide = replace(job, found=replace(job.found, dtype="float32"))
     bundle = Bundle(folder, wide.manifest())
     session = OnnxRuntimeSession(bundle, graph=_in_float32(proto), lean=True)
@@ -170,7 +174,8 @@ def _logits(
 ) -> NDArray[np.float32]:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry(WEIGHTS_FOLDER, str(job.source.folder))
+    names = weight_files(job.found.model)
+    weights = weights_of_bytes(job.source.folder, names, options)
     options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
     found = job.found
     capacity = found.least_capacity and max(found.least_capacity, len(tokens))
@@ -183,6 +188,7 @@ def _logits(
             _in_float32(proto), options, providers=["CPUExecutionProvider"]
         )
         run: Any = session.run(["logits"], named)
+        del session, weights
     except Exception as error:  # onnxruntime's errors have no common base
         raise ModelError(shortened(" ".join(str(error).split()), 160)) from error
     logits: NDArray[np.float32] = run[0][0].astype(np.float32)

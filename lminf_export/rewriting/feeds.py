@@ -125,11 +125,6 @@ def read_inputs(graph: ir.Graph) -> Inputs:
 
 def _no_ids(names: Iterable[str]) -> str:
     listed = ", ".join(sorted(names)[:6])
-    if any("embeds" in name for name in names):
-        return (
-            "the graph takes inputs_embeds instead of token ids: its embedding is another file; "
-            "export the model with its embedding"
-        )
     return f"the graph has no input input_ids (it has {listed}): it is no decoder of tokens"
 
 
@@ -149,6 +144,11 @@ def _role(value: ir.Value) -> Role:
         return role
     if value.dtype in _FLOATS and rank == 4:
         return "cache"
+    if "embeds" in name:
+        raise ModelError(
+            f"the graph takes {shortened(name, 40)} instead of token ids: its embedding is another "
+            f"file; export the model with its embedding"
+        )
     if name == "use_cache_branch":
         raise ModelError(
             "the graph is a merged decoder (use_cache_branch chooses between two graphs); give "

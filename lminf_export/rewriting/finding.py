@@ -6,17 +6,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import onnx_ir as ir
 
 from lminf_export.bundle.records import OnnxOrigin
 from lminf_export.errors import ModelError
+from lminf_export.export.onnx_dtypes import dtype_name
 from lminf_export.operator.settings import Dtype
 from lminf_export.progress import Progress
 from lminf_export.rewriting.anchors import MICROSOFT, Anchor, find_anchors
+from lminf_export.rewriting.attending import Attention, Layouts
 from lminf_export.rewriting.feeds import Call, Inputs, cache_shape, read_inputs
 from lminf_export.rewriting.layouts import Layout, find_layout
-from lminf_export.rewriting.measure import Attention, Layouts, Measured, measure
+from lminf_export.rewriting.measure import Measured, measure
 from lminf_export.rewriting.parts import Array, Parts
 from lminf_export.rewriting.plain_forms import plain_forms, window_of_caches
 from lminf_export.rewriting.reading import read_graph, take_sizes_from_tokens
@@ -142,14 +145,9 @@ def _dtype(anchors: list[Anchor]) -> Dtype:
         raise ModelError(
             f"the graph's caches have several element types: {sorted(map(str, kinds))}"
         )
-    names: dict[ir.DataType, Dtype] = {
-        ir.DataType.FLOAT: "float32",
-        ir.DataType.FLOAT16: "float16",
-        ir.DataType.BFLOAT16: "bfloat16",
-    }
     kind = kinds.pop()
     assert kind is not None
-    return names[kind]
+    return cast(Dtype, dtype_name(kind))  # `feeds` takes caches of no other types
 
 
 def _check_caches(inputs: Inputs, anchors: list[Anchor]) -> None:

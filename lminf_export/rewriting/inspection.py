@@ -1,4 +1,4 @@
-"""What is found in an ONNX model, and whether it can be rewritten: for `lminf inspect`."""
+"""The facts of an ONNX model, and whether it can be rewritten: for `lminf inspect`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What one attention of a graph computes.
+    """The facts of one attention.
 
     Attributes:
         kind: the operator, or "MatMul, Softmax, MatMul".
@@ -89,7 +89,7 @@ def _rotation(turning: Turning | None) -> tuple[str, int, float | None, int | No
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What is found in an ONNX model.
+    """The facts of an ONNX model.
 
     Attributes:
         path: the graph's file.

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
 from lminf_export.bundle.manifest import Manifest, new_manifest
 from lminf_export.bundle.out import OutTarget
 from lminf_export.bundle.records import Engine, EngineRecipe, SourceRecord
@@ -20,6 +18,7 @@ from lminf_export.models.registry import family_of
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import LambdaConfig, as_integer
 from lminf_export.rewriting.finding import FoundGraph
+from lminf_export.rewriting.parts import weight_files
 from lminf_export.rewriting.planning import RewritePlan
 from lminf_export.rewriting.source import OnnxSource
 
@@ -66,12 +65,7 @@ class RewriteJob:
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the graph's weights, beside the graph itself."""
-        names = {
-            str(value.const_value.location)
-            for value in self.found.model.graph.initializers.values()
-            if isinstance(value.const_value, ir.ExternalTensor)
-        }
-        return tuple(self.source.folder / name for name in sorted(names))
+        return tuple(self.source.folder / name for name in weight_files(self.found.model))
 
     @property
     def weight_bytes(self) -> int:

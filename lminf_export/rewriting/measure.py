@@ -1,4 +1,4 @@
-"""What an attention of a foreign graph computes, measured by running it.
+"""The numbers that describe an attention of a foreign graph, measured by running it.
 
 The part between the new tokens' queries, keys and values and attention's output is run on chosen
 numbers. Keys of nothing but zeros show masks and biases, one key of known length the scale and the
@@ -8,46 +8,27 @@ random numbers: an attention that is not of this kind is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
 from lminf_export.operator.reference import attend_by_distance
-from lminf_export.rewriting.anchors import Anchor
-from lminf_export.rewriting.feeds import Call, Inputs, numpy_dtype
-from lminf_export.rewriting.layouts import Layout
-from lminf_export.rewriting.parts import Parts
+from lminf_export.rewriting.attending import Attention
 from lminf_export.rewriting.turning import Turning, measure_turning
 
 Array = NDArray[Any]
-# Bytes that one measurement's keys and values may take.
-_LARGEST = 2**27
-_LENGTHS = [2**k for k in range(17, 4, -1)]
 _TOLERANCE = 2e-4
-_ROUNDING = 2e-5
 # Windows up to this many tokens are run beyond.
 _SHORT_WINDOW = 1024
 
 
 @dataclass(frozen=True)
-class Layouts:
-    """Layouts of what one attention takes and gives."""
-
-    query: Layout
-    key: Layout
-    value: Layout
-    output: Layout
-
-
-@dataclass(frozen=True)
 class Measured:
-    """What one attention computes.
+    """The numbers that describe one attention.
 
     Attributes:
         heads: H.
@@ -72,112 +53,6 @@ class Measured:
     turning: Turning | None
     alibi_slopes: Array | None
     sink_logits: Array | None
-
-
-class Attention:
-    """One attention of a graph, ready to be run.
-
-    Args:
-        parts: of the graph.
-        inputs: of the graph.
-        anchor: where it is.
-        layouts: of its tensors.
-        head_dims: of caches whose last dimension is open.
-        longest: tokens that the graph's tables reach, None for no limit.
-    """
-
-    def __init__(
-        self,
-        parts: Parts,
-        inputs: Inputs,
-        anchor: Anchor,
-        layouts: Layouts,
-        head_dims: Mapping[str, int],
-        longest: int | None,
-    ) -> None:
-        self.parts, self.inputs, self.anchor = parts, inputs, anchor
-        # Of numbers near 1 in the graph's type: its tables are rounded to that.
-        self.eps = {2: 2.0**-10, 4: 0.0}[numpy_dtype(anchor.past_key).itemsize]
-        if anchor.past_key.dtype == ir.DataType.BFLOAT16:
-            self.eps = 2.0**-7
-        self.layouts, self.head_dims, self.longest = layouts, head_dims, longest
-        self.heads, self.kv_heads = layouts.query.heads, layouts.key.heads
-        self.head_dim = layouts.query.head_dim
-
-    @property
-    def tolerance(self) -> float:
-        """Largest error of an output, relative to the largest output."""
-        return max(_TOLERANCE, 4 * self.eps)
-
-    @property
-    def rounding(self) -> float:
-        """Largest relative error of a number that is computed once."""
-        return max(_ROUNDING, 2 * self.eps)
-
-    def _feeds(self, new: int, past: int, masked: int | None) -> dict[Any, Array]:
-        return self.inputs.feeds(Call(new, past, self.head_dims, masked))
-
-    def zeros(self, heads: int, tokens: int) -> Array:
-        """(1, heads, tokens, D)."""
-        return np.zeros((1, heads, tokens, self.head_dim), np.float32)
-
-    def attend(self, query: Array, key: Array, value: Array) -> Array:
-        """Return (1, H, S, D).
-
-        Args:
-            query: (1, H, S, D), not rotated.
-            key: (1, G, P + S, D), the first P as they are cached.
-            value: (1, G, P + S, D).
-        """
-        new = query.shape[2]
-        past = key.shape[2] - new
-        anchor, layouts = self.anchor, self.layouts
-        given = self._feeds(new, past, None)
-        given[anchor.past_key] = self._cache(key[:, :, :past], given[anchor.past_key])
-        given[anchor.past_value] = self._cache(value[:, :, :past], given[anchor.past_value])
-        given[anchor.query] = layouts.query.from_heads(query)
-        given[anchor.key] = layouts.key.from_heads(key[:, :, past:])
-        given[anchor.value] = layouts.value.from_heads(value[:, :, past:])
-        (found,) = self.parts.run([anchor.output], given)
-        return layouts.output.to_heads(found)
-
-    @staticmethod
-    def _cache(tokens: Array, like: Array) -> Array:
-        """Return a cache that begins with some tokens."""
-        if like.shape == tokens.shape:
-            return np.ascontiguousarray(tokens)
-        cache = like.copy()
-        cache[:, :, : tokens.shape[2]] = tokens
-        return cache
-
-    def cached_keys(self, key: Array, past: int, masked: int | None = None) -> Array:
-        """Return new keys (1, G, S, D) as they are cached behind P others."""
-        given = self._feeds(key.shape[2], past, masked)
-        query = self.zeros(self.heads, key.shape[2])
-        given[self.anchor.query] = self.layouts.query.from_heads(query)
-        given[self.anchor.value] = self.layouts.value.from_heads(np.zeros_like(key))
-        given[self.anchor.key] = self.layouts.key.from_heads(key)
-        (found,) = self.parts.run([self.anchor.keys], given)
-        wanted = (1, self.kv_heads, self.head_dim)
-        if found.ndim != 4 or (found.shape[0], found.shape[1], found.shape[3]) != wanted:
-            raise ModelError(
-                f"{self.anchor.name} caches keys of shape {found.shape}; expected (batch, "
-                f"{self.kv_heads} heads, tokens, {self.head_dim})"
-            )
-        return found[:, :, past : past + key.shape[2]]
-
-    def fingerprint(self) -> bytes:
-        """Return what is equal for attentions that compute the same."""
-        given = self._feeds(2, 1, None)
-        anchor = self.anchor
-        given |= {v: np.zeros((1,), np.float32) for v in (anchor.query, anchor.key, anchor.value)}
-        return self.parts.digest([anchor.output, anchor.keys], given) + repr(self.layouts).encode()
-
-    def lengths(self) -> list[int]:
-        """Numbers of tokens to try, longest first."""
-        row = 4 * 4 * self.kv_heads * self.head_dim
-        most = min(_LARGEST // row, self.longest or _LENGTHS[0])
-        return list(dict.fromkeys([min(n, most) for n in _LENGTHS]))
 
 
 def measure(attention: Attention) -> Measured:
@@ -214,6 +89,7 @@ def measure(attention: Attention) -> Measured:
         sink_logits=sinks,
     )
     _require_equal(attention, measured)
+    _require_alike_far(attention, measured)
     return measured
 
 
@@ -287,22 +163,32 @@ def _window_within(attention: Attention, total: int) -> int | None:
     mean = found[1] / found[0] * total + total / 2
     guess = round(2 * (total - 1 - mean)) + 1
     for window in (guess, guess - 1, guess + 1, guess - 2, guess + 2):
-        if _sees_exactly(attention, total, window):
-            return None if window >= total else window
+        if not _sees_exactly(attention, total, window):
+            continue
+        if window >= total:
+            return None
+        # A chunk of fixed positions looks like a window to the last token of one.
+        other = total - window // 2 - 1
+        if _sees_exactly(attention, other, min(window, other)):
+            return window
     raise ModelError(f"{attention.anchor.name} has a mask that is no window")
 
 
 def _sees_exactly(attention: Attention, total: int, window: int) -> bool:
+    """Say whether the last of so many tokens sees all of its window, and nothing before it."""
     if window < 1 or window > total:
         return False
     value = attention.zeros(attention.kv_heads, total)
     value[:, :, total - window, 0] = 1.0
-    if window < total:
-        value[:, :, : total - window, 1] = 1.0
-    found = attention.attend(
-        attention.zeros(attention.heads, 1), attention.zeros(attention.kv_heads, total), value
-    )[0, 0, 0]
-    return bool(found[0] > 0 and found[1] == 0)
+    value[:, :, : total - window, 1] = 1.0
+    value[..., 2] = 1.0
+    query = attention.zeros(attention.heads, 1)
+    key = attention.zeros(attention.kv_heads, total)
+    found = attention.attend(query, key, value)[0, :, 0].astype(np.float64)
+    if not (found[:, 0] > 0).all() or found[:, 1].any():
+        return False
+    # All weights are equal, so those of all over that of one is their number.
+    return bool((np.abs(found[:, 2] / found[:, 0] - window) < 0.5).all())
 
 
 def _scale(
@@ -405,6 +291,40 @@ def _require_equal(attention: Attention, measured: Measured) -> None:
                 f"output with {past} earlier tokens is off by {error:.2g}, at most "
                 f"{attention.tolerance:.2g} is rounding"
             )
+
+
+def _require_alike_far(attention: Attention, measured: Measured) -> None:
+    """Check that far tokens are scaled as near ones, where masks and rotations were looked for.
+
+    Raises:
+        ModelError: the scale depends on the position.
+    """
+    turning = measured.turning
+    if measured.alibi_slopes is not None or not measured.longest:
+        return
+    total = measured.longest
+    if turning is not None and turning.switch is not None:
+        total = min(total, turning.switch)
+    factor = 1.0 if turning is None else turning.factor
+    wanted = 4.0
+    query = attention.zeros(attention.heads, 1)
+    key = attention.zeros(attention.kv_heads, total)
+    query[..., 0] = key[:, :, -1, 0] = (wanted / (measured.scale * factor**2)) ** 0.5
+    value = attention.zeros(attention.kv_heads, total)
+    value[:, :, -1, 0] = 1.0
+    value[:, :, :-1, 1] = 1.0
+    found = attention.attend(query, key, value)[0, :, 0].astype(np.float64)
+    others = min(measured.window or total, total) - 1
+    logits = np.log(found[:, 0]) - np.log(found[:, 1] / others)
+    if measured.softcap:
+        wanted = measured.softcap * np.tanh(wanted / measured.softcap)
+    error = np.abs(logits / wanted - 1).max()
+    if not error <= 4 * attention.tolerance:
+        raise ModelError(
+            f"{attention.anchor.name} scales the logits of token {total} by another "
+            f"{1 + error:.3g} times than those of the first: queries that grow with the position "
+            f"(attention temperature) cannot be followed by a graph that knows distances only"
+        )
 
 
 def specified(measured: Measured, query: Array, key: Array, value: Array) -> Array:

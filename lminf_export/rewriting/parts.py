@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from lminf_export.errors import ModelError, shortened
 from lminf_export.export.passes.checking import inner_graphs
 from lminf_export.export.wider_graph import widen
 from lminf_export.operator.contract import DOMAIN
+from lminf_export.runtime.onnxruntime import weights_of_bytes
 
 Array = NDArray[Any]
-# Where onnxruntime looks for the weights of a graph that comes as bytes.
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_PACKED_WEIGHTS = "session.disable_prepacking"
 _IR_VERSION = 10
 # Computed in float32, so that measurements are exact.
@@ -41,6 +41,18 @@ def read_values(node: ir.Node) -> Iterator[ir.Value]:
             yield from (value for value in read_values(inner) if value not in own)
             own.update(inner.outputs)
         yield from (value for value in graph.outputs if value not in own)
+
+
+def weight_files(model: ir.Model) -> list[str]:
+    """Return the names of the files that hold a graph's weights, ascending."""
+    return sorted(
+        {
+            str(value.const_value.location)
+            for graph in (model.graph, *model.graph.subgraphs())
+            for value in graph.initializers.values()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        }
+    )
 
 
 def nodes_between(given: Iterable[ir.Value], wanted: Iterable[ir.Value]) -> list[ir.Node]:
@@ -75,7 +87,13 @@ class Parts:
 
     model: ir.Model
     folder: Path
+    _weights: list[Array] = field(default_factory=list)
     _sessions: dict[bytes, ort.InferenceSession] = field(default_factory=dict)
+
+    @cached_property
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold the graph's weights."""
+        return weight_files(self.model)
 
     def run(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Array]) -> list[Array]:
         """Return some values of the graph, computed from others.
@@ -106,7 +124,7 @@ class Parts:
             options.log_severity_level = 4
             options.intra_op_num_threads = 1
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder))
+            self._weights += weights_of_bytes(self.folder, self.weight_files, options)
             options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
             try:
                 self._sessions[proto] = ort.InferenceSession(

@@ -11,10 +11,14 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx_ir.passes import common
 
-from lminf_export.errors import ModelError
+from lminf_export.bundle.links import stays_inside
+from lminf_export.bundle.records import check_file_name
+from lminf_export.disk import is_file
+from lminf_export.errors import ModelError, shortened
 from lminf_export.export.passes import editing
 from lminf_export.operator.contract import DOMAIN
 from lminf_export.rewriting.feeds import Inputs
+from lminf_export.rewriting.parts import weight_files
 
 
 def read_graph(path: Path) -> ir.Model:
@@ -30,6 +34,7 @@ def read_graph(path: Path) -> ir.Model:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except DecodeError as error:
         raise ModelError(f"{path} is not an ONNX model: {error}") from error
+    _check_weights(model, path)
     if any(node.domain == DOMAIN for node in model.graph):
         raise ModelError(
             f"{path} attends through {DOMAIN} already: it was written by lminf-export; export the "
@@ -43,6 +48,32 @@ def read_graph(path: Path) -> ir.Model:
     ):
         step(model)
     return model
+
+
+def _check_weights(model: ir.Model, path: Path) -> None:
+    """Check that weights in other files are in plain ones, in the graph's own folder.
+
+    Whoever packed the graph chose the names, and what is read there becomes part of a bundle.
+
+    Raises:
+        ModelError: naming a file that is missing or elsewhere.
+    """
+    for location in weight_files(model):
+        shown = shortened(repr(location), 60)
+        try:
+            check_file_name(location)
+        except ValueError:
+            raise ModelError(
+                f"the graph's weights are in {shown}, which is not a plain name in its folder"
+            ) from None
+        file = path.parent / location
+        if not is_file(file):
+            raise ModelError(f"the graph's weights {shown} are missing; copy the whole model")
+        if not stays_inside(file, path.parent):
+            raise ModelError(
+                f"the graph's weights {shown} are a link to outside of its folder, which is not "
+                f"followed; put the file itself there"
+            )
 
 
 @contextmanager

@@ -136,7 +136,6 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
         notices=tuple(notices),
     )
     job.manifest()  # what the files get wrong shows here, not after the work
-    _check_weight_files(job)
     check_destination(target.directory, force=options.force)
     return job
 
@@ -153,16 +152,6 @@ def _configured(source: OnnxSource, settings: LambdaConfig, notices: list[str]) 
     except ModelError as error:
         notices.append(f"config.json is not compared with the graph: {error}")
         return None
-
-
-def _check_weight_files(job: RewriteJob) -> None:
-    """Check that the graph's weights are plain files beside it."""
-    for path in job.weight_files:
-        name = path.relative_to(job.source.folder).as_posix()
-        if ".." in path.parts or path.is_absolute() != job.source.folder.is_absolute():
-            raise ModelError(f"the graph's weights {name} are outside of its folder")
-        if not path.is_file():
-            raise ModelError(f"the graph's weights {name} are missing; copy the whole model")
 
 
 def run_job(job: RewriteJob, progress: Progress = silent) -> Bundle:

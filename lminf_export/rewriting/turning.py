@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
-
-if TYPE_CHECKING:
-    from lminf_export.rewriting.measure import Attention
+from lminf_export.rewriting.attending import Attention
 
 Array = NDArray[Any]
 # Tokens of one run; distances between them are doubled one after the other.

@@ -106,7 +106,10 @@ class OnnxRuntimeSession(Session):
         if provider == "cpu" and self.kernels is not None and not lean:
             read_ahead(bundle.path / name for name in self.manifest.files_of("weights"))
         # Weights that onnxruntime does not map itself live as long as the session.
-        self._weights = _weights_of_bytes(bundle, options) if graph is not None else []
+        self._weights: list[np.ndarray] = []
+        if graph is not None:
+            names = self.manifest.files_of("weights")
+            self._weights = weights_of_bytes(bundle.path, names, options)
         self._session = _open_session(bundle.graph_path, provider, options, graph, lean=lean)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
@@ -248,17 +251,23 @@ def _open_session(
         )
 
 
-def _weights_of_bytes(bundle: Bundle, options: ort.SessionOptions) -> list[np.ndarray]:
+def weights_of_bytes(
+    folder: Path, names: Sequence[str], options: ort.SessionOptions
+) -> list[np.ndarray]:
     """Tell where a graph that comes as bytes has its weights; return those that are handed over.
 
     In the hub's cache files are links out of their folder, which onnxruntime does not follow
     for such a graph.
+
+    Args:
+        folder: of the weights.
+        names: their files in it.
+        options: of the session; what is returned must live as long as that.
     """
-    names = bundle.manifest.files_of("weights")
-    if not any((bundle.path / name).is_symlink() for name in names):
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
+    if not any((folder / name).is_symlink() for name in names):
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
         return []
-    contents = [np.memmap(bundle.path / name, np.uint8, "r") for name in names]
+    contents = [np.memmap(folder / name, np.uint8, "r") for name in names]
     lengths = [content.nbytes for content in contents]
     options.add_external_initializers_from_files_in_memory(names, contents, lengths)
     return list(contents)

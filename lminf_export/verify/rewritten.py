@@ -1,4 +1,4 @@
-"""What can be said of a bundle that was rewritten from an ONNX model."""
+"""Comparisons of a bundle that was rewritten from an ONNX model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def require_weights(manifest: Manifest, model: str | None) -> None:
     if origin is not None and (model is None or model.endswith(".onnx")):
         raise InputError(
             f"the bundle was rewritten from {origin.file} and has no checkpoint to take weights "
-            f"from; give --model CHECKPOINT, the model that the graph was made of (the graph itself "
-            f"was compared with {origin.file} when it was written)"
+            f"from; give --model CHECKPOINT, the model that the graph was made of (the bundle was "
+            f"compared with {origin.file} when it was written)"
         )
 
 

@@ -1,0 +1,141 @@
+"""One attention of a foreign graph, cut out and ready to be run on any queries, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lminf_export.errors import ModelError
+from lminf_export.rewriting.anchors import Anchor
+from lminf_export.rewriting.feeds import Call, Inputs, numpy_dtype
+from lminf_export.rewriting.layouts import Layout
+from lminf_export.rewriting.parts import Parts
+
+Array = NDArray[Any]
+# Bytes that one measurement's keys and values may take.
+_LARGEST = 2**27
+_LENGTHS = [2**k for k in range(17, 4, -1)]
+# Largest error of an output, and of a number that is computed once, relative to it, in float32.
+_TOLERANCE = 2e-4
+_ROUNDING = 2e-5
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Layouts of what one attention takes and gives."""
+
+    query: Layout
+    key: Layout
+    value: Layout
+    output: Layout
+
+
+class Attention:
+    """One attention of a graph, ready to be run.
+
+    Args:
+        parts: of the graph.
+        inputs: of the graph.
+        anchor: where it is.
+        layouts: of its tensors.
+        head_dims: of caches whose last dimension is open.
+        longest: tokens that the graph's tables reach, None for no limit.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        inputs: Inputs,
+        anchor: Anchor,
+        layouts: Layouts,
+        head_dims: Mapping[str, int],
+        longest: int | None,
+    ) -> None:
+        self.parts, self.inputs, self.anchor = parts, inputs, anchor
+        # Of numbers near 1 in the graph's type: its tables are rounded to that.
+        self.eps = {2: 2.0**-10, 4: 0.0}[numpy_dtype(anchor.past_key).itemsize]
+        if anchor.past_key.dtype == ir.DataType.BFLOAT16:
+            self.eps = 2.0**-7
+        self.layouts, self.head_dims, self.longest = layouts, head_dims, longest
+        self.heads, self.kv_heads = layouts.query.heads, layouts.key.heads
+        self.head_dim = layouts.query.head_dim
+
+    @property
+    def tolerance(self) -> float:
+        """Largest error of an output, relative to the largest output."""
+        return max(_TOLERANCE, 4 * self.eps)
+
+    @property
+    def rounding(self) -> float:
+        """Largest relative error of a number that is computed once."""
+        return max(_ROUNDING, 2 * self.eps)
+
+    def _feeds(self, new: int, past: int, masked: int | None) -> dict[Any, Array]:
+        return self.inputs.feeds(Call(new, past, self.head_dims, masked))
+
+    def zeros(self, heads: int, tokens: int) -> Array:
+        """(1, heads, tokens, D)."""
+        return np.zeros((1, heads, tokens, self.head_dim), np.float32)
+
+    def attend(self, query: Array, key: Array, value: Array) -> Array:
+        """Return (1, H, S, D).
+
+        Args:
+            query: (1, H, S, D), not rotated.
+            key: (1, G, P + S, D), the first P as they are cached.
+            value: (1, G, P + S, D).
+        """
+        new = query.shape[2]
+        past = key.shape[2] - new
+        anchor, layouts = self.anchor, self.layouts
+        given = self._feeds(new, past, None)
+        given[anchor.past_key] = self._cache(key[:, :, :past], given[anchor.past_key])
+        given[anchor.past_value] = self._cache(value[:, :, :past], given[anchor.past_value])
+        given[anchor.query] = layouts.query.from_heads(query)
+        given[anchor.key] = layouts.key.from_heads(key[:, :, past:])
+        given[anchor.value] = layouts.value.from_heads(value[:, :, past:])
+        (found,) = self.parts.run([anchor.output], given)
+        return layouts.output.to_heads(found)
+
+    @staticmethod
+    def _cache(tokens: Array, like: Array) -> Array:
+        """Return a cache that begins with some tokens."""
+        if like.shape == tokens.shape:
+            return np.ascontiguousarray(tokens)
+        cache = like.copy()
+        cache[:, :, : tokens.shape[2]] = tokens
+        return cache
+
+    def cached_keys(self, key: Array, past: int, masked: int | None = None) -> Array:
+        """Return new keys (1, G, S, D) as they are cached behind P others."""
+        given = self._feeds(key.shape[2], past, masked)
+        query = self.zeros(self.heads, key.shape[2])
+        given[self.anchor.query] = self.layouts.query.from_heads(query)
+        given[self.anchor.value] = self.layouts.value.from_heads(np.zeros_like(key))
+        given[self.anchor.key] = self.layouts.key.from_heads(key)
+        (found,) = self.parts.run([self.anchor.keys], given)
+        wanted = (1, self.kv_heads, self.head_dim)
+        if found.ndim != 4 or (found.shape[0], found.shape[1], found.shape[3]) != wanted:
+            raise ModelError(
+                f"{self.anchor.name} caches keys of shape {found.shape}; expected (batch, "
+                f"{self.kv_heads} heads, tokens, {self.head_dim})"
+            )
+        return found[:, :, past : past + key.shape[2]]
+
+    def fingerprint(self) -> bytes:
+        """Return what is equal for attentions that compute the same."""
+        given = self._feeds(2, 1, None)
+        anchor = self.anchor
+        given |= {v: np.zeros((1,), np.float32) for v in (anchor.query, anchor.key, anchor.value)}
+        return self.parts.digest([anchor.output, anchor.keys], given) + repr(self.layouts).encode()
+
+    def lengths(self) -> list[int]:
+        """Numbers of tokens to try, longest first."""
+        row = 4 * 4 * self.kv_heads * self.head_dim
+        most = min(_LARGEST // row, self.longest or _LENGTHS[0])
+        return list(dict.fromkeys([min(n, most) for n in _LENGTHS]))
