@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -31,17 +32,21 @@ from lminf_export.rewriting.finding import Finding, FoundGraph
 from lminf_export.rewriting.layouts import Layout
 from lminf_export.rewriting.planning import RewritePlan
 from lminf_export.rewriting.recording import Recorder
+from lminf_export.rewriting.rows import Shapes
 from lminf_export.rewriting.selecting import select_logits
 from lminf_export.tensors.torch_dtypes import torch_dtype
 
 
-def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract) -> None:
+def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract) -> Assembled:
     """Change a graph to one of this package, in place.
 
     Args:
         found: the graph, and what is in it.
         plan: how its layers will attend.
         graph_contract: the inputs and outputs it will have.
+
+    Returns:
+        What is known of its values by then.
 
     Raises:
         ModelError: something besides attention depends on the old inputs.
@@ -78,6 +83,22 @@ def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract
     ends = set(graph.outputs)
     for value in (value for node in graph for value in node.outputs if value not in ends):
         value.shape = None  # what is said of sizes was true of the old inputs
+    return Assembled(ids, inputs[LOGITS_INDEX], {**found.shapes, **builder.shapes})
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What is known of the values of a changed graph.
+
+    Attributes:
+        ids: (B, S) the tokens.
+        index: (B, K) the rows whose logits are asked for.
+        shapes: of values that do not depend on `index`, with 5 tokens and with 6.
+    """
+
+    ids: ir.Value
+    index: ir.Value
+    shapes: Shapes
 
 
 def _input(spec: TensorSpec) -> ir.Value:
@@ -139,6 +160,8 @@ class _Builder:
         contract: inputs and outputs.
         inputs: the new inputs by name.
         ids: (B, S) the tokens.
+        outputs: the new caches by name.
+        shapes: of attentions' results, as `FoundGraph` has them.
     """
 
     found: FoundGraph
@@ -147,6 +170,7 @@ class _Builder:
     inputs: Mapping[str, ir.Value]
     ids: ir.Value
     outputs: dict[str, ir.Value] = field(default_factory=dict)
+    shapes: dict[ir.Value, Any] = field(default_factory=dict)
 
     def build(self) -> dict[str, ir.Value]:
         """Replace all attentions; return the new caches by name."""
@@ -247,6 +271,7 @@ class _Builder:
         assert after is not None
         graph.insert_before(after, op.nodes)
         ir.convenience.replace_all_uses_with(anchor.output, new)
+        self.shapes[new] = self.found.shapes[anchor.output]
 
     def _turned(self, index: int) -> tuple[ir.Value, ...]:
         """Return the rows of positions, and of the distance limit, of a layer's rotation."""

@@ -23,6 +23,7 @@ from lminf_export.rewriting.measure import Measured, measure
 from lminf_export.rewriting.parts import Array, Parts
 from lminf_export.rewriting.plain_forms import plain_forms, window_of_caches
 from lminf_export.rewriting.reading import read_graph, take_sizes_from_tokens
+from lminf_export.rewriting.rows import streams
 
 # Tokens of the two runs whose shapes are compared.
 _SHORT, _LONG = 5, 6
@@ -92,7 +93,8 @@ def find_in_graph(path: Path, head_dim: int | None, progress: Progress) -> Found
     logits = _logits(graph)
     parts = Parts(model, path.parent)
     progress("running the graph", None)
-    shapes = _shapes(parts, inputs, head_dims, [*_values(anchors), *_tokenwise(logits)])
+    values = [*_values(anchors), *_tokenwise(logits), *streams(graph)]
+    shapes = _shapes(parts, inputs, head_dims, values)
     longest = _table_rows(graph)
     layers: list[Finding] = []
     known: dict[bytes, Measured] = {}

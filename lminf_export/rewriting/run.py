@@ -46,7 +46,9 @@ from lminf_export.rewriting.job import RewriteJob, training_length
 from lminf_export.rewriting.opset import to_opset
 from lminf_export.rewriting.options import REWRITE_OPTIONS, check_options
 from lminf_export.rewriting.planning import plan_layers
+from lminf_export.rewriting.rows import attach_bodies
 from lminf_export.rewriting.source import OnnxSource, open_onnx
+from lminf_export.rewriting.tuning import tune
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +189,10 @@ def run_job(job: RewriteJob, progress: Progress = silent) -> Bundle:
 
 
 def _write_graph(job: RewriteJob, writer: BundleWriter) -> Path:
-    assemble(job.found, job.plan, job.contract)
+    assembled = assemble(job.found, job.plan, job.contract)
+    tune(job.found.model, assembled)
     model = to_opset(job.found.model)
+    attach_bodies(model)
     plan = job.plan.attention
     features = BodyFeatures(
         rotary=bool(plan.rotations),
