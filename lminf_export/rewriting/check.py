@@ -22,6 +22,7 @@ from lminf_export.errors import ExportError, ModelError, SessionError, shortened
 from lminf_export.export.wider_graph import widen
 from lminf_export.rewriting.feeds import Call
 from lminf_export.rewriting.job import RewriteJob
+from lminf_export.rewriting.lighter import in_pieces
 from lminf_export.rewriting.parts import (
     NARROW,
     NO_PACKED_WEIGHTS,
@@ -177,6 +178,8 @@ def _logits(
     names = weight_files(job.found.model)
     weights = weights_of_bytes(job.source.folder, names, options)
     options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
+    options.enable_cpu_mem_arena = False
+    in_pieces(proto.graph)
     found = job.found
     capacity = found.least_capacity and max(found.least_capacity, len(tokens))
     call = Call(len(tokens), 0, found.head_dims, capacity=capacity)

@@ -20,7 +20,7 @@ from lminf_export.rewriting.attending import Attention, Layouts
 from lminf_export.rewriting.feeds import Call, Inputs, cache_shape, read_inputs
 from lminf_export.rewriting.layouts import Layout, find_layout
 from lminf_export.rewriting.measure import Measured, measure
-from lminf_export.rewriting.parts import Array, Parts
+from lminf_export.rewriting.parts import Parts
 from lminf_export.rewriting.plain_forms import plain_forms, window_of_caches
 from lminf_export.rewriting.reading import read_graph, take_sizes_from_tokens
 from lminf_export.rewriting.rows import streams
@@ -203,10 +203,10 @@ def _shapes(
 ) -> dict[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Run the whole graph twice; return the shapes of some values."""
     wanted = list(dict.fromkeys(values))
-    runs: list[list[Array]] = [
-        parts.run(wanted, inputs.feeds(Call(count, 0, head_dims))) for count in (_SHORT, _LONG)
-    ]
-    return {v: (a.shape, b.shape) for v, a, b in zip(wanted, *runs, strict=True)}
+    short, long = (
+        parts.shapes(wanted, inputs.feeds(Call(count, 0, head_dims))) for count in (_SHORT, _LONG)
+    )
+    return {v: (a, b) for v, a, b in zip(wanted, short, long, strict=True)}
 
 
 def _layouts(

@@ -23,6 +23,7 @@ from lminf_export.errors import ModelError, shortened
 from lminf_export.export.passes.checking import inner_graphs
 from lminf_export.export.wider_graph import widen
 from lminf_export.operator.contract import DOMAIN
+from lminf_export.rewriting.lighter import without_products
 from lminf_export.runtime.onnxruntime import weights_of_bytes
 
 Array = NDArray[Any]
@@ -95,6 +96,20 @@ class Parts:
         """Names of the files that hold the graph's weights."""
         return weight_files(self.model)
 
+    def shapes(
+        self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Array]
+    ) -> list[tuple[int, ...]]:
+        """Return shapes of some values, as `run` would; numbers of products do not count.
+
+        Raises:
+            ModelError: as `run`.
+        """
+        part = _Part(self.model, given, wanted)
+        proto = part.proto()
+        without_products(proto.graph)
+        session = self._open(proto.SerializeToString(), wanted)
+        return [array.shape for array in self._run(session, part)]
+
     def run(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Array]) -> list[Array]:
         """Return some values of the graph, computed from others.
 
@@ -106,33 +121,34 @@ class Parts:
             ModelError: onnxruntime cannot run the part, or it needs a value that is not given.
         """
         part = _Part(self.model, given, wanted)
-        session = self._session(part)
-        feeds = {part.names[value]: widened_array(given[value]) for value in part.inputs}
-        try:
-            return list(session.run([part.names[value] for value in wanted], feeds))
-        except Exception as error:  # onnxruntime's errors have no common base
-            raise ModelError(_cannot_run(wanted, error)) from error
+        proto = part.proto().SerializeToString()
+        if proto not in self._sessions:
+            self._sessions[proto] = self._open(proto, wanted)
+        return self._run(self._sessions[proto], part)
 
     def digest(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Array]) -> bytes:
         """Return a hash that is equal for parts that compute the same, whatever their names."""
         return hashlib.sha256(_Part(self.model, given, wanted).proto().SerializeToString()).digest()
 
-    def _session(self, part: _Part) -> ort.InferenceSession:
-        proto = part.proto().SerializeToString()
-        if proto not in self._sessions:
-            options = ort.SessionOptions()
-            options.log_severity_level = 4
-            options.intra_op_num_threads = 1
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            self._weights += weights_of_bytes(self.folder, self.weight_files, options)
-            options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
-            try:
-                self._sessions[proto] = ort.InferenceSession(
-                    proto, options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # as above
-                raise ModelError(_cannot_run(part.wanted, error)) from error
-        return self._sessions[proto]
+    def _open(self, proto: bytes, wanted: Sequence[ir.Value]) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        options.enable_cpu_mem_arena = False
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._weights += weights_of_bytes(self.folder, self.weight_files, options)
+        options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
+        try:
+            return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common base
+            raise ModelError(_cannot_run(wanted, error)) from error
+
+    def _run(self, session: ort.InferenceSession, part: _Part) -> list[Array]:
+        feeds = {part.names[value]: widened_array(part.given[value]) for value in part.inputs}
+        try:
+            return list(session.run([part.names[value] for value in part.wanted], feeds))
+        except Exception as error:  # as above
+            raise ModelError(_cannot_run(part.wanted, error)) from error
 
 
 def _cannot_run(wanted: Sequence[ir.Value], error: Exception) -> str:
