@@ -36,6 +36,8 @@ REAL_CONTESTANTS = {
     "llama.cpp q4_k_m, context shift": ("llama.cpp-shift", "q4_k_m"),
     "ours fp32, int8 ring": ("ours", "fp32-int8-ring"),
 }
+# Only of graphs of onnxruntime-genai: benchmarks/rewriting/race.py.
+REWRITTEN = {"rewritten int4": ("rewritten", "int4")}
 PACKAGES = {
     "transformers": "transformers",
     "genai": "onnxruntime_genai",
@@ -53,6 +55,8 @@ ROOM = 256  # behind a context that is read
 class Child:
     """A contestant's process, stopped unless it is asked something."""
 
+    worker = "benchmarks.peers.worker"
+
     def __init__(
         self, name: str, work: Path, threads: int, longest: int, read_limit: int = READ_LIMIT
     ) -> None:
@@ -64,7 +68,7 @@ class Child:
             [
                 python_of(kind),
                 "-m",
-                "benchmarks.peers.worker",
+                self.worker,
                 kind,
                 precision,
                 str(work),
@@ -104,7 +108,7 @@ class Child:
 
 def kind_of(name: str) -> tuple[str, str]:
     """Return a contestant's kind and precision."""
-    return {**CONTESTANTS, **REAL_CONTESTANTS}[name]
+    return {**CONTESTANTS, **REAL_CONTESTANTS, **REWRITTEN}[name]
 
 
 def python_of(kind: str) -> str:

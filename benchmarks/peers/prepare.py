@@ -46,6 +46,7 @@ def path_of(work: Path, kind: str, precision: str) -> Path:
     names = {
         "ours": f"ours-{precision}",
         "ours-body": f"ours-{precision}",
+        "rewritten": f"rewritten-{precision}",
         "transformers": "checkpoint",
         "genai": f"genai-{precision}",
         "genai-graph": f"genai-{precision}",

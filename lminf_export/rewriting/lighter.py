@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import onnx
 from onnx import TensorProto, helper
@@ -91,7 +92,7 @@ def _pieces(
 
 def _ranges(rows: int, count: int) -> Iterator[tuple[int, int]]:
     edges = [rows * number // count for number in range(count + 1)]
-    return zip(edges[:-1], edges[1:], strict=True)
+    return pairwise(edges)
 
 
 def _is_cut_by_rows(tensor: TensorProto | None, rows: int) -> bool:

@@ -170,8 +170,7 @@ class _Rows:
         inputs = [x if flat is None else flat.rows, weight, scales]
         inputs += [value for value in (bias, zeros) if value is not None]
         new = ir.Node(DOMAIN, kind, inputs, attributes)
-        assert scales is not None
-        new.outputs[0].dtype = scales.dtype
+        new.outputs[0].type = None if scales is None else scales.type
         self.graph.insert_before(node, new)
         if flat is None:
             ir.convenience.replace_all_uses_with(old, new.outputs[0], replace_graph_outputs=True)
