@@ -46,7 +46,14 @@ def streams(graph: ir.Graph) -> list[ir.Value]:
     if not any(_is_product(node) for node in graph):
         return []
     nodes = [node for node in graph if _is_product(node) or _is_tokenwise(node)]
-    values = (value for node in nodes for value in (*node.inputs[:2], node.outputs[0]))
+    values = (
+        value
+        for node in nodes
+        for value in (
+            *node.inputs[:2],
+            *(node.outputs if editing.is_op(node, "Split") else node.outputs[:1]),
+        )
+    )
     return list(dict.fromkeys(v for v in values if v is not None and not _is_constant(v)))
 
 

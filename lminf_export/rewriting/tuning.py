@@ -11,6 +11,7 @@ from lminf_export.rewriting.recording import Recorder
 from lminf_export.rewriting.rows import to_rows
 
 _HEADS_FIRST = (0, 2, 1, 3)
+_NORMS = ("SimplifiedLayerNormalization", "RMSNormalization")
 
 
 def tune(model: ir.Model, known: Assembled) -> None:
@@ -20,12 +21,57 @@ def tune(model: ir.Model, known: Assembled) -> None:
         model: the graph, before it has bodies of operators.
         known: what is known of its values.
     """
-    for node in list(model.graph):
+    graph = model.graph
+    for node in list(graph):
+        if editing.is_op(node, "Reshape"):
+            _keep_heads(graph, node, known)
+    for node in list(graph):
         if editing.is_op(node, "Split"):
-            _split_heads(model.graph, node)
+            _split_heads(graph, node)
     to_rows(model, known.ids, known.shapes, [known.index])
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
+
+
+def _keep_heads(graph: ir.Graph, last: ir.Node, known: Assembled) -> None:
+    """Leave tokens in heads when a norm put them there already.
+
+    x (B, S, E) → Reshape, norm of D, Reshape, Reshape to (0, 0, H, D) becomes Reshape to (0, 0, H,
+    D), norm.
+    """
+    heads = editing.const_ints(last.inputs[1]) or []
+    joined = _alone(last.inputs[0], "Reshape")
+    norm = None if joined is None else _norm_before(joined)
+    first = None if norm is None else _alone(norm.inputs[0], "Reshape")
+    if norm is None or first is None or heads[:2] != [0, 0] or len(heads) != 4:
+        return
+    x, before = first.inputs[0], editing.const_ints(first.inputs[1]) or [0]
+    if x is None or x not in known.shapes or before[-1] != heads[3] or heads[2] <= 0:
+        return
+    width = heads[2] * heads[3]
+    if [shape[1:] for shape in known.shapes[x]] != [(5, width), (6, width)]:
+        return
+    op = Recorder()
+    target = op.integers(*heads)
+    graph.insert_before(first, op.nodes)
+    first.replace_input_with(1, target)
+    first.outputs[0].shape = norm.outputs[0].shape = None
+    ir.convenience.replace_all_uses_with(last.outputs[0], norm.outputs[0])
+
+
+def _norm_before(node: ir.Node) -> ir.Node | None:
+    for kind in _NORMS:
+        norm = _alone(node.inputs[0], kind)
+        if norm is not None and norm.attributes.get_int("axis", -1) == -1:
+            return norm
+    return None
+
+
+def _alone(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """Return the node of a kind that makes a value which nothing else reads."""
+    node = editing.producer(value, kind)
+    alone = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+    return node if alone else None
 
 
 def _split_heads(graph: ir.Graph, split: ir.Node) -> None:
