@@ -23,12 +23,13 @@ import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers.contestants import Child, stand
+from benchmarks.peers.contestants import Child
 from benchmarks.peers.race import version_in
 from benchmarks.rewriting.beyond import original_stops, rewritten_goes_on
 from benchmarks.rewriting.cost import rewrite_in_child
@@ -56,6 +57,8 @@ def built(work: Path, shape: str, context_length: int) -> Path:
     folder = work / "genai-int4"
     if folder.exists():
         return folder
+    if find_spec("onnxruntime_genai") is None:
+        raise SystemExit("onnxruntime-genai is not installed; pip install '.[peers]'")
     checkpoint = work / "checkpoint"
     if not checkpoint.exists():
         partial = work / "partial-checkpoint"
@@ -99,18 +102,26 @@ def decoding(work: Path, threads: int, arguments: argparse.Namespace) -> dict[st
         attention = next(child.ask("load").get("attention") for child in children.values())
         for context in arguments.contexts:
             for child in children.values():
-                stand(child, context)
-                child.ask("decode", tokens=4)
+                asked(child, "stand", context=context)
+                asked(child, "decode", tokens=4)
             turns: dict[str, list[float]] = {name: [] for name in names}
             for number in range(arguments.rounds):
                 for name in names if number % 2 else names[::-1]:
                     # Nobody drifts away from the context while the others have their turns.
-                    stand(children[name], context)
-                    times = children[name].ask("decode", tokens=arguments.tokens + 1)["times"]
+                    asked(children[name], "stand", context=context)
+                    times = asked(children[name], "decode", tokens=arguments.tokens + 1)["times"]
                     turns[name].append(statistics.median(times[1:]) * 1e3)
             rows[str(context)] = compared(turns)
             say(f"{threads} threads, {context} tokens", rows[str(context)])
-    return {"attention": attention, "rows": rows}
+    return {"attention": loaded[REWRITTEN]["attention"], "rows": rows}
+
+
+def asked(child: Child, do: str, **what: Any) -> dict[str, Any]:
+    """Return a contestant's answer; all of them must be able to do all that is asked."""
+    found = child.ask(do, **what)
+    if "refused" in found:
+        raise SystemExit(f"{child.name} cannot {do}: {found['refused']}")
+    return found
 
 
 def compared(turns: dict[str, list[float]]) -> dict[str, Any]:

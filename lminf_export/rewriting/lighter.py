@@ -29,8 +29,8 @@ def without_products(graph: onnx.GraphProto) -> None:
 def in_pieces(graph: onnx.GraphProto) -> None:
     """Compute large products in blocks some rows of the weight after the other, in place.
 
-    The operator and the bytes it reads are the same, and so is every number of the result. Weights
-    that are not in files beside the graph stay whole.
+    The operator and the bytes it reads are the same, and so are the results but for rounding.
+    Weights that are not in files beside the graph stay whole.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     _replace(graph, lambda node: _pieces(graph, node, tensors))
@@ -77,7 +77,8 @@ def _pieces(
     for number, (first, last) in enumerate(_ranges(rows, count)):
         piece = onnx.NodeProto()
         piece.CopyFrom(node)
-        piece.name, piece.output[0] = f"{node.name}.{number}", f"{node.output[0]}.{number}"
+        piece.output[0] = f"{node.output[0]}.{number}"
+        piece.name = piece.output[0]
         for attribute in piece.attribute:
             if attribute.name == "N":
                 attribute.i = last - first

@@ -1,9 +1,9 @@
 """Products in blocks of integers become operators of `lminf`, and tokens stay rows between them.
 
-A foreign graph multiplies tensors (B, S, K) by weights in blocks: onnxruntime's MatMulNBits keeps
-a packed copy of every weight in memory, and its result for a token depends on how many come with
-it. `lminf::LinearNBits` reads the same bytes where they lie, gives every token the same result and
-takes rows (T, K), so what treats every token alike is applied to rows as well.
+A foreign graph multiplies tensors (B, S, K) by weights in blocks, and onnxruntime's MatMulNBits
+keeps a packed copy of every weight in memory. `lminf::LinearNBits` reads the same bytes where they
+lie, is faster for one token (benchmarks/results/rewriting.json) and takes rows (T, K), so what
+treats every token alike is applied to rows as well.
 """
 
 from __future__ import annotations
