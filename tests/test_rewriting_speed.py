@@ -13,7 +13,7 @@ from onnx import helper
 
 import lminf_export
 from lminf_export.rewriting import lighter
-from lminf_export.rewriting.parts import WEIGHTS_FOLDER
+from lminf_export.runtime.onnxruntime import weights_of_bytes
 from tests.support.foreign_graphs import HEAD_DIM, KV_HEADS, LAYERS, ForeignGraph
 from tests.support.kernel_sets import needs_kernels
 
@@ -93,7 +93,7 @@ def test_kernels_compute_what_the_bodies_do(tmp_path):
 def _session(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
+    weights_of_bytes(folder, ["model.onnx.data"], options)
     return ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -1,4 +1,4 @@
-"""What one rewrite takes, in a fresh process: seconds, and anonymous memory over its start."""
+"""The cost of one rewrite, in a fresh process: seconds, and anonymous memory over its start."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def decoding(work: Path, threads: int, arguments: argparse.Namespace) -> dict[st
             name: stack.enter_context(Contestant(name, work, threads, CONTEXT_LENGTH))
             for name in names
         }
-        attention = next(child.ask("load").get("attention") for child in children.values())
+        loaded = {name: asked(child, "load") for name, child in children.items()}
         for context in arguments.contexts:
             for child in children.values():
                 asked(child, "stand", context=context)
