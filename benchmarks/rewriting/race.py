@@ -10,7 +10,7 @@ form goes on (`beyond.py`).
 
     python -m benchmarks.rewriting.race --work FOLDER --out benchmarks/results/rewriting.json
 
-Models that are in the folder already are kept. It takes about 12 minutes on two cores and 7 GB
+Models that are in the folder already are kept. It takes about 7 minutes on two cores and 7 GB
 of disk, and needs onnxruntime-genai.
 """
 

@@ -88,7 +88,7 @@ def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract
 
 @dataclass(frozen=True)
 class Assembled:
-    """What is known of the values of a changed graph.
+    """Facts about the values of a changed graph.
 
     Attributes:
         ids: (B, S) the tokens.
