@@ -27,12 +27,12 @@ from lminf_export.operator.bindings import (
     present_name,
 )
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.rewriting.anchors import node_name
 from lminf_export.rewriting.finding import Finding, FoundGraph
 from lminf_export.rewriting.layouts import Layout
 from lminf_export.rewriting.planning import RewritePlan
 from lminf_export.rewriting.recording import Recorder
 from lminf_export.rewriting.rows import Shapes
+from lminf_export.rewriting.searching import node_name
 from lminf_export.rewriting.selecting import select_logits
 from lminf_export.tensors.torch_dtypes import torch_dtype
 

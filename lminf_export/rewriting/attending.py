@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
-from lminf_export.rewriting.anchors import Anchor
 from lminf_export.rewriting.feeds import Call, Inputs, numpy_dtype
-from lminf_export.rewriting.layouts import Layout
+from lminf_export.rewriting.layouts import Layouts
 from lminf_export.rewriting.parts import Parts
+from lminf_export.rewriting.searching import Anchor
 
 Array = NDArray[Any]
 # Bytes that one measurement's keys and values may take.
@@ -23,16 +23,6 @@ _LENGTHS = [2**k for k in range(17, 4, -1)]
 # Largest error of an output, and of a number that is computed once, relative to it, in float32.
 _TOLERANCE = 2e-4
 _ROUNDING = 2e-5
-
-
-@dataclass(frozen=True)
-class Layouts:
-    """Layouts of what one attention takes and gives."""
-
-    query: Layout
-    key: Layout
-    value: Layout
-    output: Layout
 
 
 class Attention:
@@ -75,8 +65,13 @@ class Attention:
         """Largest relative error of a number that is computed once."""
         return max(_ROUNDING, 2 * self.eps)
 
-    def _feeds(self, new: int, past: int, masked: int | None) -> dict[Any, Array]:
-        return self.inputs.feeds(Call(new, past, self.head_dims, masked))
+    def _feeds(self, new: int, past: int) -> dict[ir.Value, Array]:
+        """Return arrays for the graph's inputs, and empty caches in the usual layout."""
+        call = Call(new, past, self.head_dims)
+        caches = (self.anchor.past_key, self.anchor.past_value)
+        return self.inputs.feeds(call) | {
+            cache: self.inputs.empty_cache(cache, call) for cache in caches
+        }
 
     def zeros(self, heads: int, tokens: int) -> Array:
         """(1, heads, tokens, D)."""
@@ -93,9 +88,9 @@ class Attention:
         new = query.shape[2]
         past = key.shape[2] - new
         anchor, layouts = self.anchor, self.layouts
-        given = self._feeds(new, past, None)
-        given[anchor.past_key] = self._cache(key[:, :, :past], given[anchor.past_key])
-        given[anchor.past_value] = self._cache(value[:, :, :past], given[anchor.past_value])
+        given = self._feeds(new, past)
+        for cache, tokens in ((anchor.past_key, key), (anchor.past_value, value)):
+            given[cache] = self._cache(tokens[:, :, :past], given[cache])
         given[anchor.query] = layouts.query.from_heads(query)
         given[anchor.key] = layouts.key.from_heads(key[:, :, past:])
         given[anchor.value] = layouts.value.from_heads(value[:, :, past:])
@@ -111,30 +106,41 @@ class Attention:
         cache[:, :, : tokens.shape[2]] = tokens
         return cache
 
-    def cached_keys(self, key: Array, past: int, masked: int | None = None) -> Array:
+    def cached_keys(self, key: Array, past: int) -> Array:
         """Return new keys (1, G, S, D) as they are cached behind P others."""
-        given = self._feeds(key.shape[2], past, masked)
+        given = self._feeds(key.shape[2], past)
         query = self.zeros(self.heads, key.shape[2])
         given[self.anchor.query] = self.layouts.query.from_heads(query)
         given[self.anchor.value] = self.layouts.value.from_heads(np.zeros_like(key))
         given[self.anchor.key] = self.layouts.key.from_heads(key)
         (found,) = self.parts.run([self.anchor.keys], given)
-        wanted = (1, self.kv_heads, self.head_dim)
-        if found.ndim != 4 or (found.shape[0], found.shape[1], found.shape[3]) != wanted:
-            raise ModelError(
-                f"{self.anchor.name} caches keys of shape {found.shape}; expected (batch, "
-                f"{self.kv_heads} heads, tokens, {self.head_dim})"
-            )
         return found[:, :, past : past + key.shape[2]]
 
     def fingerprint(self) -> bytes:
         """Return what is equal for attentions that compute the same."""
-        given = self._feeds(2, 1, None)
+        given = self._feeds(2, 1)
         anchor = self.anchor
         given |= {v: np.zeros((1,), np.float32) for v in (anchor.query, anchor.key, anchor.value)}
         return self.parts.digest([anchor.output, anchor.keys], given) + repr(self.layouts).encode()
 
-    def lengths(self) -> list[int]:
+    @cached_property
+    def reach(self) -> int:
+        """The most tokens that a text may have here: beyond, tables end."""
+        lengths = self._lengths()
+        for total in lengths:
+            key = np.ones((1, self.kv_heads, 1, self.head_dim), np.float32)
+            zeros = self.zeros(self.kv_heads, total)
+            try:
+                self.cached_keys(key, total - 1)
+                self.attend(self.zeros(self.heads, 1), zeros, zeros)
+            except ModelError:
+                if total == lengths[-1]:
+                    raise
+            else:
+                return total
+        raise AssertionError("there is a shortest length")
+
+    def _lengths(self) -> list[int]:
         """Numbers of tokens to try, longest first."""
         row = 4 * 4 * self.kv_heads * self.head_dim
         most = min(_LARGEST // row, self.longest or _LENGTHS[0])

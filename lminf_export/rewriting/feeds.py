@@ -8,7 +8,7 @@ one ends the rewrite, since what it means could not be kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import ml_dtypes
@@ -60,24 +60,46 @@ class Inputs:
     Attributes:
         ids: the tokens.
         roles: every input and its role.
+        in_place: whether caches have slots for the new tokens, which are written into them.
+        views: for caches that lie otherwise than (B, G, P, D) the values that are them in that
+            layout.
     """
 
     ids: ir.Value
     roles: Mapping[ir.Value, Role]
+    in_place: bool = False
+    views: Mapping[ir.Value, tuple[ir.Value, ...]] = field(default_factory=dict)
 
     @property
     def caches(self) -> list[ir.Value]:
-        """The inputs that hold keys or values of earlier tokens."""
-        return [value for value, role in self.roles.items() if role == "cache"]
+        """The keys or values of earlier tokens, (B, G, P, D): inputs, or their views."""
+        inputs = [value for value, role in self.roles.items() if role == "cache"]
+        return [view for value in inputs for view in self.views.get(value, (value,))]
 
     @property
     def positional(self) -> list[ir.Value]:
         """All inputs but the tokens: what a token's place in the text decides."""
         return [value for value, role in self.roles.items() if role not in ("ids", "keep")]
 
+    @property
+    def slots(self) -> int | None:
+        """The tokens that the smallest cache of fixed size holds, None without one."""
+        sizes = [value.shape[2] for value in self.caches if value.shape is not None]
+        return min((size for size in sizes if isinstance(size, int)), default=None)
+
     def feeds(self, call: Call) -> dict[ir.Value, Array]:
         """Return arrays for all inputs, caches of zeros."""
+        call = self._completed(call)
         return {value: _array(value, role, call) for value, role in self.roles.items()}
+
+    def empty_cache(self, value: ir.Value, call: Call) -> Array:
+        """Return zeros for a cache, an input or a view of one."""
+        return _array(value, "cache", self._completed(call))
+
+    def _completed(self, call: Call) -> Call:
+        if self.in_place and call.capacity is None:
+            return replace(call, capacity=call.total)
+        return call
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,6 @@ class Call:
         new: tokens that are new, S.
         past: tokens before them, P.
         head_dims: of each cache whose last dimension the graph leaves open.
-        masked: total length that the mask has, by default P + S.
         capacity: slots of caches that are written in place, by default P.
         seed: of the random ids.
     """
@@ -96,7 +117,6 @@ class Call:
     new: int
     past: int = 0
     head_dims: Mapping[str, int] | None = None
-    masked: int | None = None
     capacity: int | None = None
     seed: int = 0
 
@@ -142,7 +162,8 @@ def _role(value: ir.Value) -> Role:
                 f"stream of text alone does not need; export the text model"
             )
         return role
-    if value.dtype in _FLOATS and rank == 4:
+    both = value.shape is not None and rank == 5 and value.shape[0] == 2
+    if value.dtype in _FLOATS and (rank == 4 or both):
         return "cache"
     if "embeds" in name:
         raise ModelError(
@@ -182,7 +203,7 @@ def _array(value: ir.Value, role: Role, call: Call) -> Array:
             rng = np.random.default_rng(call.seed)
             return rng.integers(1, 2, (1, call.new)).astype(dtype)
         case "mask":
-            return np.ones((1, call.masked or call.total), dtype)
+            return np.ones((1, call.total), dtype)
         case "mask_4d":
             row = np.arange(call.total)[None] <= positions[:, None]
             shown = row if dtype == np.bool_ else np.where(row, 0.0, np.finfo(np.float32).min / 2)
@@ -203,10 +224,21 @@ def _array(value: ir.Value, role: Role, call: Call) -> Array:
             return np.zeros(cache_shape(value, call), dtype)
 
 
-def cache_shape(value: ir.Value, call: Call) -> tuple[int, int, int, int]:
-    """Return (1, G, slots, D) of a cache."""
+def cache_axis(value: ir.Value) -> int:
+    """Return the axis of a cache along which its tokens lie."""
     assert value.shape is not None
-    heads, slots, dim = value.shape[1], value.shape[2], value.shape[3]
+    if len(value.shape) == 5:
+        return 3
+    open_then_fixed = not isinstance(value.shape[1], int) and isinstance(value.shape[2], int)
+    return 1 if open_then_fixed else 2
+
+
+def cache_shape(value: ir.Value, call: Call) -> tuple[int, ...]:
+    """Return (1, G, slots, D) of a cache; (1, slots, G, D) or (2, 1, G, slots, D) of others."""
+    assert value.shape is not None
+    axis = cache_axis(value)
+    heads_axis = 2 if len(value.shape) == 5 or axis == 1 else 1
+    heads, slots, dim = value.shape[heads_axis], value.shape[axis], value.shape[-1]
     if not isinstance(dim, int):
         known = (call.head_dims or {}).get(str(value.name))
         if known is None:
@@ -219,6 +251,7 @@ def cache_shape(value: ir.Value, call: Call) -> tuple[int, int, int, int]:
         raise ModelError(
             f"the cache {value.name} has an unknown number of heads: its shape is {value.shape}"
         )
-    if isinstance(slots, int):
-        return 1, heads, slots, dim
-    return 1, heads, call.past if call.capacity is None else call.capacity, dim
+    if not isinstance(slots, int):
+        slots = call.past if call.capacity is None else call.capacity
+    shape = (1, slots, heads, dim) if axis == 1 else (1, heads, slots, dim)
+    return (2, *shape) if len(value.shape) == 5 else shape

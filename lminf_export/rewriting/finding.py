@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,18 +15,18 @@ from lminf_export.errors import ModelError
 from lminf_export.export.onnx_dtypes import dtype_name
 from lminf_export.operator.settings import Dtype
 from lminf_export.progress import Progress
-from lminf_export.rewriting.anchors import MICROSOFT, Anchor, find_anchors
-from lminf_export.rewriting.attending import Attention, Layouts
+from lminf_export.rewriting.anchors import find_anchors
+from lminf_export.rewriting.attending import Attention
+from lminf_export.rewriting.choosing import choose
 from lminf_export.rewriting.feeds import Call, Inputs, cache_shape, read_inputs
-from lminf_export.rewriting.layouts import Layout, find_layout
+from lminf_export.rewriting.layouts import LONG, SHORT, Layouts, Shapes
 from lminf_export.rewriting.measure import Measured, measure
 from lminf_export.rewriting.parts import Parts
 from lminf_export.rewriting.plain_forms import plain_forms, window_of_caches
 from lminf_export.rewriting.reading import read_graph, take_sizes_from_tokens
 from lminf_export.rewriting.rows import streams
-
-# Tokens of the two runs whose shapes are compared.
-_SHORT, _LONG = 5, 6
+from lminf_export.rewriting.searching import MICROSOFT, Anchor
+from lminf_export.rewriting.views import view_caches
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FoundGraph:
     head_dims: Mapping[str, int]
     least_capacity: int | None
     origin: OnnxOrigin
-    shapes: Mapping[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]]
+    shapes: Mapping[ir.Value, Shapes]
 
 
 def find_in_graph(path: Path, head_dim: int | None, progress: Progress) -> FoundGraph:
@@ -85,23 +85,29 @@ def find_in_graph(path: Path, head_dim: int | None, progress: Progress) -> Found
     graph = model.graph
     inputs = read_inputs(graph)
     take_sizes_from_tokens(graph, inputs)
-    head_dims = {} if head_dim is None else {str(v.name): head_dim for v in inputs.caches}
+    inputs = view_caches(graph, inputs)
+    caches = {*inputs.roles, *inputs.caches}
+    head_dims = {} if head_dim is None else {str(v.name): head_dim for v in caches}
     least_capacity = window_of_caches(graph)
-    plain_forms(graph, head_dims)
+    plain_forms(graph, inputs, head_dims)
     anchors = find_anchors(graph, inputs)
     _check_caches(inputs, anchors)
     logits = _logits(graph)
     parts = Parts(model, path.parent)
     progress("running the graph", None)
-    values = [*_values(anchors), *_tokenwise(logits), *streams(graph)]
-    shapes = _shapes(parts, inputs, head_dims, values)
-    longest = _table_rows(graph)
+    wanted = [*_values(anchors), *_tokenwise(logits), *streams(graph)]
+    inputs, shapes = _run_whole(parts, inputs, head_dims, wanted)
+    limits = [n for n in (_table_rows(graph), inputs.slots) if n is not None]
+    longest = min(limits, default=None)
     layers: list[Finding] = []
     known: dict[bytes, Measured] = {}
     for index, anchor in enumerate(anchors):
         progress(f"measuring attention {index + 1} of {len(anchors)}", None)
-        dim = cache_shape(anchor.past_key, Call(1, 1, head_dims))[3]
-        layouts = _layouts(anchor, shapes, dim)
+        of_keys, of_values = (
+            cache_shape(cache, Call(1, 1, head_dims))[3]
+            for cache in (anchor.past_key, anchor.past_value)
+        )
+        anchor, layouts = choose(anchor, shapes, (of_keys, of_values), inputs)
         attention = Attention(parts, inputs, anchor, layouts, head_dims, longest)
         print_ = attention.fingerprint()
         if print_ not in known:
@@ -180,7 +186,7 @@ def _logits(graph: ir.Graph) -> ir.Value:
 
 
 def _values(anchors: list[Anchor]) -> list[ir.Value]:
-    return [v for a in anchors for v in (a.query, a.key, a.value, a.output)]
+    return [v for a in anchors for values in a.candidates.values() for v in values]
 
 
 def _tokenwise(logits: ir.Value) -> list[ir.Value]:
@@ -198,31 +204,29 @@ def _tokenwise(logits: ir.Value) -> list[ir.Value]:
     return found
 
 
+def _run_whole(
+    parts: Parts, inputs: Inputs, head_dims: Mapping[str, int], values: list[ir.Value]
+) -> tuple[Inputs, dict[ir.Value, Shapes]]:
+    """Return shapes of some values, and the inputs with what is known of them then."""
+    try:
+        return inputs, _shapes(parts, inputs, head_dims, values)
+    except ModelError as error:
+        in_place = replace(inputs, in_place=True)
+        try:
+            return in_place, _shapes(parts, in_place, head_dims, values)
+        except ModelError:
+            raise error from None
+
+
 def _shapes(
     parts: Parts, inputs: Inputs, head_dims: Mapping[str, int], values: list[ir.Value]
-) -> dict[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]]:
+) -> dict[ir.Value, Shapes]:
     """Run the whole graph twice; return the shapes of some values."""
     wanted = list(dict.fromkeys(values))
     short, long = (
-        parts.shapes(wanted, inputs.feeds(Call(count, 0, head_dims))) for count in (_SHORT, _LONG)
+        parts.shapes(wanted, inputs.feeds(Call(count, 0, head_dims))) for count in (SHORT, LONG)
     )
     return {v: (a, b) for v, a, b in zip(wanted, short, long, strict=True)}
-
-
-def _layouts(
-    anchor: Anchor,
-    shapes: Mapping[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]],
-    dim: int,
-) -> Layouts:
-    def layout(value: ir.Value, what: str) -> Layout:
-        return find_layout(*shapes[value], dim, f"the {what} of {anchor.name}")
-
-    return Layouts(
-        layout(anchor.query, "queries"),
-        layout(anchor.key, "keys"),
-        layout(anchor.value, "values"),
-        layout(anchor.output, "results"),
-    )
 
 
 def _table_rows(graph: ir.Graph) -> int | None:

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from lminf_export.errors import ModelError
 
 Array = NDArray[Any]
+# Tokens of the two runs whose shapes are compared.
+SHORT, LONG = 5, 6
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 Order = Literal["BHSD", "BSHD", "BSE", "NSD", "TE", "THD"]
 
 
@@ -51,25 +54,46 @@ class Layout:
         return np.ascontiguousarray(shaped)
 
 
-def find_layout(short: tuple[int, ...], long: tuple[int, ...], head_dim: int, what: str) -> Layout:
+@dataclass(frozen=True)
+class Layouts:
+    """Layouts of what one attention takes and gives."""
+
+    query: Layout
+    key: Layout
+    value: Layout
+    output: Layout
+
+
+def find_layout(shapes: Shapes, head_dim: int, what: str) -> Layout:
     """Return the layout of a tensor from its shapes in two runs of one sequence.
 
     Args:
-        short: its shape with some number of tokens.
-        long: its shape with another number.
+        shapes: with SHORT tokens and with LONG.
         head_dim: D.
         what: in messages.
 
     Raises:
         ModelError: it has another layout than those known.
     """
-    changed = [axis for axis, (a, b) in enumerate(zip(short, long, strict=False)) if a != b]
-    order = _order(short, changed[0], head_dim) if len(changed) == 1 else None
-    width = int(np.prod(short)) // short[changed[0]] if changed else 0
-    if order is None or len(short) != len(long) or width % head_dim:
+    layout = known_layout(shapes, head_dim)
+    if layout is None:
         raise ModelError(
-            f"{what} have shape {short}, which is no layout of heads of {head_dim} dimensions"
+            f"{what} have shape {shapes[0]}, which is no layout of heads of {head_dim} dimensions"
         )
+    return layout
+
+
+def known_layout(shapes: Shapes, head_dim: int) -> Layout | None:
+    """Return the same, None where it has no layout that is known."""
+    short, long = shapes
+    changed = [axis for axis, (a, b) in enumerate(zip(short, long, strict=False)) if a != b]
+    if len(short) != len(long) or len(changed) != 1:
+        return None
+    axis = changed[0]
+    width = int(np.prod(short)) // SHORT
+    order = _order(short, axis, head_dim)
+    if (short[axis], long[axis]) != (SHORT, LONG) or order is None or width % head_dim:
+        return None
     return Layout(order, width // head_dim, head_dim)
 
 

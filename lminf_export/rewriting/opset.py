@@ -13,6 +13,8 @@ from lminf_export.export.passes import editing
 from lminf_export.operator.attention_body import OPSET
 from lminf_export.rewriting.recording import Recorder
 
+# Beside its Attention, which is gone by now, opset 25 brought nothing but types of two bits.
+_RELABELLED = 25
 _LOWEST = 18  # of onnxscript's converter; onnx's own goes before it
 
 
@@ -24,6 +26,8 @@ def to_opset(model: ir.Model) -> ir.Model:
     """
     _standard_norms(model.graph)
     version = model.opset_imports.get("", 1)
+    if version == _RELABELLED:
+        version = model.opset_imports[""] = OPSET
     if version > OPSET:
         raise ModelError(
             f"the graph is of opset {version}, newer than {OPSET}, which the operator's body is "

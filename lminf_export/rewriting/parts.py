@@ -77,6 +77,11 @@ def _graph_of(node: ir.Node) -> ir.Graph:
     return graph
 
 
+# What a part gives, and what it is given.
+_Key = tuple[tuple[ir.Value, ...], frozenset[ir.Value]]
+_Names = dict[ir.Value, str]
+
+
 @dataclass
 class Parts:
     """Runs parts of one graph.
@@ -90,6 +95,7 @@ class Parts:
     folder: Path
     _weights: list[Array] = field(default_factory=list)
     _sessions: dict[bytes, ort.InferenceSession] = field(default_factory=dict)
+    _parts: dict[_Key, tuple[_Names, list[str], ort.InferenceSession]] = field(default_factory=dict)
 
     @cached_property
     def weight_files(self) -> list[str]:
@@ -108,7 +114,9 @@ class Parts:
         proto = part.proto()
         without_products(proto.graph)
         session = self._open(proto.SerializeToString(), wanted)
-        return [array.shape for array in self._run(session, part)]
+        feeds = {part.names[value]: widened_array(given[value]) for value in part.inputs}
+        outputs = [part.names[value] for value in wanted]
+        return [array.shape for array in _run(session, wanted, outputs, feeds)]
 
     def run(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Array]) -> list[Array]:
         """Return some values of the graph, computed from others.
@@ -120,11 +128,17 @@ class Parts:
         Raises:
             ModelError: onnxruntime cannot run the part, or it needs a value that is not given.
         """
-        part = _Part(self.model, given, wanted)
-        proto = part.proto().SerializeToString()
-        if proto not in self._sessions:
-            self._sessions[proto] = self._open(proto, wanted)
-        return self._run(self._sessions[proto], part)
+        key = (tuple(wanted), frozenset(given))
+        if key not in self._parts:
+            part = _Part(self.model, given, wanted)
+            proto = part.proto().SerializeToString()
+            if proto not in self._sessions:
+                self._sessions[proto] = self._open(proto, wanted)
+            inputs = {value: part.names[value] for value in part.inputs}
+            self._parts[key] = inputs, [part.names[v] for v in wanted], self._sessions[proto]
+        inputs, outputs, session = self._parts[key]
+        feeds = {name: widened_array(given[value]) for value, name in inputs.items()}
+        return _run(session, wanted, outputs, feeds)
 
     def digest(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, Array]) -> bytes:
         """Return a hash that is equal for parts that compute the same, whatever their names."""
@@ -143,12 +157,17 @@ class Parts:
         except Exception as error:  # onnxruntime's errors have no common base
             raise ModelError(_cannot_run(wanted, error)) from error
 
-    def _run(self, session: ort.InferenceSession, part: _Part) -> list[Array]:
-        feeds = {part.names[value]: widened_array(part.given[value]) for value in part.inputs}
-        try:
-            return list(session.run([part.names[value] for value in part.wanted], feeds))
-        except Exception as error:  # as above
-            raise ModelError(_cannot_run(part.wanted, error)) from error
+
+def _run(
+    session: ort.InferenceSession,
+    wanted: Sequence[ir.Value],
+    outputs: list[str],
+    feeds: Mapping[str, Array],
+) -> list[Array]:
+    try:
+        return list(session.run(outputs, dict(feeds)))
+    except Exception as error:  # as above
+        raise ModelError(_cannot_run(wanted, error)) from error
 
 
 def _cannot_run(wanted: Sequence[ir.Value], error: Exception) -> str:

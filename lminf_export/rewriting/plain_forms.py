@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from lminf_export.errors import ModelError
-from lminf_export.rewriting.anchors import MICROSOFT, node_name
-from lminf_export.rewriting.feeds import Call, cache_shape
+from lminf_export.rewriting.feeds import Call, Inputs, cache_shape
+from lminf_export.rewriting.head_forms import take_out_products, unpack_heads
 from lminf_export.rewriting.recording import Recorder
+from lminf_export.rewriting.searching import MICROSOFT, node_name
 
 _Q_NORM, _K_NORM = 14, 15
 _WINDOW_ONLY = "sliding_window_cache"
 
 
-def plain_forms(graph: ir.Graph, head_dims: Mapping[str, int]) -> None:
+def plain_forms(graph: ir.Graph, inputs: Inputs, head_dims: Mapping[str, int]) -> None:
     """Unpack what fused attention takes in one tensor, and norms that are part of it.
 
     Args:
         graph: it is changed.
+        inputs: of the graph.
         head_dims: of caches whose last dimension the graph leaves open.
 
     Raises:
         ModelError: naming a node that has a form that is not known.
     """
     for node in list(graph):
-        change = _CHANGES.get((node.domain, node.op_type))
-        if change is not None:
-            change(graph, node, head_dims)
+        kind = node.op_type if node.domain == MICROSOFT else ""
+        if kind == "GroupQueryAttention":
+            _group_query(graph, node, head_dims)
+        elif kind == "MultiHeadAttention":
+            unpack_heads(graph, node)
+        elif kind == "Attention":
+            take_out_products(graph, node, inputs)
 
 
 def window_of_caches(graph: ir.Graph) -> int | None:
@@ -61,6 +67,8 @@ def _group_query(graph: ir.Graph, node: ir.Node, head_dims: Mapping[str, int]) -
             f"{node_name(node)} has keys without values, or values without keys: it shares those "
             f"of another layer; expected a cache for each layer"
         )
+    if inputs[3].shape is None:
+        raise ModelError(f"{node_name(node)} takes no past keys from the graph's inputs")
     dim = cache_shape(inputs[3], Call(1, 1, head_dims))[3]
     if packed:
         sizes = op.integers(heads * dim, groups * dim, groups * dim)
@@ -80,8 +88,3 @@ def _group_query(graph: ir.Graph, node: ir.Node, head_dims: Mapping[str, int]) -
     for place in (_Q_NORM, _K_NORM):
         if place < len(node.inputs):
             node.replace_input_with(place, None)
-
-
-_CHANGES: dict[tuple[str, str], Callable[[ir.Graph, ir.Node, Mapping[str, int]], None]] = {
-    (MICROSOFT, "GroupQueryAttention"): _group_query,
-}

@@ -9,9 +9,9 @@ from typing import Any
 import onnx_ir as ir
 
 from lminf_export.errors import ModelError
-from lminf_export.rewriting.anchors import MICROSOFT
 from lminf_export.rewriting.finding import FoundGraph
 from lminf_export.rewriting.recording import Recorder
+from lminf_export.rewriting.searching import MICROSOFT
 
 _PRODUCTS = {
     *((MICROSOFT, kind) for kind in ("MatMulNBits", "FusedMatMul", "DynamicQuantizeMatMul")),

@@ -65,7 +65,7 @@ def measure_turning(attention: Attention) -> Turning | None:
         ModelError: what it does to them is no rotation of pairs at fixed speeds.
     """
     name = attention.anchor.name
-    total = _reach(attention)
+    total = attention.reach
     new = min(_TOKENS, total)
     key = _random(attention, new)
     turned = attention.cached_keys(key, 0)
@@ -173,20 +173,6 @@ def _random(attention: Attention, tokens: int) -> Array:
     rng = np.random.default_rng(tokens)
     shape = (1, attention.kv_heads, tokens, attention.head_dim)
     return rng.standard_normal(shape).astype(np.float32)
-
-
-def _reach(attention: Attention) -> int:
-    """Return the most tokens a text may have here."""
-    lengths = attention.lengths()
-    for total in lengths:
-        try:
-            attention.cached_keys(_random(attention, 1), total - 1)
-        except ModelError:
-            if total == lengths[-1]:
-                raise
-        else:
-            return total
-    raise AssertionError("there is a shortest length")
 
 
 def _pairing(key: Array, found: Array, moving: Array, tolerance: float) -> tuple[bool, int] | None:
