@@ -1,0 +1,188 @@
+"""ONNX models built by other tools, rewritten: equal to the original, and to an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lminf_export
+from benchmarks.support.dynamo_models import build_dynamo
+from benchmarks.support.foreign_checkpoints import SLIDING
+from benchmarks.support.genai_models import build_models
+from tests.support.foreign_models import (
+    CHUNK,
+    LAMBDA,
+    WINDOW,
+    Foreign,
+    foreign_folder,
+    original_logits,
+    tokens,
+    with_exact_products,
+)
+
+# Of the logits' range inside the window, and of logits beyond it: rounding of float32.
+INSIDE, BEYOND = 2e-5, 5e-5
+FAR = 7 * WINDOW  # several wraps of every ring
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of another tool.
+
+    Attributes:
+        checkpoint: name of what it is built of.
+        tool: and how it is built.
+        inside: tokens up to which the rewritten graph equals the original.
+        same: whether the tool's graph computes what its checkpoint does; a reason if it does not.
+    """
+
+    checkpoint: str
+    tool: tuple[str, ...]
+    inside: int = WINDOW
+    differs: str = ""
+
+    @property
+    def id(self) -> str:
+        return "-".join((self.checkpoint, *self.tool))
+
+
+def genai(checkpoint, precision="fp32", provider="cpu", *options, **more):
+    return Case(checkpoint, (precision, provider, *options), **more)
+
+
+def dynamo(checkpoint, attention, opset, **more):
+    return Case(checkpoint, (attention, str(opset)), **more)
+
+
+GENAI = [
+    genai("llama"),
+    genai("llama", "fp32", "cpu", "prune_lm_head=true"),
+    genai("qwen2"),
+    genai("qwen3"),
+    genai("gemma2"),
+    genai("gemma3", differs="the builder leaves out the factor of the full layers' rotation"),
+    genai("phi3"),
+    genai("phi3_long"),
+    genai("gpt_oss"),
+    # The builder gives this model's layers no window.
+    genai("mistral", inside=SLIDING),
+]
+GENAI_INT4 = [genai("llama", "int4"), genai("qwen3", "int4"), genai("gemma3", "int4")]
+GENAI_QDQ = genai("llama", "int4", "cpu", "use_qdq=true")
+GENAI_FP16 = [genai("llama", "fp16", "cuda"), genai("qwen3", "fp16", "cuda")]
+DYNAMO = [
+    dynamo("llama", "sdpa", 18),
+    dynamo("llama", "eager", 24),
+    dynamo("qwen3", "sdpa", 23),
+    dynamo("gemma2", "eager", 18),
+    dynamo("gemma3", "sdpa", 24),
+    dynamo("mistral", "sdpa", 18),
+    dynamo("phi3", "sdpa", 23),
+    dynamo("bloom", "eager", 18),
+]
+
+
+def each(cases):
+    return [pytest.param(case, id=case.id) for case in cases]
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    return foreign_folder(tmp_path_factory)
+
+
+def genai_model(foreign: Foreign, case: Case) -> Path:
+    """Return a model of onnxruntime-genai's builder; all of them are built at once."""
+
+    def build(to: Path) -> None:
+        precision_of = [*GENAI, *GENAI_INT4, GENAI_QDQ, *GENAI_FP16]
+        build_models(
+            {
+                "model": str(foreign.checkpoint(one.checkpoint)),
+                "out": str(to / one.id),
+                "precision": one.tool[0],
+                "provider": one.tool[1],
+                "options": list(one.tool[2:]),
+            }
+            for one in precision_of
+        )
+
+    return foreign.made("genai", build) / case.id
+
+
+def dynamo_model(foreign: Foreign, case: Case) -> Path:
+    attention, opset = case.tool
+    checkpoint = foreign.checkpoint(case.checkpoint)
+    build = partial(build_dynamo, checkpoint, attention=attention, opset=int(opset))
+    return foreign.made(f"dynamo/{case.id}", build)
+
+
+def rewritten(folder: Path, foreign: Foreign, case: Case, to: Path, **options):
+    """Rewrite a model, the configuration of its checkpoint beside it; return it loaded."""
+    checkpoint = foreign.checkpoint(case.checkpoint)
+    bundle = lminf_export.rewrite(folder, to, tokenizer=checkpoint, **LAMBDA, **options)
+    return lminf_export.load(bundle.path, threads=1)
+
+
+def require_original(model, path: Path, count: int, **how) -> None:
+    """Compare a rewritten model with the original, step by step in several sizes, every logit."""
+    ids = tokens(count, model.vocab_size)
+    wanted = original_logits(path, ids, **how)
+    limit = INSIDE * np.ptp(wanted)
+    for sizes in ([count], [1] * count, [5, 1, count - 6]):
+        state = model.new_state()
+        parts = np.split(ids, np.cumsum(sizes)[:-1], axis=1)
+        found = np.concatenate([model.forward(part, state) for part in parts], axis=1)
+        found = found[:, -wanted.shape[1] :]  # pruned heads score the last token only
+        assert np.abs(found - wanted).max() <= limit, sizes
+    # Two rows of different lengths, each as it is alone.
+    short = count - 4
+    rows = np.concatenate([ids, tokens(count, model.vocab_size, 2)[1:]])
+    state = model.new_state(2)
+    found = model.forward(rows, state, lengths=[count, short])
+    for row, length in ((0, count), (1, short)):
+        wanted = original_logits(path, rows[row : row + 1, :length], **how)[0]
+        assert np.abs(found[row, length - len(wanted) : length] - wanted).max() <= limit
+
+
+def require_export(model, foreign: Foreign, case: Case) -> None:
+    """Compare a rewritten model with our export of its checkpoint far beyond the window."""
+    if case.differs:
+        return
+    exported = lminf_export.load(foreign.exported(foreign.checkpoint(case.checkpoint)), threads=1)
+    ids = tokens(FAR, model.vocab_size)
+    assert FAR > 4 * (WINDOW + CHUNK)
+    wanted = exported.forward(ids, exported.new_state())
+    found = model.forward(ids, model.new_state())
+    assert np.abs(found - wanted).max() <= BEYOND
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", each(GENAI))
+def test_a_model_of_onnxruntime_genai(case, foreign, tmp_path):
+    folder = genai_model(foreign, case)
+    model = rewritten(folder, foreign, case, tmp_path / "b")
+    require_original(model, folder / "model.onnx", case.inside)
+    require_export(model, foreign, case)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", each(GENAI_INT4))
+def test_an_int4_model_of_onnxruntime_genai(case, foreign, tmp_path):
+    """Compared with products that round no activations: one near a tie goes either way."""
+    folder = with_exact_products(genai_model(foreign, case), tmp_path / "exact")
+    model = rewritten(folder, foreign, case, tmp_path / "b")
+    require_original(model, folder / "model.onnx", case.inside)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", each(DYNAMO))
+def test_a_model_of_the_exporter_of_torch(case, foreign, tmp_path):
+    folder = dynamo_model(foreign, case)
+    model = rewritten(folder, foreign, case, tmp_path / "b")
+    require_original(model, folder / "model.onnx", case.inside)
+    require_export(model, foreign, case)
