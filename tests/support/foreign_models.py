@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import lzma
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,7 @@ import lminf_export
 from benchmarks.support.foreign_checkpoints import HEAD_DIM, save_checkpoint
 from lminf_export.export.wider_graph import widen
 
+DATA = Path(__file__).resolve().parents[1] / "data" / "foreign"
 WINDOW, SINKS, CHUNK = 23, 3, 7
 LAMBDA: dict[str, Any] = {"window_size": WINDOW, "num_sink_tokens": SINKS, "chunk_size": CHUNK}
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
@@ -50,9 +52,21 @@ class Foreign:
         """Return one of the checkpoints of `benchmarks/support/foreign_checkpoints.py`."""
         return self.made(f"checkpoints/{name}", lambda to: save_checkpoint(name, to))
 
+    def optimum(self, name: str) -> Path:
+        """Return a model of tests/data/foreign, its configuration and tokenizer beside it."""
+
+        def unpack(to: Path) -> None:
+            shutil.copytree(DATA / name / "checkpoint", to)
+            (to / "model.safetensors").unlink()
+            packed = (DATA / name / "model.onnx.xz").read_bytes()
+            (to / "model.onnx").write_bytes(lzma.decompress(packed))
+
+        return self.made(f"optimum/{name}", unpack)
+
     def exported(self, checkpoint: Path, **options: Any) -> Path:
         """Return our own export of a checkpoint."""
-        kind = "-".join((checkpoint.parent.name, checkpoint.name, *map(str, options.values())))
+        place = checkpoint if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+        kind = "-".join((place.parent.name, place.name, *map(str, options.values())))
         name = f"exported/{kind}"
         return self.made(
             name, lambda to: lminf_export.export(checkpoint, to, check=False, **LAMBDA, **options)
