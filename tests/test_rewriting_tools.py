@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 import lminf_export
 from benchmarks.support.dynamo_models import build_dynamo
 from benchmarks.support.foreign_checkpoints import SLIDING
 from benchmarks.support.genai_models import build_models
+from benchmarks.support.optimised_models import fuse_by_script, fuse_by_session
+from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
 from tests.support.foreign_models import (
     CHUNK,
     DATA,
@@ -38,7 +43,8 @@ class Case:
         checkpoint: name of what it is built of.
         tool: and how it is built.
         inside: tokens up to which the rewritten graph equals the original.
-        same: whether the tool's graph computes what its checkpoint does; a reason if it does not.
+        differs: why the tool's graph does not compute what its checkpoint does, or, of those in
+            float16, why it does not run here; "" if it does.
     """
 
     checkpoint: str
@@ -74,7 +80,10 @@ GENAI = [
 ]
 GENAI_INT4 = [genai("llama", "int4"), genai("qwen3", "int4"), genai("gemma3", "int4")]
 GENAI_QDQ = genai("llama", "int4", "cpu", "use_qdq=true")
-GENAI_FP16 = [genai("llama", "fp16", "cuda"), genai("qwen3", "fp16", "cuda")]
+GENAI_FP16 = [
+    genai("llama", "fp16", "cuda"),
+    genai("qwen3", "fp16", "cuda", differs="its norms of queries and keys need a GPU"),
+]
 DYNAMO = [
     dynamo("llama", "sdpa", 18),
     dynamo("llama", "eager", 24),
@@ -200,3 +209,60 @@ def test_a_model_of_optimum(name, foreign, tmp_path):
     model = lminf_export.load(bundle.path, threads=1)
     require_original(model, folder / "model.onnx", WINDOW)
     require_export(model, foreign, DATA / name / "checkpoint")
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("name", "fuse", "fused"),
+    [
+        ("llama", fuse_by_script, ("RotaryEmbedding", "SkipSimplifiedLayerNormalization")),
+        ("gpt_neox", fuse_by_script, ("RotaryEmbedding", "LayerNormalization")),
+        ("bloom", fuse_by_script, ("SkipLayerNormalization",)),
+        ("qwen3", fuse_by_session, ("FusedMatMul", "SimplifiedLayerNormalization")),
+        ("mpt", fuse_by_session, ("LayerNormalization",)),
+    ],
+)
+def test_a_model_fused_by_onnxruntime(name, fuse, fused, foreign, tmp_path):
+    folder = shutil.copytree(foreign.optimum(name), tmp_path / "fused")
+    operators = fuse(foreign.optimum(name) / "model.onnx", folder / "model.onnx")
+    assert all(operators[kind] for kind in fused), operators
+    bundle = lminf_export.rewrite(folder, tmp_path / "b", **LAMBDA)
+    model = lminf_export.load(bundle.path, threads=1)
+    require_original(model, folder / "model.onnx", WINDOW)
+    require_export(model, foreign, DATA / name / "checkpoint")
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", each(GENAI_FP16))
+def test_a_float16_model_of_onnxruntime_genai(case, foreign, tmp_path):
+    """Its distance from what its own numbers make in float32 is no more than the original's."""
+    folder = genai_model(foreign, case)
+    model = rewritten(folder, foreign, case, tmp_path / "b")
+    assert model.bundle.manifest.dtype == "float16"
+    ids = tokens(WINDOW, model.vocab_size)
+    if not case.differs:
+        exact, narrow = (
+            original_logits(folder / "model.onnx", ids, wide=wide) for wide in (True, False)
+        )
+        found = model.forward(ids, model.new_state())
+        assert np.abs(found - exact).max() <= 2 * np.abs(narrow - exact).max()
+    # Far beyond the window the same of our export, whose float32 numbers are those of float16.
+    checkpoint = foreign.checkpoint(case.checkpoint)
+    ids = tokens(FAR, model.vocab_size)
+    exported = [
+        lminf_export.load(foreign.exported(checkpoint, dtype=dtype), threads=1)
+        for dtype in ("float32", "float16")
+    ]
+    exact, narrow, found = (m.forward(ids, m.new_state()) for m in (*exported, model))
+    assert np.abs(found - exact).max() <= 2 * np.abs(narrow - exact).max()
+
+
+def test_an_int4_model_whose_products_are_dequantised_before(foreign, tmp_path):
+    """use_qdq: the weights come through DequantizeLinear, and are kept so."""
+    folder = genai_model(foreign, GENAI_QDQ)
+    bundle = rewritten(folder, foreign, GENAI_QDQ, tmp_path / "b").bundle
+    # Sessions may fuse them to products that round activations; these two do not.
+    model = LanguageModel(bundle, OnnxRuntimeSession(bundle, threads=1, lean=True))
+    kinds = {n.op_type for n in onnx.load(str(tmp_path / "b" / "model.onnx")).graph.node}
+    assert "DequantizeLinear" in kinds
+    require_original(model, folder / "model.onnx", WINDOW)
