@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from lminf_export.runtime.language_model import LanguageModel
+    from tests.support.foreign_models import Foreign
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,3 +50,11 @@ def demo_lm(demo_bundle: Path) -> LanguageModel:
     from lminf_export import load
 
     return load(demo_bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Foreign:
+    """Models that other tools built, made when they are first asked for."""
+    from tests.support.foreign_models import foreign_folder
+
+    return foreign_folder(tmp_path_factory)

@@ -18,13 +18,13 @@ from benchmarks.support.genai_models import build_models
 from benchmarks.support.optimised_models import fuse_by_script, fuse_by_session
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
+from tests.support import altered_graphs as altered
 from tests.support.foreign_models import (
     CHUNK,
     DATA,
     LAMBDA,
     WINDOW,
     Foreign,
-    foreign_folder,
     original_logits,
     tokens,
     with_exact_products,
@@ -100,11 +100,6 @@ def each(cases):
     return [pytest.param(case, id=case.id) for case in cases]
 
 
-@pytest.fixture(scope="session")
-def foreign(tmp_path_factory):
-    return foreign_folder(tmp_path_factory)
-
-
 def genai_model(foreign: Foreign, case: Case) -> Path:
     """Return a model of onnxruntime-genai's builder; all of them are built at once."""
 
@@ -169,7 +164,7 @@ def require_export(model, foreign: Foreign, checkpoint: Path) -> None:
     assert np.abs(found - wanted).max() <= BEYOND
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("case", each(GENAI))
 def test_a_model_of_onnxruntime_genai(case, foreign, tmp_path):
     folder = genai_model(foreign, case)
@@ -179,7 +174,7 @@ def test_a_model_of_onnxruntime_genai(case, foreign, tmp_path):
         require_export(model, foreign, foreign.checkpoint(case.checkpoint))
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("case", each(GENAI_INT4))
 def test_an_int4_model_of_onnxruntime_genai(case, foreign, tmp_path):
     """Compared with products that round no activations: one near a tie goes either way."""
@@ -188,7 +183,7 @@ def test_an_int4_model_of_onnxruntime_genai(case, foreign, tmp_path):
     require_original(model, folder / "model.onnx", case.inside)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("case", each(DYNAMO))
 def test_a_model_of_the_exporter_of_torch(case, foreign, tmp_path):
     folder = dynamo_model(foreign, case)
@@ -232,7 +227,7 @@ def test_a_model_fused_by_onnxruntime(name, fuse, fused, foreign, tmp_path):
     require_export(model, foreign, DATA / name / "checkpoint")
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("case", each(GENAI_FP16))
 def test_a_float16_model_of_onnxruntime_genai(case, foreign, tmp_path):
     """Its distance from what its own numbers make in float32 is no more than the original's."""
@@ -257,6 +252,7 @@ def test_a_float16_model_of_onnxruntime_genai(case, foreign, tmp_path):
     assert np.abs(found - exact).max() <= 2 * np.abs(narrow - exact).max()
 
 
+@pytest.mark.slow
 def test_an_int4_model_whose_products_are_dequantised_before(foreign, tmp_path):
     """use_qdq: the weights come through DequantizeLinear, and are kept so."""
     folder = genai_model(foreign, GENAI_QDQ)
@@ -266,3 +262,51 @@ def test_an_int4_model_whose_products_are_dequantised_before(foreign, tmp_path):
     kinds = {n.op_type for n in onnx.load(str(tmp_path / "b" / "model.onnx")).graph.node}
     assert "DequantizeLinear" in kinds
     require_original(model, folder / "model.onnx", WINDOW)
+
+
+def first_attention(model):
+    return altered.nodes(model, "GroupQueryAttention")[0]
+
+
+def no_past(model):
+    first_attention(model).input[3] = ""
+
+
+def quantised_cache(model):
+    attribute = onnx.helper.make_attribute("kv_cache_bit_width", 4)
+    first_attention(model).attribute.append(attribute)
+
+
+def keys_without_values(model):
+    node = first_attention(model)
+    node.input[1] = node.input[0]
+
+
+def no_number_of_heads(model):
+    node = first_attention(model)
+    for attribute in list(node.attribute):
+        if attribute.name == "num_heads":
+            attribute.i = 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("alter", "words"),
+    [
+        (no_past, ("takes no past keys", "with-past")),
+        (quantised_cache, ("has a quantised cache", "without a quantised cache")),
+        (keys_without_values, ("keys without values", "a cache for each layer")),
+        (no_number_of_heads, ("no number of heads",)),
+    ],
+)
+def test_a_fused_attention_that_is_not_understood_is_refused(alter, words, foreign, tmp_path):
+    folder = shutil.copytree(genai_model(foreign, GENAI[0]), tmp_path / "m")
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    alter(model)
+    onnx.save(model, str(folder / "model.onnx"))
+    with pytest.raises(lminf_export.ModelError) as caught:
+        lminf_export.rewrite(folder, tmp_path / "b", **LAMBDA)
+    message = str(caught.value)
+    assert message.startswith("GroupQueryAttention /model/layers.0/attn/GroupQueryAttention ")
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "b").exists()

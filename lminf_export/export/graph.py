@@ -115,7 +115,7 @@ def check_graph_file(path: Path) -> None:
     """
     torch_operator.register_schema()
     checked: str | onnx.ModelProto = str(path)
-    if any(file.stat().st_nlink > 1 for file in path.parent.glob("*.safetensors")):
+    if any(file.stat().st_nlink > 1 for file in path.parent.rglob("*") if file.is_file()):
         checked = onnx.load(path, load_external_data=False)
         initializers = list(checked.graph.initializer)
         del checked.graph.initializer[:]

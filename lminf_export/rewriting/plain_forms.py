@@ -56,19 +56,22 @@ def _group_query(graph: ir.Graph, node: ir.Node, head_dims: Mapping[str, int]) -
     groups = node.attributes.get_int("kv_num_heads")
     op = Recorder()
     query, key, value = inputs[:3]
-    packed = key is None and value is None
-    norms = inputs[_Q_NORM], inputs[_K_NORM]
-    if not packed and norms == (None, None):
-        return
-    if query is None or inputs[3] is None or not heads or not groups:
-        raise ModelError(f"{node_name(node)} has no queries, cache or number of heads")
     if (key is None) != (value is None):
         raise ModelError(
             f"{node_name(node)} has keys without values, or values without keys: it shares those "
             f"of another layer; expected a cache for each layer"
         )
-    if inputs[3].shape is None:
-        raise ModelError(f"{node_name(node)} takes no past keys from the graph's inputs")
+    packed = key is None
+    norms = inputs[_Q_NORM], inputs[_K_NORM]
+    if not packed and norms == (None, None):
+        return
+    if inputs[3] is None or inputs[3].shape is None:
+        raise ModelError(
+            f"{node_name(node)} takes no past keys: export the model with a cache (with-past, "
+            f"use_cache)"
+        )
+    if query is None or not heads or not groups:
+        raise ModelError(f"{node_name(node)} has no queries or no number of heads")
     dim = cache_shape(inputs[3], Call(1, 1, head_dims))[3]
     if packed:
         sizes = op.integers(heads * dim, groups * dim, groups * dim)

@@ -105,8 +105,9 @@ def open_onnx(model: str | Path, tokenizer: str | Path | None) -> OnnxSource:
     if is_file(path.parent / GENAI_CONFIG):
         content = read_json(path.parent / GENAI_CONFIG, ModelError, GENAI_CONFIG)
         genai = content if isinstance(content, dict) else {}
-        if not isinstance(genai.get("model", {}), dict):
-            raise ModelError(f"{GENAI_CONFIG} is damaged: its model is no table")
+        for name, part in (("model", genai), ("decoder", genai.get("model", {}))):
+            if not isinstance(part.get(name, {}), dict):
+                raise ModelError(f"{GENAI_CONFIG} is damaged: its {name} is no table")
     return OnnxSource(path, above.resolve().name, source, genai, texts, tuple(notices))
 
 

@@ -17,7 +17,15 @@ from griffe import Docstring, DocstringSection
 import lminf_export
 
 GROUPS = {
-    "Functions": ("export", "load", "validate", "push_to_hub", "plan_capacity", "export_triton"),
+    "Functions": (
+        "export",
+        "rewrite",
+        "load",
+        "validate",
+        "push_to_hub",
+        "plan_capacity",
+        "export_triton",
+    ),
     "Running a bundle": (
         "LanguageModel",
         "State",

@@ -1,0 +1,193 @@
+"""Foreign graphs changed on purpose, so that they must be refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+Graph = onnx.GraphProto
+
+
+def rename(model: ModelProto, old: str, new: str) -> None:
+    """Give an input or output, and all that read it, another name."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name == old:
+            value.name = new
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                if name == old:
+                    names[place] = new
+
+
+def add_input(model: ModelProto, name: str, kind: int, shape: list[int | str | None]) -> None:
+    """Add an input that nothing reads."""
+    model.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
+
+
+def input_of(model: ModelProto, name: str) -> onnx.ValueInfoProto:
+    """Return an input."""
+    return next(value for value in model.graph.input if value.name == name)
+
+
+def nodes(model: ModelProto, op_type: str) -> list[NodeProto]:
+    """Return the nodes of an operator, in order."""
+    return [node for node in model.graph.node if node.op_type == op_type]
+
+
+def producer(model: ModelProto, value: str) -> NodeProto:
+    """Return the node that makes a value."""
+    return next(node for node in model.graph.node if value in node.output)
+
+
+def constant(model: ModelProto, name: str, array: object, dtype: object = np.float32) -> str:
+    """Add an initializer; return its name."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array(array, dtype), name))
+    return name
+
+
+def insert_before(model: ModelProto, node: NodeProto, new: list[NodeProto]) -> None:
+    """Put nodes in front of another."""
+    place = list(model.graph.node).index(node)
+    for offset, one in enumerate(new):
+        model.graph.node.insert(place + offset, one)
+
+
+def add_to_scores(model: ModelProto, new: list[NodeProto], bias: str, layers: int = 9) -> None:
+    """Add a value that some nodes compute to the scores of the first layers' attentions."""
+    insert_before(model, model.graph.node[0], new)
+    for number, softmax in enumerate(nodes(model, "Softmax")[:layers]):
+        changed = helper.make_node("Add", [softmax.input[0], bias], [f"changed_{number}"])
+        insert_before(model, softmax, [changed])
+        softmax.input[0] = f"changed_{number}"
+
+
+def bias_of_places(model: ModelProto) -> None:
+    """Add the root of each key's place to the scores: no bias of the distance."""
+    axes = constant(model, "axes", [1, 2], np.int64)
+    one = constant(model, "one", 1, np.int64)
+    new = [
+        helper.make_node("Cast", ["attention_mask"], ["mask_int"], to=TensorProto.INT64),
+        helper.make_node("CumSum", ["mask_int", one], ["places"]),
+        helper.make_node("Cast", ["places"], ["places_float"], to=TensorProto.FLOAT),
+        helper.make_node("Sqrt", ["places_float"], ["roots"]),
+        helper.make_node("Unsqueeze", ["roots", axes], ["bias"]),
+    ]
+    add_to_scores(model, new, "bias")
+
+
+def bias_of_words(model: ModelProto) -> None:
+    """Multiply the scores of even tokens: what they attend to depends on which tokens they are."""
+    zero = constant(model, "zero", 0, np.int64)
+    two = constant(model, "two", 2, np.int64)
+    axes = constant(model, "axes", [1, 3], np.int64)
+    factor = constant(model, "factor", 3.0)
+    new = [
+        helper.make_node("Mod", ["input_ids", two], ["odd"]),
+        helper.make_node("Equal", ["odd", zero], ["is_even"]),
+        helper.make_node("Cast", ["is_even"], ["even"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["even", factor], ["more"]),
+        helper.make_node("Unsqueeze", ["more", axes], ["bias"]),
+        helper.make_node("Exp", ["bias"], ["sharper"]),
+    ]
+    insert_before(model, model.graph.node[0], new)
+    for number, softmax in enumerate(nodes(model, "Softmax")):
+        changed = helper.make_node("Mul", [softmax.input[0], "sharper"], [f"changed_{number}"])
+        insert_before(model, softmax, [changed])
+        softmax.input[0] = f"changed_{number}"
+
+
+def without_mask(model: ModelProto) -> None:
+    """Let attention see later tokens."""
+    for softmax in nodes(model, "Softmax"):
+        softmax.input[0] = producer(model, softmax.input[0]).input[0]
+
+
+def cube_scores(model: ModelProto) -> None:
+    """Attend by the third power of the products."""
+    three = constant(model, "three", 3.0)
+    for number, softmax in enumerate(nodes(model, "Softmax")):
+        add = producer(model, softmax.input[0])
+        cubed = helper.make_node("Pow", [add.input[0], three], [f"cubed_{number}"])
+        insert_before(model, add, [cubed])
+        add.input[0] = f"cubed_{number}"
+
+
+def cap_first_layer(model: ModelProto) -> None:
+    """Cap the logits of one layer of two."""
+    cap = constant(model, "cap", 2.0)
+    add = producer(model, nodes(model, "Softmax")[0].input[0])
+    new = [
+        helper.make_node("Div", [add.input[0], cap], ["part"]),
+        helper.make_node("Tanh", ["part"], ["tanh"]),
+        helper.make_node("Mul", ["tanh", cap], ["capped"]),
+    ]
+    insert_before(model, add, new)
+    add.input[0] = "capped"
+
+
+def stretch_keys(model: ModelProto) -> None:
+    """Make keys longer with their place."""
+    axes = constant(model, "axes", [1, 3], np.int64)
+    one = constant(model, "one", 1.0)
+    concat = producer(model, "present.0.key")
+    new = [
+        helper.make_node("Cast", ["position_ids"], ["places"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["places", one], ["lengths"]),
+        helper.make_node("Unsqueeze", ["lengths", axes], ["factors"]),
+        helper.make_node("Mul", [concat.input[1], "factors"], ["stretched"]),
+    ]
+    insert_before(model, concat, new)
+    concat.input[1] = "stretched"
+
+
+def positions_after_attention(model: ModelProto) -> None:
+    """Add positions to the logits."""
+    axes = constant(model, "axes", [2], np.int64)
+    rename(model, "logits", "plain_logits")
+    new = [
+        helper.make_node("Cast", ["position_ids"], ["places"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["places", axes], ["columns"]),
+        helper.make_node("Add", ["plain_logits", "columns"], ["logits"], name="late"),
+    ]
+    model.graph.node.extend(new)
+    for value in model.graph.output:
+        if value.name == "plain_logits":
+            value.name = "logits"
+
+
+def share_a_cache(model: ModelProto) -> None:
+    """Let the second layer read the first one's keys."""
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name == "past_key_values.1.key":
+                node.input[place] = "past_key_values.0.key"
+    model.graph.input.remove(input_of(model, "past_key_values.1.key"))
+
+
+def embedding_alone(model: ModelProto) -> None:
+    """Leave nothing of a model but its embedding and head: it attends nowhere."""
+    graph = model.graph
+    table = constant(model, "table", np.ones((64, 4)))
+    head = constant(model, "head", np.ones((4, 64)))
+    inputs = [input_of(model, "input_ids")]
+    outputs = [value for value in graph.output if value.name == "logits"]
+    kept = helper.make_graph(
+        [
+            helper.make_node("Gather", [table, "input_ids"], ["rows"]),
+            helper.make_node("MatMul", ["rows", head], ["logits"]),
+        ],
+        "alone",
+        inputs,
+        outputs,
+        [t for t in graph.initializer if t.name in (table, head)],
+    )
+    graph.CopyFrom(kept)
+
+
+def leave_open(model: ModelProto, name: str, place: int, word: str) -> None:
+    """Leave one size of an input open."""
+    size = input_of(model, name).type.tensor_type.shape.dim[place]
+    size.Clear()
+    size.dim_param = word
