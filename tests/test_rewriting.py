@@ -127,6 +127,11 @@ GRAPHS = {
     "another product": (altered.cube_scores, ("layers.0", "in no known way")),
     "two soft caps": (altered.cap_first_layer, ("layers.1", "layers.0", "soft cap", "0.0, 2.0")),
     "another rotation": (altered.stretch_keys, ("layers.0", "than rotate pairs")),
+    "itself hidden": (altered.hide_itself, ("layers.0", "hides a token from itself")),
+    "a mask with holes": (altered.hide_every_other, ("layers.0", "mask that is no window")),
+    "a temperature": (altered.sharpen_late_queries, ("layers.0", "attention temperature")),
+    "two products": (altered.two_products, ("layers.0", "behind 2 products")),
+    "a curve": (altered.bend_scores, ("layers.0", "is not understood", "off by")),
     "late positions": (
         altered.positions_after_attention,
         ("Cast", "still reads position_ids", "learned position embeddings"),

@@ -191,3 +191,83 @@ def leave_open(model: ModelProto, name: str, place: int, word: str) -> None:
     size = input_of(model, name).type.tensor_type.shape.dim[place]
     size.Clear()
     size.dim_param = word
+
+
+def _distances(model: ModelProto) -> list[NodeProto]:
+    """Return nodes that compute "distance" (B, 1, S, T), queries' places less those of keys."""
+    rows, columns = (
+        constant(model, name, axes, np.int64) for name, axes in (("rows", [1, 3]), ("cols", [1, 2]))
+    )
+    one = constant(model, "one", 1, np.int64)
+    return [
+        helper.make_node("Cast", ["attention_mask"], ["mask_int"], to=TensorProto.INT64),
+        helper.make_node("CumSum", ["mask_int", one], ["counts"]),
+        helper.make_node("Sub", ["counts", one], ["places"]),
+        helper.make_node("Unsqueeze", ["position_ids", rows], ["queries"]),
+        helper.make_node("Unsqueeze", ["places", columns], ["keys"]),
+        helper.make_node("Sub", ["queries", "keys"], ["distance"]),
+    ]
+
+
+def _hide(model: ModelProto, new: list[NodeProto], hidden: str) -> None:
+    """Hide the keys whose entry is not zero, by a large negative score."""
+    low = constant(model, "low", -1e9)
+    new = [
+        *_distances(model),
+        *new,
+        helper.make_node("Cast", [hidden], ["hidden_float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["hidden_float", low], ["bias"]),
+    ]
+    add_to_scores(model, new, "bias")
+
+
+def hide_itself(model: ModelProto) -> None:
+    """Hide each token from itself."""
+    zero = constant(model, "zero", 0, np.int64)
+    _hide(model, [helper.make_node("Equal", ["distance", zero], ["hidden"])], "hidden")
+
+
+def hide_every_other(model: ModelProto) -> None:
+    """Hide all tokens at odd distances."""
+    two = constant(model, "two", 2, np.int64)
+    _hide(model, [helper.make_node("Mod", ["distance", two], ["hidden"])], "hidden")
+
+
+def sharpen_late_queries(model: ModelProto) -> None:
+    """Multiply scores by a number that grows with every 64 places of the query."""
+    rows, slow = constant(model, "rows", [1, 3], np.int64), constant(model, "slow", 1 / 64)
+    unit = constant(model, "unit", 1.0)
+    new = [
+        helper.make_node("Cast", ["position_ids"], ["places"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["places", slow], ["steps"]),
+        helper.make_node("Floor", ["steps"], ["growth"]),
+        helper.make_node("Add", ["growth", unit], ["factors"]),
+        helper.make_node("Unsqueeze", ["factors", rows], ["factor"]),
+    ]
+    insert_before(model, model.graph.node[0], new)
+    for number, softmax in enumerate(nodes(model, "Softmax")):
+        add = producer(model, softmax.input[0])
+        changed = helper.make_node("Mul", [add.input[0], "factor"], [f"changed_{number}"])
+        insert_before(model, add, [changed])
+        add.input[0] = f"changed_{number}"
+
+
+def two_products(model: ModelProto) -> None:
+    """Add a second product of the same queries and keys to the scores."""
+    for number, softmax in enumerate(nodes(model, "Softmax")):
+        add = producer(model, softmax.input[0])
+        product = next(n for n in model.graph.node if n.output[0] == add.input[0])
+        second = helper.make_node("MatMul", list(product.input), [f"second_{number}"])
+        both = helper.make_node("Add", [add.input[0], second.output[0]], [f"both_{number}"])
+        insert_before(model, add, [second, both])
+        add.input[0] = f"both_{number}"
+
+
+def bend_scores(model: ModelProto) -> None:
+    """Add the sine of the scores to them: a curve that is no soft cap."""
+    for number, softmax in enumerate(nodes(model, "Softmax")):
+        add = producer(model, softmax.input[0])
+        sine = helper.make_node("Sin", [add.input[0]], [f"sine_{number}"])
+        bent = helper.make_node("Add", [add.input[0], sine.output[0]], [f"bent_{number}"])
+        insert_before(model, add, [sine, bent])
+        add.input[0] = f"bent_{number}"
