@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import lminf_export
 from lminf_export import ConfigError, ExportOptions, ModelError
 from lminf_export.cli.export import export_command
 from lminf_export.rewriting.options import REWRITE_OPTIONS
+from lminf_export.rewriting.planning import plan_layers
 from tests.support import altered_graphs as altered
 from tests.support.foreign_models import DATA, LAMBDA, tokens
 
@@ -88,7 +89,7 @@ def three_rows(model):
 
 
 def newer_opset(model):
-    model.opset_import[0].version = 25
+    model.opset_import[0].version = 26
 
 
 ADD, RENAME = altered.add_input, altered.rename
@@ -129,18 +130,18 @@ GRAPHS = {
     "another rotation": (altered.stretch_keys, ("layers.0", "than rotate pairs")),
     "itself hidden": (altered.hide_itself, ("layers.0", "hides a token from itself")),
     "a mask with holes": (altered.hide_every_other, ("layers.0", "mask that is no window")),
-    "a temperature": (altered.sharpen_late_queries, ("layers.0", "attention temperature")),
+    "a temperature": (altered.sharpen_late_queries, ("layers.0", "a temperature by position")),
     "two products": (altered.two_products, ("layers.0", "behind 2 products")),
-    "a curve": (altered.bend_scores, ("layers.0", "is not understood", "off by")),
+    "a curve": (altered.bend_scores, ("layers.0", "weighs the same product otherwise")),
     "late positions": (
         altered.positions_after_attention,
         ("Cast", "still reads position_ids", "learned position embeddings"),
     ),
     "a mask by content": (
         altered.bias_of_words,
-        ("not the original", "over 23 tokens", "--no-check", "nothing was written"),
+        ("layers.0", "depends on tokens besides by its queries, keys and values"),
     ),
-    "a newer opset": (newer_opset, ("opset 25", "newer than 24")),
+    "a newer opset": (newer_opset, ("opset 26", "newer than 24")),
 }
 
 
@@ -156,9 +157,23 @@ def test_learned_positions_are_refused_by_their_name(foreign, tmp_path):
     refused(folder, words=("/transformer/Add", "adds embeddings of positions", "training length"))
 
 
-def test_without_the_check_a_graph_that_differs_is_written(llama):
-    """What the check is for: nothing else sees this difference."""
-    change(llama, altered.bias_of_words)
+@pytest.fixture
+def wrong_scale(monkeypatch):
+    """A plan that is wrong by a factor of the logits, as a mistake of ours would be."""
+
+    def plan(*arguments):
+        found = plan_layers(*arguments)
+        return replace(found, scales=tuple(1.5 * scale for scale in found.scales))
+
+    monkeypatch.setattr("lminf_export.rewriting.run.plan_layers", plan)
+
+
+def test_the_check_refuses_a_graph_that_is_not_the_original(llama, wrong_scale):
+    words = ("not the original", "over 23 tokens", "--no-check", "nothing was written")
+    refused(llama, words=words)
+
+
+def test_without_the_check_it_is_written(llama, wrong_scale):
     result = run("--model", llama, "--out", llama.parent / "b", *SMALL, "--no-check")
     assert result.exit_code == 0, result.output
 

@@ -176,7 +176,7 @@ def test_learned_positions_are_refused(tmp_path: Path, attend: Attend) -> None:
 
     graph = Graph(UNTURNED)
     decoder(graph, attend, normed_of=placed)
-    require_refused(tmp_path, graph, "learned position embeddings")
+    require_refused(tmp_path, graph, "adds embeddings of positions")
 
 
 def test_opset_beyond_the_known_is_refused(tmp_path: Path) -> None:
