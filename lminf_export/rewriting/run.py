@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lminf_export.bundle.destination import check_destination
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.source import CONFIG_FILES, EXTRA_TEMPLATES, TOKENIZER_FILES
+from lminf_export.engine.options import ELSEWHERE
 from lminf_export.errors import ModelError
 from lminf_export.export.decisions import (
     LINK_NOTICE,
@@ -41,12 +43,13 @@ from lminf_export.operator.settings import LambdaConfig, as_integer
 from lminf_export.progress import Progress, silent
 from lminf_export.rewriting.assembling import assemble
 from lminf_export.rewriting.check import check_rewrite, run_original
-from lminf_export.rewriting.finding import find_in_graph
+from lminf_export.rewriting.finding import FoundGraph, find_in_graph
 from lminf_export.rewriting.job import RewriteJob, training_length
 from lminf_export.rewriting.opset import to_opset
 from lminf_export.rewriting.options import REWRITE_OPTIONS, check_options
 from lminf_export.rewriting.planning import plan_layers
 from lminf_export.rewriting.rows import attach_bodies
+from lminf_export.rewriting.searching import MICROSOFT
 from lminf_export.rewriting.source import OnnxSource, open_onnx
 from lminf_export.rewriting.tuning import tune
 
@@ -125,6 +128,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
     notices += plugin_notices(builder, options, plan.attention)
     notices += [LINK_NOTICE] if options.weights == LINK else []
     notices += memory_notices(contract, settings)
+    notices += _engine_notices(builder, found)
     job = RewriteJob(
         options=options,
         source=source,
@@ -140,6 +144,19 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
     job.manifest()  # what the files get wrong shows here, not after the work
     check_destination(target.directory, force=options.force)
     return job
+
+
+def _engine_notices(builder: str | None, found: FoundGraph) -> Iterable[str]:
+    """Say what an engine's builder elsewhere may refuse; one that runs here says it itself."""
+    if builder != ELSEWHERE:
+        return
+    replaced = {layer.anchor.node for layer in found.layers}
+    kinds = {n.op_type for n in found.model.graph if n.domain == MICROSOFT and n not in replaced}
+    if kinds := kinds - {"RotaryEmbedding"}:
+        yield (
+            f"the graph has operators of onnxruntime's own, which TensorRT takes only where its "
+            f"parser knows them: {', '.join(sorted(kinds))}"
+        )
 
 
 def _configured(source: OnnxSource, settings: LambdaConfig, notices: list[str]) -> Any:

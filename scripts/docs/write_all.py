@@ -23,6 +23,7 @@ from scripts.docs import (
     operator_contract,
     performance,
     quantization,
+    rewriting,
     scaling,
     serving,
     triton,
@@ -33,7 +34,7 @@ from scripts.train.model_card import card
 
 # File → what it must hold.
 PAGES: dict[str, Callable[[], str]] = {
-    "README.md": partial(page, "../README.md", evidence_real.TABLES),
+    "README.md": partial(page, "../README.md", {**evidence_real.TABLES, **rewriting.TABLES}),
     "docs/api.md": api_reference.page,
     "docs/chat.md": partial(page, "chat.md", serving.TABLES),
     "docs/cpu_kernel.md": partial(page, "cpu_kernel.md", cpu_kernel.TABLES),
@@ -43,6 +44,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/operator.md": partial(page, "operator.md", operator_contract.TABLES),
     "docs/performance.md": partial(page, "performance.md", performance.TABLES),
     "docs/quantization.md": partial(page, "quantization.md", quantization.TABLES),
+    "docs/rewriting.md": partial(page, "rewriting.md", rewriting.TABLES),
     "docs/scaling.md": partial(page, "scaling.md", {**scaling.TABLES, **fleet.TABLES}),
     "docs/serving.md": partial(page, "serving.md", serving.TABLES),
     "docs/triton.md": partial(page, "triton.md", triton.TABLES),
