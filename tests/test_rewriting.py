@@ -192,7 +192,15 @@ def no_graph(folder):
     (folder / "model.onnx").write_bytes(b"no graph at all")
 
 
+def damaged(folder):
+    path = folder / "model.onnx"
+    name = b"/model/layers.0/input_layernorm/Pow_output_0"
+    assert name in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(name, b"\xff" + name[1:]))
+
+
 FILES = {
+    "a name that is no text": (damaged, ("model.onnx is damaged", "no text")),
     "two graphs": (two_graphs, ("several graphs, first.onnx and second.onnx", "--model")),
     "a damaged graph": (no_graph, ("model.onnx", "is not an ONNX model")),
     "a model that is no table": (

@@ -19,6 +19,7 @@ from lminf_export.rewriting.opset import to_opset
 from lminf_export.rewriting.rules import round_base
 from lminf_export.rewriting.run import prepare
 from lminf_export.rewriting.turning import Turning
+from lminf_export.runtime.foreign_errors import foreign_errors
 
 _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax")
 
@@ -149,21 +150,20 @@ def inspect_onnx(model: str | Path, progress: Progress = silent) -> OnnxFacts:
 
 def _read(path: Path) -> OnnxFacts:
     """Return what a file says of itself."""
-    try:
+    with foreign_errors(ModelError, f"{path} is not an ONNX model, or damaged"):
         proto = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        raise ModelError(f"{path} is not an ONNX model: {error}") from error
-    nodes = list(proto.graph.node)
-    names = [f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes]
-    kinds = Counter(names)
-    opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    return OnnxFacts(
-        path=str(path),
-        producer=f"{proto.producer_name} {proto.producer_version}".strip(),
-        opset=opsets.get("", opsets.get("ai.onnx", 0)),
-        attention_operators={n: c for n, c in kinds.items() if n.split("::")[-1] in _ATTENTION},
-        contrib_operators={n: c for n, c in sorted(kinds.items()) if "::" in n},
-    )
+        kinds = Counter(
+            f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+            for node in proto.graph.node
+        )
+        opsets = {entry.domain: entry.version for entry in proto.opset_import}
+        return OnnxFacts(
+            path=str(path),
+            producer=f"{proto.producer_name} {proto.producer_version}".strip(),
+            opset=opsets.get("", opsets.get("ai.onnx", 0)),
+            attention_operators={n: c for n, c in kinds.items() if n.split("::")[-1] in _ATTENTION},
+            contrib_operators={n: c for n, c in sorted(kinds.items()) if "::" in n},
+        )
 
 
 def _understood(facts: OnnxFacts, path: Path, progress: Progress) -> OnnxFacts:

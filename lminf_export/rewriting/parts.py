@@ -24,6 +24,7 @@ from lminf_export.export.passes.checking import inner_graphs
 from lminf_export.export.wider_graph import widen
 from lminf_export.operator.contract import DOMAIN
 from lminf_export.rewriting.lighter import without_products
+from lminf_export.runtime.foreign_errors import foreign_errors
 from lminf_export.runtime.onnxruntime import weights_of_bytes
 
 Array = NDArray[Any]
@@ -219,7 +220,8 @@ class _Part:
         graph.node.extend(self._node(node, count) for count, node in enumerate(self.nodes))
         for value in self.initializers:
             assert value.const_value is not None
-            tensor = ir.serde.serialize_tensor(value.const_value)
+            with foreign_errors(ModelError, f"the weight {shortened(repr(value.name), 40)}"):
+                tensor = ir.serde.serialize_tensor(value.const_value)
             tensor.name = self.names[value]
             graph.initializer.append(tensor)
         for value in self.inputs:
@@ -239,7 +241,8 @@ class _Part:
         return model
 
     def _node(self, node: ir.Node, count: int) -> onnx.NodeProto:
-        proto = ir.serde.serialize_node(node)
+        with foreign_errors(ModelError, f"the node {shortened(repr(node.name), 40)}"):
+            proto = ir.serde.serialize_node(node)
         proto.name, proto.doc_string = f"n{count}", ""
         del proto.metadata_props[:]
         for index, value in enumerate(node.inputs):

@@ -34,6 +34,10 @@ def read_graph(path: Path) -> ir.Model:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except DecodeError as error:
         raise ModelError(f"{path} is not an ONNX model: {error}") from error
+    except ir.serde.SerdeError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ModelError(f"{path} is damaged: {shortened(reason, 140)}") from error
+    _check_names(model, path)
     _check_weights(model, path)
     if any(node.domain == DOMAIN for node in model.graph):
         raise ModelError(
@@ -41,6 +45,7 @@ def read_graph(path: Path) -> ir.Model:
             f"model that it was made of"
         )
     for step in (
+        common.ClearMetadataAndDocStringPass(),
         common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.IdentityEliminationPass(),
@@ -48,6 +53,15 @@ def read_graph(path: Path) -> ir.Model:
     ):
         step(model)
     return model
+
+
+def _check_names(model: ir.Model, path: Path) -> None:
+    """Refuse a graph in which a name is no text: protobuf's libraries read it, and write it not."""
+    nodes = list(model.graph.all_nodes())
+    names = [name for node in nodes for name in (node.name, node.op_type, node.domain)]
+    names += [value.name for node in nodes for value in node.outputs]
+    if not all(name is None or isinstance(name, str) for name in names):
+        raise ModelError(f"{path} is damaged: a name in it is no text; copy the model again")
 
 
 def _check_weights(model: ir.Model, path: Path) -> None:
