@@ -157,6 +157,18 @@ def test_learned_positions_are_refused_by_their_name(foreign, tmp_path):
     refused(folder, words=("/transformer/Add", "adds embeddings of positions", "training length"))
 
 
+def test_a_graph_that_is_asked_how_many_logits_it_gives_is_asked_which(llama, tmp_path):
+    """Its own choice of rows is gone: the input stood for it."""
+    plain = lminf_export.rewrite(llama, tmp_path / "plain", **LAMBDA)
+    change(llama, altered.keep_last_logits)
+    kept = lminf_export.rewrite(llama, tmp_path / "kept", **LAMBDA)
+    found, wanted = (
+        model.forward(tokens(61, plain.manifest.vocab_size), model.new_state())
+        for model in map(lminf_export.load, (kept.path, plain.path))
+    )
+    np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.fixture
 def wrong_scale(monkeypatch):
     """A plan that is wrong by a factor of the logits, as a mistake of ours would be."""

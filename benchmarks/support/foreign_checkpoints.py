@@ -12,26 +12,20 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from benchmarks.support import families
 from benchmarks.support.checkpoints import write_tokenizer
 from benchmarks.support.families import make_random
 
 # A layer's own window in the models that have one, and how far positions go.
-SLIDING, POSITIONS, VOCABULARY, HEAD_DIM = 11, 128, 131, 16
+SLIDING, POSITIONS, HEAD_DIM = 11, 128, 16
+VOCABULARY = families.SIZES["vocab_size"]
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
+    **families.SIZES,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": HEAD_DIM,
     "max_position_embeddings": POSITIONS,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
 }
 _ALTERNATE = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],

@@ -88,6 +88,11 @@ class BundleWriter:
                 f"{human_bytes(free)} are free on that disk; free some or choose another --out"
             ) from error
 
+    @property
+    def folder(self) -> Path:
+        """Where the bundle's files are until `commit`."""
+        return self._temporary
+
     def add(self, name: str, role: Role) -> Path:
         """Announce a file and return the path to write it to.
 
@@ -103,10 +108,6 @@ class BundleWriter:
         path = self._temporary / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    def forget(self, name: str) -> None:
-        """Take back the announcement of a file that was not written."""
-        del self._roles[name]
 
     def set_digest(self, name: str, sha256: str) -> None:
         """Give a file's SHA-256, computed while it was written, for `commit`."""

@@ -87,14 +87,15 @@ def save_graph(
         ExportError: the graph is not what the contract asks for.
     """
     model = trace.model
-    features = _features(plan, int8_cache=trace.contract.int8_cache)
+    features = body_features(plan, int8_cache=trace.contract.int8_cache)
     steps = pipelines.finished(trace.contract, features, trace.constants, metadata)
     pipelines.run(model, steps)
     ir.save(model, path)
     check_graph_file(path)
 
 
-def _features(plan: AttentionPlan, *, int8_cache: bool) -> BodyFeatures:
+def body_features(plan: AttentionPlan, *, int8_cache: bool) -> BodyFeatures:
+    """Return what the operator's body needs for a plan."""
     return BodyFeatures(
         rotary=bool(plan.rotations),
         alibi=plan.alibi_slopes is not None,

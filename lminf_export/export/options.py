@@ -7,8 +7,11 @@ only shows its help loads this.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lminf_export.engine.options import BUILDERS, ELSEWHERE, EngineOptions
 from lminf_export.operator.settings import (
@@ -124,3 +127,22 @@ class ExportOptions:
             lambda_layers=self.lambda_layers,
             rope_regime=self.rope_regime,
         )
+
+
+def signature_with_options(
+    function: Callable[..., Any], names: Collection[str] | None = None
+) -> inspect.Signature:
+    """Return a function's signature with options of an export in the place of `**options`.
+
+    Args:
+        function: takes model, out and progress, and the options by their names.
+        names: of the options; all by default.
+    """
+    written = inspect.signature(function)
+    model, out, progress = (written.parameters[name] for name in ("model", "out", "progress"))
+    options = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(ExportOptions).parameters.items()
+        if name not in ("model", "out") and (names is None or name in names)
+    ]
+    return written.replace(parameters=[model, out, *options, progress])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -45,7 +44,7 @@ from lminf_export.export.engine import (
 from lminf_export.export.graph import write_graph
 from lminf_export.export.job import ExportJob, graph_metadata
 from lminf_export.export.license_files import copy_license_files
-from lminf_export.export.options import LINK, ExportOptions
+from lminf_export.export.options import LINK, ExportOptions, signature_with_options
 from lminf_export.export.quantized_weights import calibrated_notices, kept_notices, with_blocks
 from lminf_export.export.spot_check import check_graph
 from lminf_export.export.tokenizer_check import TOKENIZER
@@ -88,19 +87,8 @@ def export(
     return run_job(prepare(ExportOptions(model, out, **options), progress), progress)
 
 
-def _signature_of_export() -> inspect.Signature:
-    """Return `export`'s signature with every option in the place of `**options`."""
-    written = inspect.signature(export)
-    model, out, progress = (written.parameters[name] for name in ("model", "out", "progress"))
-    options = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(ExportOptions).parameters.items()
-        if name not in ("model", "out")
-    ]
-    return written.replace(parameters=[model, out, *options, progress])
-
-
-export.__signature__ = _signature_of_export()  # type: ignore[attr-defined]  # read by inspect
+# Read by inspect.
+export.__signature__ = signature_with_options(export)  # type: ignore[attr-defined]
 
 
 def prepare(options: ExportOptions, progress: Progress = silent) -> ExportJob:

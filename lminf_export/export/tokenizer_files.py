@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from lminf_export.bundle.records import Role
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.checkpoint.source import (
     CONFIG_FILES,
@@ -32,28 +34,40 @@ def copy_tokenizer_files(source: Source, writer: BundleWriter, *, with_index: bo
     Returns:
         Notices: what was mended, or cannot be.
     """
-    configs = (*CONFIG_FILES, *([INDEX_NAME] if with_index else []))
-    templates = [
-        path.relative_to(source.folder).as_posix()
-        for path in sorted(source.folder.glob(EXTRA_TEMPLATES))
-        if path.is_file()
-    ]
+    configs = [name for name in CONFIG_FILES if name != "config.json"]
     trusts = may_run_code(source.config)
     # Without them the reference of a validation could not be built from the bundle alone.
     code = sorted(path.name for path in source.folder.glob("*.py")) if trusts else []
-    for names, role in (
-        ((*TOKENIZER_FILES, *templates), "tokenizer"),
-        ((*configs, *code), "config"),
-    ):
-        for name in names:
-            if name != "config.json" and (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, writer.add(name, role))  # type: ignore[arg-type]
+    index = [INDEX_NAME] if with_index else []
+    copy_present(source.folder, [*configs, *index, *code], writer, "config")
     config = writer.add("config.json", "config")
     config.write_text(plain_config(source, of_files=with_index), encoding="utf-8")
-    notices = check_tokenizer(source.folder, config.parent, trust_remote_code=trusts)
-    if (config.parent / TOKENIZER).is_file():
+    return copy_tokenizer(source.folder, writer, trust_remote_code=trusts)
+
+
+def copy_tokenizer(folder: Path, writer: BundleWriter, *, trust_remote_code: bool) -> list[str]:
+    """Copy tokenizer and chat templates of a folder into a bundle, compare and mend them.
+
+    Returns:
+        Notices: what was mended, or cannot be.
+    """
+    templates = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.glob(EXTRA_TEMPLATES))
+        if path.is_file()
+    ]
+    copy_present(folder, [*TOKENIZER_FILES, *templates], writer, "tokenizer")
+    notices = check_tokenizer(folder, writer.folder, trust_remote_code=trust_remote_code)
+    if (writer.folder / TOKENIZER).is_file():
         writer.add(TOKENIZER, "tokenizer")
     return notices
+
+
+def copy_present(folder: Path, names: Iterable[str], writer: BundleWriter, role: Role) -> None:
+    """Copy those of some files into a bundle that a folder has."""
+    for name in names:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, writer.add(name, role))
 
 
 def bos_id(config: Any) -> int | None:

@@ -19,6 +19,8 @@ from lminf_export.rewriting.places import SIZES, Places
 from lminf_export.rewriting.product_anchors import product_below, softmax
 from lminf_export.rewriting.searching import MICROSOFT, UNDERSTOOD, Anchor, Search, node_name
 
+_SUMS = ("Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+
 
 def find_anchors(graph: ir.Graph, inputs: Inputs) -> list[Anchor]:
     """Return a graph's attentions in order.
@@ -34,6 +36,8 @@ def find_anchors(graph: ir.Graph, inputs: Inputs) -> list[Anchor]:
         decided = places.visit(node)
         if not decided:
             continue
+        if not found:
+            _refuse_added_positions(node, places, features)
         if editing.is_op(node, "Softmax"):
             softmaxes[product_below(node)[0]] = node
             continue
@@ -51,6 +55,23 @@ def find_anchors(graph: ir.Graph, inputs: Inputs) -> list[Anchor]:
     if not found:
         raise ModelError(f"the graph attends nowhere: {UNDERSTOOD}, over a cache")
     return found
+
+
+def _refuse_added_positions(node: ir.Node, places: Places, features: set[ir.Value]) -> None:
+    """Refuse position embeddings that are added to those of the tokens, in front of it all.
+
+    Raises:
+        ModelError: the node adds them.
+    """
+    read = [value for value in node.inputs[:2] if value is not None]
+    tokens = [value for value in read if places.free(value) and value in features]
+    placed = [value for value in read if not places.free(value) and value not in features]
+    if node.op_type in _SUMS and tokens and placed:
+        raise ModelError(
+            f"{node_name(node)} adds embeddings of positions to those of the tokens: they are "
+            f"learned up to the training length and a stream goes beyond; a model with rotation, "
+            f"ALiBi or no positions can be rewritten"
+        )
 
 
 def _features(graph: ir.Graph, inputs: Inputs) -> set[ir.Value]:

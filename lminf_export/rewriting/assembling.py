@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -28,10 +27,9 @@ from lminf_export.operator.bindings import (
 )
 from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.rewriting.finding import Finding, FoundGraph
-from lminf_export.rewriting.layouts import Layout
+from lminf_export.rewriting.layouts import Layout, Shapes
 from lminf_export.rewriting.planning import RewritePlan
 from lminf_export.rewriting.recording import Recorder
-from lminf_export.rewriting.rows import Shapes
 from lminf_export.rewriting.searching import node_name
 from lminf_export.rewriting.selecting import select_logits
 from lminf_export.tensors.torch_dtypes import torch_dtype
@@ -93,12 +91,12 @@ class Assembled:
     Attributes:
         ids: (B, S) the tokens.
         index: (B, K) the rows whose logits are asked for.
-        shapes: of values that do not depend on `index`, with 5 tokens and with 6.
+        shapes: of values that do not depend on `index`, as `FoundGraph` has them.
     """
 
     ids: ir.Value
     index: ir.Value
-    shapes: Shapes
+    shapes: Mapping[ir.Value, Shapes]
 
 
 def _input(spec: TensorSpec) -> ir.Value:
@@ -170,7 +168,7 @@ class _Builder:
     inputs: Mapping[str, ir.Value]
     ids: ir.Value
     outputs: dict[str, ir.Value] = field(default_factory=dict)
-    shapes: dict[ir.Value, Any] = field(default_factory=dict)
+    shapes: dict[ir.Value, Shapes] = field(default_factory=dict)
 
     def build(self) -> dict[str, ir.Value]:
         """Replace all attentions; return the new caches by name."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -47,10 +48,9 @@ class Attention:
         longest: int | None,
     ) -> None:
         self.parts, self.inputs, self.anchor = parts, inputs, anchor
-        # Of numbers near 1 in the graph's type: its tables are rounded to that.
-        self.eps = {2: 2.0**-10, 4: 0.0}[numpy_dtype(anchor.past_key).itemsize]
-        if anchor.past_key.dtype == ir.DataType.BFLOAT16:
-            self.eps = 2.0**-7
+        # Tables of half precision are rounded by so much near 1; those of float32 by nothing here.
+        dtype = numpy_dtype(anchor.past_key)
+        self.eps = float(ml_dtypes.finfo(dtype).eps) if dtype.itemsize < 4 else 0.0
         self.layouts, self.head_dims, self.longest = layouts, head_dims, longest
         self.heads, self.kv_heads = layouts.query.heads, layouts.key.heads
         self.head_dim = layouts.query.head_dim

@@ -88,7 +88,7 @@ class Inputs:
         return min((size for size in sizes if isinstance(size, int)), default=None)
 
     def feeds(self, call: Call) -> dict[ir.Value, Array]:
-        """Return arrays for all inputs, caches of zeros."""
+        """Return arrays for all inputs: one token again and again, caches of zeros."""
         call = self._completed(call)
         return {value: _array(value, role, call) for value, role in self.roles.items()}
 
@@ -111,14 +111,12 @@ class Call:
         past: tokens before them, P.
         head_dims: of each cache whose last dimension the graph leaves open.
         capacity: slots of caches that are written in place, by default P.
-        seed: of the random ids.
     """
 
     new: int
     past: int = 0
     head_dims: Mapping[str, int] | None = None
     capacity: int | None = None
-    seed: int = 0
 
     @property
     def total(self) -> int:
@@ -200,8 +198,7 @@ def _array(value: ir.Value, role: Role, call: Call) -> Array:
     rank = len(value.shape) if value.shape is not None else 0
     match role:
         case "ids":
-            rng = np.random.default_rng(call.seed)
-            return rng.integers(1, 2, (1, call.new)).astype(dtype)
+            return np.ones((1, call.new), dtype)
         case "mask":
             return np.ones((1, call.total), dtype)
         case "mask_4d":

@@ -44,7 +44,6 @@ class FoundGraph:
 
     Attributes:
         model: the graph, in the forms that were measured; its file is as it was.
-        folder: of its file.
         inputs: its inputs by their roles.
         layers: its attentions, in order.
         logits: the output that scores the vocabulary.
@@ -53,11 +52,10 @@ class FoundGraph:
         head_dims: D of caches whose shape leaves it open, by name.
         least_capacity: slots that the original's caches must have at least, or None.
         origin: the file, for the manifest.
-        shapes: of every value that was asked for, with 5 and with 6 tokens.
+        shapes: of every value that was asked for, with SHORT tokens and with LONG.
     """
 
     model: ir.Model
-    folder: Path
     inputs: Inputs
     layers: tuple[Finding, ...]
     logits: ir.Value
@@ -115,7 +113,6 @@ def find_in_graph(path: Path, head_dim: int | None, progress: Progress) -> Found
         layers.append(Finding(anchor, layouts, known[print_]))
     return FoundGraph(
         model=model,
-        folder=path.parent,
         inputs=inputs,
         layers=tuple(layers),
         logits=logits,

@@ -52,28 +52,23 @@ def group_query(search: Search, node: ir.Node) -> Anchor:
 
 def multi_head(search: Search, node: ir.Node) -> Anchor:
     """Return the place of a node MultiHeadAttention; errors as above."""
-    values = _inputs(node, 10)
-    kind = f"{MICROSOFT}::{node.op_type}"
-    operands = _operands(node, values[:3])
-    if values[6] is None:
-        return search.anchor(kind, node, operands, node.outputs[0])
-    pasts = (
-        search.cache_input(values[6], "past keys", node),
-        search.cache_input(values[7], "past values", node),
-    )
-    return search.anchor(kind, node, operands, node.outputs[0], pasts=pasts, keys=_present(node))
+    return _with_optional_pasts(search, node, f"{MICROSOFT}::{node.op_type}", 6)
 
 
 def attention(search: Search, node: ir.Node) -> Anchor:
     """Return the place of the standard's Attention; errors as above."""
-    values = _inputs(node, 7)
+    return _with_optional_pasts(search, node, "ai.onnx::Attention", 4)
+
+
+def _with_optional_pasts(search: Search, node: ir.Node, kind: str, past: int) -> Anchor:
+    """Return the place of a node that takes caches from its input `past` on, or joined keys."""
+    values = _inputs(node, past + 2)
     operands = _operands(node, values[:3])
-    kind = "ai.onnx::Attention"
-    if values[4] is None:
+    if values[past] is None:
         return search.anchor(kind, node, operands, node.outputs[0])
     pasts = (
-        search.cache_input(values[4], "past keys", node),
-        search.cache_input(values[5], "past values", node),
+        search.cache_input(values[past], "past keys", node),
+        search.cache_input(values[past + 1], "past values", node),
     )
     return search.anchor(kind, node, operands, node.outputs[0], pasts=pasts, keys=_present(node))
 

@@ -10,17 +10,22 @@ from typing import Any
 import onnx
 
 from lminf_export.errors import LminfError, ModelError
-from lminf_export.export.options import ExportOptions
+from lminf_export.export.decisions import default_window
+from lminf_export.operator.graph_contract import GraphContract
+from lminf_export.operator.settings import LambdaConfig
 from lminf_export.progress import Progress, silent
 from lminf_export.rewriting.assembling import assemble
 from lminf_export.rewriting.detecting import find_onnx_model
-from lminf_export.rewriting.finding import Finding
+from lminf_export.rewriting.finding import Finding, find_in_graph
+from lminf_export.rewriting.job import training_length
 from lminf_export.rewriting.opset import to_opset
+from lminf_export.rewriting.planning import plan_layers
 from lminf_export.rewriting.rules import round_base
-from lminf_export.rewriting.run import prepare
+from lminf_export.rewriting.source import configured_plan, open_onnx
 from lminf_export.rewriting.turning import Turning
 from lminf_export.runtime.foreign_errors import foreign_errors
 
+_ANY_WINDOW = 64
 _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax")
 
 
@@ -167,29 +172,26 @@ def _read(path: Path) -> OnnxFacts:
 
 
 def _understood(facts: OnnxFacts, path: Path, progress: Progress) -> OnnxFacts:
-    """Prepare a rewrite as far as it goes without writing."""
-    options = ExportOptions(path, path.parent / "rewritten", force=True)
-    try:
-        job = prepare(options, progress)
-        window: int | None = job.settings.window_size
-    except ModelError:
-        raise
-    except LminfError:
-        # The training length is not known; what is in the graph does not depend on it.
-        job = prepare(ExportOptions(path, options.out, force=True, window_size=64), progress)
-        window = None
-    layers = tuple(LayerFacts.of(finding) for finding in job.found.layers)
+    """Find out what a rewrite would, and whether its graph can be put together."""
+    source = open_onnx(path, None)
+    found = find_in_graph(source.path, source.head_dim, progress)
+    trained = training_length(source, found)
+    # What is in the graph does not depend on the window; any will do where none is known.
+    asked = _ANY_WINDOW if trained is None else None
+    window, notices = default_window(asked, trained)
+    settings = LambdaConfig(window_size=window)
     facts = replace(
         facts,
-        layers=layers,
-        dtype=job.found.dtype,
-        vocab_size=job.found.vocab_size,
-        window_size=window,
-        notices=job.notices if window is not None else (),
+        layers=tuple(LayerFacts.of(finding) for finding in found.layers),
+        dtype=found.dtype,
+        vocab_size=found.vocab_size,
+        window_size=None if trained is None else window,
     )
     try:
-        assemble(job.found, job.plan, job.contract)
-        to_opset(job.found.model)
+        plan = plan_layers(found.layers, settings, configured_plan(source, settings, notices))
+        contract = GraphContract(plan.attention.layers, found.dtype, None, found.vocab_size)
+        assemble(found, plan, contract)
+        to_opset(found.model)
     except LminfError as error:
         return replace(facts, problem=str(error))
-    return facts
+    return replace(facts, notices=(*source.notices, *notices, *plan.attention.notices))

@@ -17,6 +17,13 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 Order = Literal["BHSD", "BSHD", "BSE", "NSD", "TE", "THD"]
 
 
+def are_of_tokens(shapes: Shapes, width: int | None = None) -> bool:
+    """Say whether shapes are (1, tokens, features), and of a width where one is given."""
+    short, long = shapes
+    found = short[-1] if short else 0
+    return (short, long) == ((1, SHORT, found), (1, LONG, found)) and width in (None, found)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Order of the dimensions of queries, keys, values or an output.

@@ -62,7 +62,7 @@ def origins(places: Places, value: ir.Value, what: str, floats: set[ir.Value]) -
     Raises:
         ModelError: it is made of several.
     """
-    sources = _free_sources(places, value, what, floats)
+    sources = _free_sources(places, value, floats)
     if not sources:
         raise ModelError(f"{what} are not made of the tokens' features")
     common: list[ir.Value] | None = None
@@ -75,9 +75,7 @@ def origins(places: Places, value: ir.Value, what: str, floats: set[ir.Value]) -
     return common
 
 
-def _free_sources(
-    places: Places, value: ir.Value, what: str, floats: set[ir.Value]
-) -> list[ir.Value]:
+def _free_sources(places: Places, value: ir.Value, floats: set[ir.Value]) -> list[ir.Value]:
     found: dict[ir.Value, None] = {}
     seen: set[ir.Value] = set()
     open_values = [value]
@@ -92,22 +90,8 @@ def _free_sources(
             continue
         node = current.producer()
         if node is not None and node.op_type not in SIZES:
-            if _is_projection(node) and node.inputs[0] in floats and node.inputs[0] is not None:
-                raise ModelError(
-                    f"{what} are products with weights of what positions were added to, such as "
-                    f"learned position embeddings, which end at the training length; such a model "
-                    f"cannot be rewritten"
-                )
             open_values += list(read_values(node))
     return list(found)
-
-
-def _is_projection(node: ir.Node) -> bool:
-    """Say whether a node multiplies its input by a matrix of weights."""
-    weights = node.inputs[1] if len(node.inputs) > 1 else None
-    if "MatMul" not in node.op_type and node.op_type != "Gemm":
-        return False
-    return weights is not None and weights.const_value is not None
 
 
 def _ancestors(value: ir.Value, floats: set[ir.Value]) -> Iterator[ir.Value]:

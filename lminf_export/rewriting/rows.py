@@ -22,10 +22,9 @@ from lminf_export.operator.linear_bodies import (
     NBITS_ATTRIBUTES,
     nbits_body,
 )
+from lminf_export.rewriting.layouts import Shapes, are_of_tokens
 from lminf_export.rewriting.recording import Recorder
 
-# Shapes of a value with one number of tokens and with another.
-Shapes = Mapping[ir.Value, tuple[tuple[int, ...], tuple[int, ...]]]
 _NBITS = "MatMulNBits"
 _BITS, _BLOCK_SIZES = (4, 8), (16, 32, 64, 128, 256)
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -57,7 +56,12 @@ def streams(graph: ir.Graph) -> list[ir.Value]:
     return list(dict.fromkeys(v for v in values if v is not None and not _is_constant(v)))
 
 
-def to_rows(model: ir.Model, ids: ir.Value, shapes: Shapes, chosen: Iterable[ir.Value]) -> None:
+def to_rows(
+    model: ir.Model,
+    ids: ir.Value,
+    shapes: Mapping[ir.Value, Shapes],
+    chosen: Iterable[ir.Value],
+) -> None:
     """Let products in blocks of integers be computed by `lminf::LinearNBits`, in place.
 
     Products of other forms than that operator's stay as they are.
@@ -65,7 +69,7 @@ def to_rows(model: ir.Model, ids: ir.Value, shapes: Shapes, chosen: Iterable[ir.
     Args:
         model: a rewritten graph.
         ids: (B, S) its tokens.
-        shapes: of values, with 5 tokens and with 6.
+        shapes: of values, as `FoundGraph` has them.
         chosen: values that depend on which rows' logits are asked for begin here.
     """
     rows = _Rows(model.graph, ids, shapes, _reached(model.graph, chosen))
@@ -143,7 +147,7 @@ class _Rows:
 
     graph: ir.Graph
     ids: ir.Value
-    shapes: Shapes
+    shapes: Mapping[ir.Value, Shapes]
     chosen: set[ir.Value]
     flat: dict[ir.Value, _Flat] = field(default_factory=dict)
     of_tokens: ir.Value | None = None
@@ -195,10 +199,8 @@ class _Rows:
 
     def _is_of_tokens(self, value: ir.Value) -> bool:
         """Say whether a value has shape (B, S, features)."""
-        if value not in self.shapes or value in self.chosen:
-            return False
-        short, long = self.shapes[value]
-        return len(short) == len(long) == 3 and (short[:2], long[:2]) == ((1, 5), (1, 6))
+        known = value in self.shapes and value not in self.chosen
+        return known and are_of_tokens(self.shapes[value])
 
     def _rows_of(self, before: ir.Node, x: ir.Value, width: int) -> _Flat:
         """Return a tensor's rows; where there are none yet, they are made before a node."""

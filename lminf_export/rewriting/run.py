@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import os
-import shutil
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,8 @@ from lminf_export.bundle.copying import copy_file
 from lminf_export.bundle.destination import check_destination
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.writer import BundleWriter
-from lminf_export.checkpoint.source import CONFIG_FILES, EXTRA_TEMPLATES, TOKENIZER_FILES
+from lminf_export.checkpoint.source import CONFIG_FILES
 from lminf_export.engine.options import ELSEWHERE
-from lminf_export.errors import ModelError
 from lminf_export.export.decisions import (
     LINK_NOTICE,
     check_cache_size,
@@ -28,18 +23,16 @@ from lminf_export.export.decisions import (
     memory_notices,
 )
 from lminf_export.export.engine import add_engine, choose_builder, out_target, plugin_notices
-from lminf_export.export.graph import check_graph_file
+from lminf_export.export.graph import body_features, check_graph_file
 from lminf_export.export.license_files import copy_license_files
-from lminf_export.export.options import LINK, ExportOptions
+from lminf_export.export.options import LINK, ExportOptions, signature_with_options
 from lminf_export.export.passes import pipelines
 from lminf_export.export.passes.attach_attention_body import AttachAttentionBodyPass
 from lminf_export.export.passes.declare_inputs_and_outputs import DeclareInputsAndOutputsPass
 from lminf_export.export.passes.describe_model import DescribeModelPass
-from lminf_export.export.tokenizer_check import TOKENIZER, check_tokenizer
-from lminf_export.models.registry import family_of
-from lminf_export.operator.attention_body import BodyFeatures
+from lminf_export.export.tokenizer_files import copy_present, copy_tokenizer
 from lminf_export.operator.graph_contract import GraphContract
-from lminf_export.operator.settings import LambdaConfig, as_integer
+from lminf_export.operator.settings import as_integer
 from lminf_export.progress import Progress, silent
 from lminf_export.rewriting.assembling import assemble
 from lminf_export.rewriting.check import check_rewrite, run_original
@@ -50,8 +43,9 @@ from lminf_export.rewriting.options import REWRITE_OPTIONS, check_options
 from lminf_export.rewriting.planning import plan_layers
 from lminf_export.rewriting.rows import attach_bodies
 from lminf_export.rewriting.searching import MICROSOFT
-from lminf_export.rewriting.source import OnnxSource, open_onnx
+from lminf_export.rewriting.source import configured_plan, open_onnx
 from lminf_export.rewriting.tuning import tune
+from lminf_export.tensors.link import link_file
 
 logger = logging.getLogger(__name__)
 
@@ -85,20 +79,10 @@ def rewrite(
     return run_job(prepare(ExportOptions(model, out, **options), progress), progress)
 
 
-def _signature_of_rewrite() -> inspect.Signature:
-    """Return `rewrite`'s signature with every option in the place of `**options`."""
-    written = inspect.signature(rewrite)
-    model, out, progress = (written.parameters[name] for name in ("model", "out", "progress"))
-    known = inspect.signature(ExportOptions).parameters
-    options = [
-        known[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name in (field.name for field in fields(ExportOptions))
-        if name in REWRITE_OPTIONS
-    ]
-    return written.replace(parameters=[model, out, *options, progress])
-
-
-rewrite.__signature__ = _signature_of_rewrite()  # type: ignore[attr-defined]  # read by inspect
+# Read by inspect.
+rewrite.__signature__ = signature_with_options(  # type: ignore[attr-defined]
+    rewrite, REWRITE_OPTIONS
+)
 
 
 def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
@@ -113,13 +97,14 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
     check_weights(options.weights, None)
     as_integer("max_batch_size", options.max_batch_size, 1)
     options.lambda_config(1 if options.window_size is None else options.window_size)
+    check_destination(target.directory, force=options.force)  # before the work
     progress("reading the model", None)
     source = open_onnx(options.model, options.tokenizer)
     found = find_in_graph(source.path, source.head_dim, progress)
     trained = training_length(source, found)
     window, notices = default_window(options.window_size, trained)
     settings = options.lambda_config(window)
-    known = _configured(source, settings, notices)
+    known = configured_plan(source, settings, notices)
     plan = plan_layers(found.layers, settings, known)
     contract = GraphContract(plan.attention.layers, found.dtype, None, found.vocab_size)
     batch_size = options.max_batch_size if target.engine_name else 1
@@ -142,7 +127,6 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
         notices=tuple(notices),
     )
     job.manifest()  # what the files get wrong shows here, not after the work
-    check_destination(target.directory, force=options.force)
     return job
 
 
@@ -157,20 +141,6 @@ def _engine_notices(builder: str | None, found: FoundGraph) -> Iterable[str]:
             f"the graph has operators of onnxruntime's own, which TensorRT takes only where its "
             f"parser knows them: {', '.join(sorted(kinds))}"
         )
-
-
-def _configured(source: OnnxSource, settings: LambdaConfig, notices: list[str]) -> Any:
-    """Return how the layers attend by the configuration, None where it does not say."""
-    if source.source is None:
-        return None
-    config = source.source.config
-    try:
-        family = family_of(config)
-        # The graph says itself whether a rotation depends on the length.
-        return family.plan(config, settings)
-    except ModelError as error:
-        notices.append(f"config.json is not compared with the graph: {error}")
-        return None
 
 
 def run_job(job: RewriteJob, progress: Progress = silent) -> Bundle:
@@ -210,13 +180,7 @@ def _write_graph(job: RewriteJob, writer: BundleWriter) -> Path:
     tune(job.found.model, assembled)
     model = to_opset(job.found.model)
     attach_bodies(model)
-    plan = job.plan.attention
-    features = BodyFeatures(
-        rotary=bool(plan.rotations),
-        alibi=plan.alibi_slopes is not None,
-        softcap=bool(plan.softcap),
-        sink_logits=plan.sink_logits,
-    )
+    features = body_features(job.plan.attention, int8_cache=False)
     steps = (
         DescribeModelPass(job.metadata()),
         AttachAttentionBodyPass(features),
@@ -240,31 +204,12 @@ def _put_weights(job: RewriteJob, writer: BundleWriter, progress: Progress) -> N
     """Copy or link the files of weights that the new graph still reads."""
     progress("linking weights" if job.links_weights else "copying weights", None)
     for name, path in zip(_names(job), job.weight_files, strict=True):
-        target = writer.add(name, "weights")
-        if not job.links_weights:
-            copy_file(path, target)
-            continue
-        try:
-            os.link(path.resolve(), target)
-        except OSError as error:
-            raise ModelError(
-                f"{name} cannot be linked into the bundle ({error.strerror}): both must be on one "
-                f"disk that knows hard links; use --weights copy"
-            ) from error
+        put = link_file if job.links_weights else copy_file
+        put(path, writer.add(name, "weights"))
 
 
 def _copy_texts(job: RewriteJob, writer: BundleWriter) -> list[str]:
     """Copy tokenizer, chat templates and configuration; return notices."""
-    texts, source = job.source.texts, job.source.source
-    templates = [p.relative_to(texts).as_posix() for p in sorted(texts.glob(EXTRA_TEMPLATES))]
-    copies = [(texts, name, "tokenizer") for name in (*TOKENIZER_FILES, *templates)]
-    if source is not None:
-        copies += [(source.folder, name, "config") for name in CONFIG_FILES]
-    for folder, name, role in copies:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, writer.add(name, role))  # type: ignore[arg-type]
-    path = writer.add(TOKENIZER, "tokenizer")
-    notices = check_tokenizer(texts, path.parent)
-    if not path.is_file():
-        writer.forget(TOKENIZER)
-    return notices
+    if job.source.source is not None:
+        copy_present(job.source.source.folder, CONFIG_FILES, writer, "config")
+    return copy_tokenizer(job.source.texts, writer, trust_remote_code=False)

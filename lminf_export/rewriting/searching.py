@@ -16,7 +16,6 @@ MICROSOFT = "com.microsoft"
 UNDERSTOOD = (
     "expected GroupQueryAttention, MultiHeadAttention, Attention, or a product, softmax and product"
 )
-_SUMS = ("Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 # Operators that change a tensor's shape only, and how many of them in a row are followed.
 _SHAPING = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast"}
 _MOST_STEPS = 6
@@ -82,8 +81,7 @@ class Search:
         keys: ir.Value | None = None,
     ) -> Anchor:
         """Trace what attention takes to the tensors of the new tokens and to the caches."""
-        query, key, value = operands
-        self._refuse_added_positions(query)
+        _, key, value = operands
         name = node_name(node)
         past_key, past_value = pasts or (
             self._cache_of(key, f"the keys of {name}"),
@@ -105,26 +103,9 @@ class Search:
             **{field: values[0] for field, values in candidates.items()},
         )
 
-    def _refuse_added_positions(self, query: ir.Value) -> None:
-        """Refuse position embeddings that are added to those of the tokens, in front of it all."""
-        for node in nodes_between([], [query]):
-            read = [v for v in node.inputs[:2] if v is not None]
-            if (
-                node.op_type in _SUMS
-                and any(self.places.free(v) and v in self.features for v in read)
-                and any(not self.places.free(v) and v not in self.features for v in read)
-            ):
-                raise ModelError(
-                    f"{node_name(node)} adds embeddings of positions to those of the tokens: they "
-                    f"are learned up to the training length and a stream goes beyond; a model with "
-                    f"rotation, ALiBi or no positions can be rewritten"
-                )
-
     def _cache_of(self, value: ir.Value, what: str) -> ir.Value:
-        caches = set(self.inputs.caches)
-        read = {v for node in nodes_between([], [value]) for v in read_values(node)}
-        found = nearest(value, caches, self.places)
-        if len(found) != 1 or not found <= read:
+        found = nearest(value, set(self.inputs.caches), self.places)
+        if len(found) != 1:
             raise ModelError(f"{what} come from {len(found)} caches of the graph's inputs, not one")
         return found.pop()
 

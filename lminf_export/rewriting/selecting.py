@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from lminf_export.errors import ModelError
 from lminf_export.rewriting.finding import FoundGraph
+from lminf_export.rewriting.layouts import are_of_tokens
 from lminf_export.rewriting.recording import Recorder
 from lminf_export.rewriting.searching import MICROSOFT
 
@@ -21,6 +22,7 @@ _PRODUCTS = {
 }
 # Products of integers, whose tokens are rounded to integers by the node before.
 _INTEGER_PRODUCTS = {("", "MatMulInteger"), (MICROSOFT, "MatMulIntegerToFloat")}
+_PICKS = ("Gather", "Slice", "GatherND", "GatherElements")
 # What treats every token and every feature by itself.
 _TOKENWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Clip", "Where"}
 
@@ -72,10 +74,7 @@ def _way_up(found: FoundGraph) -> list[ir.Node]:
 
 def _tokens(found: FoundGraph, value: ir.Value | None) -> bool:
     """Say whether a value has shape (B, S, features)."""
-    if value is None or value not in found.shapes:
-        return False
-    short, long = found.shapes[value]
-    return len(short) == 3 and short[0] == 1 and (short[1], long[1]) == (5, 6)
+    return value is not None and value in found.shapes and are_of_tokens(found.shapes[value])
 
 
 def _before_head(found: FoundGraph) -> _Place | None:
@@ -89,10 +88,19 @@ def _before_head(found: FoundGraph) -> _Place | None:
         if (node.domain, node.op_type) in _PRODUCTS:
             if data is None or not _tokens(found, data):
                 return None
-            return _Place(data, [use for use in data.uses() if use.node is node])
+            readers = [use for use in data.uses() if use.node is node]
+            return _Place(_all_rows(found, data), readers)
         if node.domain or node.op_type not in _TOKENWISE:
             return None
     return None
+
+
+def _all_rows(found: FoundGraph, value: ir.Value) -> ir.Value:
+    """Return what a graph picks its last rows from, as many as an input asks for (here all)."""
+    node = value.producer()
+    data = node.inputs[0] if node is not None and node.op_type in _PICKS else None
+    same = data is not None and found.shapes.get(data) == found.shapes[value]
+    return data if same and data is not None else value
 
 
 def _selection(found: FoundGraph) -> _Place | None:
@@ -104,8 +112,7 @@ def _selection(found: FoundGraph) -> _Place | None:
         value, data = node.outputs[0], node.inputs[0] if node.inputs else None
         if value in found.shapes and found.shapes[value][0][:-1] == (1, 1):
             row = value
-        picks = node.op_type in ("Gather", "Slice", "GatherND", "GatherElements")
-        if picks and row is not None and data is not None and _tokens(found, data):
+        if node.op_type in _PICKS and row is not None and data is not None and _tokens(found, data):
             return _Place(data, list(row.uses()))
     raise ModelError(
         f"the logits have shape {found.shapes[found.logits][0]} for 5 tokens, and no node is found "

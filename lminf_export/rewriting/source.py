@@ -11,7 +11,9 @@ from lminf_export.checkpoint.links import refuse_links_to_outside
 from lminf_export.checkpoint.source import Source, open_source
 from lminf_export.disk import is_dir, is_file, read_json, user_path
 from lminf_export.errors import ModelError, shortened
-from lminf_export.operator.settings import as_integer
+from lminf_export.models.base import AttentionPlan
+from lminf_export.models.registry import family_of
+from lminf_export.operator.settings import LambdaConfig, as_integer
 from lminf_export.rewriting.detecting import find_onnx_model
 
 GENAI_CONFIG = "genai_config.json"
@@ -109,6 +111,26 @@ def open_onnx(model: str | Path, tokenizer: str | Path | None) -> OnnxSource:
             if not isinstance(part.get(name, {}), dict):
                 raise ModelError(f"{GENAI_CONFIG} is damaged: its {name} is no table")
     return OnnxSource(path, above.resolve().name, source, genai, texts, tuple(notices))
+
+
+def configured_plan(
+    source: OnnxSource, settings: LambdaConfig, notices: list[str]
+) -> AttentionPlan | None:
+    """Return how the layers attend by the configuration, None where it does not say.
+
+    Args:
+        source: the model.
+        settings: of Λ-attention.
+        notices: why a configuration does not say it is added to them.
+    """
+    if source.source is None:
+        return None
+    config = source.source.config
+    try:
+        return family_of(config).plan(config, settings)
+    except ModelError as error:
+        notices.append(f"config.json is not compared with the graph: {error}")
+        return None
 
 
 def _first_with(folders: list[Path], names: tuple[str, ...]) -> Path | None:

@@ -7,6 +7,7 @@ from onnx_ir.passes import common
 
 from lminf_export.export.passes import editing
 from lminf_export.rewriting.assembling import Assembled
+from lminf_export.rewriting.layouts import are_of_tokens
 from lminf_export.rewriting.recording import Recorder
 from lminf_export.rewriting.rows import to_rows
 
@@ -48,8 +49,7 @@ def _keep_heads(graph: ir.Graph, last: ir.Node, known: Assembled) -> None:
     x, before = first.inputs[0], editing.const_ints(first.inputs[1]) or [0]
     if x is None or x not in known.shapes or before[-1] != heads[3] or heads[2] <= 0:
         return
-    width = heads[2] * heads[3]
-    if [shape[1:] for shape in known.shapes[x]] != [(5, width), (6, width)]:
+    if not are_of_tokens(known.shapes[x], heads[2] * heads[3]):
         return
     op = Recorder()
     target = op.integers(*heads)

@@ -13,7 +13,6 @@ from lminf_export.errors import ModelError
 from lminf_export.rewriting.attending import Attention
 
 Array = NDArray[Any]
-# Tokens of one run; distances between them are doubled one after the other.
 # Tokens of one run; from their distances the speeds are found, and from farther ones better.
 _TOKENS = 17
 _FAR_TOKENS = 129

@@ -45,11 +45,20 @@ def link_weights(
             )
         linked[name] = replace(tensor, path=folder / tensor.path.name)
     for path in sorted({tensor.path for tensor in weights.values()}):  # type: ignore[attr-defined]
-        try:
-            os.link(path.resolve(), folder / path.name)
-        except OSError as error:
-            raise ModelError(
-                f"{path.name} cannot be linked into the bundle ({error.strerror}): both must be on "
-                f"one disk that knows hard links; use --weights copy"
-            ) from error
+        link_file(path, folder / path.name)
     return linked
+
+
+def link_file(path: Path, target: Path) -> None:
+    """Make a hard link to a file of weights, or to the one that a link leads to.
+
+    Raises:
+        ModelError: the target is on another disk, or the disk knows no hard links.
+    """
+    try:
+        os.link(path.resolve(), target)
+    except OSError as error:
+        raise ModelError(
+            f"{path.name} cannot be linked into the bundle ({error.strerror}): both must be on "
+            f"one disk that knows hard links; use --weights copy"
+        ) from error

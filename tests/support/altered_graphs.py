@@ -271,3 +271,19 @@ def bend_scores(model: ModelProto) -> None:
         bent = helper.make_node("Add", [add.input[0], sine.output[0]], [f"bent_{number}"])
         insert_before(model, add, [sine, bent])
         add.input[0] = f"bent_{number}"
+
+
+def keep_last_logits(model: ModelProto) -> None:
+    """Compute logits of as many last tokens as an input asks for, as exports for browsers do."""
+    add_input(model, "num_logits_to_keep", TensorProto.INT64, [])
+    head = producer(model, "logits")
+    axes = constant(model, "keep_axes", [1], np.int64)
+    zero = constant(model, "keep_zero", [0], np.int64)
+    end = constant(model, "keep_end", [2**63 - 1], np.int64)
+    new = [
+        helper.make_node("Neg", ["num_logits_to_keep"], ["keep_start"]),
+        helper.make_node("Unsqueeze", ["keep_start", zero], ["keep_starts"]),
+        helper.make_node("Slice", [head.input[0], "keep_starts", end, axes], ["kept"]),
+    ]
+    insert_before(model, head, new)
+    head.input[0] = "kept"
