@@ -8,7 +8,6 @@ from typing import Any
 from scripts.docs.tables import MIB, load, table
 
 _PEER, _BARE = "onnxruntime-genai int4", "onnxruntime-genai int4, its graph"
-_SHAPES = {"100m": "100 million", "1b": "1.1 billion"}
 
 
 def speed() -> str:
@@ -16,7 +15,7 @@ def speed() -> str:
     shapes = load("rewriting")["shapes"]
     rows = [
         [
-            _SHAPES[shape],
+            shape.upper(),
             threads,
             context,
             f"{peers['rewritten int4']['ms_per_token']:.1f}",
@@ -27,7 +26,7 @@ def speed() -> str:
         for threads, runs in found["decoding"].items()
         for context, peers in runs["rows"].items()
     ]
-    head = ["parameters", "threads", "tokens before", "ms per token"]
+    head = ["shape", "threads", "tokens before", "ms per token"]
     return table([*head, "× onnxruntime-genai", "× its graph in onnxruntime"], rows)
 
 
@@ -44,13 +43,13 @@ def cost() -> str:
         run = found["rewriting"]
         rows.append(
             [
-                _SHAPES[shape],
+                shape.upper(),
                 f"{run['model_bytes'] / MIB:,.0f} MiB",
                 f"{run['seconds']:.1f} s",
                 f"{run['peak_anonymous_over_imports_bytes'] / MIB:.0f} MiB",
             ]
         )
-    return table(["parameters", "model", "rewriting", "anonymous memory over the imports"], rows)
+    return table(["shape", "model", "rewriting", "anonymous memory over the imports"], rows)
 
 
 def beyond() -> str:
