@@ -49,6 +49,7 @@ KERNELS = Extension(
             "cpu_kernel.cc",
             "huge_pages.cc",
             "mapped_weight.cc",
+            "cpu/ask.cc",
             "cpu/attention.cc",
             "cpu/block_portable.cc",
             "cpu/block_avx2.cc",

@@ -18,6 +18,7 @@ from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
 from tests.support.kernel_sets import (
     INTEGER_SETS,
     SETS,
+    asking_for_once,
     available_sets,
     instruction_set,
     needs_kernels,
@@ -77,6 +78,19 @@ def test_the_kernel_is_the_product_with_the_dequantised_weight(level, bits, bloc
                 assert found[0].shape == wanted.shape
                 wrong = np.abs(found[0] - wanted) > bound
                 assert not wrong.any(), (name, dtype, scales, symmetric, out, width, rank, tokens)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+def test_how_weights_are_asked_for_changes_no_bit(bits):
+    weight = Weight.random(BlockFormat(67, 521, bits, 32, symmetric=False), np.float32)
+    run = session(nbits_node(weight, ROUNDED, 0), str(INSTALLED))
+    for name, tokens in product(available_sets(INTEGER_SETS), (1, 2, 5)):
+        feed, found = {"x": numbers(tokens, (tokens, 521), np.float32)}, []
+        for once in (True, False):
+            with instruction_set(name), asking_for_once(once):
+                found.append(run.run(None, feed)[0])
+        np.testing.assert_array_equal(*found)
 
 
 @needs_kernels

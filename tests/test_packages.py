@@ -38,7 +38,7 @@ PORTABLE = ("register.cc", "tensor.cc", "lambda_attention_op.cc", "linear_op.cc"
 PORTABLE += ("linear_nbits_op.cc", "cpu_kernel.cc", "huge_pages.cc", "cpu/attention.cc")
 PORTABLE += ("cpu/block_portable.cc", "cpu/linear.cc", "cpu/linear_portable.cc")
 PORTABLE += ("cpu/int8_linear.cc", "cpu/int8_linear_portable.cc", "../operator/rules.cpp")
-PORTABLE += ("mapped_weight.cc", "cpu/draw.cc", "cpu/draw_portable.cc")
+PORTABLE += ("mapped_weight.cc", "cpu/ask.cc", "cpu/draw.cc", "cpu/draw_portable.cc")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:

@@ -1,6 +1,7 @@
 // What onnxruntime calls on SessionOptions.register_custom_ops_library.
 #include <mutex>
 
+#include "cpu/ask.h"
 #include "cpu/attention.h"
 #include "cpu/draw.h"
 #include "cpu_kernel.h"
@@ -95,6 +96,11 @@ LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::activeKernels()
 
 // For tests and measurements: runs on this set from now on; 0 where this processor cannot.
 LMINF_ORT_EXPORT int lminfUseInstructionSet(const char* name) { return cpu::useKernels(name); }
+
+// For measurements, between calls: whether memory that is read once is asked for as such
+// (cpu/ask.h), and choosing.
+LMINF_ORT_EXPORT int lminfAsksForOnce() { return cpu::asksForOnce; }
+LMINF_ORT_EXPORT void lminfAskForOnce(int once) { cpu::asksForOnce = once != 0; }
 
 // See cpu/draw.h.
 LMINF_ORT_EXPORT int64_t lminfDrawToken(const float* logits, int64_t count, double inverse,

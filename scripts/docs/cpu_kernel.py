@@ -85,6 +85,27 @@ def _projections_table(result: dict[str, Any], is_quantized: bool) -> str:
     return table(head, rows)
 
 
+def asking() -> str:
+    """Decoding with weights asked for as data used once and like any other data."""
+    result = load("asking")
+    rows = [
+        [
+            f"{row['weight_bytes_per_step'] / MIB:.0f} MiB of {row['weights']}",
+            str(row["threads"]),
+            f"{row['ms_per_token']['once']:.1f}",
+            f"{row['ms_per_token']['kept']:.1f}",
+            f"{row['once_over_kept']['median']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["weights of a step", "threads", "used once, ms a token", "like any other", "ratio"]
+    return (
+        f"{table(head, rows)}\n\n{result['device']}, {result['cores']} cores, onnxruntime "
+        f"{result['versions']['onnxruntime']}; medians of turns in one process at position "
+        f"{result['position']:,} ({_file('asking')})."
+    )
+
+
 def batches() -> str:
     """Streams that are decoded together, with what memory and arithmetic leave room for."""
     result = load("batch_decoding")
@@ -134,5 +155,6 @@ def _file(name: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "contestants": contestants,
     "projections": projections,
+    "asking": asking,
     "batches": batches,
 }

@@ -12,7 +12,8 @@ _PEER, _BARE = "onnxruntime-genai int4", "onnxruntime-genai int4, its graph"
 
 def speed() -> str:
     """How fast a rewritten int4 model decodes, over its original."""
-    shapes = load("rewriting")["shapes"]
+    result = load("rewriting")
+    shapes, versions = result["shapes"], result["versions"]
     rows = [
         [
             shape.upper(),
@@ -27,7 +28,11 @@ def speed() -> str:
         for context, peers in runs["rows"].items()
     ]
     head = ["shape", "threads", "tokens before", "ms per token"]
-    return table([*head, "× onnxruntime-genai", "× its graph in onnxruntime"], rows)
+    return (
+        f"{table([*head, '× onnxruntime-genai', '× its graph in onnxruntime'], rows)}\n\n"
+        f"{result['device']}, {result['cores']} cores; onnxruntime {versions['onnxruntime']}, "
+        f"onnxruntime-genai {versions['onnxruntime-genai']}."
+    )
 
 
 def _times(peer: dict[str, Any]) -> str:

@@ -33,6 +33,18 @@ def instruction_set(name: str) -> Iterator[None]:
     assert library.lminfUseInstructionSet(before.encode())
 
 
+@contextmanager
+def asking_for_once(once: bool) -> Iterator[None]:
+    """Make the library ask for weights as data used once, or like any other data."""
+    library = ctypes.CDLL(str(INSTALLED))
+    before = library.lminfAsksForOnce()
+    library.lminfAskForOnce(once)
+    try:
+        yield
+    finally:
+        library.lminfAskForOnce(before)
+
+
 def available_sets(names: tuple[str, ...]) -> list[str]:
     """Those of some instruction sets that this processor has."""
     library = ctypes.CDLL(str(INSTALLED))

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "ask.h"
 #include "simd.h"
 
 namespace {
@@ -13,13 +14,12 @@ namespace {
 constexpr int64_t kNearKeys = 16;  // so many keys stay in the first-level cache
 constexpr int64_t kPairBytes = 256;
 
-// How far ahead keys and values are asked for: over the end of a page, where hardware stops; as
-// data used once a step, like weights.
+// How far ahead keys and values are asked for.
 constexpr int64_t kAheadBytes = 4096;
 
 template <typename T>
-inline void askFor(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadBytes, 0, 0);
+inline void askAhead(const T* p) {
+  askFor(reinterpret_cast<const char*>(p) + kAheadBytes);
 }
 
 // Calls function(n, first row) for groups of n = 4, 3, 2 or 1 rows; n is a constant.
@@ -46,7 +46,7 @@ void dotRows(const float* query, int64_t dim, const T* key, int64_t keyStride, i
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {  // key after key, as they lie in memory
       for (int64_t d = 0; d < dim; d += kWidth) {
-        askFor(base + i * keyStride + d);
+        askAhead(base + i * keyStride + d);
         const Vec part = load(base + i * keyStride + d);
         for (int r = 0; r < kRows; ++r) sum[r][i] += load(query + r * dim + d) * part;
       }
@@ -94,7 +94,7 @@ void addValues(const float* weights, int64_t stride, const T* value, int64_t dim
     for (int64_t d = 0; d < dim; d += kWidth) {
       Vec part[kKeys];
       for (int i = 0; i < kKeys; ++i) {
-        askFor(value + (k + i) * dim + d);
+        askAhead(value + (k + i) * dim + d);
         part[i] = load(value + (k + i) * dim + d);
       }
       for (int r = 0; r < kRows; ++r) {

@@ -1,6 +1,7 @@
 // Products of few tokens with activations rounded to int8, compiled once per instruction set.
 #pragma once
 
+#include "ask.h"
 #include "int8_activations.h"
 #include "int8_linear.h"
 #include "int8_vectors.h"
@@ -9,9 +10,9 @@
 
 namespace {
 
-// How far ahead weights and their scales are asked for: over the ends of pages, where hardware
-// stops; as data used once, for the reason told in linear_block.h.
-constexpr int64_t kAheadBytes = 8192, kScalesAheadBytes = 2048;
+// How far ahead weights are asked for; their scales a quarter of that.
+template <bool kOnce>
+constexpr int64_t kAheadBytes = kOnce ? 8192 : 4096;
 
 constexpr int64_t kFour = 4;      // rows that are summed together
 constexpr int kMostTogether = 4;  // tokens that share a row's integers
@@ -61,7 +62,7 @@ inline Tokens tokensFrom(const Linear& p, int64_t token) {
 
 // Sums of kWidth blocks of a row, in order, each with kTokens tokens. A block has kLanes lanes, the
 // last ones of `perLeaf` chunks; `left` bytes of the row are left, which only a tail looks at.
-template <int kBits, int kLanes, bool kTail, int kTokens>
+template <int kBits, int kLanes, bool kTail, int kTokens, bool kOnce>
 __attribute__((always_inline)) inline void sumBlocks(const uint8_t* packed, int64_t left,
                                                      int64_t perLeaf, const int8_t* values,
                                                      int64_t stride, IntVec* out) {
@@ -70,7 +71,7 @@ __attribute__((always_inline)) inline void sumBlocks(const uint8_t* packed, int6
   } else if constexpr (kLanes == 1) {
     for (int t = 0; t < kTokens; ++t) out[t] = IntVec{};
     for (int64_t c = 0; c < perLeaf; ++c, packed += kChunk, values += kChunk * 8 / kBits) {
-      __builtin_prefetch(packed + kAheadBytes, 0, 0);
+      askFor<kOnce>(packed + kAheadBytes<kOnce>);
       Bytes chunk;
       if constexpr (kTail) {
         const int64_t some = left - c * kChunk;
@@ -86,9 +87,9 @@ __attribute__((always_inline)) inline void sumBlocks(const uint8_t* packed, int6
   } else {
     const int64_t bytes = kLanes / 2 * perLeaf * kChunk;
     IntVec second[kTokens];
-    sumBlocks<kBits, kLanes / 2, kTail, kTokens>(packed, left, perLeaf, values, stride, out);
-    sumBlocks<kBits, kLanes / 2, kTail, kTokens>(packed + bytes, left - bytes, perLeaf,
-                                                 values + bytes * 8 / kBits, stride, second);
+    sumBlocks<kBits, kLanes / 2, kTail, kTokens, kOnce>(packed, left, perLeaf, values, stride, out);
+    sumBlocks<kBits, kLanes / 2, kTail, kTokens, kOnce>(packed + bytes, left - bytes, perLeaf,
+                                                        values + bytes * 8 / kBits, stride, second);
     for (int t = 0; t < kTokens; ++t) out[t] = addPairs(out[t], second[t]);
   }
 }
@@ -110,16 +111,16 @@ inline Vec lastScales(const Blocks& b, const Row& row, int64_t block) {
 // kWidth blocks of a row, from `block` on, with kTokens tokens. sums[t]: block b belongs to lane
 // b mod kWidth, and a lane's blocks are added in order. That and `sumsOf` is the order of every
 // sum, however many tokens are computed together: sums of a block's integers are exact.
-template <int kBits, int kLanes, bool kZeros, bool kTail, int kTokens>
+template <int kBits, int kLanes, bool kZeros, bool kTail, int kTokens, bool kOnce>
 __attribute__((always_inline)) inline void meetBlocks(const Rows& rows, const Row& row,
                                                       int64_t block, int64_t perLeaf,
                                                       const Tokens& tokens, Vec* sums) {
   const Blocks& b = rows.b;
   const int64_t byte = kLanes < kWidth ? block * (4 * kLanes) : block * b.bytes();
   IntVec found[kTokens];
-  sumBlocks<kBits, kLanes, kTail, kTokens>(row.packed + byte, rows.bytes - byte, perLeaf,
-                                           tokens.first.values + byte * 8 / kBits, tokens.stride,
-                                           found);
+  sumBlocks<kBits, kLanes, kTail, kTokens, kOnce>(row.packed + byte, rows.bytes - byte, perLeaf,
+                                                  tokens.first.values + byte * 8 / kBits,
+                                                  tokens.stride, found);
   const Vec scales = kTail ? lastScales(b, row, block) : scalesAt(b, row, block);
   IntVec zeros{};
   if constexpr (kZeros) {
@@ -137,27 +138,29 @@ __attribute__((always_inline)) inline void meetBlocks(const Rows& rows, const Ro
 }
 
 // One row with kTokens tokens; lanes are not summed yet.
-template <int kBits, int kLanes, bool kZeros, int kTokens>
+template <int kBits, int kLanes, bool kZeros, int kTokens, bool kOnce>
 __attribute__((always_inline)) inline void meetRow(const Rows& rows, const Row& row,
                                                    int64_t perLeaf, const Tokens& tokens,
                                                    Vec* out) {
   for (int64_t i = 0; i < rows.scaleBytes; i += 64) {
-    __builtin_prefetch(row.scales + i + kScalesAheadBytes, 0, 0);
+    askFor<kOnce>(row.scales + i + kAheadBytes<kOnce> / 4);
   }
   const int64_t blocks = rows.b.perRow;
   Vec sums[kTokens] = {};
   int64_t block = 0;
   for (; block + kWidth <= blocks; block += kWidth) {
-    meetBlocks<kBits, kLanes, kZeros, false, kTokens>(rows, row, block, perLeaf, tokens, sums);
+    meetBlocks<kBits, kLanes, kZeros, false, kTokens, kOnce>(rows, row, block, perLeaf, tokens,
+                                                             sums);
   }
   if (block < blocks) {
-    meetBlocks<kBits, kLanes, kZeros, true, kTokens>(rows, row, block, perLeaf, tokens, sums);
+    meetBlocks<kBits, kLanes, kZeros, true, kTokens, kOnce>(rows, row, block, perLeaf, tokens,
+                                                            sums);
   }
   std::copy_n(sums, kTokens, out);
 }
 
 // `count` rows, kFour at most, with kTokens tokens.
-template <int kBits, int kLanes, bool kZeros, int kTokens>
+template <int kBits, int kLanes, bool kZeros, int kTokens, bool kOnce>
 __attribute__((noinline)) void meetRows(const Linear& p, const Rows& given, const Tokens& tokens,
                                         int64_t token, int64_t firstRow, int64_t count) {
   const Rows rows = given;
@@ -165,7 +168,7 @@ __attribute__((noinline)) void meetRows(const Linear& p, const Rows& given, cons
   Vec sums[kFour][kTokens] = {};
   for (int64_t r = 0; r < count; ++r) {
     const Row row = rows.at(firstRow + r);
-    meetRow<kBits, kLanes, kZeros, kTokens>(rows, row, perLeaf, tokens, sums[r]);
+    meetRow<kBits, kLanes, kZeros, kTokens, kOnce>(rows, row, perLeaf, tokens, sums[r]);
   }
   for (int t = 0; t < kTokens; ++t) {
     const Vec4 four = sumsOf(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
@@ -184,8 +187,10 @@ void streamRows(const Linear& p, int64_t firstRow, int64_t endRow) {
   for (int64_t row = firstRow; row < endRow; row += kFour) {
     const int64_t count = std::min(kFour, endRow - row);
     forTokenGroups<kMostTogether>(0, p.tokens, [&](auto size, int64_t token) {
-      meetRows<kBits, kLanes, kZeros, size>(p, rows, {tokens.at(token), tokens.stride}, token, row,
-                                            count);
+      asking([&](auto once) {
+        meetRows<kBits, kLanes, kZeros, size, once>(p, rows, {tokens.at(token), tokens.stride},
+                                                    token, row, count);
+      });
     });
   }
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "ask.h"
 #include "dequantize.h"
 #include "linear.h"
 #include "linear_output.h"
@@ -14,9 +15,7 @@ namespace {
 // Sums kept in registers: tokens × weight rows.
 constexpr int kMostTokens = kWidth == 16 ? 6 : 3;
 constexpr int kRows = 4;
-// How far ahead weights are asked for: over the end of a page, where hardware stops. They are used
-// once a step and are more than a cache holds, so they shall not push out what onnxruntime has
-// there, of which it reads most between two products.
+// How far ahead weights are asked for.
 constexpr int64_t kAheadBytes = 4096;
 // Many tokens: columns at a time, so that those of some tokens and rows are in the first-level
 // cache, and bytes of a panel of rows, which are in the second.
@@ -54,7 +53,7 @@ __attribute__((noinline)) void tile(const float* x, int64_t xStride, const FourR
     for (int64_t k = 0; k < depth; k += kWidth) {
       constexpr int kBytes = kAsked * kWidth * static_cast<int>(sizeof(W));
       for (int byte = 0; byte < kBytes; byte += 64) {
-        __builtin_prefetch(ahead + byte, 0, kAsked == 1 ? 0 : 3);
+        kAsked == 1 ? askFor(ahead + byte) : __builtin_prefetch(ahead + byte, 0, 3);
       }
       ahead += kBytes;
       Vec weight[kTogether];
