@@ -15,6 +15,7 @@ from transformers.integrations.bitnet import pack_weights
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from benchmarks.support.families import CASES, CHUNK, SINKS, WINDOW
+from benchmarks.support.quantised_checkpoints import MXFP4, quantise, random_mxfp4_experts
 from lminf_export import ModelError, export, load
 from lminf_export.checkpoint.dequantize.methods import (
     check_quantization,
@@ -34,17 +35,6 @@ def save(model_type: str, folder: Path, **changes) -> Path:
     case = BY_NAME[model_type]
     made = type(case)(**{**vars(case), "changes": {**case.changes, **changes}})
     return made.save(folder)
-
-
-def quantise(folder: Path, settings: dict, change) -> None:
-    """Replace tensors of a checkpoint by what `change(name, tensor)` returns; None keeps one."""
-    path = folder / "model.safetensors"
-    tensors = {}
-    for name, tensor in load_file(path).items():
-        tensors.update(change(name, tensor) or {name: tensor})
-    save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
 
 
 def whole(tensor) -> torch.Tensor:
@@ -71,24 +61,10 @@ def is_layer(name: str, tensor: torch.Tensor) -> bool:
     return name.endswith("_proj.weight") and tensor.dim() == 2
 
 
-MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-
-
 def save_mxfp4(folder: Path) -> Path:
     """Write a gpt-oss with its experts as the hub has them."""
     save("gpt_oss", folder, hidden_size=64, intermediate_size=96)
-    generator = torch.Generator().manual_seed(5)
-
-    def pack(name, tensor):
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            return None
-        experts, inputs, outputs = tensor.shape
-        blocks = (experts, outputs, inputs // 32, 16)
-        packed = torch.randint(0, 256, blocks, dtype=torch.uint8, generator=generator)
-        scales = torch.randint(121, 126, blocks[:3], dtype=torch.uint8, generator=generator)
-        return {f"{name}_blocks": packed, f"{name}_scales": scales}
-
-    quantise(folder, MXFP4, pack)
+    random_mxfp4_experts(folder)
     return folder
 
 

@@ -78,11 +78,18 @@ GENAI = [
     # The builder gives this model's layers no window.
     genai("mistral", inside=SLIDING),
 ]
-GENAI_INT4 = [genai("llama", "int4"), genai("qwen3", "int4"), genai("gemma3", "int4")]
+GENAI_INT4 = [
+    *(genai(name, "int4") for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")),
+    genai("gpt_oss_mxfp4", "int4"),
+    genai("mistral", "int4", inside=SLIDING),
+]
 GENAI_QDQ = genai("llama", "int4", "cpu", "use_qdq=true")
 GENAI_FP16 = [
     genai("llama", "fp16", "cuda"),
     genai("qwen3", "fp16", "cuda", differs="its norms of queries and keys need a GPU"),
+    genai("gemma2", "fp16", "cuda"),
+    genai("phi3", "fp16", "cuda"),
+    genai("gpt_oss", "fp16", "cuda"),
 ]
 DYNAMO = [
     dynamo("llama", "sdpa", 18),

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from benchmarks.support import families
 from benchmarks.support.checkpoints import write_tokenizer
 from benchmarks.support.families import make_random
+from benchmarks.support.quantised_checkpoints import random_mxfp4_experts
 
 # A layer's own window in the models that have one, and how far positions go.
 SLIDING, POSITIONS, HEAD_DIM = 11, 128, 16
@@ -51,6 +52,14 @@ _LONG = {
     "long_factor": [1.5 + 0.3 * i for i in range(8)],
     "original_max_position_embeddings": 37,
 }
+_GPT_OSS = {
+    **_ALTERNATE,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 131072,
+    "rope_parameters": _YARN,
+}
+MXFP4_EXPERTS = "gpt_oss_mxfp4"
 # Name → transformers' model_type, settings beside SIZES or, where it names its own, instead.
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -62,16 +71,9 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Its original length makes genai choose one table of rotations, not two.
     "phi3": ("phi3", {"original_max_position_embeddings": POSITIONS}),
     "phi3_long": ("phi3", {"rope_parameters": _LONG}),
-    "gpt_oss": (
-        "gpt_oss",
-        {
-            **_ALTERNATE,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "max_position_embeddings": 131072,
-            "rope_parameters": _YARN,
-        },
-    ),
+    "gpt_oss": ("gpt_oss", _GPT_OSS),
+    # Its experts as the hub has them: genai's int4 is made of those only.
+    MXFP4_EXPERTS: ("gpt_oss", _GPT_OSS),
     "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 3, "n_head": 4}),
 }
 
@@ -85,5 +87,7 @@ def save_checkpoint(name: str, folder: Path, seed: int = 0) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     make_random(model, ())
     model.save_pretrained(folder)
+    if name == MXFP4_EXPERTS:
+        random_mxfp4_experts(folder)
     write_tokenizer(folder, config.vocab_size)
     return folder
