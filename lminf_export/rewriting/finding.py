@@ -26,6 +26,7 @@ from lminf_export.rewriting.plain_forms import plain_forms, window_of_caches
 from lminf_export.rewriting.reading import read_graph, take_sizes_from_tokens
 from lminf_export.rewriting.rows import streams
 from lminf_export.rewriting.searching import MICROSOFT, Anchor
+from lminf_export.rewriting.towards import way_up
 from lminf_export.rewriting.views import view_caches
 
 
@@ -188,17 +189,7 @@ def _values(anchors: list[Anchor]) -> list[ir.Value]:
 
 def _tokenwise(logits: ir.Value) -> list[ir.Value]:
     """Return the values on the way from the last layer to the logits, the logits first."""
-    found = [logits]
-    value: ir.Value | None = logits
-    for _ in range(16):
-        node = value.producer() if value is not None else None
-        if node is None:
-            break
-        value = next((v for v in node.inputs if v is not None and v.const_value is None), None)
-        if value is None or not value.producer():
-            break
-        found.append(value)
-    return found
+    return [logits, *(above for _, above in way_up(logits) if above.producer() is not None)]
 
 
 def _run_whole(

@@ -35,11 +35,12 @@ from lminf_export.operator.graph_contract import GraphContract
 from lminf_export.operator.settings import as_integer
 from lminf_export.progress import Progress, silent
 from lminf_export.rewriting.assembling import assemble
-from lminf_export.rewriting.check import check_rewrite, run_original
+from lminf_export.rewriting.check import check_rewrite
 from lminf_export.rewriting.finding import FoundGraph, find_in_graph
 from lminf_export.rewriting.job import RewriteJob, training_length
 from lminf_export.rewriting.opset import to_opset
 from lminf_export.rewriting.options import REWRITE_OPTIONS, check_options
+from lminf_export.rewriting.original import run_original
 from lminf_export.rewriting.planning import plan_layers
 from lminf_export.rewriting.rows import attach_bodies
 from lminf_export.rewriting.searching import MICROSOFT

@@ -14,6 +14,7 @@ from lminf_export.rewriting.turning import Turning
 
 Array = NDArray[Any]
 _TOLERANCE = 2e-4
+_TOLERANCE_ONCE = 2e-5  # of a number that float32 computes once
 
 
 def measure_scale(
@@ -26,18 +27,34 @@ def measure_scale(
     """
     dims = attention.head_dim
     rotated = turning.rotary_dim if turning is not None else dims
-    scale, softcap = _scale_along(attention, 0, slopes)
+    dim, near = _slowest(attention, turning)
+    scale, softcap = _scale_along(attention, dim, slopes, near)
     passed, factor = scale, 1.0
     if rotated < dims:
-        passed, _ = _scale_along(attention, dims - 1, slopes)
+        passed, _ = _scale_along(attention, dims - 1, slopes, _TOLERANCE_ONCE)
         factor = (scale / passed) ** 0.5
-        factor = 1.0 if abs(factor - 1) < attention.rounding else factor
+        factor = 1.0 if abs(factor - 1) < near else factor
     factors = np.where(np.arange(dims) < rotated, scale, passed)
     _require_same_far(attention, factors, softcap, slopes)
     return passed, softcap, factor
 
 
-def _scale_along(attention: Attention, dim: int, slopes: Array | None) -> tuple[float, float]:
+def _slowest(attention: Attention, turning: Turning | None) -> tuple[int, float]:
+    """Return the dimension that turns least, and how far rounding may move a scale along it.
+
+    A table in half precision makes cos² + sin² of one token's angle something beside 1. A pair that
+    hardly turns has a cosine of 1 in any table, and a sine that counts for nothing.
+    """
+    if turning is None:
+        return 0, _TOLERANCE_ONCE
+    pair = int(np.argmin(np.abs(turning.inv_freq)))
+    moved = min(attention.rounding, float(turning.inv_freq[pair]) ** 2)
+    return pair * (2 if turning.interleaved else 1), max(_TOLERANCE_ONCE, moved)
+
+
+def _scale_along(
+    attention: Attention, dim: int, slopes: Array | None, near: float
+) -> tuple[float, float]:
     """Return scale and soft cap from the logits of one key along one dimension."""
     slope = 0.0 if slopes is None else float(slopes[0])
 
@@ -51,10 +68,10 @@ def _scale_along(attention: Attention, dim: int, slopes: Array | None) -> tuple[
     logits = np.array([logit(product) for product in products])
     ratio = logits / products
     if np.abs(ratio[1:] / ratio[1] - 1).max() < max(_TOLERANCE, attention.eps):
-        return _snapped(float(ratio[3]), attention.rounding), 0.0
+        return _snapped(float(ratio[3]), near), 0.0
     cap = _cap(products, logits)
     scale = float(np.mean(cap * np.arctanh(logits[1:3] / cap) / products[1:3]))
-    return _snapped(scale, attention.rounding), cap
+    return _snapped(scale, near), cap
 
 
 def _logit(attention: Attention, dim: int, product: float) -> float:
@@ -123,13 +140,13 @@ def _cap(products: Array, logits: Array) -> float:
     return near if near and abs(cap / near - 1) < 1e-3 else cap
 
 
-def _snapped(scale: float, rounding: float) -> float:
+def _snapped(scale: float, near: float) -> float:
     """Return the scale that was meant: a root of a whole number, or a round one, if it is near."""
     count = round(scale**-2)
-    if count and abs(scale / count**-0.5 - 1) < rounding:
+    if count and abs(scale / count**-0.5 - 1) < near:
         return float(count**-0.5)
     inverse = round(1 / scale)
-    if inverse and abs(scale * inverse - 1) < rounding:
+    if inverse and abs(scale * inverse - 1) < near:
         return 1.0 / inverse
     short = float(f"{scale:.5g}")
     return short if abs(scale / short - 1) < 1e-6 else scale

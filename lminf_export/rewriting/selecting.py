@@ -12,7 +12,8 @@ from lminf_export.errors import ModelError
 from lminf_export.rewriting.finding import FoundGraph
 from lminf_export.rewriting.layouts import are_of_tokens
 from lminf_export.rewriting.recording import Recorder
-from lminf_export.rewriting.searching import MICROSOFT
+from lminf_export.rewriting.searching import MICROSOFT, node_name
+from lminf_export.rewriting.towards import others_are_fed, way_up
 
 _PRODUCTS = {
     *((MICROSOFT, kind) for kind in ("MatMulNBits", "FusedMatMul", "DynamicQuantizeMatMul")),
@@ -36,12 +37,13 @@ def select_logits(found: FoundGraph, index: ir.Value, ids: ir.Value) -> ir.Value
         ids: (B, S) the tokens.
     """
     logits = found.logits
-    place = _selection(found) or _before_head(found)
+    place = _selection(found) if not _tokens(found, logits) else _before_head(found)
     op = Recorder()
     at = op.Unsqueeze(index, op.integers(2))
     graph = found.model.graph
-    if place is None:
-        rows: ir.Value = op.GatherND(logits, at, batch_dims=1)
+    if place is None or not place.readers:
+        source = logits if place is None else place.source
+        rows: ir.Value = op.GatherND(source, at, batch_dims=1)
         graph.extend(op.nodes)
         return rows
     rows = op.GatherND(place.source, at, batch_dims=1)
@@ -53,23 +55,16 @@ def select_logits(found: FoundGraph, index: ir.Value, ids: ir.Value) -> ir.Value
 
 @dataclass(frozen=True)
 class _Place:
-    """Where rows are chosen: a tensor (B, S, features), and what shall read its rows instead."""
+    """Where rows are chosen.
+
+    Attributes:
+        source: (B, S, features).
+        readers: of what the graph picks there, which read the chosen rows instead; empty where that
+            is the output itself.
+    """
 
     source: ir.Value
     readers: Sequence[Any]
-
-
-def _way_up(found: FoundGraph) -> list[ir.Node]:
-    """Return the nodes from the logits up to the head's product and beyond, as far as known."""
-    nodes: list[ir.Node] = []
-    value: ir.Value | None = found.logits
-    while value is not None and value in found.shapes:
-        node = value.producer()
-        if node is None:
-            break
-        nodes.append(node)
-        value = next((v for v in node.inputs if v is not None and v.const_value is None), None)
-    return nodes
 
 
 def _tokens(found: FoundGraph, value: ir.Value | None) -> bool:
@@ -78,20 +73,24 @@ def _tokens(found: FoundGraph, value: ir.Value | None) -> bool:
 
 
 def _before_head(found: FoundGraph) -> _Place | None:
-    """Return what the head multiplies, if only what treats tokens alone follows it."""
-    if not _tokens(found, found.logits):
-        return None
-    for node in _way_up(found):
-        data = node.inputs[0]
-        if (node.domain, node.op_type) in _INTEGER_PRODUCTS:
+    """Return what the head multiplies, if only what treats tokens alone follows it.
+
+    None where something else that depends on the tokens joins behind the product, or in it: then
+    rows are chosen at the end.
+    """
+    behind: list[tuple[ir.Node, ir.Value]] = []
+    for node, above in way_up(found.logits):
+        kind = (node.domain, node.op_type)
+        if kind in _INTEGER_PRODUCTS or (not node.domain and node.op_type in _TOKENWISE):
+            behind.append((node, above))
             continue
-        if (node.domain, node.op_type) in _PRODUCTS:
-            if data is None or not _tokens(found, data):
-                return None
-            readers = [use for use in data.uses() if use.node is node]
-            return _Place(_all_rows(found, data), readers)
-        if node.domain or node.op_type not in _TOKENWISE:
+        if kind not in _PRODUCTS or above is not node.inputs[0] or not _tokens(found, above):
             return None
+        joined = [others_are_fed(*step, node.outputs) for step in behind]
+        if any(joined) or others_are_fed(node, above):
+            return None
+        readers = [use for use in above.uses() if use.node is node]
+        return _Place(_all_rows(found, above), readers)
     return None
 
 
@@ -103,17 +102,26 @@ def _all_rows(found: FoundGraph, value: ir.Value) -> ir.Value:
     return data if same and data is not None else value
 
 
-def _selection(found: FoundGraph) -> _Place | None:
-    """Return what a graph picks its last row from, and who reads that row, if it does."""
-    if _tokens(found, found.logits):
-        return None
-    row: ir.Value | None = None
-    for node in _way_up(found):
+def _selection(found: FoundGraph) -> _Place:
+    """Return what a graph picks its last row from, and who reads that row.
+
+    Raises:
+        ModelError: no such place is found, or there are several.
+    """
+    row = found.logits
+    behind: list[tuple[ir.Node, ir.Value]] = []
+    for node, above in way_up(found.logits):
         value, data = node.outputs[0], node.inputs[0] if node.inputs else None
         if value in found.shapes and found.shapes[value][0][:-1] == (1, 1):
             row = value
-        if node.op_type in _PICKS and row is not None and data is not None and _tokens(found, data):
+        if node.op_type in _PICKS and data is not None and _tokens(found, data):
+            if any(others_are_fed(*step, (row,)) for step in behind):
+                raise ModelError(
+                    f"{node_name(node)} picks rows for the logits, but not all that the logits "
+                    f"depend on; expected one place that picks them"
+                )
             return _Place(data, list(row.uses()))
+        behind.append((node, above))
     raise ModelError(
         f"the logits have shape {found.shapes[found.logits][0]} for 5 tokens, and no node is found "
         f"that picks rows before them; expected (batch, tokens, vocabulary)"
