@@ -34,6 +34,8 @@ from lminf_export.rewriting.searching import node_name
 from lminf_export.rewriting.selecting import select_logits
 from lminf_export.tensors.torch_dtypes import torch_dtype
 
+OWN = "lminf."  # what this package's initializers are called by
+
 
 def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract) -> Assembled:
     """Change a graph to one of this package, in place.
@@ -58,6 +60,8 @@ def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract
     _free_names(
         graph, {spec.name for spec in (*graph_contract.inputs(), *graph_contract.outputs())}
     )
+    for name in [name for name in graph.initializers if name.startswith(OWN)]:
+        editing.rename_initializer(graph, name, f"original.{name}")
     ids = _take_ids(found, inputs[INPUT_IDS])
     builder = _Builder(found, plan, graph_contract, inputs, ids)
     outputs = builder.build()
@@ -200,7 +204,7 @@ class _Builder:
 
     def _constant(self, name: str) -> ir.Value:
         """Return one of the plan's tables as an initializer of the graph."""
-        return self._initializer(f"lminf.{name}", self.tables.get_buffer(name))
+        return self._initializer(f"{OWN}{name}", self.tables.get_buffer(name))
 
     def _initializer(self, name: str, tensor: Tensor) -> ir.Value:
         graph = self.found.model.graph
@@ -285,7 +289,7 @@ class _Builder:
         logits = self.plan.sink_logits[index]
         if logits is None:
             return self._constant("no_sink_logits")
-        return self._initializer(f"lminf.sink_logits_{index}", torch.from_numpy(logits).float())
+        return self._initializer(f"{OWN}sink_logits_{index}", torch.from_numpy(logits).float())
 
     def _in_heads(self, op: Recorder, value: ir.Value, layout: Layout) -> ir.Value:
         """Return (B, H, S, D) of the model's element type."""

@@ -18,8 +18,9 @@ from lminf_export.rewriting.parts import Parts
 from lminf_export.rewriting.searching import Anchor
 
 Array = NDArray[Any]
-# Bytes that one measurement's keys and values may take.
-_LARGEST = 2**27
+# Bytes that one measurement's keys and values may take; to see what lies behind a change, more.
+_LARGEST, _LARGEST_CHANGE = 2**27, 2**29
+_BEYOND = 192  # tokens behind a change that are looked at
 _LENGTHS = [2**k for k in range(17, 4, -1)]
 # Largest error of an output, and of a number that is computed once, relative to it, in float32.
 _TOLERANCE = 2e-4
@@ -36,6 +37,8 @@ class Attention:
         layouts: of its tensors.
         head_dims: of caches whose last dimension is open.
         longest: tokens that the graph's tables reach, None for no limit.
+        changes: tokens that the graph compares a length with, 0 for none: what it does changes
+            there, perhaps.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class Attention:
         layouts: Layouts,
         head_dims: Mapping[str, int],
         longest: int | None,
+        changes: int = 0,
     ) -> None:
         self.parts, self.inputs, self.anchor = parts, inputs, anchor
         # Tables of half precision are rounded by so much near 1; those of float32 by nothing here.
         dtype = numpy_dtype(anchor.past_key)
         self.eps = float(ml_dtypes.finfo(dtype).eps) if dtype.itemsize < 4 else 0.0
-        self.layouts, self.head_dims, self.longest = layouts, head_dims, longest
+        self.layouts, self.head_dims = layouts, head_dims
+        self.longest, self.changes = longest, changes
         self.heads, self.kv_heads = layouts.query.heads, layouts.key.heads
         self.head_dim = layouts.query.head_dim
 
@@ -143,5 +148,6 @@ class Attention:
     def _lengths(self) -> list[int]:
         """Numbers of tokens to try, longest first."""
         row = 4 * 4 * self.kv_heads * self.head_dim
-        most = min(_LARGEST // row, self.longest or _LENGTHS[0])
-        return list(dict.fromkeys([min(n, most) for n in _LENGTHS]))
+        most = max(_LARGEST, min(_LARGEST_CHANGE, (self.changes + _BEYOND) * row)) // row
+        most = min(most, self.longest or _LENGTHS[0])
+        return list(dict.fromkeys([most, *(min(n, most) for n in _LENGTHS)]))

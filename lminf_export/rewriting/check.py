@@ -6,6 +6,7 @@ left is rounding of float32. The original runs with its own attention, mask and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,13 @@ from numpy.typing import NDArray
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import ExportError, SessionError
+from lminf_export.models.steps import PlanTables
+from lminf_export.operator.bindings import present_name
+from lminf_export.operator.contract import DOMAIN
+from lminf_export.rewriting.assembling import OWN
 from lminf_export.rewriting.job import RewriteJob
 from lminf_export.rewriting.original import Original, in_float32, rounds
+from lminf_export.rewriting.planning import RewritePlan
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
 from lminf_export.tensors.torch_dtypes import torch_dtype
@@ -32,6 +38,7 @@ _LIMIT = 2e-4
 _STEPS = 8
 # The same where the graph rounds activations to integers by itself: a near-tie goes either way.
 _ROUNDED_LIMIT = 2e-2
+_TURNS = re.compile(rf"{re.escape(OWN)}(limit_)?(cos|sin)_")
 _NOTHING = "nothing was written (--no-check leaves this comparison out)"
 
 
@@ -50,6 +57,8 @@ def check_rewrite(job: RewriteJob, folder: Path, original: Original) -> list[str
         ExportError: they differ by more than rounding.
     """
     proto = onnx.load(str(folder / job.target.graph_name), load_external_data=False)
+    if job.short_plan is not None:
+        _rotate_as_short(proto, job.short_plan)
     rounding = rounds(proto)
     eps = torch.finfo(torch_dtype(job.found.dtype)).eps
     limit = max(_ROUNDED_LIMIT if rounding else _LIMIT, _STEPS * eps)
@@ -72,6 +81,21 @@ def check_rewrite(job: RewriteJob, folder: Path, original: Original) -> list[str
         ]
     _check_steps(model, original, whole, limit)
     return _check_batch(model, original.tokens, whole, limit)
+
+
+def _rotate_as_short(model: onnx.ModelProto, plan: RewritePlan) -> None:
+    """Give a graph the rotation that the original has for texts as short as those compared."""
+    tables = dict(PlanTables(plan.attention).named_buffers())
+    for tensor in model.graph.initializer:
+        table = tables.get(tensor.name.removeprefix(OWN))
+        if tensor.name.startswith(OWN) and table is not None and _TURNS.match(tensor.name):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(table.numpy(), tensor.name))
+    scales = {present_name(index, "key"): scale for index, scale in enumerate(plan.scales)}
+    for node in model.graph.node:
+        scale = scales.get(node.output[1]) if node.domain == DOMAIN and node.output[1:] else None
+        for attribute in node.attribute:
+            if attribute.name == "scale" and scale is not None:
+                attribute.f = scale
 
 
 def _read(

@@ -50,6 +50,7 @@ _NAMES: dict[str, Role] = {
     "num_logits_to_keep": "keep",
     "logits_to_keep": "keep",
 }
+_LARGEST_CACHE = 2**29  # elements
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -250,5 +251,10 @@ def cache_shape(value: ir.Value, call: Call) -> tuple[int, ...]:
         )
     if not isinstance(slots, int):
         slots = call.past if call.capacity is None else call.capacity
+    if not 0 <= heads * slots * dim <= _LARGEST_CACHE:
+        raise ModelError(
+            f"the cache {value.name} of shape {value.shape} is larger than anything that can be "
+            f"tried here; expected (batch, heads, tokens, dimension) with its tokens left open"
+        )
     shape = (1, slots, heads, dim) if axis == 1 else (1, heads, slots, dim)
     return (2, *shape) if len(value.shape) == 5 else shape

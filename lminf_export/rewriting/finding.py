@@ -29,6 +29,9 @@ from lminf_export.rewriting.searching import MICROSOFT, Anchor
 from lminf_export.rewriting.towards import way_up
 from lminf_export.rewriting.views import view_caches
 
+_COMPARISONS = ("Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+_LONGEST_CHANGE = 2**20  # tokens; larger numbers stand for no length
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -98,6 +101,7 @@ def find_in_graph(path: Path, head_dim: int | None, progress: Progress) -> Found
     inputs, shapes = _run_whole(parts, inputs, head_dims, wanted)
     limits = [n for n in (_table_rows(graph), inputs.slots) if n is not None]
     longest = min(limits, default=None)
+    changes = _compared_lengths(graph)
     layers: list[Finding] = []
     known: dict[bytes, Measured] = {}
     for index, anchor in enumerate(anchors):
@@ -107,7 +111,7 @@ def find_in_graph(path: Path, head_dim: int | None, progress: Progress) -> Found
             for cache in (anchor.past_key, anchor.past_value)
         )
         anchor, layouts = choose(anchor, shapes, (of_keys, of_values), inputs)
-        attention = Attention(parts, inputs, anchor, layouts, head_dims, longest)
+        attention = Attention(parts, inputs, anchor, layouts, head_dims, longest, changes)
         print_ = attention.fingerprint()
         if print_ not in known:
             known[print_] = measure(attention)
@@ -234,3 +238,20 @@ def _table_rows(graph: ir.Graph) -> int | None:
         if shape is not None and len(shape) == 2 and isinstance(shape[0], int):
             rows.append(shape[0])
     return min(rows, default=None)
+
+
+def _compared_lengths(graph: ir.Graph) -> int:
+    """Return the largest whole number that anything is compared with, 0 without one.
+
+    Rotations that change with the length of a text compare it with one.
+    """
+    found = [0]
+    for node in graph:
+        if node.op_type not in _COMPARISONS:
+            continue
+        for value in node.inputs:
+            tensor = None if value is None else ir.convenience.get_const_tensor(value)
+            if tensor is not None and tensor.size == 1:
+                number = float(tensor.numpy().reshape(-1)[0])
+                found += [int(number)] if number < _LONGEST_CHANGE else []
+    return max(found)

@@ -33,6 +33,8 @@ class RewriteJob:
         found: its graph, and what is in it.
         settings: Λ settings, defaults filled in.
         plan: how every layer will attend.
+        short_plan: the same by the rotation that the original has for short texts, where `plan` has
+            that of long ones; else None.
         target: where the bundle goes.
         builder: the engine's builder, "none" for a build elsewhere, or None for no engine.
         plugin: library of the plugin the engine is made with, if there is one.
@@ -45,6 +47,7 @@ class RewriteJob:
     found: FoundGraph
     settings: LambdaConfig
     plan: RewritePlan
+    short_plan: RewritePlan | None
     target: OutTarget
     builder: str | None
     plugin: Path | None

@@ -23,6 +23,7 @@ _STEEP = 1024
 # A bias of that much leaves of a number that is large enough something above zero.
 _DEEPEST, _LARGE = 80.0, 1e30
 _TOLERANCE = 5e-4
+_NO_SINK = 1e-6  # a weight that float32 hardly tells from none
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,16 @@ def _biases(attention: Attention) -> tuple[Array, int | None, Array | None]:
         raise _no_window(attention)
     with np.errstate(divide="ignore"):
         biases = np.log(last) - np.log(last[:, :1])
-    rest = 1 - last.sum(-1)
-    sinks = None
-    if np.abs(rest).max() > attention.rounding:
-        sinks = np.log(np.maximum(rest, 1e-30) / last[:, 0])
-    return biases[:, :count], (count if count < total else None), sinks
+    return biases[:, :count], (count if count < total else None), _sinks(weights[:, 0, 0])
+
+
+def _sinks(alone: Array) -> Array | None:
+    """Return the logits of sinks from the weights (H,) of a first token, whose logit is 0."""
+    rest = 1 - alone
+    if rest.max() < _NO_SINK:
+        return None
+    with np.errstate(divide="ignore"):
+        return np.log(np.maximum(rest, 0.0) / alone)
 
 
 def _slopes(attention: Attention, biases: Array) -> Array | None:

@@ -19,6 +19,9 @@ from lminf_export.rewriting.measure import Measured
 from lminf_export.rewriting.rules import round_base
 from lminf_export.rewriting.turning import Turning
 
+_SLOW = 1e-10  # radians per token
+_FACTOR = 1e-3  # by which factors of rotated dimensions may differ
+
 
 @dataclass(frozen=True)
 class RewritePlan:
@@ -29,12 +32,15 @@ class RewritePlan:
         scales: factor of the logits of each layer.
         sink_logits: (H,) learned logits of each layer, or None.
         exact_length: tokens of the longest text for which the result equals the original.
+        is_of_long: whether a rotation is that of texts longer than `exact_length`, so that only the
+            rest is equal.
     """
 
     attention: AttentionPlan
     scales: tuple[float, ...]
     sink_logits: tuple[Any, ...]
     exact_length: int
+    is_of_long: bool
 
 
 def plan_layers(
@@ -63,8 +69,8 @@ def plan_layers(
         )
     chosen = [_regime(m, settings, notices) for m in measured]
     found = [
-        None if turning is None else _rotation(turning, index, known, notices)
-        for index, turning in enumerate(chosen)
+        None if turning is None else _rotation(turning, m.head_dim, index, known, notices)
+        for index, (turning, m) in enumerate(zip(chosen, measured, strict=True))
     ]
     rotations, places = distinct([rotation for rotation in found if rotation is not None])
     if rotations and any(rotation is None for rotation in found):
@@ -81,7 +87,7 @@ def plan_layers(
         layer_rotation=tuple(unrotated if r is None else next(order) for r in found),
         softcap=measured[0].softcap,
         alibi_slopes=None if slopes is None else torch.from_numpy(slopes).float(),
-        sink_logits=measured[0].sink_logits is not None,
+        sink_logits=any(m.sink_logits is not None for m in measured),
         sliding=tuple(window is not None for window in windows),
         notices=tuple(dict.fromkeys(notices)),
     )
@@ -94,6 +100,10 @@ def plan_layers(
         ),
         sink_logits=tuple(m.sink_logits for m in measured),
         exact_length=min([settings.window_size, *switches]),
+        is_of_long=any(
+            turning is not None and m.turning is not None and turning is not m.turning
+            for turning, m in zip(chosen, measured, strict=True)
+        ),
     )
 
 
@@ -104,7 +114,6 @@ def _require_alike(measured: Sequence[Measured], names: Sequence[str]) -> None:
         for what, here, there in (
             ("query heads", one.heads, first.heads),
             ("soft cap", one.softcap, first.softcap),
-            ("learned sinks", one.sink_logits is None, first.sink_logits is None),
             ("ALiBi", one.alibi_slopes is None, first.alibi_slopes is None),
         ):
             if here != there:
@@ -133,7 +142,9 @@ def _windows(
     found: list[int | None] = []
     for index, (one, spec) in enumerate(zip(measured, known.layers, strict=True)):
         here = (known.num_attention_heads, spec.num_kv_heads, spec.head_dim)
-        if here != (one.heads, one.kv_heads, one.head_dim):
+        # Some graphs cache each key for several query heads.
+        repeats = one.kv_heads % spec.num_kv_heads == 0
+        if (here[0], here[2]) != (one.heads, one.head_dim) or not repeats:
             raise ModelError(
                 f"config.json describes {here[0]} query heads and {here[1]} key/value heads of "
                 f"{here[2]}, {names[index]} has {one.heads} and {one.kv_heads} of {one.head_dim}; "
@@ -179,7 +190,11 @@ def _regime(measured: Measured, settings: LambdaConfig, notices: list[str]) -> T
 
 
 def _rotation(
-    turning: Turning, index: int, known: AttentionPlan | None, notices: list[str]
+    turning: Turning,
+    head_dim: int,
+    index: int,
+    known: AttentionPlan | None,
+    notices: list[str],
 ) -> Rotation:
     """Return a layer's rotation with the frequencies that were meant, where they are known."""
     configured = None
@@ -196,6 +211,8 @@ def _rotation(
             f"kept, so the result equals the graph and not the checkpoint of that configuration"
         )
         configured = None
+    if configured is not None and turning.rotary_dim < head_dim:
+        configured = _with_factor(configured, turning.factor, notices)
     if configured is not None and not turning.exact:
         return configured
     if turning.exact:
@@ -213,6 +230,20 @@ def _rotation(
     return Rotation(ruled, turning.factor, turning.interleaved)
 
 
+def _with_factor(rotation: Rotation, factor: float, notices: list[str]) -> Rotation:
+    """Return a rotation of some dimensions with the graph's factor, where it has another one.
+
+    Where all dimensions turn, the factor cannot be told from the scale, and any will do.
+    """
+    if abs(rotation.attention_factor / factor - 1) <= _FACTOR:
+        return rotation
+    notices.append(
+        f"layers multiply what they rotate by {factor:.6g}, by config.json it is "
+        f"{rotation.attention_factor:.6g}; the graph's is kept"
+    )
+    return replace(rotation, attention_factor=factor)
+
+
 def _by_how_much(turning: Turning, rotation: Rotation) -> str:
     """Say how far frequencies are from others of the same number."""
     if rotation.rotary_dim != turning.rotary_dim:
@@ -227,7 +258,8 @@ def _agree(turning: Turning, rotation: Rotation) -> bool:
         return False
     wanted = rotation.inv_freq.double().numpy()
     error = np.abs(wanted - turning.inv_freq)
-    return bool((error <= turning.error + 1e-6 * np.abs(wanted)).all())
+    # What turns slowly turns too little for angles to tell more.
+    return bool((error <= turning.error + 1e-6 * np.abs(wanted) + _SLOW).all())
 
 
 def _layer(measured: Measured, window: int | None, settings: LambdaConfig) -> LayerSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from lminf_export.export.passes import editing
 from lminf_export.operator.contract import DOMAIN
 from lminf_export.rewriting.feeds import Inputs
 from lminf_export.rewriting.parts import weight_files
+from lminf_export.runtime.foreign_errors import foreign_errors
 
 
 def read_graph(path: Path) -> ir.Model:
@@ -90,6 +91,18 @@ def _check_weights(model: ir.Model, path: Path) -> None:
             )
 
 
+def followed(path: Path) -> AbstractContextManager[None]:
+    """Return a block in which a graph is followed: what cannot be ends in one line.
+
+    A graph may break any rule that the code relies on, and still be read.
+    """
+    return foreign_errors(
+        ModelError,
+        f"{path} is damaged, or of a form that rewriting does not know (where "
+        f"onnx.checker.check_model finds no fault, please report it)",
+    )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence onnx_ir about names that nothing gives: what needs one of them is refused."""
@@ -116,7 +129,7 @@ def take_sizes_from_tokens(graph: ir.Graph, inputs: Inputs) -> None:
         if role == "positions":
             known = {0: 0, 1: 1}
         for use, _ in list(value.uses()):
-            if editing.is_op(use, "Shape"):
+            if editing.is_op(use, "Shape") and use.graph is graph:
                 _retarget(graph, use, inputs.ids, value, known)
 
 
@@ -133,6 +146,8 @@ def _retarget(
         return
     for use, _ in list(node.outputs[0].uses()):
         if not editing.is_op(use, "Gather") or use.attributes.get_int("axis", 0) != 0:
+            continue
+        if use.graph is not graph:
             continue
         index = use.inputs[1]
         tensor = None if index is None else ir.convenience.get_const_tensor(index)

@@ -90,11 +90,18 @@ def _is_product(node: ir.Node) -> bool:
         and scales.dtype in _DTYPES
         and (zeros is None or (editing.is_weight(zeros, 2) and zeros.dtype == ir.DataType.UINT8))
         and inputs[_ORDER] is None
-        and (inputs[_BIAS] is None or editing.is_weight(inputs[_BIAS], 1))
+        and (inputs[_BIAS] is None or _is_bias(node, inputs[_BIAS]))
         and attributes.get_int("bits", 4) in _BITS
         and attributes.get_int("block_size", 0) in _BLOCK_SIZES
         and attributes.get_int("weight_prepacked", 0) == 0
     )
+
+
+def _is_bias(node: ir.Node, value: ir.Value | None) -> bool:
+    """Say whether a constant has a number for each result of a product."""
+    if value is None or not editing.is_weight(value, 1) or value.shape is None:
+        return False
+    return value.shape[0] == node.attributes.get_int("N", 0)
 
 
 def _is_tokenwise(node: ir.Node) -> bool:
@@ -171,7 +178,7 @@ class _Rows:
         attributes = [_attribute(node, name) for name in NBITS_ATTRIBUTES]
         old = node.outputs[0]
         add, other = editing.add_of(old) or (None, None)
-        if bias is None and add is not None and editing.is_weight(other, 1):
+        if bias is None and add is not None and _is_bias(node, other):
             bias, old = other, add.outputs[0]
         else:
             add = None
@@ -294,7 +301,11 @@ def _widths(node: ir.Node, width: int) -> list[int]:
     if node.op_type != "Split":
         return [width] * len(node.outputs)
     sizes = editing.const_ints(node.inputs[1]) if len(node.inputs) > 1 else None
-    return sizes or [width // len(node.outputs)] * len(node.outputs)
+    if sizes:
+        return sizes
+    count = len(node.outputs)
+    each = -(-width // count)  # the last one has what is left
+    return [each] * (count - 1) + [width - each * (count - 1)]
 
 
 def _on_last_axis(attribute: ir.Attr) -> ir.Attr:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from lminf_export.rewriting.opset import to_opset
 from lminf_export.rewriting.options import REWRITE_OPTIONS, check_options
 from lminf_export.rewriting.original import run_original
 from lminf_export.rewriting.planning import plan_layers
+from lminf_export.rewriting.reading import followed
 from lminf_export.rewriting.rows import attach_bodies
 from lminf_export.rewriting.searching import MICROSOFT
 from lminf_export.rewriting.source import configured_plan, open_onnx
@@ -101,12 +103,17 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
     check_destination(target.directory, force=options.force)  # before the work
     progress("reading the model", None)
     source = open_onnx(options.model, options.tokenizer)
-    found = find_in_graph(source.path, source.head_dim, progress)
+    with followed(source.path):
+        found = find_in_graph(source.path, source.head_dim, progress)
     trained = training_length(source, found)
     window, notices = default_window(options.window_size, trained)
     settings = options.lambda_config(window)
     known = configured_plan(source, settings, notices)
     plan = plan_layers(found.layers, settings, known)
+    short_plan = None
+    if plan.is_of_long:
+        short = replace(settings, rope_regime="short")
+        short_plan = plan_layers(found.layers, short, configured_plan(source, short, []))
     contract = GraphContract(plan.attention.layers, found.dtype, None, found.vocab_size)
     batch_size = options.max_batch_size if target.engine_name else 1
     check_cache_size(contract, settings, batch_size, trained)
@@ -121,6 +128,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
         found=found,
         settings=settings,
         plan=plan,
+        short_plan=short_plan,
         target=target,
         builder=builder,
         plugin=plugin,
@@ -177,17 +185,18 @@ def run_job(job: RewriteJob, progress: Progress = silent) -> Bundle:
 
 
 def _write_graph(job: RewriteJob, writer: BundleWriter) -> Path:
-    assembled = assemble(job.found, job.plan, job.contract)
-    tune(job.found.model, assembled)
-    model = to_opset(job.found.model)
-    attach_bodies(model)
-    features = body_features(job.plan.attention, int8_cache=False)
-    steps = (
-        DescribeModelPass(job.metadata()),
-        AttachAttentionBodyPass(features),
-        DeclareInputsAndOutputsPass(job.contract.inputs(), job.contract.outputs()),
-    )
-    pipelines.run(model, steps)
+    with followed(job.source.path):
+        assembled = assemble(job.found, job.plan, job.contract)
+        tune(job.found.model, assembled)
+        model = to_opset(job.found.model)
+        attach_bodies(model)
+        features = body_features(job.plan.attention, int8_cache=False)
+        steps = (
+            DescribeModelPass(job.metadata()),
+            AttachAttentionBodyPass(features),
+            DeclareInputsAndOutputsPass(job.contract.inputs(), job.contract.outputs()),
+        )
+        pipelines.run(model, steps)
     path = writer.add(job.target.graph_name, "graph")
     for value in model.graph.initializers.values():
         tensor = value.const_value

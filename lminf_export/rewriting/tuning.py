@@ -28,7 +28,7 @@ def tune(model: ir.Model, known: Assembled) -> None:
             _keep_heads(graph, node, known)
     for node in list(graph):
         if editing.is_op(node, "Split"):
-            _split_heads(graph, node)
+            _split_heads(graph, node, known)
     to_rows(model, known.ids, known.shapes, [known.index])
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
@@ -74,7 +74,7 @@ def _alone(value: ir.Value | None, kind: str) -> ir.Node | None:
     return node if alone else None
 
 
-def _split_heads(graph: ir.Graph, split: ir.Node) -> None:
+def _split_heads(graph: ir.Graph, split: ir.Node, known: Assembled) -> None:
     """Split queries, keys and values when they are heads already: one transposition for all.
 
     Split(x) → Reshape, Transpose of each part becomes Reshape, Transpose → Split of heads.
@@ -83,6 +83,9 @@ def _split_heads(graph: ir.Graph, split: ir.Node) -> None:
     parts = [part for part in found if part is not None]
     x = split.inputs[0]
     if len(parts) != len(found) or len({dim for _, dim, _ in parts}) != 1 or x is None:
+        return
+    rank = len(known.shapes[x][0]) if x in known.shapes else 0
+    if split.attributes.get_int("axis", 0) not in (-1, rank - 1):
         return
     heads = [count for count, _, _ in parts]
     dim = parts[0][1]

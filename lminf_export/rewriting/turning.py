@@ -147,18 +147,24 @@ def _of_two_lengths(
     while behind - before > 1:
         middle = (before + behind) // 2
         before, behind = (middle, behind) if is_short(middle) else (before, middle)
-    # The last text of short ones ends at position `before`.
+    # The last text of short ones ends at position `before`. Near it angles are finest.
     count = min(_FAR_TOKENS, total)
     key = _random(protractor.attention, count)
-    angles = protractor.angles(key, total - count)
+    angles = protractor.angles(key, min(behind, total - count))
     far = _speeds(angles - angles[0])
-    for place in sorted({behind, (behind + total) // 2, total - 1}):
-        if np.abs(_wrapped(protractor.at(place) - far * place)).max() > _SLACK:
+    place = behind
+    while True:
+        error = _wrapped(protractor.at(place) - far * place)
+        if np.abs(error).max() > _SLACK:
             raise ModelError(
                 f"{protractor.attention.anchor.name} rotates at other speeds from {behind + 1} "
                 f"tokens on, and at others again from {place + 1}; expected one speed for short "
                 f"texts and one for long ones"
             )
+        if place == total - 1:
+            break
+        far = far + error / place
+        place = min(2 * place, total - 1)
     places = [n for n in (behind, total - 1) if n < _COARSE] or [behind]
     short_places = [n for n in (before // 2, before) if n > 0]
     short = _turning(
