@@ -19,7 +19,7 @@ from lminf_export.errors import ModelError
 from lminf_export.operator.reference import attend_by_distance
 from lminf_export.rewriting.attending import Attention
 from lminf_export.rewriting.masks import measure_mask
-from lminf_export.rewriting.scales import measure_scale
+from lminf_export.rewriting.scales import measure_scale, measure_sinks
 from lminf_export.rewriting.turning import Turning, measure_turning
 
 Array = NDArray[Any]
@@ -85,7 +85,7 @@ def measure(attention: Attention) -> Measured:
         longest=attention.reach,
         turning=turning,
         alibi_slopes=mask.slopes,
-        sink_logits=mask.sinks,
+        sink_logits=measure_sinks(attention, turning, scale, softcap),
     )
     _require_equal(attention, measured)
     return measured

@@ -14,6 +14,8 @@ from lminf_export.rewriting.turning import Turning
 
 Array = NDArray[Any]
 _TOLERANCE = 2e-4
+_NO_SINK = 1e-6  # a weight that float32 hardly tells from none
+_LOWERED = (0.0, -6.0, -12.0, -18.0, -24.0, -30.0)
 _TOLERANCE_ONCE = 2e-5  # of a number that float32 computes once
 
 
@@ -37,6 +39,30 @@ def measure_scale(
     factors = np.where(np.arange(dims) < rotated, scale, passed)
     _require_same_far(attention, factors, softcap, slopes)
     return passed, softcap, factor
+
+
+def measure_sinks(
+    attention: Attention, turning: Turning | None, scale: float, softcap: float
+) -> Array | None:
+    """Return the logits (H,) of learned sinks, -inf for a head that has none; None without any.
+
+    A first token sees itself and the sink. Its own logit is lowered until both weigh about the
+    same, where float32 tells them best.
+    """
+    dim, _ = _slowest(attention, turning)
+    along = scale if turning is None else scale * turning.factor**2
+    found = np.full(attention.heads, -np.inf)
+    nearest = np.full(attention.heads, 0.5 - _NO_SINK)
+    for logit in _LOWERED:
+        query, key = attention.zeros(attention.heads, 1), attention.zeros(attention.kv_heads, 1)
+        query[..., dim] = (abs(logit / along)) ** 0.5
+        key[..., dim] = -query[0, 0, 0, dim]
+        own = weights_of(attention, query, key)[:, 0, 0]
+        capped = softcap * np.tanh(logit / softcap) if softcap else logit
+        better = np.abs(own - 0.5) < nearest
+        nearest[better] = np.abs(own - 0.5)[better]
+        found[better] = capped + np.log((1 - own[better]) / own[better])
+    return None if np.isneginf(found).all() else found
 
 
 def _slowest(attention: Attention, turning: Turning | None) -> tuple[int, float]:
