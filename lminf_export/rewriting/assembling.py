@@ -79,7 +79,7 @@ def assemble(found: FoundGraph, plan: RewritePlan, graph_contract: GraphContract
         graph.outputs.append(value)
     found.model.opset_imports[contract.DOMAIN] = contract.VERSION
     common.TopologicalSortPass()(found.model)
-    common.IdentityEliminationPass()(found.model)
+    editing.eliminate_identities(found.model)
     common.RemoveUnusedNodesPass()(found.model)
     _require_free(graph, old)
     ends = set(graph.outputs)

@@ -49,7 +49,7 @@ def read_graph(path: Path) -> ir.Model:
         common.ClearMetadataAndDocStringPass(),
         common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.IdentityEliminationPass(),
+        editing.eliminate_identities,
         common.RemoveUnusedNodesPass(),
     ):
         step(model)

@@ -15,7 +15,7 @@ from lminf_export.rewriting.turning import Turning
 Array = NDArray[Any]
 _TOLERANCE = 2e-4
 _NO_SINK = 1e-6  # a weight that float32 hardly tells from none
-_LOWERED = (0.0, -6.0, -12.0, -18.0, -24.0, -30.0)
+_TRIED = [sign * logit for logit in (0.0, 6.0, 12.0, 18.0, 24.0, 30.0) for sign in (1, -1)]
 _TOLERANCE_ONCE = 2e-5  # of a number that float32 computes once
 
 
@@ -46,17 +46,17 @@ def measure_sinks(
 ) -> Array | None:
     """Return the logits (H,) of learned sinks, -inf for a head that has none; None without any.
 
-    A first token sees itself and the sink. Its own logit is lowered until both weigh about the
-    same, where float32 tells them best.
+    A first token sees itself and the sink. Its own logit is moved until both weigh about the same,
+    where float32 tells them best.
     """
     dim, _ = _slowest(attention, turning)
     along = scale if turning is None else scale * turning.factor**2
     found = np.full(attention.heads, -np.inf)
     nearest = np.full(attention.heads, 0.5 - _NO_SINK)
-    for logit in _LOWERED:
+    for logit in _TRIED:
         query, key = attention.zeros(attention.heads, 1), attention.zeros(attention.kv_heads, 1)
         query[..., dim] = (abs(logit / along)) ** 0.5
-        key[..., dim] = -query[0, 0, 0, dim]
+        key[..., dim] = np.sign(logit) * query[0, 0, 0, dim]
         own = weights_of(attention, query, key)[:, 0, 0]
         capped = softcap * np.tanh(logit / softcap) if softcap else logit
         better = np.abs(own - 0.5) < nearest

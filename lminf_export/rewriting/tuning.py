@@ -30,7 +30,7 @@ def tune(model: ir.Model, known: Assembled) -> None:
         if editing.is_op(node, "Split"):
             _split_heads(graph, node, known)
     to_rows(model, known.ids, known.shapes, [known.index])
-    common.IdentityEliminationPass()(model)
+    editing.eliminate_identities(model)
     common.RemoveUnusedNodesPass()(model)
 
 

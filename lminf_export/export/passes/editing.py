@@ -9,6 +9,7 @@ from typing import TypeGuard
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 
 def is_op(node: ir.Node | None, op_type: str, domain: str = "") -> TypeGuard[ir.Node]:
@@ -136,3 +137,20 @@ def attach_function(model: ir.Model, proto: onnx.FunctionProto) -> None:
     """Put a function into the model, in the place of one it has under that identifier."""
     function = ir.serde.deserialize_function(proto)
     model.functions[function.identifier()] = function
+
+
+def eliminate_identities(model: ir.Model) -> None:
+    """Remove what copies a value; in a graph with branches, where no output of it is a copy.
+
+    onnx_ir's pass empties a branch that only hands on a value of the graph around it, which
+    onnxruntime does not take.
+    """
+    attributes = [a for node in model.graph for a in node.attributes.values()]
+    if not any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
+        common.IdentityEliminationPass()(model)
+        return
+    for node in list(model.graph):
+        value = node.inputs[0] if is_op(node, "Identity") else None
+        if value is not None and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            model.graph.remove(node, safe=True)
