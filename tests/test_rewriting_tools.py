@@ -182,6 +182,20 @@ def test_a_model_of_onnxruntime_genai(case, foreign, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rotation_of_long_texts_is_frozen_as_asked(foreign, tmp_path):
+    """Compared with the original by its short one, with our export by the long one."""
+    case = next(case for case in GENAI if case.checkpoint == "phi3_long")
+    folder = genai_model(foreign, case)
+    model = rewritten(folder, foreign, case, tmp_path / "b", rope_regime="long")
+    checkpoint = foreign.checkpoint(case.checkpoint)
+    options = {**LAMBDA, "rope_regime": "long", "dtype": "float32"}
+    export = lminf_export.load(lminf_export.export(checkpoint, tmp_path / "e", **options).path)
+    ids = tokens(FAR, model.vocab_size)
+    wanted = export.forward(ids, export.new_state())
+    assert np.abs(model.forward(ids, model.new_state()) - wanted).max() <= BEYOND
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", each(GENAI_INT4))
 def test_an_int4_model_of_onnxruntime_genai(case, foreign, tmp_path):
     """Compared with products that round no activations: one near a tie goes either way."""

@@ -70,7 +70,13 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**_ALTERNATE, "rope_parameters": _TWO_ROTATIONS}),
     # Its original length makes genai choose one table of rotations, not two.
     "phi3": ("phi3", {"original_max_position_embeddings": POSITIONS}),
-    "phi3_long": ("phi3", {"rope_parameters": _LONG}),
+    "phi3_long": (
+        "phi3",
+        {
+            "rope_parameters": _LONG,
+            "original_max_position_embeddings": _LONG["original_max_position_embeddings"],
+        },
+    ),
     "gpt_oss": ("gpt_oss", _GPT_OSS),
     # Its experts as the hub has them: genai's int4 is made of those only.
     MXFP4_EXPERTS: ("gpt_oss", _GPT_OSS),

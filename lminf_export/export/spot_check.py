@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.checkpoint.stock import stock_model
-from lminf_export.errors import ExportError
+from lminf_export.errors import ConfigError, ExportError
 from lminf_export.export.job import ExportJob
-from lminf_export.export.wider_graph import in_float32
+from lminf_export.export.short_rotation import rotate_as
+from lminf_export.export.wider_graph import widen
+from lminf_export.models.base import AttentionPlan
 from lminf_export.models.expert_facts import experts_per_token
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.onnxruntime import OnnxRuntimeSession
@@ -37,6 +40,7 @@ _FACTOR, _MOST = 4.0, 0.3
 # Of quantised weights and caches: error by standard deviation, both over all logits. Unrelated
 # logits have 1.4.
 _QUANTIZED_LIMIT = 1.0
+_TABLES = "tables."  # what the graph's tables of rotations are called by
 
 
 @dataclass(frozen=True)
@@ -100,17 +104,34 @@ def _require(error: float, limit: float, count: int, of: str) -> None:
 
 
 def _graph_logits(job: ExportJob, folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the logits (T, V) of the written graph, in float32 where its type does not run."""
+    """Return the logits (T, V) of the written graph, rotated as short texts are.
+
+    In float32 where its type does not run.
+    """
+    short, is_low = _short_plan(job), job.dtype == "bfloat16"
     graph = None
-    if job.dtype == "bfloat16":
-        graph = in_float32(folder / job.target.graph_name)
-        job = replace(job, dtype="float32")
+    if short is not None or is_low:
+        model = onnx.load(str(folder / job.target.graph_name), load_external_data=False)
+        if short is not None:
+            rotate_as(model, short, _TABLES)
+        if is_low:
+            widen(model, (onnx.TensorProto.BFLOAT16,))
+            job = replace(job, dtype="float32")
+        graph = model.SerializeToString()
     bundle = Bundle(folder, job.manifest())
     session = OnnxRuntimeSession(bundle, graph=graph, lean=True)
-    model = LanguageModel(bundle, session)
-    logits = model.forward(tokens[None], model.new_state())
+    loaded = LanguageModel(bundle, session)
+    logits = loaded.forward(tokens[None], loaded.new_state())
     assert logits is not None
     return logits[0]
+
+
+def _short_plan(job: ExportJob) -> AttentionPlan | None:
+    """Return the plan by the rotation of short texts; None where the rotation has no regimes."""
+    try:
+        return job.family.plan(job.source.config, replace(job.settings, rope_regime="short"))
+    except ConfigError:
+        return None
 
 
 def _stock_logits(

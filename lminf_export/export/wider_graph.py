@@ -1,29 +1,15 @@
-"""A graph of bfloat16 as one of float32, to be run where no kernels take bfloat16."""
+"""A graph of a narrow element type as one of float32."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-_BFLOAT16, _WIDE = (TensorProto.BFLOAT16,), TensorProto.FLOAT
+_WIDE = TensorProto.FLOAT
 _LOW_SUFFIX = ".low"
-
-
-def in_float32(path: Path) -> bytes:
-    """Return a graph's serialised form in which every tensor of bfloat16 is one of float32.
-
-    Weights stay in their file; each is converted when the graph is run.
-
-    Args:
-        path: the graph's file.
-    """
-    model = onnx.load(str(path), load_external_data=False)
-    widen(model, _BFLOAT16)
-    return bytes(model.SerializeToString())
 
 
 def widen(model: onnx.ModelProto, low: Collection[int]) -> None:

@@ -6,7 +6,6 @@ left is rounding of float32. The original runs with its own attention, mask and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import ExportError, SessionError
-from lminf_export.models.steps import PlanTables
+from lminf_export.export.short_rotation import rotate_as
 from lminf_export.operator.bindings import present_name
 from lminf_export.operator.contract import DOMAIN
 from lminf_export.rewriting.assembling import OWN
@@ -38,7 +37,6 @@ _LIMIT = 2e-4
 _STEPS = 8
 # The same where the graph rounds activations to integers by itself: a near-tie goes either way.
 _ROUNDED_LIMIT = 2e-2
-_TURNS = re.compile(rf"{re.escape(OWN)}(limit_)?(cos|sin)_")
 _NOTHING = "nothing was written (--no-check leaves this comparison out)"
 
 
@@ -85,11 +83,7 @@ def check_rewrite(job: RewriteJob, folder: Path, original: Original) -> list[str
 
 def _rotate_as_short(model: onnx.ModelProto, plan: RewritePlan) -> None:
     """Give a graph the rotation that the original has for texts as short as those compared."""
-    tables = dict(PlanTables(plan.attention).named_buffers())
-    for tensor in model.graph.initializer:
-        table = tables.get(tensor.name.removeprefix(OWN))
-        if tensor.name.startswith(OWN) and table is not None and _TURNS.match(tensor.name):
-            tensor.CopyFrom(onnx.numpy_helper.from_array(table.numpy(), tensor.name))
+    rotate_as(model, plan.attention, OWN)
     scales = {present_name(index, "key"): scale for index, scale in enumerate(plan.scales)}
     for node in model.graph.node:
         scale = scales.get(node.output[1]) if node.domain == DOMAIN and node.output[1:] else None
