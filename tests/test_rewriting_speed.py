@@ -139,3 +139,18 @@ def test_graphs_without_products_have_the_same_shapes(tmp_path):
         graph.output.extend(shown)
     found, wanted = (_session(m, model).run(None, _feeds(5)) for m in (light, whole))
     assert [x.shape for x in found] == [x.shape for x in wanted]
+
+
+def test_a_number_added_to_a_product_is_no_bias(tmp_path):
+    """A bias has a number for each result; one number is added as it was."""
+    path = ForeignGraph().save(tmp_path / "model") / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    place, node = next(
+        (i, n) for i, n in enumerate(model.graph.node) if n.op_type == "MatMulNBits"
+    )
+    name, node.output[0] = node.output[0], "product"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([0.25]), "quarter"))
+    model.graph.node.insert(place + 1, helper.make_node("Add", ["product", "quarter"], [name]))
+    onnx.save(model, path)
+    lminf_export.rewrite(path, tmp_path / "out", **_OPTIONS)  # compares it with the original
+    assert _kinds(tmp_path / "out")["LinearNBits"] == _PRODUCTS

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.support.foreign_checkpoints import save_checkpoint
 from lminf_export import export
 from lminf_export.errors import ExportError
 from lminf_export.export import run as export_run
@@ -55,6 +56,14 @@ def test_a_wrong_tensor_is_refused_and_nothing_written(options, model, wrong_ten
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 300
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rotation_of_long_texts_is_compared_by_that_of_short_ones(dtype, tmp_path):
+    """The tokens of the check are a short text, for which the model has another rotation."""
+    model = save_checkpoint("phi3_long", tmp_path / "m")
+    bundle = export(model, tmp_path / "b", **SETTINGS, rope_regime="long", dtype=dtype)
+    assert any("its long regime" in notice for notice in bundle.manifest.notices)
 
 
 def test_the_check_can_be_left_out(model, wrong_tensor, tmp_path):
