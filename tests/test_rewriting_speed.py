@@ -145,9 +145,7 @@ def test_a_number_added_to_a_product_is_no_bias(tmp_path):
     """A bias has a number for each result; one number is added as it was."""
     path = ForeignGraph().save(tmp_path / "model") / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    place, node = next(
-        (i, n) for i, n in enumerate(model.graph.node) if n.op_type == "MatMulNBits"
-    )
+    place, node = next((i, n) for i, n in enumerate(model.graph.node) if n.op_type == "MatMulNBits")
     name, node.output[0] = node.output[0], "product"
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([0.25]), "quarter"))
     model.graph.node.insert(place + 1, helper.make_node("Add", ["product", "quarter"], [name]))
