@@ -81,7 +81,7 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "element type", manifest.dtype
     yield "quantised", manifest.quantised
     weights = sum(manifest.files[name].bytes for name in manifest.files_of("weights"))
-    yield "weights", human_bytes(weights)
+    yield "weights", human_bytes(weights) if weights else f"in {_code(manifest.graph)}"
     yield "vocabulary", str(manifest.vocab_size)
     yield "layers", str(len(manifest.layers))
     if manifest.training_length:
