@@ -12,8 +12,11 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from transformers import AutoModelForCausalLM
 
 import lminf_export
+from lminf_export import InputError
 from lminf_export.bench.floor import weight_bytes_per_step
+from lminf_export.bundle.manifest import content_sha256, read_manifest
 from lminf_export.cli.main import cli
+from lminf_export.verify.rewritten import require_comparable
 from tests.support.foreign_models import DATA, LAMBDA
 
 
@@ -62,3 +65,35 @@ def test_parameters_and_bytes_are_the_models_wherever_they_lie(alter, threshold,
         assert 0.5 * read < weight_bytes_per_step(bundle, 1) < 2 * read
     card = (bundle.path / "README.md").read_text(encoding="utf-8")
     assert ("| weights | in `model.onnx` |" in card) == (threshold is None)
+
+
+def manifest_without(path, name):
+    """Return the manifest of a bundle as versions that did not record a field wrote it."""
+    raw = json.loads((path / "lminf.json").read_text(encoding="utf-8"))
+    raw["source"]["rewritten"].pop(name)
+    raw["manifest_sha256"] = content_sha256(raw)
+    return read_manifest(json.dumps(raw).encode(), "lminf.json")
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("integers", [True, False])
+def test_validate_and_the_card_say_what_was_compared_and_can_be(integers, check, foreign, tmp_path):
+    source = shutil.copytree(foreign.optimum("llama"), tmp_path / "llama")
+    if integers:
+        onnx.save(int4(onnx.load(str(source / "model.onnx"))), str(source / "model.onnx"))
+    bundle = lminf_export.rewrite(source, tmp_path / "b", check=check, **LAMBDA)
+    assert bundle.manifest.source.rewritten.compared == check
+    checkpoint = DATA / "llama" / "checkpoint"
+    for model in [(), *([("--model", checkpoint)] if integers else [])]:
+        result = lminf("validate", bundle.path, *model)
+        assert result.exit_code == 2
+        assert ("was compared with that graph when it was written" in result.stderr) == check
+        assert ("without comparing" in result.stderr) == (not check)
+    card = (bundle.path / "README.md").read_text(encoding="utf-8")
+    assert ("lminf validate DIR --model CHECKPOINT " in card) == (not integers)
+    assert ("lminf validate" in card) == (not integers)
+    old = manifest_without(bundle.path, "compared")
+    with pytest.raises(InputError) as refusal:
+        require_comparable(old, None)
+    assert "comparing" not in str(refusal.value)
+    assert "compared" not in str(refusal.value)

@@ -80,9 +80,10 @@ class RewriteJob:
     ) -> Manifest:
         """Return the bundle's manifest, before its files are known."""
         attention = self.plan.attention
+        origin = self.found.origin.model_copy(update={"compared": self.options.check})
         return new_manifest(
             model_type=self.source.model_type,
-            source=SourceRecord(name=self.source.name, rewritten=self.found.origin),
+            source=SourceRecord(name=self.source.name, rewritten=origin),
             settings=self.settings,
             contract=self.contract,
             num_attention_heads=attention.num_attention_heads,
