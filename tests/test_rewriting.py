@@ -18,6 +18,7 @@ from onnx import TensorProto
 import lminf_export
 from lminf_export import ConfigError, ExportOptions, ModelError
 from lminf_export.cli.export import export_command
+from lminf_export.cli.main import cli
 from lminf_export.rewriting.options import REWRITE_OPTIONS
 from lminf_export.rewriting.planning import plan_layers
 from tests.support import altered_graphs as altered
@@ -266,6 +267,31 @@ def test_a_checkpoint_is_no_onnx_model(tmp_path):
 def test_weights_that_are_missing_are_named(external):
     (external / "model.onnx_data").unlink()
     refused(external, words=("model.onnx_data", "missing", "copy the whole model"))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345678\n"
+
+
+def test_weights_that_are_cut_are_named_with_what_is_needed(external):
+    path = external / "model.onnx_data"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    refused(external, words=("model.onnx_data", f"has {size - 1:,} bytes", f"{size:,}", "again"))
+    path.write_bytes(LFS)
+    refused(external, words=("model.onnx_data", "pointer of Git LFS", "git lfs pull"))
+    path.write_bytes(b"")
+    refused(external, words=("model.onnx_data", "has 0 bytes"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", ("it is empty",)), (LFS, ("Git LFS", "git lfs pull"))]
+)
+def test_a_graph_without_content_is_no_onnx_model(content, words, llama):
+    (llama / "model.onnx").write_bytes(content)
+    refused(llama, words=("is not an ONNX model", *words))
+    result = CliRunner().invoke(cli, ["inspect", str(llama)])
+    assert result.exit_code == 2
+    assert all(word in result.stderr for word in ("is not an ONNX model", *words))
 
 
 @pytest.mark.parametrize("place", ["../model.onnx_data", "/tmp/model.onnx_data"])
