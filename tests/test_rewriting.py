@@ -450,3 +450,33 @@ def test_a_folder_of_transformers_js_is_found(llama, tmp_path):
     bundle = lminf_export.rewrite(llama, tmp_path / "b", check=False, **LAMBDA)
     assert bundle.manifest.source.name == "llama"
     assert bundle.manifest.files_of("tokenizer")
+
+
+def test_a_link_to_the_graph_that_the_user_names_is_followed(external, tmp_path):
+    (tmp_path / "links").mkdir()
+    direct, second = tmp_path / "links" / "l.onnx", tmp_path / "links" / "m.onnx"
+    direct.symlink_to("../source/llama/model.onnx")
+    second.symlink_to("l.onnx")
+    for link in (direct, second):
+        bundle = lminf_export.rewrite(link, tmp_path / "b", check=False, force=True, **LAMBDA)
+        assert bundle.manifest.source.name == "llama"
+        assert bundle.manifest.files_of("weights") == ["model.onnx_data"]
+        assert bundle.manifest.files_of("tokenizer")
+
+
+def test_a_link_of_the_hubs_cache_has_its_weights_beside_it(external, tmp_path):
+    cache = tmp_path / "models--o--n"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    (snapshot / "onnx").mkdir(parents=True)
+    for index, path in enumerate(sorted(external.iterdir())):
+        path.rename(blobs / f"{index:064x}")
+        place = "onnx/" if path.name.startswith("model.onnx") else ""
+        up = "../" * (2 + bool(place))
+        (snapshot / f"{place}{path.name}").symlink_to(f"{up}blobs/{index:064x}")
+    link = tmp_path / "l.onnx"
+    link.symlink_to(snapshot / "onnx" / "model.onnx")
+    for model in (snapshot, snapshot / "onnx" / "model.onnx", link):
+        bundle = lminf_export.rewrite(model, tmp_path / "b", check=False, force=True, **LAMBDA)
+        assert bundle.manifest.files_of("weights") == ["model.onnx_data"]
+        assert bundle.manifest.files_of("tokenizer")

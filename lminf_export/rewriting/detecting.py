@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lminf_export.bundle.links import followed
 from lminf_export.disk import exists, is_dir, is_file, user_path
 from lminf_export.errors import ModelError, shortened
 
@@ -18,9 +19,9 @@ def find_onnx_model(model: str | Path) -> Path | None:
     """Return the file of an ONNX model; None for a path that is none.
 
     Args:
-        model: a file, or a folder that holds a graph and no checkpoint; of a folder of
-            onnxruntime-genai the graph that its configuration names, of one of transformers.js
-            that in `onnx/`.
+        model: a file, or a link to one, which is followed; or a folder that holds a graph and no
+            checkpoint: of a folder of onnxruntime-genai the graph that its configuration names, of
+            one of transformers.js that in `onnx/`.
 
     Raises:
         ModelError: the file is missing, or a folder holds several graphs and none is the usual.
@@ -28,7 +29,7 @@ def find_onnx_model(model: str | Path) -> Path | None:
     path = user_path(model, ModelError)
     if path.suffix.lower() == SUFFIX:
         if is_file(path):
-            return path
+            return followed(path)
         if exists(path):
             return None if is_dir(path) and not _graphs(path) else _in_folder(path)
         raise ModelError(f"model {shortened(repr(str(model)))}: no such file here")
