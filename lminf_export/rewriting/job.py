@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from lminf_export.bundle.out import OutTarget
 from lminf_export.bundle.records import Engine, EngineRecipe, SourceRecord
 from lminf_export.bundle.versions import package_version
 from lminf_export.errors import ModelError
+from lminf_export.export.decisions import LINK_NOTICE
 from lminf_export.export.job import TOOLS, graph_metadata
 from lminf_export.export.options import LINK, ExportOptions
 from lminf_export.export.tokenizer_files import bos_id, eos_ids
@@ -60,7 +61,7 @@ class RewriteJob:
     @property
     def links_weights(self) -> bool:
         """Whether the bundle gets hard links to the model's weights."""
-        return self.options.weights == LINK
+        return self.options.weights == LINK and bool(self.weight_files)
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -93,10 +94,24 @@ class RewriteJob:
             bos_token_id=self._bos_id(),
             eos_token_ids=self._eos_ids(),
             tools={name: package_version(name) for name in TOOLS},
-            notices=(*self.notices, *notices),
+            notices=(*self._notices(), *notices),
             engine=engine,
             engine_recipe=recipe,
         )
+
+    def _notices(self) -> Iterator[str]:
+        """Yield what the user should know of the model and its files."""
+        for notice in self.notices:
+            if notice != LINK_NOTICE or self.links_weights:
+                yield notice
+        if self.options.weights == LINK and not self.links_weights:
+            yield "the weights are in the graph itself, which is written anew: nothing is linked"
+        size = self.source.vocab_size
+        if size is not None and size != self.found.vocab_size:
+            yield (
+                f"the graph scores {self.found.vocab_size} tokens and config.json has a vocabulary "
+                f"of {size}; the graph's is kept: are configuration and tokenizer this model's?"
+            )
 
     def metadata(self) -> dict[str, str]:
         """Return the essentials of the manifest as ONNX metadata_props."""
