@@ -17,8 +17,10 @@ def user_path(path: str | Path, error: type[LminfError]) -> Path:
     """Return a path as a user wrote it, with "~" for a home folder.
 
     Raises:
-        LminfError: of the type asked for: "~name" of a user that is not there.
+        LminfError: of the type asked for: no text at all, or "~name" of a user that is not there.
     """
+    if path == "":
+        raise error("'': an empty path; expected the name of a file or folder")
     try:
         return Path(path).expanduser()
     except RuntimeError as problem:
@@ -54,6 +56,18 @@ def is_dir(path: Path) -> bool:
 def exists(path: Path) -> bool:
     """Whether there is something of that name; False too for one that no file system takes."""
     return is_file(path) or is_dir(path)
+
+
+def onnx_files(folder: Path) -> list[Path]:
+    """Return the ONNX graphs of a folder, ascending; those in its `onnx/` where it has none.
+
+    The letters of ".onnx" may be of either case.
+    """
+    for place in (folder, folder / "onnx"):
+        found = sorted(p for p in place.glob("*") if p.suffix.lower() == ".onnx" and is_file(p))
+        if found:
+            return found
+    return []
 
 
 def read_json(path: Path, error: type[LminfError], what: str, remedy: str = "") -> Any:

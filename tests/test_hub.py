@@ -172,6 +172,26 @@ def test_of_a_repository_of_gguf_files_one_is_to_be_fetched(hub, run):
     assert not [request for request in hub.requests if request.endswith(".gguf")]
 
 
+def test_of_a_repository_of_onnx_models_one_is_to_be_fetched(hub, run, tmp_path):
+    files = {"onnx/decoder.onnx": b"x", "onnx/model.onnx": b"x", "tokenizer.json": b"{}"}
+    hub.repositories["org/onnx"] = Repository(False)
+    hub.repositories["org/onnx"].commit("main", files)
+    export = "from lminf_export import export\nexport('org/onnx', 'b', cache_dir='cache')"
+    words = (
+        "model 'org/onnx' holds ONNX models on the hub, and no safetensors",
+        "given as a local folder",
+        '`hf download org/onnx --include "onnx/model.onnx*" --include "*.json" --include "*.jinja"',
+    )
+    line = last_line(run(export))
+    assert all(word in line for word in words)
+    # Without a network the cache's own files say it.
+    (snapshot,) = tmp_path.rglob("snapshots/*")
+    (snapshot / "onnx").mkdir()
+    (snapshot / "onnx" / "model.onnx").write_bytes(b"x")
+    line = last_line(run(export, HF_HUB_OFFLINE="1"))
+    assert all(word in line for word in words)
+
+
 def test_what_cannot_be_fetched_is_one_line(hub, run, bundle):
     done = run("generate", "org/none", "--prompt", "x")
     assert "org/none: no such folder here, and the hub does not know it" in last_line(done)

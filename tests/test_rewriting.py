@@ -18,6 +18,7 @@ from onnx import TensorProto
 import lminf_export
 from lminf_export import ConfigError, ExportOptions, ModelError
 from lminf_export.cli.export import export_command
+from lminf_export.cli.main import cli
 from lminf_export.rewriting.options import REWRITE_OPTIONS
 from lminf_export.rewriting.planning import plan_layers
 from tests.support import altered_graphs as altered
@@ -258,6 +259,65 @@ def test_a_tokenizer_that_is_no_folder_is_refused(llama):
     refused(llama, "--tokenizer", missing, words=("tokenizer", "is no folder", "tokenizer.json"))
 
 
+def test_a_tokenizers_folder_that_holds_none_is_refused(llama):
+    (llama / "empty").mkdir()
+    refused(llama, "--tokenizer", llama / "empty", words=("'", "holds no tokenizer", "config.json"))
+
+
+def test_a_configuration_of_another_vocabulary_is_noticed(llama, tmp_path):
+    change_json(llama, "config.json", vocab_size=63)
+    notice = "the graph scores 64 tokens and config.json has a vocabulary of 63"
+    result = run("--model", llama, "--out", tmp_path / "b", "--dry-run", *SMALL)
+    assert notice in result.stdout
+    assert "weights       in the graph" in result.stdout
+    bundle = lminf_export.rewrite(llama, tmp_path / "b", check=False, **LAMBDA)
+    assert any(notice in line for line in bundle.manifest.notices)
+
+
+def test_an_empty_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (lminf_export.rewrite, lminf_export.export):
+        with pytest.raises(ModelError, match="an empty path"):
+            call("", tmp_path / "b")
+    result = run("--model", "", "--out", tmp_path / "b")
+    assert result.exit_code == 2
+    assert "an empty path" in result.stderr
+
+
+def test_export_names_rewrite_for_a_folder_of_an_onnx_model(llama, tmp_path):
+    with pytest.raises(ModelError, match=r"ONNX model, model\.onnx, .*lminf_export\.rewrite"):
+        lminf_export.export(llama, tmp_path / "b")
+    (llama / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"ONNX model, model\.onnx: .*lminf_export\.rewrite"):
+        lminf_export.export(llama, tmp_path / "b")
+
+
+COMMANDS = {
+    "generate": ("--prompt", "x"),
+    "chat": (),
+    "bench": (),
+    "serve": (),
+    "validate": (),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_run_bundles_say_how_an_onnx_model_becomes_one(command, llama):
+    for model in (llama, llama / "model.onnx"):
+        result = CliRunner().invoke(cli, [command, str(model), *COMMANDS[command]])
+        assert result.exit_code == 2
+        assert "an ONNX model, model.onnx; make a bundle of that by lminf-export" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_inspect_asks_for_the_file_of_a_graph_beside_a_checkpoint(llama):
+    shutil.copy(DATA / "llama" / "checkpoint" / "model.safetensors", llama)
+    result = CliRunner().invoke(cli, ["inspect", str(llama)])
+    assert result.exit_code == 2
+    assert "to inspect that, name its file, model.onnx" in result.stderr
+    assert CliRunner().invoke(cli, ["inspect", str(llama / "model.onnx")]).exit_code == 0
+
+
 def test_a_checkpoint_is_no_onnx_model(tmp_path):
     with pytest.raises(ModelError, match="is no ONNX model"):
         lminf_export.rewrite(DATA / "llama" / "checkpoint", tmp_path / "b")
@@ -266,6 +326,31 @@ def test_a_checkpoint_is_no_onnx_model(tmp_path):
 def test_weights_that_are_missing_are_named(external):
     (external / "model.onnx_data").unlink()
     refused(external, words=("model.onnx_data", "missing", "copy the whole model"))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345678\n"
+
+
+def test_weights_that_are_cut_are_named_with_what_is_needed(external):
+    path = external / "model.onnx_data"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    refused(external, words=("model.onnx_data", f"has {size - 1:,} bytes", f"{size:,}", "again"))
+    path.write_bytes(LFS)
+    refused(external, words=("model.onnx_data", "pointer of Git LFS", "git lfs pull"))
+    path.write_bytes(b"")
+    refused(external, words=("model.onnx_data", "has 0 bytes"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", ("it is empty",)), (LFS, ("Git LFS", "git lfs pull"))]
+)
+def test_a_graph_without_content_is_no_onnx_model(content, words, llama):
+    (llama / "model.onnx").write_bytes(content)
+    refused(llama, words=("is not an ONNX model", *words))
+    result = CliRunner().invoke(cli, ["inspect", str(llama)])
+    assert result.exit_code == 2
+    assert all(word in result.stderr for word in ("is not an ONNX model", *words))
 
 
 @pytest.mark.parametrize("place", ["../model.onnx_data", "/tmp/model.onnx_data"])
@@ -298,6 +383,25 @@ OTHER_OPTIONS = {
     "allow_pickle": ("--allow-pickle",),
     "calibrate": ("--calibrate", DATA / "README.md"),
 }
+
+
+DETAILS = {
+    "block-size": 32,
+    "lm-head": "int8",
+    "embeddings": "full",
+    "accuracy-level": 1,
+    "quantize-form": "qdq",
+}
+
+
+@pytest.mark.parametrize("name", DETAILS)
+def test_details_of_quantisation_are_refused_as_quantisation_is(name, llama):
+    words = (name, "is for checkpoints", "a graph's weights stay as they are", "quantise the graph")
+    refused(llama, f"--{name}", DETAILS[name], words=words)
+
+
+def test_a_text_to_measure_quantisation_on_is_refused(llama):
+    refused(llama, "--sample-text", DATA / "README.md", words=("sample_text", "is for checkpoints"))
 
 
 def test_every_option_is_one_of_a_rewrite_or_refused_by_one():
@@ -424,3 +528,46 @@ def test_a_folder_of_transformers_js_is_found(llama, tmp_path):
     bundle = lminf_export.rewrite(llama, tmp_path / "b", check=False, **LAMBDA)
     assert bundle.manifest.source.name == "llama"
     assert bundle.manifest.files_of("tokenizer")
+
+
+def test_a_link_to_the_graph_that_the_user_names_is_followed(external, tmp_path):
+    (tmp_path / "links").mkdir()
+    direct, second = tmp_path / "links" / "l.onnx", tmp_path / "links" / "m.onnx"
+    direct.symlink_to("../source/llama/model.onnx")
+    second.symlink_to("l.onnx")
+    for link in (direct, second):
+        bundle = lminf_export.rewrite(link, tmp_path / "b", check=False, force=True, **LAMBDA)
+        assert bundle.manifest.source.name == "llama"
+        assert bundle.manifest.files_of("weights") == ["model.onnx_data"]
+        assert bundle.manifest.files_of("tokenizer")
+
+
+def test_a_link_of_the_hubs_cache_has_its_weights_beside_it(external, tmp_path):
+    cache = tmp_path / "models--o--n"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    (snapshot / "onnx").mkdir(parents=True)
+    for index, path in enumerate(sorted(external.iterdir())):
+        path.rename(blobs / f"{index:064x}")
+        place = "onnx/" if path.name.startswith("model.onnx") else ""
+        up = "../" * (2 + bool(place))
+        (snapshot / f"{place}{path.name}").symlink_to(f"{up}blobs/{index:064x}")
+    link = tmp_path / "l.onnx"
+    link.symlink_to(snapshot / "onnx" / "model.onnx")
+    for model in (snapshot, snapshot / "onnx" / "model.onnx", link):
+        bundle = lminf_export.rewrite(model, tmp_path / "b", check=False, force=True, **LAMBDA)
+        assert bundle.manifest.files_of("weights") == ["model.onnx_data"]
+        assert bundle.manifest.files_of("tokenizer")
+
+
+def test_a_graph_in_capital_letters_is_found(llama, tmp_path):
+    (llama / "model.onnx").rename(llama / "MODEL.ONNX")
+    bundle = lminf_export.rewrite(llama, tmp_path / "b", check=False, **LAMBDA)
+    assert bundle.manifest.source.rewritten.file == "MODEL.ONNX"
+
+
+def test_weights_in_the_graph_are_not_said_to_be_links(llama, tmp_path):
+    bundle = lminf_export.rewrite(llama, tmp_path / "b", weights="link", check=False, **LAMBDA)
+    assert not any("hard links" in notice for notice in bundle.manifest.notices)
+    assert any("nothing is linked" in notice for notice in bundle.manifest.notices)
+    assert bundle.manifest.linked_files == ()

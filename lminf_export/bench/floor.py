@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnx_ir as ir
 
-from lminf_export.bench.graph import read_graph
+from lminf_export.bench.graph import Place, read_graph, stored_weights
 from lminf_export.bundle.folder import Bundle
 from lminf_export.models.expert_facts import CHOICE_PREFIX
 
@@ -42,12 +42,8 @@ def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:
     total = 0
     graph = read_graph(bundle)
     chosen = chosen_experts_per_token(graph) * batch_size
-    seen: set[tuple[str, int]] = set()
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        place = (str(tensor.location), tensor.offset or 0)
+    seen: set[Place] = set()
+    for value, tensor, place in stored_weights(bundle, graph):
         rows = int(tensor.shape.numpy()[0]) if tensor.shape.rank() else 1
         lookups = {node.inputs[1] for node, index in value.uses() if _is_lookup(node, index)}
         if not all(_is_lookup(node, index) for node, index in value.uses()):

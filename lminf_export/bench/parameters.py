@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lminf_export.bench.graph import read_graph
+from lminf_export.bench.graph import Place, read_graph, stored_weights
 from lminf_export.bundle.folder import Bundle
 from lminf_export.quantize.names import OFFSETS, QUANTIZED, SCALES, ZERO_POINTS
 
@@ -15,25 +15,35 @@ from lminf_export.quantize.names import OFFSETS, QUANTIZED, SCALES, ZERO_POINTS
 _INTEGERS = ("GatherBlockQuantized", "DequantizeLinear")
 _BLOCKS = ("MatMulNBits", "LinearNBits", "LinearNBitsAdd")
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
-# Names of what belongs to weights in integers and is none itself.
+# What belongs to weights in integers and is none itself: names of exports, and inputs of operators.
 _BESIDE = (SCALES, ZERO_POINTS, OFFSETS)
+_BESIDE_INPUTS = {
+    "MatMulNBits": (2, 3, 4),
+    "LinearNBits": (2, 3),
+    "LinearNBitsAdd": (2, 4),
+    "GatherBlockQuantized": (2, 3),
+    "DequantizeLinear": (1, 2),
+    "MatMulInteger": (2, 3),
+    "DynamicQuantizeMatMul": (2, 3),
+    "MatMulIntegerToFloat": (2, 3, 4, 5),
+    "QMoE": (3, 6, 9, 11, 12, 13),
+}
 # Names of the width of a model's embedding in config.json.
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 
 def count_parameters(bundle: Bundle) -> int:
     """Return the number of a model's parameters; tied ones count once, scales do not."""
-    seen: set[tuple[str, int]] = set()
+    seen: set[Place] = set()
     tables: list[int] = []
     others: list[int] = []
     quantization = bundle.manifest.quantization
     blocks = {} if quantization is None else quantization.tensors
     config = _config(bundle)
-    for name, value in read_graph(bundle).initializers.items():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor) or name.endswith(_BESIDE):
-            continue  # tables and other constants of the graph, scales
-        place = (str(tensor.location), tensor.offset or 0)
+    for value, tensor, place in stored_weights(bundle, read_graph(bundle)):
+        name = str(value.name)
+        if name.endswith(_BESIDE) or any(_is_beside(node, index) for node, index in value.uses()):
+            continue
         if place not in seen:
             seen.add(place)
             is_table = all(node.op_type in _LOOKUPS for node, _ in value.uses())
@@ -46,6 +56,11 @@ def count_parameters(bundle: Bundle) -> int:
         # A tied table is there a second time where the head is stored in another form.
         tables = [size for size in tables if size not in others]
     return sum(tables) + sum(others)
+
+
+def _is_beside(node: ir.Node, index: int) -> bool:
+    """Say whether an operator takes scales, zero points or an order at an input."""
+    return index in _BESIDE_INPUTS.get(node.op_type, ())
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
@@ -65,12 +80,12 @@ def _unpadded(size: int, rows: int, block_size: int, config: dict[str, Any]) -> 
     return size
 
 
-def _elements(value: ir.Value, tensor: ir.ExternalTensor, bits: int | None) -> int:
+def _elements(value: ir.Value, tensor: ir.TensorProtocol, bits: int | None) -> int:
     """Return the number of parameters that a stored tensor holds.
 
     Args:
         value: the initializer.
-        tensor: where its bytes are.
+        tensor: what is stored.
         bits: of an integer, where the manifest says it; in use where several share a byte.
     """
     for node, _ in value.uses():

@@ -81,7 +81,7 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "element type", manifest.dtype
     yield "quantised", manifest.quantised
     weights = sum(manifest.files[name].bytes for name in manifest.files_of("weights"))
-    yield "weights", human_bytes(weights)
+    yield "weights", human_bytes(weights) if weights else f"in {_code(manifest.graph)}"
     yield "vocabulary", str(manifest.vocab_size)
     yield "layers", str(len(manifest.layers))
     if manifest.training_length:
@@ -95,12 +95,11 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _commands(manifest: Manifest) -> str:
-    model = f" --model {manifest.source.name}" if _is_hub_id(manifest.source.name) else ""
     return (
         "With lminf-export installed:\n\n"
         "```sh\n"
         'lminf generate DIR --prompt "Once upon a time"   # DIR: this folder\n'
-        f"lminf validate DIR{model}\n"
+        f"{_validation(manifest)}"
         "lminf inspect DIR\n"
         "```\n\n"
         "```python\n"
@@ -114,6 +113,17 @@ def _commands(manifest: Manifest) -> str:
         f"{_code(MANIFEST_NAME)}, and how to run it without this package is in "
         "`docs/without_python.md` of lminf-export."
     )
+
+
+def _validation(manifest: Manifest) -> str:
+    """Return the command that compares a bundle with its model, "" where there is none."""
+    origin = manifest.source.rewritten
+    if origin is None:
+        name = manifest.source.name
+        return f"lminf validate DIR{f' --model {name}' if _is_hub_id(name) else ''}\n"
+    if origin.integer_products:  # a checkpoint has other weights
+        return ""
+    return f"lminf validate DIR --model CHECKPOINT   # of which {_plain(origin.file)} was made\n"
 
 
 def _files(manifest: Manifest) -> Iterator[tuple[str, str, str]]:

@@ -11,8 +11,8 @@ from lminf_export.bundle.files import HashProgress, file_sha256, require_utf8
 from lminf_export.bundle.links import stays_inside
 from lminf_export.bundle.manifest import Manifest, read_manifest
 from lminf_export.bundle.records import MANIFEST_NAME, FileEntry
-from lminf_export.disk import is_file, require_path
-from lminf_export.errors import BundleError
+from lminf_export.disk import is_file, onnx_files, require_path
+from lminf_export.errors import BundleError, shortened
 from lminf_export.operator.settings import require_one_of
 
 Verify = Literal["fast", "full"]
@@ -163,9 +163,17 @@ def bundle_folder(path: str | Path) -> Path:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
     if not has_manifest:
         raise BundleError(
-            f"{folder} is not a bundle: it has no {MANIFEST_NAME}; write one with lminf-export"
+            f"{folder} is not a bundle: it has no {MANIFEST_NAME}; {_way_to_one(folder)}"
         )
     return folder
+
+
+def _way_to_one(folder: Path) -> str:
+    """Say how a bundle is made of what is there."""
+    if graphs := onnx_files(folder):
+        graph = shortened(graphs[0].relative_to(folder).as_posix(), 40)
+        return f"it holds an ONNX model, {graph}; make a bundle of that by lminf-export --model"
+    return "write one with lminf-export"
 
 
 def _nothing_there(path: Path) -> str:

@@ -19,8 +19,23 @@ def stays_inside(path: Path, folder: Path) -> bool:
         real, home = path.resolve(), folder.resolve()
     except (OSError, RuntimeError):  # links in a circle
         return False
-    if real.is_relative_to(home):
-        return True
+    return real.is_relative_to(home) or _is_blob_of(real, home)
+
+
+def followed(path: Path) -> Path:
+    """Return what a link that a user named leads to; any other path as it is.
+
+    A link of the hub's cache stays: what belongs to the file is beside the link, not in `blobs`.
+    """
+    while path.is_symlink():
+        if _is_blob_of(path.resolve(), path.parent.resolve()):
+            return path
+        path = path.parent / path.readlink()
+    return path
+
+
+def _is_blob_of(real: Path, home: Path) -> bool:
+    """Whether a path without links is in the `blobs` of the hub's cache that a folder is in."""
     # The folder `blobs` itself must be no link: nothing else of it is resolved.
     return any(
         revision.parent.name == "snapshots" and real.parent == revision.parents[1] / "blobs"

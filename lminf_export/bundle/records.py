@@ -68,11 +68,14 @@ class OnnxOrigin(Record):
         file: the graph's name.
         producer: the tool that wrote it and its version, "" where the graph names none.
         integer_products: type of the integers → number of products with weights of that type.
+        compared: whether the bundle's graph was run against it before it was written; None in
+            bundles that do not say it.
     """
 
     file: str
     producer: str = ""
     integer_products: dict[str, Count] = {}
+    compared: bool | None = None
 
     @property
     def description(self) -> str:

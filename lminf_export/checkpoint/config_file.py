@@ -10,7 +10,7 @@ from typing import Any
 
 from lminf_export.checkpoint.config_numbers import check_config_numbers
 from lminf_export.checkpoint.gguf.files import gguf_parts
-from lminf_export.disk import is_dir, is_file, read_json, user_path
+from lminf_export.disk import is_dir, is_file, onnx_files, read_json, user_path
 from lminf_export.errors import ModelError, shortened
 
 
@@ -42,6 +42,12 @@ def read_config_file(folder: Path, model: str) -> dict[str, Any]:
             raise ModelError(
                 f"model {named} is an adapter; give the model it was trained on as --model, "
                 f"and the adapter as --lora"
+            )
+        if graphs := onnx_files(folder):
+            raise ModelError(
+                f"model {named} has no {path.name} but an ONNX model, "
+                f"{shortened(graphs[0].name, 40)}: it is rewritten, by lminf_export.rewrite or "
+                f"lminf-export --model with the path of that file, and not exported"
             )
         raise ModelError(f"model {named} has no {path.name}; is it a Hugging Face model folder?")
     content = read_json(path, ModelError, f"{path.name} of model {named}")

@@ -198,14 +198,25 @@ def _refuse_other_files(folder: Path, name: str, commit: str) -> None:
     files: list[str] = []
     with suppress(ModelError), hub_errors_as(ModelError, name, commit):
         files = sorted(list_repo_files(name, revision=commit))
-    for suffix, kind, wanted in ((SUFFIX, "GGUF files", ""), (_ONNX_SUFFIX, "ONNX models", "*")):
-        found = [file for file in files if file.endswith(suffix)]
-        if found:
+    if not files:  # no network: what the hub's cache has
+        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if is_file(p))
+    shown = shortened(repr(name))
+    for file in files:
+        if file.endswith(SUFFIX):
             raise ModelError(
-                f"model {shortened(repr(name))} holds {kind} on the hub, and no safetensors: fetch "
-                f"one, `hf download {shortened(name)} {shortened(found[0])}{wanted} --local-dir "
-                f".`, and give it as --model"
+                f"model {shown} holds GGUF files on the hub, and no safetensors: fetch one, "
+                f"`hf download {shortened(name)} {shortened(file)} --local-dir .`, and give it "
+                f"as --model"
             )
+    graphs = [file for file in files if file.endswith(_ONNX_SUFFIX)]
+    if graphs:
+        usual = [file for file in graphs if file.rpartition("/")[2] == "model.onnx"]
+        graph = shortened((usual or graphs)[0])
+        raise ModelError(
+            f"model {shown} holds ONNX models on the hub, and no safetensors; one is given as a "
+            f'local folder: `hf download {shortened(name)} --include "{graph}*" --include '
+            f'"*.json" --include "*.jinja" --local-dir DIR`, then --model DIR'
+        )
 
 
 def plain_config(source: Source, *, of_files: bool = False) -> str:

@@ -25,6 +25,7 @@ from lminf_export.cli.signals import when_interrupted
 from lminf_export.cli.terminal import echo_json
 from lminf_export.export.options import CHOICES, ExportOptions
 from lminf_export.rewriting.detecting import find_onnx_model
+from lminf_export.rewriting.options import for_checkpoints_only
 from lminf_export.tensors.dtypes import DTYPE_ALIASES
 
 if TYPE_CHECKING:
@@ -186,6 +187,8 @@ def export_command(dry_run: bool, as_json: bool, sample_text: str | None, **opti
     is_onnx = find_onnx_model(options["model"]) is not None
     if not is_onnx:
         check_local_config(options["model"])
+    elif sample_text is not None:
+        raise for_checkpoints_only("sample_text", "calibrate")
     from lminf_export.cli.export_report import PlanReport
     from lminf_export.export import run as exporting
     from lminf_export.rewriting import run as rewriting

@@ -47,7 +47,7 @@ class PlanReport:
             ("engine", _engine_plan(job)),
             ("element type", draft.dtype),
             ("quantised", draft.quantised),
-            ("weights", ("about " if draft.quantization else "") + human_bytes(job.weight_bytes)),
+            ("weights", self._weights(draft)),
             ("window", f"{settings.window_size} tokens, chunks of {settings.chunk_size}"),
             ("sink tokens", f"{settings.num_sink_tokens}, at distance {settings.distance_limit}"),
             ("cache", f"{_kind_of_cache(draft)}{cache} per sequence, without end"),
@@ -76,6 +76,12 @@ class PlanReport:
             "notices": list(draft.notices),
             "manifest": draft.model_dump(mode="json"),
         }
+
+    def _weights(self, draft: Manifest) -> str:
+        """Return the bytes of the weights in words; a foreign graph may hold them itself."""
+        if draft.source.rewritten is not None and not self.job.weight_bytes:
+            return "in the graph"
+        return ("about " if draft.quantization else "") + human_bytes(self.job.weight_bytes)
 
     @property
     def _is_there(self) -> bool:

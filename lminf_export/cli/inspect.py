@@ -17,8 +17,8 @@ from lminf_export.bundle.records import BUILD_SCRIPT_NAME, MANIFEST_NAME, Layer,
 from lminf_export.bundle.trust import is_trusted
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.terminal import echo_json
-from lminf_export.disk import exists, is_dir, is_file
-from lminf_export.errors import BundleError, SessionError
+from lminf_export.disk import exists, is_dir, is_file, onnx_files
+from lminf_export.errors import BundleError, SessionError, shortened
 from lminf_export.rewriting.detecting import find_onnx_model
 from lminf_export.runtime.chat.files import find_template
 from lminf_export.runtime.kernels import INSTALLED, open_library
@@ -59,11 +59,22 @@ def inspect_command(bundle: str, as_json: bool, verify: bool) -> None:
 
 
 def _is_foreign(path: str) -> bool:
-    """Say whether a path is an ONNX model and belongs to no bundle."""
+    """Say whether a path is an ONNX model and belongs to no bundle.
+
+    Raises:
+        BundleError: a folder has a graph beside a checkpoint; which is meant is not said.
+    """
     folder = Path(path) if is_dir(Path(path)) else Path(path).parent
     if is_file(folder / MANIFEST_NAME) or not exists(Path(path)):
         return False
-    return find_onnx_model(path) is not None
+    if find_onnx_model(path) is not None:
+        return True
+    if graphs := onnx_files(folder):
+        raise BundleError(
+            f"{path} is not a bundle: it has a checkpoint, and beside it an ONNX model; to inspect "
+            f"that, name its file, {shortened(graphs[0].relative_to(folder).as_posix(), 40)}"
+        )
+    return False
 
 
 def cache_costs(manifest: Manifest) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from lminf_export.cli.common import handle_errors
 from lminf_export.cli.option_fields import option_of
 from lminf_export.errors import ConfigError
 from lminf_export.quantize.config import CHOICES, QuantizeConfig
+from lminf_export.rewriting.detecting import find_onnx_model
+from lminf_export.rewriting.options import for_checkpoints_only
 
 R = TypeVar("R")
 
@@ -93,7 +95,7 @@ def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
         details = {name: options.pop(name) for name in _DETAILS}
         kind = options.pop("quantize")
         if kind is None:
-            _refuse_details(context)
+            _refuse_details(context, options.get("model"))
         else:
             if details["block_size"] is not None:
                 details["block_size"] = int(details["block_size"])
@@ -104,8 +106,10 @@ def quantize_options(function: Callable[..., R]) -> Callable[..., R]:
     return wrapped
 
 
-def _refuse_details(context: click.Context) -> None:
+def _refuse_details(context: click.Context, model: str | None) -> None:
     for name in _DETAILS:
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
             option = "--quantize-form" if name == "form" else f"--{name.replace('_', '-')}"
+            if model is not None and find_onnx_model(model) is not None:
+                raise for_checkpoints_only(option.removeprefix("--"), "quantize")
             raise ConfigError(f"{option} is about quantised weights; say --quantize int4 or int8")

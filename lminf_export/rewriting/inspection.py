@@ -24,6 +24,7 @@ from lminf_export.rewriting.reading import followed
 from lminf_export.rewriting.rules import round_base
 from lminf_export.rewriting.source import configured_plan, open_onnx
 from lminf_export.rewriting.turning import Turning
+from lminf_export.rewriting.whole_files import check_graph_file
 from lminf_export.runtime.foreign_errors import foreign_errors
 
 _ANY_WINDOW = 64
@@ -157,6 +158,7 @@ def inspect_onnx(model: str | Path, progress: Progress = silent) -> OnnxFacts:
 
 def _read(path: Path) -> OnnxFacts:
     """Return what a file says of itself."""
+    check_graph_file(path)
     with foreign_errors(ModelError, f"{path} is not an ONNX model, or damaged"):
         proto = onnx.load(str(path), load_external_data=False)
         kinds = Counter(

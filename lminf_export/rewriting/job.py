@@ -63,7 +63,7 @@ class RewriteJob:
     @property
     def links_weights(self) -> bool:
         """Whether the bundle gets hard links to the model's weights."""
-        return self.options.weights == LINK
+        return self.options.weights == LINK and bool(self.weight_files)
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -83,9 +83,10 @@ class RewriteJob:
     ) -> Manifest:
         """Return the bundle's manifest, before its files are known."""
         attention = self.plan.attention
+        origin = self.found.origin.model_copy(update={"compared": self.options.check})
         return new_manifest(
             model_type=self.source.model_type,
-            source=SourceRecord(name=self.source.name, rewritten=self.found.origin),
+            source=SourceRecord(name=self.source.name, rewritten=origin),
             settings=self.settings,
             contract=self.contract,
             num_attention_heads=attention.num_attention_heads,

@@ -47,7 +47,11 @@ def check_options(options: ExportOptions) -> None:
         if field.name in ("model", "out", *REWRITE_OPTIONS):
             continue
         if getattr(options, field.name) != field.default:
-            raise ConfigError(
-                f"{field.name}: is for checkpoints, and --model is an ONNX model: "
-                f"{_REASONS[field.name]}"
-            )
+            raise for_checkpoints_only(field.name, field.name)
+
+
+def for_checkpoints_only(name: str, field: str) -> ConfigError:
+    """Return the refusal of an option, for the reason that a field of `ExportOptions` has."""
+    return ConfigError(
+        f"{name}: is for checkpoints, and --model is an ONNX model: {_REASONS[field]}"
+    )

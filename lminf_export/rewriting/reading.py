@@ -18,7 +18,7 @@ from lminf_export.errors import ModelError, shortened
 from lminf_export.export.passes import editing
 from lminf_export.operator.contract import DOMAIN
 from lminf_export.rewriting.feeds import Inputs
-from lminf_export.rewriting.parts import weight_files
+from lminf_export.rewriting.whole_files import bytes_needed, check_graph_file, check_weight_file
 from lminf_export.runtime.foreign_errors import foreign_errors
 
 
@@ -28,6 +28,7 @@ def read_graph(path: Path) -> ir.Model:
     Raises:
         ModelError: it cannot be read, or is one of this package already.
     """
+    check_graph_file(path)
     try:
         with _quiet():
             model = ir.load(path)
@@ -66,14 +67,14 @@ def _check_names(model: ir.Model, path: Path) -> None:
 
 
 def _check_weights(model: ir.Model, path: Path) -> None:
-    """Check that weights in other files are in plain ones, in the graph's own folder.
+    """Check that weights in other files are in plain, whole ones in the graph's own folder.
 
     Whoever packed the graph chose the names, and what is read there becomes part of a bundle.
 
     Raises:
-        ModelError: naming a file that is missing or elsewhere.
+        ModelError: naming a file that is missing, elsewhere or shorter than the graph says.
     """
-    for location in weight_files(model):
+    for location, needed in sorted(bytes_needed(model).items()):
         shown = shortened(repr(location), 60)
         try:
             check_file_name(location)
@@ -89,6 +90,7 @@ def _check_weights(model: ir.Model, path: Path) -> None:
                 f"the graph's weights {shown} are a link to outside of its folder, which is not "
                 f"followed; put the file itself there"
             )
+        check_weight_file(file, needed)
 
 
 def followed(path: Path) -> AbstractContextManager[None]:

@@ -42,15 +42,17 @@ from lminf_export.rewriting.job import RewriteJob, training_length
 from lminf_export.rewriting.opset import to_opset
 from lminf_export.rewriting.options import REWRITE_OPTIONS, check_options
 from lminf_export.rewriting.original import run_original
+from lminf_export.rewriting.parts import weight_files
 from lminf_export.rewriting.planning import plan_layers
 from lminf_export.rewriting.reading import followed
 from lminf_export.rewriting.rows import attach_bodies
 from lminf_export.rewriting.searching import MICROSOFT
-from lminf_export.rewriting.source import configured_plan, open_onnx
+from lminf_export.rewriting.source import OnnxSource, configured_plan, open_onnx
 from lminf_export.rewriting.tuning import tune
 from lminf_export.tensors.link import link_file
 
 logger = logging.getLogger(__name__)
+_NO_FILES = "the weights are in the graph itself, which is written anew: nothing is linked"
 
 
 def rewrite(
@@ -67,7 +69,7 @@ def rewrite(
             as its last product.
         progress: called with the phase that runs.
         options: fields of `ExportOptions`, by their names, that mean something for a finished
-            graph: `REWRITE_OPTIONS`.
+            graph; the signature lists them.
 
     Returns:
         The written bundle.
@@ -119,7 +121,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
     check_cache_size(contract, settings, batch_size, trained)
     notices += [*source.notices, *plan.attention.notices]
     notices += plugin_notices(builder, options, plan.attention)
-    notices += [LINK_NOTICE] if options.weights == LINK else []
+    notices += _file_notices(options, source, found)
     notices += memory_notices(contract, settings)
     notices += _engine_notices(builder, found)
     job = RewriteJob(
@@ -137,6 +139,18 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
     )
     job.manifest()  # what the files get wrong shows here, not after the work
     return job
+
+
+def _file_notices(options: ExportOptions, source: OnnxSource, found: FoundGraph) -> Iterable[str]:
+    """Say what linking the weights means, and what other files contradict."""
+    if options.weights == LINK:
+        yield LINK_NOTICE if weight_files(found.model) else _NO_FILES
+    if source.vocab_size not in (None, found.vocab_size):
+        yield (
+            f"the graph scores {found.vocab_size} tokens and config.json has a vocabulary of "
+            f"{source.vocab_size}; the graph's is kept: are configuration and tokenizer this "
+            f"model's?"
+        )
 
 
 def _engine_notices(builder: str | None, found: FoundGraph) -> Iterable[str]:

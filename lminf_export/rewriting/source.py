@@ -11,6 +11,7 @@ from lminf_export.checkpoint.links import refuse_links_to_outside
 from lminf_export.checkpoint.source import Source, open_source
 from lminf_export.disk import is_dir, is_file, read_json, user_path
 from lminf_export.errors import ModelError, shortened
+from lminf_export.export.tokenizer_check import VOCABULARIES
 from lminf_export.models.base import AttentionPlan
 from lminf_export.models.registry import family_of
 from lminf_export.operator.settings import LambdaConfig, as_integer
@@ -67,6 +68,12 @@ class OnnxSource:
         return None if found is None else as_integer("head_size", found, 1, ModelError)
 
     @property
+    def vocab_size(self) -> int | None:
+        """V, as config.json says."""
+        found = None if self.source is None else getattr(self.source.config, "vocab_size", None)
+        return found if isinstance(found, int) else None
+
+    @property
     def context_length(self) -> int | None:
         """Tokens that onnxruntime-genai lets a text have."""
         found = self.genai.get("model", {}).get("context_length")
@@ -95,6 +102,11 @@ def open_onnx(model: str | Path, tokenizer: str | Path | None) -> OnnxSource:
             raise ModelError(
                 f"tokenizer {shortened(repr(str(tokenizer)))} is no folder; give the one that "
                 f"holds tokenizer.json"
+            )
+        if not any(is_file(folder / name) for name in ("config.json", *_TOKENIZERS, *VOCABULARIES)):
+            raise ModelError(
+                f"tokenizer {shortened(repr(str(tokenizer)))} holds no tokenizer and no "
+                f"config.json; give the folder that holds tokenizer.json"
             )
         folders.insert(0, folder)
     for folder in dict.fromkeys(folders):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lminf_export.disk import is_file, read_json
+from lminf_export.disk import is_file, onnx_files, read_json
 from lminf_export.errors import ModelError, shortened
 from lminf_export.tensors.dtypes import WEIGHT_DTYPES, safetensors_name
 from lminf_export.tensors.stored import PickledTensor, RawTensor, SourceTensor, StoredTensor
@@ -45,6 +45,12 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> dict[str, Ra
                 f"which is loaded with --allow-pickle only: give that, or convert it to safetensors"
             )
     if not names:
+        if graphs := onnx_files(folder):
+            raise ModelError(
+                f"no weights in model folder {folder.name!r}: it holds an ONNX model, "
+                f"{shortened(graphs[0].name, 40)}, which is rewritten, by lminf_export.rewrite or "
+                f"lminf-export --model, and not exported"
+            )
         raise ModelError(
             f"no weights in model folder {folder.name!r}: expected {FILE_NAME} or its shards"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lminf_export.bundle.manifest import Manifest
+from lminf_export.bundle.records import OnnxOrigin
 from lminf_export.errors import InputError
 
 
@@ -18,8 +19,8 @@ def require_weights(manifest: Manifest, model: str | None) -> None:
     if origin is not None and (model is None or model.endswith(".onnx")):
         raise InputError(
             f"the bundle was rewritten from {origin.file} and has no checkpoint to take weights "
-            f"from; give --model CHECKPOINT, the model that the graph was made of (the bundle was "
-            f"compared with {origin.file} when it was written)"
+            f"from; give --model CHECKPOINT, the model that the graph was made "
+            f"of{_compared(origin)}"
         )
 
 
@@ -34,6 +35,17 @@ def require_comparable(manifest: Manifest, model: str | None) -> None:
     if origin is not None and origin.integer_products:
         raise InputError(
             f"the bundle was rewritten from {origin.file}, whose weights are integers, and the "
-            f"reference of a checkpoint would have others; it was compared with that graph when "
-            f"it was written"
+            f"reference of a checkpoint would have others{_compared(origin)}"
         )
+
+
+def _compared(origin: OnnxOrigin) -> str:
+    """Say whether the two graphs were compared when the bundle was written."""
+    if origin.compared is None:
+        return ""
+    if origin.compared:
+        return "; the bundle was compared with that graph when it was written"
+    return (
+        "; the bundle was written without comparing it with that graph (--no-check); rewrite the "
+        "graph without --no-check to have it compared"
+    )
