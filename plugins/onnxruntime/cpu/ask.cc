@@ -4,7 +4,7 @@
 namespace lminf::cpu {
 namespace {
 
-bool streamsBestAsUsedOnce() {
+bool streamsBestAsUsedOnce() noexcept {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_is("amd");
