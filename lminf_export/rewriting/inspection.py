@@ -20,7 +20,7 @@ from lminf_export.rewriting.finding import Finding, find_in_graph
 from lminf_export.rewriting.job import training_length
 from lminf_export.rewriting.opset import to_opset
 from lminf_export.rewriting.planning import plan_layers
-from lminf_export.rewriting.reading import followed
+from lminf_export.rewriting.reading import following
 from lminf_export.rewriting.rules import round_base
 from lminf_export.rewriting.source import configured_plan, open_onnx
 from lminf_export.rewriting.turning import Turning
@@ -150,7 +150,7 @@ def inspect_onnx(model: str | Path, progress: Progress = silent) -> OnnxFacts:
         raise ModelError(f"{model} is no ONNX model; expected a file .onnx or a folder with one")
     facts = _read(path)
     try:
-        with followed(path):
+        with following(path):
             return _understood(facts, path, progress)
     except LminfError as error:
         return replace(facts, problem=str(error))

@@ -93,7 +93,7 @@ def _check_weights(model: ir.Model, path: Path) -> None:
         check_weight_file(file, needed)
 
 
-def followed(path: Path) -> AbstractContextManager[None]:
+def following(path: Path) -> AbstractContextManager[None]:
     """Return a block in which a graph is followed: what cannot be ends in one line.
 
     A graph may break any rule that the code relies on, and still be read.

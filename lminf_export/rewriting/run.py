@@ -44,7 +44,7 @@ from lminf_export.rewriting.options import REWRITE_OPTIONS, check_options
 from lminf_export.rewriting.original import run_original
 from lminf_export.rewriting.parts import weight_files
 from lminf_export.rewriting.planning import plan_layers
-from lminf_export.rewriting.reading import followed
+from lminf_export.rewriting.reading import following
 from lminf_export.rewriting.rows import attach_bodies
 from lminf_export.rewriting.searching import MICROSOFT
 from lminf_export.rewriting.source import OnnxSource, configured_plan, open_onnx
@@ -105,7 +105,7 @@ def prepare(options: ExportOptions, progress: Progress = silent) -> RewriteJob:
     check_destination(target.directory, force=options.force)  # before the work
     progress("reading the model", None)
     source = open_onnx(options.model, options.tokenizer)
-    with followed(source.path):
+    with following(source.path):
         found = find_in_graph(source.path, source.head_dim, progress)
     trained = training_length(source, found)
     window, notices = default_window(options.window_size, trained)
@@ -199,7 +199,7 @@ def run_job(job: RewriteJob, progress: Progress = silent) -> Bundle:
 
 
 def _write_graph(job: RewriteJob, writer: BundleWriter) -> Path:
-    with followed(job.source.path):
+    with following(job.source.path):
         assembled = assemble(job.found, job.plan, job.contract)
         tune(job.found.model, assembled)
         model = to_opset(job.found.model)
