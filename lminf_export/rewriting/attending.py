@@ -150,4 +150,4 @@ class Attention:
         row = 4 * 4 * self.kv_heads * self.head_dim
         most = max(_LARGEST, min(_LARGEST_CHANGE, (self.changes + _BEYOND) * row)) // row
         most = min(most, self.longest or _LENGTHS[0])
-        return list(dict.fromkeys([most, *(min(n, most) for n in _LENGTHS)]))
+        return list(dict.fromkeys([min(n, most) for n in _LENGTHS]))

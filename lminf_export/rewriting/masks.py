@@ -23,7 +23,7 @@ _STEEP = 1024
 # A bias of that much leaves of a number that is large enough something above zero.
 _DEEPEST, _LARGE = 80.0, 1e30
 _TOLERANCE = 5e-4
-_NO_SINK = 1e-6  # a weight that float32 hardly tells from none
+NO_SINK = 1e-6  # a weight that float32 hardly tells from none
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _biases(attention: Attention) -> tuple[Array, int | None, Array | None]:
 def _sinks(alone: Array) -> Array | None:
     """Return the logits of sinks from the weights (H,) of a first token, whose logit is 0."""
     rest = 1 - alone
-    if rest.max() < _NO_SINK:
+    if rest.max() < NO_SINK:
         return None
     with np.errstate(divide="ignore"):
         return np.log(np.maximum(rest, 0.0) / alone)

@@ -23,7 +23,7 @@ from lminf_export.runtime.onnxruntime import weights_of_bytes
 
 _SEED = 11
 # Tokens, and for models whose weights take longer to read than the rest of the check.
-_TOKENS, _FEW_TOKENS, _LARGE_BYTES = 48, 12, 2**29
+_TOKENS, _FEW_TOKENS, _LARGE_BYTES = 48, 12, 2**31
 _ROUNDING_OPERATORS = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QLinearMatMul")
 
 

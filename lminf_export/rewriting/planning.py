@@ -100,10 +100,7 @@ def plan_layers(
         ),
         sink_logits=tuple(m.sink_logits for m in measured),
         exact_length=min([settings.window_size, *switches]),
-        is_of_long=any(
-            turning is not None and m.turning is not None and turning is not m.turning
-            for turning, m in zip(chosen, measured, strict=True)
-        ),
+        is_of_long=any(t is not m.turning for t, m in zip(chosen, measured, strict=True)),
     )
 
 

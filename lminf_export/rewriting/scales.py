@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from lminf_export.errors import ModelError
 from lminf_export.rewriting.attending import Attention
-from lminf_export.rewriting.masks import weights_of
+from lminf_export.rewriting.masks import NO_SINK, weights_of
 from lminf_export.rewriting.turning import Turning
 
 Array = NDArray[Any]
 _TOLERANCE = 2e-4
-_NO_SINK = 1e-6  # a weight that float32 hardly tells from none
-_TRIED = [sign * logit for logit in (0.0, 6.0, 12.0, 18.0, 24.0, 30.0) for sign in (1, -1)]
+_TRIED = range(-30, 31, 6)  # logits
 _TOLERANCE_ONCE = 2e-5  # of a number that float32 computes once
 
 
@@ -52,7 +51,7 @@ def measure_sinks(
     dim, _ = _slowest(attention, turning)
     along = scale if turning is None else scale * turning.factor**2
     found = np.full(attention.heads, -np.inf)
-    nearest = np.full(attention.heads, 0.5 - _NO_SINK)
+    nearest = np.full(attention.heads, 0.5 - NO_SINK)
     for logit in _TRIED:
         query, key = attention.zeros(attention.heads, 1), attention.zeros(attention.kv_heads, 1)
         query[..., dim] = (abs(logit / along)) ** 0.5
