@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from lminf_export.bundle.manifest import Manifest
 from lminf_export.bundle.versions import package_version
+
+if TYPE_CHECKING:
+    from lminf_export.bundle.manifest import Manifest
 
 PACKAGES = ("lminf-export", "onnxruntime", "onnx", "torch", "transformers", "numpy")
 

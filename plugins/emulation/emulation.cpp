@@ -384,8 +384,13 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::device.multiprocessors
-                                                       : emulation::device.sharedBytes;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = emulation::device.multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::device.sharedBytes; break;
+  }
   return cudaSuccess;
 }
 

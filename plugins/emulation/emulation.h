@@ -204,6 +204,10 @@ inline float shuffleXor(float value, int mask) {
   return bitsToFloat(static_cast<std::uint32_t>(shuffleXor(static_cast<int>(bits), mask)));
 }
 
+// A kernel has ended before the next one starts.
+inline void waitForPrevious() {}
+inline void letNextStart() {}
+
 inline void syncBlock() { emulation::meetBlock(); }
 inline void syncWarp() { emulation::meetWarp(emulation::WarpInstruction::kSync, {}); }
 
@@ -212,6 +216,7 @@ struct LaunchShape {
   unsigned gridY;
   unsigned threads;
   std::size_t sharedBytes;
+  bool early = false;
 };
 
 template <class Arguments>

@@ -96,6 +96,7 @@ __device__ __forceinline__ void carrySink(const KernelArguments& a, int batch, i
 // tensor than their past, further warps take the sink slots.
 template <class T, class Ring, int D>
 __global__ void __launch_bounds__(kAppendWarps * 32, 4) appendKernel(const KernelArguments a) {
+  letNextStart();
   const int carried = a.copySinkKey || a.copySinkValue ? a.sinkSlots : 0;
   const int perPair = a.sequenceLength + carried;
   const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * kAppendWarps + threadIdx.x / 32;

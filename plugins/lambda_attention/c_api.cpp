@@ -29,6 +29,12 @@ int lminfLaunch(const lminf::LambdaAttentionParams* params, void* workspace,
   return lminf::launch(*params, workspace, workspaceBytes, static_cast<cudaStream_t>(stream));
 }
 
+int lminfLaunchSplit(const lminf::LambdaAttentionParams* params, int splits, void* workspace,
+                     std::size_t workspaceBytes, void* stream) {
+  return lminf::launchSplit(*params, splits, workspace, workspaceBytes,
+                            static_cast<cudaStream_t>(stream));
+}
+
 void lminfPlan(const lminf::LambdaAttentionParams* params, int multiprocessors,
                std::size_t sharedBytes, std::size_t workspaceBytes, std::int64_t* plan) {
   lminf::DeviceLimits limits;

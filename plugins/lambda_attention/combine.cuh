@@ -6,8 +6,8 @@
 
 namespace lminf {
 
-// One block takes one query row; its warps share out the splits, so that few loads wait for each
-// other, and their sums meet in shared memory.
+// One block takes one query row; its warps share out the splits and load all at once, and their sums
+// meet in shared memory.
 template <class T, int D>
 __global__ void __launch_bounds__(kCombineWarps * 32) combineKernel(const KernelArguments a) {
   constexpr int kParts = (D + 31) / 32;
@@ -16,48 +16,77 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combineKernel(const Kernel
   const int numHeads = a.numKvHeads * a.group;
   const std::int64_t rows = static_cast<std::int64_t>(a.batchSize) * numHeads * a.sequenceLength;
 
-  float maximum = -INFINITY;
-  for (int split = lane; split < a.splits; split += 32) {
-    maximum = fmaxf(maximum, a.partialStats[(split * rows + row) * 2]);
+  waitForPrevious();
+  float splitMaximum[kCombineSplits], splitTotal[kCombineSplits], part[kCombineSplits][kParts];
+#pragma unroll
+  for (int index = 0; index < kCombineSplits; ++index) {
+    const int split = warp + index * kCombineWarps;
+    splitMaximum[index] = -INFINITY;
+    splitTotal[index] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < kParts; ++step) part[index][step] = 0.0f;
+    if (split >= a.splits) continue;
+    const std::int64_t at = split * rows + row;
+    splitMaximum[index] = a.partialStats[at * 2];
+    splitTotal[index] = a.partialStats[at * 2 + 1];
+#pragma unroll
+    for (int step = 0; step < kParts; ++step) {
+      const int dim = step * 32 + lane;
+      if (dim < D) part[index][step] = a.partialOutput[at * D + dim];
+    }
   }
-  maximum = maximumOver(maximum, 1, 16);
-  const float top = finiteMaximum(maximum);
-
+  float maximum = -INFINITY;
+#pragma unroll
+  for (int index = 0; index < kCombineSplits; ++index) {
+    maximum = fmaxf(maximum, splitMaximum[index]);
+  }
+  const float ownTop = finiteMaximum(maximum);
   float total = 0.0f;
   float sum[kParts];
 #pragma unroll
-  for (int index = 0; index < kParts; ++index) sum[index] = 0.0f;
-#pragma unroll 4
-  for (int split = warp; split < a.splits; split += kCombineWarps) {
-    const std::int64_t part = split * rows + row;
-    const float weight = exp2Fast(a.partialStats[part * 2] - top);
-    total += weight * a.partialStats[part * 2 + 1];
+  for (int step = 0; step < kParts; ++step) sum[step] = 0.0f;
 #pragma unroll
-    for (int index = 0; index < kParts; ++index) {
-      const int dim = index * 32 + lane;
-      if (dim < D) sum[index] += weight * a.partialOutput[part * D + dim];
-    }
+  for (int index = 0; index < kCombineSplits; ++index) {
+    const float weight = exp2Fast(splitMaximum[index] - ownTop);
+    total += weight * splitTotal[index];
+#pragma unroll
+    for (int step = 0; step < kParts; ++step) sum[step] += weight * part[index][step];
   }
 
-  float* totals = reinterpret_cast<float*>(dynamicShared());
+  // Of every warp: maximum, total, D sums.
+  float* maxima = reinterpret_cast<float*>(dynamicShared());
+  float* totals = maxima + kCombineWarps;
   float* sums = totals + kCombineWarps;
-  if (lane == 0) totals[warp] = total;
+  if (lane == 0) {
+    maxima[warp] = maximum;
+    totals[warp] = total;
+  }
 #pragma unroll
-  for (int index = 0; index < kParts; ++index) {
-    const int dim = index * 32 + lane;
-    if (dim < D) sums[warp * D + dim] = sum[index];
+  for (int step = 0; step < kParts; ++step) {
+    const int dim = step * 32 + lane;
+    if (dim < D) sums[warp * D + dim] = sum[step];
   }
   syncBlock();
+  maximum = -INFINITY;
+#pragma unroll
+  for (int other = 0; other < kCombineWarps; ++other) maximum = fmaxf(maximum, maxima[other]);
+  const float top = finiteMaximum(maximum);
+  float weights[kCombineWarps];
   total = 0.0f;
 #pragma unroll
-  for (int other = 0; other < kCombineWarps; ++other) total += totals[other];
+  for (int other = 0; other < kCombineWarps; ++other) {
+    weights[other] = exp2Fast(maxima[other] - top);
+    total += weights[other] * totals[other];
+  }
   const int head = static_cast<int>(row / a.sequenceLength % numHeads);
   const float factor = softmaxFactor(a, head, maximum, total);
   T* output = static_cast<T*>(a.output) + row * D;
   for (int dim = static_cast<int>(threadIdx.x); dim < D; dim += kCombineWarps * 32) {
     float all = 0.0f;
 #pragma unroll
-    for (int other = 0; other < kCombineWarps; ++other) all += sums[other * D + dim];
+    for (int other = 0; other < kCombineWarps; ++other) {
+      all += weights[other] * sums[other * D + dim];
+    }
     output[dim] = fromFloat<T>(all * factor);
   }
 }

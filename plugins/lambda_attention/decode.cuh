@@ -11,6 +11,7 @@
 // and this tile's values are under way while it computes.
 #pragma once
 
+#include "append.cuh"
 #include "decode_warp.cuh"
 
 namespace lminf {
@@ -110,10 +111,24 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   warp.sinkTiles = ceilDiv(span.sinkCount, kDecodeKeys);
   const int tiles = warp.sinkTiles + ceilDiv(span.ringCount, kDecodeKeys);
   const int split = static_cast<int>(blockIdx.y);
+  const int begin = splitBegin(tiles, split, a.splits);
   const int end = splitBegin(tiles, split + 1, a.splits);
-  int tile = splitBegin(tiles, split, a.splits) + warpNumber;
-  // The first keys are on their way while the query is rotated.
-  if (tile < end) warp.loadKeys(tile);
+  int tile = begin + warpNumber;
+  // Where this kernel appends, the block that reads the new key's tile writes it, or where padding
+  // is all there is, the first. No other block looks at that slot.
+  const bool appends =
+      a.appendsInDecode && end == tiles && (begin < end || (tiles == 0 && split == 0));
+  letNextStart();
+  if (!a.appendsInDecode) waitForPrevious();
+  // The first keys and values are on their way while the query is rotated; not the new ones.
+  const bool early = tile < end && !(appends && tile == tiles - 1);
+  if (early) {
+    warp.loadKeys(tile);
+    warp.loadValues(tile);
+  }
+  if (appends && warpNumber == kDecodeWarps - 1) {
+    appendToken<T, Ring, D>(a, group.batch, group.kvHead, 0, static_cast<int>(threadIdx.x % 32));
+  }
 
 #pragma unroll
   for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
@@ -141,22 +156,28 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   rotateQueries<T, D, kRows>(a, group, sinkRows, ringRows);
   syncBlock();
 
+  if (tile < end && !early) {
+    warp.loadKeys(tile);
+    warp.loadValues(tile);
+  }
   bool holdsSinkQuery = tile < warp.sinkTiles;
   warp.loadQuery(holdsSinkQuery ? sinkRows : ringRows);
-  for (; tile < end; tile += kDecodeWarps) {
+  while (tile < end) {
     if (holdsSinkQuery && tile >= warp.sinkTiles) {
       holdsSinkQuery = false;
       warp.loadQuery(ringRows);
     }
+    const int next = tile + kDecodeWarps;
     float weights[kRowTiles][4];
-    warp.loadValues(tile);
     warp.multiplyKeys(tile, weights);
-    if (tile + kDecodeWarps < end) warp.loadKeys(tile + kDecodeWarps);
+    if (next < end) warp.loadKeys(next);
 #pragma unroll
     for (int rowTile = 0; rowTile < kRowTiles; ++rowTile) {
       warp.softmax(tile, weights[rowTile], rowTile);
     }
     warp.multiplyValues(tile, weights);
+    if (next < end) warp.loadValues(next);
+    tile = next;
   }
 
   syncBlock();  // the results take the place of the queries

@@ -9,7 +9,8 @@ namespace lminf {
 template <class T, class Ring>
 cudaError_t enqueueDecode(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
                           cudaStream_t stream) {
-  const LaunchShape shape = shapeOf(arguments, plan);
+  LaunchShape shape = shapeOf(arguments, plan);
+  shape.early = arguments.startsEarly && !arguments.appendsInDecode;
   if (plan.kernel == AttentionKernel::kDecode16) {
     switch (headDim) {
       case 64: return enqueue(decodeKernel<T, Ring, 64, 2>, shape, stream, arguments);

@@ -174,6 +174,20 @@ __device__ __forceinline__ int shuffleXor(int value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// A kernel enqueued with `early` may start before the one ahead of it has ended: it waits here for
+// that one's end, and everything before it. Elsewhere both do nothing.
+__device__ __forceinline__ void waitForPrevious() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may start once every block has come here.
+__device__ __forceinline__ void letNextStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void syncBlock() { __syncthreads(); }
 __device__ __forceinline__ void syncWarp() { __syncwarp(); }
 
@@ -182,6 +196,7 @@ struct LaunchShape {
   unsigned gridY;
   unsigned threads;
   std::size_t sharedBytes;
+  bool early = false;  // the kernel waits for the previous one itself (waitForPrevious)
 };
 
 // Enqueues kernel(arguments). More than 48 KiB of shared memory has to be asked for. An error that
@@ -199,9 +214,18 @@ cudaError_t enqueue(void (*kernel)(Arguments), const LaunchShape& shape, cudaStr
     }
   }
   void* parameters[] = {const_cast<Arguments*>(&arguments)};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(shape.gridX, shape.gridY);
+  launch.blockDim = dim3(shape.threads);
+  launch.dynamicSmemBytes = shape.sharedBytes;
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = shape.early ? 1 : 0;
   const cudaError_t status =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(shape.gridX, shape.gridY),
-                       dim3(shape.threads), parameters, shape.sharedBytes, stream);
+      cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), parameters);
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }

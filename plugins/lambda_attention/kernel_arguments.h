@@ -26,6 +26,8 @@ struct KernelArguments : Tensors {
   bool copySinkKey;  // present sinks are another tensor than their past
   bool copySinkValue;
   bool writeSinks;
+  bool startsEarly;      // this GPU lets a kernel start before the one ahead of it has ended
+  bool appendsInDecode;  // the decode kernel appends, there is no append kernel
   float scale;
   float softcap;
   float limitDistance;  // L

@@ -10,8 +10,10 @@ namespace lminf {
 // T is the model's element type, Ring that of the rings: T or Int8.
 template <class T, class Ring>
 cudaError_t enqueueAppend(const KernelArguments& arguments, int headDim, cudaStream_t stream);
+// `startsEarly`: the attention kernel ahead calls letNextStart, and this GPU can make use of it.
 template <class T>
-cudaError_t enqueueCombine(const KernelArguments& arguments, int headDim, cudaStream_t stream);
+cudaError_t enqueueCombine(const KernelArguments& arguments, int headDim, bool startsEarly,
+                           cudaStream_t stream);
 template <class T, class Ring>
 cudaError_t enqueueDecode(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
                           cudaStream_t stream);

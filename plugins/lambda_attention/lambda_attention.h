@@ -10,7 +10,7 @@
 
 namespace lminf {
 
-// Enqueue one step of one layer on a stream, at most three kernels (and up to four copies, six with
+// Enqueue one step of one layer on a stream, at most three kernels, one or two for single tokens (and up to four copies, six with
 // rings of int8, where present tensors are not their pasts).
 //
 // workspace: workspaceBytes of device memory, 16-byte aligned; contents are scratch. May be null
@@ -19,5 +19,11 @@ namespace lminf {
 // workspace is misaligned; otherwise what the runtime says. Device memory is not touched then.
 cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::size_t workspaceBytes,
                    cudaStream_t stream);
+
+// The same with a number of splits of the keys that the caller chooses, for tests and for timing
+// what the plan chooses: 1 … kMaxSplits, for which the workspace has to suffice; 0 leaves it to the
+// plan.
+cudaError_t launchSplit(const LambdaAttentionParams& params, int splits, void* workspace,
+                        std::size_t workspaceBytes, cudaStream_t stream);
 
 }  // namespace lminf

@@ -58,7 +58,7 @@ cudaError_t copyRings(const LambdaAttentionParams& p, cudaStream_t stream) {
 }
 
 cudaError_t readLimits(DeviceLimits& limits) {
-  int device = 0, multiprocessors = 0, perBlock = 0, perMultiprocessor = 0;
+  int device = 0, multiprocessors = 0, perBlock = 0, perMultiprocessor = 0, major = 0, minor = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -67,6 +67,11 @@ cudaError_t readLimits(DeviceLimits& limits) {
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&perMultiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
                                   device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  limits.computeCapability = 10 * major + minor;
   limits.multiprocessors = multiprocessors;
   limits.sharedBytesPerBlock = static_cast<std::size_t>(perBlock);
   limits.sharedBytesPerMultiprocessor = static_cast<std::size_t>(perMultiprocessor);
@@ -76,12 +81,11 @@ cudaError_t readLimits(DeviceLimits& limits) {
 template <class T, class Ring>
 cudaError_t attend(const KernelArguments& a, const AttentionPlan& plan, int headDim,
                    cudaStream_t stream) {
-  const bool isDecode =
-      plan.kernel == AttentionKernel::kDecode8 || plan.kernel == AttentionKernel::kDecode16;
+  const bool isDecode = lminf::isDecode(plan.kernel);
   const cudaError_t status = isDecode ? enqueueDecode<T, Ring>(a, plan, headDim, stream)
                                       : enqueueTiles<T, Ring>(a, plan, headDim, stream);
   if (status != cudaSuccess || plan.splits == 1) return status;
-  return enqueueCombine<T>(a, headDim, stream);
+  return enqueueCombine<T>(a, headDim, a.startsEarly && isDecode, stream);
 }
 
 template <class Ring>
@@ -94,7 +98,8 @@ cudaError_t runSimple(const KernelArguments& a, const AttentionPlan& plan, int h
 template <class T, class Ring>
 cudaError_t runTensorCores(const KernelArguments& a, const AttentionPlan& plan, int headDim,
                            cudaStream_t stream) {
-  const cudaError_t status = enqueueAppend<T, Ring>(a, headDim, stream);
+  const cudaError_t status =
+      a.appendsInDecode ? cudaSuccess : enqueueAppend<T, Ring>(a, headDim, stream);
   return status != cudaSuccess ? status : attend<T, Ring>(a, plan, headDim, stream);
 }
 
@@ -119,18 +124,33 @@ cudaError_t appendAndAttend(const KernelArguments& a, const AttentionPlan& plan,
 
 cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::size_t workspaceBytes,
                    cudaStream_t stream) {
+  return launchSplit(params, 0, workspace, workspaceBytes, stream);
+}
+
+cudaError_t launchSplit(const LambdaAttentionParams& params, int splits, void* workspace,
+                        std::size_t workspaceBytes, cudaStream_t stream) {
   if (!validate(params).empty()) return cudaErrorInvalidValue;
   if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) return cudaErrorInvalidValue;
   if (workspace == nullptr) workspaceBytes = 0;
   DeviceLimits limits;
   cudaError_t status = readLimits(limits);
   if (status != cudaSuccess) return status;
-  const AttentionPlan plan = planAttention(params, limits, workspaceBytes);
+  AttentionPlan plan = planAttention(params, limits, workspaceBytes);
+  if (splits > 0) {
+    const bool fits = splits <= kMaxSplits && partialBytes(params, splits) <= workspaceBytes &&
+                      plan.kernel != AttentionKernel::kSimple;
+    if (!fits) return cudaErrorInvalidValue;
+    plan.splits = splits;
+  }
   if (plan.sharedBytes > limits.sharedBytesPerBlock) return cudaErrorInvalidConfiguration;
 
   KernelArguments arguments = argumentsOf(params);
   arguments.rowBlocks = plan.rowBlocks;
   arguments.splits = plan.splits;
+  arguments.startsEarly = limits.computeCapability >= 90;
+  // A single token is no query's sink yet, and its slot is in one block's tile.
+  arguments.appendsInDecode = isDecode(plan.kernel) && params.sequenceLength == 1 &&
+                              !arguments.copySinkKey && !arguments.copySinkValue;
   const std::int64_t partialRows =
       params.batchSize * params.numHeads * params.sequenceLength * plan.splits;
   arguments.partialOutput = static_cast<float*>(workspace);

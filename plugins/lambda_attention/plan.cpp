@@ -15,10 +15,6 @@ constexpr std::int64_t kMinTilesPerSplit = 4;
 constexpr std::int64_t kMaxDecodeBlocks = 4096;
 constexpr std::int64_t kMaxTileBlocks = 384;
 
-bool isDecode(AttentionKernel kernel) {
-  return kernel == AttentionKernel::kDecode8 || kernel == AttentionKernel::kDecode16;
-}
-
 AttentionKernel chooseKernel(const LambdaAttentionParams& p, std::int64_t rows) {
   if (p.dataType == DataType::kFloat32) return AttentionKernel::kSimple;
   if (rows <= 8) return AttentionKernel::kDecode8;
@@ -67,6 +63,10 @@ int chooseSplits(std::int64_t blocks, std::int64_t tiles, std::int64_t slots, st
 }
 
 }  // namespace
+
+bool isDecode(AttentionKernel kernel) {
+  return kernel == AttentionKernel::kDecode8 || kernel == AttentionKernel::kDecode16;
+}
 
 bool isSupportedHeadDim(std::int64_t headDim) {
   return headDim == 64 || headDim == 80 || headDim == 96 || headDim == 128 || headDim == 256;

@@ -18,6 +18,7 @@ enum class AttentionKernel : std::int32_t {
 };
 
 struct DeviceLimits {
+  int computeCapability = 90;
   int multiprocessors = 132;
   std::size_t sharedBytesPerBlock = 101376;  // opt-in maximum; the smallest is that of sm_86/89
   std::size_t sharedBytesPerMultiprocessor = 102400;
@@ -33,7 +34,9 @@ struct AttentionPlan {
   std::size_t sharedBytes = 0;
 };
 
-constexpr int kMaxSplits = 64;
+constexpr int kMaxSplits = 64;  // kCombineWarps * kCombineSplits
+
+bool isDecode(AttentionKernel kernel);
 
 bool isSupportedHeadDim(std::int64_t headDim);
 

@@ -18,11 +18,13 @@ cudaError_t enqueueAppend(const KernelArguments& a, int headDim, cudaStream_t st
 }
 
 template <class T>
-cudaError_t enqueueCombine(const KernelArguments& a, int headDim, cudaStream_t stream) {
+cudaError_t enqueueCombine(const KernelArguments& a, int headDim, bool startsEarly,
+                           cudaStream_t stream) {
   const std::int64_t rows =
       static_cast<std::int64_t>(a.batchSize) * a.numKvHeads * a.group * a.sequenceLength;
   const LaunchShape shape{static_cast<unsigned>(rows), 1, kCombineWarps * 32,
-                          sizeof(float) * kCombineWarps * static_cast<std::size_t>(1 + headDim)};
+                          sizeof(float) * kCombineWarps * static_cast<std::size_t>(2 + headDim),
+                          startsEarly};
 #define LMINF_COMBINE(D) enqueue(combineKernel<T, D>, shape, stream, a)
   LMINF_FOR_HEAD_DIM(headDim, LMINF_COMBINE)
 #undef LMINF_COMBINE
@@ -48,7 +50,7 @@ template cudaError_t enqueueSimple<float>(const KernelArguments&, const Attentio
                                           cudaStream_t);
 template cudaError_t enqueueSimple<Int8>(const KernelArguments&, const AttentionPlan&, int,
                                          cudaStream_t);
-template cudaError_t enqueueCombine<Half>(const KernelArguments&, int, cudaStream_t);
-template cudaError_t enqueueCombine<Bfloat16>(const KernelArguments&, int, cudaStream_t);
+template cudaError_t enqueueCombine<Half>(const KernelArguments&, int, bool, cudaStream_t);
+template cudaError_t enqueueCombine<Bfloat16>(const KernelArguments&, int, bool, cudaStream_t);
 
 }  // namespace lminf

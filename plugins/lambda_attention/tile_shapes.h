@@ -9,7 +9,9 @@ namespace lminf {
 
 constexpr int kAppendWarps = 4;
 constexpr int kSimpleWarps = 4;
-constexpr int kCombineWarps = 4;
+// Combine: a warp takes at most 8 of the at most 64 splits, all of whose loads are under way at once.
+constexpr int kCombineWarps = 8;
+constexpr int kCombineSplits = 8;
 
 // Decode: every warp takes tiles of 16 keys on its own; partial results meet in shared memory.
 constexpr int kDecodeWarps = 4;

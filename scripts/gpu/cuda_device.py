@@ -57,7 +57,11 @@ class CudaDevice:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
-        return graph.replay
+
+        def replay(held: Callable[[], None] = work) -> None:
+            graph.replay()  # reads and writes what `held` holds
+
+        return replay
 
     def seconds(self, work: Callable[[], None]) -> float:
         """Return the device time of one call, the median of five."""
@@ -70,6 +74,34 @@ class CudaDevice:
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
         return statistics.median(times)
+
+
+def kernel_seconds(work: Callable[[], None], calls: int) -> dict[str, dict[str, float]]:
+    """Return what each kernel of a piece of work takes on the device.
+
+    Args:
+        work: enqueues everything.
+        calls: how often it runs the step that is looked at.
+
+    Returns:
+        Seconds and launches of one step by the kernel's name.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    return {
+        event.key: {
+            "seconds": event.device_time_total / 1e6 / calls,
+            "launches": event.count / calls,
+        }
+        for event in found.key_averages()
+        if event.device_time_total
+    }
 
 
 def launch_in_graph(

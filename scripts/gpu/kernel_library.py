@@ -107,14 +107,17 @@ class KernelLibrary:
         kernel, *rest = (int(n) for n in numbers)
         return Plan(KERNEL_NAMES[kernel], *rest)
 
-    def launch(self, params: Params, workspace: Tensor | None, stream: int = 0) -> None:
-        """Enqueue one call.
+    def launch(
+        self, params: Params, workspace: Tensor | None, stream: int = 0, splits: int = 0
+    ) -> None:
+        """Enqueue one call; with so many splits of the keys, if any are given.
 
         Raises:
             KernelError: with the library's message or the name of the CUDA error.
         """
-        status = self.c.lminfLaunch(
+        status = self.c.lminfLaunchSplit(
             ctypes.byref(params),
+            splits,
             ctypes.c_void_p(workspace.data_ptr() if workspace is not None else None),
             ctypes.c_size_t(
                 workspace.numel() * workspace.element_size() if workspace is not None else 0

@@ -125,7 +125,7 @@ def measure(
         Seconds of one layer (median, smallest, largest of the rounds) for every contestant and
         what follows from them; a contestant that failed has its error instead.
     """
-    copies = max(1, -(-4 * device.cache_bytes // workload.key_bytes))
+    copies = _copies(device, workload)
     makers: dict[str, Callable[[], Callable[[], None]]] = {
         "lambda kernels": lambda: _ours(library, device, workload, copies),
         UNSPLIT: lambda: _ours(library, device, workload, copies, split=False),
@@ -151,6 +151,18 @@ def measure(
             count = 1 if name.endswith("full context") else copies
             times[name].append(device.seconds(work) / count)
     return {"workload": workload.name, **_summary(workload, times), "failed": failures}
+
+
+def our_work(
+    library: KernelLibrary, device: TimingDevice, workload: Workload
+) -> tuple[Callable[[], None], int]:
+    """Return the kernels' work on as many layers as it takes to leave the cache, and how many."""
+    copies = _copies(device, workload)
+    return _ours(library, device, workload, copies), copies
+
+
+def _copies(device: TimingDevice, workload: Workload) -> int:
+    return max(1, -(-4 * device.cache_bytes // workload.key_bytes))
 
 
 def _summary(workload: Workload, times: dict[str, list[float]]) -> dict[str, Any]:
@@ -270,6 +282,7 @@ def _flex(device: TimingDevice, w: Workload, copies: int) -> Callable[[], None]:
     from torch.nn.attention.flex_attention import flex_attention
 
     layers = _plain_tensors(device, w, w.keys, copies)
+    torch._dynamo.reset()  # every workload is compiled for its own sizes
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def work() -> None:

@@ -1,0 +1,161 @@
+"""Steps that run the kernels: against float64, many times over, and by the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from scripts.gpu import streams, timings
+from scripts.gpu.check import Stream, run_stream
+from scripts.gpu.suite import DeviceLost, SkipStep, Suite, in_words
+
+LARGEST_RATIO = 2.0  # error in units of torch's in the same precision
+REPEATS = 20
+
+
+def correctness(suite: Suite, enqueue: Callable[..., None] | None = None) -> dict[str, Any]:
+    """Run every stream against float64 and report the worst ratio to torch's own error."""
+    return _run_all(suite, list(all_streams(suite.quick)), enqueue)
+
+
+def int8_rings(suite: Suite) -> dict[str, Any]:
+    """The same streams over rings of int8, and on a GPU each launch captured in a CUDA graph."""
+    chosen = [replace(stream, int8_rings=True) for stream in all_streams(suite.quick)]
+    result = _run_all(suite, chosen, None)
+    if not suite.emulate:
+        from scripts.gpu.cuda_device import launch_in_graph
+
+        captured = _run_all(suite, chosen, launch_in_graph)
+        result["captured"] = captured
+        if captured["status"] == "failed":
+            result["status"] = "failed"
+    return result
+
+
+def graph_capture(suite: Suite) -> dict[str, Any]:
+    """The same streams, every launch captured in a CUDA graph and replayed."""
+    if suite.emulate:
+        raise SkipStep("the emulation has no CUDA graphs")
+    from scripts.gpu.cuda_device import launch_in_graph
+
+    return correctness(suite, launch_in_graph)
+
+
+def _run_all(
+    suite: Suite, chosen: list[Stream], enqueue: Callable[..., None] | None
+) -> dict[str, Any]:
+    library, worst, failures, kernels = suite.kernels(), 0.0, [], set()
+    for number, stream in enumerate(chosen):
+        try:
+            outcome = run_stream(library, suite.device, stream, enqueue)
+        except (RuntimeError, ValueError, LookupError) as error:
+            failures.append({"stream": stream.name, "error": in_words(error)})
+            if _is_lost(suite):
+                failures.append({"not run": len(chosen) - number - 1, "error": "the device is lost"})
+                break
+            continue
+        worst = max(worst, outcome.ratio)
+        kernels |= outcome.kernels
+        if outcome.problems or not outcome.ratio <= LARGEST_RATIO:
+            failures.append(
+                {"stream": stream.name, "ratio": outcome.ratio, "problems": outcome.problems}
+            )
+    return {
+        "status": "failed" if failures else "ok",
+        "streams": len(chosen),
+        "kernels": sorted(kernels),
+        "largest_error_in_units_of_torchs": worst,
+        "failures": failures,
+    }
+
+
+def _is_lost(suite: Suite) -> bool:
+    try:
+        suite.check_device()
+    except DeviceLost:
+        return True
+    return False
+
+
+def all_streams(quick: bool) -> Iterable[Stream]:
+    """Every stream of every type, or a few of each."""
+    for dtype in (torch.float32, *streams.HALF_TYPES):
+        found = [
+            *streams.feature_streams(dtype),
+            *streams.shape_streams(dtype),
+            *streams.lap_streams(dtype),
+            *streams.long_streams(dtype),
+        ]
+        yield from found[::17] if quick else found
+
+
+def repeatability(suite: Suite) -> dict[str, Any]:
+    """Layers of full size many times over: no order of sums depends on time, so no bit may."""
+    library, device = suite.kernels(), suite.device
+    chosen = [timings.small_workload()] if suite.quick else _layers_to_repeat()
+    changed = []
+    for workload in chosen:
+        params, _inputs, outputs = timings.call_of(workload, device.name)
+        size = library.workspace_size(params) // 4
+        workspace = torch.empty(size, dtype=torch.float32, device=device.name)
+        first: list[torch.Tensor] = []
+        for _ in range(REPEATS):
+            for scratch in (outputs[0], workspace):
+                scratch.fill_(float("nan"))
+            library.launch(params, workspace, device.stream())
+            device.synchronize()
+            first = first or [x.clone() for x in outputs]
+            if not all(map(torch.equal, first, outputs)):  # NaN differs from itself, too
+                changed.append(workload.name)
+                break
+    status = "failed" if changed else "ok"
+    return {"status": status, "layers": len(chosen), "repeats": REPEATS, "changed": changed}
+
+
+def _layers_to_repeat() -> list[timings.Workload]:
+    layers = [w for w in timings.workloads() if w.batch <= 8]
+    return [
+        replace(w, name=f"{w.name}, head_dim {head_dim}, {dtype}", head_dim=head_dim, dtype=dtype)
+        for w in layers
+        for head_dim in (80, 128, 256)
+        for dtype in streams.HALF_TYPES
+    ]
+
+
+def timing(suite: Suite) -> dict[str, Any]:
+    """Every workload of the targets, contestants interleaved."""
+    chosen = [timings.small_workload()] if suite.quick else timings.workloads()
+    library, flex = suite.kernels(), not suite.emulate
+    results: list[dict[str, Any]] = []
+    failed = []
+    for workload in chosen:
+        try:
+            results.append(timings.measure(library, suite.device, workload, flex=flex))
+        except (RuntimeError, ValueError, LookupError) as error:
+            failed.append({"workload": workload.name, "error": in_words(error)})
+            if _is_lost(suite):
+                break
+        if not suite.emulate:
+            torch.cuda.empty_cache()
+        suite.keep({"workloads": results, "failures": failed})
+    status = "failed" if failed else "ok"
+    return {"status": status, "workloads": results, "failures": failed}
+
+
+def kernel_times(suite: Suite) -> dict[str, Any]:
+    """Each kernel of a step by itself, as the profiler sees it, keys out of cache."""
+    if suite.emulate:
+        raise SkipStep("the emulation's kernels have no times")
+    from scripts.gpu.cuda_device import kernel_seconds
+
+    library, results = suite.kernels(), {}
+    for workload in [timings.small_workload()] if suite.quick else timings.workloads():
+        work, copies = timings.our_work(library, suite.device, workload)
+        results[workload.name] = kernel_seconds(work, copies)
+        del work
+        torch.cuda.empty_cache()
+        suite.keep({"kernels": results})
+    return {"status": "ok", "kernels": results}
