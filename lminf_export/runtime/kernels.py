@@ -61,8 +61,8 @@ def find_kernels(
 
     Args:
         kernels: "auto" takes the library installed with the package, if there is one and it has
-            a kernel for the provider and the head dimensions; "none" takes the function body; anything else is the path
-            of a library. A library is code: name only one you trust.
+            kernels for the provider and the head dimensions; "none" takes the function body;
+            anything else is the path of a library. A library is code: name only one you trust.
         provider: "cpu" or "cuda".
         kv_cache_dtype: "int8" for rings of int8; None for rings in the model's type.
         head_dims: D of all layers.

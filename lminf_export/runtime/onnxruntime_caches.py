@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lminf_export.operator.bindings import TensorSpec
+from lminf_export.runtime.options import Provider
 from lminf_export.runtime.snapshot_memory import numpy_dtype
 
 _ONNX_BFLOAT16 = 16
@@ -92,10 +93,12 @@ class DeviceCache(Cache):
         self._spec, self._value, self._shape, self._start = spec, value, shape, start
 
     @classmethod
-    def of(cls, spec: TensorSpec, present: str, zeros: np.ndarray, provider: str) -> DeviceCache:
-        """Return a cache with the content of an array."""
-        value = ort.OrtValue.ortvalue_from_numpy(zeros, provider)
-        return cls(spec, present, value, zeros.shape)
+    def zeros(
+        cls, spec: TensorSpec, present: str, shape: tuple[int, ...], provider: Provider
+    ) -> DeviceCache:
+        """Return a cache of zeros; in main memory there is one such tensor at a time."""
+        content = np.zeros(shape, numpy_dtype(spec.dtype))
+        return cls(spec, present, ort.OrtValue.ortvalue_from_numpy(content, provider), shape)
 
     def bind(self, binding: ort.IOBinding) -> None:
         """See `Cache.bind`."""

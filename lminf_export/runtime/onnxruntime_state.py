@@ -259,12 +259,17 @@ def new_bound(
     """
     sizes = {**contract.ring_sizes(capacities), bindings.BATCH: batch_size}
     past, present = (list(contract.caches(present=which)) for which in (False, True))
-    arrays = zeros_together([(spec.sized(sizes), numpy_dtype(spec.dtype)) for spec in past])
-    caches: list[Cache] = [
-        SharedCache(spec.name, output.name, array)
-        if provider == "cpu"
-        else DeviceCache.of(spec, output.name, array, provider)
-        for spec, output, array in zip(past, present, arrays, strict=True)
-    ]
+    caches: list[Cache]
+    if provider == "cpu":
+        arrays = zeros_together([(spec.sized(sizes), numpy_dtype(spec.dtype)) for spec in past])
+        caches = [
+            SharedCache(spec.name, output.name, array)
+            for spec, output, array in zip(past, present, arrays, strict=True)
+        ]
+    else:
+        caches = [
+            DeviceCache.zeros(spec, output.name, spec.sized(sizes), provider)
+            for spec, output in zip(past, present, strict=True)
+        ]
     room = min((size for full, size in capacities.items() if size < full), default=math.inf)
     return OnnxRuntimeBound(dict(capacities), np.zeros(batch_size, np.int64), caches, room)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -58,6 +59,7 @@ def errors(provider: str, library: Path | None, dtype: torch.dtype) -> NodeError
         dtype: float32 or float16.
     """
     case = SMALL.with_(num_heads=4)
+    attributes: dict[str, Any] = case.attributes()
     model = one_node_model(case, function_body(BodyFeatures()), _ELEMENTS[dtype])
     options = ort.SessionOptions()
     options.log_severity_level = 3  # each write that is not in place would be a warning
@@ -83,7 +85,7 @@ def errors(provider: str, library: Path | None, dtype: torch.dtype) -> NodeError
                 *shared_inputs(case, past, new, width, case.capacity),
             )
         ]
-        present = reference.lambda_attention(*inputs, **case.attributes())
+        present = reference.lambda_attention(*inputs, **attributes)
         in_torch = same_precision(case, inputs, present)
         feed = {name: x.numpy() for name, x in zip(contract.input_names(), inputs, strict=True)}
         output, *caches = (
