@@ -6,14 +6,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
+import onnxruntime as ort
 
 from lminf_export.bench.graph import Place, read_graph, stored_weights
 from lminf_export.bundle.folder import Bundle
+from lminf_export.errors import SessionError
 from lminf_export.models.expert_facts import CHOICE_PREFIX
 
 _BUFFER_BYTES = 2**28  # far larger than any cache of a processor
+_GPU_BUFFER_BYTES = 2**31
 _ROUNDS = 7
+_NEGATION = """
+<ir_version: 10, opset_import: ["" : 20]>
+negation (float[n] x) => (float[n] y) { y = Neg (x) }
+"""
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 
 
@@ -31,6 +40,33 @@ def streaming_bandwidth(threads: int) -> float:
             list(pool.map(np.max, parts))
             best = min(best, time.perf_counter() - start)
     return buffer.nbytes / best
+
+
+def gpu_bandwidth() -> float:
+    """Return the bytes per second that onnxruntime reads and writes in a GPU's memory, at best.
+
+    Raises:
+        SessionError: onnxruntime's CUDA provider cannot be started.
+    """
+    model = onnx.parser.parse_model(_NEGATION)
+    session = ort.InferenceSession(
+        model.SerializeToString(), providers=[("CUDAExecutionProvider", {})], enable_fallback=0
+    )
+    if "CUDAExecutionProvider" not in session.get_providers():
+        raise SessionError("onnxruntime could not start its cuda provider; use --provider cpu")
+    count = _GPU_BUFFER_BYTES // 4
+    values = [
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(count, np.float32), "cuda") for _ in range(2)
+    ]
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", values[0])
+    binding.bind_ortvalue_output("y", values[1])
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        best = min(best, time.perf_counter() - start)
+    return 2 * _GPU_BUFFER_BYTES / best
 
 
 def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:

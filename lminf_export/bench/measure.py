@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lminf_export.bench.child import fresh_process
 from lminf_export.bench.floor import (
     cache_bytes_per_step,
+    gpu_bandwidth,
     streaming_bandwidth,
     weight_bytes_per_step,
 )
@@ -105,10 +106,11 @@ def bench(
     )
     progress("streaming memory", None)
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    bandwidth = streaming_bandwidth(options.threads or cores)
+    on_gpu = options.provider == "cuda"
     model = load(
         opened.path, provider=options.provider, threads=options.threads, kernels=options.kernels
     )
+    bandwidth = gpu_bandwidth() if on_gpu else streaming_bandwidth(options.threads or cores)
     prefill, decode = [], []
     for batch_size in options.batch_sizes:
         progress(f"prefill, batch {batch_size}", None)
@@ -136,6 +138,7 @@ def bench(
         provider=options.provider,
         threads=options.threads,
         attention=model.session.attention,
+        cuda_graph=getattr(model.session, "cuda_graph", None) if on_gpu else None,
         bandwidth=bandwidth,
         positions_are_set=True,
         first_token=first_token,

@@ -119,7 +119,10 @@ class BenchReport:
         provider: onnxruntime's.
         threads: of one operator; None is onnxruntime's own choice.
         attention: what computed the attention.
-        bandwidth: bytes per second of streaming main memory, the best of this run.
+        cuda_graph: on a GPU whether single tokens are played from a CUDA graph: "yes", or "no"
+            and why; None on a CPU.
+        bandwidth: bytes per second of streaming main memory, the best of this run; on a GPU those
+            that are read and written in its memory.
         positions_are_set: decoding positions are set, not read: caches hold random numbers.
         first_token: a fresh process.
         memory: of the same process.
@@ -139,6 +142,7 @@ class BenchReport:
     provider: str
     threads: int | None
     attention: str
+    cuda_graph: str | None
     bandwidth: float
     positions_are_set: bool
     first_token: FirstToken

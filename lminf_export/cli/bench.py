@@ -128,6 +128,7 @@ def _facts(report: BenchReport) -> Table:
     rows: list[tuple[str, Any]] = [
         ("threads", threads),
         ("attention", report.attention),
+        *([("CUDA graph", report.cuda_graph)] if report.cuda_graph else []),
         ("streaming bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s"),
         *(
             (

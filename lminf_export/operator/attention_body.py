@@ -104,6 +104,7 @@ _CONSTANTS = (
     "head_dim = Shape <start: int = 3, end: int = 4> (key)",
     "query_shape = Shape (query)",
     "rest = Constant <value_ints: ints = [-1]> ()",
+    f"to_the_end = Constant <value_ints: ints = [{2**31 - 1}]> ()",
     "keep = Constant <value_ints: ints = [0]> ()",
     # (B, H, S, D) seen as (B, G, H/G·S, D): the query heads of a group share its keys.
     "grouped_shape = Concat <axis: int = 0> (keep, kv_heads, rest, head_dim)",
@@ -150,9 +151,24 @@ def _scatter(past: str, new: str) -> str:
     )
 
 
+def _on_device(size: str, scalar: str) -> tuple[str, ...]:
+    """Return lines for a size that Shape yielded, as (1,) int64 where lengths lie.
+
+    Shape's results lie in main memory; computed with lengths they would be copied to the GPU in
+    every step, and no CUDA graph could be captured. Range writes to the GPU.
+    """
+    return (
+        f"{scalar}_counted = Range (zero, {scalar}, one)",
+        f"{scalar}_last = Slice ({scalar}_counted, rest, to_the_end)",
+        f"{size} = Add ({scalar}_last, one)",
+    )
+
+
 _SLOTS = (
     "capacity = Shape <start: int = 1, end: int = 2> (slot_position)",
-    "write_index = Mod (past_length, capacity)",
+    "num_slots = Squeeze (capacity)",
+    *_on_device("capacity_1d", "num_slots"),
+    "write_index = Mod (past_length, capacity_1d)",
 )
 
 _WRITE = {
@@ -200,7 +216,9 @@ _SINKS = (
     "sink_arrives_4d = Unsqueeze (sink_arrives, axis_head_and_dim)",
     "sequence = Shape <start: int = 1, end: int = 2> (query_position)",
     "sequence_scalar = Squeeze (sequence)",
-    "last_step = Sub (sequence_scalar, one)",
+    *_on_device("sequence_1d", "sequence_scalar"),
+    "last_step_1d = Sub (sequence_1d, one)",
+    "last_step = Squeeze (last_step_1d)",
     "sink_source = Clip (sink_step, zero, last_step)",
     "sink_source_4d = Unsqueeze (sink_source, axis_head_and_dim)",
     "source_heads = Concat <axis: int = 0> (axis_1, kv_heads, axis_1, head_dim)",

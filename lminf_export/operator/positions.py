@@ -18,6 +18,7 @@ from torch import Tensor
 from lminf_export.operator import reference, rope
 
 _ONNX = Opset("", 24)
+_TO_THE_END = 2**31 - 1
 
 
 @torch.library.custom_op("lminf::rotary_rows", mutates_args=())
@@ -84,13 +85,22 @@ def onnx_token_positions(op: Any, past_length: Any, input_ids: Any) -> Any:
 
 
 def onnx_slot_positions(op: Any, past_length: Any, new_length: Any, ring: Any) -> Any:
-    """Compute `slot_positions` in ONNX, as `onnx_rotary_rows`."""
-    capacity = op.Squeeze(op.Shape(ring, start=2, end=3))
+    """Compute `slot_positions` in ONNX, as `onnx_rotary_rows`.
+
+    A size that Shape yields lies in main memory. What is computed with it and with lengths would
+    make onnxruntime copy it to the GPU in every step, and refuse to capture a CUDA graph: so the
+    size is read off the slots, which Range writes where the lengths are.
+    """
+    size = op.Squeeze(op.Shape(ring, start=2, end=3))
+    slots = op.Range(_scalar(op, 0), size, _scalar(op, 1))
+    capacity = op.Add(
+        op.Slice(slots, _integers(op, -1), _integers(op, _TO_THE_END)), _integers(op, 1)
+    )
     total = op.Add(past_length, new_length)
     last = op.Unsqueeze(op.Sub(total, _scalar(op, 1)), _integers(op, 1))
     # One lap is added so that Mod never sees a negative number: engines differ on those.
     a_lap_on = op.Add(last, capacity)
-    age = op.Sub(a_lap_on, op.Range(_scalar(op, 0), capacity, _scalar(op, 1)))
+    age = op.Sub(a_lap_on, slots)
     return op.Sub(last, op.Mod(age, capacity))
 
 

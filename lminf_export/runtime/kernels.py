@@ -10,12 +10,16 @@ onnxruntime runs the function body the graph carries.
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from lminf_export.disk import is_file, require_path
 from lminf_export.errors import SessionError
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"  # setup.py agrees
 INSTALLED = Path(__file__).parents[1] / "lib" / f"liblminf_ort{_SUFFIX}"
@@ -32,12 +36,14 @@ class KernelLibrary:
         instruction_set: what its CPU kernel runs on here, such as "avx512".
         providers: onnxruntime's short provider names it has kernels for.
         int8_cache_providers: those with kernels for rings of int8.
+        cuda_head_dims: head dimensions that its kernels for "cuda" take.
     """
 
     path: Path
     instruction_set: str
     providers: tuple[str, ...]
     int8_cache_providers: tuple[str, ...]
+    cuda_head_dims: tuple[int, ...] = ()
 
     @property
     def description(self) -> str:
@@ -46,20 +52,24 @@ class KernelLibrary:
 
 
 def find_kernels(
-    kernels: str | Path, provider: str, kv_cache_dtype: str | None = None
+    kernels: str | Path,
+    provider: str,
+    kv_cache_dtype: str | None = None,
+    head_dims: Set[int] = frozenset(),
 ) -> KernelLibrary | None:
     """Return the library to register, or None for the function body.
 
     Args:
         kernels: "auto" takes the library installed with the package, if there is one and it has
-            a kernel for the provider; "none" takes the function body; anything else is the path
-            of a library. A library is code: name only one you trust.
+            kernels for the provider and the head dimensions; "none" takes the function body;
+            anything else is the path of a library. A library is code: name only one you trust.
         provider: "cpu" or "cuda".
         kv_cache_dtype: "int8" for rings of int8; None for rings in the model's type.
+        head_dims: D of all layers.
 
     Raises:
         SessionError: the library is missing, damaged, not one of ours, of another version of the
-            operator, or without a kernel for the provider.
+            operator, or without a kernel for the provider or a head dimension.
     """
     require_path("kernels", kernels, SessionError)
     if str(kernels) == NONE:
@@ -68,7 +78,12 @@ def find_kernels(
         if not is_file(INSTALLED):
             return None
         found = open_library(INSTALLED)
-        return found if provider in _providers(found, kv_cache_dtype) else None
+        if provider not in _providers(found, kv_cache_dtype):
+            return None
+        if missing := _missing_head_dims(found, provider, head_dims):
+            logger.warning("%s; the function body runs instead", missing)
+            return None
+        return found
     found = open_library(Path(kernels))
     providers = _providers(found, kv_cache_dtype)
     if provider not in providers:
@@ -77,7 +92,20 @@ def find_kernels(
             f"kernel library {found.path} has kernels for {', '.join(providers)}, not for "
             f"provider {provider!r}{caches}; use kernels='none' to run the function body"
         )
+    if missing := _missing_head_dims(found, provider, head_dims):
+        raise SessionError(f"{missing}; use kernels='none' to run the function body")
     return found
+
+
+def _missing_head_dims(library: KernelLibrary, provider: str, head_dims: Set[int]) -> str:
+    """Return what the library lacks for these head dimensions, or an empty text."""
+    missing = sorted(head_dims - set(library.cuda_head_dims)) if provider == "cuda" else []
+    if not missing:
+        return ""
+    return (
+        f"kernel library {library.path} has no CUDA kernels for head_dim "
+        f"{', '.join(map(str, missing))} (it takes {', '.join(map(str, library.cuda_head_dims))})"
+    )
 
 
 def _providers(library: KernelLibrary, kv_cache_dtype: str | None) -> tuple[str, ...]:
@@ -103,6 +131,7 @@ def open_library(path: Path) -> KernelLibrary:
             library.lminfInstructionSet,
             library.lminfProviders,
             library.lminfInt8CacheProviders,
+            library.lminfCudaHeadDims,
         ):
             function.restype = ctypes.c_char_p
             texts.append(function().decode())
@@ -117,7 +146,14 @@ def open_library(path: Path) -> KernelLibrary:
             f"kernel library {path} implements version {version} of LambdaAttention, this "
             f"lminf-export needs {OPERATOR_VERSION}; install lminf-export again"
         )
-    return KernelLibrary(path, texts[0], tuple(texts[1].split()), tuple(texts[2].split()))
+    instructions, providers, int8_cache_providers, head_dims = texts
+    return KernelLibrary(
+        path,
+        instructions,
+        tuple(providers.split()),
+        tuple(int8_cache_providers.split()),
+        tuple(map(int, head_dims.split())),
+    )
 
 
 def _require_whole(path: Path) -> None:

@@ -37,7 +37,8 @@ def load(
             there is no such folder, is a bundle on the Hugging Face hub, fetched into its cache.
         provider: "cpu" or "cuda", for onnxruntime.
         threads: threads of one operator in onnxruntime; its own choice by default.
-        cuda_graphs: for a plan with the plugin: play single tokens from a CUDA graph.
+        cuda_graphs: on a GPU: play single tokens from a CUDA graph. A plan without the plugin
+            has none; a graph says in `session.cuda_graph` whether onnxruntime could.
         kernels: what computes Λ-attention in onnxruntime: "auto" takes the library built and
             installed with this package, if any, "none" the graph's own function body, anything
             else is a library's path. A library is code that runs: name only one you trust.
@@ -70,7 +71,9 @@ def load(
         return LanguageModel(bundle, session)
     if provider == "cpu":
         require_memory(bundle.manifest, None, batch_size=1)
-    session = OnnxRuntimeSession(bundle, provider=provider, threads=threads, kernels=kernels)
+    session = OnnxRuntimeSession(
+        bundle, provider=provider, threads=threads, kernels=kernels, cuda_graphs=cuda_graphs
+    )
     return LanguageModel(bundle, session)
 
 

@@ -18,9 +18,11 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.errors import SessionError, require_instance, shortened
 from lminf_export.operator.settings import as_integer, require_one_of
+from lminf_export.runtime import onnxruntime_cuda
 from lminf_export.runtime.cache import State
 from lminf_export.runtime.inputs import checked_batch, require_step
 from lminf_export.runtime.kernels import AUTO, KernelLibrary, find_kernels
+from lminf_export.runtime.onnxruntime_cuda import CudaGraphs
 from lminf_export.runtime.onnxruntime_state import OnnxRuntimeState, new_bound
 from lminf_export.runtime.onnxruntime_tables import require_table, with_outputs
 from lminf_export.runtime.options import PROVIDERS, Provider
@@ -29,7 +31,7 @@ from lminf_export.runtime.session import Receiver, Session
 
 logger = logging.getLogger(__name__)
 
-_PROVIDER_NAMES: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDER_NAMES: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": onnxruntime_cuda.NAME}
 # onnxruntime's exceptions share no base class of their own.
 _ERRORS: tuple[type[Exception], ...] = (
     *(x for x in vars(ort_state).values() if isinstance(x, type) and issubclass(x, Exception)),
@@ -39,6 +41,8 @@ _ERRORS: tuple[type[Exception], ...] = (
     UnicodeError,
 )
 _LOG_FATAL = 4
+# Part of the message by which onnxruntime refuses to capture a graph.
+_CANNOT_CAPTURE = "cannot use the graph capture feature"
 _NO_PACKED_WEIGHTS = "session.disable_prepacking"
 # Where a graph that comes as bytes finds its external data.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -63,6 +67,8 @@ class OnnxRuntimeSession(Session):
         watched: values of the graph to return from every step.
         receive: called after every step with the watched values.
         lean: make no copies of weights that are faster to compute with, for a few steps.
+        cuda_graphs: on a GPU, play single tokens from a CUDA graph; `cuda_graph` says whether
+            that was possible.
 
     Raises:
         SessionError: the provider is missing or cannot run the type, the graph does not load,
@@ -81,6 +87,7 @@ class OnnxRuntimeSession(Session):
         watched: Sequence[str] = (),
         receive: Receiver | None = None,
         lean: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         self.manifest = bundle.manifest
         self._vocab_size = bundle.manifest.vocab_size
@@ -88,14 +95,20 @@ class OnnxRuntimeSession(Session):
         self.provider = provider
         self._watched, self._receive = tuple(watched), receive
         self._reopen = partial(
-            OnnxRuntimeSession, bundle, provider=provider, threads=threads, kernels=kernels
+            OnnxRuntimeSession,
+            bundle,
+            provider=provider,
+            threads=threads,
+            kernels=kernels,
+            cuda_graphs=cuda_graphs,
         )
         self._graph = graph
         _check_provider(provider, self.manifest)
-        self.kernels = find_kernels(kernels, provider, self.manifest.kv_cache_dtype)
+        self.kernels = find_kernels(
+            kernels, provider, self.manifest.kv_cache_dtype, _head_dims(self.manifest)
+        )
         is_auto = self.kernels is None and str(kernels) == AUTO
         self._library = find_kernels(AUTO, "cpu") if is_auto else self.kernels
-        logger.info("attention: %s", self.attention)
         options = _session_options(threads, self.kernels, profile)
         if lean:
             options.add_session_config_entry(_NO_PACKED_WEIGHTS, "1")
@@ -110,7 +123,13 @@ class OnnxRuntimeSession(Session):
         if graph is not None:
             names = self.manifest.files_of("weights")
             self._weights = weights_of_bytes(bundle.path, names, options)
-        self._session = _open_session(bundle.graph_path, provider, options, graph, lean=lean)
+        refusal = _no_graphs(provider, cuda_graphs, profile, watched)
+        self._session, self._graphs = _open_with_graphs(
+            bundle.graph_path, provider, options, graph, refusal, lean=lean
+        )
+        logger.info("attention: %s", self.attention)
+        if provider != "cpu":
+            logger.info("CUDA graph: %s", self.cuda_graph)
         if self._session.get_providers()[0] != _PROVIDER_NAMES[provider]:
             raise SessionError(
                 f"onnxruntime could not start its {provider} provider (its libraries or the "
@@ -142,7 +161,14 @@ class OnnxRuntimeSession(Session):
     @property
     def attention(self) -> str:
         """See `Session.attention`."""
-        return self.kernels.description if self.kernels else "the graph's function body"
+        if self.kernels is None:
+            return "the graph's function body"
+        return self.kernels.description if self.provider == "cpu" else self.kernels.path.name
+
+    @property
+    def cuda_graph(self) -> str:
+        """Whether single tokens are played from a CUDA graph: yes, or no and why."""
+        return self._graphs.description
 
     def end_profiling(self) -> Path:
         """End profiling and return the profile's file; it has every run of the session."""
@@ -160,6 +186,7 @@ class OnnxRuntimeSession(Session):
                 contract,
                 new_bound(contract, batch_size, capacities, self.provider),
                 self.provider,
+                self._graphs,
                 self._watched,
                 state_id=self._state_id,
                 is_full=is_full,
@@ -236,15 +263,66 @@ def _session_options(
     return options
 
 
+def _head_dims(manifest: Manifest) -> set[int]:
+    return {layer.head_dim for layer in manifest.contract.layers}
+
+
+def _no_graphs(
+    provider: str, cuda_graphs: bool, profile: Path | None, watched: Sequence[str]
+) -> str | None:
+    """Return why no CUDA graph is to be captured; None where one is."""
+    if provider != "cuda":
+        return f"the provider is {provider}"
+    if not cuda_graphs:
+        return "it was not asked for"
+    if profile is not None:
+        return "a graph has no operators that a profile could time"
+    return "values of the graph are watched" if watched else None
+
+
+def _open_with_graphs(
+    path: Path,
+    provider: str,
+    options: ort.SessionOptions,
+    graph: bytes | None,
+    refusal: str | None,
+    *,
+    lean: bool,
+) -> tuple[ort.InferenceSession, CudaGraphs]:
+    """Open a session that captures, or, where onnxruntime refuses that, one that does not."""
+    if provider == "cuda":
+        onnxruntime_cuda.preload_libraries()
+    open_session = partial(_open_session, path, provider, options, graph, lean=lean)
+    if refusal is None:
+        try:
+            return open_session(graphs=True), CudaGraphs(None)
+        except SessionError as error:
+            if _CANNOT_CAPTURE not in str(error.__cause__):
+                raise
+        refusal = (
+            "onnxruntime runs part of this graph on the CPU; a bundle of an earlier release has "
+            "to be exported again"
+        )
+        logger.warning("CUDA graph: no, because %s", refusal)
+    return open_session(graphs=False), CudaGraphs(refusal)
+
+
 def _open_session(
-    path: Path, provider: str, options: ort.SessionOptions, graph: bytes | None, *, lean: bool
+    path: Path,
+    provider: str,
+    options: ort.SessionOptions,
+    graph: bytes | None,
+    *,
+    lean: bool,
+    graphs: bool,
 ) -> ort.InferenceSession:
     require_utf8(path, SessionError)
+    settings = onnxruntime_cuda.provider_options(graphs=graphs) if provider == "cuda" else {}
     with _as_session_error(f"onnxruntime cannot load {path}"):
         return ort.InferenceSession(
             str(path) if graph is None else graph,
             options,
-            providers=[_PROVIDER_NAMES[provider]],
+            providers=[(_PROVIDER_NAMES[provider], settings)],
             enable_fallback=0,  # a second try would print, and fail in the same way
             # Folding would convert all weights of half precision for kernels that have none.
             disabled_optimizers=["ConstantFolding"] if lean else None,

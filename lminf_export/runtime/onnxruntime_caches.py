@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lminf_export.operator.bindings import TensorSpec
+from lminf_export.runtime.options import Provider
 from lminf_export.runtime.snapshot_memory import numpy_dtype
 
 _ONNX_BFLOAT16 = 16
@@ -81,7 +82,8 @@ class SharedCache(Cache):
 class DeviceCache(Cache):
     """A cache in a GPU's memory: all of a tensor, or a view of some of its streams.
 
-    onnxruntime copies whole tensors only, so a view reads and writes its parent's.
+    onnxruntime copies whole tensors only, so a view reads and writes its parent's. Elements of
+    bfloat16, which NumPy lacks, are held as uint16 and bound as what they are.
     """
 
     def __init__(
@@ -91,14 +93,12 @@ class DeviceCache(Cache):
         self._spec, self._value, self._shape, self._start = spec, value, shape, start
 
     @classmethod
-    def of(cls, spec: TensorSpec, present: str, zeros: np.ndarray, provider: str) -> DeviceCache:
-        """Return a cache with the content of an array."""
-        if spec.dtype != "bfloat16":
-            value = ort.OrtValue.ortvalue_from_numpy(zeros, provider)
-        else:
-            value = ort.OrtValue.ortvalue_from_shape_and_type(zeros.shape, _ONNX_BFLOAT16, provider)
-            ort.copy_tensors([_bfloat16_value(zeros)], [value])
-        return cls(spec, present, value, zeros.shape)
+    def zeros(
+        cls, spec: TensorSpec, present: str, shape: tuple[int, ...], provider: Provider
+    ) -> DeviceCache:
+        """Return a cache of zeros; in main memory there is one such tensor at a time."""
+        content = np.zeros(shape, numpy_dtype(spec.dtype))
+        return cls(spec, present, ort.OrtValue.ortvalue_from_numpy(content, provider), shape)
 
     def bind(self, binding: ort.IOBinding) -> None:
         """See `Cache.bind`."""
@@ -129,20 +129,8 @@ class DeviceCache(Cache):
         own = whole[self._start : self._start + self._shape[0]]
         slots = content.shape[2]
         own[:, :, :slots], own[:, :, slots:] = content, 0
-        if self._spec.dtype == "bfloat16":
-            ort.copy_tensors([_bfloat16_value(whole)], [self._value])
-        else:
-            self._value.update_inplace(whole)
+        self._value.update_inplace(whole)
 
     def _whole(self) -> np.ndarray:
-        if self._spec.dtype != "bfloat16":
-            whole: np.ndarray = self._value.numpy()
-            return whole
-        copy = np.empty(self._value.shape(), np.uint16)
-        ort.copy_tensors([self._value], [_bfloat16_value(copy)])
-        return copy
-
-
-def _bfloat16_value(array: np.ndarray) -> Any:
-    """Return a value over the memory of a uint16 array."""
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
+        whole: np.ndarray = self._value.numpy()
+        return whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +17,8 @@ from lminf_export.runtime.arrays import assign_together, zeros_together
 from lminf_export.runtime.cache import Bound, State, grown_capacity, restored_capacity
 from lminf_export.runtime.memory import require_free
 from lminf_export.runtime.onnxruntime_caches import Cache, DeviceCache, SharedCache
-from lminf_export.runtime.onnxruntime_call import Call
+from lminf_export.runtime.onnxruntime_call import Call, HostCall
+from lminf_export.runtime.onnxruntime_cuda import CudaCall, CudaGraphs
 from lminf_export.runtime.options import Provider
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.snapshot_memory import numpy_dtype, used_slots
@@ -51,6 +51,7 @@ class OnnxRuntimeState(State):
         contract: of its graph.
         bound: caches and lengths, see `new_bound`.
         provider: where the caches are.
+        graphs: CUDA graphs of the session.
         watched: outputs of the graph behind those of the contract, kept after every step.
         state_id: see `State`.
         is_full: see `State`.
@@ -65,6 +66,7 @@ class OnnxRuntimeState(State):
         contract: GraphContract,
         bound: OnnxRuntimeBound,
         provider: Provider,
+        graphs: CudaGraphs,
         watched: Sequence[str] = (),
         *,
         state_id: str,
@@ -75,6 +77,7 @@ class OnnxRuntimeState(State):
         self.session = session
         self._on_device = provider != "cpu"
         self._provider = provider
+        self._graphs = graphs
         self._watched = tuple(watched)
 
     def run(
@@ -88,17 +91,10 @@ class OnnxRuntimeState(State):
         call = bound.calls.get((width, count))
         if call is None:
             call = self._prepare_call(width, count)
-        np.copyto(call.input_ids, input_ids)
-        np.copyto(call.new_length, new_length)
-        np.copyto(call.logits_index, logits_index)
-        if self._on_device:
-            # Binding copies to the device, so what changed must be bound again.
-            call.bind_inputs()
-        start = time.perf_counter()
-        self.session.run_with_iobinding(call.binding)
-        self.run_seconds += time.perf_counter() - start
+        logits, seconds = call.run(input_ids, new_length, logits_index)
+        self.run_seconds += seconds
         bound.latest = call
-        return call.logits
+        return logits
 
     def ring_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """See `State.ring_rows`."""
@@ -123,15 +119,13 @@ class OnnxRuntimeState(State):
     def _prepare_call(self, width: int, count: int) -> Call:
         """Bind a call of this shape; single tokens and the latest other shape are kept."""
         bound = self._bound
-        call = Call(
-            self.session,
-            bound.past_length,
-            bound.caches,
-            width,
-            count,
-            self.contract.vocab_size,
-            self._watched,
-        )
+        rest = (bound.past_length, bound.caches, width, count)
+        outputs = (self.contract.vocab_size, self._watched)
+        call: Call
+        if self._on_device:
+            call = CudaCall(self.session, self._graphs, *rest, *outputs)
+        else:
+            call = HostCall(self.session, *rest, *outputs)
         kept = {shape: call for shape, call in bound.calls.items() if shape == (1, 1)}
         bound.calls = {**kept, (width, count): call}
         return call
@@ -147,6 +141,7 @@ class OnnxRuntimeState(State):
             self.contract,
             bound,
             self._provider,
+            self._graphs,
             self._watched,
             state_id=self.state_id,
             is_full=True,
@@ -167,6 +162,7 @@ class OnnxRuntimeState(State):
             self.contract,
             new,
             self._provider,
+            self._graphs,
             self._watched,
             state_id=self.state_id,
             is_full=self.is_full,
@@ -263,12 +259,17 @@ def new_bound(
     """
     sizes = {**contract.ring_sizes(capacities), bindings.BATCH: batch_size}
     past, present = (list(contract.caches(present=which)) for which in (False, True))
-    arrays = zeros_together([(spec.sized(sizes), numpy_dtype(spec.dtype)) for spec in past])
-    caches: list[Cache] = [
-        SharedCache(spec.name, output.name, array)
-        if provider == "cpu"
-        else DeviceCache.of(spec, output.name, array, provider)
-        for spec, output, array in zip(past, present, arrays, strict=True)
-    ]
+    caches: list[Cache]
+    if provider == "cpu":
+        arrays = zeros_together([(spec.sized(sizes), numpy_dtype(spec.dtype)) for spec in past])
+        caches = [
+            SharedCache(spec.name, output.name, array)
+            for spec, output, array in zip(past, present, arrays, strict=True)
+        ]
+    else:
+        caches = [
+            DeviceCache.zeros(spec, output.name, spec.sized(sizes), provider)
+            for spec, output in zip(past, present, strict=True)
+        ]
     room = min((size for full, size in capacities.items() if size < full), default=math.inf)
     return OnnxRuntimeBound(dict(capacities), np.zeros(batch_size, np.int64), caches, room)

@@ -2,9 +2,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <exception>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "lambda_attention.h"
 #include "plan.h"
@@ -37,9 +39,43 @@ cudaError_t poolOfDevice(cudaMemPool_t* pool) {
   return cudaSuccess;
 }
 
-cudaError_t launchWithScratch(const LambdaAttentionParams& params, cudaStream_t stream) {
-  const std::size_t bytes = workspaceSize(params);
-  if (bytes == 0) return launch(params, nullptr, 0, stream);
+// The scratch memory of a stream. Its nodes run one after the other, so all share one block, which
+// stays: a captured graph holds its address. It grows in steps that at least double, and what it
+// outgrew stays, too, for graphs captured before.
+struct Scratch {
+  void* block = nullptr;
+  std::size_t bytes = 0;
+};
+
+// Null where it would have to grow while a graph is captured.
+cudaError_t scratchOfStream(std::size_t bytes, cudaStream_t stream, void** block) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, cudaStream_t>, Scratch> scratches;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Scratch& found = scratches[{device, stream}];
+  if (found.bytes < bytes) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    status = cudaStreamIsCapturing(stream, &capture);
+    if (status != cudaSuccess || capture != cudaStreamCaptureStatusNone) return status;
+    const std::size_t larger = std::max(bytes, 2 * found.bytes);
+    cudaMemPool_t pool = nullptr;
+    status = poolOfDevice(&pool);
+    if (status != cudaSuccess) return status;
+    void* fresh = nullptr;
+    status = cudaMallocFromPoolAsync(&fresh, larger, pool, stream);
+    if (status != cudaSuccess) return status;
+    found = {fresh, larger};
+  }
+  *block = found.block;
+  return cudaSuccess;
+}
+
+// An allocation within a capture becomes part of the graph, and so does giving it back.
+cudaError_t launchWithOwnScratch(const LambdaAttentionParams& params, std::size_t bytes,
+                                 cudaStream_t stream) {
   cudaMemPool_t pool = nullptr;
   cudaError_t status = poolOfDevice(&pool);
   if (status != cudaSuccess) return status;
@@ -49,6 +85,17 @@ cudaError_t launchWithScratch(const LambdaAttentionParams& params, cudaStream_t 
   status = launch(params, workspace, bytes, stream);
   const cudaError_t freed = cudaFreeAsync(workspace, stream);
   return status != cudaSuccess ? status : freed;
+}
+
+cudaError_t launchWithScratch(const LambdaAttentionParams& params, cudaStream_t stream) {
+  const std::size_t bytes = workspaceSize(params);
+  void* block = nullptr;
+  if (bytes > 0) {
+    const cudaError_t status = scratchOfStream(bytes, stream, &block);
+    if (status != cudaSuccess) return status;
+    if (block == nullptr) return launchWithOwnScratch(params, bytes, stream);
+  }
+  return launch(params, block, bytes, stream);
 }
 
 }  // namespace

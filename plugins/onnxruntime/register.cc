@@ -10,7 +10,10 @@
 #include "linear_nbits_op.h"
 #include "linear_op.h"
 #if defined(LMINF_ORT_CUDA)
+#include <string>
+
 #include "cuda_kernel.h"
+#include "plan.h"
 #endif
 
 namespace lminf {
@@ -31,6 +34,17 @@ const abi::CustomOp* const kKernels[] = {&cpuFloat,         &cpuHalf,         &c
                                          &cpuHalfInt8Cache, &cpuFloatKeyBias, &cpuHalfKeyBias,
                                          &cudaFloat,        &cudaHalf,        &cudaBfloat};
 constexpr const char* kProviders = "cpu cuda";
+
+const char* cudaHeadDims() {
+  static const std::string dims = [] {
+    std::string found;
+    for (std::int64_t dim = 1; dim <= 1024; ++dim) {
+      if (isSupportedHeadDim(dim)) found += (found.empty() ? "" : " ") + std::to_string(dim);
+    }
+    return found;
+  }();
+  return dims.c_str();
+}
 #else
 // Not beside a GPU's kernels: onnxruntime would bring the work to the only kernel it finds.
 const LinearOp<abi::kFloat, false> linearFloat;
@@ -55,6 +69,7 @@ const abi::CustomOp* const kKernels[] = {&cpuFloat,         &cpuHalf,         &c
                                          &linearFloat,      &linearHalf,      &linearAddFloat,
                                          &linearAddHalf,    LMINF_NBITS};
 constexpr const char* kProviders = "cpu";
+const char* cudaHeadDims() { return ""; }
 #endif
 
 // The domain outlives every session that uses it, so it is made once and never released.
@@ -92,6 +107,8 @@ LMINF_ORT_EXPORT int lminfOperatorVersion() { return kVersion; }
 LMINF_ORT_EXPORT const char* lminfProviders() { return kProviders; }
 // The same for rings of int8.
 LMINF_ORT_EXPORT const char* lminfInt8CacheProviders() { return "cpu"; }
+// The head dimensions that the kernels for CUDA take; none where there are none.
+LMINF_ORT_EXPORT const char* lminfCudaHeadDims() { return cudaHeadDims(); }
 LMINF_ORT_EXPORT const char* lminfInstructionSet() { return cpu::activeKernels().name; }
 
 // For tests and measurements: runs on this set from now on; 0 where this processor cannot.
