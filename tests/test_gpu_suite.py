@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
 
 import pytest
 
 from scripts import gpu_suite
-from scripts.gpu import report, steps, timings
+from scripts.gpu import kernel_steps, record, report, steps, timings, yardsticks
 from scripts.gpu.emulated_device import TimedEmulation
 from scripts.gpu.kernel_library import KernelLibrary
+from scripts.gpu.plan import BY_DEFAULT, PLAN, groups
+from scripts.gpu.processes import run_step
+from scripts.gpu.suite import Suite
+from scripts.gpu.workloads import Workload, small_workload
 from tests.support import kernel_build
 
 needs_compiler = pytest.mark.skipif(
     kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER
 )
+# What a bare machine with torch lacks (README.md of scripts lists what it has).
+ABSENT = ("pydantic", "click", "pytest", "transformers", "onnx", "onnxruntime", "pynvml")
 
 
 @pytest.fixture(scope="session")
@@ -23,63 +34,219 @@ def library(tmp_path_factory):
     return kernel_build.emulated_library(kernel_build.shared_folder(tmp_path_factory))
 
 
-def test_a_dry_run_names_every_step_and_workload(capsys):
-    assert gpu_suite.main(["--dry-run"]) == 0
+@pytest.fixture
+def suite(library):
+    return Suite(TimedEmulation(), library.parent, KernelLibrary(library), True, True)
+
+
+def without(folder, modules):
+    """A folder for PYTHONPATH whose Python has none of some modules."""
+    blocked = ", ".join(map(repr, modules))
+    (folder / "sitecustomize.py").write_text(
+        textwrap.dedent(f"""
+            import sys
+
+            class Absent:
+                def find_spec(self, name, path=None, target=None):
+                    if name.partition(".")[0] in ({blocked},):
+                        raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+            sys.meta_path.insert(0, Absent())
+        """)
+    )
+    return folder
+
+
+def test_a_dry_run_names_every_step(capsys):
+    assert gpu_suite.main(["--dry-run", "--only", *PLAN]) == 0
     said = capsys.readouterr().out
-    for name in (
-        *steps.STEPS,
-        "Llama-2-7B B=64",
-        "Llama-3-8B B=1",
-        "prefill Llama-3-8B chunk 1024",
-    ):
-        assert name in said
+    assert all(f"{name}: " in said for name in PLAN)
+    assert "sanitizer" not in BY_DEFAULT
 
 
-def test_without_a_gpu_the_suite_says_so_and_exits_with_2(capsys, monkeypatch):
-    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: False)
-    assert gpu_suite.main([]) == 2
-    assert "no GPU" in capsys.readouterr().err
+def test_every_planned_step_exists():
+    assert set(steps.STEPS) == {"machine", *PLAN}
+
+
+def test_steps_that_measure_time_run_alone():
+    found = groups(["timing", "correctness", "build", "int8_rings", "graph_capture"])
+    assert found == [["build"], ["graph_capture", "correctness", "int8_rings"], ["timing"]]
+
+
+def test_every_call_of_the_default_steps_ends_within_its_limit():
+    """Ten minutes is what a borrowed machine gives a command; steps are resumed after that."""
+    assert all(step.limit <= 570 for step in PLAN.values())
+
+
+def test_without_a_gpu_the_suite_says_so_and_exits_with_2(capfd, tmp_path):
+    assert gpu_suite.main(["--results", str(tmp_path)]) == 2
+    assert "no GPU" in capfd.readouterr().err
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_suite_runs_on_the_emulation_and_writes_json_and_page(library, tmp_path):
-    chosen = [name for name in steps.STEPS if name != "build"]
-    status = gpu_suite.main(
-        ["--emulate", "--quick", "--library", str(library), "--results", str(tmp_path),
-         "--build", str(tmp_path / "build"), "--only", *chosen]
-    )  # fmt: skip
-    assert status == 0
-    (written,) = tmp_path.glob("gpu-*.json")
-    done = json.loads(written.read_text())["steps"]
-    statuses = {name: step["status"] for name, step in done.items()}
-    skipped = dict.fromkeys(("graph_capture", "sanitizer", "harness", "tensorrt_rtx"), "not run")
-    ran = dict.fromkeys(
-        ("correctness", "int8_rings", "repeatability", "onnxruntime", "timing"), "ok"
+def test_the_suite_runs_on_a_bare_machine_and_goes_on_where_it_stopped(library, tmp_path):
+    """With torch and nothing else of what this project needs, each step in its own process."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    results = tmp_path / "results"
+    chosen = ["correctness", "int8_rings", "repeatability", "harness", "onnxruntime", "timing"]
+    command = [
+        sys.executable, str(kernel_build.ROOT / "scripts" / "gpu_suite.py"), "--emulate", "--quick",
+        "--library", str(library), "--results", str(results), "--build", str(tmp_path / "build"),
+        "--only", "graph_capture", "choices", "kernel_times", "tensorrt_rtx", *chosen,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(without(blocked, ABSENT))}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert statuses == {**ran, **skipped}
-    assert all(done[name]["reason"] for name in skipped)
-    assert done["correctness"]["largest_error_in_units_of_torchs"] <= steps.LARGEST_RATIO
-    (small,) = done["timing"]["workloads"]
-    assert set(small["times_faster_than"]) == {
-        *("torch SDPA, same keys", "torch SDPA, full context", timings.UNSPLIT, timings.INT8)
-    }
+    assert done.returncode == 0, done.stderr
+    (written,) = results.glob("gpu-*.json")
+    found = json.loads(written.read_text())["steps"]
+    ran = ("correctness", "int8_rings", "repeatability", "timing", "choices")
+    assert {name for name, step in found.items() if step["status"] == "ok"} == set(ran)
+    assert {step["status"] for name, step in found.items() if name not in ran} == {"not run"}
+    assert "no module onnx" in found["onnxruntime"]["reason"]
+    assert found["correctness"]["largest_error_in_units_of_torchs"] <= kernel_steps.LARGEST_RATIO
+    (small,) = found["timing"]["workloads"]
+    assert set(small["times_faster_than"]) == {yardsticks.SDPA, yardsticks.FULL, timings.INT8}
     assert small["failed"] == {}
-    page = (tmp_path / "gpu.md").read_text()
+    assert {"chosen", "1 splits"} <= set(found["choices"]["workloads"][0]["seconds"])
+    page = (results / "gpu.md").read_text()
     assert "| correctness | ok |" in page
     assert "| small |" in page
 
+    again = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0
+    assert "timing" not in again.stderr  # what was right is not run again
+    assert "harness: not run" in again.stderr
+
+
+def test_what_was_recorded_holds_for_the_same_sources_and_thoroughness():
+    step = {"status": "ok", "sources": "abc", "quick": False}
+    assert record.holds(step, "abc", quick=False)
+    assert record.holds(step, "abc", quick=True)
+    assert not record.holds({**step, "quick": True}, "abc", quick=False)
+    assert not record.holds({**step, "status": "failed"}, "abc", quick=False)
+    assert not record.holds(step, "abd", quick=False)
+    assert not record.holds(None, "abc", quick=True)
+
+
+def test_the_digest_follows_the_kernels(tmp_path):
+    for source in record.SOURCES:
+        place = tmp_path / source
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.suffix:
+            place.write_text("")
+        else:
+            place.mkdir()
+    kernel = tmp_path / "plugins" / "decode.cuh"
+    kernel.write_text("a")
+    first = record.digest(tmp_path)
+    kernel.write_text("b")
+    assert record.digest(tmp_path) != first
+
+
+def test_a_step_that_does_not_end_is_ended_and_keeps_what_it_found(tmp_path, monkeypatch):
+    from scripts.gpu import processes
+
+    monkeypatch.setattr(processes, "ROOT", stand_in(tmp_path, "keep(out); time.sleep(60)"))
+    found = run_step("timing", 2.0, tmp_path, ["--build", "b"])
+    assert found["status"] == "failed"
+    assert "ended after 2 s" in found["reason"]
+    assert found["workloads"] == ["first"]
+
+
+def test_a_step_that_dies_says_how(tmp_path, monkeypatch):
+    from scripts.gpu import processes
+
+    monkeypatch.setattr(
+        processes, "ROOT", stand_in(tmp_path, "print('so', flush=True); os._exit(7)")
+    )
+    found = run_step("timing", 20.0, tmp_path, ["--build", "b"])
+    assert found["status"] == "failed"
+    assert found["reason"].endswith("ended with status 7: so")
+
+
+def stand_in(folder, does):
+    """A checkout whose only step does something else."""
+    package = folder / "checkout" / "scripts" / "gpu"
+    package.mkdir(parents=True)
+    (package / "one_step.py").write_text(
+        "import json, os, sys, time\n"
+        "def keep(path):\n"
+        "    open(path, 'w').write(json.dumps({'workloads': ['first']}))\n"
+        f"out = sys.argv[sys.argv.index('--out') + 1]\n{does}\n"
+    )
+    return folder / "checkout"
+
 
 @needs_compiler
-def test_wrong_kernels_fail_the_suite(library, monkeypatch):
-    suite = steps.Suite(TimedEmulation(), library.parent, KernelLibrary(library), True, True)
-    monkeypatch.setattr(steps, "LARGEST_RATIO", 1e-3)
-    monkeypatch.setattr(
-        steps, "all_streams", lambda quick: list(steps.streams.lap_streams(steps.torch.float16))
-    )
+def test_wrong_kernels_fail_the_suite(suite, monkeypatch):
+    monkeypatch.setattr(kernel_steps, "LARGEST_RATIO", 1e-3)
+    monkeypatch.setattr(kernel_steps, "all_streams", lambda quick: few_streams())
     found = steps.perform("correctness", suite)
     assert found["status"] == "failed"
     assert found["failures"][0]["stream"] == "laps-float16"
+
+
+@needs_compiler
+def test_one_stream_that_cannot_run_does_not_hide_the_others(suite, monkeypatch):
+    first, second = few_streams()
+    bad = replace(first, case=first.case.with_(head_dim=72, rotary_dim=72))
+    monkeypatch.setattr(kernel_steps, "all_streams", lambda quick: [bad, second])
+    found = steps.perform("correctness", suite)
+    (failure,) = found["failures"]
+    assert failure["stream"] == bad.name
+    assert "head" in failure["error"]
+    assert found["largest_error_in_units_of_torchs"] > 0  # of the second
+
+
+@needs_compiler
+def test_a_lost_device_ends_a_step_and_names_what_did_not_run(suite, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    def broken(*_arguments, **_names):
+        monkeypatch.setattr(TimedEmulation, "synchronize", lambda self: lost())
+        lost()
+
+    monkeypatch.setattr(kernel_steps, "all_streams", lambda quick: few_streams())
+    monkeypatch.setattr(KernelLibrary, "launch", broken)
+    found = steps.perform("correctness", suite)
+    stream, rest = found["failures"]
+    assert stream["error"].endswith("an illegal memory access was encountered")
+    assert rest == {"not run": 1, "error": "the device is lost"}
+
+
+def few_streams():
+    return list(kernel_steps.streams.lap_streams(kernel_steps.torch.float16))
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError(), ZeroDivisionError("why\nthere")])
+def test_any_error_of_a_step_becomes_its_result(tmp_path, monkeypatch, error):
+    def fail(_suite):
+        raise error
+
+    monkeypatch.setitem(steps.STEPS, "timing", fail)
+    found = steps.perform("timing", Suite(TimedEmulation(), tmp_path))
+    assert found["status"] == "failed"
+    assert found["reason"].startswith(type(error).__name__)
+    assert "\n" not in found["reason"]
+    assert any("fail" in line for line in found["where"])
+
+
+@needs_compiler
+def test_a_contestant_that_fails_is_named_and_the_others_are_timed(suite, monkeypatch):
+    def absent(*_arguments):
+        raise ImportError
+
+    monkeypatch.setattr(yardsticks, "_sdpa", absent)
+    found = timings.measure(suite.kernels(), suite.device, small_workload())
+    assert found["failed"] == {yardsticks.SDPA: "ImportError", yardsticks.FULL: "ImportError"}
+    assert yardsticks.COPY in found["seconds"]
 
 
 @needs_compiler
@@ -87,25 +254,25 @@ def test_an_output_that_changes_between_launches_fails_the_suite(library):
     class Unsteady(KernelLibrary):
         launches = 0
 
-        def launch(self, params, workspace, stream=0):
-            super().launch(params, workspace, stream)
+        def launch(self, params, workspace, stream=0, choices=timings.CHOSEN_BY_PLAN):
+            super().launch(params, workspace, stream, choices)
             self.launches += 1
             ctypes.memset(params.output, self.launches, 1)
 
-    suite = steps.Suite(TimedEmulation(), library.parent, Unsteady(library), True, True)
+    suite = Suite(TimedEmulation(), library.parent, Unsteady(library), True, True)
     found = steps.perform("repeatability", suite)
     assert (found["status"], found["changed"]) == ("failed", ["small"])
 
 
 def test_a_step_that_cannot_run_says_what_is_missing(tmp_path):
-    suite = steps.Suite(TimedEmulation(), tmp_path)
+    suite = Suite(TimedEmulation(), tmp_path)
     assert steps.perform("correctness", suite) == {
         "status": "not run", "reason": "the kernels were not built",
     }  # fmt: skip
 
 
 def test_a_decode_step_reads_what_its_window_and_sinks_hold():
-    workload = timings.Workload("w", batch=8, heads=32, kv_heads=8)
+    workload = Workload("w", batch=8, heads=32, kv_heads=8)
     assert workload.key_bytes == 8 * 8 * (4096 + 16) * 128 * 2 * 2
 
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.support.operator_case import Case, History, shared_inputs
 from scripts.gpu import streams
 from scripts.gpu.check import Guarded, Stream, run_stream
 from scripts.gpu.emulated_device import EmulatedDevice, counters, reset_counters
 from scripts.gpu.kernel_library import KernelLibrary, params_of
 from tests.support import kernel_build
+from tests.support.kernel_case import one_step
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
 DEVICE = EmulatedDevice()
@@ -129,17 +129,6 @@ def test_a_chunk_copies_no_tile_outside_what_its_rows_see(library):
     assert counters(library).copied_bytes == 2 * 3 * 64 * case.head_dim * 2 * 2
 
 
-@pytest.mark.parametrize("window_size", [37, 1511])
-def test_one_decode_layer_takes_at_most_three_launches(library, window_size):
-    case = streams.SMALL.with_(window_size=window_size)
-    inputs, outputs, attributes = one_step(case, (10**6,), (1,), torch.float16)
-    params = params_of(inputs, outputs, attributes)
-    workspace = torch.empty(library.workspace_size(params), dtype=torch.uint8)
-    reset_counters(library)
-    library.launch(params, workspace)
-    assert counters(library).launches == (3 if window_size > 1000 else 2)
-
-
 def test_a_small_ring_that_grows_gives_what_the_full_one_gives(library):
     case = streams.SMALL.with_(window_size=61)
     inputs, outputs, attributes = one_step(case, (17,), (5,), torch.float16)
@@ -157,18 +146,6 @@ def test_an_empty_batch_row_gives_zeros_even_at_the_start(library):
         inputs, outputs, attributes = one_step(streams.SMALL, (0, 10**6), (0, 0), dtype)
         library.launch(params_of(inputs, outputs, attributes), None)
         assert not outputs[0].any()
-
-
-def one_step(case: Case, bases, new_lengths, dtype):
-    """Inputs, outputs and attributes of one step in place."""
-    width = max(1, *new_lengths)
-    history = History(case, list(bases), width, dtype)
-    past, new = torch.tensor(bases), torch.tensor(new_lengths)
-    caches = history.caches(case.capacity)
-    shared = shared_inputs(case, past, new, width, case.capacity)
-    inputs = [x.contiguous() for x in (*history.chunk(past, new, width), *caches, *shared)]
-    output = torch.full_like(inputs[0], float("nan"))
-    return inputs, [output, *inputs[3:7]], case.attributes()
 
 
 # What must not go unnoticed: each line of a kernel replaced by a wrong one.

@@ -368,8 +368,12 @@ cudaError_t runGrid(unsigned gridX, unsigned gridY, unsigned threads, std::size_
   block.memory.resize(sharedBytes + 2 * kGuardBytes + 128);
   const auto start = reinterpret_cast<std::uintptr_t>(block.memory.data()) + kGuardBytes;
   block.shared = reinterpret_cast<unsigned char*>((start + 127) / 128 * 128);
-  for (blockIndex.y = 0; blockIndex.y < gridY; ++blockIndex.y) {
-    for (blockIndex.x = 0; blockIndex.x < gridX; ++blockIndex.x) runBlock();
+  for (unsigned y = 0; y < gridY; ++y) {
+    blockIndex.y = device.reverse ? gridY - 1 - y : y;
+    for (unsigned x = 0; x < gridX; ++x) {
+      blockIndex.x = device.reverse ? gridX - 1 - x : x;
+      runBlock();
+    }
   }
   return cudaSuccess;
 }

@@ -24,15 +24,15 @@ std::size_t lminfWorkspaceSize(const lminf::LambdaAttentionParams* params) {
   return lminf::workspaceSize(*params);
 }
 
-int lminfLaunch(const lminf::LambdaAttentionParams* params, void* workspace,
-                std::size_t workspaceBytes, void* stream) {
-  return lminf::launch(*params, workspace, workspaceBytes, static_cast<cudaStream_t>(stream));
-}
-
-int lminfLaunchSplit(const lminf::LambdaAttentionParams* params, int splits, void* workspace,
-                     std::size_t workspaceBytes, void* stream) {
-  return lminf::launchSplit(*params, splits, workspace, workspaceBytes,
-                            static_cast<cudaStream_t>(stream));
+int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int splits, int startsEarly,
+                    int appendsInDecode, void* workspace, std::size_t workspaceBytes,
+                    void* stream) {
+  lminf::LaunchChoices choices;
+  choices.splits = splits;
+  choices.startsEarly = startsEarly != 0;
+  choices.appendsInDecode = appendsInDecode != 0;
+  return lminf::launchWith(*params, choices, workspace, workspaceBytes,
+                           static_cast<cudaStream_t>(stream));
 }
 
 void lminfPlan(const lminf::LambdaAttentionParams* params, int multiprocessors,

@@ -20,13 +20,10 @@ LMINF_EXPORT std::size_t lminfValidate(const lminf::LambdaAttentionParams* param
 
 LMINF_EXPORT std::size_t lminfWorkspaceSize(const lminf::LambdaAttentionParams* params);
 
-// Returns a cudaError_t.
-LMINF_EXPORT int lminfLaunch(const lminf::LambdaAttentionParams* params, void* workspace,
-                             std::size_t workspaceBytes, void* stream);
-
-// With so many splits of the keys; 0 leaves it to the plan.
-LMINF_EXPORT int lminfLaunchSplit(const lminf::LambdaAttentionParams* params, int splits,
-                                  void* workspace, std::size_t workspaceBytes, void* stream);
+// `launchWith`. Returns a cudaError_t.
+LMINF_EXPORT int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int splits,
+                                 int startsEarly, int appendsInDecode, void* workspace,
+                                 std::size_t workspaceBytes, void* stream);
 
 // The plan for a device of `multiprocessors` with `sharedBytes` of shared memory each, as
 // kernel, rows per block, row blocks, splits, threads, keys per tile, shared bytes.

@@ -20,10 +20,16 @@ namespace lminf {
 cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::size_t workspaceBytes,
                    cudaStream_t stream);
 
-// The same with a number of splits of the keys that the caller chooses, for tests and for timing
-// what the plan chooses: 1 … kMaxSplits, for which the workspace has to suffice; 0 leaves it to the
-// plan.
-cudaError_t launchSplit(const LambdaAttentionParams& params, int splits, void* workspace,
-                        std::size_t workspaceBytes, cudaStream_t stream);
+// What a caller may decide in place of the plan: for tests, and for timing one variant beside the
+// other. The results are the same but for the order of sums.
+struct LaunchChoices {
+  int splits = 0;              // of the keys: 1 … kMaxSplits, if the workspace suffices; 0: the plan's
+  bool startsEarly = true;     // a kernel may start before the one ahead of it ends (SM 9.0 and later)
+  bool appendsInDecode = true; // a single token is appended by the decode kernel
+};
+
+// `launch` with choices.
+cudaError_t launchWith(const LambdaAttentionParams& params, const LaunchChoices& choices,
+                       void* workspace, std::size_t workspaceBytes, cudaStream_t stream);
 
 }  // namespace lminf

@@ -124,11 +124,11 @@ cudaError_t appendAndAttend(const KernelArguments& a, const AttentionPlan& plan,
 
 cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::size_t workspaceBytes,
                    cudaStream_t stream) {
-  return launchSplit(params, 0, workspace, workspaceBytes, stream);
+  return launchWith(params, LaunchChoices{}, workspace, workspaceBytes, stream);
 }
 
-cudaError_t launchSplit(const LambdaAttentionParams& params, int splits, void* workspace,
-                        std::size_t workspaceBytes, cudaStream_t stream) {
+cudaError_t launchWith(const LambdaAttentionParams& params, const LaunchChoices& choices,
+                       void* workspace, std::size_t workspaceBytes, cudaStream_t stream) {
   if (!validate(params).empty()) return cudaErrorInvalidValue;
   if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) return cudaErrorInvalidValue;
   if (workspace == nullptr) workspaceBytes = 0;
@@ -136,21 +136,22 @@ cudaError_t launchSplit(const LambdaAttentionParams& params, int splits, void* w
   cudaError_t status = readLimits(limits);
   if (status != cudaSuccess) return status;
   AttentionPlan plan = planAttention(params, limits, workspaceBytes);
-  if (splits > 0) {
-    const bool fits = splits <= kMaxSplits && partialBytes(params, splits) <= workspaceBytes &&
-                      plan.kernel != AttentionKernel::kSimple;
+  if (choices.splits > 0) {
+    const bool fits = choices.splits <= kMaxSplits && plan.kernel != AttentionKernel::kSimple &&
+                      partialBytes(params, choices.splits) <= workspaceBytes;
     if (!fits) return cudaErrorInvalidValue;
-    plan.splits = splits;
+    plan.splits = choices.splits;
   }
   if (plan.sharedBytes > limits.sharedBytesPerBlock) return cudaErrorInvalidConfiguration;
 
   KernelArguments arguments = argumentsOf(params);
   arguments.rowBlocks = plan.rowBlocks;
   arguments.splits = plan.splits;
-  arguments.startsEarly = limits.computeCapability >= 90;
+  arguments.startsEarly = choices.startsEarly && limits.computeCapability >= 90;
   // A single token is no query's sink yet, and its slot is in one block's tile.
-  arguments.appendsInDecode = isDecode(plan.kernel) && params.sequenceLength == 1 &&
-                              !arguments.copySinkKey && !arguments.copySinkValue;
+  arguments.appendsInDecode = choices.appendsInDecode && isDecode(plan.kernel) &&
+                              params.sequenceLength == 1 && !arguments.copySinkKey &&
+                              !arguments.copySinkValue;
   const std::int64_t partialRows =
       params.batchSize * params.numHeads * params.sequenceLength * plan.splits;
   arguments.partialOutput = static_cast<float*>(workspace);

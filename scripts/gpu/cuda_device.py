@@ -11,6 +11,8 @@ from torch import Tensor
 
 from scripts.gpu.kernel_library import KernelLibrary, Params
 
+ENERGY_SECONDS = 0.25  # the counter moves every 20 to 100 ms
+
 
 @dataclass(frozen=True)
 class CudaDevice:
@@ -74,6 +76,38 @@ class CudaDevice:
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
         return statistics.median(times)
+
+    def joules(self, work: Callable[[], None]) -> float | None:
+        """Return the energy of one call, over a quarter of a second of them."""
+        counter = _energy_counter()
+        if counter is None:
+            return None
+        calls = max(1, round(ENERGY_SECONDS / self.seconds(work)))
+        torch.cuda.synchronize()
+        before = counter()
+        for _ in range(calls):
+            work()
+        torch.cuda.synchronize()
+        return (counter() - before) / calls
+
+
+def _energy_counter() -> Callable[[], float] | None:
+    """Return what reads the device's energy since it started, in joules, if it has such a counter.
+
+    The device is found by its identity, since NVML and CUDA may number devices differently.
+    """
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
 
 def kernel_seconds(work: Callable[[], None], calls: int) -> dict[str, dict[str, float]]:

@@ -82,3 +82,7 @@ class TimedEmulation(EmulatedDevice):
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
+
+    def joules(self, work: Callable[[], None]) -> float | None:
+        """Return nothing: what a kernel would take cannot be told from this."""
+        return None

@@ -55,6 +55,24 @@ class Plan:
     shared_bytes: int
 
 
+@dataclass(frozen=True)
+class Choices:
+    """`lminf::LaunchChoices` of plugins/lambda_attention/lambda_attention.h.
+
+    Attributes:
+        splits: of the keys; 0 leaves them to the plan.
+        starts_early: a kernel may start before the one ahead of it ends.
+        appends_in_decode: a single token is appended by the decode kernel.
+    """
+
+    splits: int = 0
+    starts_early: bool = True
+    appends_in_decode: bool = True
+
+
+CHOSEN_BY_PLAN = Choices()
+
+
 class KernelError(RuntimeError):
     """The library refused a call or the device failed it."""
 
@@ -108,16 +126,22 @@ class KernelLibrary:
         return Plan(KERNEL_NAMES[kernel], *rest)
 
     def launch(
-        self, params: Params, workspace: Tensor | None, stream: int = 0, splits: int = 0
+        self,
+        params: Params,
+        workspace: Tensor | None,
+        stream: int = 0,
+        choices: Choices = CHOSEN_BY_PLAN,
     ) -> None:
-        """Enqueue one call; with so many splits of the keys, if any are given.
+        """Enqueue one call.
 
         Raises:
             KernelError: with the library's message or the name of the CUDA error.
         """
-        status = self.c.lminfLaunchSplit(
+        status = self.c.lminfLaunchWith(
             ctypes.byref(params),
-            splits,
+            choices.splits,
+            int(choices.starts_early),
+            int(choices.appends_in_decode),
             ctypes.c_void_p(workspace.data_ptr() if workspace is not None else None),
             ctypes.c_size_t(
                 workspace.numel() * workspace.element_size() if workspace is not None else 0

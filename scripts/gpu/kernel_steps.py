@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from scripts.gpu import streams, timings
+from scripts.gpu import streams, timings, workloads
 from scripts.gpu.check import Stream, run_stream
 from scripts.gpu.suite import DeviceLost, SkipStep, Suite, in_words
 
@@ -54,7 +54,9 @@ def _run_all(
         except (RuntimeError, ValueError, LookupError) as error:
             failures.append({"stream": stream.name, "error": in_words(error)})
             if _is_lost(suite):
-                failures.append({"not run": len(chosen) - number - 1, "error": "the device is lost"})
+                failures.append(
+                    {"not run": len(chosen) - number - 1, "error": "the device is lost"}
+                )
                 break
             continue
         worst = max(worst, outcome.ratio)
@@ -95,7 +97,7 @@ def all_streams(quick: bool) -> Iterable[Stream]:
 def repeatability(suite: Suite) -> dict[str, Any]:
     """Layers of full size many times over: no order of sums depends on time, so no bit may."""
     library, device = suite.kernels(), suite.device
-    chosen = [timings.small_workload()] if suite.quick else _layers_to_repeat()
+    chosen = [workloads.small_workload()] if suite.quick else _layers_to_repeat()
     changed = []
     for workload in chosen:
         params, _inputs, outputs = timings.call_of(workload, device.name)
@@ -115,8 +117,8 @@ def repeatability(suite: Suite) -> dict[str, Any]:
     return {"status": status, "layers": len(chosen), "repeats": REPEATS, "changed": changed}
 
 
-def _layers_to_repeat() -> list[timings.Workload]:
-    layers = [w for w in timings.workloads() if w.batch <= 8]
+def _layers_to_repeat() -> list[workloads.Workload]:
+    layers = [w for w in workloads.workloads() if w.batch <= 8]
     return [
         replace(w, name=f"{w.name}, head_dim {head_dim}, {dtype}", head_dim=head_dim, dtype=dtype)
         for w in layers
@@ -127,17 +129,25 @@ def _layers_to_repeat() -> list[timings.Workload]:
 
 def timing(suite: Suite) -> dict[str, Any]:
     """Every workload of the targets, contestants interleaved."""
-    chosen = [timings.small_workload()] if suite.quick else timings.workloads()
-    library, flex = suite.kernels(), not suite.emulate
-    results: list[dict[str, Any]] = []
-    failed = []
+    return _each_workload(suite, timings.measure)
+
+
+def choices(suite: Suite) -> dict[str, Any]:
+    """The kernels with every number of splits, and with each variant switched off."""
+    return _each_workload(suite, timings.measure_choices)
+
+
+def _each_workload(suite: Suite, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    chosen = [workloads.small_workload()] if suite.quick else workloads.workloads()
+    library, results, failed = suite.kernels(), [], []
     for workload in chosen:
         try:
-            results.append(timings.measure(library, suite.device, workload, flex=flex))
+            results.append(measure(library, suite.device, workload))
         except (RuntimeError, ValueError, LookupError) as error:
             failed.append({"workload": workload.name, "error": in_words(error)})
-            if _is_lost(suite):
-                break
+        if _is_lost(suite):
+            failed.append({"workload": workload.name, "error": "the device is lost after it"})
+            break
         if not suite.emulate:
             torch.cuda.empty_cache()
         suite.keep({"workloads": results, "failures": failed})
@@ -152,7 +162,8 @@ def kernel_times(suite: Suite) -> dict[str, Any]:
     from scripts.gpu.cuda_device import kernel_seconds
 
     library, results = suite.kernels(), {}
-    for workload in [timings.small_workload()] if suite.quick else timings.workloads():
+    chosen = [workloads.small_workload()] if suite.quick else workloads.workloads()
+    for workload in chosen:
         work, copies = timings.our_work(library, suite.device, workload)
         results[workload.name] = kernel_seconds(work, copies)
         del work

@@ -34,6 +34,7 @@ PLAN: dict[str, Step] = {
     "harness": Step("the TensorRT plugin's whole life, with real enqueue", 240),
     "onnxruntime": Step("the operator in onnxruntime-gpu: function body and kernels", 240),
     "timing": Step("every workload of the targets, contestants interleaved", 480, alone=True),
+    "choices": Step("every number of splits, each variant of the kernels off", 240, alone=True),
     "kernel_times": Step("each kernel of a step by itself, by the profiler", 120, alone=True),
     "tensorrt_rtx": Step("a TensorRT-RTX engine of the demo model", 240, alone=True),
     "sanitizer": Step("a few streams under compute-sanitizer", 570, alone=True, by_default=False),

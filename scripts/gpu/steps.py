@@ -19,6 +19,7 @@ STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "harness": tool_steps.harness,
     "onnxruntime": tool_steps.onnxruntime,
     "timing": kernel_steps.timing,
+    "choices": kernel_steps.choices,
     "kernel_times": kernel_steps.kernel_times,
     "tensorrt_rtx": tool_steps.tensorrt_rtx,
     "sanitizer": tool_steps.sanitizer,
@@ -31,7 +32,7 @@ def perform(name: str, suite: Suite) -> dict[str, Any]:
         return STEPS[name](suite)
     except SkipStep as reason:
         return {"status": "not run", "reason": str(reason)}
-    except Exception as error:  # the suite is there to tell, whatever it is
+    except Exception as error:  # noqa: BLE001 - the suite is there to tell, whatever it is
         where = traceback.format_exc().strip().splitlines()[-9:-1]
         said = str(error)[-3000:]
         return {"status": "failed", "reason": in_words(error), "said": said, "where": where}

@@ -8,96 +8,37 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from lminf_export.operator.reference_int8 import quantize
 from lminf_export.operator.settings import ring_capacity
-from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
+from scripts.gpu.kernel_library import (
+    CHOSEN_BY_PLAN,
+    Choices,
+    KernelLibrary,
+    Params,
+    params_of,
+)
+from scripts.gpu.suite import in_words
+from scripts.gpu.workloads import Workload
+from scripts.gpu.yardsticks import COPY, FULL, Maker, yardsticks
 
 ROUNDS = 7
-FULL_CONTEXT = 32768
+OURS = "lambda kernels"
 INT8 = "lambda kernels, rings of int8"
-UNSPLIT = "lambda kernels, keys not split"  # whether the planner's splits were worth it
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One attention layer and how many tokens a step brings.
-
-    Attributes:
-        name: as the table shows it.
-        batch: rows.
-        heads: query heads.
-        kv_heads: key/value heads.
-        steps: new tokens of every row.
-        head_dim: D.
-        window_size: W.
-        num_sink_tokens: N.
-        full_context: keys of the full attention compared with; 0 for none.
-        dtype: of queries, keys and values.
-        int8_rings: the rings hold int8.
-    """
-
-    name: str
-    batch: int
-    heads: int
-    kv_heads: int
-    steps: int = 1
-    head_dim: int = 128
-    window_size: int = 4096
-    num_sink_tokens: int = 16
-    full_context: int = 0
-    dtype: torch.dtype = torch.float16
-    int8_rings: bool = False
-
-    @property
-    def keys(self) -> int:
-        """Keys that every query sees."""
-        return self.window_size + self.num_sink_tokens
-
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of keys and values that a step has to read."""
-        visible = self.keys + self.steps - 1
-        return 2 * 2 * self.batch * self.kv_heads * visible * self.head_dim
-
-    @property
-    def flops(self) -> int:
-        """Operations of both products over visible pairs."""
-        return 4 * self.batch * self.heads * self.steps * self.keys * self.head_dim
-
-
-def workloads() -> list[Workload]:
-    """Return the workloads of the project's targets: heads of Llama-2-7B and Llama-3-8B."""
-    heads = {"Llama-2-7B": (32, 32), "Llama-3-8B": (32, 8)}
-    decode = [
-        Workload(f"decode {model} B={batch}", batch, *sizes, full_context=FULL_CONTEXT)
-        for model, sizes in heads.items()
-        for batch in (1, 8, 64)
-    ]
-    # 64 rows of 32 key heads at 32k keys take 32 GiB a layer: full attention is timed up to B = 8.
-    decode = [replace(w, full_context=0) if w.batch == 64 else w for w in decode]
-    chunk = [
-        Workload(f"prefill {model} chunk 1024", 1, *sizes, steps=1024)
-        for model, sizes in heads.items()
-    ]
-    return decode + chunk
-
-
-def small_workload() -> Workload:
-    """Something that the block emulation does in a second."""
-    return Workload("small", 1, 2, 1, head_dim=64, window_size=64, full_context=128)
+SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 22, 33, 43, 64)
 
 
 class TimingDevice(Protocol):
     """A device that work can be timed on."""
 
     name: str
+    multiprocessors: int
+    shared_bytes: int
     cache_bytes: int
 
     def stream(self) -> int:
@@ -109,59 +50,108 @@ class TimingDevice(Protocol):
     def seconds(self, work: Callable[[], None]) -> float:
         """Return the time of one call."""
 
+    def joules(self, work: Callable[[], None]) -> float | None:
+        """Return the energy of one call, None where nothing counts it."""
 
-def measure(
-    library: KernelLibrary, device: TimingDevice, workload: Workload, *, flex: bool = True
-) -> dict[str, Any]:
+
+def measure(library: KernelLibrary, device: TimingDevice, workload: Workload) -> dict[str, Any]:
     """Time one workload.
 
     Args:
         library: the kernels.
         device: where they run.
         workload: what to run.
-        flex: also time compiled FlexAttention.
 
     Returns:
-        Seconds of one layer (median, smallest, largest of the rounds) for every contestant and
-        what follows from them; a contestant that failed has its error instead.
+        Seconds of one layer (median, smallest, largest of the rounds) for every contestant, what
+        follows from them, and joules of one layer where the device counts them; a contestant that
+        failed has its error instead.
     """
-    copies = _copies(device, workload)
-    makers: dict[str, Callable[[], Callable[[], None]]] = {
-        "lambda kernels": lambda: _ours(library, device, workload, copies),
-        UNSPLIT: lambda: _ours(library, device, workload, copies, split=False),
+    copies = copies_of(device, workload)
+    makers: dict[str, Maker] = {
+        OURS: lambda: _ours(library, device, workload, copies),
         INT8: lambda: _ours(library, device, replace(workload, int8_rings=True), copies),
-        "torch SDPA, same keys": lambda: _sdpa(device, workload, workload.keys, copies),
-        "copy": lambda: _copy(device, workload, copies),
+        **yardsticks(device.name, workload, copies),
     }
-    if flex:
-        makers["compiled FlexAttention, same keys"] = lambda: _flex(device, workload, copies)
-    if workload.full_context:
-        makers["torch SDPA, full context"] = lambda: _sdpa(
-            device, workload, workload.full_context, 1
-        )
+    works, failures = _prepared(device, makers)
+    layers = {name: 1 if name == FULL else copies for name in works}
+    times = _interleaved(device, works, layers)
+    result = {"workload": workload.name, **_summary(workload, times), "failed": failures}
+    joules = {name: device.joules(work) for name, work in works.items()}
+    energy = {name: j / layers[name] for name, j in joules.items() if j is not None}
+    return {**result, "joules": energy} if energy else result
+
+
+def measure_choices(
+    library: KernelLibrary, device: TimingDevice, workload: Workload
+) -> dict[str, Any]:
+    """Time the kernels with every number of splits and with each of their variants switched off.
+
+    Returns:
+        Median seconds of one layer by choice, and how many splits the plan takes.
+    """
+    copies = copies_of(device, workload)
+    params, *_held = call_of(workload, device.name)
+    size = library.workspace_size(params)
+    row = workload.batch * workload.heads * workload.steps * (workload.head_dim + 2) * 4
+    choices = {
+        "chosen": CHOSEN_BY_PLAN,
+        "no early start": Choices(starts_early=False),
+        "append kernel": Choices(appends_in_decode=False),
+        "append kernel, no early start": Choices(starts_early=False, appends_in_decode=False),
+        **{f"{n} splits": Choices(splits=n) for n in SPLITS if n * row <= size},
+    }
+    works, failures = _prepared(
+        device,
+        {
+            name: lambda choice=choice: _ours(library, device, workload, copies, choice)
+            for name, choice in choices.items()
+        },
+    )
+    times = _interleaved(device, works, dict.fromkeys(works, copies))
+    plan = library.plan(params, device.multiprocessors, device.shared_bytes, size)
+    return {
+        "workload": workload.name,
+        "kernel": plan.kernel,
+        "planned_splits": plan.splits,
+        "seconds": {name: statistics.median(t) for name, t in times.items()},
+        "failed": failures,
+    }
+
+
+def _prepared(
+    device: TimingDevice, makers: dict[str, Maker]
+) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """Make every contestant; those that cannot be made are left out and named."""
     works, failures = {}, {}
     for name, make in makers.items():
         try:
             works[name] = device.prepared(make())
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            failures[name] = str(error).splitlines()[0]
+        except Exception as error:  # noqa: BLE001 - whatever a contestant's library raises
+            failures[name] = in_words(error)
+    return works, failures
+
+
+def _interleaved(
+    device: TimingDevice, works: dict[str, Callable[[], None]], layers: dict[str, int]
+) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(ROUNDS):
         for name, work in works.items():
-            count = 1 if name.endswith("full context") else copies
-            times[name].append(device.seconds(work) / count)
-    return {"workload": workload.name, **_summary(workload, times), "failed": failures}
+            times[name].append(device.seconds(work) / layers[name])
+    return times
 
 
 def our_work(
     library: KernelLibrary, device: TimingDevice, workload: Workload
 ) -> tuple[Callable[[], None], int]:
     """Return the kernels' work on as many layers as it takes to leave the cache, and how many."""
-    copies = _copies(device, workload)
+    copies = copies_of(device, workload)
     return _ours(library, device, workload, copies), copies
 
 
-def _copies(device: TimingDevice, workload: Workload) -> int:
+def copies_of(device: TimingDevice, workload: Workload) -> int:
+    """Return how many layers exceed the cache four times."""
     return max(1, -(-4 * device.cache_bytes // workload.key_bytes))
 
 
@@ -171,37 +161,41 @@ def _summary(workload: Workload, times: dict[str, list[float]]) -> dict[str, Any
         for name, t in times.items()
     }
     median = {name: s["median"] for name, s in seconds.items()}
-    ours = median["lambda kernels"]
+    ours = median[OURS]
     result: dict[str, Any] = {
         "seconds": seconds,
         "read_bytes_per_second": workload.key_bytes / ours,
         "flops_per_second": workload.flops / ours,
     }
-    if "copy" in median:  # a copy reads and writes
-        result["copy_bytes_per_second"] = 2 * workload.key_bytes / median["copy"]
+    if COPY in median:  # a copy reads and writes
+        result["copy_bytes_per_second"] = 2 * workload.key_bytes / median[COPY]
         result["of_copy_bandwidth"] = (
             result["read_bytes_per_second"] / result["copy_bytes_per_second"]
         )
     for name, value in median.items():
-        if name not in ("lambda kernels", "copy"):
+        if name not in (OURS, COPY):
             result.setdefault("times_faster_than", {})[name] = value / ours
     return result
 
 
 def _ours(
-    library: KernelLibrary, device: TimingDevice, w: Workload, copies: int, *, split: bool = True
+    library: KernelLibrary,
+    device: TimingDevice,
+    w: Workload,
+    copies: int,
+    choices: Choices = CHOSEN_BY_PLAN,
 ) -> Callable[[], None]:
     calls, held = [], []
     for _ in range(copies):
         params, *tensors = call_of(w, device.name)
         calls.append(params)
         held.append(tensors)
-    size = library.workspace_size(calls[0]) if split else 0
+    size = library.workspace_size(calls[0])
     workspace = torch.empty(size, dtype=torch.uint8, device=device.name)
 
     def work(keep: Any = held) -> None:
         for params in calls:
-            library.launch(params, workspace, device.stream())
+            library.launch(params, workspace, device.stream(), choices)
 
     return work
 
@@ -250,57 +244,3 @@ def operator_tensors(
     lengths = [past, count, queries, held]
     inputs = [*new, *ring, *sinks, *lengths, *rows, *limit, slopes, learned, *scales]
     return inputs, [torch.empty_like(new[0]), *ring, *sinks, *scales]
-
-
-def _plain_tensors(device: TimingDevice, w: Workload, keys: int, copies: int) -> list[list[Tensor]]:
-    def random(heads: int, length: int) -> Tensor:
-        shape = (w.batch, heads, length, w.head_dim)
-        return torch.randn(shape, dtype=w.dtype, device=device.name)
-
-    return [
-        [random(w.heads, w.steps), random(w.kv_heads, keys), random(w.kv_heads, keys)]
-        for _ in range(copies)
-    ]
-
-
-def _sdpa(device: TimingDevice, w: Workload, keys: int, copies: int) -> Callable[[], None]:
-    layers = _plain_tensors(device, w, keys, copies)
-    on_gpu = device.name == "cuda"
-
-    def work() -> None:
-        for query, key, value in layers:
-            scaled_dot_product_attention(query, key, value, enable_gqa=w.heads != w.kv_heads)
-
-    def flash() -> None:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-            work()
-
-    return flash if on_gpu else work
-
-
-def _flex(device: TimingDevice, w: Workload, copies: int) -> Callable[[], None]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    layers = _plain_tensors(device, w, w.keys, copies)
-    torch._dynamo.reset()  # every workload is compiled for its own sizes
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def work() -> None:
-        for query, key, value in layers:
-            compiled(query, key, value, enable_gqa=w.heads != w.kv_heads)
-
-    return work
-
-
-def _copy(device: TimingDevice, w: Workload, copies: int) -> Callable[[], None]:
-    count = w.key_bytes // 2
-    pairs = [
-        [torch.zeros(count, dtype=torch.float16, device=device.name) for _ in range(2)]
-        for _ in range(copies)
-    ]
-
-    def work() -> None:
-        for source, target in pairs:
-            target.copy_(source)
-
-    return work

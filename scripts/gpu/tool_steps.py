@@ -1,4 +1,4 @@
-"""Steps that build, and that ask other programs: the sanitizer, the harness, onnxruntime, TensorRT."""
+"""Steps that build, and that ask others: the sanitizer, the harness, onnxruntime, TensorRT."""
 
 from __future__ import annotations
 

@@ -1,0 +1,174 @@
+"""Decoding on the block emulation: who appends, how keys are split, in which order blocks run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scripts.gpu import streams
+from scripts.gpu.check import Stream, run_stream
+from scripts.gpu.emulated_device import EmulatedDevice, counters, reset_counters
+from scripts.gpu.kernel_library import (
+    CHOSEN_BY_PLAN,
+    Choices,
+    KernelError,
+    KernelLibrary,
+    params_of,
+)
+from tests.support import kernel_build
+from tests.support.kernel_case import one_step
+
+pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
+DEVICE = EmulatedDevice()
+LARGEST_RATIO = 2.0
+LONG = streams.SMALL.with_(window_size=211, num_heads=6, num_kv_heads=2)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return kernel_build.shared_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def library(folder):
+    library = KernelLibrary(kernel_build.emulated_library(folder))
+    DEVICE.configure(library)
+    return library
+
+
+def step(library, case, bases, new, dtype=torch.float16, choices=CHOSEN_BY_PLAN):
+    """Run one step in place; returns its outputs."""
+    inputs, outputs, attributes = one_step(case, bases, new, dtype)
+    params = params_of(inputs, outputs, attributes)
+    workspace = torch.full((library.workspace_size(params) // 4,), float("nan"))
+    library.launch(params, workspace, choices=choices)
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("window", "chunk", "choices", "launches"),
+    [
+        (37, 1, CHOSEN_BY_PLAN, 1),
+        (1511, 1, CHOSEN_BY_PLAN, 2),
+        (37, 1, Choices(appends_in_decode=False), 2),
+        (1511, 1, Choices(appends_in_decode=False), 3),
+        (37, 2, CHOSEN_BY_PLAN, 2),
+        (1511, 2, CHOSEN_BY_PLAN, 3),
+    ],
+)
+def test_a_single_token_takes_one_launch_or_two(library, window, chunk, choices, launches):
+    reset_counters(library)
+    step(library, streams.SMALL.with_(window_size=window), (10**6,), (chunk,), choices=choices)
+    assert counters(library).launches == launches
+
+
+def test_sinks_that_are_copied_are_copied_by_the_append_kernel(library):
+    inputs, outputs, attributes = one_step(streams.SMALL, (3, 10**6), (1, 1), torch.float16)
+    wanted = [x.clone() for x in step(library, streams.SMALL, (3, 10**6), (1, 1))]
+    apart = [outputs[0], *(torch.full_like(x, float("nan")) for x in outputs[1:])]
+    reset_counters(library)
+    library.launch(params_of(inputs, apart, attributes), None)
+    assert counters(library).launches == 2
+    assert all(map(torch.equal, apart, wanted))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", streams.HALF_TYPES)
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 13, 64])
+def test_who_appends_changes_no_bit(library, splits, dtype, reverse):
+    """Near the start, at a tile's edge and far away, and in rows of padding."""
+    bases = (0, 1, 15, 16, 208, 10**7, 10**12 + 3, 47)
+    new = (1, 1, 1, 1, 1, 1, 1, 0)
+    DEVICE.configure(library, reverse=reverse)
+    results = [
+        step(library, LONG, bases, new, dtype, Choices(splits=splits, appends_in_decode=appends))
+        for appends in (True, False)
+    ]
+    DEVICE.configure(library)
+    assert all(map(torch.equal, *results))
+    assert torch.isfinite(results[0][0]).all()
+
+
+@pytest.mark.parametrize("heads", [(20, 1), (40, 2)])
+def test_several_blocks_that_share_a_key_head_append_the_same(library, heads):
+    case = LONG.with_(num_heads=heads[0], num_kv_heads=heads[1], head_dim=256, rotary_dim=256)
+    choices = [Choices(splits=3, appends_in_decode=appends) for appends in (True, False)]
+    results = [step(library, case, (10**6, 5), (1, 1), choices=choice) for choice in choices]
+    assert all(map(torch.equal, *results))
+
+
+def test_all_splits_give_what_one_gives(library):
+    one, *others = (
+        step(library, LONG, (10**7, 90), (1, 1), choices=Choices(splits=splits))
+        for splits in (1, 2, 7, 8, 9, 31, 64)
+    )
+    for other in others:
+        assert all(map(torch.equal, one[1:], other[1:]))
+        torch.testing.assert_close(one[0], other[0], rtol=2e-3, atol=2e-3)
+
+
+def test_splits_that_the_workspace_does_not_hold_are_refused(library):
+    inputs, outputs, attributes = one_step(LONG, (10**6,), (1,), torch.float16)
+    params = params_of(inputs, outputs, attributes)
+    with pytest.raises(KernelError, match="cudaErrorInvalidValue"):
+        library.launch(params, torch.empty(1024), choices=Choices(splits=8))
+    with pytest.raises(KernelError, match="cudaErrorInvalidValue"):
+        library.launch(params, torch.empty(10**6), choices=Choices(splits=65))
+
+
+# What must not go unnoticed: each line of a kernel replaced by a wrong one.
+MUTATIONS = {
+    "new_key_read_before_it_is_written": (
+        "decode_float16.cu",
+        "decode.cuh",
+        "tile < end && !(appends && tile == tiles - 1)",
+        "tile < end",
+    ),
+    "padding_is_not_appended": (
+        "decode_float16.cu",
+        "decode.cuh",
+        "(begin < end || (tiles == 0 && split == 0))",
+        "begin < end",
+    ),
+    "appended_by_the_first_split": (
+        "decode_float16.cu",
+        "decode.cuh",
+        "end == tiles && (begin < end || (tiles == 0 && split == 0))",
+        "split == 0",
+    ),
+    "values_requested_before_they_are_used_up": (
+        "decode_float16.cu",
+        "decode.cuh",
+        "    warp.multiplyValues(tile, weights);\n    if (next < end) warp.loadValues(next);",
+        "    if (next < end) warp.loadValues(next);\n    warp.multiplyValues(tile, weights);",
+    ),
+    "combine_reads_a_split_too_many": (
+        "rows.cu",
+        "combine.cuh",
+        "if (split >= a.splits) continue;",
+        "if (split > a.splits) continue;",
+    ),
+    "combine_forgets_other_maxima": (
+        "rows.cu",
+        "combine.cuh",
+        "all += weights[other] * sums",
+        "all += sums",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_kernel_is_found(library, folder, tmp_path, mutation):
+    source, file, line, wrong = MUTATIONS[mutation]
+    mutant = KernelLibrary(kernel_build.broken_library(folder, source, file, line, wrong, tmp_path))
+    case = LONG.with_(num_heads=4, num_kv_heads=1)
+    chunks = ((1, 1), (1, 0), (1, 1))
+    found = []
+    for reverse in (False, True):
+        DEVICE.configure(mutant, reverse=reverse)
+        outcome = run_stream(mutant, replace(DEVICE), Stream(mutation, case, (10**6, 3), chunks))
+        found.append(bool(outcome.problems) or outcome.error > LARGEST_RATIO * outcome.torch_error)
+    assert any(found)
