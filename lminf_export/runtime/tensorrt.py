@@ -34,6 +34,7 @@ from lminf_export.runtime.engine import (
     INSTEAD,
     Libraries,
     check_aliases,
+    check_driver,
     check_table,
     check_target,
     check_version,
@@ -83,6 +84,7 @@ class TensorRTSession(Session):
                 f"this plan needs an NVIDIA GPU; none was found on this machine ({gpu}); {INSTEAD}"
             )
         check_target(engine, gpu)
+        check_driver(bundle.plugin_path, gpu)
         libraries = libraries or load_libraries(engine)
         check_version(engine, libraries.trt)
         self._trt = libraries.trt

@@ -1,7 +1,5 @@
 #include "cache_use.h"
 
-#include <cuda_runtime_api.h>
-
 #include <atomic>
 
 #include "../operator/rules.h"
@@ -63,12 +61,4 @@ LMINF_EXPORT void lminfRecordCaches(const void** addresses, std::uint64_t room,
                                     std::uint64_t* count) {
   if (count != nullptr) *count = 0;
   lminf::tensorrt::record = {addresses, room, count};
-}
-
-LMINF_EXPORT std::int32_t lminfCudaRuntime() {
-#ifdef CUDART_VERSION
-  return CUDART_VERSION;
-#else
-  return 0;
-#endif
 }

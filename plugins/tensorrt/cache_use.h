@@ -33,7 +33,4 @@ std::uint64_t lminfCachesApart();
 // even where the room is smaller. A null pointer ends it.
 void lminfRecordCaches(const void** addresses, std::uint64_t room, std::uint64_t* count);
 
-// The CUDA runtime inside the library, such as 13000 for 13.0; 0 if there is none.
-std::int32_t lminfCudaRuntime();
-
 }  // extern "C"

@@ -22,7 +22,7 @@ from tests.support.kernel_build import KERNELS, NO_COMPILER, PLUGINS, compiler, 
 HEADERS = [Path(p) for p in os.environ.get("TENSORRT_INCLUDE_DIR", "").split(os.pathsep) if p]
 PLUGIN_SOURCES = (
     *("attributes.cpp", "cache_use.cpp", "logger.cpp", "tensors.cpp"),
-    *("plugin.cpp", "library.cpp"),
+    *("cuda_version.cpp", "plugin.cpp", "library.cpp"),
 )
 HARNESS_SOURCES = ("build.cpp", "case.cpp", "main.cpp", "memory.cpp", "run.cpp")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
@@ -80,6 +80,16 @@ def recording_library(folder: Path) -> Path:
     includes = ("-I", str(PLUGINS / "emulation"), "-I", str(PLUGINS / "tensorrt"))
     sources = (str(source), str(PLUGINS / "tensorrt" / "cache_use.cpp"))
     _run([str(compiler()), *FLAGS, *includes, "-shared", *sources, "-o", str(library)])
+    return library
+
+
+def built_mark(folder: Path, version: str | None) -> Path:
+    """Build a library of the one file that says the CUDA runtime; None for the emulation's."""
+    library = folder / "mark.so"
+    source = str(PLUGINS / "tensorrt" / "cuda_version.cpp")
+    defined = () if version is None else (f"-DCUDART_VERSION={version}",)
+    includes = ("-I", str(PLUGINS / "emulation"))
+    _run([str(compiler()), *FLAGS, *defined, *includes, "-shared", source, "-o", str(library)])
     return library
 
 
