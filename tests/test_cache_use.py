@@ -7,20 +7,25 @@ double that gives it the addresses which an engine would.
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import subprocess
 import threading
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from lminf_export.bench import measure
+from lminf_export.bench.report import FirstToken, Memory
+from lminf_export.cli.bench import bench_command
 from lminf_export.engine.options import EngineOptions
 from lminf_export.errors import EngineError
 from lminf_export.operator import contract
 from lminf_export.runtime.cache_use import CacheRecorder, CacheUse, cache_use, find_recorder
 from lminf_export.runtime.language_model import LanguageModel
 from tests.support.plugin_build import needs_compiler, recording_library
-from tests.support.tensorrt_doubles import TINY, Setup
+from tests.support.tensorrt_doubles import TINY, Setup, bundle_with_plan
 
 KINDS = ("key", "value", "sink_key", "sink_value")
 LOGGER = "lminf_export.runtime.tensorrt"
@@ -225,3 +230,38 @@ def test_cache_aliasing_is_a_setting_of_the_plugin():
         EngineOptions(plugin="none", cache_aliasing="bound")
     assert EngineOptions().described() == {}
     assert EngineOptions(cache_aliasing="bound").described() == {"cache_aliasing": "bound"}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [(None, f"all {CACHES} in place"), *((name, row[2]) for name, row in COPIES.items())],
+)
+def test_bench_runs_a_plan_and_shows_what_its_caches_did(
+    tmp_path, monkeypatch, library, name, words
+):
+    engine = Engine(tmp_path, monkeypatch, library, *([COPIES[name][0]] if name else []))
+    monkeypatch.setattr(
+        measure, "load", lambda path, **settings: LanguageModel(engine.setup.bundle, engine.session)
+    )
+    # A process of its own has no doubles.
+    asked = []
+    fresh = FirstToken(1.0, 0.1, 0.2, 0.3, 0.1), Memory(1, 2, 3)
+    monkeypatch.setattr(measure, "fresh_process", lambda *told: asked.append(told[0]) or fresh)
+    plan = engine.setup.bundle.plan_path
+    words_of_command = [plan, "--batch-sizes", "1,3", "--prefill-tokens", 9, "--decode-tokens", 5]
+    result = CliRunner().invoke(bench_command, [*map(str, words_of_command), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert asked == [plan]
+    assert report["cache_updates"] == words
+    assert report["provider"] == "tensorrt"
+    assert report["bandwidth"] > 0
+    assert {row["batch_size"] for row in report["decode"]} == {1, 3}
+
+
+def test_bench_refuses_a_profile_of_a_plan(tmp_path):
+    bundle, _ = bundle_with_plan(tmp_path, plugin="beside")
+    result = CliRunner().invoke(bench_command, [str(bundle.plan_path), "--profile"])
+    assert result.exit_code == 2
+    assert "profile: is of onnxruntime's operators" in result.output

@@ -11,8 +11,10 @@ import onnx_ir as ir
 from lminf_export.bench.graph import Place, read_graph, stored_weights
 from lminf_export.bundle.folder import Bundle
 from lminf_export.models.expert_facts import CHOICE_PREFIX
+from lminf_export.runtime.gpu import Cuda
 
 _BUFFER_BYTES = 2**28  # far larger than any cache of a processor
+_DEVICE_BYTES = 2**30  # the same of a GPU's
 _ROUNDS = 7
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 
@@ -31,6 +33,26 @@ def streaming_bandwidth(threads: int) -> float:
             list(pool.map(np.max, parts))
             best = min(best, time.perf_counter() - start)
     return buffer.nbytes / best
+
+
+def device_bandwidth(cuda: Cuda) -> float:
+    """Return the bytes per second that a GPU's memory moves, the best of several copies in it.
+
+    A copied byte is read and written, so it counts twice.
+
+    Raises:
+        SessionError: there is not even a little memory left.
+    """
+    nbytes = min(_DEVICE_BYTES, cuda.memory()[0] // 4)
+    source, target = cuda.work_memory(nbytes), cuda.work_memory(nbytes)
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        cuda.synchronize()
+        start = time.perf_counter()
+        cuda.copy(target.address, source.address, source.nbytes)
+        cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
 
 
 def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:

@@ -124,6 +124,11 @@ class TensorRTSession(Session):
         return False
 
     @property
+    def cuda(self) -> Cuda:
+        """The session's stream and the GPU's memory."""
+        return self._cuda
+
+    @property
     def cache_use(self) -> CacheUse | None:
         """How caches were updated, in the worst of the steps so far; None while it is not known."""
         return min(self._cache_uses.values(), key=lambda use: use.in_place, default=None)

@@ -13,7 +13,8 @@
 
 namespace {
 // Read from the file by lminf_export/runtime/plugin_cuda.py.
-__attribute__((used)) const char kMark[] = "lminf_tensorrt CUDA runtime " LMINF_TEXT(CUDART_VERSION);
+__attribute__((used)) const char kMark[] =
+    "lminf_tensorrt CUDA runtime " LMINF_TEXT(CUDART_VERSION);
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) std::int32_t lminfCudaRuntime() {
