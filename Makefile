@@ -9,13 +9,14 @@ else
 EXTRAS ?= dev
 endif
 
-.PHONY: help install demo test test-fast test-versions lint docs format clean evidence-real
+.PHONY: help install demo plugins test test-fast test-versions lint docs format clean evidence-real
 
 help:
 	@echo "make demo       install, export the demo model, validate it, let it write"
 	@echo "make test       lint, types, import rules and all tests"
 	@echo "make test-versions  dependencies, the wheel, a browser and npm clients; needs registries"
 	@echo "make test-fast  the tests of every package that take little time"
+	@echo "make plugins    the TensorRT plugin for all GPUs, to dist/; TENSORRT_INCLUDE_DIR, nvcc, cmake"
 	@echo "make lint       only the static checks"
 	@echo "make docs       write all generated pages"
 	@echo "make format     format the code"
@@ -32,6 +33,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/demo.py
+
+# One of the folders that tests take will do: a library serves every release.
+plugins:
+	cmake -S plugins -B build/plugins \
+		-DTENSORRT_INCLUDE_DIR="$(firstword $(subst :, ,$(TENSORRT_INCLUDE_DIR)))"
+	cmake --build build/plugins --parallel --target lminf_tensorrt
+	sh plugins/release.sh build/plugins dist
 
 lint: install
 	$(BIN)/ruff format --check .

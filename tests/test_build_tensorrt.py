@@ -172,6 +172,15 @@ def test_the_builder_is_told_to_alias_and_nothing_the_user_did_not_ask(written):
     assert config.plugins_to_serialize == []
 
 
+def test_caches_that_are_only_bound_are_no_word_to_the_builder(written):
+    told = compiled(written, cache_aliasing="bound")._told
+    assert [entry for entry in told if entry[0] != "profile"] == [("clear", "TF32")]
+    options = EngineOptions(cache_aliasing="bound")
+    recipe = make_recipe(replace(written[1], options=options))
+    assert "preview" not in recipe.command
+    assert recipe.options == {"cache_aliasing": "bound"}
+
+
 def test_single_tokens_and_chunks_are_the_two_profiles(written):
     single, chunk = (e[1]._shapes for e in compiled(written)._told if e[0] == "profile")
     assert single["input_ids"] == ((1, 1), (3, 1), (3, 1))

@@ -13,6 +13,7 @@ from lminf_export.bundle.records import Engine
 from lminf_export.bundle.writer import BundleWriter
 from lminf_export.cli.main import cli
 from lminf_export.runtime.kernels import find_kernels
+from tests.support.tensorrt_doubles import bundle_with_plan
 from tests.support.tiny_bundle import TinyModel
 from tests.support.tiny_models import save_llama
 
@@ -58,10 +59,20 @@ def test_people_see_model_cache_engine_and_files(bundle):
         "x.plan, float32, built, not executed here",
         "tensorrt-rtx 1.7.1, for any",
         "batch 1…4, sequence 1…1",
+        "rings updated in place, sinks in two buffers",
         "model.onnx",
         "a model made by hand",
     ):
         assert text in result.output, text
+
+
+@pytest.mark.parametrize(
+    ("options", "how"), [({}, "declared"), ({"cache_aliasing": "bound"}, "bound")]
+)
+def test_how_a_plugin_updates_caches_is_no_claim_that_it_does(tmp_path, options, how):
+    opened, _ = bundle_with_plan(tmp_path, plugin="beside", **options)
+    shown = " ".join(inspect(opened.path).output.replace("│", " ").split())
+    assert f"engine caches {how} as updated in place; lminf bench on its GPU shows" in shown
 
 
 def test_programs_get_the_manifest_and_the_costs(bundle):

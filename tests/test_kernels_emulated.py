@@ -180,7 +180,7 @@ def test_guard_bytes_notice_a_write_behind_a_tensor():
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake: its build is not tried")
 def test_cmake_builds_the_emulated_library(tmp_path):
-    command = ["cmake", "-S", str(kernel_build.PLUGINS), "-B", str(tmp_path), "-DLMINF_EMULATE=ON"]
+    command = kernel_build.cmake(tmp_path, "-DLMINF_EMULATE=ON")
     subprocess.run(command, check=True, capture_output=True)
     built = subprocess.run(
         ["cmake", "--build", str(tmp_path), "--target", "lambda_attention_params"],

@@ -13,7 +13,12 @@ import pytest
 
 from scripts.gpu.plugin_harness import Feed, Harness, streams
 from tests.support.kernel_build import shared_folder
-from tests.support.plugin_build import emulated_plugin, needs_compiler, needs_headers
+from tests.support.plugin_build import (
+    emulated_plugin,
+    every_release,
+    needs_compiler,
+    needs_headers,
+)
 
 pytestmark = [needs_headers, needs_compiler]
 
@@ -183,11 +188,62 @@ def test_a_file_that_is_no_plugin_is_an_answer_and_no_crash(harness, tmp_path):
     assert (reply["ok"], reply["stage"]) == (False, "load")
 
 
-def test_the_library_exports_what_tensorrt_looks_for_and_nothing_else(built):
+EXPORTS = {"getCreators", "setLoggerFinder"}
+EXPORTS |= {"lminfCachesInPlace", "lminfCachesApart", "lminfRecordCaches", "lminfCudaRuntime"}
+
+
+@every_release("release")
+def test_the_library_exports_its_few_functions_and_nothing_else(tmp_path_factory, release):
     table = subprocess.run(
-        ["nm", "-D", "--defined-only", str(built.plugin)],
+        ["nm", "-D", "--defined-only", str(built_with(tmp_path_factory, release).plugin)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert {line.split()[-1] for line in table.splitlines()} == {"getCreators", "setLoggerFinder"}
+    assert {line.split()[-1] for line in table.splitlines()} == EXPORTS
+
+
+def built_with(tmp_path_factory, release):
+    return emulated_plugin(shared_folder(tmp_path_factory), release)
+
+
+# A stream of either kind of ring, in a few steps.
+FEW = {
+    name: replace(STREAMS[name], chunks=((1, 1, 1), (7, 3, 0), (1, 0, 1)))
+    for name in ("everything-in place", "int8_interleaved-apart")
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+@every_release("headers")
+@every_release("release")
+def test_one_library_serves_every_release(tmp_path_factory, tmp_path, release, headers, name):
+    """Whichever headers it was built with: the harness has the virtual tables of its release."""
+    plugin = built_with(tmp_path_factory, headers).plugin
+    harness = Harness(built_with(tmp_path_factory, release).harness, plugin)
+    assert harness.run(FEW[name], tmp_path).problems == []
+    (tmp_path / "case.txt").write_text(
+        (tmp_path / "case.txt").read_text(encoding="utf-8").replace("int rotary_dim ", "int no "),
+        encoding="utf-8",
+    )
+    # What it says goes through that release's logger.
+    (message,) = harness.play(tmp_path)["messages"]
+    assert "no: no such attribute" in message
+
+
+# Caches of a step: two rings and two tensors of sinks, and with rings of int8 two of scales.
+@pytest.mark.parametrize(
+    ("name", "caches"), [("half_rotation", 4), ("no_sinks", 2), ("int8_half_rotation", 6)]
+)
+def test_the_library_counts_caches_that_are_copied_and_says_so_once(
+    harness, tmp_path, name, caches
+):
+    stream = replace(STREAMS[f"{name}-in place"], chunks=((1, 1, 1), (7, 3, 0), (1, 0, 1)))
+    Feed(stream).write(tmp_path)
+    reply = harness.play(tmp_path)
+    assert (reply["caches_in_place"], reply["caches_apart"]) == (3 * caches, 0)
+    assert reply["warnings"] == []
+    reply = harness.play(tmp_path, apart=True)
+    assert (reply["caches_in_place"], reply["caches_apart"]) == (0, 3 * caches)
+    (warning,) = reply["warnings"]
+    assert f"past and present of {caches} caches of a layer have two addresses" in warning

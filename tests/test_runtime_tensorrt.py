@@ -6,6 +6,7 @@ No GPU has run this session yet.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_a_bundle_without_a_plan_is_refused(tmp_path):
         ("sm_80+", (12, 0), True),
         ("sm_80+", (7, 5), False),
         ("sm_89", (8, 9), True),
-        ("sm_89", (9, 0), False),
+        ("sm_89", (12, 0), False),
         ("sm_75,sm_120", (12, 0), True),
         ("sm_75,sm_120", (12, 1), False),
         ("elsewhere", (8, 9), False),
@@ -217,6 +218,22 @@ def test_a_plan_runs_on_the_gpus_it_is_for(tmp_path, monkeypatch, target, capabi
     else:
         with pytest.raises(SessionError, match=rf"is for {target}.*GPU \(a card\) is sm_"):
             setup.open()
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
+def test_a_plan_for_rtx_is_refused_on_the_gpus_it_excludes(tmp_path, monkeypatch, capability):
+    setup = Setup(tmp_path, monkeypatch, gpu=Gpu("a card", capability), target="sm_80+")
+    monkeypatch.setattr(runtime, "deserialize", None)
+    with pytest.raises(
+        SessionError,
+        match=r"TensorRT for RTX does not run on .* 9\.x and 10\.x.*\(a card\) is "
+        rf"sm_{capability[0]}{capability[1]}; build the plan with --builder tensorrt on this GPU",
+    ):
+        setup.open()
+
+
+def test_a_plan_for_tensorrt_proper_runs_there(tmp_path, monkeypatch):
+    Setup(tmp_path, monkeypatch, gpu=Gpu("H", (9, 0)), target="sm_90", plugin="beside").open()
 
 
 def test_a_plan_of_another_version_is_refused(tmp_path, monkeypatch):
@@ -322,6 +339,10 @@ class Driver:
         value._obj.value = {75: 8, 76: 9}[attribute]
         return 0
 
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 12080
+        return 0
+
     def cuGetErrorName(self, status, text):
         text._obj.value = b"CUDA_ERROR_NO_DEVICE"
         return 0
@@ -330,7 +351,7 @@ class Driver:
 @pytest.mark.parametrize(
     ("driver", "found"),
     [
-        (Driver(), ADA),
+        (Driver(), replace(ADA, driver_cuda=12080)),
         (Driver(count=0), "the NVIDIA driver shows no device"),
         (Driver(init=100), "the NVIDIA driver does not start: CUDA_ERROR_NO_DEVICE"),
         (object(), "the NVIDIA driver lacks a function: 'object' object has no attribute 'cuInit'"),

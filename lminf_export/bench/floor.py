@@ -15,9 +15,10 @@ from lminf_export.bench.graph import Place, read_graph, stored_weights
 from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import SessionError
 from lminf_export.models.expert_facts import CHOICE_PREFIX
+from lminf_export.runtime.gpu import Cuda
 
 _BUFFER_BYTES = 2**28  # far larger than any cache of a processor
-_GPU_BUFFER_BYTES = 2**31
+_DEVICE_BYTES = 2**30  # the same of a GPU's
 _ROUNDS = 7
 _NEGATION = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -54,7 +55,7 @@ def gpu_bandwidth() -> float:
     )
     if "CUDAExecutionProvider" not in session.get_providers():
         raise SessionError("onnxruntime could not start its cuda provider; use --provider cpu")
-    count = _GPU_BUFFER_BYTES // 4
+    count = _DEVICE_BYTES // 4
     values = [
         ort.OrtValue.ortvalue_from_numpy(np.zeros(count, np.float32), "cuda") for _ in range(2)
     ]
@@ -66,7 +67,27 @@ def gpu_bandwidth() -> float:
         start = time.perf_counter()
         session.run_with_iobinding(binding)
         best = min(best, time.perf_counter() - start)
-    return 2 * _GPU_BUFFER_BYTES / best
+    return 2 * _DEVICE_BYTES / best
+
+
+def device_bandwidth(cuda: Cuda) -> float:
+    """Return the bytes per second that a GPU's memory moves, the best of several copies in it.
+
+    A copied byte is read and written, so it counts twice.
+
+    Raises:
+        SessionError: there is not even a little memory left.
+    """
+    nbytes = min(_DEVICE_BYTES, cuda.memory()[0] // 4)
+    source, target = cuda.work_memory(nbytes), cuda.work_memory(nbytes)
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        cuda.synchronize()
+        start = time.perf_counter()
+        cuda.copy(target.address, source.address, source.nbytes)
+        cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
 
 
 def weight_bytes_per_step(bundle: Bundle, batch_size: int) -> int:

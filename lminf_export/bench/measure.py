@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lminf_export.bench.child import fresh_process
 from lminf_export.bench.floor import (
     cache_bytes_per_step,
+    device_bandwidth,
     gpu_bandwidth,
     streaming_bandwidth,
     weight_bytes_per_step,
@@ -28,8 +29,9 @@ from lminf_export.progress import Progress, silent
 from lminf_export.runtime.environment import environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.load import load
+from lminf_export.runtime.load import load, names_plan
 from lminf_export.runtime.options import Provider
+from lminf_export.runtime.tensorrt import TensorRTSession
 
 WINDOWS = (1, 8, 64)
 FAR = 1_000_000
@@ -85,32 +87,26 @@ def bench(
     Positions take turns, a few steps at a time, so that all feel the same machine.
 
     Args:
-        bundle: the bundle's folder, or its graph.
+        bundle: the bundle's folder or its graph, or its plan, which TensorRT runs on the GPU.
         options: what to measure.
         progress: called with the name of each measurement.
 
     Raises:
         BundleError: the bundle is damaged.
-        InputError: a plan was given, or an option makes no sense.
+        InputError: an option makes no sense.
         SessionError: it does not run here, or its caches exceed this machine's memory.
     """
     options = options or BenchOptions()
-    if Path(bundle).suffix == ".plan":
-        raise InputError(
-            f"{bundle}: bench measures graphs in onnxruntime; give the bundle's folder"
-        )
     opened = Bundle.open(bundle)
+    plan = names_plan(bundle, opened)
+    if plan and options.profile:
+        raise InputError("profile: is of onnxruntime's operators; a plan has none")
+    named = opened.plan_path if plan and opened.plan_path is not None else opened.path
     progress("a fresh process", None)
-    first_token, memory = fresh_process(
-        opened.path, options.provider, options.threads, options.kernels
-    )
+    first_token, memory = fresh_process(named, options.provider, options.threads, options.kernels)
+    model = load(named, provider=options.provider, threads=options.threads, kernels=options.kernels)
     progress("streaming memory", None)
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    on_gpu = options.provider == "cuda"
-    model = load(
-        opened.path, provider=options.provider, threads=options.threads, kernels=options.kernels
-    )
-    bandwidth = gpu_bandwidth() if on_gpu else streaming_bandwidth(options.threads or cores)
+    bandwidth = _bandwidth(model, options)
     prefill, decode = [], []
     for batch_size in options.batch_sizes:
         progress(f"prefill, batch {batch_size}", None)
@@ -119,7 +115,7 @@ def bench(
         decode += _decode(model, batch_size, options, bandwidth)
     position = _positions(opened, options)[-1][1]
     steps = min(options.decode_tokens, 30)
-    progress("outside onnxruntime", None)
+    progress("outside the engine", None)
     outside = outside_run(model, position, steps)
     profile = None
     if options.profile:
@@ -135,10 +131,13 @@ def bench(
         quantization=manifest.quantization.description if manifest.quantization else None,
         kv_cache_dtype=manifest.kv_cache_dtype,
         window_size=manifest.settings.window_size,
-        provider=options.provider,
+        provider=manifest.engine.builder if plan and manifest.engine else options.provider,
         threads=options.threads,
         attention=model.session.attention,
-        cuda_graph=getattr(model.session, "cuda_graph", None) if on_gpu else None,
+        cuda_graph=getattr(model.session, "cuda_graph", None)
+        if options.provider == "cuda"
+        else None,
+        cache_updates=_cache_updates(model),
         bandwidth=bandwidth,
         positions_are_set=True,
         first_token=first_token,
@@ -149,6 +148,26 @@ def bench(
         profile=profile,
         environment=environment(),
     )
+
+
+def _bandwidth(model: LanguageModel, options: BenchOptions) -> float:
+    """Bytes per second of the memory that the caches are in."""
+    if isinstance(model.session, TensorRTSession):
+        return device_bandwidth(model.session.cuda)
+    if options.provider == "cuda":
+        return gpu_bandwidth()
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return streaming_bandwidth(options.threads or cores)
+
+
+def _cache_updates(model: LanguageModel) -> str | None:
+    """Whether a plan's caches were updated in place, as its plugin saw it in this run."""
+    if not isinstance(model.session, TensorRTSession):
+        return None
+    if model.session.manifest.engine is not None and model.session.manifest.engine.plugin is None:
+        return "rings in place, by TensorRT's own update"
+    use = model.session.cache_use
+    return use.description if use is not None else "not known: the plugin cannot be asked"
 
 
 def _prefill(model: LanguageModel, batch_size: int, count: int) -> Prefill:

@@ -1,4 +1,4 @@
-"""Measures the time of a token outside onnxruntime's run: checks, bindings, sampling."""
+"""Measures the time of a token outside the engine's run: checks, bindings, sampling."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SAMPLING: dict[str, Any] = {
 
 
 def outside_run(model: LanguageModel, position: int, count: int) -> OutsideRun:
-    """Decode one stream in three ways, some tokens each, and take onnxruntime's part away.
+    """Decode one stream in three ways, some tokens each, and take the engine's part away.
 
     Args:
-        model: a bundle in onnxruntime.
+        model: a bundle in onnxruntime or TensorRT.
         position: where to decode; set, not read.
         count: tokens of each way.
     """

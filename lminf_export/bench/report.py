@@ -82,7 +82,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class OutsideRun:
-    """Time of a token of one stream outside onnxruntime's run, in seconds; medians.
+    """Time of a token of one stream outside the engine's run, in seconds; medians.
 
     Attributes:
         forward: reading a token with `LanguageModel.forward`.
@@ -116,11 +116,12 @@ class BenchReport:
         quantization: description of the stored weights; None where they are not quantised.
         kv_cache_dtype: element type of the rings where it is not dtype, else None.
         window_size: W.
-        provider: onnxruntime's.
+        provider: onnxruntime's, or the builder of the plan.
         threads: of one operator; None is onnxruntime's own choice.
         attention: what computed the attention.
         cuda_graph: on a GPU whether single tokens are played from a CUDA graph: "yes", or "no"
             and why; None on a CPU.
+        cache_updates: of a plan: whether its caches were updated in place, in words; else None.
         bandwidth: bytes per second of streaming main memory, the best of this run; on a GPU those
             that are read and written in its memory.
         positions_are_set: decoding positions are set, not read: caches hold random numbers.
@@ -143,6 +144,7 @@ class BenchReport:
     threads: int | None
     attention: str
     cuda_graph: str | None
+    cache_updates: str | None
     bandwidth: float
     positions_are_set: bool
     first_token: FirstToken

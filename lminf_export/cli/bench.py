@@ -74,6 +74,9 @@ def bench_command(
     Decoding is compared with its floor: the time to stream the weights and the live cache from
     memory once, at the bandwidth found in the same run. Decoding positions are set, not read:
     the rings hold random numbers, which cost what real keys cost.
+
+    BUNDLE may be a plan, DIR/engine.plan: TensorRT runs it on this machine's GPU, and the report
+    says whether its caches were updated in place.
     """
     from lminf_export.bench.measure import BenchOptions, bench
 
@@ -129,6 +132,7 @@ def _facts(report: BenchReport) -> Table:
         ("threads", threads),
         ("attention", report.attention),
         *([("CUDA graph", report.cuda_graph)] if report.cuda_graph else []),
+        *([("caches", report.cache_updates)] if report.cache_updates is not None else []),
         ("streaming bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s"),
         *(
             (
@@ -138,7 +142,7 @@ def _facts(report: BenchReport) -> Table:
             for row in report.prefill
         ),
         (
-            "outside onnxruntime's run, a token",
+            "outside the engine's run, a token",
             f"{outside.forward * 1e6:.0f} µs read, {outside.greedy * 1e6:.0f} µs made, "
             f"{outside.sampled * 1e6:.0f} µs drawn",
         ),

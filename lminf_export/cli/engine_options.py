@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from lminf_export.cli.option_fields import option_of
+from lminf_export.engine.options import CHOICES, EngineOptions
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NAMES = ("plugin", "embed_plugin", "timing_cache", "workspace", "builder_optimization_level")
+_NAMES = tuple(field.name for field in fields(EngineOptions))
 
 
 def engine_options(function: Callable[P, R]) -> Callable[..., R]:
@@ -44,10 +48,15 @@ def engine_options(function: Callable[P, R]) -> Callable[..., R]:
         metavar="0…5",
         help="How long TensorRT looks for a fast engine.  [default: TensorRT's own]",
     )
+    @option_of(
+        EngineOptions,
+        CHOICES,
+        "cache_aliasing",
+        help="How TensorRT learns that the plugin updates caches in place: the plugin declares it, "
+        "or past and present are bound to one address without a word.",
+    )
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        from lminf_export.engine.options import EngineOptions
-
         chosen: dict[str, Any] = {name: kwargs.pop(name) for name in _NAMES}
         kwargs["engine_options"] = EngineOptions(**chosen)
         return function(*args, **kwargs)

@@ -13,13 +13,14 @@ from lminf_export.bench.parameters import count_parameters
 from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.manifest import Manifest
-from lminf_export.bundle.records import BUILD_SCRIPT_NAME, MANIFEST_NAME, Layer, Plugin
+from lminf_export.bundle.records import BUILD_SCRIPT_NAME, MANIFEST_NAME, Engine, Layer, Plugin
 from lminf_export.bundle.trust import is_trusted
 from lminf_export.cli.common import handle_errors, verbosity_options
 from lminf_export.cli.terminal import echo_json
 from lminf_export.disk import exists, is_dir, is_file, onnx_files
 from lminf_export.errors import BundleError, SessionError, shortened
 from lminf_export.rewriting.detecting import find_onnx_model
+from lminf_export.runtime.cache_use import DECLARED
 from lminf_export.runtime.chat.files import find_template
 from lminf_export.runtime.kernels import INSTALLED, open_library
 
@@ -239,6 +240,7 @@ def _engine_facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("engine builder", f"{engine.builder} {engine.version}, for {engine.target}"),
         ("engine profiles", profiles),
         ("engine plugin", _plugin(engine.plugin)),
+        ("engine caches", _updates(engine)),
         (
             "plan trusted here",
             "yes" if is_trusted(manifest) else "no; --trust-plan once, to run it",
@@ -250,6 +252,14 @@ def _plugin(plugin: Plugin | None) -> str:
     if plugin is None:
         return "none, standard operators"
     return f"{plugin.file}, {'in the plan' if plugin.embedded else 'beside the plan'}"
+
+
+def _updates(engine: Engine) -> str:
+    """Say how caches are to be updated in place; only a step on a GPU shows whether they are."""
+    if engine.plugin is None:
+        return "rings updated in place, sinks in two buffers"
+    how = engine.options.get("cache_aliasing", DECLARED)
+    return f"{how} as updated in place; lminf bench on its GPU shows whether TensorRT copies them"
 
 
 def _kernels(choice: dict[str, Any]) -> str:

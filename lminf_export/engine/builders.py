@@ -128,7 +128,7 @@ def build_engine(builder: str, request: EngineRequest, progress: Progress = sile
     """
     facts: EngineFacts = _BUILDERS[builder].build(request, progress)
     logger.info(
-        "%s %s built %s (%s) in %.1f s: %s, %d caches updated in place",
+        "%s %s built %s (%s) in %.1f s: %s, %d caches %s",
         facts.builder,
         facts.version,
         request.plan_path.name,
@@ -136,6 +136,7 @@ def build_engine(builder: str, request: EngineRequest, progress: Progress = sile
         facts.seconds,
         human_bytes(facts.bytes),
         facts.cache_updates,
+        _updates_in_words(request),
     )
     return engine_record(
         request,
@@ -144,6 +145,15 @@ def build_engine(builder: str, request: EngineRequest, progress: Progress = sile
         target=facts.target,
         profiles=facts.profiles,
     )
+
+
+def _updates_in_words(request: EngineRequest) -> str:
+    """TensorRT's own updates are in place by definition; a plugin's only as far as it is asked."""
+    if not request.with_plugin:
+        return "updated in place"
+    if request.options.declares_aliases:
+        return "declared as updated in place, which the first step will check"
+    return "to be bound in place, which the first step will check"
 
 
 def engine_record(

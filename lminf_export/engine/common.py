@@ -70,7 +70,7 @@ class EngineFacts:
         target: GPUs the plan is for: "sm_89" for one, "sm_80+" from one on.
         dtype: element type of weights and caches.
         profiles: the optimisation profiles, in the engine's order.
-        cache_updates: caches the engine writes in place.
+        cache_updates: caches the engine is to write in place.
         seconds: wall time of the build.
         bytes: size of the plan.
     """

@@ -10,6 +10,8 @@ from lminf_export.engine.options import NO_PLUGIN, EngineOptions
 from lminf_export.errors import EngineError
 from lminf_export.operator import contract
 from lminf_export.operator.bindings import LayerSpec
+from lminf_export.runtime.gpu import Gpu, find_gpu
+from lminf_export.runtime.plugin_cuda import driver_problem
 
 PLUGIN_FILE = "liblminf_tensorrt.so"
 
@@ -41,26 +43,39 @@ def find_plugin(
 
     Args:
         options: whose `plugin` names a file, or "none", or leaves the choice.
-        required: raise an error if no library was named and none is found.
+        required: the engine is built here: raise an error if no library was named and none is
+            found, or if this machine's driver is too old for it.
         int8_cache: the rings hold int8, which a library of before has no creator for.
 
     Raises:
-        EngineError: no library was found, or the named file is not one.
+        EngineError: no library was found, the named file is not one, or it needs a newer driver.
     """
     if options.without_plugin:
         return None
-    if options.plugin is not None:
-        path = Path(options.plugin)
-        check_plugin(path, int8_cache=int8_cache)
-        return path
+    found = Path(options.plugin) if options.plugin is not None else _installed(required)
+    if found is not None:
+        check_plugin(found, int8_cache=int8_cache)
+        if required:
+            _require_driver(found)
+    return found
+
+
+def _installed(required: bool) -> Path | None:
     found = next((path for path in default_places() if path.is_file()), None)
     if found is None:
         if not required:
             return None
         places = " or ".join(str(path) for path in default_places())
         raise EngineError(f"the plugin's library is not at {places}; {_HOW}")
-    check_plugin(found, int8_cache=int8_cache)
     return found
+
+
+def _require_driver(path: Path) -> None:
+    """Where an engine is built here, its kernels run here: the driver must be new enough."""
+    gpu = find_gpu()
+    problem = driver_problem(path, gpu) if isinstance(gpu, Gpu) else None
+    if problem is not None:
+        raise EngineError(problem)
 
 
 def check_plugin(path: Path, *, int8_cache: bool = False) -> None:

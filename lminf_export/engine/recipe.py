@@ -39,7 +39,9 @@ def trtexec_line(request: EngineRequest) -> str:
     ]
     if request.with_plugin:
         library = f"./{request.plugin_path.name if request.plugin_path else PLUGIN_FILE}"
-        words += ["--preview=+aliasedPluginIO1003", f"--dynamicPlugins={library}"]
+        if options.declares_aliases:
+            words.append("--preview=+aliasedPluginIO1003")
+        words.append(f"--dynamicPlugins={library}")
         if options.embed_plugin:
             words.append(f"--setPluginsToSerialize={library}")
     if options.workspace is not None:

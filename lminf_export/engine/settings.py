@@ -35,7 +35,8 @@ def apply(trt: Any, config: Any, request: EngineRequest) -> None:
     """Set the request's options; all others keep the release's defaults."""
     options = request.options
     if request.with_plugin:
-        config.set_preview_feature(_aliases(trt), True)
+        if options.declares_aliases:
+            config.set_preview_feature(_aliases(trt), True)
         if options.embed_plugin and request.plugin_path is not None:
             config.plugins_to_serialize = [str(request.plugin_path.resolve())]
     if options.workspace is not None:

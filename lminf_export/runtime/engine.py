@@ -19,6 +19,7 @@ from lminf_export.bundle.tables import describe
 from lminf_export.errors import SessionError
 from lminf_export.operator import bindings
 from lminf_export.runtime.gpu import Gpu
+from lminf_export.runtime.plugin_cuda import driver_problem
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 
 # How the plugin's messages begin, in a library's log.
@@ -28,6 +29,8 @@ INSTEAD = "run the bundle's model.onnx with onnxruntime instead"
 # builder → Python package of its runtime.
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _DTYPES = {row.tensorrt: row.name for row in ELEMENT_TYPES.values() if row.tensorrt}
+# Major compute capabilities that TensorRT for RTX has no kernels for, though they are above 8.0.
+_NOT_RTX = (9, 10)
 _CREATOR = ("LambdaAttention", "1", "lminf")
 
 
@@ -126,6 +129,12 @@ def _import(module: str, what: str) -> Any:
 def check_target(engine: Engine, gpu: Gpu) -> None:
     """Compare the plan's target, such as "sm_89", "sm_80+" or "sm_75,sm_86", with the GPU."""
     own = gpu.compute_capability
+    if engine.builder == "tensorrt-rtx" and own[0] in _NOT_RTX:
+        raise SessionError(
+            f"TensorRT for RTX does not run on GPUs of compute capability 9.x and 10.x, and this "
+            f"machine's ({gpu.name}) is {gpu.target}; build the plan with --builder tensorrt on "
+            f"this GPU, or {INSTEAD}"
+        )
     for target in engine.target.split(","):
         number = target.removeprefix("sm_").removesuffix("+")
         if not number.isdigit():
@@ -137,6 +146,21 @@ def check_target(engine: Engine, gpu: Gpu) -> None:
         f"this plan is for {engine.target}, this machine's GPU ({gpu.name}) is {gpu.target}; "
         f"build it for this GPU, or {INSTEAD}"
     )
+
+
+def check_driver(plugin: Path | None, gpu: Gpu) -> None:
+    """Refuse a plugin whose CUDA runtime needs a newer driver, before it is loaded.
+
+    Args:
+        plugin: the library; None if there is none beside the plan.
+        gpu: the machine's.
+
+    Raises:
+        SessionError: with both versions and what to do.
+    """
+    problem = driver_problem(plugin, gpu) if plugin is not None else None
+    if problem is not None:
+        raise SessionError(f"{problem}, or {INSTEAD}")
 
 
 def check_version(engine: Engine, trt: Any) -> None:

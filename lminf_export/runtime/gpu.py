@@ -29,10 +29,13 @@ class Gpu:
     Attributes:
         name: as its maker calls it.
         compute_capability: major and minor.
+        driver_cuda: the CUDA release that the driver was made for, such as 13000 for 13.0; 0 if
+            it does not say.
     """
 
     name: str
     compute_capability: tuple[int, int]
+    driver_cuda: int = 0
 
     @property
     def target(self) -> str:
@@ -68,7 +71,11 @@ def _first_device(driver: ctypes.CDLL) -> Gpu | str:
         status = status or driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
     if status:
         return f"the first device does not answer: {_error_name(driver, status)}"
-    return Gpu(name.value.decode(errors="replace"), (numbers[0].value, numbers[1].value))
+    release = ctypes.c_int(0)
+    if driver.cuDriverGetVersion(ctypes.byref(release)):
+        release.value = 0
+    capability = (numbers[0].value, numbers[1].value)
+    return Gpu(name.value.decode(errors="replace"), capability, release.value)
 
 
 def _error_name(driver: ctypes.CDLL, status: int) -> str:

@@ -3,7 +3,8 @@
 Not yet executed on a GPU. Its use of both libraries is tested against their real Python
 surfaces and with recording doubles; the numbers it yields are not checked here.
 
-With the plugin all caches are updated in place and single tokens are played from a CUDA graph.
+With the plugin all caches are updated in place and single tokens are played from a CUDA graph;
+whether TensorRT copies caches all the same is asked of the plugin in the first steps.
 Without it rings are updated in place, and sinks are written to a second buffer and copied back
 while there are new ones, since nothing promises that the engine reads a sink before it writes it.
 """
@@ -21,10 +22,19 @@ from lminf_export.bundle.folder import Bundle
 from lminf_export.errors import SessionError, require_instance
 from lminf_export.operator import bindings
 from lminf_export.runtime.cache import State
+from lminf_export.runtime.cache_use import (
+    BOUND,
+    DECLARED,
+    CacheRecorder,
+    CacheUse,
+    cache_use,
+    find_recorder,
+)
 from lminf_export.runtime.engine import (
     INSTEAD,
     Libraries,
     check_aliases,
+    check_driver,
     check_table,
     check_target,
     check_version,
@@ -74,12 +84,15 @@ class TensorRTSession(Session):
                 f"this plan needs an NVIDIA GPU; none was found on this machine ({gpu}); {INSTEAD}"
             )
         check_target(engine, gpu)
+        check_driver(bundle.plugin_path, gpu)
         libraries = libraries or load_libraries(engine)
         check_version(engine, libraries.trt)
         self._trt = libraries.trt
         self._cuda = Cuda(libraries.cudart)
         self._messages = message_log(libraries.trt, logger)
         self._runtime = libraries.trt.Runtime(self._messages)
+        self._recorder: CacheRecorder | None = None
+        self._cache_uses: dict[bool, CacheUse] = {}
         self._take_plugin(bundle)
         self._engine = deserialize(self._runtime, path, self._messages)
         check_table(libraries.trt, self._engine, self.manifest, path)
@@ -109,6 +122,16 @@ class TensorRTSession(Session):
     def caches_in_main_memory(self) -> bool:
         """See `Session.caches_in_main_memory`."""
         return False
+
+    @property
+    def cuda(self) -> Cuda:
+        """The session's stream and the GPU's memory."""
+        return self._cuda
+
+    @property
+    def cache_use(self) -> CacheUse | None:
+        """How caches were updated, in the worst of the steps so far; None while it is not known."""
+        return min(self._cache_uses.values(), key=lambda use: use.in_place, default=None)
 
     def new_state(self, batch_size: int, *, full: bool = False) -> TensorRTState:
         """See `Session.new_state`; an engine's rings are always full."""
@@ -208,11 +231,43 @@ class TensorRTSession(Session):
     def _enqueue(self, context: Any, state: TensorRTState, single: bool) -> None:
         """Enqueue one step: copy of the small inputs, engine, copy of the logits."""
         state.send(single)
+        if self._recorder is None or single in self._cache_uses:
+            self._execute(context, state)
+        else:
+            bound = state.cache_addresses
+            with self._recorder.recorded(len(bound)) as seen:
+                self._execute(context, state)
+            self._judge(cache_use(seen, bound), single)
+        state.receive(single)
+
+    def _execute(self, context: Any, state: TensorRTState) -> None:
         if not context.execute_async_v3(self._cuda.stream):
             raise SessionError(
                 f"the step at token {state.furthest} failed: {reason(self._messages.errors)}"
             )
-        state.receive(single)
+
+    def _judge(self, use: CacheUse | None, single: bool) -> None:
+        """Say once for each kind of step that caches are copied.
+
+        It is no error: the logits are right, and what would help, another build, may take hours
+        and another machine. But it is never silent.
+        """
+        if use is None:
+            logger.info("whether caches are updated in place is not known: the plugin saw others")
+            self._recorder = None
+            return
+        self._cache_uses[single] = use
+        if use.in_place == use.caches:
+            return
+        assert self.manifest.engine is not None
+        declared = self.manifest.engine.options.get("cache_aliasing", DECLARED) == DECLARED
+        logger.warning(
+            "this engine copies caches in every step of %s: %s; its logits are right, but it is "
+            "slower and needs memory for the copies; build it again with --cache-aliasing %s",
+            "single tokens" if single else "a chunk",
+            use.description,
+            BOUND if declared else DECLARED,
+        )
 
     def _take_plugin(self, bundle: Bundle) -> None:
         plugin = self.manifest.engine.plugin if self.manifest.engine else None
@@ -221,10 +276,18 @@ class TensorRTSession(Session):
         if plugin.embedded:
             # The plan's hash stands for what it carries.
             self._runtime.engine_host_code_allowed = True
+            self._take_recorder(find_recorder(None))
             return
         assert bundle.plugin_path is not None
         registry = self._runtime.get_plugin_registry()
         self._plugin = load_plugin(registry, bundle.plugin_path, self._messages.errors)
+        self._take_recorder(find_recorder(bundle.plugin_path))
+
+    def _take_recorder(self, found: CacheRecorder | str) -> None:
+        if isinstance(found, str):
+            logger.info("whether caches are updated in place will not be known: %s", found)
+        else:
+            self._recorder = found
 
     def _context(self, profile: int) -> Any:
         """Return a context of a profile.

@@ -136,6 +136,11 @@ class TensorRTState(State):
         """See `State.can_step`: TensorRT takes addresses in steps of 256 bytes."""
         return all(cache.is_aligned for cache in self._caches)
 
+    @property
+    def cache_addresses(self) -> list[int]:
+        """Where every cache begins that past and present have in common."""
+        return [cache.address for cache in self._caches if cache.address == cache.written]
+
     def take(self, input_ids: np.ndarray, new_length: np.ndarray, logits_index: np.ndarray) -> bool:
         """Write a step's small inputs; returns whether the step is one of single tokens."""
         single = input_ids.shape[1] == 1 and logits_index.shape[1] == 1

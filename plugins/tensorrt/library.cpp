@@ -24,7 +24,7 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
 
   nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name,
                                     nvinfer1::PluginFieldCollection const* fc,
-                                    nvinfer1::TensorRTPhase) noexcept override {
+                                    nvinfer1::TensorRTPhase phase) noexcept override {
     return guarded<nvinfer1::IPluginV3*>("createPlugin", nullptr, [&]() -> nvinfer1::IPluginV3* {
       Attributes attributes;
       const std::string problem = readFields(fc, attributes);
@@ -32,7 +32,7 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
         logError(problem + " (node " + (name != nullptr ? name : "without a name") + ")");
         return nullptr;
       }
-      return std::make_unique<Plugin>(attributes, int8Cache_).release();
+      return std::make_unique<Plugin>(attributes, int8Cache_, phase).release();
     });
   }
   nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override {

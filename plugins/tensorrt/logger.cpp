@@ -11,7 +11,8 @@
 namespace lminf::tensorrt {
 namespace {
 
-constexpr std::int32_t kError = 1;  // ILogger::Severity::kERROR
+constexpr std::int32_t kError = 1;    // ILogger::Severity::kERROR
+constexpr std::int32_t kWarning = 2;  // ILogger::Severity::kWARNING
 constexpr std::int32_t kReleasesPerMajor = 10000;
 
 // Where findLogger and log stand in the virtual tables of a major release, both at the same
@@ -44,15 +45,26 @@ std::int32_t majorReleaseOf(const void* object) noexcept {
 std::atomic<nvinfer1::ILoggerFinder*> loggerFinder{nullptr};
 std::atomic<std::int32_t> majorRelease{0};
 
-bool logThroughTensorRT(const std::string& text) {
+bool logThroughTensorRT(std::int32_t severity, const std::string& text) {
   void* finder = loggerFinder.load();
   const int place = placeIn(majorRelease.load());
   if (finder == nullptr || place < 0) return false;
   void* logger = virtualFunction<void*(void*)>(finder, place)(finder);
   if (logger == nullptr) return false;
-  virtualFunction<void(void*, std::int32_t, const char*)>(logger, place)(logger, kError,
+  virtualFunction<void(void*, std::int32_t, const char*)>(logger, place)(logger, severity,
                                                                          text.c_str());
   return true;
+}
+
+void log(std::int32_t severity, const std::string& text) noexcept {
+  bool logged = false;
+  try {
+    logged = logThroughTensorRT(severity, std::string(kName) + ": " + text);
+  } catch (...) {
+    logged = false;  // findLogger is not noexcept; the message still has somewhere to go
+  }
+  if (logged) return;
+  std::fprintf(stderr, "%s: %s\n", kName, text.c_str());
 }
 
 }  // namespace
@@ -62,15 +74,8 @@ void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
   loggerFinder.store(finder);
 }
 
-void logError(const std::string& problem) noexcept {
-  bool logged = false;
-  try {
-    logged = logThroughTensorRT(std::string(kName) + ": " + problem);
-  } catch (...) {
-    logged = false;  // findLogger is not noexcept; the message still has somewhere to go
-  }
-  if (logged) return;
-  std::fprintf(stderr, "%s: %s\n", kName, problem.c_str());
-}
+void logError(const std::string& problem) noexcept { log(kError, problem); }
+
+void logWarning(const std::string& text) noexcept { log(kWarning, text); }
 
 }  // namespace lminf::tensorrt

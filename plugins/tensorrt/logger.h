@@ -18,4 +18,7 @@ void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
 // on stderr where there is none.
 void logError(const std::string& problem) noexcept;
 
+// The same for what is right and not as it should be.
+void logWarning(const std::string& text) noexcept;
+
 }  // namespace lminf::tensorrt

@@ -3,9 +3,11 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <atomic>
 #include <memory>
 
 #include "../operator/rules.h"
+#include "cache_use.h"
 #include "guarded.h"
 #include "lambda_attention.h"
 #include "plan.h"
@@ -67,8 +69,8 @@ void setPointers(LambdaAttentionParams& params, const void* const* inputs, void*
 
 }  // namespace
 
-Plugin::Plugin(const Attributes& attributes, bool int8Cache)
-    : attributes_(attributes), int8Cache_(int8Cache), fields_(attributes),
+Plugin::Plugin(const Attributes& attributes, bool int8Cache, nvinfer1::TensorRTPhase phase)
+    : attributes_(attributes), int8Cache_(int8Cache), phase_(phase), fields_(attributes),
       metadata_(describe(attributes)) {
   step_.int8Cache = int8Cache;
 }
@@ -87,6 +89,15 @@ const Operand& Plugin::operandAt(int32_t place) const {
   return place < inputs ? kInputs[place] : kOutputs[place - inputs];
 }
 
+void Plugin::takeNote(void const* const* inputs, void* const* outputs) const {
+  if (phase_ != nvinfer1::TensorRTPhase::kRUNTIME) return;
+  const int32_t copied = noteCaches(inputs, outputs, getNbOutputs(), attributes_.numSinkTokens);
+  static std::atomic<bool> told{false};
+  if (copied == 0 || told.exchange(true)) return;
+  logWarning(message("past and present of ", copied, " caches of a layer have two addresses, ",
+                     "so every step copies them; said once, lminfCachesApart() counts them"));
+}
+
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
   switch (type) {
     case PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
@@ -98,7 +109,7 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType
 
 nvinfer1::IPluginV3* Plugin::clone() noexcept {
   return guarded<nvinfer1::IPluginV3*>("clone", nullptr, [this] {
-    auto copy = std::make_unique<Plugin>(attributes_, int8Cache_);
+    auto copy = std::make_unique<Plugin>(attributes_, int8Cache_, phase_);
     copy->step_ = step_;
     copy->workspaceBytes_ = workspaceBytes_;
     copy->problem_ = problem_;
@@ -223,7 +234,10 @@ int32_t Plugin::enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void c
     setPointers(params, inputs, outputs);
     const std::size_t bytes = workspace != nullptr ? workspaceBytes_ : 0;
     const cudaError_t status = launch(params, workspace, bytes, stream);
-    if (status == cudaSuccess) return kOk;
+    if (status == cudaSuccess) {
+      takeNote(inputs, outputs);
+      return kOk;
+    }
     const std::string problem = validate(params);
     return report(problem.empty() ? message("the kernels failed: ", cudaGetErrorName(status))
                                   : problem);

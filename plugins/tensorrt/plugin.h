@@ -22,8 +22,9 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneBuildV2,
                      public nvinfer1::IPluginV3OneRuntime {
  public:
-  // With int8Cache it is the plugin of the operator over rings of int8.
-  Plugin(const Attributes& attributes, bool int8Cache);
+  // With int8Cache it is the plugin of the operator over rings of int8. What a builder enqueues to
+  // measure says nothing about an engine's caches, so only the runtime phase takes note of them.
+  Plugin(const Attributes& attributes, bool int8Cache, nvinfer1::TensorRTPhase phase);
 
   // IPluginV3
   nvinfer1::IPluginCapability* getCapabilityInterface(
@@ -70,10 +71,12 @@ class Plugin final : public nvinfer1::IPluginV3,
 
  private:
   std::string checkCounts(int32_t nbInputs, int32_t nbOutputs) const;
+  void takeNote(void const* const* inputs, void* const* outputs) const;
   const Operand& operandAt(int32_t place) const;
 
   const Attributes attributes_;
   const bool int8Cache_;
+  const nvinfer1::TensorRTPhase phase_;
   const SerializedFields fields_;
   const std::string metadata_;
   // The step of the latest onShapeChange, without pointers; `problem_` if it cannot run.

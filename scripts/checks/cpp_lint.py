@@ -5,7 +5,8 @@ python -m scripts.checks.cpp_lint --fix    format instead of comparing, then lin
 
 Both tools come from PyPI. clang-tidy reads what compiles without CUDA: the operator's rules, the
 launcher's decisions, onnxruntime's operator and the CPU kernels with portable vectors; with
-TENSORRT_INCLUDE_DIR set to a folder with NvInferRuntime.h the TensorRT plugin and its harness too.
+TENSORRT_INCLUDE_DIR set to a folder with NvInferRuntime.h (or to several, of which the first
+counts) the TensorRT plugin and its harness too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ENDS = {".h", ".cc", ".cpp", ".cu", ".cuh", ".inl"}
 SKIPPED = ("_avx2.cc", "_avx512.cc", "_avx512vnni.cc", "cuda_kernel.cc", "ort_abi_check.cc")
 FOLDERS = ("operator", "lambda_attention", "onnxruntime")
 TENSORRT_FOLDERS = ("tensorrt", "tests/harness")
-HEADERS = os.environ.get("TENSORRT_INCLUDE_DIR", "")
+HEADERS = os.environ.get("TENSORRT_INCLUDE_DIR", "").split(os.pathsep)[0]
 EMULATED = ("-DLMINF_EMULATE", "-I", str(PLUGINS / "emulation"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,12 @@ FLAGS = (
 def compiler() -> str | None:
     """The C++ compiler of this machine, if there is one."""
     return shutil.which("g++")
+
+
+def cmake(build: Path, *options: str) -> list[str]:
+    """The command that configures plugins/; with Ninja where there is no make."""
+    ninja = shutil.which("make") is None and "CMAKE_GENERATOR" not in os.environ
+    return ["cmake", *["-GNinja"] * ninja, "-S", str(PLUGINS), "-B", str(build), *options]
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

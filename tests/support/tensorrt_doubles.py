@@ -36,11 +36,21 @@ ADA = Gpu("a card", (8, 9))
 
 
 def bundle_with_plan(
-    folder, tiny=TINY, *, target="sm_80+", version=VERSION, max_batch_size=3, plugin=None
+    folder,
+    tiny=TINY,
+    *,
+    target="sm_80+",
+    version=VERSION,
+    max_batch_size=3,
+    plugin=None,
+    content=b"a library",
+    **options,
 ):
     """A bundle whose plan is a few bytes, and the graph its double will run.
 
     plugin: None for an engine of standard operators, "beside" or "embedded" for one with it.
+    content: of the plugin's file.
+    options: of the builder, as the manifest records them.
     """
     plain = tiny.write(folder / "plain")
     graph = plain.graph_path if plugin else plain.path / "ready.onnx"
@@ -54,7 +64,7 @@ def bundle_with_plan(
     if plugin is None:
         write_engine_graph(plain.graph_path, request)
     library = folder / "liblminf_tensorrt.so"
-    library.write_bytes(b"a library")
+    library.write_bytes(content)
     engine = Engine(
         builder="tensorrt" if plugin else "tensorrt-rtx",
         version=version,
@@ -67,6 +77,7 @@ def bundle_with_plan(
         else None,
         ring_writes="circular" if plugin else "linear",
         sinks_in_place=plugin is not None,
+        options=options,
     )
     with BundleWriter(folder / "bundle") as writer:
         for name, role in (("model.onnx", "graph"), ("model.onnx.data", "weights")):
@@ -160,6 +171,7 @@ class IExecutionContext:
             present = past.replace("past_key_values", "present")
             in_place = past.rpartition(".")[2] not in SINKS or engine._sinks_in_place
             assert (self._addresses[past] == self._addresses[present]) == in_place
+        engine._enqueued(self._addresses)
         # What was told last holds when the work is done, as in a recording.
         return engine._cudart.enqueue(self._work_of(dict(self._shapes), dict(self._addresses)))
 
@@ -204,6 +216,8 @@ class ICudaEngine:
             str(graph), options, providers=["CPUExecutionProvider"]
         )
         self._log, self._failures, self._runs = log, [], []
+        # Called with the addresses of every step, as a plugin is.
+        self._enqueued = lambda addresses: None
 
     @property
     def num_io_tensors(self):

@@ -261,7 +261,8 @@ void prepareProfile(nvinfer1::IPluginV3& plugin, const Case& task, const Profile
 }  // namespace
 
 Library::Library(const std::string& path, Logger& logger)
-    : finder_(logger), handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
+    : finder_(logger), handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)),
+      cachesInPlace_(nullptr), cachesApart_(nullptr), recordCaches_(nullptr) {
   if (handle_ == nullptr) throw Failure("load", dlerror());
   symbol<void (*)(nvinfer1::ILoggerFinder*)>(handle_, "setLoggerFinder")(&finder_);
   using GetCreators = nvinfer1::IPluginCreatorInterface* const* (*)(std::int32_t&);
@@ -273,6 +274,9 @@ Library::Library(const std::string& path, Logger& logger)
             "load", "a creator is of another kind");
     creators_.push_back(static_cast<nvinfer1::IPluginCreatorV3One*>(creators[index]));
   }
+  cachesInPlace_ = symbol<decltype(cachesInPlace_)>(handle_, "lminfCachesInPlace");
+  cachesApart_ = symbol<decltype(cachesApart_)>(handle_, "lminfCachesApart");
+  recordCaches_ = symbol<decltype(recordCaches_)>(handle_, "lminfRecordCaches");
 }
 
 nvinfer1::IPluginCreatorV3One& Library::creator(const char* name) const {

@@ -18,10 +18,15 @@ namespace harness {
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, nvinfer1::AsciiChar const* text) noexcept override {
-    if (severity <= Severity::kERROR) errors.emplace_back(text);
+    if (severity <= Severity::kERROR) {
+      errors.emplace_back(text);
+    } else if (severity == Severity::kWARNING) {
+      warnings.emplace_back(text);
+    }
   }
 
   std::vector<std::string> errors;
+  std::vector<std::string> warnings;
 };
 
 class LoggerFinder final : public nvinfer1::ILoggerFinder {

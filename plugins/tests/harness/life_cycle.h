@@ -3,6 +3,7 @@
 
 #include <NvInferRuntime.h>
 
+#include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -35,10 +36,21 @@ class Library {
 
   nvinfer1::IPluginCreatorV3One& creator(const char* name) const;
 
+  // Of all steps in this process: caches whose past and present had one address, and two.
+  std::uint64_t cachesInPlace() const { return cachesInPlace_(); }
+  std::uint64_t cachesApart() const { return cachesApart_(); }
+  // Lets the library write the addresses of the caches that this thread enqueues; null ends it.
+  void recordCaches(const void** addresses, std::uint64_t room, std::uint64_t* count) const {
+    recordCaches_(addresses, room, count);
+  }
+
  private:
   LoggerFinder finder_;
   void* handle_;
   std::vector<nvinfer1::IPluginCreatorV3One*> creators_;
+  std::uint64_t (*cachesInPlace_)();
+  std::uint64_t (*cachesApart_)();
+  void (*recordCaches_)(const void**, std::uint64_t, std::uint64_t*);
 };
 
 // What survives the build: the serialised fields, and for each profile the workspace.

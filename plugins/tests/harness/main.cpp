@@ -4,7 +4,8 @@
 //
 // Runs the case in DIR (see case.h) through the plugin's whole life, writes the outputs of each
 // step beside it, and prints one line of JSON:
-//   {"ok": true, "steps": 12, "workspace_bytes": [0, 4096], "aliases": [-1, 3, 4, 5, 6]}
+//   {"ok": true, "steps": 12, "workspace_bytes": [0, 4096], "aliases": [-1, 3, 4, 5, 6],
+//    "caches_in_place": 48, "caches_apart": 0, "warnings": []}
 //   {"ok": false, "stage": "createPlugin", "what": "refused", "messages": ["LambdaAttention: …"]}
 // Exit status 0, 1 if the plugin failed, 2 if the harness could not run.
 
@@ -103,7 +104,10 @@ int play(const Arguments& arguments, harness::Logger& logger) {
   harness::require(logger.errors.empty(), "messages", "errors were logged in spite of success");
   std::cout << "{\"ok\": true, \"steps\": " << task.steps.size()
             << ", \"workspace_bytes\": " << list(plan.workspaceBytes, number)
-            << ", \"aliases\": " << list(plan.aliases, number) << "}\n";
+            << ", \"aliases\": " << list(plan.aliases, number)
+            << ", \"caches_in_place\": " << library.cachesInPlace()
+            << ", \"caches_apart\": " << library.cachesApart()
+            << ", \"warnings\": " << list(logger.warnings, quoted) << "}\n";
   return 0;
 }
 

@@ -31,8 +31,8 @@ struct Context {
 
 class Runner {
  public:
-  Runner(const Case& task, Device& device, const RunOptions& options)
-      : task_(task), device_(device), options_(options) {}
+  Runner(const Library& library, const Case& task, Device& device, const RunOptions& options)
+      : library_(library), task_(task), device_(device), options_(options) {}
 
   void step(std::size_t number, Context& context) {
     const Step& step = task_.steps[number];
@@ -89,13 +89,32 @@ class Runner {
       Buffer& buffer = bufferOf(output);
       outputs[static_cast<std::size_t>(output)] = buffer.data();
     }
+    std::array<const void*, 2 * lminf::kNumInt8CacheOutputs> seen{};
+    std::uint64_t count = 0;
+    library_.recordCaches(seen.data(), seen.size() / 2, &count);
     if (options_.graph) device_.beginCapture();
     const std::int32_t status =
         context.runtime().enqueue(descs_.data(), descs_.data() + task_.numInputs(), inputs.data(),
                                   outputs.data(), context.workspace->data(), device_.stream());
     if (options_.graph) device_.endCaptureAndRun();
     device_.synchronize();
+    library_.recordCaches(nullptr, 0, nullptr);
     require(status == 0, "enqueue", "step " + std::to_string(number) + " is refused");
+    checkRecord(seen.data(), count, inputs.data(), outputs.data());
+  }
+
+  // What the library recorded are the caches that it was given.
+  void checkRecord(const void* const* seen, std::uint64_t count, const void* const* inputs,
+                   void* const* outputs) const {
+    std::uint64_t wanted = 0;
+    for (std::int32_t output = 0; output < task_.numOutputs(); ++output) {
+      if (output == lminf::kOutput || (isSinkOutput(output) && !hasSinks())) continue;
+      require(wanted < count && seen[2 * wanted] == inputs[lminf::kUpdatedInput[output]] &&
+                  seen[2 * wanted + 1] == outputs[output],
+              "record", std::string(kOutputs[output].name) + " is recorded at another address");
+      ++wanted;
+    }
+    require(count == wanted, "record", "other caches are recorded");
   }
 
   // Writes every output, and makes what is present the next step's past.
@@ -144,6 +163,7 @@ class Runner {
     return *buffer;
   }
 
+  const Library& library_;
   const Case& task_;
   Device& device_;
   const RunOptions options_;
@@ -175,7 +195,7 @@ void run(const Library& library, const Case& task, const Plan& plan, Device& dev
   }
   // Contexts outlive the object they were cloned from.
   engine.reset();
-  Runner runner(task, device, options);
+  Runner runner(library, task, device, options);
   for (std::size_t number = 0; number < task.steps.size(); ++number) {
     runner.step(number, contexts[task.steps[number].profile]);
   }
