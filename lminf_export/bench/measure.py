@@ -134,9 +134,7 @@ def bench(
         provider=manifest.engine.builder if plan and manifest.engine else options.provider,
         threads=options.threads,
         attention=model.session.attention,
-        cuda_graph=getattr(model.session, "cuda_graph", None)
-        if options.provider == "cuda"
-        else None,
+        cuda_graph=_cuda_graph(model, options),
         cache_updates=_cache_updates(model),
         bandwidth=bandwidth,
         positions_are_set=True,
@@ -158,6 +156,11 @@ def _bandwidth(model: LanguageModel, options: BenchOptions) -> float:
         return gpu_bandwidth()
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return streaming_bandwidth(options.threads or cores)
+
+
+def _cuda_graph(model: LanguageModel, options: BenchOptions) -> str | None:
+    """Whether onnxruntime plays single tokens from a CUDA graph, or why it does not."""
+    return getattr(model.session, "cuda_graph", None) if options.provider == "cuda" else None
 
 
 def _cache_updates(model: LanguageModel) -> str | None:

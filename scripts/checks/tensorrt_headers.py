@@ -21,6 +21,7 @@ REPOSITORY = "https://github.com/NVIDIA/TensorRT"
 # The oldest release that the plugin serves, the last of 10, and the newest of 11.
 TAGS = ("v10.3.0", "v10.16", "v11.1")
 _SECONDS = 300  # for one release
+_SECONDS_TO_ANSWER = 20  # after which the repository counts as out of reach
 
 
 def fetch(repository: str, tag: str, folder: Path) -> Path:
@@ -39,6 +40,7 @@ def fetch(repository: str, tag: str, folder: Path) -> Path:
         _git("init", "--quiet", "--bare", str(clone))
     git = (f"--git-dir={clone}",)
     reference = f"refs/tags/{tag}"
+    _git("ls-remote", "--exit-code", repository, reference, seconds=_SECONDS_TO_ANSWER)
     # Of the files only those of `include` are fetched, when they are packed.
     _git(*git, "config", "remote.origin.url", repository)
     wanted = ("--depth", "1", "--filter=blob:none", "origin", f"+{reference}:{reference}")
@@ -49,8 +51,8 @@ def fetch(repository: str, tag: str, folder: Path) -> Path:
     return target
 
 
-def _git(*words: str) -> bytes:
-    done = subprocess.run(["git", *words], capture_output=True, check=True, timeout=_SECONDS)
+def _git(*words: str, seconds: float = _SECONDS) -> bytes:
+    done = subprocess.run(["git", *words], capture_output=True, check=True, timeout=seconds)
     return done.stdout
 
 
