@@ -253,6 +253,17 @@ def test_the_script_in_the_bundle_runs_the_recipe(wide, tmp_path, library, name)
     assert "liblminf_tensorrt.so must lie beside this script" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["demo-llama", "demo-mpt"])
+def test_the_demo_models_get_a_script_that_builds_their_engine(tmp_path, library, model):
+    options = EngineOptions(plugin=library)
+    bundle = export(f"examples/{model}", tmp_path / model, builder="none", engine_options=options)
+    assert bundle.manifest.engine_recipe.needs_plugin
+    files = bundle.manifest.files.keys()
+    assert {"engine.onnx", "build_engine.sh", "liblminf_tensorrt.so"} <= files
+    assert not any("TensorRT will refuse" in notice for notice in bundle.manifest.notices)
+
+
 def test_there_is_no_script_where_trtexec_cannot_build_the_graph(bundle):
     assert bundle.manifest.engine_recipe.needs_plugin
     assert "build_engine.sh" not in bundle.manifest.files
@@ -351,7 +362,7 @@ def test_layers_without_kernels_are_refused_before_anything_is_written(
     monkeypatch.setattr("lminf_export.engine.builders.importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr(tensorrt, "find_gpu", lambda: Gpu("a card", (9, 0)))
     options = EngineOptions(plugin=library)
-    with pytest.raises(EngineError, match=r"head_dim \d+: the plugin's kernels take 64"):
+    with pytest.raises(EngineError, match=r"head_dim \d+: the plugin's kernels take 32, 64"):
         export(
             source,
             tmp_path / "x" / "e.plan",

@@ -230,10 +230,10 @@ def test_what_the_plugin_says_is_the_reason_and_not_the_parsers_line():
         desc=lambda: "Assertion failed: plugin: Could not create the plugin.",
     )
     parser = SimpleNamespace(num_errors=1, get_error=lambda index: error)
-    logged = ["noise", "LambdaAttention: head_dim = 72: the kernels take 64"]
+    logged = ["noise", "LambdaAttention: head_dim = 72: the kernels take 32, 64"]
     assert compiler.parser_message(parser, logged) == (
         "the parser refuses node lambda_attention.0 (LambdaAttention): "
-        "LambdaAttention: head_dim = 72: the kernels take 64"
+        "LambdaAttention: head_dim = 72: the kernels take 32, 64"
     )
 
 
@@ -322,8 +322,8 @@ def test_a_file_that_is_not_the_plugin_is_refused_unread_by_any_loader(tmp_path,
 
 def test_a_head_dimension_without_kernels_is_known_before_the_export():
     assert plugin.head_dim_problem(TINY.layers) is None
-    odd = TinyModel(head_dim=32).layers
-    assert "head_dim 32: the plugin's kernels take 64, 80" in plugin.head_dim_problem(odd)
+    odd = TinyModel(head_dim=48).layers
+    assert "head_dim 48: the plugin's kernels take 32, 64, 80" in plugin.head_dim_problem(odd)
     # The kernels say the same.
     kernels = (PLUGINS / "lambda_attention" / "validate.cpp").read_text(encoding="utf-8")
     *first, last = map(str, plugin.HEAD_DIMS)

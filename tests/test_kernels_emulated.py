@@ -56,8 +56,8 @@ def test_every_feature_matches_float64_at_near_and_far_positions(library, stream
     by_name(
         [
             streams.shape_streams(torch.float16),
-            streams.shape_streams(torch.bfloat16)[::3],
-            streams.shape_streams(torch.float32)[::7],
+            streams.some_shape_streams(torch.bfloat16, 3),
+            streams.some_shape_streams(torch.float32, 7),
         ]
     ),
 )
@@ -106,11 +106,15 @@ def test_the_order_in_which_warps_run_changes_no_bit(library, chunk):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (32, 2)])
-def test_decode_loads_each_key_in_the_window_once_for_all_its_heads(library, heads, kv_heads):
+def test_decode_loads_each_key_in_the_window_once_for_all_its_heads(
+    library, heads, kv_heads, head_dim
+):
     case = streams.SMALL.with_(
-        window_size=160, num_sink_tokens=16, num_heads=heads, num_kv_heads=kv_heads
-    )
+        window_size=160, num_sink_tokens=16, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, rotary_dim=head_dim,
+    )  # fmt: skip
     inputs, outputs, attributes = one_step(case, (10**6, 10**6), (1, 1), torch.float16)
     reset_counters(library)
     library.launch(params_of(inputs, outputs, attributes), None)

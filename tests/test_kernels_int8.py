@@ -61,8 +61,8 @@ def test_every_feature_follows_the_specification(library, stream):
     "stream",
     by_name(
         streams.shape_streams(torch.float16),
-        streams.shape_streams(torch.bfloat16)[::3],
-        streams.shape_streams(torch.float32)[::7],
+        streams.some_shape_streams(torch.bfloat16, 3),
+        streams.some_shape_streams(torch.float32, 7),
     ),
 )
 def test_every_head_dimension_and_ratio_of_heads_follows_the_specification(library, stream):
@@ -93,11 +93,13 @@ def test_values_of_any_size_keep_their_precision(library, dtype, size, chunk):
     assert error < 3 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (32, 2)])
-def test_decode_loads_one_byte_of_each_key_in_the_window(library, heads, kv_heads):
+def test_decode_loads_one_byte_of_each_key_in_the_window(library, heads, kv_heads, head_dim):
     case = streams.SMALL.with_(
-        window_size=160, num_sink_tokens=16, num_heads=heads, num_kv_heads=kv_heads
-    )
+        window_size=160, num_sink_tokens=16, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, rotary_dim=head_dim,
+    )  # fmt: skip
     inputs, outputs, attributes = one_step(case, (10**6, 10**6), (1, 1), torch.float16)
     reset_counters(library)
     library.launch(params_of(inputs, outputs, attributes), None)

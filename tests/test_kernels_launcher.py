@@ -9,7 +9,8 @@ import subprocess
 
 import pytest
 
-from scripts.gpu.kernel_library import KernelError, KernelLibrary, Params
+from lminf_export.engine.plugin import HEAD_DIMS
+from scripts.gpu.kernel_library import SUPPORTED_HEAD_DIMS, KernelError, KernelLibrary, Params
 from tests.support import kernel_build
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
@@ -37,8 +38,13 @@ def test_valid_params_are_taken(library):
     assert library.problem(params()) == ""
 
 
+def test_the_kernels_take_the_head_dimensions_that_the_exporter_expects(library):
+    taken = [d for d in range(4, 520, 4) if not library.problem(params(head_dim=d, rotary_dim=4))]
+    assert tuple(taken) == SUPPORTED_HEAD_DIMS == HEAD_DIMS
+
+
 WRONG = {
-    "head_dim = 72: the kernels take 64, 80, 96, 128 and 256": {"head_dim": 72},
+    "head_dim = 72: the kernels take 32, 64, 80, 96, 128 and 256": {"head_dim": 72},
     "data type 7: the kernels take float32, float16 and bfloat16": {"data_type": 7},
     "batch size B = 0: must be at least 1": {"batch_size": 0},
     "query heads H = -3: must be at least 1": {"num_heads": -3},
@@ -110,6 +116,8 @@ def test_what_a_layer_does_not_use_may_be_absent(library, changes):
         (71, 1, 1, 64, 1, "tiles128"),
         (32, 8, 256, 128, 1, "tiles128"),
         (32, 8, 256, 256, 1, "tiles64"),
+        (36, 4, 1, 32, 1, "decode16"),
+        (32, 8, 256, 32, 1, "tiles128"),
         (32, 8, 1, 128, 0, "simple"),
     ],
 )
@@ -147,10 +155,10 @@ def test_the_workspace_of_the_largest_shape_covers_every_smaller_one(library):
     rng = random.Random(0)
     for _ in range(2000):
         kv_heads, group = rng.choice([1, 2, 8, 32]), rng.choice([1, 4, 7, 16, 71])
-        head_dim = rng.choice([64, 80, 96, 128, 256])
+        head_dim = rng.choice(SUPPORTED_HEAD_DIMS)
         batch, steps = rng.choice([1, 4, 64, 256]), rng.choice([1, 3, 64, 256, 1024])
         layer = {"num_heads": kv_heads * group, "num_kv_heads": kv_heads, "head_dim": head_dim,
-                 "capacity": 6144, "rotary_dim": 64}  # fmt: skip
+                 "capacity": 6144, "rotary_dim": 32}  # fmt: skip
         largest = params(batch_size=batch, sequence_length=steps, **layer)
         smaller = params(
             batch_size=rng.randint(1, batch), sequence_length=rng.randint(1, steps), **layer
@@ -165,9 +173,9 @@ def test_the_workspace_of_the_largest_shape_covers_every_smaller_one(library):
 
 
 def test_every_plan_fits_the_smallest_shared_memory(library):
-    for head_dim in (64, 80, 96, 128, 256):
+    for head_dim in SUPPORTED_HEAD_DIMS:
         for steps in (1, 2, 4, 16, 100):
-            made = params(head_dim=head_dim, sequence_length=steps, rotary_dim=64)
+            made = params(head_dim=head_dim, sequence_length=steps, rotary_dim=32)
             plan = library.plan(made, 84, 102400, workspace_bytes=2**30)
             assert plan.shared_bytes <= 99 * 1024  # what a block may have on SM 8.6, 8.9 and 12.0
             assert plan.threads <= 256

@@ -148,7 +148,7 @@ REFUSED = {
         " 64\n",
         " 72\n",
         "shapes",
-        "head_dim = 72: the kernels take 64, 80, 96, 128 and 256",
+        "head_dim = 72: the kernels take 32, 64, 80, 96, 128 and 256",
     ),
     "heads that do not divide": (
         "tensor query 3 6 ",

@@ -16,7 +16,7 @@ from lminf_export.runtime.plugin_cuda import driver_problem
 PLUGIN_FILE = "liblminf_tensorrt.so"
 
 # What the kernels are compiled for; the plugin itself refuses the rest.
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 _ELF = b"\x7fELF"
 # The symbol that TensorRT looks up in a library of plugins, and the name of our first creator.

@@ -20,7 +20,7 @@ __device__ __forceinline__ void appendToken(const KernelArguments& a, int batch,
   const float* sin = a.sin + cosRow(a, batch, step);
   // All loads before the first store, since the compiler may not move a load over one.
   RotaryElement<T> keys[kParts];
-  T values[kParts];
+  T values[kParts]{};
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const int dim = part * 32 + lane;

@@ -13,6 +13,7 @@ cudaError_t enqueueDecode(const KernelArguments& arguments, const AttentionPlan&
   shape.early = arguments.startsEarly && !arguments.appendsInDecode;
   if (plan.kernel == AttentionKernel::kDecode16) {
     switch (headDim) {
+      case 32: return enqueue(decodeKernel<T, Ring, 32, 2>, shape, stream, arguments);
       case 64: return enqueue(decodeKernel<T, Ring, 64, 2>, shape, stream, arguments);
       case 80: return enqueue(decodeKernel<T, Ring, 80, 2>, shape, stream, arguments);
       case 96: return enqueue(decodeKernel<T, Ring, 96, 2>, shape, stream, arguments);

@@ -8,7 +8,7 @@ namespace lminf {
 
 // One warp's state. The head dimension lies in blocks: for keys 32 dimensions, 8 in each lane of a
 // quad; for values 64 dimensions, 8 for each of the 8 quads. What D = 80 and 96 leave over is a
-// narrower last block ("rest").
+// narrower last block ("rest"); the values of D = 32 are nothing but one.
 template <class T, class Ring, int D, int kRowTiles>
 struct DecodeWarp {
   static_assert(D <= kLargestDoubledHeadDim || D % 64 == 0, "large heads have whole blocks only");
@@ -35,7 +35,7 @@ struct DecodeWarp {
   static constexpr bool kRounded = isRounded<T, Ring>();
   float keyScale[2], valueScale[2];
   // Keys 2 * inQuad, + 1, + 8, + 9 of the tile.
-  Packed<8> value[kValueBlocks][4];
+  Packed<8> value[kValueBlocks ? kValueBlocks : 1][4];
   Packed<kValueRest ? kValueRest : 2> valueRest[4];
   // At D = 256 the query does not fit into registers beside keys and values: it stays shared.
   static constexpr bool kQueryShared = queryStaysShared(D);

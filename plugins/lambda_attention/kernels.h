@@ -42,6 +42,7 @@ inline LaunchShape shapeOfRows(std::int64_t rows, int warps) {
 // Calls function<headDim>(); validation has refused every other head dimension.
 #define LMINF_FOR_HEAD_DIM(headDim, FUNCTION) \
   switch (headDim) {                          \
+    case 32: return FUNCTION(32);             \
     case 64: return FUNCTION(64);             \
     case 80: return FUNCTION(80);             \
     case 96: return FUNCTION(96);             \

@@ -69,7 +69,8 @@ bool isDecode(AttentionKernel kernel) {
 }
 
 bool isSupportedHeadDim(std::int64_t headDim) {
-  return headDim == 64 || headDim == 80 || headDim == 96 || headDim == 128 || headDim == 256;
+  return headDim == 32 || headDim == 64 || headDim == 80 || headDim == 96 || headDim == 128 ||
+         headDim == 256;
 }
 
 std::size_t sharedBytes(AttentionKernel kernel, int headDim) {

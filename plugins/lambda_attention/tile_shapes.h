@@ -18,13 +18,14 @@ constexpr int kDecodeWarps = 4;
 constexpr int kDecodeKeys = 16;
 // Head dimensions above this leave no registers for 16 query rows.
 constexpr int kLargestDoubledHeadDim = 128;
-// Query rows lie 16 bytes apart modulo 128, so that eight of them meet no bank twice.
+// Rows become an odd number of 16-byte units long, so that eight of them meet no bank twice.
 constexpr int kRowPadding = 8;  // elements of a 16-bit type
-// The lanes that store results hold rows 2 apart and dimensions 8 apart: an odd stride sends them
-// to 16 banks, of which each is met twice.
+// The lanes that store results hold rows 2 apart and dimensions 8 or 4 apart: an odd stride sends
+// them to 16 banks, of which each is met twice.
 constexpr int kMergeRowPadding = 1;  // floats
 
 LMINF_HD constexpr int decodeBlocksPerMultiprocessor(int headDim, int rowTiles) {
+  if (headDim == 32) return 4;
   return headDim > 128 ? 2 : (rowTiles > 1 && headDim > 64 ? 2 : 3);
 }
 

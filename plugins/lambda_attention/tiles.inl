@@ -12,6 +12,7 @@ cudaError_t enqueueTiles(const KernelArguments& arguments, const AttentionPlan& 
   const LaunchShape shape = shapeOf(arguments, plan);
   if (plan.kernel == AttentionKernel::kTiles128) {
     switch (headDim) {
+      case 32: return enqueue(tilesKernel<T, Ring, 32, 8>, shape, stream, arguments);
       case 64: return enqueue(tilesKernel<T, Ring, 64, 8>, shape, stream, arguments);
       case 80: return enqueue(tilesKernel<T, Ring, 80, 8>, shape, stream, arguments);
       case 96: return enqueue(tilesKernel<T, Ring, 96, 8>, shape, stream, arguments);

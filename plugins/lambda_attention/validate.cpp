@@ -37,7 +37,7 @@ std::string checkLimits(const LambdaAttentionParams& p) {
     }
   }
   if (!isSupportedHeadDim(p.headDim)) {
-    return message("head_dim = ", p.headDim, ": the kernels take 64, 80, 96, 128 and 256");
+    return message("head_dim = ", p.headDim, ": the kernels take 32, 64, 80, 96, 128 and 256");
   }
   std::string problem = checkSizes(p);
   if (!problem.empty()) return problem;

@@ -18,7 +18,7 @@ from lminf_export.operator import contract
 
 DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128")
-SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+SUPPORTED_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 _TENSORS = (*contract.input_names(key_bias=True), *contract.output_names(int8_cache=True))
 _ATTRIBUTE_TYPES = {"int": ctypes.c_int64, "float": ctypes.c_float}

@@ -44,6 +44,7 @@ def streams() -> list[Stream]:
             _SMALL.with_(softcap=3.0, sink_logits=True, distance_limit=51, head_dim=80),
             torch.float16,
         ),
+        "demo_heads": (_SMALL.with_(head_dim=32, rotary_dim=32), torch.float16),
         "no_sinks": (_SMALL.with_(num_sink_tokens=0), torch.float16),
         "more_sinks_than_window": (
             _SMALL.with_(num_sink_tokens=53, window_size=11),

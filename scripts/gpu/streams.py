@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.support.operator_case import Case
 from scripts.gpu.check import Stream
+from scripts.gpu.kernel_library import SUPPORTED_HEAD_DIMS
 
 BASES = (0, 10**6, 2 * 10**8, 10**12)
 # Rows that cross 2·10⁸ after a few tokens, and one that is far from it.
@@ -31,9 +32,14 @@ FEATURES = {
     "everything": SMALL.with_(
         softcap=3.0, sink_logits=True, alibi=True, distance_limit=51, rotary_dim=24
     ),
+    "narrow_partial_rotation": SMALL.with_(head_dim=32, rotary_dim=20),
+    "narrow_interleaved": SMALL.with_(head_dim=32, rotary_dim=22, interleaved=True),
+    "narrow_alibi": SMALL.with_(head_dim=32, rotary_dim=0, alibi=True),
+    "narrow_everything": SMALL.with_(
+        head_dim=32, softcap=3.0, sink_logits=True, alibi=True, distance_limit=51, rotary_dim=24
+    ),
 }
 HEADS = ((3, 3), (4, 2), (7, 1), (8, 1), (16, 2), (12, 1), (20, 1), (71, 1))
-HEAD_DIMS = (64, 80, 96, 128, 256)
 STEPS = ((1, 1, 1, 1), (7, 3, 0, 7), (1, 0, 1, 1), (1, 1, 1, 0), (5, 7, 1, 2), (1, 1, 1, 1))
 
 
@@ -48,7 +54,7 @@ def feature_streams(dtype: torch.dtype) -> list[Stream]:
 def shape_streams(dtype: torch.dtype) -> list[Stream]:
     """Every head dimension with every ratio of heads, decode and chunks."""
     streams = []
-    for index, head_dim in enumerate(HEAD_DIMS):
+    for index, head_dim in enumerate(SUPPORTED_HEAD_DIMS):
         for offset, (heads, kv_heads) in enumerate(HEADS):
             case = SMALL.with_(
                 head_dim=head_dim,
@@ -63,6 +69,12 @@ def shape_streams(dtype: torch.dtype) -> list[Stream]:
             bases = (10**6 + 3, 0)
             streams.append(Stream(name, case, bases, chunks, dtype, in_place=offset % 2 == 0))
     return streams
+
+
+def some_shape_streams(dtype: torch.dtype, step: int) -> list[Stream]:
+    """Every ratio of heads with those of 32, one shape in `step` with the others."""
+    found = shape_streams(dtype)
+    return [*found[: len(HEADS)], *found[len(HEADS) :: step]]
 
 
 def lap_streams(dtype: torch.dtype) -> list[Stream]:
@@ -96,6 +108,7 @@ def long_streams(dtype: torch.dtype) -> list[Stream]:
     )
     wide = chunk.with_(head_dim=256, rotary_dim=256, num_heads=1, chunk_size=83)
     many = decode.with_(num_heads=71, num_kv_heads=1, head_dim=64, rotary_dim=64)
+    narrow = decode.with_(num_heads=24, head_dim=32, rotary_dim=32)
     ones = ((1, 1), (1, 1), (0, 1), (3, 1))
     return [
         Stream(f"long_decode-{_name(dtype)}", decode, (10**9, 700), ones, dtype),
@@ -115,6 +128,15 @@ def long_streams(dtype: torch.dtype) -> list[Stream]:
             dtype,
             with_workspace=False,
         ),
+        Stream(f"long_decode_dim32-{_name(dtype)}", narrow, (10**9, 700), ones, dtype),
+        Stream(
+            f"long_decode_dim32_no_workspace-{_name(dtype)}",
+            narrow.with_(num_heads=6),
+            (10**9, 700),
+            ones,
+            dtype,
+            with_workspace=False,
+        ),
         Stream(
             f"chunks-{_name(dtype)}",
             chunk,
@@ -122,6 +144,13 @@ def long_streams(dtype: torch.dtype) -> list[Stream]:
             ((149, 149), (101, 149), (149, 7)),
             dtype,
             in_place=False,
+        ),
+        Stream(
+            f"chunks_dim32-{_name(dtype)}",
+            chunk.with_(head_dim=32, rotary_dim=32),
+            (0, 10**6),
+            ((149, 149), (101, 149), (17, 7)),
+            dtype,
         ),
         Stream(f"chunks_dim256-{_name(dtype)}", wide, (400, 31), ((83, 41), (1, 83)), dtype),
     ]
