@@ -54,7 +54,9 @@ def kernels(run: Run) -> list[str]:
 
     problems: list[str] = []
     settings = {"window_size": 64, "chunk_size": 32}
-    for name, (layers, heads, kv_heads, head_dim) in SHAPES.items():
+    for name, (layers, heads, kv_heads, head_dim) in list(SHAPES.items())[
+        : 1 if run.quick else None
+    ]:
         shape = {
             "vocab_size": 512, "hidden_size": heads * head_dim, "intermediate_size": 256,
             "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -160,10 +162,11 @@ def demo(run: Run) -> list[str]:
         label = f"{name} {kind}"
         bundle = export_to(run, ROOT / "examples" / name, f"{name}-{kind}", **options)
         found: dict[str, Any] = {}
-        done = lminf("validate", str(bundle), "--provider", run.provider)
-        found["validate"] = done.stdout.strip()[-600:]
+        done = lminf("validate", str(bundle), "--provider", run.provider, "--json")
         if done.returncode:
-            problems.append(f"{label}: lminf validate: {done.stderr.strip()[-300:]}")
+            problems.append(f"{label}: lminf validate: {(done.stdout + done.stderr)[-300:]}")
+        else:
+            found["validate"] = json.loads(done.stdout)
         arguments = ["--provider", run.provider, "--decode-tokens", "30", "--json"]
         done = lminf("bench", str(bundle), *arguments, "--prefill-tokens", "512")
         if done.returncode:
