@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 NAME = "CUDAExecutionProvider"
 # A captured graph stays until the session ends: onnxruntime has no call that gives one back.
 MOST_GRAPHS = 256
-_DEVICE = "cuda"
+NAME_OF_DEVICE = "cuda"
 _SMALL = (bindings.INPUT_IDS, bindings.PAST_LENGTH, bindings.NEW_LENGTH, bindings.LOGITS_INDEX)
 _ALIGNMENT = 256
 _GRAPH_ID = "gpu_graph_id"
@@ -104,6 +104,7 @@ class CudaCall:
         count: K.
         vocab_size: V.
         watched: outputs of the graph behind those of the contract.
+        device: where the memory is, in onnxruntime's words.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class CudaCall:
         count: int,
         vocab_size: int,
         watched: Sequence[str],
+        device: str = NAME_OF_DEVICE,
     ) -> None:
         batch_size = len(past_length)
         self._session, self._lock = session, graphs.lock
@@ -124,16 +126,16 @@ class CudaCall:
         shapes = ((batch_size, width), (batch_size,), (batch_size,), (batch_size, count))
         offsets = np.cumsum([0, *(_aligned(shape) for shape in shapes)])
         self._host = np.zeros(int(offsets[-1]), np.int64)
-        self._device = ort.OrtValue.ortvalue_from_numpy(self._host, _DEVICE)
+        self._device = ort.OrtValue.ortvalue_from_numpy(self._host, device)
         self._small: list[np.ndarray] = []
         for name, shape, offset in zip(_SMALL, shapes, offsets.tolist(), strict=False):
             size = int(np.prod(shape))
             self._small.append(self._host[offset : offset + size].reshape(shape))
             address = self._device.data_ptr() + offset * self._host.itemsize
-            self.binding.bind_input(name, _DEVICE, 0, np.int64, shape, address)
+            self.binding.bind_input(name, device, 0, np.int64, shape, address)
         logits = np.zeros((batch_size, count, vocab_size), np.float32)
         # No rows, no memory that a GPU would give.
-        self._logits = ort.OrtValue.ortvalue_from_numpy(logits, *([_DEVICE] if logits.size else []))
+        self._logits = ort.OrtValue.ortvalue_from_numpy(logits, *([device] if logits.size else []))
         self.binding.bind_ortvalue_output(bindings.LOGITS, self._logits)
         bind_others(self.binding, caches, watched)
         self._options = graphs.run_options(width, count)
