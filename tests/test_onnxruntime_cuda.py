@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,43 @@ def test_a_head_that_no_cuda_kernel_takes_runs_in_the_body_or_is_refused_by_name
     assert "no CUDA kernels for head_dim 32 (it takes 64, 128)" in caplog.text
     with pytest.raises(SessionError, match=r"head_dim 32 .*kernels='none'"):
         kernels.find_kernels("x.so", "cuda", None, {32})
+
+
+class Cudart:
+    """A runtime whose device memory is the host's."""
+
+    def __init__(self, refusal=0):
+        self.refusal, self.calls = refusal, []
+
+    def cudaHostRegister(self, address, size, flags):
+        self.calls.append(("register", size.value))
+        return self.refusal
+
+    def cudaHostUnregister(self, address):
+        self.calls.append("unregister")
+        return 0
+
+    def cudaMemcpy(self, target, source, size, kind):
+        assert kind == 2  # device to host
+        ctypes.memmove(target, source, size)
+        return self.refusal
+
+    def cudaGetLastError(self):
+        self.calls.append("cleared")
+        return self.refusal
+
+
+def test_logits_are_read_into_pages_that_are_locked_and_given_back(monkeypatch):
+    cudart, there = Cudart(), np.arange(6, dtype=np.float32).reshape(2, 1, 3)
+    monkeypatch.setattr(onnxruntime_cuda.ctypes, "CDLL", lambda name: cudart)
+    copy = onnxruntime_cuda.LockedCopy.like(np.zeros_like(there))
+    np.testing.assert_array_equal(copy.read(there.ctypes.data), there)
+    del copy
+    assert cudart.calls == [("register", 24), "unregister"]
+
+
+def test_pages_that_cannot_be_locked_leave_the_copy_to_onnxruntime(monkeypatch):
+    cudart = Cudart(refusal=712)
+    monkeypatch.setattr(onnxruntime_cuda.ctypes, "CDLL", lambda name: cudart)
+    assert onnxruntime_cuda.LockedCopy.like(np.zeros((1, 1, 3), np.float32)) is None
+    assert cudart.calls == [("register", 12), "cleared"]
