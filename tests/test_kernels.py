@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -304,6 +305,8 @@ def test_the_command_line_chooses_the_kernels(bundle, tmp_path):
 
 def test_our_declarations_are_those_of_onnxruntimes_header(tmp_path):
     places = [Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime")]
+    if given := os.environ.get("ONNXRUNTIME_INCLUDE_DIR"):
+        places.insert(0, Path(given))
     include = next((p for p in places if (p / "onnxruntime_c_api.h").is_file()), None)
     if include is None or not HAS_COMPILER:
         pytest.skip("onnxruntime's header is not installed (onnxruntime_c_api.h)")

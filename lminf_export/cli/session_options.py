@@ -70,7 +70,7 @@ def load_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--no-cuda-graphs",
         is_flag=True,
-        help="Enqueue every step of a plan instead of recording one.",
+        help="On a GPU, enqueue every single token instead of playing one from a CUDA graph.",
     )
     @kernels_option
     @threads_option

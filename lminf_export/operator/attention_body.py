@@ -104,7 +104,6 @@ _CONSTANTS = (
     "head_dim = Shape <start: int = 3, end: int = 4> (key)",
     "query_shape = Shape (query)",
     "rest = Constant <value_ints: ints = [-1]> ()",
-    f"to_the_end = Constant <value_ints: ints = [{2**31 - 1}]> ()",
     "keep = Constant <value_ints: ints = [0]> ()",
     # (B, H, S, D) seen as (B, G, H/G·S, D): the query heads of a group share its keys.
     "grouped_shape = Concat <axis: int = 0> (keep, kv_heads, rest, head_dim)",
@@ -159,7 +158,7 @@ def _on_device(size: str, scalar: str) -> tuple[str, ...]:
     """
     return (
         f"{scalar}_counted = Range (zero, {scalar}, one)",
-        f"{scalar}_last = Slice ({scalar}_counted, rest, to_the_end)",
+        f"{scalar}_last = Gather ({scalar}_counted, rest)",
         f"{size} = Add ({scalar}_last, one)",
     )
 
@@ -218,7 +217,7 @@ _SINKS = (
     "sequence_scalar = Squeeze (sequence)",
     *_on_device("sequence_1d", "sequence_scalar"),
     "last_step_1d = Sub (sequence_1d, one)",
-    "last_step = Squeeze (last_step_1d)",
+    "last_step = Squeeze (last_step_1d, keep)",
     "sink_source = Clip (sink_step, zero, last_step)",
     "sink_source_4d = Unsqueeze (sink_source, axis_head_and_dim)",
     "source_heads = Concat <axis: int = 0> (axis_1, kv_heads, axis_1, head_dim)",

@@ -18,7 +18,6 @@ from torch import Tensor
 from lminf_export.operator import reference, rope
 
 _ONNX = Opset("", 24)
-_TO_THE_END = 2**31 - 1
 
 
 @torch.library.custom_op("lminf::rotary_rows", mutates_args=())
@@ -93,9 +92,7 @@ def onnx_slot_positions(op: Any, past_length: Any, new_length: Any, ring: Any) -
     """
     size = op.Squeeze(op.Shape(ring, start=2, end=3))
     slots = op.Range(_scalar(op, 0), size, _scalar(op, 1))
-    capacity = op.Add(
-        op.Slice(slots, _integers(op, -1), _integers(op, _TO_THE_END)), _integers(op, 1)
-    )
+    capacity = op.Add(op.Gather(slots, _integers(op, -1)), _integers(op, 1))
     total = op.Add(past_length, new_length)
     last = op.Unsqueeze(op.Sub(total, _scalar(op, 1)), _integers(op, 1))
     # One lap is added so that Mod never sees a negative number: engines differ on those.

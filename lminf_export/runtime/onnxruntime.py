@@ -44,6 +44,7 @@ _LOG_FATAL = 4
 # Part of the message by which onnxruntime refuses to capture a graph.
 _CANNOT_CAPTURE = "cannot use the graph capture feature"
 _NO_PACKED_WEIGHTS = "session.disable_prepacking"
+_WEIGHTS_BESIDE_THE_ARENA = "session.use_device_allocator_for_initializers"
 # Where a graph that comes as bytes finds its external data.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MESSAGE_LENGTH = 150
@@ -317,7 +318,11 @@ def _open_session(
     graphs: bool,
 ) -> ort.InferenceSession:
     require_utf8(path, SessionError)
-    settings = onnxruntime_cuda.provider_options(graphs=graphs) if provider == "cuda" else {}
+    settings = {}
+    if provider == "cuda":
+        settings = onnxruntime_cuda.provider_options(graphs=graphs)
+        # Its arena would double what it takes from the GPU each time, for weights of any size.
+        options.add_session_config_entry(_WEIGHTS_BESIDE_THE_ARENA, "1")
     with _as_session_error(f"onnxruntime cannot load {path}"):
         return ort.InferenceSession(
             str(path) if graph is None else graph,

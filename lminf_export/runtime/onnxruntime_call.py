@@ -14,7 +14,7 @@ from lminf_export.runtime.onnxruntime_caches import Cache
 
 
 class Call(Protocol):
-    """What a state needs of the binding for one shape of step.
+    """The binding for one shape of step, as a state uses it.
 
     Attributes:
         binding: of inputs and outputs.

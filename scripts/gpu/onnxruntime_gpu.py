@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[str, str, int]] = {
     "environment": ("ort_machine", "environment", 60),
     "build": ("ort_machine", "build", 300),
     "operator": ("ort_small", "operator", 90),
-    "kernels": ("ort_small", "kernels", 150),
+    "kernels": ("ort_small", "kernels", 240),
     "demo": ("ort_small", "demo", 240),
     "twin": ("ort_small", "twin", 240),
     "bundle-8b": ("ort_large", "bundle_8b", 240),
@@ -44,6 +44,7 @@ STAGES: dict[str, tuple[str, str, int]] = {
     "peers-7b": ("ort_large", "peers_7b", 400),
 }
 _SHARED_MEMORY = Path("/dev/shm")
+_CPU_PATIENCE = 8
 _ROOM = 40 * 2**30  # for weights of two models
 
 
@@ -138,7 +139,7 @@ def perform_all(run: Run, names: list[str], arguments: list[str]) -> bool:
     """Run stages in processes of their own; return whether all succeeded."""
     statuses = {}
     for name in names:
-        limit = STAGES[name][2]
+        limit = STAGES[name][2] * (1 if run.on_gpu else _CPU_PATIENCE)
         command = [sys.executable, "-m", "scripts.gpu.onnxruntime_gpu", "--stage", name, *arguments]
         try:
             done = subprocess.run(command, check=False, cwd=ROOT, timeout=limit)

@@ -80,7 +80,12 @@ def copy_bandwidth() -> float:
 
 
 def build(run: Run) -> list[str]:
-    """Build the operator's library, with CUDA kernels for this GPU, into the package."""
+    """Build the operator's library, with CUDA kernels for this GPU, into the package.
+
+    Where LMINF_ORT_LIBRARY names a library that was built elsewhere, that is taken.
+    """
+    if given := os.environ.get("LMINF_ORT_LIBRARY"):
+        return _install(run, Path(given), [f"built elsewhere: {Path(given).name}"])
     for tool in ("cmake", "ninja", *(["nvcc"] if run.on_gpu else [])):
         if _tool(tool) is None:
             raise SkipStage(f"there is no {tool} here")
@@ -96,6 +101,10 @@ def build(run: Run) -> list[str]:
     _call([str(_tool("cmake")), "-S", source, "-B", str(folder), *options])
     _call([str(_tool("cmake")), "--build", str(folder), "--parallel", "--target", "lminf_ort"])
     (made,) = folder.glob("**/liblminf_ort.so")
+    return _install(run, made, options)
+
+
+def _install(run: Run, made: Path, options: list[str]) -> list[str]:
     target = ROOT / "lminf_export" / "lib" / made.name
     target.parent.mkdir(exist_ok=True)
     shutil.copy2(made, target)

@@ -20,6 +20,7 @@ LMINF = "from lminf_export.cli.main import main; main()"
 # Between two runs of one float32 bundle: largest difference of logits by their range. What an
 # export is held to against the unmodified model (export/spot_check.py).
 FLOAT32_LIMIT = 1e-3
+_LIMITS = {"float32": FLOAT32_LIMIT, "float16": 8 * 2.0**-10, "bfloat16": 8 * 2.0**-7}
 # Shapes whose heads the CUDA kernels take: name → layers, heads, key/value heads, head dimension.
 SHAPES = {"gqa-64": (3, 8, 2, 64), "mha-128": (2, 3, 3, 128)}
 PROMPTS = ("In the beginning", "The sea was", "She said that")
@@ -54,7 +55,9 @@ def kernels(run: Run) -> list[str]:
 
     problems: list[str] = []
     settings = {"window_size": 64, "chunk_size": 32}
-    for name, (layers, heads, kv_heads, head_dim) in SHAPES.items():
+    for name, (layers, heads, kv_heads, head_dim) in list(SHAPES.items())[
+        : 1 if run.quick else None
+    ]:
         shape = {
             "vocab_size": 512, "hidden_size": heads * head_dim, "intermediate_size": 256,
             "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -96,6 +99,7 @@ def _one_way(run: Run, label: str, bundle: Path, which: str) -> list[str]:
         run.note(**{label: {"error": str(error)}})
         return [f"{label}: {error}"]
     equal = bool(np.array_equal(recorded, enqueued))
+    apart = float(np.abs(recorded - enqueued).max() / np.ptp(enqueued))
     moved = _moved_caches(model)
     session: Any = model.session
     run.note(
@@ -106,13 +110,15 @@ def _one_way(run: Run, label: str, bundle: Path, which: str) -> list[str]:
                 "attention": session.attention,
                 "cuda_graph": session.cuda_graph,
                 "graph_equals_no_graph": equal,
+                "graph_from_no_graph": apart,
                 "caches_that_moved": moved,
             }
         }
     )
-    if not equal:
-        apart = float(np.abs(recorded - enqueued).max())
-        problems.append(f"{label}: with and without a CUDA graph differ by {apart:.2g}")
+    if not apart <= _LIMITS[model.bundle.manifest.dtype]:
+        problems.append(
+            f"{label}: with and without a CUDA graph differ by {apart:.2g} of the range"
+        )
     if moved:
         problems.append(f"{label}: caches are not updated in place: {moved[:3]}")
     if run.on_gpu and session.cuda_graph != "yes":
@@ -160,10 +166,11 @@ def demo(run: Run) -> list[str]:
         label = f"{name} {kind}"
         bundle = export_to(run, ROOT / "examples" / name, f"{name}-{kind}", **options)
         found: dict[str, Any] = {}
-        done = lminf("validate", str(bundle), "--provider", run.provider)
-        found["validate"] = done.stdout.strip()[-600:]
+        done = lminf("validate", str(bundle), "--provider", run.provider, "--json")
         if done.returncode:
-            problems.append(f"{label}: lminf validate: {done.stderr.strip()[-300:]}")
+            problems.append(f"{label}: lminf validate: {(done.stdout + done.stderr)[-300:]}")
+        else:
+            found["validate"] = json.loads(done.stdout)
         arguments = ["--provider", run.provider, "--decode-tokens", "30", "--json"]
         done = lminf("bench", str(bundle), *arguments, "--prefill-tokens", "512")
         if done.returncode:
