@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../operator/params.h"
+#include "plan.h"
 
 namespace lminf {
 
@@ -15,9 +16,11 @@ namespace lminf {
 //
 // workspace: workspaceBytes of device memory, 16-byte aligned; contents are scratch. May be null
 // with workspaceBytes 0.
+// preference: which kernels may run.
 // Returns cudaErrorInvalidValue where `validate` finds something (ask it for the message) or the
 // workspace is misaligned; otherwise what the runtime says. Device memory is not touched then.
 cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::size_t workspaceBytes,
-                   cudaStream_t stream);
+                   cudaStream_t stream,
+                   KernelPreference preference = KernelPreference::kFastest);
 
 }  // namespace lminf

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "ring.cuh"
 #include "validate.h"
 
 namespace lminf {
@@ -57,6 +58,22 @@ cudaError_t copyRings(const LambdaAttentionParams& p, cudaStream_t stream) {
   return copySlots(p.pastValueScale, p.presentValueScale, p, sizeof(float), stream);
 }
 
+// Whether the device and this library have what kTilesHopper takes.
+cudaError_t readHopper(int device, bool& hopper) {
+#if defined(LMINF_HOPPER)
+  int major = 0, minor = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  hopper = major == 9 && minor == 0;
+  return status;
+#else
+  (void)device;
+  hopper = false;
+  return cudaSuccess;
+#endif
+}
+
 cudaError_t readLimits(DeviceLimits& limits) {
   int device = 0, multiprocessors = 0, perBlock = 0, perMultiprocessor = 0;
   cudaError_t status = cudaGetDevice(&device);
@@ -70,7 +87,20 @@ cudaError_t readLimits(DeviceLimits& limits) {
   limits.multiprocessors = multiprocessors;
   limits.sharedBytesPerBlock = static_cast<std::size_t>(perBlock);
   limits.sharedBytesPerMultiprocessor = static_cast<std::size_t>(perMultiprocessor);
-  return status;
+  return status != cudaSuccess ? status : readHopper(device, limits.hopper);
+}
+
+template <class T, class Ring>
+cudaError_t enqueueChunk(const KernelArguments& a, const AttentionPlan& plan, int headDim,
+                         cudaStream_t stream) {
+#if defined(LMINF_HOPPER)
+  if constexpr (!isRounded<T, Ring>()) {
+    if (plan.kernel == AttentionKernel::kTilesHopper) {
+      return enqueueTilesHopper<T>(a, plan, headDim, stream);
+    }
+  }
+#endif
+  return enqueueTiles<T, Ring>(a, plan, headDim, stream);
 }
 
 template <class T, class Ring>
@@ -79,7 +109,7 @@ cudaError_t attend(const KernelArguments& a, const AttentionPlan& plan, int head
   const bool isDecode =
       plan.kernel == AttentionKernel::kDecode8 || plan.kernel == AttentionKernel::kDecode16;
   const cudaError_t status = isDecode ? enqueueDecode<T, Ring>(a, plan, headDim, stream)
-                                      : enqueueTiles<T, Ring>(a, plan, headDim, stream);
+                                      : enqueueChunk<T, Ring>(a, plan, headDim, stream);
   if (status != cudaSuccess || plan.splits == 1) return status;
   return enqueueCombine<T>(a, headDim, stream);
 }
@@ -118,14 +148,14 @@ cudaError_t appendAndAttend(const KernelArguments& a, const AttentionPlan& plan,
 }  // namespace
 
 cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::size_t workspaceBytes,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, KernelPreference preference) {
   if (!validate(params).empty()) return cudaErrorInvalidValue;
   if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) return cudaErrorInvalidValue;
   if (workspace == nullptr) workspaceBytes = 0;
   DeviceLimits limits;
   cudaError_t status = readLimits(limits);
   if (status != cudaSuccess) return status;
-  const AttentionPlan plan = planAttention(params, limits, workspaceBytes);
+  const AttentionPlan plan = planAttention(params, limits, workspaceBytes, preference);
   if (plan.sharedBytes > limits.sharedBytesPerBlock) return cudaErrorInvalidConfiguration;
 
   KernelArguments arguments = argumentsOf(params);
