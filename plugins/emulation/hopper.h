@@ -57,6 +57,8 @@ void multiplyRegisters(float (&sum)[count], const std::uint32_t* a, std::uint64_
   emulation::multiply(sum, 2 * count, {a, 0, b, true}, true, __is_same(T, Half));
 }
 
+inline void finishBefore(float) {}
+
 template <int pending, class... Registers>
 void waitProducts(Registers&...) {
   emulation::LaneInput input{};

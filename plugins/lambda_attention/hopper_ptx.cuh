@@ -29,6 +29,12 @@ __device__ __forceinline__ void pinRegisters(std::uint32_t (&values)[count]) {
 #pragma unroll
   for (int index = 0; index < count; ++index) asm volatile("" : "+r"(values[index])::"memory");
 }
+// Keeps the assembler from moving a wait ahead of the work that makes a number, which is never
+// negative: nothing sleeps, but no wait passes what might.
+__device__ __forceinline__ void finishBefore(float number) {
+  asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p nanosleep.u32 0;}" ::"f"(number)
+               : "memory");
+}
 // Waits until at most `pending` of the latest groups are under way; what the others hold or read
 // is named, so that it is used after the wait only.
 template <int pending, class... Registers>

@@ -30,6 +30,8 @@ struct HopperWarpgroup {
   std::uint32_t weights[kHopperKeys / 4];
   float maximum[2], total[2], carried[2];
   int rowStep[2];
+  float slope[2];
+  bool isBiased;  // some row of the warp has a slope other than 0
   KeyRange range[2];
   KeyRange seenByAll;  // over the warp's rows
 
@@ -44,9 +46,11 @@ struct HopperWarpgroup {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       rowStep[side] = row(side) % a.sequenceLength;
+      slope[side] = row(side) < group.rows ? slopeOf(a, group.head(a, row(side))) : 0.0f;
       maximum[side] = -INFINITY;
       total[side] = 0.0f;
     }
+    isBiased = maximumOver(fmaxf(fabsf(slope[0]), fabsf(slope[1])), 1, 16) > 0.0f;
   }
 
   __device__ __forceinline__ int row(int side) const { return firstRow + lane / 4 + 8 * side; }
@@ -116,11 +120,10 @@ struct HopperWarpgroup {
 #pragma unroll
       for (int index = 0; index < kHopperKeys / 2; ++index) products[index] *= scale;
     }
-    if (a.alibiSlopes == nullptr) return;
+    if (!isBiased) return;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const float slope = row(side) < group.rows ? slopeOf(a, group.head(a, row(side))) : 0.0f;
-      const float bias = slope * kLog2E;
+      const float bias = slope[side] * kLog2E;
       const float nearest = static_cast<float>(rowStep[side] + distance0 - lane % 4 * 2);
 #pragma unroll
       for (int index = 0; index < kHopperKeys / 4; ++index) {
@@ -149,30 +152,32 @@ struct HopperWarpgroup {
   // Products become weights in float32; what the sums are to be multiplied by is put down.
   __device__ __forceinline__ void makeWeights(bool isSink, int firstKey, int distance0) {
     float factor = a.scale * kLog2E;
-    if (a.softcap > 0.0f || a.alibiSlopes != nullptr || !(a.scale > 0.0f)) {
+    if (a.softcap > 0.0f || isBiased || !(a.scale > 0.0f)) {
       toLogits(isSink, distance0);
       factor = 1.0f;
     }
     if (firstKey < seenByAll.low || firstKey + kHopperKeys - 1 > seenByAll.high) mask(firstKey);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      float top = products[2 * side];
+      float tops[4], added[4] = {};  // chains of a quarter of the length
 #pragma unroll
-      for (int index = 1; index < kHopperKeys / 4; ++index) {
-        top = fmaxf(top, products[index / 2 * 4 + 2 * side + index % 2]);
+      for (int index = 0; index < kHopperKeys / 4; ++index) {
+        const float product = products[index / 2 * 4 + 2 * side + index % 2];
+        float& top = tops[index % 4];
+        top = index < 4 ? product : fmaxf(top, product);
       }
-      top = fmaxf(maximum[side], maximumOver(top, 1, 2) * factor);
+      const float ofTile = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+      const float top = fmaxf(maximum[side], maximumOver(ofTile, 1, 2) * factor);
       const float base = finiteMaximum(top);
       carried[side] = exp2Fast(maximum[side] - base);
       maximum[side] = top;
-      float added = 0.0f;
 #pragma unroll
       for (int index = 0; index < kHopperKeys / 4; ++index) {
         float& weight = products[index / 2 * 4 + 2 * side + index % 2];
         weight = exp2Fast(weight * factor - base);
-        added += weight;
+        added[index % 4] += weight;
       }
-      total[side] = total[side] * carried[side] + added;
+      total[side] = total[side] * carried[side] + ((added[0] + added[1]) + (added[2] + added[3]));
     }
   }
 
@@ -213,6 +218,7 @@ struct HopperWarpgroup {
       waitProducts<1>(products);
       release(shared.keysEmpty(keys.place));
       weigh(tile, isSink, span, sinkTiles);
+      finishBefore(total[0] + total[1]);  // the weights, while the sums are under way
       waitProducts<0>(sum, weights);
       release(shared.valuesEmpty(values.place));
       values.advance();

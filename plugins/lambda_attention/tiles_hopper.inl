@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) tilesHopperKernel(const Ker
     takeRegisters<kHopperAttendRegisters>();
     HopperWarpgroup<T, D> warpgroup(a, group, shared);
     if (begin < end) {
-      warpgroup.giveFirstTurn();
+      if (begin + 1 < end) warpgroup.giveFirstTurn();
       rotateHopperQueries<T, D>(a, group, shared, warpgroup.number,
                                 {begin < sinkTiles, end > sinkTiles});
       fenceShared();
