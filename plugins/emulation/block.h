@@ -19,6 +19,7 @@ struct Device {
   int sharedBytes = 101376;
   bool reverse = false;
   bool hopper = false;
+  bool eager = false;  // copies that arrive at a barrier do so at once, not as late as can be
 };
 extern Device device;
 
@@ -53,6 +54,7 @@ struct WarpgroupState {
   std::uint32_t parity = 0;
   int numbered = -1;
   std::uint64_t generation = 0;
+  std::uint64_t resumes = 0;  // the turn of the block in which it goes on
   bool fenced = false;  // wgmma.fence since the last wait
   std::uint64_t sharedFence = 0;
   std::vector<Arrival> arrivals;
@@ -86,6 +88,7 @@ struct Block {
   std::size_t sharedBytes = 0;
   unsigned threads = 0;
   unsigned current = 0;
+  std::uint64_t turn = 0;
   Thread thread = nullptr;
   const void* context = nullptr;
   FiberPoint scheduler{};
@@ -100,6 +103,7 @@ void arrive(const std::vector<Copy>& copies, unsigned thread);
 // hopper.cpp
 void prepareHopper();
 bool isBlocked(Lane& lane);
+bool isPausing();
 // Where nothing else can go on: one thread's oldest copies arrive. Returns whether there were any.
 bool deliverCopies();
 void finishProducts(Lane* const* lanes);

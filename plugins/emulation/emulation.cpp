@@ -189,7 +189,8 @@ void runBlock() {
   prepareBlock();
   const auto warps = static_cast<unsigned>(block.warps.size());
   while (!allDone()) {
-    bool ran = false;
+    bool ran = isPausing();
+    ++block.turn;
     for (unsigned turn = 0; turn < warps; ++turn) {
       ran |= runWarp(device.reverse ? warps - 1 - turn : turn);
     }
@@ -379,8 +380,8 @@ extern "C" {
 
 __attribute__((visibility("default"))) void lminfEmulationConfigure(int multiprocessors,
                                                                     int sharedBytes, int reverse,
-                                                                    int hopper) {
-  emulation::device = {multiprocessors, sharedBytes, reverse != 0, hopper != 0};
+                                                                    int hopper, int eager) {
+  emulation::device = {multiprocessors, sharedBytes, reverse != 0, hopper != 0, eager != 0};
 }
 
 __attribute__((visibility("default"))) void lminfEmulationReset() { emulation::counters = {}; }

@@ -38,6 +38,12 @@ static_assert(sizeof(BarrierState) == sizeof(Barrier), "a barrier takes 8 bytes"
 
 Lane& currentLane() { return *block.lanes[block.current]; }
 
+// After an arrival, so that those who waited for it go first.
+void pause() {
+  currentLane().warpgroup.resumes = block.turn + 2;
+  yield();
+}
+
 BarrierState stateOf(const Barrier* barrier) {
   const auto* address = reinterpret_cast<const unsigned char*>(barrier);
   if (address < block.shared || address + 8 > block.shared + block.sharedBytes) {
@@ -56,6 +62,16 @@ void countArrival(Barrier* barrier) {
     state.parity ^= 1u;
   }
   std::memcpy(barrier, &state, sizeof(state));
+}
+
+// One thread's oldest copies arrive, if there are any.
+bool deliverOldest(unsigned thread) {
+  auto& arrivals = block.lanes[thread]->warpgroup.arrivals;
+  if (arrivals.empty()) return false;
+  arrive(arrivals.front().copies, thread);
+  countArrival(arrivals.front().barrier);
+  arrivals.erase(arrivals.begin());
+  return true;
 }
 
 // Where an element of a matrix lies: PTX manual, "Shared memory matrix layout" of wgmma, for rows
@@ -203,6 +219,7 @@ void carryOut(Lane* const* lanes, std::size_t place) {
 
 void prepareHopper() {
   now = 0;
+  block.turn = 0;
   writes.assign(block.sharedBytes / kUnit + 1, Write{});
   numbered.fill({});
 }
@@ -216,8 +233,16 @@ void noteWrite(const void* target, std::size_t bytes, unsigned thread) {
   }
 }
 
+bool isPausing() {
+  for (unsigned thread = 0; thread < block.threads; ++thread) {
+    if (block.lanes[thread]->warpgroup.resumes > block.turn) return true;
+  }
+  return false;
+}
+
 bool isBlocked(Lane& lane) {
   WarpgroupState& state = lane.warpgroup;
+  if (state.resumes > block.turn) return true;
   if (state.barrier != nullptr) {
     if (stateOf(state.barrier).parity == state.parity) return true;
     state.barrier = nullptr;
@@ -233,13 +258,7 @@ bool isBlocked(Lane& lane) {
 
 bool deliverCopies() {
   for (unsigned turn = 0; turn < block.threads; ++turn) {
-    const unsigned thread = device.reverse ? block.threads - 1 - turn : turn;
-    auto& arrivals = block.lanes[thread]->warpgroup.arrivals;
-    if (arrivals.empty()) continue;
-    arrive(arrivals.front().copies, thread);
-    countArrival(arrivals.front().barrier);
-    arrivals.erase(arrivals.begin());
-    return true;
+    if (deliverOldest(device.reverse ? block.threads - 1 - turn : turn)) return true;
   }
   return false;
 }
@@ -303,7 +322,10 @@ void initBarrier(Barrier* barrier, std::uint32_t arrivals) {
   std::memcpy(barrier, &state, sizeof(state));
 }
 
-void arriveAt(Barrier* barrier) { countArrival(barrier); }
+void arriveAt(Barrier* barrier) {
+  countArrival(barrier);
+  pause();
+}
 
 void arriveWithCopies(Barrier* barrier) {
   Lane& lane = currentLane();
@@ -316,6 +338,7 @@ void arriveWithCopies(Barrier* barrier) {
   lane.groups.clear();
   lane.open.clear();
   lane.warpgroup.arrivals.push_back(std::move(arrival));
+  if (device.eager) deliverOldest(block.current);
 }
 
 void waitAt(const Barrier* barrier, std::uint32_t parity) {
@@ -334,9 +357,9 @@ void meetNumbered(int number, int threads, bool wait) {
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     ++barrier.generation;
-    return;
+    return wait ? void() : pause();
   }
-  if (!wait) return;
+  if (!wait) return pause();
   currentLane().warpgroup.numbered = number;
   currentLane().warpgroup.generation = generation;
   yield();

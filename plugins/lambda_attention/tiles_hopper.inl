@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1) tilesHopperKernel(const Ker
       if (begin + 1 < end) warpgroup.giveFirstTurn();
       rotateHopperQueries<T, D>(a, group, shared, warpgroup.number,
                                 {begin < sinkTiles, end > sinkTiles});
-      fenceShared();
       warpgroup.meet();
       warpgroup.walk(span, past, real, sinkTiles, begin, end);
     }

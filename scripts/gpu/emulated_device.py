@@ -32,10 +32,18 @@ class EmulatedDevice:
     def synchronize(self) -> None:
         """Do nothing: a launch returns when its kernels are done."""
 
-    def configure(self, library: KernelLibrary, *, reverse: bool = False) -> None:
-        """Tell an emulated library its limits and in which order the warps of a block run."""
+    def configure(
+        self, library: KernelLibrary, *, reverse: bool = False, eager: bool = False
+    ) -> None:
+        """Tell an emulated library its limits and the order of what has none.
+
+        Args:
+            library: the emulated kernels.
+            reverse: the last warp of a block runs first.
+            eager: copies that arrive at a barrier do so at once, not as late as can be.
+        """
         library.c.lminfEmulationConfigure(
-            self.multiprocessors, self.shared_bytes, int(reverse), int(self.hopper)
+            self.multiprocessors, self.shared_bytes, int(reverse), int(self.hopper), int(eager)
         )
 
 
