@@ -211,7 +211,10 @@ MUTATIONS = {
 }
 
 # The same for the kernel on warpgroups, whose emulation also says itself what is wrong.
-_KEYS, _VALUES = "release(shared.keysEmpty(keys.place));", "release(shared.valuesEmpty(values.place));"
+_KEYS, _VALUES = (
+    "release(shared.keysEmpty(keys.place));",
+    "release(shared.valuesEmpty(values.place));",
+)
 _SUMS = "waitProducts<0>(sum, weights);"
 HOPPER_MUTATIONS = {
     "keys_not_awaited": (
@@ -261,7 +264,11 @@ HOPPER_MUTATIONS = {
     "wrong_pattern": ("hopper_matrix.h", "(chunk % 8 ^ row % 8)", "(chunk % 8 ^ row % 4)"),
     "wrong_step": ("hopper_matrix.h", "step % 4 * 32", "step % 4 * 16"),
     "ring_seen_as_sinks": ("tiles_hopper.cuh", "if (tile == sinkTiles)", "if (tile < 0)"),
-    "turn_not_given": ("tiles_hopper.inl", "if (begin + 1 < end) warpgroup", "if (false) warpgroup"),
+    "turn_not_given": (
+        "tiles_hopper.inl",
+        "if (begin + 1 < end) warpgroup",
+        "if (false) warpgroup",
+    ),
 }
 
 

@@ -141,7 +141,7 @@ def test_compute_capability_9_0_has_a_kernel_of_its_own(library, changes, kernel
     assert library.plan(made, **H100, workspace_bytes=0, hopper=True).kernel == kernel
     portable = KernelLibrary(library.path, "portable")
     assert portable.plan(made, **H100, workspace_bytes=0, hopper=True).kernel != "tiles_hopper"
-    assert library.plan(made, 132, 100000, 0, hopper=True).kernel != "tiles_hopper"
+    assert library.plan(made, 132, 65536, 0, hopper=True).kernel != "tiles_hopper"
 
 
 @pytest.mark.parametrize("hopper", [False, True])

@@ -55,7 +55,7 @@ struct WarpgroupState {
   int numbered = -1;
   std::uint64_t generation = 0;
   std::uint64_t resumes = 0;  // the turn of the block in which it goes on
-  bool fenced = false;  // wgmma.fence since the last wait
+  bool fenced = false;        // wgmma.fence since the last wait
   std::uint64_t sharedFence = 0;
   std::vector<Arrival> arrivals;
   std::vector<Product> open;

@@ -7,7 +7,7 @@
 namespace lminf::emulation {
 namespace {
 
-constexpr std::size_t kUnit = 16;  // bytes of shared memory whose last write is known
+constexpr std::size_t kUnit = 16;              // bytes of shared memory whose last write is known
 constexpr std::uint32_t kFirstAddress = 1024;  // a device keeps the first KiB for itself
 constexpr int kNumberedBarriers = 16;
 
@@ -103,8 +103,7 @@ void visitMatrix(std::uint64_t matrix, bool columnsContiguous, int firstOuter, i
                  const Visit& visit) {
   for (int other = 0; other < outer; ++other) {
     for (int inner = 0; inner < 16; ++inner) {
-      visit(inner, other,
-            elementOffset(matrix, columnsContiguous, inner, firstOuter + other));
+      visit(inner, other, elementOffset(matrix, columnsContiguous, inner, firstOuter + other));
     }
   }
 }
@@ -296,8 +295,10 @@ void multiply(float* sum, int columns, const ProductSources& sources, bool accum
               bool isHalf) {
   WarpgroupState& state = currentLane().warpgroup;
   if (!state.fenced) fail("wgmma without wgmma.fence");
-  Product product{sum,   columns, sources.registers, sources.a, sources.b, sources.columnsContiguous,
-                  accumulate, isHalf, false, {}, 0};
+  Product product{sum,        columns,   sources.registers,
+                  sources.a,  sources.b, sources.columnsContiguous,
+                  accumulate, isHalf,    false,
+                  {},         0};
   product.startsChain = !isUnderWay(state, sum);
   if (product.startsChain) {
     product.start.assign(sum, sum + columns / 2);

@@ -2,10 +2,10 @@
 //
 // Products read their operands and write their sums when their group is waited for; until then the
 // sums are NaN. What shared memory held of the operands at the start must be there at the wait. A
-// product needs a fence of registers since the last wait, and what it reads of shared memory a fence
-// of shared memory since it was written, by the writer or by the reader. Who arrives at a barrier lets
-// those go first who waited for it; copies that arrive at one do so when nothing else can go on, or at
-// once where the device is eager.
+// product needs a fence of registers since the last wait, and what it reads of shared memory a
+// fence of shared memory since it was written, by the writer or by the reader. Who arrives at a
+// barrier lets those go first who waited for it; copies that arrive at one do so when nothing else
+// can go on, or at once where the device is eager.
 #pragma once
 
 #include "device.cuh"

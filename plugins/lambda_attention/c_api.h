@@ -25,7 +25,8 @@ LMINF_EXPORT int lminfLaunch(const lminf::LambdaAttentionParams* params, void* w
                              std::size_t workspaceBytes, void* stream, int preference);
 
 // The plan for a device of `multiprocessors` with `sharedBytes` of shared memory each, where
-// `hopper` says whether kTilesHopper can run on it, as kernel, rows per block, row blocks, splits, threads, keys per tile, shared bytes.
+// `hopper` says whether kTilesHopper can run on it, as kernel, rows per block, row blocks, splits,
+// threads, keys per tile, shared bytes.
 LMINF_EXPORT void lminfPlan(const lminf::LambdaAttentionParams* params, int multiprocessors,
                             std::size_t sharedBytes, int hopper, std::size_t workspaceBytes,
                             int preference, std::int64_t* plan);

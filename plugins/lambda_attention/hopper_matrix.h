@@ -20,9 +20,9 @@ LMINF_HD constexpr int chunkOffset(int row, int chunk, int rows) {
   return chunk / 8 * (rows * kPartBytes) + row * kPartBytes + (chunk % 8 ^ row % 8) * 16;
 }
 
-// Descriptors: bits 0 ... 13 hold the address, 16 ... 29 the distance of parts where columns go over
-// several, 32 ... 45 that of groups of 8 rows, all in units of 16 bytes; bits 62 and 63 the kind of
-// pattern (1: over 128 bytes).
+// Descriptors: bits 0 ... 13 hold the address, 16 ... 29 the distance of parts where columns go
+// over several, 32 ... 45 that of groups of 8 rows, all in units of 16 bytes; bits 62 and 63 the
+// kind of pattern (1: over 128 bytes).
 LMINF_HD std::uint64_t describePattern(std::uint32_t address, int partDistance) {
   return static_cast<std::uint64_t>((address & 0x3ffffu) >> 4) |
          static_cast<std::uint64_t>(partDistance / 16) << 16 |

@@ -116,8 +116,8 @@ __device__ __forceinline__ void rotateElements(const KernelArguments& a, const R
       RotaryElement<T> loaded[8];
 #pragma unroll
       for (int element = 0; element < 8; ++element) {
-        loaded[element].load(query + row * D, chunk * 8 + element, cosRows + table,
-                             sinRows + table, a.rotaryDim, a.rotaryInterleaved);
+        loaded[element].load(query + row * D, chunk * 8 + element, cosRows + table, sinRows + table,
+                             a.rotaryDim, a.rotaryInterleaved);
       }
 #pragma unroll
       for (int word = 0; word < 4; ++word) {

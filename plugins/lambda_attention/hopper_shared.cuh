@@ -89,8 +89,8 @@ struct HopperLists {
   }
 };
 
-// Starts copying rows first ... first + kHopperKeys - 1 of a list, by one warpgroup. Behind the last
-// key it is repeated; the mask drops the repetitions.
+// Starts copying rows first ... first + kHopperKeys - 1 of a list, by one warpgroup. Behind the
+// last key it is repeated; the mask drops the repetitions.
 template <class T, int D>
 __device__ __forceinline__ void copyRows(const KeyList<T>& list, const T* source, int first,
                                          unsigned char* target) {

@@ -20,7 +20,6 @@ namespace lminf {
 // Returns cudaErrorInvalidValue where `validate` finds something (ask it for the message) or the
 // workspace is misaligned; otherwise what the runtime says. Device memory is not touched then.
 cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::size_t workspaceBytes,
-                   cudaStream_t stream,
-                   KernelPreference preference = KernelPreference::kFastest);
+                   cudaStream_t stream, KernelPreference preference = KernelPreference::kFastest);
 
 }  // namespace lminf

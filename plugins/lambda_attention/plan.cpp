@@ -28,9 +28,8 @@ bool takesHopper(const LambdaAttentionParams& p, const DeviceLimits& device) {
 AttentionKernel chooseKernel(const LambdaAttentionParams& p, std::int64_t rows,
                              const DeviceLimits& device, KernelPreference preference) {
   if (p.dataType == DataType::kFloat32) return AttentionKernel::kSimple;
-  const bool wanted =
-      preference == KernelPreference::kHopper ||
-      (preference == KernelPreference::kFastest && rows > 64);
+  const bool wanted = preference == KernelPreference::kHopper ||
+                      (preference == KernelPreference::kFastest && rows > 64);
   if (wanted && takesHopper(p, device)) return AttentionKernel::kTilesHopper;
   if (rows <= 8) return AttentionKernel::kDecode8;
   const bool large = p.headDim > kLargestDoubledHeadDim;
@@ -78,9 +77,9 @@ int keysPerTile(AttentionKernel kernel, int headDim) {
 // The keys that one block walks over: its rows are steps of one head, at most S of them, and all
 // that they see of the ring is the window of the first to the last.
 std::int64_t keysOfBlock(const LambdaAttentionParams& p, const AttentionPlan& plan) {
-  const std::int64_t steps =
-      isDecode(plan.kernel) ? p.sequenceLength
-                            : std::min<std::int64_t>(p.sequenceLength, plan.rowsPerBlock);
+  const std::int64_t steps = isDecode(plan.kernel)
+                                 ? p.sequenceLength
+                                 : std::min<std::int64_t>(p.sequenceLength, plan.rowsPerBlock);
   return std::min(p.capacity, std::min(p.windowSize, p.capacity) + steps - 1) + p.numSinkTokens;
 }
 

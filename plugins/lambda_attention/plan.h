@@ -10,11 +10,11 @@
 namespace lminf {
 
 enum class AttentionKernel : std::int32_t {
-  kSimple = 0,    // float32: one warp per query row
-  kDecode8 = 1,   // up to 8 query rows per key/value head
-  kDecode16 = 2,  // up to 16
-  kTiles64 = 3,   // tiles of 64 query rows, keys through shared memory
-  kTiles128 = 4,  // tiles of 128
+  kSimple = 0,       // float32: one warp per query row
+  kDecode8 = 1,      // up to 8 query rows per key/value head
+  kDecode16 = 2,     // up to 16
+  kTiles64 = 3,      // tiles of 64 query rows, keys through shared memory
+  kTiles128 = 4,     // tiles of 128
   kTilesHopper = 5,  // tiles of 128 on compute capability 9.0
 };
 

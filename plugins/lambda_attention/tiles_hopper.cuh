@@ -4,7 +4,8 @@
 // their values, two stages of each; two attend, 64 rows each. Their queries lie in shared memory
 // twice, rotated for sinks and for the ring, so that sinks and ring are one list of tiles.
 // What a warpgroup does while the tensor cores work for it is the softmax of the next tile:
-//   products of tile t+1 and sums of tile t are started, products awaited, weights made, sums awaited.
+//   products of tile t+1 and sums of tile t are started, products awaited, weights made, sums
+//   awaited.
 // The two take turns in starting, so that one's softmax falls into the other's products.
 #pragma once
 
@@ -21,7 +22,7 @@ struct HopperWarpgroup {
   const KernelArguments& a;
   const RowGroup& group;
   const HopperShared<D>& shared;
-  int number;    // 0 or 1
+  int number;  // 0 or 1
   int lane;
   int firstRow;  // of the warp, in the group
 
@@ -35,8 +36,8 @@ struct HopperWarpgroup {
   KeyRange range[2];
   KeyRange seenByAll;  // over the warp's rows
 
-  __device__ __forceinline__ HopperWarpgroup(const KernelArguments& arguments,
-                                             const RowGroup& rows, const HopperShared<D>& memory)
+  __device__ __forceinline__ HopperWarpgroup(const KernelArguments& arguments, const RowGroup& rows,
+                                             const HopperShared<D>& memory)
       : a(arguments), group(rows), shared(memory),
         number(static_cast<int>(threadIdx.x) / kWarpgroup - 1),
         lane(static_cast<int>(threadIdx.x) % 32),
@@ -229,8 +230,7 @@ struct HopperWarpgroup {
     waitProducts<0>(sum, weights);
   }
 
-  __device__ __forceinline__ void weigh(int tile, bool isSink, const KeySpan& span,
-                                        int sinkTiles) {
+  __device__ __forceinline__ void weigh(int tile, bool isSink, const KeySpan& span, int sinkTiles) {
     const int firstKey = (isSink ? tile : tile - sinkTiles) * kHopperKeys;
     makeWeights(isSink, firstKey, -span.firstRelative - firstKey);
   }
@@ -247,9 +247,7 @@ struct HopperWarpgroup {
   }
 
   // Waits for the four warps of this warpgroup.
-  __device__ __forceinline__ void meet() const {
-    syncNumbered(kMeetBarrier + number, kWarpgroup);
-  }
+  __device__ __forceinline__ void meet() const { syncNumbered(kMeetBarrier + number, kWarpgroup); }
 };
 
 // Writes a warpgroup's rows of output through its queries' place, 16 bytes at a time.
@@ -264,10 +262,10 @@ __device__ __forceinline__ void storeTile(const HopperWarpgroup<T, D>& warpgroup
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const int row = warpgroup.row(side);
-    const float factor = row < group.rows
-                             ? softmaxFactor(a, group.head(a, row), warpgroup.maximum[side],
-                                             warpgroup.total[side])
-                             : 0.0f;
+    const float factor =
+        row < group.rows
+            ? softmaxFactor(a, group.head(a, row), warpgroup.maximum[side], warpgroup.total[side])
+            : 0.0f;
 #pragma unroll
     for (int tile = 0; tile < D / 8; ++tile) {
       const float* sum = warpgroup.sum + 4 * tile + 2 * side;

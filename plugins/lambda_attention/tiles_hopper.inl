@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) tilesHopperKernel(const Ker
     if (begin < end) {
       if (begin + 1 < end) warpgroup.giveFirstTurn();
       rotateHopperQueries<T, D>(a, group, shared, warpgroup.number,
-                                {begin < sinkTiles, end > sinkTiles});
+                                {begin<sinkTiles, end> sinkTiles});
       warpgroup.meet();
       warpgroup.walk(span, past, real, sinkTiles, begin, end);
     }

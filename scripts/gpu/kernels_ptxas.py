@@ -98,7 +98,15 @@ def compile_one(nvcc: str, source: str, architecture: str, folder: Path) -> list
         RuntimeError: with the compiler's messages, warnings included.
     """
     target = folder / f"{source}.{architecture}.cubin"
-    command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        "-cubin",
+        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        "-Xptxas",
+        "-v",
+    ]
     done = subprocess.run(
         [*command, str(KERNELS / source), "-o", str(target)],
         capture_output=True,

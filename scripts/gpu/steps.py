@@ -101,10 +101,27 @@ def int8_rings(suite: Suite) -> dict[str, Any]:
     return result
 
 
+def hopper_kernel(suite: Suite) -> dict[str, Any]:
+    """The kernel for compute capability 9.0 with any number of rows, and without it many."""
+    library = suite.kernels()
+    if not (suite.device.hopper and library.has_hopper):
+        raise SkipStep("the device is not of compute capability 9.0, or nvcc is older than 12.0")
+    result: dict[str, Any] = {}
+    for preference in ("hopper", "portable"):
+        chosen = list(all_streams(suite.quick))
+        result[preference] = _run_all(suite, chosen, None, KernelLibrary(library.path, preference))
+    failed = any(part["status"] == "failed" for part in result.values())
+    return {"status": "failed" if failed else "ok", **result}
+
+
 def _run_all(
-    suite: Suite, chosen: list[Stream], enqueue: Callable[..., None] | None
+    suite: Suite,
+    chosen: list[Stream],
+    enqueue: Callable[..., None] | None,
+    library: KernelLibrary | None = None,
 ) -> dict[str, Any]:
-    library, worst, failures, kernels = suite.kernels(), 0.0, [], set()
+    library = library or suite.kernels()
+    worst, failures, kernels = 0.0, [], set()
     for stream in chosen:
         outcome = run_stream(library, suite.device, stream, enqueue)
         worst = max(worst, outcome.ratio)
@@ -130,6 +147,7 @@ def all_streams(quick: bool) -> Iterable[Stream]:
             *streams.shape_streams(dtype),
             *streams.lap_streams(dtype),
             *streams.long_streams(dtype),
+            *streams.tile_streams(dtype),
         ]
         yield from found[::17] if quick else found
 
@@ -281,6 +299,7 @@ STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "build": build,
     "graph_capture": graph_capture,  # first: no kernel has been loaded yet when one is captured
     "correctness": correctness,
+    "hopper_kernel": hopper_kernel,
     "int8_rings": int8_rings,
     "repeatability": repeatability,
     "sanitizer": sanitizer,

@@ -22,6 +22,7 @@ from scripts.gpu.kernel_library import KernelLibrary, Params, params_of
 ROUNDS = 7
 FULL_CONTEXT = 32768
 INT8 = "lambda kernels, rings of int8"
+PORTABLE = "lambda kernels, mma.sync"  # where compute capability 9.0 has a kernel of its own
 UNSPLIT = "lambda kernels, keys not split"  # whether the planner's splits were worth it
 
 
@@ -99,6 +100,7 @@ class TimingDevice(Protocol):
 
     name: str
     cache_bytes: int
+    hopper: bool
 
     def stream(self) -> int:
         """Return the stream to enqueue on."""
@@ -133,6 +135,9 @@ def measure(
         "torch SDPA, same keys": lambda: _sdpa(device, workload, workload.keys, copies),
         "copy": lambda: _copy(device, workload, copies),
     }
+    if device.hopper and library.has_hopper and workload.steps > 1:
+        portable = KernelLibrary(library.path, "portable")
+        makers[PORTABLE] = lambda: _ours(portable, device, workload, copies)
     if flex:
         makers["compiled FlexAttention, same keys"] = lambda: _flex(device, workload, copies)
     if workload.full_context:
