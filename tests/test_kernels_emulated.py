@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,11 +15,12 @@ from scripts.gpu import streams
 from scripts.gpu.check import Guarded, Stream, run_stream
 from scripts.gpu.emulated_device import EmulatedDevice, counters, reset_counters
 from scripts.gpu.kernel_library import KernelLibrary, params_of
-from tests.support import kernel_build
+from tests.support import broken_kernel, kernel_build
 from tests.support.kernel_case import one_step
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
 DEVICE = EmulatedDevice()
+HOPPER = broken_kernel.HOPPER
 # The issue's bound; the emulation reaches 1.0 because it rounds where torch rounds.
 LARGEST_RATIO = 2.0
 
@@ -81,6 +84,30 @@ def test_split_keys_and_several_tiles_match_float64(library, stream):
     assert_right(outcome)
     decodes = stream.name.startswith("long_decode")
     assert (outcome.splits > 1) == (decodes and stream.with_workspace)
+
+
+@pytest.fixture(scope="session")
+def hopper(folder):
+    """A library that takes the kernel on warpgroups wherever it can."""
+    return KernelLibrary(kernel_build.emulated_library(folder), "hopper")
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    "stream",
+    by_name(
+        make(dtype)
+        for dtype in streams.HALF_TYPES
+        for make in (streams.feature_streams, streams.lap_streams, streams.tile_streams)
+    ),
+)
+def test_the_hopper_kernel_matches_float64(hopper, stream):
+    HOPPER.configure(hopper)
+    outcome = run_stream(hopper, HOPPER, stream)
+    DEVICE.configure(hopper)
+    assert_right(outcome)
+    assert outcome.kernels == {"tiles_hopper"}
+    assert (outcome.splits > 1) == stream.name.startswith("tiles_split")
 
 
 def test_the_streams_run_every_kernel(library):
@@ -163,6 +190,96 @@ MUTATIONS = {
     "window_one_too_long": ("arithmetic.h", "step - windowLimit + 1 -", "step - windowLimit -"),
     "key_of_the_wrong_lane": ("tiles.cuh", "half = lane / 8 % 2 * 8;", "half = lane / 16 * 8;"),
 }
+
+# The same for the kernel on warpgroups, whose emulation also says itself what is wrong.
+_KEYS, _VALUES = (
+    "release(shared.keysEmpty(keys.place));",
+    "release(shared.valuesEmpty(values.place));",
+)
+_SUMS = "waitProducts<0>(sum, weights);"
+HOPPER_MUTATIONS = {
+    "keys_not_awaited": (
+        "tiles_hopper.cuh",
+        "waitAt(shared.keysFull(stage.place), stage.parity);",
+        "",
+    ),
+    "values_not_awaited": (
+        "tiles_hopper.cuh",
+        "waitAt(shared.valuesFull(stage.place), stage.parity);",
+        "",
+    ),
+    "queries_not_awaited": ("tiles_hopper.inl", "      warpgroup.meet();\n", ""),
+    "stage_of_keys_not_awaited": (
+        "hopper_shared.cuh",
+        "waitAt(shared.keysEmpty(keys.place), keys.parity ^ 1u);",
+        "",
+    ),
+    "stage_of_values_not_awaited": (
+        "hopper_shared.cuh",
+        "waitAt(shared.valuesEmpty(values.place), values.parity ^ 1u);",
+        "",
+    ),
+    "keys_released_too_early": (
+        "tiles_hopper.cuh",
+        f"waitProducts<1>(products);\n      {_KEYS}",
+        f"{_KEYS}\n      waitProducts<1>(products);",
+    ),
+    "values_released_too_early": (
+        "tiles_hopper.cuh",
+        f"{_SUMS}\n      {_VALUES}",
+        f"{_VALUES}\n      {_SUMS}",
+    ),
+    "products_not_awaited": ("tiles_hopper.cuh", "waitProducts<1>(products);", ""),
+    "weights_overwritten": (
+        "tiles_hopper.cuh",
+        f"      {_SUMS}\n      release",
+        f"      packWeights();\n      {_SUMS}\n      release",
+    ),
+    "shared_memory_not_fenced": ("tiles_hopper.cuh", "    fenceShared();\n", ""),
+    "registers_not_fenced": ("tiles_hopper.cuh", "    fenceProducts();\n", ""),
+    "too_few_arrivals": (
+        "hopper_shared.cuh",
+        "initBarrier(keysFull(place), kWarpgroup);",
+        "initBarrier(keysFull(place), kWarpgroup - 1);",
+    ),
+    "wrong_pattern": ("hopper_matrix.h", "(chunk % 8 ^ row % 8)", "(chunk % 8 ^ row % 4)"),
+    "wrong_step": ("hopper_matrix.h", "step % 4 * 32", "step % 4 * 16"),
+    "ring_seen_as_sinks": ("tiles_hopper.cuh", "if (tile == sinkTiles)", "if (tile < 0)"),
+    "turn_not_given": (
+        "tiles_hopper.inl",
+        "if (begin + 1 < end) warpgroup",
+        "if (false) warpgroup",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", HOPPER_MUTATIONS)
+def test_a_broken_hopper_kernel_is_found(library, folder, tmp_path, mutation):
+    change = HOPPER_MUTATIONS[mutation]
+    mutant = kernel_build.broken_library(folder, "tiles_hopper_float16.cu", *change, tmp_path)
+    command = [sys.executable, "-m", "tests.support.broken_kernel", str(mutant)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    said = "emulated kernel" in done.stderr
+    assert done.returncode == broken_kernel.FOUND or (done.returncode == -signal.SIGABRT and said)
+
+
+def test_the_hopper_kernel_that_is_broken_above_is_right(library):
+    found = broken_kernel.main(str(library.path))
+    DEVICE.configure(library)
+    assert not found
+
+
+def test_the_order_in_which_warpgroups_run_and_copies_arrive_changes_no_bit(hopper):
+    case = streams.SMALL.with_(window_size=401, num_heads=2, num_kv_heads=1)
+    results = []
+    for reverse, eager in ((False, False), (True, False), (False, True), (True, True)):
+        HOPPER.configure(hopper, reverse=reverse, eager=eager)
+        inputs, outputs, attributes = one_step(case, (10**7,), (67,), torch.float16)
+        hopper.launch(params_of(inputs, outputs, attributes), None)
+        results.append(outputs[0])
+    DEVICE.configure(hopper)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.slow

@@ -133,6 +133,36 @@ def test_the_kernel_follows_from_rows_per_key_head(
 
 
 @pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({"sequence_length": 256}, "tiles_hopper"),
+        ({"sequence_length": 256, "head_dim": 64}, "tiles_hopper"),
+        ({"sequence_length": 256, "head_dim": 96}, "tiles128"),
+        ({"sequence_length": 256, "int8_cache": True}, "tiles128"),
+        ({"sequence_length": 256, "data_type": 0}, "simple"),
+        ({"sequence_length": 16}, "tiles64"),
+        ({}, "decode8"),
+    ],
+)
+def test_compute_capability_9_0_has_a_kernel_of_its_own(library, changes, kernel):
+    made = params(rotary_dim=64, **changes)
+    assert library.plan(made, **H100, workspace_bytes=0, hopper=True).kernel == kernel
+    portable = KernelLibrary(library.path, "portable")
+    assert portable.plan(made, **H100, workspace_bytes=0, hopper=True).kernel != "tiles_hopper"
+    assert library.plan(made, 132, 65536, 0, hopper=True).kernel != "tiles_hopper"
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_a_chunk_is_split_by_what_one_block_sees(library, hopper):
+    size = {"num_heads": 1, "num_kv_heads": 1, "batch_size": 1, "capacity": 8192}
+    for window, splits in ((64, False), (4096, True)):
+        made = params(window_size=window, sequence_length=4096, **size)
+        workspace = library.workspace_size(made)
+        plan = library.plan(made, **H100, workspace_bytes=workspace, hopper=hopper)
+        assert (plan.splits > 1) == splits
+
+
+@pytest.mark.parametrize(
     ("kv_heads", "batch"), [(8, 1), (32, 1), (8, 8), (32, 8), (8, 64), (32, 64)]
 )
 def test_decode_fills_the_multiprocessors_to_the_last_wave(library, kv_heads, batch):
@@ -166,7 +196,8 @@ def test_the_workspace_of_the_largest_shape_covers_every_smaller_one(library):
         size = library.workspace_size(largest)
         assert library.workspace_size(smaller) <= size
         multiprocessors = rng.choice([1, 20, 108, 132, 160])
-        plan = library.plan(smaller, multiprocessors, 233472, workspace_bytes=2**40)
+        hopper = rng.choice([False, True])
+        plan = library.plan(smaller, multiprocessors, 233472, 2**40, hopper=hopper)
         rows = smaller.batch_size * smaller.num_heads * smaller.sequence_length
         if plan.splits > 1:
             assert plan.splits * rows * (head_dim + 2) * 4 <= size

@@ -46,6 +46,16 @@ def test_the_other_kernels_compile_and_do_not_spill():
     }
 
 
+@needs_nvcc
+@pytest.mark.slow
+def test_the_hopper_kernel_compiles_and_neither_spills_nor_waits_for_each_product():
+    kernels = kernels_ptxas.report(architectures=(kernels_ptxas.HOPPER_ARCHITECTURE,))
+    assert [k for k in kernels if k["spill_bytes"] or k["stack_bytes"]] == []
+    assert {k["kernel"] for k in kernels} == {"tilesHopperKernel"}
+    # 384 threads share 64 Ki registers before warpgroups give and take.
+    assert {k["registers"] for k in kernels} == {168}
+
+
 def test_the_recorded_report_covers_all_architectures_without_spills():
     kernels = json.loads(RESULT.read_text())["kernels"]
     assert {k["architecture"] for k in kernels} == set(kernels_ptxas.ARCHITECTURES)

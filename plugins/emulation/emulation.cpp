@@ -4,64 +4,15 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <vector>
 
-#include "fiber.h"
+#include "block.h"
 
 namespace lminf::emulation {
-namespace {
 
-constexpr std::size_t kStackBytes = 128 * 1024;
-constexpr std::size_t kGuardBytes = 256;
-constexpr unsigned char kPoison = 0xff;  // NaN in every type
-constexpr unsigned kMaxThreads = 1024;
-
-struct Device {
-  int multiprocessors = 4;
-  int sharedBytes = 101376;
-  bool reverse = false;
-};
 Device device;
-
-struct Copy {
-  void* shared;
-  const void* global;
-  std::size_t bytes;
-};
-
-struct Lane {
-  Fiber fiber;
-  Index index{};
-  bool done = false;
-  bool atWarp = false;
-  bool atBlock = false;
-  LaneInput input{};
-  LaneOutput output{};
-  std::vector<Copy> open;                 // copies not committed yet
-  std::vector<std::vector<Copy>> groups;  // committed, oldest first
-};
-
-struct Warp {
-  WarpInstruction instruction{};
-  int arrived = 0;
-};
-
-struct Block {
-  std::vector<std::unique_ptr<Lane>> lanes;
-  std::vector<Warp> warps;
-  std::vector<unsigned char> memory;
-  unsigned char* shared = nullptr;
-  std::size_t sharedBytes = 0;
-  unsigned threads = 0;
-  unsigned current = 0;
-  Thread thread = nullptr;
-  const void* context = nullptr;
-  FiberPoint scheduler{};
-};
 Block block;
 
-[[noreturn]] void fail(const char* what) {
+void fail(const char* what) {
   std::fprintf(stderr, "emulated kernel, block (%u, %u), thread %u: %s\n", blockIndex.x,
                blockIndex.y, threadIndex.x, what);
   std::abort();
@@ -73,6 +24,19 @@ float elementOf(std::uint32_t word, int half, bool isHalf) {
   const auto bits = static_cast<std::uint16_t>(half ? word >> 16 : word);
   return isHalf ? floatOfHalf(bits) : bitsToFloat(static_cast<std::uint32_t>(bits) << 16);
 }
+
+void arrive(const std::vector<Copy>& copies, unsigned thread) {
+  for (const Copy& copy : copies) {
+    std::memcpy(copy.shared, copy.global, copy.bytes);
+    noteWrite(copy.shared, copy.bytes, thread);
+  }
+}
+
+namespace {
+
+constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr std::size_t kGuardBytes = 256;
+constexpr unsigned kMaxThreads = 1024;
 
 // mma.m16n8k16, A row-major, B column-major: PTX manual, "Matrix fragments for mma.m16n8k16".
 void multiply(Lane* const* lanes, bool isHalf) {
@@ -157,19 +121,16 @@ void carryOut(WarpInstruction instruction, Lane* const* lanes) {
     case WarpInstruction::kLoadTransposed: return loadMatrix(lanes, true);
     case WarpInstruction::kTranspose: return transpose(lanes);
     case WarpInstruction::kSync: return;
+    case WarpInstruction::kWaitProducts: return finishProducts(lanes);
   }
-}
-
-void arrive(const std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) std::memcpy(copy.shared, copy.global, copy.bytes);
 }
 
 void threadMain() {
   block.thread(block.context);
   Lane& lane = *block.lanes[block.current];
   // What a thread still had under way arrives some time.
-  for (const auto& group : lane.groups) arrive(group);
-  arrive(lane.open);
+  for (const auto& group : lane.groups) arrive(group, block.current);
+  arrive(lane.open, block.current);
   lane.groups.clear();
   lane.open.clear();
   lane.done = true;
@@ -183,7 +144,7 @@ bool runWarp(unsigned warp) {
     again = false;
     for (unsigned lane = 0; lane < 32 && warp * 32 + lane < block.threads; ++lane) {
       Lane& state = *block.lanes[warp * 32 + lane];
-      if (state.done || state.atWarp || state.atBlock) continue;
+      if (state.done || state.atWarp || state.atBlock || isBlocked(state)) continue;
       block.current = warp * 32 + lane;
       threadIndex = state.index;
       switchFiber(block.scheduler, state.fiber.point);
@@ -217,16 +178,19 @@ void prepareBlock() {
     Lane& lane = *block.lanes[thread];
     lane.index = {thread, 0, 0};
     lane.done = lane.atWarp = lane.atBlock = false;
+    lane.warpgroup = {};
     lane.fiber.start(threadMain);
   }
   block.warps.assign((block.threads + 31) / 32, Warp{});
+  prepareHopper();
 }
 
 void runBlock() {
   prepareBlock();
   const auto warps = static_cast<unsigned>(block.warps.size());
   while (!allDone()) {
-    bool ran = false;
+    bool ran = isPausing();
+    ++block.turn;
     for (unsigned turn = 0; turn < warps; ++turn) {
       ran |= runWarp(device.reverse ? warps - 1 - turn : turn);
     }
@@ -234,7 +198,7 @@ void runBlock() {
       for (unsigned thread = 0; thread < block.threads; ++thread) {
         block.lanes[thread]->atBlock = false;
       }
-    } else if (!ran) {
+    } else if (!ran && !deliverCopies()) {
       fail("threads wait for each other for ever: a barrier or warp instruction not all reach");
     }
   }
@@ -335,6 +299,7 @@ void copyLater(void* shared, const void* global, std::size_t bytes) {
   if (target < block.shared || target + bytes > block.shared + block.sharedBytes) {
     fail("cp.async outside of shared memory");
   }
+  std::memset(shared, kPoison, bytes);  // from now on it may arrive at any time
   block.lanes[block.current]->open.push_back({shared, aligned(global, bytes), bytes});
   counters.copiedBytes += bytes;
 }
@@ -348,7 +313,7 @@ void commitGroup() {
 void waitGroups(int pending) {
   Lane& lane = *block.lanes[block.current];
   while (lane.groups.size() > static_cast<std::size_t>(pending)) {
-    arrive(lane.groups.front());
+    arrive(lane.groups.front(), block.current);
     lane.groups.erase(lane.groups.begin());
   }
 }
@@ -365,9 +330,10 @@ cudaError_t runGrid(unsigned gridX, unsigned gridY, unsigned threads, std::size_
   block.thread = thread;
   block.context = context;
   block.sharedBytes = sharedBytes;
-  block.memory.resize(sharedBytes + 2 * kGuardBytes + 128);
+  block.memory.resize(sharedBytes + 2 * kGuardBytes + kSharedAlignment);
   const auto start = reinterpret_cast<std::uintptr_t>(block.memory.data()) + kGuardBytes;
-  block.shared = reinterpret_cast<unsigned char*>((start + 127) / 128 * 128);
+  block.shared = reinterpret_cast<unsigned char*>((start + kSharedAlignment - 1) /
+                                                  kSharedAlignment * kSharedAlignment);
   for (unsigned y = 0; y < gridY; ++y) {
     blockIndex.y = device.reverse ? gridY - 1 - y : y;
     for (unsigned x = 0; x < gridX; ++x) {
@@ -390,7 +356,7 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = emulation::device.multiprocessors; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = emulation::device.hopper ? 9 : 8; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::device.sharedBytes; break;
@@ -417,8 +383,9 @@ const char* cudaGetErrorName(cudaError_t status) {
 extern "C" {
 
 __attribute__((visibility("default"))) void lminfEmulationConfigure(int multiprocessors,
-                                                                    int sharedBytes, int reverse) {
-  emulation::device = {multiprocessors, sharedBytes, reverse != 0};
+                                                                    int sharedBytes, int reverse,
+                                                                    int hopper, int eager) {
+  emulation::device = {multiprocessors, sharedBytes, reverse != 0, hopper != 0, eager != 0};
 }
 
 __attribute__((visibility("default"))) void lminfEmulationReset() { emulation::counters = {}; }

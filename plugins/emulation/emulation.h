@@ -46,11 +46,13 @@ enum class WarpInstruction {
   kLoad,
   kLoadTransposed,
   kTranspose,
-  kSync
+  kSync,
+  kWaitProducts
 };
 
 struct LaneInput {
   std::uint32_t word[8];  // mma: a0 ... a3, b0, b1; movmatrix, shuffle: word 0; shuffle: mask in 1
+                          // wait for products: groups that may be pending in 0
   float sum[4];           // mma
   const void* address;    // ldmatrix
 };

@@ -24,10 +24,11 @@ std::size_t lminfWorkspaceSize(const lminf::LambdaAttentionParams* params) {
   return lminf::workspaceSize(*params);
 }
 
-int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int splits, int startsEarly,
-                    int appendsInDecode, void* workspace, std::size_t workspaceBytes,
-                    void* stream) {
+int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int preference, int splits,
+                    int startsEarly, int appendsInDecode, void* workspace,
+                    std::size_t workspaceBytes, void* stream) {
   lminf::LaunchChoices choices;
+  choices.preference = static_cast<lminf::KernelPreference>(preference);
   choices.splits = splits;
   choices.startsEarly = startsEarly != 0;
   choices.appendsInDecode = appendsInDecode != 0;
@@ -36,12 +37,15 @@ int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int splits, int 
 }
 
 void lminfPlan(const lminf::LambdaAttentionParams* params, int multiprocessors,
-               std::size_t sharedBytes, std::size_t workspaceBytes, std::int64_t* plan) {
+               std::size_t sharedBytes, int hopper, std::size_t workspaceBytes, int preference,
+               std::int64_t* plan) {
   lminf::DeviceLimits limits;
   limits.multiprocessors = multiprocessors;
   limits.sharedBytesPerBlock = sharedBytes;
   limits.sharedBytesPerMultiprocessor = sharedBytes;
-  const lminf::AttentionPlan chosen = lminf::planAttention(*params, limits, workspaceBytes);
+  limits.hopper = hopper != 0;
+  const lminf::AttentionPlan chosen = lminf::planAttention(
+      *params, limits, workspaceBytes, static_cast<lminf::KernelPreference>(preference));
   const std::int64_t numbers[] = {static_cast<std::int64_t>(chosen.kernel),
                                   chosen.rowsPerBlock,
                                   chosen.rowBlocks,
@@ -50,6 +54,14 @@ void lminfPlan(const lminf::LambdaAttentionParams* params, int multiprocessors,
                                   chosen.keysPerTile,
                                   static_cast<std::int64_t>(chosen.sharedBytes)};
   std::memcpy(plan, numbers, sizeof(numbers));
+}
+
+int lminfHasHopper() {
+#if defined(LMINF_HOPPER)
+  return 1;
+#else
+  return 0;
+#endif
 }
 
 const char* lminfErrorName(int status) {

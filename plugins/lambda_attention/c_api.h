@@ -21,15 +21,19 @@ LMINF_EXPORT std::size_t lminfValidate(const lminf::LambdaAttentionParams* param
 LMINF_EXPORT std::size_t lminfWorkspaceSize(const lminf::LambdaAttentionParams* params);
 
 // `launchWith`. Returns a cudaError_t.
-LMINF_EXPORT int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int splits,
-                                 int startsEarly, int appendsInDecode, void* workspace,
+LMINF_EXPORT int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int preference,
+                                 int splits, int startsEarly, int appendsInDecode, void* workspace,
                                  std::size_t workspaceBytes, void* stream);
 
-// The plan for a device of `multiprocessors` with `sharedBytes` of shared memory each, as
-// kernel, rows per block, row blocks, splits, threads, keys per tile, shared bytes.
+// The plan for a device of `multiprocessors` with `sharedBytes` of shared memory each, where
+// `hopper` says whether kTilesHopper can run on it, as kernel, rows per block, row blocks, splits,
+// threads, keys per tile, shared bytes.
 LMINF_EXPORT void lminfPlan(const lminf::LambdaAttentionParams* params, int multiprocessors,
-                            std::size_t sharedBytes, std::size_t workspaceBytes,
-                            std::int64_t* plan);
+                            std::size_t sharedBytes, int hopper, std::size_t workspaceBytes,
+                            int preference, std::int64_t* plan);
+
+// Whether the library holds the kernel for compute capability 9.0.
+LMINF_EXPORT int lminfHasHopper();
 
 // The name of a cudaError_t.
 LMINF_EXPORT const char* lminfErrorName(int status);

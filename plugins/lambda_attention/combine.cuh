@@ -6,8 +6,8 @@
 
 namespace lminf {
 
-// One block takes one query row; its warps share out the splits and load all at once, and their sums
-// meet in shared memory.
+// One block takes one query row; its warps share out the splits and load all at once, and their
+// sums meet in shared memory.
 template <class T, int D>
 __global__ void __launch_bounds__(kCombineWarps * 32) combineKernel(const KernelArguments a) {
   constexpr int kParts = (D + 31) / 32;

@@ -7,11 +7,12 @@
 #include <cuda_runtime_api.h>
 
 #include "../operator/params.h"
+#include "plan.h"
 
 namespace lminf {
 
-// Enqueue one step of one layer on a stream, at most three kernels, one or two for single tokens (and up to four copies, six with
-// rings of int8, where present tensors are not their pasts).
+// Enqueue one step of one layer on a stream, at most three kernels, one or two for single tokens
+// (and up to four copies, six with rings of int8, where present tensors are not their pasts).
 //
 // workspace: workspaceBytes of device memory, 16-byte aligned; contents are scratch. May be null
 // with workspaceBytes 0.
@@ -23,9 +24,10 @@ cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::si
 // What a caller may decide in place of the plan: for tests, and for timing one variant beside the
 // other. The results are the same but for the order of sums.
 struct LaunchChoices {
-  int splits = 0;              // of the keys: 1 … kMaxSplits, if the workspace suffices; 0: the plan's
-  bool startsEarly = true;     // a kernel may start before the one ahead of it ends (SM 9.0 and later)
-  bool appendsInDecode = true; // a single token is appended by the decode kernel
+  KernelPreference preference = KernelPreference::kFastest;
+  int splits = 0;           // of the keys: 1 … kMaxSplits, if the workspace suffices; 0: the plan's
+  bool startsEarly = true;  // a kernel may start before the one ahead of it ends (SM 9.0 and later)
+  bool appendsInDecode = true;  // a single token is appended by the decode kernel
 };
 
 // `launch` with choices.

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "ring.cuh"
 #include "validate.h"
 
 namespace lminf {
@@ -57,6 +58,15 @@ cudaError_t copyRings(const LambdaAttentionParams& p, cudaStream_t stream) {
   return copySlots(p.pastValueScale, p.presentValueScale, p, sizeof(float), stream);
 }
 
+// Whether this library holds kTilesHopper.
+constexpr bool hasHopper() {
+#if defined(LMINF_HOPPER)
+  return true;
+#else
+  return false;
+#endif
+}
+
 cudaError_t readLimits(DeviceLimits& limits) {
   int device = 0, multiprocessors = 0, perBlock = 0, perMultiprocessor = 0, major = 0, minor = 0;
   cudaError_t status = cudaGetDevice(&device);
@@ -75,7 +85,21 @@ cudaError_t readLimits(DeviceLimits& limits) {
   limits.multiprocessors = multiprocessors;
   limits.sharedBytesPerBlock = static_cast<std::size_t>(perBlock);
   limits.sharedBytesPerMultiprocessor = static_cast<std::size_t>(perMultiprocessor);
+  limits.hopper = hasHopper() && limits.computeCapability == 90;
   return status;
+}
+
+template <class T, class Ring>
+cudaError_t enqueueChunk(const KernelArguments& a, const AttentionPlan& plan, int headDim,
+                         cudaStream_t stream) {
+#if defined(LMINF_HOPPER)
+  if constexpr (!isRounded<T, Ring>()) {
+    if (plan.kernel == AttentionKernel::kTilesHopper) {
+      return enqueueTilesHopper<T>(a, plan, headDim, stream);
+    }
+  }
+#endif
+  return enqueueTiles<T, Ring>(a, plan, headDim, stream);
 }
 
 template <class T, class Ring>
@@ -83,7 +107,7 @@ cudaError_t attend(const KernelArguments& a, const AttentionPlan& plan, int head
                    cudaStream_t stream) {
   const bool isDecode = lminf::isDecode(plan.kernel);
   const cudaError_t status = isDecode ? enqueueDecode<T, Ring>(a, plan, headDim, stream)
-                                      : enqueueTiles<T, Ring>(a, plan, headDim, stream);
+                                      : enqueueChunk<T, Ring>(a, plan, headDim, stream);
   if (status != cudaSuccess || plan.splits == 1) return status;
   return enqueueCombine<T>(a, headDim, a.startsEarly && isDecode, stream);
 }
@@ -135,7 +159,7 @@ cudaError_t launchWith(const LambdaAttentionParams& params, const LaunchChoices&
   DeviceLimits limits;
   cudaError_t status = readLimits(limits);
   if (status != cudaSuccess) return status;
-  AttentionPlan plan = planAttention(params, limits, workspaceBytes);
+  AttentionPlan plan = planAttention(params, limits, workspaceBytes, choices.preference);
   if (choices.splits > 0) {
     const bool fits = choices.splits <= kMaxSplits && plan.kernel != AttentionKernel::kSimple &&
                       partialBytes(params, choices.splits) <= workspaceBytes;

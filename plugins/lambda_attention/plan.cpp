@@ -15,8 +15,18 @@ constexpr std::int64_t kMinTilesPerSplit = 4;
 constexpr std::int64_t kMaxDecodeBlocks = 4096;
 constexpr std::int64_t kMaxTileBlocks = 384;
 
-AttentionKernel chooseKernel(const LambdaAttentionParams& p, std::int64_t rows) {
+bool takesHopper(const LambdaAttentionParams& p, const DeviceLimits& device) {
+  return device.hopper && p.dataType != DataType::kFloat32 && !p.int8Cache &&
+         isHopperHeadDim(static_cast<int>(p.headDim)) &&
+         hopperSharedBytes(static_cast<int>(p.headDim)) <= device.sharedBytesPerBlock;
+}
+
+AttentionKernel chooseKernel(const LambdaAttentionParams& p, std::int64_t rows,
+                             const DeviceLimits& device, KernelPreference preference) {
   if (p.dataType == DataType::kFloat32) return AttentionKernel::kSimple;
+  const bool wanted = preference == KernelPreference::kHopper ||
+                      (preference == KernelPreference::kFastest && rows > 64);
+  if (wanted && takesHopper(p, device)) return AttentionKernel::kTilesHopper;
   if (rows <= 8) return AttentionKernel::kDecode8;
   const bool large = p.headDim > kLargestDoubledHeadDim;
   if (rows <= 16 && !large) return AttentionKernel::kDecode16;
@@ -30,6 +40,7 @@ int rowsPerBlock(AttentionKernel kernel) {
     case AttentionKernel::kDecode16: return 16;
     case AttentionKernel::kTiles64: return 64;
     case AttentionKernel::kTiles128: return 128;
+    case AttentionKernel::kTilesHopper: return kHopperRows;
   }
   return 0;
 }
@@ -46,6 +57,26 @@ int blocksPerMultiprocessor(const AttentionPlan& plan, int headDim, const Device
 // Blocks that a split plan may have, which bounds the workspace for every batch size.
 std::int64_t maxBlocks(AttentionKernel kernel) {
   return isDecode(kernel) ? kMaxDecodeBlocks : kMaxTileBlocks;
+}
+
+int threadsOf(const AttentionPlan& plan) {
+  if (isDecode(plan.kernel)) return kDecodeWarps * 32;
+  return plan.kernel == AttentionKernel::kTilesHopper ? kHopperThreads
+                                                      : plan.rowsPerBlock / 16 * 32;
+}
+
+int keysPerTile(AttentionKernel kernel, int headDim) {
+  if (isDecode(kernel)) return kDecodeKeys;
+  return kernel == AttentionKernel::kTilesHopper ? kHopperKeys : tileKeys(headDim);
+}
+
+// The keys that one block walks over: its rows are steps of one head, at most S of them, and all
+// that they see of the ring is the window of the first to the last.
+std::int64_t keysOfBlock(const LambdaAttentionParams& p, const AttentionPlan& plan) {
+  const std::int64_t steps = isDecode(plan.kernel)
+                                 ? p.sequenceLength
+                                 : std::min<std::int64_t>(p.sequenceLength, plan.rowsPerBlock);
+  return std::min(p.capacity, std::min(p.windowSize, p.capacity) + steps - 1) + p.numSinkTokens;
 }
 
 int chooseSplits(std::int64_t blocks, std::int64_t tiles, std::int64_t slots, std::int64_t limit) {
@@ -80,6 +111,7 @@ std::size_t sharedBytes(AttentionKernel kernel, int headDim) {
     case AttentionKernel::kDecode16: return decodeSharedBytes(headDim, 2);
     case AttentionKernel::kTiles64: return tilesSharedBytes(headDim, 64);
     case AttentionKernel::kTiles128: return tilesSharedBytes(headDim, 128);
+    case AttentionKernel::kTilesHopper: return hopperSharedBytes(headDim);
   }
   return 0;
 }
@@ -103,11 +135,11 @@ std::size_t workspaceSize(const LambdaAttentionParams& p) {
 }
 
 AttentionPlan planAttention(const LambdaAttentionParams& p, const DeviceLimits& device,
-                            std::size_t workspaceBytes) {
+                            std::size_t workspaceBytes, KernelPreference preference) {
   const std::int64_t rows = p.numHeads / p.numKvHeads * p.sequenceLength;
   const int headDim = static_cast<int>(p.headDim);
   AttentionPlan plan;
-  plan.kernel = chooseKernel(p, rows);
+  plan.kernel = chooseKernel(p, rows, device, preference);
   plan.rowsPerBlock = rowsPerBlock(plan.kernel);
   plan.sharedBytes = sharedBytes(plan.kernel, headDim);
   plan.splits = 1;
@@ -119,14 +151,11 @@ AttentionPlan planAttention(const LambdaAttentionParams& p, const DeviceLimits& 
     return plan;
   }
   plan.rowBlocks = static_cast<int>(ceilDiv<std::int64_t>(rows, plan.rowsPerBlock));
-  plan.threads = isDecode(plan.kernel) ? kDecodeWarps * 32 : plan.rowsPerBlock / 16 * 32;
-  plan.keysPerTile = isDecode(plan.kernel) ? kDecodeKeys : tileKeys(headDim);
+  plan.threads = threadsOf(plan);
+  plan.keysPerTile = keysPerTile(plan.kernel, headDim);
 
   const std::int64_t blocks = p.batchSize * p.numKvHeads * plan.rowBlocks;
-  const std::int64_t keys =
-      std::min(p.capacity, std::min(p.windowSize, p.capacity) + p.sequenceLength - 1) +
-      p.numSinkTokens;
-  const std::int64_t tiles = ceilDiv<std::int64_t>(keys, plan.keysPerTile);
+  const std::int64_t tiles = ceilDiv<std::int64_t>(keysOfBlock(p, plan), plan.keysPerTile);
   const std::int64_t leastTiles = isDecode(plan.kernel) ? kMinTilesPerSplit : 2;
   const std::int64_t fitting = static_cast<std::int64_t>(workspaceBytes / partialBytes(p, 1));
   const std::int64_t limit = std::min(

@@ -10,11 +10,19 @@
 namespace lminf {
 
 enum class AttentionKernel : std::int32_t {
-  kSimple = 0,    // float32: one warp per query row
-  kDecode8 = 1,   // up to 8 query rows per key/value head
-  kDecode16 = 2,  // up to 16
-  kTiles64 = 3,   // tiles of 64 query rows, keys through shared memory
-  kTiles128 = 4,  // tiles of 128
+  kSimple = 0,       // float32: one warp per query row
+  kDecode8 = 1,      // up to 8 query rows per key/value head
+  kDecode16 = 2,     // up to 16
+  kTiles64 = 3,      // tiles of 64 query rows, keys through shared memory
+  kTiles128 = 4,     // tiles of 128
+  kTilesHopper = 5,  // tiles of 128 on compute capability 9.0
+};
+
+// Which kernels may be chosen, for measurements and tests.
+enum class KernelPreference : std::int32_t {
+  kFastest = 0,   // by shape and device
+  kPortable = 1,  // only those that every device runs
+  kHopper = 2,    // kTilesHopper for any number of rows, where device and layer allow it
 };
 
 struct DeviceLimits {
@@ -22,6 +30,7 @@ struct DeviceLimits {
   int multiprocessors = 132;
   std::size_t sharedBytesPerBlock = 101376;  // opt-in maximum; the smallest is that of sm_86/89
   std::size_t sharedBytesPerMultiprocessor = 102400;
+  bool hopper = false;  // compute capability 9.0, and the library holds code for sm_90a
 };
 
 struct AttentionPlan {
@@ -54,6 +63,7 @@ std::size_t workspaceSize(const LambdaAttentionParams& params);
 // The plan of valid params. Splits are chosen so that the last wave of blocks is not a small
 // rest, and fit into workspaceBytes.
 AttentionPlan planAttention(const LambdaAttentionParams& params, const DeviceLimits& device,
-                            std::size_t workspaceBytes);
+                            std::size_t workspaceBytes,
+                            KernelPreference preference = KernelPreference::kFastest);
 
 }  // namespace lminf

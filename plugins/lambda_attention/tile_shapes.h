@@ -9,7 +9,8 @@ namespace lminf {
 
 constexpr int kAppendWarps = 4;
 constexpr int kSimpleWarps = 4;
-// Combine: a warp takes at most 8 of the at most 64 splits, all of whose loads are under way at once.
+// Combine: a warp takes at most 8 of the at most 64 splits, all of whose loads are under way at
+// once.
 constexpr int kCombineWarps = 8;
 constexpr int kCombineSplits = 8;
 
@@ -49,6 +50,24 @@ LMINF_HD constexpr std::size_t tilesSharedBytes(int headDim, int rows) {
   const std::size_t query = static_cast<std::size_t>(rows) * row;
   const std::size_t stages = 4 * static_cast<std::size_t>(tileKeys(headDim)) * row;
   return queryStaysShared(headDim) ? query + stages : (query > stages ? query : stages);
+}
+
+// Compute capability 9.0: one warpgroup copies, two attend to 64 rows each.
+constexpr int kHopperRows = 128;
+constexpr int kHopperKeys = 128;
+constexpr int kHopperStages = 2;
+constexpr int kHopperThreads = 384;
+// 128 * 40 + 256 * 232 registers are all that 384 threads of 168 have.
+constexpr int kHopperCopyRegisters = 40;
+constexpr int kHopperAttendRegisters = 232;
+
+LMINF_HD constexpr bool isHopperHeadDim(int headDim) { return headDim == 64 || headDim == 128; }
+
+LMINF_HD constexpr std::size_t hopperSharedBytes(int headDim) {
+  // Queries twice, stages of keys and values, barriers, and what aligns all of it.
+  const std::size_t row = static_cast<std::size_t>(headDim) * 2;
+  return 2 * kHopperRows * row + 2 * kHopperStages * kHopperKeys * row + 4 * kHopperStages * 8 +
+         1024;
 }
 
 }  // namespace lminf

@@ -83,6 +83,7 @@ class Device(Protocol):
     name: str
     multiprocessors: int
     shared_bytes: int
+    hopper: bool
 
     def stream(self) -> int:
         """Return the stream to enqueue on."""
@@ -196,7 +197,8 @@ def _step(
     params = params_of(*call, case.attributes())
     size = library.workspace_size(params) if stream.with_workspace else 0
     workspace = Guarded(torch.full((size // 4,), float("nan")), name)
-    plan = library.plan(params, device.multiprocessors, device.shared_bytes, size)
+    limits = device.multiprocessors, device.shared_bytes
+    plan = library.plan(params, *limits, size, hopper=device.hopper)
     outcome.kernels.add(plan.kernel)
     outcome.splits = max(outcome.splits, plan.splits)
     (enqueue or _launch)(library, params, workspace.tensor if size else None, device)

@@ -57,7 +57,7 @@ def read_details(text: str) -> list[dict[str, Any]]:
 
 
 def by_kernel(launches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one entry for each kernel and grid: medians of its launches, and how many there were."""
+    """Return medians for each kernel and grid, and how many launches there were."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for launch in launches:
         key = (launch["kernel"], launch["of"], str(launch["grid"]), str(launch["block"]))

@@ -23,12 +23,14 @@ class CudaDevice:
         multiprocessors: of the device.
         shared_bytes: shared memory of each.
         cache_bytes: second-level cache.
+        hopper: it is of compute capability 9.0.
     """
 
     name: str
     multiprocessors: int
     shared_bytes: int
     cache_bytes: int
+    hopper: bool = False
 
     @staticmethod
     def current() -> CudaDevice:
@@ -39,6 +41,7 @@ class CudaDevice:
             found.multi_processor_count,
             found.shared_memory_per_multiprocessor,
             found.L2_cache_size,
+            (found.major, found.minor) == (9, 0),
         )
 
     def stream(self) -> int:

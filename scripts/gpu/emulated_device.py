@@ -17,11 +17,13 @@ class EmulatedDevice:
     Attributes:
         multiprocessors: what the launcher is told; few of them make it split keys sooner.
         shared_bytes: shared memory of each.
+        hopper: it is of compute capability 9.0.
     """
 
     name: str = "cpu"
     multiprocessors: int = 4
     shared_bytes: int = 101376
+    hopper: bool = False
 
     def stream(self) -> int:
         """Return the stream to enqueue on; the emulation has one."""
@@ -30,9 +32,19 @@ class EmulatedDevice:
     def synchronize(self) -> None:
         """Do nothing: a launch returns when its kernels are done."""
 
-    def configure(self, library: KernelLibrary, *, reverse: bool = False) -> None:
-        """Tell an emulated library its limits and in which order the warps of a block run."""
-        library.c.lminfEmulationConfigure(self.multiprocessors, self.shared_bytes, int(reverse))
+    def configure(
+        self, library: KernelLibrary, *, reverse: bool = False, eager: bool = False
+    ) -> None:
+        """Tell an emulated library its limits and the order of what has none.
+
+        Args:
+            library: the emulated kernels.
+            reverse: the last warp of a block runs first.
+            eager: copies that arrive at a barrier do so at once, not as late as can be.
+        """
+        library.c.lminfEmulationConfigure(
+            self.multiprocessors, self.shared_bytes, int(reverse), int(self.hopper), int(eager)
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from torch import Tensor
 from lminf_export.operator import contract
 
 DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128")
+KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128", "tiles_hopper")
+# Which kernels a library may choose: `lminf::KernelPreference`.
+PREFERENCES = ("fastest", "portable", "hopper")
 SUPPORTED_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 _TENSORS = (*contract.input_names(key_bias=True), *contract.output_names(int8_cache=True))
@@ -82,13 +84,16 @@ class KernelLibrary:
 
     Args:
         path: the library.
+        preference: which kernels may run: "fastest", "portable" (only those for every device) or
+            "hopper" (the one for compute capability 9.0 with any number of rows, where it can).
 
     Raises:
         KernelError: its params struct is not the one described here.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, preference: str = "fastest") -> None:
         self.path = path
+        self.preference = preference
         self.c = ctypes.CDLL(str(path))
         self.c.lminfParamsSize.restype = ctypes.c_size_t
         self.c.lminfValidate.restype = ctypes.c_size_t
@@ -99,6 +104,11 @@ class KernelLibrary:
                 f"{path}: its params take {self.c.lminfParamsSize()} bytes, "
                 f"{ctypes.sizeof(Params)} expected; build it from this checkout"
             )
+
+    @property
+    def has_hopper(self) -> bool:
+        """Whether it holds the kernel for compute capability 9.0."""
+        return bool(self.c.lminfHasHopper())
 
     def problem(self, params: Params) -> str:
         """Return the message of the library's own validation, empty if there is none."""
@@ -111,7 +121,13 @@ class KernelLibrary:
         return int(self.c.lminfWorkspaceSize(ctypes.byref(params)))
 
     def plan(
-        self, params: Params, multiprocessors: int, shared_bytes: int, workspace_bytes: int
+        self,
+        params: Params,
+        multiprocessors: int,
+        shared_bytes: int,
+        workspace_bytes: int,
+        *,
+        hopper: bool = False,
     ) -> Plan:
         """Return what the launcher would do on a device with these limits."""
         numbers = (ctypes.c_int64 * 7)()
@@ -119,7 +135,9 @@ class KernelLibrary:
             ctypes.byref(params),
             multiprocessors,
             ctypes.c_size_t(shared_bytes),
+            int(hopper and self.has_hopper),
             ctypes.c_size_t(workspace_bytes),
+            PREFERENCES.index(self.preference),
             numbers,
         )
         kernel, *rest = (int(n) for n in numbers)
@@ -139,6 +157,7 @@ class KernelLibrary:
         """
         status = self.c.lminfLaunchWith(
             ctypes.byref(params),
+            PREFERENCES.index(self.preference),
             choices.splits,
             int(choices.starts_early),
             int(choices.appends_in_decode),

@@ -10,6 +10,7 @@ import torch
 
 from scripts.gpu import streams, timings, workloads
 from scripts.gpu.check import Stream, run_stream
+from scripts.gpu.kernel_library import KernelLibrary
 from scripts.gpu.suite import DeviceLost, SkipStep, Suite, in_words
 
 LARGEST_RATIO = 2.0  # error in units of torch's in the same precision
@@ -44,10 +45,28 @@ def graph_capture(suite: Suite) -> dict[str, Any]:
     return correctness(suite, launch_in_graph)
 
 
+def hopper_kernel(suite: Suite) -> dict[str, Any]:
+    """The kernel for compute capability 9.0 with any number of rows, and without it many."""
+    library = suite.kernels()
+    if not (suite.device.hopper and library.has_hopper):
+        raise SkipStep("the device is not of compute capability 9.0, or nvcc is older than 12.0")
+    result: dict[str, Any] = {}
+    for preference in ("hopper", "portable"):
+        chosen = list(all_streams(suite.quick))
+        result[preference] = _run_all(suite, chosen, None, KernelLibrary(library.path, preference))
+        suite.keep(result)
+    failed = any(part["status"] == "failed" for part in result.values())
+    return {"status": "failed" if failed else "ok", **result}
+
+
 def _run_all(
-    suite: Suite, chosen: list[Stream], enqueue: Callable[..., None] | None
+    suite: Suite,
+    chosen: list[Stream],
+    enqueue: Callable[..., None] | None,
+    library: KernelLibrary | None = None,
 ) -> dict[str, Any]:
-    library, worst, failures, kernels = suite.kernels(), 0.0, [], set()
+    library = library or suite.kernels()
+    worst, failures, kernels = 0.0, [], set()
     for number, stream in enumerate(chosen):
         try:
             outcome = run_stream(library, suite.device, stream, enqueue)
@@ -90,6 +109,7 @@ def all_streams(quick: bool) -> Iterable[Stream]:
             *streams.shape_streams(dtype),
             *streams.lap_streams(dtype),
             *streams.long_streams(dtype),
+            *streams.tile_streams(dtype),
         ]
         yield from found[::17] if quick else found
 

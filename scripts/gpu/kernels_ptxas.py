@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "plugins" / "lambda_attention"
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("80", "86", "89", "90", "90a", "100", "120")
 DECODE_SOURCES = (
     *("decode_float16.cu", "decode_bfloat16.cu"),
     *("decode_float16_int8.cu", "decode_bfloat16_int8.cu"),
@@ -33,6 +33,8 @@ SOURCES = (
     *("tiles_float16_int8.cu", "tiles_bfloat16_int8.cu"),
     "rows.cu",
 )
+HOPPER_ARCHITECTURE = "90a"
+HOPPER_SOURCES = ("tiles_hopper_float16.cu", "tiles_hopper_bfloat16.cu")
 REGISTERS = 65536
 _FUNCTION = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -40,7 +42,10 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 _NAME = re.compile(r"5lminf\d+(\w+?Kernel)I(.*?)EEv")
 _TYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16"}
 _INT8 = "NS_4Int8E"
-_THREADS = {"decodeKernel": 128, "appendKernel": 128, "combineKernel": 128, "simpleKernel": 128}
+_THREADS = {
+    **dict.fromkeys(("decodeKernel", "appendKernel", "combineKernel", "simpleKernel"), 128),
+    "tilesHopperKernel": 384,
+}
 
 
 def kernel_name(mangled: str) -> tuple[str, str, bool, list[int]]:
@@ -93,14 +98,23 @@ def compile_one(nvcc: str, source: str, architecture: str, folder: Path) -> list
         RuntimeError: with the compiler's messages, warnings included.
     """
     target = folder / f"{source}.{architecture}.cubin"
-    command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        "-cubin",
+        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        "-Xptxas",
+        "-v",
+    ]
     done = subprocess.run(
         [*command, str(KERNELS / source), "-o", str(target)],
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode or "warning" in done.stderr:
+    serialized = "wgmma.mma_async instructions are serialized" in done.stderr
+    if done.returncode or "warning" in done.stderr or serialized:
         raise RuntimeError(f"{source} for sm_{architecture}:\n{done.stderr[-4000:]}")
     return parse(done.stderr)
 
@@ -116,7 +130,7 @@ def report(
         jobs = [
             pool.submit(compile_one, nvcc, source, architecture, Path(name))
             for architecture in architectures
-            for source in sources
+            for source in (HOPPER_SOURCES if architecture == HOPPER_ARCHITECTURE else sources)
         ]
         return [kernel for job in jobs for kernel in job.result()]
 

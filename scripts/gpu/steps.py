@@ -14,6 +14,7 @@ STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "build": tool_steps.build,
     "graph_capture": kernel_steps.graph_capture,
     "correctness": kernel_steps.correctness,
+    "hopper_kernel": kernel_steps.hopper_kernel,
     "int8_rings": kernel_steps.int8_rings,
     "repeatability": kernel_steps.repeatability,
     "harness": tool_steps.harness,

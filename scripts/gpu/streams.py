@@ -156,5 +156,43 @@ def long_streams(dtype: torch.dtype) -> list[Stream]:
     ]
 
 
+def tile_streams(dtype: torch.dtype) -> list[Stream]:
+    """Chunks of many rows in every head dimension of the Hopper kernel: tiles, laps, splits."""
+    chunk = SMALL.with_(
+        window_size=401, chunk_size=149, num_sink_tokens=139, num_heads=3, num_kv_heads=1
+    )
+    every = FEATURES["everything"].with_(
+        distance_limit=257,
+        window_size=211,
+        chunk_size=83,
+        num_sink_tokens=19,
+        num_heads=4,
+        num_kv_heads=2,
+    )
+    few = chunk.with_(num_heads=1, chunk_size=67, window_size=1511, num_sink_tokens=5)
+    cases = {
+        "tiles": (chunk, (0, 10**6), ((149, 149), (101, 149), (149, 7), (149, 149)), True),
+        "tiles_everything": (every, (3, 10**12), ((83, 41), (1, 83), (83, 83)), True),
+        "tiles_interleaved": (chunk.with_(interleaved=True), (700,), ((149,), (77,)), True),
+        "tiles_split": (few, (10**9,), ((67,), (65,)), True),
+        "tiles_not_split": (few, (10**9,), ((67,),), False),
+    }
+    return [
+        Stream(
+            f"{name}-dim{head_dim}-{_name(dtype)}",
+            case.with_(
+                head_dim=head_dim, rotary_dim=head_dim if case.rotary_dim == 64 else case.rotary_dim
+            ),
+            bases,
+            chunks,
+            dtype,
+            in_place=head_dim == 64,
+            with_workspace=workspace,
+        )
+        for head_dim in (64, 128)
+        for name, (case, bases, chunks, workspace) in cases.items()
+    ]
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

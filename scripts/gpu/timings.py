@@ -29,6 +29,7 @@ from scripts.gpu.yardsticks import COPY, FULL, Maker, yardsticks
 
 ROUNDS = 7
 OURS = "lambda kernels"
+PORTABLE = "lambda kernels, mma.sync"  # where the library has a kernel for one architecture
 INT8 = "lambda kernels, rings of int8"
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 22, 33, 43, 64)
 
@@ -40,6 +41,7 @@ class TimingDevice(Protocol):
     multiprocessors: int
     shared_bytes: int
     cache_bytes: int
+    hopper: bool
 
     def stream(self) -> int:
         """Return the stream to enqueue on."""
@@ -68,8 +70,11 @@ def measure(library: KernelLibrary, device: TimingDevice, workload: Workload) ->
         failed has its error instead.
     """
     copies = copies_of(device, workload)
+    hopper = device.hopper and library.has_hopper
+    portable = KernelLibrary(library.path, "portable") if hopper else library
     makers: dict[str, Maker] = {
         OURS: lambda: _ours(library, device, workload, copies),
+        **({PORTABLE: lambda: _ours(portable, device, workload, copies)} if hopper else {}),
         INT8: lambda: _ours(library, device, replace(workload, int8_rings=True), copies),
         **yardsticks(device.name, workload, copies),
     }
@@ -109,7 +114,9 @@ def measure_choices(
         },
     )
     times = _interleaved(device, works, dict.fromkeys(works, copies))
-    plan = library.plan(params, device.multiprocessors, device.shared_bytes, size)
+    plan = library.plan(
+        params, device.multiprocessors, device.shared_bytes, size, hopper=device.hopper
+    )
     return {
         "workload": workload.name,
         "kernel": plan.kernel,

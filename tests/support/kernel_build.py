@@ -20,11 +20,13 @@ KERNEL_SOURCES = (
     *("tiles_float16.cu", "tiles_bfloat16.cu"),
     *("decode_float16_int8.cu", "decode_bfloat16_int8.cu"),
     *("tiles_float16_int8.cu", "tiles_bfloat16_int8.cu"),
+    *("tiles_hopper_float16.cu", "tiles_hopper_bfloat16.cu"),
 )
+EMULATION_SOURCES = ("emulation.cpp", "hopper.cpp")
 NO_COMPILER = "no C++ compiler (g++): the kernels are not built for the block emulation"
 FLAGS = (
     *("-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"),
-    *("-Wno-unknown-pragmas", "-DLMINF_EMULATE"),
+    *("-Wno-unknown-pragmas", "-DLMINF_EMULATE", "-DLMINF_HOPPER"),
 )
 
 
@@ -58,7 +60,7 @@ def emulated_library(folder: Path) -> Path:
 
 def compile_object(plugins: Path, source: str, target: Path) -> None:
     """Compile one file of plugins/lambda_attention, plugins/emulation or plugins/operator."""
-    folders = {"emulation.cpp": "emulation", "rules.cpp": "operator"}
+    folders = {**dict.fromkeys(EMULATION_SOURCES, "emulation"), "rules.cpp": "operator"}
     folder = folders.get(source, "lambda_attention")
     includes = ["-I", str(plugins / "emulation"), "-I", str(plugins / "lambda_attention")]
     path = str(plugins / folder / source)
@@ -95,7 +97,7 @@ def broken_library(folder: Path, source: str, file: str, line: str, wrong: str, 
 
 
 def _build(folder: Path, library: Path) -> None:
-    sources = [*HOST_SOURCES, *KERNEL_SOURCES, "emulation.cpp"]
+    sources = [*HOST_SOURCES, *KERNEL_SOURCES, *EMULATION_SOURCES]
     objects = [folder / Path(source).with_suffix(".o") for source in sources]
     with ThreadPoolExecutor(2) as pool:
         list(

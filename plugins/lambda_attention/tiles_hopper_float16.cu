@@ -1,0 +1,5 @@
+#include "tiles_hopper.inl"
+
+template cudaError_t lminf::enqueueTilesHopper<lminf::Half>(const KernelArguments&,
+                                                            const AttentionPlan&, int,
+                                                            cudaStream_t);
