@@ -146,14 +146,20 @@ def test_the_kernel_follows_from_rows_per_key_head(
 )
 def test_compute_capability_9_0_has_a_kernel_of_its_own(library, changes, kernel):
     made = params(rotary_dim=64, **changes)
-    assert library.plan(made, **H100, workspace_bytes=0, hopper=True).kernel == kernel
-    portable = KernelLibrary(library.path, "portable")
-    assert portable.plan(made, **H100, workspace_bytes=0, hopper=True).kernel != "tiles_hopper"
-    assert library.plan(made, 132, 65536, 0, hopper=True).kernel != "tiles_hopper"
+    asked = KernelLibrary(library.path, "by_device")
+    assert asked.plan(made, **H100, workspace_bytes=0, hopper=True).kernel == kernel
+    assert asked.plan(made, 132, 65536, 0, hopper=True).kernel != "tiles_hopper"
+    assert asked.plan(made, **H100, workspace_bytes=0).kernel != "tiles_hopper"
+
+
+def test_a_kernel_that_no_device_has_run_is_not_chosen_by_itself(library):
+    made = params(rotary_dim=64, sequence_length=256)
+    assert library.plan(made, **H100, workspace_bytes=0, hopper=True).kernel == "tiles128"
 
 
 @pytest.mark.parametrize("hopper", [False, True])
 def test_a_chunk_is_split_by_what_one_block_sees(library, hopper):
+    library = KernelLibrary(library.path, "by_device")
     size = {"num_heads": 1, "num_kv_heads": 1, "batch_size": 1, "capacity": 8192}
     for window, splits in ((64, False), (4096, True)):
         made = params(window_size=window, sequence_length=4096, **size)
@@ -165,12 +171,24 @@ def test_a_chunk_is_split_by_what_one_block_sees(library, hopper):
 @pytest.mark.parametrize(
     ("kv_heads", "batch"), [(8, 1), (32, 1), (8, 8), (32, 8), (8, 64), (32, 64)]
 )
-def test_decode_fills_the_multiprocessors_to_the_last_wave(library, kv_heads, batch):
+def test_decode_leaves_no_multiprocessor_with_much_less_than_another(library, kv_heads, batch):
     made = params(num_heads=32, num_kv_heads=kv_heads, batch_size=batch)
     plan = library.plan(made, **H100, workspace_bytes=library.workspace_size(made))
-    blocks, slots = kv_heads * batch * plan.splits, 3 * 132
-    waves = -(-blocks // slots)
-    assert blocks / (waves * slots) > (0.6 if blocks < slots else 0.85)
+    blocks = kv_heads * batch * plan.splits
+    assert blocks / (-(-blocks // 132) * 132) > 0.95
+
+
+def test_keys_that_fill_the_multiprocessors_by_themselves_are_not_split(library):
+    made = params(num_heads=32, num_kv_heads=32, batch_size=8)  # 256 blocks, two of each 132
+    plan = library.plan(made, **H100, workspace_bytes=library.workspace_size(made))
+    assert plan.splits == 1
+
+
+def test_one_row_is_split_so_that_each_warp_takes_two_tiles(library):
+    made = params(num_heads=32, num_kv_heads=8, batch_size=1)
+    plan = library.plan(made, **H100, workspace_bytes=library.workspace_size(made))
+    tiles = -(-(4096 + made.num_sink_tokens) // plan.keys_per_tile)
+    assert -(-tiles // plan.splits) == 2 * 4
 
 
 def test_splits_need_no_more_than_the_workspace_given(library):

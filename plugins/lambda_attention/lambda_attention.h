@@ -24,7 +24,7 @@ cudaError_t launch(const LambdaAttentionParams& params, void* workspace, std::si
 // What a caller may decide in place of the plan: for tests, and for timing one variant beside the
 // other. The results are the same but for the order of sums.
 struct LaunchChoices {
-  KernelPreference preference = KernelPreference::kFastest;
+  KernelPreference preference = kDefaultPreference;
   int splits = 0;           // of the keys: 1 … kMaxSplits, if the workspace suffices; 0: the plan's
   bool startsEarly = true;  // a kernel may start before the one ahead of it ends (SM 9.0 and later)
   bool appendsInDecode = true;  // a single token is appended by the decode kernel

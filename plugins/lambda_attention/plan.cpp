@@ -10,6 +10,13 @@ namespace {
 
 // Writing and reading back one split's partial result costs about as much as this many tiles.
 constexpr std::int64_t kSplitCostTiles = 2;
+// What one multiprocessor of an H200 gets from memory (4.3 TB/s over 132, 32 bytes a nanosecond)
+// while a warp waits once for memory (1 us), while a block starts and ends (2 us), and in a combine
+// kernel (1.5 us). Estimates: the suite's step `choices` times every number of splits beside the
+// plan's.
+constexpr std::int64_t kTurnBytes = 32 * 1024;
+constexpr std::int64_t kBlockBytes = 64 * 1024;
+constexpr std::int64_t kCombineBytes = 48 * 1024;
 // A split brings every warp of a block a tile of its own.
 constexpr std::int64_t kMinTilesPerSplit = 4;
 constexpr std::int64_t kMaxDecodeBlocks = 4096;
@@ -25,7 +32,7 @@ AttentionKernel chooseKernel(const LambdaAttentionParams& p, std::int64_t rows,
                              const DeviceLimits& device, KernelPreference preference) {
   if (p.dataType == DataType::kFloat32) return AttentionKernel::kSimple;
   const bool wanted = preference == KernelPreference::kHopper ||
-                      (preference == KernelPreference::kFastest && rows > 64);
+                      (preference == KernelPreference::kByDevice && rows > 64);
   if (wanted && takesHopper(p, device)) return AttentionKernel::kTilesHopper;
   if (rows <= 8) return AttentionKernel::kDecode8;
   const bool large = p.headDim > kLargestDoubledHeadDim;
@@ -79,18 +86,34 @@ std::int64_t keysOfBlock(const LambdaAttentionParams& p, const AttentionPlan& pl
   return std::min(p.capacity, std::min(p.windowSize, p.capacity) + steps - 1) + p.numSinkTokens;
 }
 
-int chooseSplits(std::int64_t blocks, std::int64_t tiles, std::int64_t slots, std::int64_t limit) {
-  int best = 1;
-  std::int64_t bestCost = ceilDiv(blocks, slots) * tiles;
+// The splits, at most `limit`, with the smallest cost; the fewest of those.
+template <class Cost>
+int chooseSplits(std::int64_t limit, const Cost& cost) {
+  std::int64_t best = 1;
   for (std::int64_t splits = 2; splits <= limit; ++splits) {
-    const std::int64_t cost =
-        ceilDiv(blocks * splits, slots) * (ceilDiv(tiles, splits) + kSplitCostTiles);
-    if (cost < bestCost) {
-      bestCost = cost;
-      best = static_cast<int>(splits);
-    }
+    if (cost(splits) < cost(best)) best = splits;
   }
-  return best;
+  return static_cast<int>(best);
+}
+
+// A chunk is bound by arithmetic: waves of blocks, each of so many tiles.
+std::int64_t chunkCost(std::int64_t blocks, std::int64_t tiles, std::int64_t slots,
+                       std::int64_t splits) {
+  const std::int64_t perBlock = ceilDiv(tiles, splits) + (splits > 1 ? kSplitCostTiles : 0);
+  return ceilDiv(blocks * splits, slots) * perBlock;
+}
+
+// Decoding is bound by memory, whose bandwidth the blocks on a multiprocessor share: so it takes
+// the bytes of the busiest one, or if that is more, the turns in which its warps wait for a tile
+// each. In bytes that one multiprocessor gets from memory in the same time.
+std::int64_t decodeCost(std::int64_t blocks, std::int64_t tiles, std::int64_t tileBytes,
+                        const DeviceLimits& device, int resident, std::int64_t splits) {
+  const std::int64_t most = ceilDiv<std::int64_t>(blocks * splits, device.multiprocessors);
+  const std::int64_t perBlock = ceilDiv(tiles, splits);
+  const std::int64_t waves = ceilDiv<std::int64_t>(most, resident);
+  const std::int64_t turns = waves * ceilDiv<std::int64_t>(perBlock, kDecodeWarps);
+  return std::max(most * perBlock * tileBytes, turns * kTurnBytes) + waves * kBlockBytes +
+         (splits > 1 ? kCombineBytes : 0);
 }
 
 }  // namespace
@@ -160,9 +183,18 @@ AttentionPlan planAttention(const LambdaAttentionParams& p, const DeviceLimits& 
   const std::int64_t fitting = static_cast<std::int64_t>(workspaceBytes / partialBytes(p, 1));
   const std::int64_t limit = std::min(
       {std::int64_t{kMaxSplits}, tiles / leastTiles, fitting, maxBlocks(plan.kernel) / blocks});
-  const std::int64_t slots =
-      std::int64_t{device.multiprocessors} * blocksPerMultiprocessor(plan, headDim, device);
-  plan.splits = chooseSplits(blocks, tiles, slots, limit);
+  const int resident = blocksPerMultiprocessor(plan, headDim, device);
+  if (isDecode(plan.kernel)) {
+    const std::int64_t elementBytes = p.int8Cache ? 1 : 2;
+    const std::int64_t tileBytes = 2 * elementBytes * p.headDim * plan.keysPerTile;
+    plan.splits = chooseSplits(limit, [&](std::int64_t splits) {
+      return decodeCost(blocks, tiles, tileBytes, device, resident, splits);
+    });
+  } else {
+    const std::int64_t slots = std::int64_t{device.multiprocessors} * resident;
+    plan.splits = chooseSplits(
+        limit, [&](std::int64_t splits) { return chunkCost(blocks, tiles, slots, splits); });
+  }
   return plan;
 }
 

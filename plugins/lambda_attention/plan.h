@@ -20,10 +20,12 @@ enum class AttentionKernel : std::int32_t {
 
 // Which kernels may be chosen, for measurements and tests.
 enum class KernelPreference : std::int32_t {
-  kFastest = 0,   // by shape and device
-  kPortable = 1,  // only those that every device runs
+  kPortable = 0,  // only those that every device runs
+  kByDevice = 1,  // and those of the device, where the shape is theirs
   kHopper = 2,    // kTilesHopper for any number of rows, where device and layer allow it
 };
+// kTilesHopper has run in the emulation only: it is not chosen until a device has run it (gpu.md).
+constexpr KernelPreference kDefaultPreference = KernelPreference::kPortable;
 
 struct DeviceLimits {
   int computeCapability = 90;
@@ -64,6 +66,6 @@ std::size_t workspaceSize(const LambdaAttentionParams& params);
 // rest, and fit into workspaceBytes.
 AttentionPlan planAttention(const LambdaAttentionParams& params, const DeviceLimits& device,
                             std::size_t workspaceBytes,
-                            KernelPreference preference = KernelPreference::kFastest);
+                            KernelPreference preference = kDefaultPreference);
 
 }  // namespace lminf

@@ -19,7 +19,7 @@ from lminf_export.operator import contract
 DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128", "tiles_hopper")
 # Which kernels a library may choose: `lminf::KernelPreference`.
-PREFERENCES = ("fastest", "portable", "hopper")
+PREFERENCES = ("portable", "by_device", "hopper")
 SUPPORTED_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 _TENSORS = (*contract.input_names(key_bias=True), *contract.output_names(int8_cache=True))
@@ -84,14 +84,15 @@ class KernelLibrary:
 
     Args:
         path: the library.
-        preference: which kernels may run: "fastest", "portable" (only those for every device) or
-            "hopper" (the one for compute capability 9.0 with any number of rows, where it can).
+        preference: which kernels may run: "portable" (those for every device, which is what runs
+            if nobody asks), "by_device" (and those of the device, where the shape is theirs) or
+            "hopper" (that of compute capability 9.0 with any number of rows, where it can).
 
     Raises:
         KernelError: its params struct is not the one described here.
     """
 
-    def __init__(self, path: Path, preference: str = "fastest") -> None:
+    def __init__(self, path: Path, preference: str = "portable") -> None:
         self.path = path
         self.preference = preference
         self.c = ctypes.CDLL(str(path))

@@ -29,7 +29,7 @@ from scripts.gpu.yardsticks import COPY, FULL, Maker, yardsticks
 
 ROUNDS = 7
 OURS = "lambda kernels"
-PORTABLE = "lambda kernels, mma.sync"  # where the library has a kernel for one architecture
+HOPPER = "lambda kernels, those of compute capability 9.0"
 INT8 = "lambda kernels, rings of int8"
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 22, 33, 43, 64)
 
@@ -71,10 +71,10 @@ def measure(library: KernelLibrary, device: TimingDevice, workload: Workload) ->
     """
     copies = copies_of(device, workload)
     hopper = device.hopper and library.has_hopper
-    portable = KernelLibrary(library.path, "portable") if hopper else library
+    of_device = KernelLibrary(library.path, "by_device")
     makers: dict[str, Maker] = {
         OURS: lambda: _ours(library, device, workload, copies),
-        **({PORTABLE: lambda: _ours(portable, device, workload, copies)} if hopper else {}),
+        **({HOPPER: lambda: _ours(of_device, device, workload, copies)} if hopper else {}),
         INT8: lambda: _ours(library, device, replace(workload, int8_rings=True), copies),
         **yardsticks(device.name, workload, copies),
     }
