@@ -14,6 +14,7 @@ import pytest
 
 from scripts import gpu_suite
 from scripts.gpu import kernel_steps, record, report, steps, timings, yardsticks
+from scripts.gpu.counters import by_kernel, read_details
 from scripts.gpu.emulated_device import TimedEmulation
 from scripts.gpu.kernel_library import KernelLibrary
 from scripts.gpu.plan import BY_DEFAULT, PLAN, groups
@@ -94,7 +95,8 @@ def test_the_suite_runs_on_a_bare_machine_and_goes_on_where_it_stopped(library, 
     command = [
         sys.executable, str(kernel_build.ROOT / "scripts" / "gpu_suite.py"), "--emulate", "--quick",
         "--library", str(library), "--results", str(results), "--build", str(tmp_path / "build"),
-        "--only", "graph_capture", "choices", "kernel_times", "tensorrt_rtx", *chosen,
+        "--only", "graph_capture", "hopper_kernel", "choices", "kernel_times", "counters",
+        "tensorrt_rtx", *chosen,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(without(blocked, ABSENT))}
     done = subprocess.run(
@@ -219,6 +221,41 @@ def test_a_lost_device_ends_a_step_and_names_what_did_not_run(suite, monkeypatch
     stream, rest = found["failures"]
     assert stream["error"].endswith("an illegal memory access was encountered")
     assert rest == {"not run": 1, "error": "the device is lost"}
+
+
+NCU = """
+[17] python3.12@127.0.0.1
+  void decodeKernel<Half, Half, 128, 1>(KernelArguments) (8, 33, 1)x(128, 1, 1), Context 1, Stream 7
+    Section: GPU Speed Of Light Throughput
+    ----------------------- ----------- ------------
+    Metric Name             Metric Unit Metric Value
+    ----------------------- ----------- ------------
+    SM Frequency                    Ghz         1.87
+    Elapsed Cycles                cycle       22,995
+    Duration                         us        12.29
+    Memory Throughput                 %        28.69
+    OPT   This workload exhibits low compute throughput
+    Memory Throughput                          Tbyte/s         1.37
+    Registers Per Thread             register/thread              164
+
+  void combineKernel<Half, 128>(KernelArguments) (32, 1, 1)x(256, 1, 1), Context 1, Stream 7
+    Duration                         ns        1,960
+  void decodeKernel<Half, Half, 128, 1>(KernelArguments) (8, 33, 1)x(128, 1, 1), Context 1, Stream 7
+    Duration                         us        12.31
+  void decodeKernel<Half, Half, 128, 1>(KernelArguments) (8, 33, 1)x(128, 1, 1), Context 1, Stream 7
+    Duration                         us        99.00
+"""
+
+
+def test_counters_are_read_off_what_ncu_prints():
+    decode, combine = by_kernel(read_details(NCU))
+    assert (decode["kernel"], decode["of"]) == ("decodeKernel", "Half, Half, 128, 1")
+    assert (decode["grid"], decode["block"], decode["launches"]) == ([8, 33, 1], [128, 1, 1], 3)
+    assert decode["seconds"] == pytest.approx(12.31e-6)
+    assert decode["memory_bytes_per_second"] == pytest.approx(1.37e12)
+    assert decode["registers"] == 164
+    assert "memory_busy" not in decode  # a share of some memory is not the DRAM's
+    assert combine["seconds"] == pytest.approx(1.96e-6)
 
 
 def few_streams():

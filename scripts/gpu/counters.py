@@ -1,20 +1,21 @@
 """Hardware counters of single kernels, from what NVIDIA's Nsight Compute (ncu) prints.
 
     ncu --clock-control none --set basic --page details … > details.txt
-    python -m scripts.gpu.counters NAME=details.txt … --environment RESULT --out counters.json
+    python -m scripts.gpu.counters WORKLOAD=details.txt … --into gpu-nvidia-h200.json
 
-The step `counters` of the suite runs both. ncu empties the caches before every kernel, so a kernel
+The step `counters` of the suite does the same by itself. ncu empties the caches before every kernel, so a kernel
 that reads what the one before it wrote takes longer here than in a step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from scripts.gpu import record
 
 # ncu's name and unit of a metric → the name here and the factor to it.
 METRICS: dict[tuple[str, str], tuple[str, float]] = {
@@ -76,18 +77,22 @@ def _median(group: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("details", nargs="+", help="NAME=FILE of ncu's page details")
-    parser.add_argument("--environment", type=Path, required=True, help="a result of the suite")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("details", nargs="+", help="WORKLOAD=FILE of ncu's page details")
+    parser.add_argument("--into", type=Path, required=True, help="the result of the same run")
     options = parser.parse_args()
-    environment = json.loads(options.environment.read_text(encoding="utf-8"))["environment"]
     workloads = {}
     for given in options.details:
         name, _, path = given.rpartition("=")
         workloads[name] = by_kernel(read_details(Path(path).read_text(encoding="utf-8")))
-    result = {"benchmark": "gpu-counters", "environment": environment, "workloads": workloads}
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    options.out.write_text(text + "\n", encoding="utf-8")
+    result = record.read(options.into)
+    build = result["steps"]["build"]
+    result["steps"]["counters"] = {
+        "status": "ok",
+        "workloads": workloads,
+        "sources": build["sources"],
+        "quick": False,
+    }
+    record.write(options.into, result)
 
 
 if __name__ == "__main__":

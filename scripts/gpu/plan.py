@@ -37,6 +37,7 @@ PLAN: dict[str, Step] = {
     "timing": Step("every workload of the targets, contestants interleaved", 480, alone=True),
     "choices": Step("every number of splits, each variant of the kernels off", 240, alone=True),
     "kernel_times": Step("each kernel of a step by itself, by the profiler", 120, alone=True),
+    "counters": Step("hardware counters of single kernels, by Nsight Compute", 240, alone=True),
     "tensorrt_rtx": Step("a TensorRT-RTX engine of the demo model", 240, alone=True),
     "sanitizer": Step("a few streams under compute-sanitizer", 570, alone=True, by_default=False),
 }

@@ -12,8 +12,12 @@ NOT_MEASURED = "not yet measured"
 HEAD = """# On a GPU
 
 `python scripts/gpu_suite.py` builds the kernels for the GPU at hand, checks and times them, and
-writes `benchmarks/results/gpu-<device>.json` and this page.
+writes `build/gpu-results/gpu-<device>.json`, which is recorded by being copied to
+`benchmarks/results/`; this page is written from there. What was checked without a GPU, against which
+source, and what a run has shown and had mended: [gpu_review.md](gpu_review.md).
 """
+COUNTERS = """Single kernels by Nsight Compute, which empties the caches before each of them (so what
+reads the results of the one before, as combine does, takes longer than in a step):"""
 TARGETS = (
     ("decode, B ≥ 8", "≥ 85 % of the copy bandwidth measured beside it"),
     ("decode", "faster than torch's SDPA (flash) and compiled FlexAttention on the same keys"),
@@ -38,27 +42,57 @@ def results_in(folder: Path) -> list[dict[str, Any]]:
 
 def empty_page() -> str:
     """Return the page as long as no GPU was at hand."""
-    rows = [[what, target, NOT_MEASURED] for what, target in TARGETS]
-    return f"{HEAD}\n{table(['', 'target', 'measured'], rows, numbers=False)}\n"
+    return f"{HEAD}\n**No GPU has run it yet.**\n\n{_targets()}\n"
 
 
 def page(results: list[dict[str, Any]]) -> str:
     """Return the page of the results of one GPU or several."""
-    return "\n".join([HEAD, *map(_section, results)])
+    timed = any(_workloads(result) for result in results)
+    parts = [HEAD, *map(_section, results)]
+    return "\n".join(parts if timed else [*parts, _targets() + "\n"])
+
+
+def _targets() -> str:
+    rows = [[what, target, NOT_MEASURED] for what, target in TARGETS]
+    return table(["", "target", "measured"], rows, numbers=False)
+
+
+def _workloads(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return result["steps"].get("timing", {}).get("workloads", [])  # type: ignore[no-any-return]
 
 
 def _section(result: dict[str, Any]) -> str:
-    steps = result["steps"]
+    steps, environment = result["steps"], result["environment"]
     rows = [[name, step["status"], _remark(step)] for name, step in steps.items()]
+    sources = sorted({step["sources"] for step in steps.values()})
+    versions = environment["versions"]
     parts = [
-        f"Measured on {result['environment']['gpu']}:",
+        f"## {environment['gpu']}",
+        f"torch {versions['torch']}, CUDA {environment.get('cuda', 'not used')}; kernels and suite "
+        f"of digest {', '.join(sources)} (`scripts/gpu/record.py`).",
         table(["step", "", ""], rows, numbers=False),
     ]
-    workloads = steps.get("timing", {}).get("workloads", [])
-    if workloads:
+    if workloads := _workloads(result):
         head = ["workload", "µs a layer", "of copy bandwidth", "TFLOP/s", "times faster than"]
         parts.append(table(head, map(_row, workloads), numbers=False))
+    if counted := steps.get("counters", {}).get("workloads"):
+        parts.append(COUNTERS)
+        head = ["workload", "kernel", "grid", "µs", "memory GB/s", "no warp ready", "registers"]
+        rows = [_counted(name, kernel) for name, kernels in counted.items() for kernel in kernels]
+        parts.append(table(head, rows, numbers=False))
     return "\n\n".join(parts) + "\n"
+
+
+def _counted(workload: str, kernel: dict[str, Any]) -> list[str]:
+    return [
+        workload,
+        f"`{kernel['kernel']}<{kernel['of']}>`",
+        " × ".join(str(n) for n in kernel["grid"] if n > 1) or "1",
+        f"{kernel['seconds'] * 1e6:.1f}",
+        f"{kernel['memory_bytes_per_second'] / 1e9:.0f}",
+        f"{kernel['cycles_without_an_eligible_warp']:.0%}",
+        f"{kernel['registers']:.0f}",
+    ]
 
 
 def _remark(step: dict[str, Any]) -> str:
@@ -67,6 +101,9 @@ def _remark(step: dict[str, Any]) -> str:
     if "largest_error_in_units_of_torchs" in step:
         ratio = step["largest_error_in_units_of_torchs"]
         return f"{step['streams']} streams, error at most {ratio:.2f} × torch's"
+    if failures := step.get("failures"):
+        named = ": ".join(str(value) for value in failures[0].values())
+        return f"{len(failures)} failed; {named}"
     return str(step.get("said", "")).splitlines()[-1] if step.get("said") else ""
 
 

@@ -22,6 +22,7 @@ STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "timing": kernel_steps.timing,
     "choices": kernel_steps.choices,
     "kernel_times": kernel_steps.kernel_times,
+    "counters": tool_steps.counters,
     "tensorrt_rtx": tool_steps.tensorrt_rtx,
     "sanitizer": tool_steps.sanitizer,
 }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lminf_export.runtime.environment import environment
+from scripts.gpu.counters import by_kernel, read_details
 from scripts.gpu.kernel_library import KernelLibrary
 from scripts.gpu.suite import KERNELS, SkipStep, Suite
 
@@ -25,6 +26,8 @@ MAINS = {
     "lminf-export": "from lminf_export.cli.export import main; main()",
     "lminf": "from lminf_export.cli.main import main; main()",
 }
+PROFILED = ("decode Llama-3-8B B=1", "decode Llama-3-8B B=8", "prefill Llama-3-8B chunk 1024")
+SECTIONS = ["SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "Occupancy", "LaunchStats"]
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -82,6 +85,25 @@ def sanitizer(suite: Suite) -> dict[str, Any]:
         suite.keep({"tools": results})
     bad = [name for name, result in results.items() if result != "ok"]
     return {"status": "failed" if bad else "ok", "tools": results}
+
+
+def counters(suite: Suite) -> dict[str, Any]:
+    """Hardware counters of single kernels, by Nsight Compute."""
+    if suite.emulate:
+        raise SkipStep("the emulation has no hardware counters")
+    tool = _tool("ncu")
+    found: dict[str, Any] = {}
+    for workload in PROFILED:
+        said = run(
+            [tool, "--clock-control", "none", *(f"--section={name}" for name in SECTIONS),
+             "--kernel-name", "regex:Kernel", "--launch-skip", "6", "--launch-count", "9",
+             sys.executable, "-m", "scripts.gpu.profiled", workload,
+             "--library", str(suite.kernels().path)]
+        )  # fmt: skip
+        found[workload] = by_kernel(read_details(said))
+        suite.keep({"workloads": found})
+    empty = [workload for workload, kernels in found.items() if not kernels]
+    return {"status": "failed" if empty else "ok", "workloads": found, "without_kernels": empty}
 
 
 def harness(suite: Suite) -> dict[str, Any]:
@@ -156,7 +178,7 @@ def run(command: list[str]) -> str:
     Raises:
         RuntimeError: with the end of its messages.
     """
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-3000:]}")
     return done.stdout
