@@ -21,7 +21,7 @@ class EmulatedDevice:
     """
 
     name: str = "cpu"
-    multiprocessors: int = 4
+    multiprocessors: int = 16
     shared_bytes: int = 101376
     hopper: bool = False
 

@@ -28,7 +28,7 @@ def hopper_stream() -> Stream:
 
 
 def main(path: str, largest_ratio: float = 2.0) -> int:
-    library = KernelLibrary(Path(path))
+    library = KernelLibrary(Path(path), "by_device")
     for eager in (True, False):
         HOPPER.configure(library, eager=eager)
         outcome = run_stream(library, HOPPER, hopper_stream())
