@@ -5,8 +5,8 @@
 The files that git tracks, as they are now, are copied to an empty folder; there the given Python
 runs the whole suite on the block emulation, in a network namespace of its own where the system
 allows one. That Python needs torch, numpy, psutil, cmake and ninja (scripts/README.md). A second
-call must find nothing left to do. With --ort it also runs the stages of onnxruntime over tiny models
-on the CPU, which need the packages of an export.
+call must find nothing left to do. With --ort it also runs the stages of onnxruntime over tiny
+models on the CPU, which need the packages of an export.
 """
 
 from __future__ import annotations

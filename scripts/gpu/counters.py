@@ -3,8 +3,8 @@
     ncu --clock-control none --set basic --page details … > details.txt
     python -m scripts.gpu.counters WORKLOAD=details.txt … --into gpu-nvidia-h200.json
 
-The step `counters` of the suite does the same by itself. ncu empties the caches before every kernel, so a kernel
-that reads what the one before it wrote takes longer here than in a step.
+The step `counters` of the suite does the same by itself. ncu empties the caches before every
+kernel, so one that reads what the one before it wrote takes longer here than in a step.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ HEAD = """# On a GPU
 
 `python scripts/gpu_suite.py` builds the kernels for the GPU at hand, checks and times them, and
 writes `build/gpu-results/gpu-<device>.json`, which is recorded by being copied to
-`benchmarks/results/`; this page is written from there. What was checked without a GPU, against which
-source, and what a run has shown and had mended: [gpu_review.md](gpu_review.md).
+`benchmarks/results/`; this page is written from there. What was checked without a GPU, against
+which source, and what a run has shown and had mended: [gpu_review.md](gpu_review.md).
 """
-COUNTERS = """Single kernels by Nsight Compute, which empties the caches before each of them (so what
-reads the results of the one before, as combine does, takes longer than in a step):"""
+COUNTERS = """Single kernels by Nsight Compute, which empties the caches before each of them (so
+what reads the results of the one before, as combine does, takes longer than in a step):"""
 TARGETS = (
     ("decode, B ≥ 8", "≥ 85 % of the copy bandwidth measured beside it"),
     ("decode", "faster than torch's SDPA (flash) and compiled FlexAttention on the same keys"),
