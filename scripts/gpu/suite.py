@@ -1,4 +1,4 @@
-"""What the steps of the suite share: the device, the kernels, and where a result grows."""
+"""The settings and state of a step: the device, the kernels, and where a result grows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels are compared with: copies, and other attention on as many keys.
+"""Contestants beside the kernels: copies, and other attention on as many keys.
 
 They attend to a plain cache of W + N keys: no ring, no limit on distance, nothing to append. So
 each of them does a little less than the kernels.
