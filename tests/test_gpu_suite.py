@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import subprocess
@@ -316,3 +317,34 @@ def test_a_decode_step_reads_what_its_window_and_sinks_hold():
 def test_the_page_says_not_yet_measured_until_a_gpu_has_written_it(tmp_path):
     assert report.results_in(tmp_path) == []
     assert "not yet measured" in report.empty_page()
+
+
+TRITON = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from scripts.gpu.triton_kernels import Decode, copy
+source = torch.randn(10_000).half()
+target = torch.zeros_like(source)
+copy(source, target)
+assert torch.equal(source, target)
+for batch, heads, groups, keys, dim in ((1, 8, 2, 300, 64), (2, 4, 4, 130, 128)):
+    query = torch.randn(batch, heads, 1, dim).half()
+    key, value = (torch.randn(batch, groups, keys, dim).half() for _ in range(2))
+    found = Decode(batch, heads, groups, keys, dim, 4)(query, key, value)
+    wanted = scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), enable_gqa=True
+    )
+    assert (found.double() - wanted).abs().max() < 1e-3
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="no Triton: its yardsticks are not tried"
+)
+def test_the_yardsticks_in_triton_compute_what_they_are_compared_for():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", TRITON]
+    done = subprocess.run(
+        command, env=environment, cwd=kernel_build.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from tests.support.kernel_case import one_step
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
 DEVICE = EmulatedDevice()
 HOPPER = broken_kernel.HOPPER
+WIDE = EmulatedDevice(multiprocessors=16)  # more than a few rows have blocks for
 HOPPER_HEAD_DIMS = (64, 128)
 # The bound; the emulation reaches 1.0 because it rounds where torch rounds.
 LARGEST_RATIO = 2.0
@@ -81,9 +82,12 @@ def test_a_ring_that_goes_round_several_times_matches_float64(library, stream):
     "stream", by_name([streams.long_streams(torch.float16), streams.long_streams(torch.bfloat16)])
 )
 def test_split_keys_and_several_tiles_match_float64(library, stream):
-    outcome = run_stream(library, DEVICE, stream)
-    assert_right(outcome)
     decodes = stream.name.startswith("long_decode")
+    device = WIDE if decodes else DEVICE
+    device.configure(library)
+    outcome = run_stream(library, device, stream)
+    DEVICE.configure(library)
+    assert_right(outcome)
     assert (outcome.splits > 1) == (decodes and stream.with_workspace)
 
 

@@ -17,7 +17,7 @@ from scripts.gpu.kernel_library import KernelError, KernelLibrary, params_of
 from tests.support import kernel_build
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
-DEVICE = EmulatedDevice()
+DEVICE = EmulatedDevice(multiprocessors=16)
 LARGEST_RATIO = 2.0
 TYPES = (torch.float32, *streams.HALF_TYPES)
 

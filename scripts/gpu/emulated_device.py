@@ -21,7 +21,7 @@ class EmulatedDevice:
     """
 
     name: str = "cpu"
-    multiprocessors: int = 16
+    multiprocessors: int = 4
     shared_bytes: int = 101376
     hopper: bool = False
 
