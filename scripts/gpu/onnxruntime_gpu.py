@@ -16,13 +16,14 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from scripts.gpu.processes import run_limited
 
 if TYPE_CHECKING:
     from lminf_export.runtime.options import Provider
@@ -135,17 +136,17 @@ def is_done(run: Run) -> bool:
     return found["status"] == "ok" and found["provider"] == run.provider
 
 
-def perform_all(run: Run, names: list[str], arguments: list[str]) -> bool:
+def perform_all(runs: list[Run], arguments: list[str]) -> bool:
     """Run stages in processes of their own; return whether all succeeded."""
     statuses = {}
-    for name in names:
-        limit = STAGES[name][2] * (1 if run.on_gpu else _CPU_PATIENCE)
-        command = [sys.executable, "-m", "scripts.gpu.onnxruntime_gpu", "--stage", name, *arguments]
-        try:
-            done = subprocess.run(command, check=False, cwd=ROOT, timeout=limit)
-            statuses[name] = "ok" if done.returncode == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            statuses[name] = f"stopped after {limit} s"
+    for run in runs:
+        limit = STAGES[run.stage][2] * (1 if run.on_gpu else _CPU_PATIENCE)
+        module = ["-m", "scripts.gpu.onnxruntime_gpu", "--stage", run.stage]
+        status = run_limited([sys.executable, *module, *arguments], limit)
+        if status is None and run.path.is_file():  # what it had found stays
+            run.found = json.loads(run.path.read_text(encoding="utf-8"))
+            run.note(status="failed", reason=f"ended after {limit} s")
+        statuses[run.stage] = {None: f"ended after {limit} s", 0: "ok"}.get(status, "failed")
     print(json.dumps(statuses, indent=1))
     return all(status == "ok" for status in statuses.values())
 
@@ -161,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", default="all", help='a name of --list, several with ",", or all')
     parser.add_argument("--list", action="store_true", help="print the stages and end")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu"))
+    parser.add_argument("--results", type=Path, default=Path("build/gpu-results"))
     parser.add_argument("--work", type=Path, default=default_work(), help="models and bundles")
     parser.add_argument("--build", type=Path, default=Path("build/gpu"))
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cuda")
@@ -187,7 +188,7 @@ def main() -> None:
         arguments = ["--results", str(given.results), "--work", str(given.work), "--force"]
         arguments += ["--build", str(given.build), "--provider", given.provider]
         arguments += ["--quick"] if given.quick else []
-        sys.exit(0 if perform_all(left[0], [run.stage for run in left], arguments) else 1)
+        sys.exit(0 if perform_all(left, arguments) else 1)
 
 
 if __name__ == "__main__":
