@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from scripts import gpu_suite
-from scripts.gpu import kernel_steps, record, report, steps, timings, yardsticks
+from scripts.gpu import kernel_steps, record, report, steps, timings, tool_steps, yardsticks
 from scripts.gpu.counters import by_kernel, read_details
 from scripts.gpu.emulated_device import TimedEmulation
 from scripts.gpu.kernel_library import KernelLibrary
@@ -300,6 +300,48 @@ def test_an_output_that_changes_between_launches_fails_the_suite(library):
     suite = Suite(TimedEmulation(), library.parent, Unsteady(library), True, True)
     found = steps.perform("repeatability", suite)
     assert (found["status"], found["changed"]) == ("failed", ["small"])
+
+
+@needs_compiler
+def test_layers_are_repeated_by_the_kernel_of_the_device_too(library, monkeypatch):
+    ran = []
+    launch = KernelLibrary.launch
+
+    def record(self, *arguments, **words):
+        ran.append(self.preference)
+        launch(self, *arguments, **words)
+
+    monkeypatch.setattr(KernelLibrary, "launch", record)
+    for device, preferences in (
+        (TimedEmulation(), ["portable"]),
+        (TimedEmulation(shared_bytes=232448, hopper=True), ["portable", "hopper"]),
+    ):
+        ran.clear()
+        kernels = KernelLibrary(library)
+        device.configure(kernels)
+        found = steps.perform("repeatability", Suite(device, library.parent, kernels, True, True))
+        assert (found["status"], found["layers"]) == ("ok", len(preferences))
+        assert ran == [name for name in preferences for _ in range(kernel_steps.REPEATS)]
+    TimedEmulation().configure(kernels)
+
+
+@needs_compiler
+def test_the_sanitizer_looks_at_every_kernel_of_the_device(library, monkeypatch, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        "#!/bin/sh\n"
+        'for word; do case "$out" in next) out=$word;; esac; '
+        'case "$word" in --out) out=next;; esac; done\n'
+        f'echo "$@" >> {tmp_path}/said\necho \'{{"status": "ok"}}\' > "$out"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for hopper, step in ((False, "correctness"), (True, "hopper_kernel")):
+        device = TimedEmulation(hopper=hopper)
+        suite = Suite(device, library.parent, KernelLibrary(library), quick=True)
+        assert steps.perform("sanitizer", suite)["status"] == "ok"
+        said = (tmp_path / "said").read_text().splitlines()[-len(tool_steps.SANITIZER_TOOLS) :]
+        assert all(f"scripts.gpu.one_step {step} --quick" in line for line in said)
 
 
 def test_a_step_that_cannot_run_says_what_is_missing(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +20,7 @@ from scripts.gpu.kernel_library import (
     KernelLibrary,
     params_of,
 )
-from tests.support import kernel_build
+from tests.support import broken_kernel, kernel_build
 from tests.support.kernel_case import one_step
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
@@ -91,12 +94,65 @@ def test_who_appends_changes_no_bit(library, splits, dtype, reverse):
     assert torch.isfinite(results[0][0]).all()
 
 
-@pytest.mark.parametrize("heads", [(20, 1), (40, 2)])
-def test_several_blocks_that_share_a_key_head_append_the_same(library, heads):
-    case = LONG.with_(num_heads=heads[0], num_kv_heads=heads[1], head_dim=256, rotary_dim=256)
-    choices = [Choices(splits=3, appends_in_decode=appends) for appends in (True, False)]
-    results = [step(library, case, (10**6, 5), (1, 1), choices=choice) for choice in choices]
-    assert all(map(torch.equal, *results))
+HOPPER = EmulatedDevice(hopper=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "choices", "early"),
+    [
+        (HOPPER, broken_kernel.EARLY, 2),
+        (HOPPER, Choices(splits=3), 1),
+        (HOPPER, Choices(splits=1), 0),
+        (HOPPER, Choices(splits=3, starts_early=False), 0),
+        (DEVICE, broken_kernel.EARLY, 0),
+        # PTX of 8.0, which has no instruction to wait, translated for a newer device.
+        (replace(HOPPER, code=80), broken_kernel.EARLY, 0),
+        # A driver of CUDA 12.2, whose graphs know nothing of it.
+        (replace(HOPPER, driver=12020), broken_kernel.EARLY, 0),
+    ],
+)
+def test_kernels_start_early_only_where_they_wait_and_graphs_know(library, device, choices, early):
+    found = broken_kernel.early_launches(library, device, choices)
+    DEVICE.configure(library)
+    assert found == early
+
+
+# Each way to start early and not to wait; the emulation ends the program and says so.
+_WAIT = "  if (!a.appendsInDecode) waitForPrevious();\n"
+_FIRST_LOADS = (
+    "  // The first keys and values are on their way while the query is rotated; "
+    "not the new ones.\n"
+    "  const bool early = tile < end && !(appends && tile == tiles - 1);\n"
+    "  if (early) {\n    warp.loadKeys(tile);\n    warp.loadValues(tile);\n  }\n"
+)
+EARLY_MUTATIONS = {
+    "combine_does_not_wait": ("rows.cu", "combine.cuh", "  waitForPrevious();\n", ""),
+    "decode_does_not_wait": ("decode_float16.cu", "decode.cuh", _WAIT, ""),
+    "keys_are_loaded_before_the_wait": (
+        *("decode_float16.cu", "decode.cuh"),
+        *(_WAIT + _FIRST_LOADS, _FIRST_LOADS + _WAIT),
+    ),
+    "old_code_starts_early": (
+        *("rows.cu", "device.cuh"),
+        *("shape.early = version >= kWaitingCode;", ""),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", EARLY_MUTATIONS)
+def test_a_kernel_that_starts_early_and_does_not_wait_is_found(library, folder, tmp_path, mutation):
+    mutant = kernel_build.broken_library(folder, *EARLY_MUTATIONS[mutation], tmp_path)
+    command = [sys.executable, "-m", "tests.support.broken_kernel", str(mutant), "early"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert "without waiting for the kernel ahead" in done.stderr
+
+
+def test_the_kernels_that_are_broken_above_wait(library):
+    found = broken_kernel.start_early(str(library.path))
+    DEVICE.configure(library)
+    assert not found
 
 
 def test_all_splits_give_what_one_gives(library):

@@ -263,7 +263,7 @@ HOPPER_MUTATIONS = {
 def test_a_broken_hopper_kernel_is_found(library, folder, tmp_path, mutation):
     change = HOPPER_MUTATIONS[mutation]
     mutant = kernel_build.broken_library(folder, "tiles_hopper_float16.cu", *change, tmp_path)
-    command = [sys.executable, "-m", "tests.support.broken_kernel", str(mutant)]
+    command = [sys.executable, "-m", "tests.support.broken_kernel", str(mutant), "hopper"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     said = "emulated kernel" in done.stderr
     assert done.returncode == broken_kernel.FOUND or (done.returncode == -signal.SIGABRT and said)

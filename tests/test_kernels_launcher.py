@@ -191,6 +191,20 @@ def test_one_row_is_split_so_that_each_warp_takes_two_tiles(library):
     assert -(-tiles // plan.splits) == 2 * 4
 
 
+def test_decode_takes_all_rows_of_a_key_head_in_one_block(library):
+    """So one block appends where the decode kernel appends, and no other one looks there."""
+    kernels = set()
+    for head_dim in SUPPORTED_HEAD_DIMS:
+        for group, steps in itertools.product(range(1, 24), (1, 2, 3)):
+            made = params(
+                num_heads=2 * group, sequence_length=steps, head_dim=head_dim, rotary_dim=32
+            )
+            plan = library.plan(made, **H100, workspace_bytes=library.workspace_size(made))
+            kernels.add(plan.kernel)
+            assert plan.row_blocks == 1 or not plan.kernel.startswith("decode")
+    assert {"decode8", "decode16"} < kernels
+
+
 def test_splits_need_no_more_than_the_workspace_given(library):
     made = params(num_heads=32, num_kv_heads=8, batch_size=1)
     one_split = 32 * (128 + 2) * 4

@@ -20,6 +20,8 @@ struct Device {
   bool reverse = false;
   bool hopper = false;
   bool eager = false;  // copies that arrive at a barrier do so at once, not as late as can be
+  int driverVersion = 13000;
+  int codeVersion = 90;  // what the kernels are compiled for
 };
 extern Device device;
 
@@ -66,6 +68,7 @@ struct Lane {
   Fiber fiber;
   Index index{};
   bool done = false;
+  bool waited = false;  // for the kernel ahead
   bool atWarp = false;
   bool atBlock = false;
   LaneInput input{};
@@ -88,6 +91,7 @@ struct Block {
   std::size_t sharedBytes = 0;
   unsigned threads = 0;
   unsigned current = 0;
+  bool early = false;
   std::uint64_t turn = 0;
   Thread thread = nullptr;
   const void* context = nullptr;

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "block.h"
+#include "device.cuh"
 
 namespace lminf::emulation {
 
@@ -133,6 +134,7 @@ void threadMain() {
   arrive(lane.open, block.current);
   lane.groups.clear();
   lane.open.clear();
+  requireWaited();
   lane.done = true;
   yield();
 }
@@ -177,7 +179,7 @@ void prepareBlock() {
     }
     Lane& lane = *block.lanes[thread];
     lane.index = {thread, 0, 0};
-    lane.done = lane.atWarp = lane.atBlock = false;
+    lane.done = lane.waited = lane.atWarp = lane.atBlock = false;
     lane.warpgroup = {};
     lane.fiber.start(threadMain);
   }
@@ -292,6 +294,18 @@ void meetBlock() {
   yield();
 }
 
+int codeVersion() { return device.codeVersion; }
+
+void waitForPrevious() {
+  if (device.codeVersion >= kWaitingCode) block.lanes[block.current]->waited = true;
+}
+
+void requireWaited() {
+  if (block.early && !block.lanes[block.current]->waited) {
+    fail("starts early and goes on without waiting for the kernel ahead of it");
+  }
+}
+
 unsigned char* blockShared() { return block.shared; }
 
 void copyLater(void* shared, const void* global, std::size_t bytes) {
@@ -319,13 +333,15 @@ void waitGroups(int pending) {
 }
 
 cudaError_t runGrid(unsigned gridX, unsigned gridY, unsigned threads, std::size_t sharedBytes,
-                    Thread thread, const void* context) {
+                    bool early, Thread thread, const void* context) {
   if (gridX == 0 || gridY == 0 || gridX > 0x7fffffffu || gridY > 65535 || threads == 0 ||
       threads % 32 != 0 || threads > kMaxThreads ||
       sharedBytes > static_cast<std::size_t>(device.sharedBytes)) {
     return cudaErrorInvalidConfiguration;
   }
   ++counters.launches;
+  if (early) ++counters.earlyLaunches;
+  block.early = early;
   block.threads = threads;
   block.thread = thread;
   block.context = context;
@@ -345,54 +361,3 @@ cudaError_t runGrid(unsigned gridX, unsigned gridY, unsigned threads, std::size_
 }
 
 }  // namespace lminf::emulation
-
-namespace emulation = lminf::emulation;
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = emulation::device.multiprocessors; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = emulation::device.hopper ? 9 : 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::device.sharedBytes; break;
-  }
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
-  std::memcpy(target, source, bytes);
-  return cudaSuccess;
-}
-
-const char* cudaGetErrorName(cudaError_t status) {
-  switch (status) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-  }
-  return "unknown";
-}
-
-// For tests: the emulated device and what its kernels did.
-extern "C" {
-
-__attribute__((visibility("default"))) void lminfEmulationConfigure(int multiprocessors,
-                                                                    int sharedBytes, int reverse,
-                                                                    int hopper, int eager) {
-  emulation::device = {multiprocessors, sharedBytes, reverse != 0, hopper != 0, eager != 0};
-}
-
-__attribute__((visibility("default"))) void lminfEmulationReset() { emulation::counters = {}; }
-
-__attribute__((visibility("default"))) void lminfEmulationCounters(std::uint64_t* numbers) {
-  numbers[0] = emulation::counters.launches;
-  numbers[1] = emulation::counters.streamedBytes;
-  numbers[2] = emulation::counters.copiedBytes;
-}
-}

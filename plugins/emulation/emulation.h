@@ -34,6 +34,7 @@ extern Index blockIndex;
 // What kernels asked of memory since the last reset, in bytes; one launch counts one.
 struct Counters {
   std::uint64_t launches;
+  std::uint64_t earlyLaunches;  // of kernels that may start before the one ahead of them ends
   std::uint64_t streamedBytes;  // loadGlobal2, 4, 8, 16
   std::uint64_t copiedBytes;    // copyAsync4, 16
 };
@@ -79,7 +80,12 @@ using Thread = void (*)(const void* context);
 
 // Runs every block of a grid, one after the other.
 cudaError_t runGrid(unsigned gridX, unsigned gridY, unsigned threads, std::size_t sharedBytes,
-                    Thread thread, const void* context);
+                    bool early, Thread thread, const void* context);
+
+// A kernel that starts early must wait in every thread, and before the thread loads keys or values.
+void waitForPrevious();
+void requireWaited();
+int codeVersion();
 
 // Loads of `bytes` at an address that is not aligned to them end the program, as on a device.
 const void* aligned(const void* address, std::size_t bytes);
@@ -119,6 +125,7 @@ inline std::uint32_t packHigh(std::uint32_t a, std::uint32_t b) {
 
 template <int words>
 void loadGlobal(std::uint32_t (&word)[words], const void* source) {
+  emulation::requireWaited();
   std::memcpy(word, emulation::aligned(source, sizeof(word)), sizeof(word));
   emulation::counters.streamedBytes += sizeof(word);
 }
@@ -206,8 +213,8 @@ inline float shuffleXor(float value, int mask) {
   return bitsToFloat(static_cast<std::uint32_t>(shuffleXor(static_cast<int>(bits), mask)));
 }
 
-// A kernel has ended before the next one starts.
-inline void waitForPrevious() {}
+// A kernel has ended before the next one starts; that the next one waits is required all the same.
+inline void waitForPrevious() { emulation::waitForPrevious(); }
 inline void letNextStart() {}
 
 inline void syncBlock() { emulation::meetBlock(); }
@@ -222,15 +229,21 @@ struct LaunchShape {
 };
 
 template <class Arguments>
-cudaError_t enqueue(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t,
-                    const Arguments& arguments) {
+cudaError_t readCodeVersion(void (*)(Arguments), int& version) {
+  version = emulation::codeVersion();
+  return cudaSuccess;
+}
+
+template <class Arguments>
+cudaError_t launchKernel(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t,
+                         const Arguments& arguments) {
   struct Call {
     void (*kernel)(Arguments);
     const Arguments* arguments;
   };
   const Call call{kernel, &arguments};
   return emulation::runGrid(
-      shape.gridX, shape.gridY, shape.threads, shape.sharedBytes,
+      shape.gridX, shape.gridY, shape.threads, shape.sharedBytes, shape.early,
       [](const void* context) {
         const Call& made = *static_cast<const Call*>(context);
         made.kernel(*made.arguments);

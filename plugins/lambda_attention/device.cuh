@@ -14,6 +14,22 @@
 
 namespace lminf {
 
+// The first code whose waitForPrevious waits.
+constexpr int kWaitingCode = 90;
+
+// Enqueues kernel(arguments); early only if its own code waits for the kernel ahead of it.
+template <class Arguments>
+cudaError_t enqueue(void (*kernel)(Arguments), LaunchShape shape, cudaStream_t stream,
+                    const Arguments& arguments) {
+  if (shape.early) {
+    int version = 0;
+    const cudaError_t status = readCodeVersion(kernel, version);
+    if (status != cudaSuccess) return status;
+    shape.early = version >= kWaitingCode;
+  }
+  return launchKernel(kernel, shape, stream, arguments);
+}
+
 // `count` elements of a 16-bit type in registers, two to a register.
 template <int count>
 struct Packed {

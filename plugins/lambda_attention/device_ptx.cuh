@@ -175,7 +175,8 @@ __device__ __forceinline__ int shuffleXor(int value, int mask) {
 }
 
 // A kernel enqueued with `early` may start before the one ahead of it has ended: it waits here for
-// that one's end, and everything before it. Elsewhere both do nothing.
+// that one's end, and everything before it. Elsewhere both do nothing, and so they do in code that
+// was compiled for an older device than it runs on (kWaitingCode).
 __device__ __forceinline__ void waitForPrevious() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -199,12 +200,22 @@ struct LaunchShape {
   bool early = false;  // the kernel waits for the previous one itself (waitForPrevious)
 };
 
-// Enqueues kernel(arguments). More than 48 KiB of shared memory has to be asked for. An error that
-// somebody's earlier call left behind is neither reported nor cleared; one of this launch is
-// returned and not left behind.
+// The device for which the code of a kernel that runs here was compiled: 10 major + minor. Where a
+// library has no machine code for this one, the driver makes it from PTX of an older one.
 template <class Arguments>
-cudaError_t enqueue(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t stream,
-                    const Arguments& arguments) {
+cudaError_t readCodeVersion(void (*kernel)(Arguments), int& version) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) cudaGetLastError();
+  version = attributes.ptxVersion;
+  return status;
+}
+
+// More than 48 KiB of shared memory has to be asked for. An error that somebody's earlier call left
+// behind is neither reported nor cleared; one of this launch is returned and not left behind.
+template <class Arguments>
+cudaError_t launchKernel(void (*kernel)(Arguments), const LaunchShape& shape, cudaStream_t stream,
+                         const Arguments& arguments) {
   if (shape.sharedBytes > 48 * 1024) {
     const cudaError_t status = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.sharedBytes));

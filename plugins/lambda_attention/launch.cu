@@ -39,6 +39,18 @@ KernelArguments argumentsOf(const LambdaAttentionParams& p) {
   return a;
 }
 
+// The driver whose CUDA graphs know of kernels that start early: CUDA 12.3 introduced such edges.
+constexpr int kGraphsKnowEarlyStart = 12030;
+
+cudaError_t mayStartEarly(const DeviceLimits& limits, bool& may) {
+  may = false;
+  if (limits.computeCapability < kWaitingCode) return cudaSuccess;
+  int driver = 0;
+  const cudaError_t status = cudaDriverGetVersion(&driver);
+  may = driver >= kGraphsKnowEarlyStart;
+  return status;
+}
+
 // Copies the past of a cache of `rowBytes` a slot where the present is another.
 cudaError_t copySlots(const void* past, void* present, const LambdaAttentionParams& p,
                       std::size_t rowBytes, cudaStream_t stream) {
@@ -167,11 +179,14 @@ cudaError_t launchWith(const LambdaAttentionParams& params, const LaunchChoices&
     plan.splits = choices.splits;
   }
   if (plan.sharedBytes > limits.sharedBytesPerBlock) return cudaErrorInvalidConfiguration;
+  bool startsEarly = false;
+  status = mayStartEarly(limits, startsEarly);
+  if (status != cudaSuccess) return status;
 
   KernelArguments arguments = argumentsOf(params);
   arguments.rowBlocks = plan.rowBlocks;
   arguments.splits = plan.splits;
-  arguments.startsEarly = choices.startsEarly && limits.computeCapability >= 90;
+  arguments.startsEarly = choices.startsEarly && startsEarly;
   // A single token is no query's sink yet, and its slot is in one block's tile.
   arguments.appendsInDecode = choices.appendsInDecode && isDecode(plan.kernel) &&
                               params.sequenceLength == 1 && !arguments.copySinkKey &&

@@ -18,12 +18,16 @@ class EmulatedDevice:
         multiprocessors: what the launcher is told; few of them make it split keys sooner.
         shared_bytes: shared memory of each.
         hopper: it is of compute capability 9.0.
+        driver: CUDA's version of its driver, as the runtime gives it.
+        code: what the kernels are compiled for; less than 90 is PTX that the driver translates.
     """
 
     name: str = "cpu"
     multiprocessors: int = 4
     shared_bytes: int = 101376
     hopper: bool = False
+    driver: int = 13000
+    code: int = 90
 
     def stream(self) -> int:
         """Return the stream to enqueue on; the emulation has one."""
@@ -43,7 +47,8 @@ class EmulatedDevice:
             eager: copies that arrive at a barrier do so at once, not as late as can be.
         """
         library.c.lminfEmulationConfigure(
-            self.multiprocessors, self.shared_bytes, int(reverse), int(self.hopper), int(eager)
+            *(self.multiprocessors, self.shared_bytes, int(reverse), int(self.hopper)),
+            *(int(eager), self.driver, self.code),
         )
 
 
@@ -53,11 +58,13 @@ class Counters:
 
     Attributes:
         launches: kernels.
+        early_launches: of these, kernels that may start before the one ahead of them ends.
         streamed_bytes: keys and values loaded into registers.
         copied_bytes: keys and values copied to shared memory.
     """
 
     launches: int
+    early_launches: int
     streamed_bytes: int
     copied_bytes: int
 
@@ -69,7 +76,7 @@ def reset_counters(library: KernelLibrary) -> None:
 
 def counters(library: KernelLibrary) -> Counters:
     """Read an emulated library's counters."""
-    numbers = (ctypes.c_uint64 * 3)()
+    numbers = (ctypes.c_uint64 * 4)()
     library.c.lminfEmulationCounters(numbers)
     return Counters(*(int(n) for n in numbers))
 

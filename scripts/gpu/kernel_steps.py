@@ -48,7 +48,7 @@ def graph_capture(suite: Suite) -> dict[str, Any]:
 def hopper_kernel(suite: Suite) -> dict[str, Any]:
     """The kernel for compute capability 9.0 with any number of rows, and without it many."""
     library = suite.kernels()
-    if not (suite.device.hopper and library.has_hopper):
+    if not suite.runs_hopper():
         raise SkipStep("the device is not of compute capability 9.0, or nvcc is older than 12.0")
     result: dict[str, Any] = {}
     for preference in ("hopper", "portable"):
@@ -115,26 +115,40 @@ def all_streams(quick: bool) -> Iterable[Stream]:
 
 
 def repeatability(suite: Suite) -> dict[str, Any]:
-    """Layers of full size many times over: no order of sums depends on time, so no bit may."""
-    library, device = suite.kernels(), suite.device
+    """Layers of full size many times over: no order of sums depends on time, so no bit may.
+
+    Where the device has kernels of its own, these as well as those that every device runs.
+    """
+    library = suite.kernels()
+    libraries = {"": library}
+    if suite.runs_hopper():
+        libraries[", hopper"] = KernelLibrary(library.path, "hopper")
     chosen = [workloads.small_workload()] if suite.quick else _layers_to_repeat()
-    changed = []
-    for workload in chosen:
-        params, _inputs, outputs = timings.call_of(workload, device.name)
-        size = library.workspace_size(params) // 4
-        workspace = torch.empty(size, dtype=torch.float32, device=device.name)
-        first: list[torch.Tensor] = []
-        for _ in range(REPEATS):
-            for scratch in (outputs[0], workspace):
-                scratch.fill_(float("nan"))
-            library.launch(params, workspace, device.stream())
-            device.synchronize()
-            first = first or [x.clone() for x in outputs]
-            if not all(map(torch.equal, first, outputs)):  # NaN differs from itself, too
-                changed.append(workload.name)
-                break
+    changed = [
+        workload.name + which
+        for workload in chosen
+        for which, kernels in libraries.items()
+        if _changes(kernels, suite.device, workload)
+    ]
+    layers = len(chosen) * len(libraries)
     status = "failed" if changed else "ok"
-    return {"status": status, "layers": len(chosen), "repeats": REPEATS, "changed": changed}
+    return {"status": status, "layers": layers, "repeats": REPEATS, "changed": changed}
+
+
+def _changes(library: KernelLibrary, device: Any, workload: workloads.Workload) -> bool:
+    params, _inputs, outputs = timings.call_of(workload, device.name)
+    size = library.workspace_size(params) // 4
+    workspace = torch.empty(size, dtype=torch.float32, device=device.name)
+    first: list[torch.Tensor] = []
+    for _ in range(REPEATS):
+        for scratch in (outputs[0], workspace):
+            scratch.fill_(float("nan"))
+        library.launch(params, workspace, device.stream())
+        device.synchronize()
+        first = first or [x.clone() for x in outputs]
+        if not all(map(torch.equal, first, outputs)):  # NaN differs from itself, too
+            return True
+    return False
 
 
 def _layers_to_repeat() -> list[workloads.Workload]:

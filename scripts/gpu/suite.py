@@ -58,6 +58,10 @@ class Suite:
             raise SkipStep("the kernels were not built")
         return self.library
 
+    def runs_hopper(self) -> bool:
+        """Whether device and library have the kernel of compute capability 9.0."""
+        return bool(self.device.hopper) and self.kernels().has_hopper
+
     def check_device(self) -> None:
         """Ask the device whether it still answers.
 

@@ -65,17 +65,18 @@ def build(suite: Suite) -> dict[str, Any]:
 
 
 def sanitizer(suite: Suite) -> dict[str, Any]:
-    """A few streams under compute-sanitizer's tools."""
+    """A few streams by every kernel of this device under compute-sanitizer's tools."""
     if suite.emulate:
         raise SkipStep("compute-sanitizer looks at GPUs only")
     tool = _tool("compute-sanitizer")
     results: dict[str, str] = {}
+    step = "hopper_kernel" if suite.runs_hopper() else "correctness"
     for name in SANITIZER_TOOLS:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "step.json"
             done = subprocess.run(
                 [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m",
-                 "scripts.gpu.one_step", "correctness", "--quick", "--out", str(out),
+                 "scripts.gpu.one_step", step, "--quick", "--out", str(out),
                  "--build", str(suite.build), "--library", str(suite.kernels().path)],
                 capture_output=True, text=True, check=False, cwd=ROOT,
             )  # fmt: skip

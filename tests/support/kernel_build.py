@@ -22,7 +22,7 @@ KERNEL_SOURCES = (
     *("tiles_float16_int8.cu", "tiles_bfloat16_int8.cu"),
     *("tiles_hopper_float16.cu", "tiles_hopper_bfloat16.cu"),
 )
-EMULATION_SOURCES = ("emulation.cpp", "hopper.cpp")
+EMULATION_SOURCES = ("emulation.cpp", "hopper.cpp", "cuda_runtime.cpp")
 NO_COMPILER = "no C++ compiler (g++): the kernels are not built for the block emulation"
 FLAGS = (
     *("-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"),
