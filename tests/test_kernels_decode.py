@@ -197,8 +197,9 @@ MUTATIONS = {
     "values_requested_before_they_are_used_up": (
         "decode_float16.cu",
         "decode.cuh",
-        "    warp.multiplyValues(tile, weights);\n    if (next < end) warp.loadValues(next);",
-        "    if (next < end) warp.loadValues(next);\n    warp.multiplyValues(tile, weights);",
+        "    warp.multiplyValues(tile, weights);\n    if constexpr (kValuesAhead) {",
+        "    if (next < end) warp.loadValues(next);\n"
+        "    warp.multiplyValues(tile, weights);\n    if constexpr (false) {",
     ),
     "combine_reads_a_split_too_many": (
         "rows.cu",

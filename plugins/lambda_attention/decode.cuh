@@ -93,6 +93,8 @@ template <class T, class Ring, int D, int kRowTiles>
 __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocessor(D, kRowTiles))
     decodeKernel(const KernelArguments a) {
   constexpr int kRows = kRowTiles * 8;
+  // Rings of bytes leave no registers for values a tile ahead, beside what bytes become.
+  constexpr bool kValuesAhead = !isRounded<T, Ring>();
   const int warpNumber = static_cast<int>(threadIdx.x / 32);
   const RowGroup group(a, blockIdx.x, kRows);
   const std::int64_t past = a.pastLength[group.batch];
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   const bool early = tile < end && !(appends && tile == tiles - 1);
   if (early) {
     warp.loadKeys(tile);
-    warp.loadValues(tile);
+    if constexpr (kValuesAhead) warp.loadValues(tile);
   }
   if (appends && warpNumber == kDecodeWarps - 1) {
     appendToken<T, Ring, D>(a, group.batch, group.kvHead, 0, static_cast<int>(threadIdx.x % 32));
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
 
   if (tile < end && !early) {
     warp.loadKeys(tile);
-    warp.loadValues(tile);
+    if constexpr (kValuesAhead) warp.loadValues(tile);
   }
   bool holdsSinkQuery = tile < warp.sinkTiles;
   warp.loadQuery(holdsSinkQuery ? sinkRows : ringRows);
@@ -169,6 +171,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
     }
     const int next = tile + kDecodeWarps;
     float weights[kRowTiles][4];
+    if constexpr (!kValuesAhead) warp.loadValues(tile);
     warp.multiplyKeys(tile, weights);
     if (next < end) warp.loadKeys(next);
 #pragma unroll
@@ -176,7 +179,9 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
       warp.softmax(tile, weights[rowTile], rowTile);
     }
     warp.multiplyValues(tile, weights);
-    if (next < end) warp.loadValues(next);
+    if constexpr (kValuesAhead) {
+      if (next < end) warp.loadValues(next);
+    }
     tile = next;
   }
 
