@@ -94,6 +94,26 @@ def test_who_appends_changes_no_bit(library, splits, dtype, reverse):
     assert torch.isfinite(results[0][0]).all()
 
 
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 61])
+@pytest.mark.parametrize("grows", [False, True])
+def test_who_appends_changes_no_bit_in_the_smallest_ring(library, window, grows):
+    """The ring is as long as the window; or half as long, and the last free slot is taken."""
+    capacity = max(1, window // 2) if grows else window
+    bases = (0, capacity - 1) if grows else (0, window - 1, window, window + 1, 10**12 + 3)
+    case = LONG.with_(window_size=window)
+    results = []
+    for appends in (True, False):
+        inputs, outputs, attributes = one_step(
+            case, bases, (1,) * len(bases), torch.float16, capacity
+        )
+        params = params_of(inputs, outputs, attributes, growing=grows)
+        workspace = torch.full((2**20,), float("nan"))
+        library.launch(params, workspace, choices=Choices(splits=3, appends_in_decode=appends))
+        results.append(outputs)
+    assert all(map(torch.equal, *results))
+    assert torch.isfinite(results[0][0]).all()
+
+
 HOPPER = EmulatedDevice(hopper=True)
 
 

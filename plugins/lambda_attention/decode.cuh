@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   const int stored = queryStaysShared(D) ? kRows : group.rows - group.firstRow;
   warp.storeResult(results + warpNumber * kResult, stored);
   syncBlock();
-  mergeWarps<T, D, kRows>(a, group, results, split);
+  // Made again rather than remembered through the loop, which has no register left for them.
+  mergeWarps<T, D, kRows>(a, RowGroup(a, blockIdx.x, kRows), results, static_cast<int>(blockIdx.y));
 }
 
 }  // namespace lminf
