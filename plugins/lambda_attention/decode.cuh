@@ -192,8 +192,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   const int stored = queryStaysShared(D) ? kRows : group.rows - group.firstRow;
   warp.storeResult(results + warpNumber * kResult, stored);
   syncBlock();
-  // Made again rather than remembered through the loop, which has no register left for them.
-  mergeWarps<T, D, kRows>(a, RowGroup(a, blockIdx.x, kRows), results, static_cast<int>(blockIdx.y));
+  mergeWarps<T, D, kRows>(a, group, results, split);
 }
 
 }  // namespace lminf
