@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   const int stored = queryStaysShared(D) ? kRows : group.rows - group.firstRow;
   warp.storeResult(results + warpNumber * kResult, stored);
   syncBlock();
-  mergeWarps<T, D, kRows>(a, group, results, split);
+  // Made again rather than remembered through the loop, where rings of bytes have no register left.
+  mergeWarps<T, D, kRows>(a, RowGroup(a, blockIdx.x, kRows), results, static_cast<int>(blockIdx.y));
 }
 
 }  // namespace lminf
