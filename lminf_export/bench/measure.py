@@ -31,7 +31,6 @@ from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.load import load, names_plan
 from lminf_export.runtime.options import Provider
-from lminf_export.runtime.tensorrt import TensorRTSession
 
 WINDOWS = (1, 8, 64)
 FAR = 1_000_000
@@ -150,8 +149,9 @@ def bench(
 
 def _bandwidth(model: LanguageModel, options: BenchOptions) -> float:
     """Bytes per second of the memory that the caches are in."""
-    if isinstance(model.session, TensorRTSession):
-        return device_bandwidth(model.session.cuda)
+    cuda = getattr(model.session, "cuda", None)
+    if cuda is not None:
+        return device_bandwidth(cuda)
     if options.provider == "cuda":
         return gpu_bandwidth()
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -165,12 +165,7 @@ def _cuda_graph(model: LanguageModel, options: BenchOptions) -> str | None:
 
 def _cache_updates(model: LanguageModel) -> str | None:
     """Whether a plan's caches were updated in place, as its plugin saw it in this run."""
-    if not isinstance(model.session, TensorRTSession):
-        return None
-    if model.session.manifest.engine is not None and model.session.manifest.engine.plugin is None:
-        return "rings in place, by TensorRT's own update"
-    use = model.session.cache_use
-    return use.description if use is not None else "not known: the plugin cannot be asked"
+    return getattr(model.session, "cache_updates", None)
 
 
 def _prefill(model: LanguageModel, batch_size: int, count: int) -> Prefill:

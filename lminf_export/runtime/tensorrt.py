@@ -133,6 +133,14 @@ class TensorRTSession(Session):
         """How caches were updated, in the worst of the steps so far; None while it is not known."""
         return min(self._cache_uses.values(), key=lambda use: use.in_place, default=None)
 
+    @property
+    def cache_updates(self) -> str:
+        """Whether caches were updated in place in the steps so far, in words."""
+        if self.manifest.engine is not None and self.manifest.engine.plugin is None:
+            return "rings in place, by TensorRT's own update"
+        use = self.cache_use
+        return use.description if use is not None else "not known: the plugin cannot be asked"
+
     def new_state(self, batch_size: int, *, full: bool = False) -> TensorRTState:
         """See `Session.new_state`; an engine's rings are always full."""
         batch_size = checked_batch(batch_size, full)
