@@ -133,8 +133,8 @@ def bench(
         provider=manifest.engine.builder if plan and manifest.engine else options.provider,
         threads=options.threads,
         attention=model.session.attention,
-        cuda_graph=_cuda_graph(model, options),
-        cache_updates=_cache_updates(model),
+        cuda_graph=model.session.cuda_graph if options.provider == "cuda" else None,
+        cache_updates=model.session.cache_updates,
         bandwidth=bandwidth,
         positions_are_set=True,
         first_token=first_token,
@@ -156,16 +156,6 @@ def _bandwidth(model: LanguageModel, options: BenchOptions) -> float:
         return gpu_bandwidth()
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return streaming_bandwidth(options.threads or cores)
-
-
-def _cuda_graph(model: LanguageModel, options: BenchOptions) -> str | None:
-    """Whether onnxruntime plays single tokens from a CUDA graph, or why it does not."""
-    return getattr(model.session, "cuda_graph", None) if options.provider == "cuda" else None
-
-
-def _cache_updates(model: LanguageModel) -> str | None:
-    """Whether a plan's caches were updated in place, as its plugin saw it in this run."""
-    return getattr(model.session, "cache_updates", None)
 
 
 def _prefill(model: LanguageModel, batch_size: int, count: int) -> Prefill:

@@ -82,6 +82,16 @@ class Session(Protocol):
         """
         ...
 
+    @property
+    def cuda_graph(self) -> str | None:
+        """Whether onnxruntime plays single tokens from a CUDA graph, or why not; None elsewhere."""
+        return None
+
+    @property
+    def cache_updates(self) -> str | None:
+        """Whether a plan's caches were updated in place so far, in words; None elsewhere."""
+        return None
+
     def snapshot(self, state: State) -> Snapshot:
         """See `State.snapshot`."""
         return _state(state).snapshot()

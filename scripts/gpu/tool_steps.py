@@ -54,7 +54,8 @@ def build(suite: Suite) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability()
         options = [f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}-real"]
         if headers := os.environ.get("TENSORRT_INCLUDE_DIR"):
-            options.append(f"-DTENSORRT_INCLUDE_DIR={headers}")
+            first = headers.partition(os.pathsep)[0]  # one build has the headers of one release
+            options.append(f"-DTENSORRT_INCLUDE_DIR={first}")
     if shutil.which("ninja"):
         options += ["-G", "Ninja"]  # some machines have no make
     configured = run([cmake, "-S", str(ROOT / "plugins"), "-B", str(suite.build), *options])
