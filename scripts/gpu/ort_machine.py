@@ -32,7 +32,6 @@ def environment(run: Run) -> list[str]:
         torch=torch.__version__,
         transformers=transformers.__version__,
         numpy=numpy.__version__,
-        work=str(run.work),
     )
     if not run.on_gpu:
         return []
