@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
 import json
 import math
@@ -237,7 +238,8 @@ def test_an_impossible_token_has_a_finite_log_probability():
 
 def test_a_cancelled_request_ends_as_such(lm):
     async def read() -> list[dict[str, Any]]:
-        stream = engine.submit(translated(**greedy(max_tokens=90)))
+        endless = dataclasses.replace(translated(**greedy()), max_new_tokens=None)
+        stream = engine.submit(endless)
         found = []
         async for chunk in translation.chunks(stream, str):
             found.append(chunk)

@@ -166,7 +166,7 @@ def test_continuations_of_one_prompt_read_it_once_and_draw_with_the_next_seeds(l
 
 
 def test_when_the_one_that_reads_a_shared_prompt_is_cancelled_the_others_still_get_theirs(lm):
-    request = Request(prompt(4, 200), max_new_tokens=5)
+    request = Request(prompt(4, 20000), max_new_tokens=5)  # not read before the cancel
     with Engine(lm, slots=1) as engine:
         first, *others = engine.submit_many(request, 3)
         first.cancel()
@@ -201,7 +201,7 @@ def test_a_kept_state_goes_on_as_if_nothing_had_come_between(any_lm, quantum):
 
 
 def test_what_a_cancelled_request_has_not_read_is_named(lm):
-    long = prompt(2, 3000)
+    long = prompt(2, 30000)
     with Engine(lm, slots=1) as engine:
         stream = engine.submit(Request(long, max_new_tokens=5, keep=True))
         wait_until(lambda: engine.stats().prompt_tokens > 0)
@@ -209,7 +209,7 @@ def test_what_a_cancelled_request_has_not_read_is_named(lm):
         assert ids(stream) == []
         kept = stream.kept
         read = int(kept.snapshot.past_length[0])
-        assert 0 < read < 3000
+        assert 0 < read < 30000
         assert [*kept.unread] == long[read:]
         again = engine.submit(Request(kept.unread, max_new_tokens=5, start=kept.snapshot))
         assert ids(again) == alone(lm, Request(long, max_new_tokens=5))
