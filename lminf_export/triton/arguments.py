@@ -120,5 +120,13 @@ def require_in_bundle(
             )
     if "tensorrt" in backends or parameters[BUNDLE] != BUNDLE:
         require_runnable(bundle, slots, trust_hash)
+    is_ours = "python" in backends or (
+        "tensorrt" in backends and why_not_tensorrt_backend(bundle.manifest) is not None
+    )
+    if is_ours and bundle.tokenizer_path is None:
+        raise InputError(
+            f"{bundle.path} has no tokenizer.json, which the python backend needs for text; "
+            "leave all but onnxruntime out"
+        )
     if "onnxruntime" in backends and bundle.manifest.contract.dtype == "bfloat16":
         raise InputError("onnxruntime's backend takes no bfloat16; export with another --dtype")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.triton.plans import why_not_tensorrt_backend
 
+_NAME = "README.md"
+_OURS = "Written by `lminf export-triton` from"
 _PYTHON = """
 ## {name}: our runtime in the python backend
 
@@ -61,8 +64,29 @@ def readme(
     size = human(manifest.contract.cache_bytes())
     head = (
         f"# {name} for Triton\n\n"
-        f"Written by `lminf export-triton` from the bundle of {manifest.source.name}.\n"
+        f"{_OURS} the bundle of {manifest.source.name}.\n"
     )
     return head + "".join(
         parts[backend].format(name=name, bytes=size, why=why) for backend in backends
     )
+
+
+def write_page(page: str, folder: Path, repository: Path) -> None:
+    """Write the page of models behind that of others which a repository has, if that is ours.
+
+    Args:
+        page: from `readme`.
+        folder: to write to.
+        repository: that the models are for.
+
+    Raises:
+        OSError: it cannot be written, or the other page not be read.
+    """
+    there = repository / _NAME
+    before = there.read_bytes() if there.is_file() else b""
+    if before and _OURS.encode() not in before:
+        return
+    new = page.encode()
+    if new in before:
+        return
+    (folder / _NAME).write_bytes(b"\n".join(filter(None, (before, new))))
