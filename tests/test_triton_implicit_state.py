@@ -104,7 +104,11 @@ def test_a_row_begins_anew_and_another_waits(demo_lm, tmp_path):
     def bare(ids, past, new, state):
         """The bundle's own graph, given what its caller must reckon."""
         caches = {name: array for name, array in state.items() if name != STATE_LENGTH}
-        lengths = {PAST_LENGTH: past, NEW_LENGTH: new, LOGITS_INDEX: np.maximum(new - 1, 0)[:, None]}
+        lengths = {
+            PAST_LENGTH: past,
+            NEW_LENGTH: new,
+            LOGITS_INDEX: np.maximum(new - 1, 0)[:, None],
+        }
         names = [output.name for output in session.get_outputs()]
         found = session.run(names, {"input_ids": ids, **lengths, **caches})
         outputs = dict(zip(names, found, strict=True))

@@ -144,9 +144,7 @@ def _caller(model: ServedModel, asked: Asked) -> tuple[Caller, str | None]:
     name = str(asked.sequence)
     if len(name) > _LONGEST_ID:
         raise InputError(f"a sequence id has at most {_LONGEST_ID} characters, found {len(name)}")
-    caller = Caller(
-        _OWNER, name, must_exist=not asked.starts, begins=asked.starts, ends=asked.ends
-    )
+    caller = Caller(_OWNER, name, must_exist=not asked.starts, begins=asked.starts, ends=asked.ends)
     return caller, session_key(model.name, _OWNER, name)
 
 

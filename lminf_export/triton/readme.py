@@ -62,10 +62,7 @@ def readme(
     plan = _TENSORRT if why is None else _PLAN
     parts = {"python": _PYTHON, "onnxruntime": _IMPLICIT, "tensorrt": plan}
     size = human(manifest.contract.cache_bytes())
-    head = (
-        f"# {name} for Triton\n\n"
-        f"{_OURS} the bundle of {manifest.source.name}.\n"
-    )
+    head = f"# {name} for Triton\n\n{_OURS} the bundle of {manifest.source.name}.\n"
     return head + "".join(
         parts[backend].format(name=name, bytes=size, why=why) for backend in backends
     )
