@@ -387,6 +387,11 @@ def test_parameters_are_checked(given, words):
         Parameters.of(given)
 
 
+def test_parameters_of_triton_s_own_backend_are_left_to_it():
+    given = {"EXECUTION_ENV_PATH": "/env.tar.gz", "FORCE_CPU_ONLY_INPUT_TENSORS": "yes"}
+    assert Parameters.of(given).settings == {}
+
+
 def test_a_backend_that_misreads_arrays_is_refused(utils, repository, monkeypatch):
     # As one does that was built for numpy 1, and takes the first element for all.
     misread = classmethod(lambda cls, name, array: cls(name, np.full_like(array, array[0])))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from lminf_export.bundle.files import human_bytes
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.triton.plans import why_not_tensorrt_backend
 
@@ -47,21 +48,18 @@ and its caches stay on the GPU. The environment of the server's Python needs Ten
 """
 
 
-def readme(
-    manifest: Manifest, name: str, backends: Sequence[str], human: Callable[[float], str]
-) -> str:
+def readme(manifest: Manifest, name: str, backends: Sequence[str]) -> str:
     """Return the page.
 
     Args:
         manifest: of the bundle.
         name: of the model.
         backends: that the repository has.
-        human: writes a number of bytes for readers.
     """
     why = why_not_tensorrt_backend(manifest) if "tensorrt" in backends else None
     plan = _TENSORRT if why is None else _PLAN
     parts = {"python": _PYTHON, "onnxruntime": _IMPLICIT, "tensorrt": plan}
-    size = human(manifest.contract.cache_bytes())
+    size = human_bytes(manifest.contract.cache_bytes())
     head = f"# {name} for Triton\n\n{_OURS} the bundle of {manifest.source.name}.\n"
     return head + "".join(
         parts[backend].format(name=name, bytes=size, why=why) for backend in backends

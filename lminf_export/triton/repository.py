@@ -15,7 +15,7 @@ from lminf_export.bundle.destination import (
     temporary_folder,
     terminated_as_exit,
 )
-from lminf_export.bundle.files import human_bytes, sync
+from lminf_export.bundle.files import sync
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.records import MANIFEST_NAME
 from lminf_export.disk import require_path
@@ -131,7 +131,7 @@ def write_models(
             for backend, model in models.items():
                 (partial / model / _VERSION).mkdir(parents=True)
                 export.write(backend, model, partial / model, target / model)
-            page = readme(opened.manifest, called, chosen, human_bytes)
+            page = readme(opened.manifest, called, chosen)
             write_page(page, partial, target)
             for path in (*partial.rglob("*"), partial):
                 sync(path)
