@@ -259,6 +259,32 @@ def test_a_sequence_outlives_the_server(utils, repository, demo_lm):
     assert one.text + two.text == offline_text(demo_lm, "It is a truth", 40)
 
 
+@pytest.mark.parametrize("flags", [START, START | END])
+def test_start_needs_nothing_of_what_is_stored(utils, demo_lm, tmp_path, flags):
+    (tmp_path / "secret").write_text("s" * 64)
+    (tmp_path / "secret").chmod(0o600)
+    store = {
+        "session_store": str(tmp_path / "store"), "session_bytes": "0", "threads": "1",
+        "session_secret_file": str(tmp_path / "secret"),
+    }  # fmt: skip
+    model = loaded(
+        export_triton(demo_lm.bundle.path, tmp_path / "models", name="demo", parameters=store)
+    )
+    first = asked(model, 8, START, text_input="It is a truth").done()
+    [stored] = [path for path in (tmp_path / "store").rglob("*") if path.stat().st_size > 100_000]
+    content = bytearray(stored.read_bytes())
+    content[len(content) // 2] ^= 1
+    stored.write_bytes(content)
+    assert "begin it anew by START" in asked(model, 8, text_input="").done().error
+    assert asked(model, 8, flags, text_input="It is a truth").done().text == first.text
+    going_on = asked(model, 8, text_input="").done()
+    model.finalize()
+    if flags & END:
+        assert "not kept" in going_on.error
+    else:
+        assert first.text + going_on.text == offline_text(demo_lm, "It is a truth", 40)
+
+
 def test_requests_share_the_slots_and_a_gone_client_frees_its(model):
     endless = {"max_tokens": 100_000, "ignore_eos": True}
     gone = [asked(model, text_input="It is", stream=True, sampling=endless) for _ in range(2)]

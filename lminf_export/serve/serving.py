@@ -156,9 +156,7 @@ class Serving:
             if generation.n > 1:
                 raise invalid("a session goes on with one answer; n must be 1", "n")
             key = session_key(model.name, caller.owner, caller.session_id)
-            lease = await self.sessions.lease(key, model.lm)
-            if caller.begins:
-                lease.conversation = None
+            lease = await self.sessions.lease(key, model.lm, begins=caller.begins)
         try:
             if lease is not None and caller.turn not in (None, lease.turn + 1):
                 raise ApiError(
