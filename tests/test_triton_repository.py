@@ -69,6 +69,7 @@ def test_an_empty_folder_is_as_good_as_none(demo_lm, tmp_path):
         ({"backends": ("vllm",)}, "backends"),
         ({"backends": ("tensorrt",)}, "has no plan"),
         ({"slots": 0}, "slots"),
+        ({"slots": 4097}, "slots=4097: must be at most 4096"),
         ({"name": "a/b"}, "a model's name"),
         ({"name": ""}, "a model's name"),
         ({"parameters": {"slot": "3"}}, "slot"),

@@ -40,7 +40,8 @@ backend: "python"
 max_batch_size: 0
 # Text is sent as it is written. A client streams by gRPC, or by HTTP's generate_stream.
 model_transaction_policy {{ decoupled: true }}
-# One process with one engine. More instances would be more copies of the weights.
+# One process with one engine. More instances would be more copies of the weights, and a sequence
+# would find its session in the one that began it only.
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 # One of text_input, input_ids and messages is needed.
 input [
