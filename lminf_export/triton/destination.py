@@ -11,6 +11,7 @@ from lminf_export.bundle.destination import check_destination, remove_folder
 from lminf_export.bundle.files import require_utf8, sync
 from lminf_export.disk import user_path
 from lminf_export.errors import ExportError, InputError, shown
+from lminf_export.triton.readme import add_page
 
 CONFIG = "config.pbtxt"
 
@@ -67,23 +68,24 @@ def put(partial: Path, repository: Path, models: Sequence[str]) -> None:
     """Put what is written in its place: the repository, or models beside others; all or none.
 
     Args:
-        partial: folder that has the models, and files beside them.
+        partial: folder that has the models, and their page.
         repository: on the same disk.
         models: names of folders.
 
     Raises:
-        OSError: that fails.
+        ExportError: one of the models is there.
+        OSError: it fails otherwise.
     """
     if not has_models(repository):
         partial.rename(repository)
         sync(repository.parent)
         return
+    require_new(repository, models)  # none came meanwhile
     with ExitStack() as undo:
         for model in models:
             (partial / model).rename(repository / model)
             undo.callback(remove_folder, repository / model)
-        for file in partial.iterdir():
-            file.replace(repository / file.name)
+        add_page(partial, repository)
         sync(repository)
         undo.pop_all()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lminf_export.bundle.files import human_bytes
+from lminf_export.bundle.files import human_bytes, sync
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.triton.plans import why_not_tensorrt_backend
 
-_NAME = "README.md"
+PAGE = "README.md"
 _OURS = "Written by `lminf export-triton` from"
 _PYTHON = """
 ## {name}: our runtime in the python backend
@@ -66,22 +66,21 @@ def readme(manifest: Manifest, name: str, backends: Sequence[str]) -> str:
     )
 
 
-def write_page(page: str, folder: Path, repository: Path) -> None:
-    """Write the page of models behind that of others which a repository has, if that is ours.
+def add_page(folder: Path, repository: Path) -> None:
+    """Put the page in a folder behind that of a repository, if that is ours or there is none.
 
     Args:
-        page: from `readme`.
-        folder: to write to.
-        repository: that the models are for.
+        folder: that has the page of the models which are added.
+        repository: that they are added to.
 
     Raises:
-        OSError: it cannot be written, or the other page not be read.
+        OSError: one cannot be read, or the whole not be written.
     """
-    there = repository / _NAME
-    before = there.read_bytes() if there.is_file() else b""
-    if before and _OURS.encode() not in before:
+    there, page = repository / PAGE, folder / PAGE
+    before, new = there.read_bytes() if there.is_file() else b"", page.read_bytes()
+    if (before and _OURS.encode() not in before) or new in before:
         return
-    new = page.encode()
-    if new in before:
-        return
-    (folder / _NAME).write_bytes(b"\n".join(filter(None, (before, new))))
+    if before:
+        page.write_bytes(before + b"\n" + new)
+        sync(page)
+    page.replace(there)

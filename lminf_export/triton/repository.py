@@ -34,7 +34,7 @@ from lminf_export.triton.destination import CONFIG, checked_repository, put, req
 from lminf_export.triton.implicit_state import write_implicit_state
 from lminf_export.triton.interface import Backend
 from lminf_export.triton.plans import why_not_tensorrt_backend
-from lminf_export.triton.readme import readme, write_page
+from lminf_export.triton.readme import PAGE, readme
 
 _VERSION = "1"
 _SUFFIX: dict[str, str] = {"python": "", "onnxruntime": "_implicit", "tensorrt": "_tensorrt"}
@@ -132,7 +132,7 @@ def write_models(
                 (partial / model / _VERSION).mkdir(parents=True)
                 export.write(backend, model, partial / model, target / model)
             page = readme(opened.manifest, called, chosen)
-            write_page(page, partial, target)
+            (partial / PAGE).write_text(page, encoding="utf-8")
             for path in (*partial.rglob("*"), partial):
                 sync(path)
             put(partial, target, list(models.values()))
