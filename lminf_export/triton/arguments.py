@@ -128,8 +128,8 @@ def require_in_bundle(
     )
     if is_ours and bundle.tokenizer_path is None:
         logger.warning(
-            "%s has no tokenizer.json: the model of the python backend will not load until its "
-            "bundle has one; onnxruntime's needs none",
+            "%s has no tokenizer.json: the model of the python backend will not load; "
+            "onnxruntime's needs none",
             bundle.path,
         )
     if "onnxruntime" in backends and bundle.manifest.contract.dtype == "bfloat16":
