@@ -214,9 +214,39 @@ def test_a_sequence_goes_on_until_its_end(model, demo_lm):
     assert "this sequence is not kept" in asked(model, 5, text_input="").done().error
     again = asked(model, 5, START, text_input="It is a truth").done()
     assert again.text == parts[0].text
-    both = asked(model, "once", START | END, text_input="It is a truth").done()
-    assert both.text == parts[0].text
-    assert "not kept" in asked(model, "once", text_input="").done().error
+
+
+@pytest.mark.parametrize("sequence", [71, "once"])
+def test_start_and_end_together_forget_what_was_kept(model, sequence, demo_lm):
+    asked(model, sequence, START, text_input="The king").done()
+    both = asked(model, sequence, START | END, text_input="It is a truth").done()
+    assert both.text == offline_text(demo_lm, "It is a truth", 20)
+    assert "not kept" in asked(model, sequence, text_input="").done().error
+
+
+def test_start_and_end_together_wait_for_the_sequence_s_answer(model):
+    asked(model, 72, START, text_input="It is").done()
+    endless = {"max_tokens": 100_000, "ignore_eos": True}
+    running = asked(model, 72, text_input="", stream=True, sampling=endless)
+    wait_until(lambda: running.responses)
+    assert "is being answered" in asked(model, 72, START | END, text_input="It").done().error
+    running.is_gone = True
+    running.done()
+
+
+def test_a_last_answer_s_state_is_not_kept_for_its_sequence(model, monkeypatch):
+    asked(model, 73, START, text_input="It is").done()
+    kept = []
+    monkeypatch.setattr(model._serving.sessions, "keep", lambda *_: kept.append(1))
+    assert asked(model, 73, END, text_input="").done().text
+    assert not kept
+
+
+def test_a_sequence_of_token_ids_goes_on_by_itself(model, demo_lm):
+    ids = demo_lm.codec.encode("It is a truth")
+    parts = [asked(model, 74, START, input_ids=np.array(ids, np.int32)).done()]
+    parts.append(asked(model, 74, input_ids=np.zeros(0, np.int32)).done())
+    assert "".join(part.text for part in parts) == offline_text(demo_lm, "It is a truth", 40)
 
 
 def test_a_sequence_outlives_the_server(utils, repository, demo_lm):
@@ -227,6 +257,32 @@ def test_a_sequence_outlives_the_server(utils, repository, demo_lm):
     two = asked(second, 11, text_input="").done()
     second.finalize()
     assert one.text + two.text == offline_text(demo_lm, "It is a truth", 40)
+
+
+@pytest.mark.parametrize("flags", [START, START | END])
+def test_start_needs_nothing_of_what_is_stored(utils, demo_lm, tmp_path, flags):
+    (tmp_path / "secret").write_text("s" * 64)
+    (tmp_path / "secret").chmod(0o600)
+    store = {
+        "session_store": str(tmp_path / "store"), "session_bytes": "0", "threads": "1",
+        "session_secret_file": str(tmp_path / "secret"),
+    }  # fmt: skip
+    model = loaded(
+        export_triton(demo_lm.bundle.path, tmp_path / "models", name="demo", parameters=store)
+    )
+    first = asked(model, 8, START, text_input="It is a truth").done()
+    [stored] = [path for path in (tmp_path / "store").rglob("*") if path.stat().st_size > 100_000]
+    content = bytearray(stored.read_bytes())
+    content[len(content) // 2] ^= 1
+    stored.write_bytes(content)
+    assert "begin it anew by START" in asked(model, 8, text_input="").done().error
+    assert asked(model, 8, flags, text_input="It is a truth").done().text == first.text
+    going_on = asked(model, 8, text_input="").done()
+    model.finalize()
+    if flags & END:
+        assert "not kept" in going_on.error
+    else:
+        assert first.text + going_on.text == offline_text(demo_lm, "It is a truth", 40)
 
 
 def test_requests_share_the_slots_and_a_gone_client_frees_its(model):
@@ -255,7 +311,7 @@ def test_requests_share_the_slots_and_a_gone_client_frees_its(model):
         ({"text_input": "a", "sampling": {"top_q": 1}}, "unrecognized"),
         ({"text_input": "a", "sampling": {"prompt": "b"}}, "no parameter of sampling"),
         ({"text_input": "a", "sampling": {"max_tokens": 10**9}}, "max_tokens must be at most"),
-        ({"input_ids": np.array([10**6], np.int32)}, "token"),
+        ({"input_ids": np.array([10**6], np.int32)}, "input_ids: token ids are integers 0"),
         ({"text_input": "a", "flags": START}, "needs a sequence id"),
         ({"text_input": "a", "sequence": "x" * 200, "flags": START}, "at most 128 characters"),
         ({"text_input": "a", "sampling": {"logprobs": 1}}, "no output of this model"),
@@ -355,6 +411,11 @@ def test_what_runs_at_the_end_is_told_so(utils, repository):
 def test_parameters_are_checked(given, words):
     with pytest.raises(LminfError, match=words):
         Parameters.of(given)
+
+
+def test_parameters_of_triton_s_own_backend_are_left_to_it():
+    given = {"EXECUTION_ENV_PATH": "/env.tar.gz", "FORCE_CPU_ONLY_INPUT_TENSORS": "yes"}
+    assert Parameters.of(given).settings == {}
 
 
 def test_a_backend_that_misreads_arrays_is_refused(utils, repository, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from lminf_export import load
-from lminf_export.operator.bindings import BATCH
+from lminf_export.operator.bindings import BATCH, LOGITS_INDEX, NEW_LENGTH, PAST_LENGTH
 from lminf_export.runtime.kernels import AUTO, find_kernels
 from lminf_export.triton.implicit_state import (
     PRESENT_LENGTH,
@@ -31,6 +31,12 @@ PIECES = (1, 7, 256, 255, 100, 33, 256, 1, 1, 256, 64)
 TINY_PIECES = (3, 1, 4, 2, 4, 4, 1, 4, 3, 4, 4, 4, 1)
 
 
+def one_thread():
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    return options
+
+
 class Carrier:
     """What Triton does: hands the outputs of one request to the next, a row for each sequence."""
 
@@ -38,8 +44,7 @@ class Carrier:
         write_implicit_state(bundle, path / "model.onnx")
         for name in bundle.manifest.files_of("weights"):
             shutil.copyfile(bundle.path / name, path / name)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options = one_thread()
         if kernels:
             found = find_kernels(AUTO, "cpu", bundle.manifest.kv_cache_dtype)
             options.register_custom_ops_library(str(found.path))
@@ -94,17 +99,40 @@ def test_a_carried_state_is_the_bundle_s_over_four_windows(demo_lm, tmp_path, ke
 def test_a_row_begins_anew_and_another_waits(demo_lm, tmp_path):
     lm = load(demo_lm.bundle.path, kernels="none", threads=1)
     carrier = Carrier(lm.bundle, tmp_path, 3, kernels=False)
+    session = ort.InferenceSession(str(lm.bundle.graph_path), one_thread())
+
+    def bare(ids, past, new, state):
+        """The bundle's own graph, given what its caller must reckon."""
+        caches = {name: array for name, array in state.items() if name != STATE_LENGTH}
+        lengths = {
+            PAST_LENGTH: past,
+            NEW_LENGTH: new,
+            LOGITS_INDEX: np.maximum(new - 1, 0)[:, None],
+        }
+        names = [output.name for output in session.get_outputs()]
+        found = session.run(names, {"input_ids": ids, **lengths, **caches})
+        outputs = dict(zip(names, found, strict=True))
+        return outputs.pop("logits"), outputs
+
     states = [lm.new_state(1) for _ in range(3)]
     rng = np.random.default_rng(1)
     for number, size in enumerate(PIECES[:9]):
         ids = rng.integers(5, lm.vocab_size, (3, size))
         start = [number == 0, number in (0, 4), number in (0, 7)]
         ready = [True, True, number % 3 != 1]
+        before = dict(carrier.state)
         logits = carrier.run(ids, start, ready)
+        past = np.where(start, 0, before[STATE_LENGTH].ravel())
+        logits_there, caches = bare(ids, past, np.where(ready, size, 0), before)
+        np.testing.assert_array_equal(logits, logits_there)
+        for present, name in carrier.next.items():
+            if present in caches:
+                np.testing.assert_array_equal(carrier.state[name], caches[present])
         for row in range(3):
             if start[row] and number:
                 states[row] = lm.new_state(1)
             if ready[row]:
+                # A row by itself has its products summed in another order.
                 expected = lm.forward(ids[row : row + 1], states[row], logits="last")
                 np.testing.assert_allclose(logits[row].ravel(), expected.ravel(), atol=2e-5)
     lengths = carrier.state[STATE_LENGTH].ravel().tolist()
@@ -125,6 +153,19 @@ def test_other_caches_are_carried_too(tmp_path, fields):
         logits = carrier.run(ids, [number == 0] * 2)
         expected = lm.forward(ids, state, logits="last")
         np.testing.assert_array_equal(logits.reshape(2, -1), expected.reshape(2, -1))
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_more_than_a_chunk_is_refused_and_not_answered_wrongly(demo_lm, tmp_path, kernels):
+    if kernels and not has_kernels():
+        pytest.skip("no kernels are built here")
+    carrier = Carrier(demo_lm.bundle, tmp_path, 1, kernels=kernels)
+    chunk = demo_lm.bundle.manifest.lambda_config.chunk_size
+    carrier.run(np.full((1, chunk), 5), [True])
+    # Within the ring's slots, where the function of the graph would overwrite keys in use.
+    with pytest.raises(Exception, match=f"at_most_{chunk}_new_tokens"):
+        carrier.run(np.full((1, chunk + 1), 5), [False])
+    assert carrier.run(np.full((1, chunk), 5), [False]).size
 
 
 def test_the_bundle_s_own_graph_stays_as_it_is(demo_lm):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from pathlib import Path
 
 import onnx
 import pytest
@@ -11,9 +13,15 @@ from click.testing import CliRunner
 
 from lminf_export import load
 from lminf_export.bundle.folder import Bundle
+from lminf_export.bundle.manifest import content_sha256
 from lminf_export.cli.export_triton import export_triton_command
 from lminf_export.errors import BundleError, ExportError, LminfError
+from lminf_export.runtime.kernels import AUTO, find_kernels
 from lminf_export.triton.repository import export_triton
+
+
+def has_kernels():
+    return find_kernels(AUTO, "cpu") is not None
 
 
 def names_in(folder):
@@ -61,6 +69,7 @@ def test_an_empty_folder_is_as_good_as_none(demo_lm, tmp_path):
         ({"backends": ("vllm",)}, "backends"),
         ({"backends": ("tensorrt",)}, "has no plan"),
         ({"slots": 0}, "slots"),
+        ({"slots": 4097}, "slots=4097: must be at most 4096"),
         ({"name": "a/b"}, "a model's name"),
         ({"name": ""}, "a model's name"),
         ({"parameters": {"slot": "3"}}, "slot"),
@@ -224,3 +233,74 @@ def test_the_bundle_in_a_repository_runs(demo_lm, tmp_path):
     assert list(lm.generate([1, 2, 3], max_new_tokens=5)) == list(
         demo_lm.generate([1, 2, 3], max_new_tokens=5)
     )
+
+
+def test_models_are_put_beside_others_of_a_repository(demo_lm, tmp_path):
+    out = export_triton(demo_lm.bundle.path, tmp_path / "models", name="a")
+    before = {name: (out / name).read_bytes() for name in names_in(out) if name != "README.md"}
+    assert export_triton(demo_lm.bundle.path, out, name="b", backends=("python", "onnxruntime"))
+    assert {path.name for path in out.iterdir()} == {"README.md", "a", "b", "b_implicit"}
+    assert {path.name for path in tmp_path.iterdir()} == {"models"}
+    assert all((out / name).read_bytes() == content for name, content in before.items())
+    page = (out / "README.md").read_text()
+    for heading in ("## a: our", "## b: our", "## b_implicit: the bare"):
+        assert page.count(heading) == 1
+    library = str(out / "b_implicit" / "1" / "liblminf_ort.so")
+    config = (out / "b_implicit" / "config.pbtxt").read_text()
+    assert library in config or not has_kernels()
+
+
+def test_a_model_that_is_there_is_not_replaced(demo_lm, tmp_path):
+    out = export_triton(demo_lm.bundle.path, tmp_path / "models", name="a_implicit")
+    with pytest.raises(ExportError, match="is not empty: it has a_implicit already"):
+        export_triton(demo_lm.bundle.path, out, name="a", backends=("python", "onnxruntime"))
+    assert {path.name for path in out.iterdir()} == {"README.md", "a_implicit"}
+
+
+def test_a_repository_of_others_keeps_its_files(demo_lm, tmp_path):
+    theirs = tmp_path / "models" / "theirs"
+    theirs.mkdir(parents=True)
+    (theirs / "config.pbtxt").write_text('name: "theirs"')
+    (tmp_path / "models" / "README.md").write_text("theirs")
+    export_triton(demo_lm.bundle.path, tmp_path / "models", name="a")
+    assert (tmp_path / "models" / "a" / "config.pbtxt").is_file()
+    assert (theirs / "config.pbtxt").read_text() == 'name: "theirs"'
+    assert (tmp_path / "models" / "README.md").read_text() == "theirs"
+
+
+def test_what_cannot_be_put_beside_others_leaves_nothing(demo_lm, tmp_path, monkeypatch):
+    out = export_triton(demo_lm.bundle.path, tmp_path / "models", name="a")
+    rename = Path.rename
+
+    def fails(self, target):
+        if Path(target).name == "b_implicit":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(ExportError, match="No space left"):
+        export_triton(demo_lm.bundle.path, out, name="b", backends=("python", "onnxruntime"))
+    assert {path.name for path in out.iterdir()} == {"README.md", "a"}
+    assert {path.name for path in tmp_path.iterdir()} == {"models"}
+
+
+def test_the_command_names_the_models_that_it_wrote(demo_lm, tmp_path):
+    command = [str(demo_lm.bundle.path), "--out", str(tmp_path / "models"), "--name"]
+    for name in ("a", "b"):
+        result = CliRunner().invoke(export_triton_command, [*command, name])
+        assert result.exit_code == 0, result.output
+        assert result.stdout.strip() == str(tmp_path / "models" / name)
+
+
+def test_a_model_that_will_not_load_without_a_tokenizer_is_told_of(demo_lm, tmp_path, caplog):
+    source = shutil.copytree(demo_lm.bundle.path, tmp_path / "source")
+    raw = json.loads((source / "lminf.json").read_text())
+    for name in demo_lm.bundle.manifest.files_of("tokenizer"):
+        (source / name).unlink()
+        del raw["files"][name]
+    raw["manifest_sha256"] = content_sha256(raw)
+    (source / "lminf.json").write_text(json.dumps(raw))
+    export_triton(source, tmp_path / "graph", backends=("onnxruntime",))
+    assert not caplog.records
+    export_triton(source, tmp_path / "models")
+    assert "has no tokenizer.json: the model of the python backend will not load" in caplog.text

@@ -50,7 +50,7 @@ def _table(texts: tuple[str, ...]) -> dict[str, str]:
     multiple=True,
     callback=_once,
     type=click.Path(),
-    help="The repository: a folder that is empty or new.",
+    help="The repository: a folder that is empty, new, or has other models.",
 )
 @click.option(
     "--backend",
@@ -130,7 +130,7 @@ def export_triton_command(
         raise DependencyError(
             "export-triton needs what the server needs: pip install lminf-export[serve]"
         )
-    from lminf_export.triton.repository import export_triton
+    from lminf_export.triton.repository import write_models
 
     given = _table(parameters)
     options = {
@@ -139,7 +139,7 @@ def export_triton_command(
         "session_secret_file": session_secret_file,
     }
     given |= {key: value for key, value in options.items() if value is not None}
-    repository = export_triton(
+    folders = write_models(
         bundle,
         out,
         backends=backends,  # type: ignore[arg-type]
@@ -148,5 +148,5 @@ def export_triton_command(
         parameters=given,
         link=link,
     )
-    for folder in sorted(path for path in repository.iterdir() if path.is_dir()):
+    for folder in sorted(folders):
         click.echo(f"{folder}")

@@ -25,6 +25,7 @@ class Caller:
         must_exist: refuse to answer without the conversation's past.
         turn: the number that the answer is to have; None for whichever it is.
         begins: the conversation begins anew, whatever its past.
+        ends: the conversation is forgotten behind the answer, whose state is not kept for it.
     """
 
     owner: str = ""
@@ -32,6 +33,7 @@ class Caller:
     must_exist: bool = False
     turn: int | None = None
     begins: bool = False
+    ends: bool = False
 
 
 def caller_of(request: Request) -> Caller:

@@ -156,9 +156,7 @@ class Serving:
             if generation.n > 1:
                 raise invalid("a session goes on with one answer; n must be 1", "n")
             key = session_key(model.name, caller.owner, caller.session_id)
-            lease = await self.sessions.lease(key, model.lm)
-            if caller.begins:
-                lease.conversation = None
+            lease = await self.sessions.lease(key, model.lm, begins=caller.begins)
         try:
             if lease is not None and caller.turn not in (None, lease.turn + 1):
                 raise ApiError(
@@ -175,7 +173,7 @@ class Serving:
                     code="session_not_found",
                 )
             answering = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._submit, model, generation, planner, lease, caller.owner
+                self._threads, self._submit, model, generation, planner, lease, caller
             )
         except BaseException:
             if lease is not None:
@@ -196,7 +194,7 @@ class Serving:
         generation: Generation,
         planner: Planner,
         lease: Lease | None,
-        owner: str,
+        caller: Caller,
     ) -> Answering:
         plans = planner(lease.conversation if lease else None)
         limit = self.settings.max_prompt_tokens
@@ -207,12 +205,13 @@ class Serving:
                     "prompt",
                     "context_length_exceeded",
                 )
-        scope = hashlib.sha256(f"{model.name}\n{owner}".encode()).hexdigest()
+        scope = hashlib.sha256(f"{model.name}\n{caller.owner}".encode()).hexdigest()
         keepers: list[AnswerKeeper | None] = [None] * len(plans)
         if lease is not None:
             if len(plans) > 1:
                 raise invalid("a session goes on with one prompt", "prompt")
-            keepers = [SessionKeeper(lease, plans[0], self._prefix(scope, plans[0], lease))]
+            prefix = self._prefix(scope, plans[0], lease)
+            keepers = [prefix if caller.ends else SessionKeeper(lease, plans[0], prefix)]
         elif self.settings.prefix_reuse and generation.n == 1:
             keepers = [PrefixKeeper(self.store, scope, plan.ids) for plan in plans]
         # What has been read before would not count for this penalty.

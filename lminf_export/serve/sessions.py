@@ -134,8 +134,13 @@ class Sessions:
         files, file_bytes = self._durable.counts() if self._durable else (0, 0)
         return StoreCounts(found.sessions, found.prefixes, found.nbytes, files, file_bytes)
 
-    async def lease(self, key: str, lm: LanguageModel) -> Lease:
+    async def lease(self, key: str, lm: LanguageModel, *, begins: bool = False) -> Lease:
         """Return the use of a conversation.
+
+        Args:
+            key: of the conversation.
+            lm: the model that answers.
+            begins: it begins anew, so what is kept of it is not read, and need not be readable.
 
         Raises:
             ApiError: 409 while another request has it; 410 where what is stored of it must not be
@@ -157,7 +162,7 @@ class Sessions:
             )
         lease = self._leases[key] = Lease(self, key, lm.bundle.manifest.text_id)
         try:
-            await self._find(lease, key, lm)
+            await self._find(lease, key, lm, begins)
         except LminfError as error:
             lease.release()
             raise of_store(error) from None
@@ -166,12 +171,16 @@ class Sessions:
             raise
         return lease
 
-    async def _find(self, lease: Lease, key: str, lm: LanguageModel) -> None:
+    async def _find(self, lease: Lease, key: str, lm: LanguageModel, begins: bool) -> None:
         durable = self._durable
         is_shared = durable is not None and durable.is_shared
         write = self._writes.get(key) if is_shared else None
         if write is not None:  # of an answer whose client has gone
             await self._ended(write)
+        if begins:
+            if durable is not None and is_shared:
+                lease.turn = await self._read(durable.latest, key)
+            return
         found = await self._copy(key)
         if found is None and durable is not None and is_shared:
             self._store.drop_conversation(key)

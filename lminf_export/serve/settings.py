@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 from lminf_export.disk import require_path
 from lminf_export.errors import ConfigError, shown
 from lminf_export.operator.settings import as_integer, as_number
+from lminf_export.runtime.batching.engine import MOST_SLOTS
 from lminf_export.runtime.parking.seal import DEFAULT_MAX_AGE
 
 _ZERO_ALLOWED = {"max_waiting", "session_bytes", "session_disk_bytes", "event_seconds"}
-# Above these a request is refused by what reads it, so no setting may allow more.
-_LARGEST = {"max_logprobs": 20}
+# Above these what reads a setting refuses it, or each request, so none may be larger.
+_LARGEST = {"max_logprobs": 20, "slots": MOST_SLOTS}
 
 
 @dataclass(frozen=True)

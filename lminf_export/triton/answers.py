@@ -10,7 +10,7 @@ from typing import Any
 from lminf_export.disk import parse_json
 from lminf_export.errors import InputError, shown
 from lminf_export.serve.caller import Caller
-from lminf_export.serve.contents import chat_messages, prompts_of
+from lminf_export.serve.contents import chat_messages, require_ids
 from lminf_export.serve.generation import Generation, generation_of
 from lminf_export.serve.openai_schema import (
     ChatFields,
@@ -141,12 +141,10 @@ def _caller(model: ServedModel, asked: Asked) -> tuple[Caller, str | None]:
         if asked.starts or asked.ends:
             raise InputError("the beginning or the end of a sequence needs a sequence id")
         return Caller(_OWNER), None
-    if asked.starts and asked.ends:
-        return Caller(_OWNER), None  # an answer outside of any session
     name = str(asked.sequence)
     if len(name) > _LONGEST_ID:
         raise InputError(f"a sequence id has at most {_LONGEST_ID} characters, found {len(name)}")
-    caller = Caller(_OWNER, name, must_exist=not asked.starts, begins=asked.starts)
+    caller = Caller(_OWNER, name, must_exist=not asked.starts, begins=asked.starts, ends=asked.ends)
     return caller, session_key(model.name, _OWNER, name)
 
 
@@ -168,12 +166,16 @@ def _plan(serving: Serving, model: ServedModel, asked: Asked) -> tuple[Generatio
             return [plan_chat(messages, template, codec, conversation)]
 
     else:
-        prompt = asked.text if asked.ids is None else list(asked.ids)
         generation = generation_of(fields, serving.settings, manifest)
 
         def planner(conversation: Conversation | None) -> list[Plan]:
-            (checked,) = prompts_of(prompt, model.lm.vocab_size, 1)
-            return [plan_prompt(checked, codec, conversation)]
+            prompt = asked.text if asked.text is not None else list(asked.ids or ())
+            if isinstance(prompt, list):
+                require_ids(prompt, model.lm.vocab_size, "input_ids")
+                # A sequence may go on by itself, as it does behind an empty text.
+                if conversation is None and not prompt:
+                    raise InputError("input_ids is empty: give at least one token id")
+            return [plan_prompt(prompt, codec, conversation)]
 
     # Token ids come with their places, as they do for log probabilities.
     if asked.with_ids and generation.num_logprobs is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from lminf_export.operator.settings import require_one_of
 from lminf_export.triton.interface import BACKENDS, Backend
 from lminf_export.triton.parameters import Parameters
 from lminf_export.triton.plans import require_runnable, why_not_tensorrt_backend
+
+logger = logging.getLogger(__name__)
 
 # Of the bundle in a model's version.
 BUNDLE = "bundle"
@@ -120,5 +123,14 @@ def require_in_bundle(
             )
     if "tensorrt" in backends or parameters[BUNDLE] != BUNDLE:
         require_runnable(bundle, slots, trust_hash)
+    is_ours = "python" in backends or (
+        "tensorrt" in backends and why_not_tensorrt_backend(bundle.manifest) is not None
+    )
+    if is_ours and bundle.tokenizer_path is None:
+        logger.warning(
+            "%s has no tokenizer.json: the model of the python backend will not load; "
+            "onnxruntime's needs none",
+            bundle.path,
+        )
     if "onnxruntime" in backends and bundle.manifest.contract.dtype == "bfloat16":
         raise InputError("onnxruntime's backend takes no bfloat16; export with another --dtype")

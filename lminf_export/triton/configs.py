@@ -8,7 +8,7 @@ from lminf_export.bundle.manifest import Manifest
 from lminf_export.operator.bindings import BATCH, INPUT_IDS, LOGITS, TensorSpec
 from lminf_export.tensors.dtypes import ELEMENT_TYPES
 from lminf_export.triton.implicit_state import PRESENT_LENGTH, READY, START, STATE_LENGTH
-from lminf_export.triton.interface import INPUTS, OUTPUTS
+from lminf_export.triton.interface import INPUTS, OUTPUTS, ModelTensor
 
 # A sequence that is idle for so long loses its state.
 _IDLE_MICROSECONDS = 600_000_000
@@ -29,25 +29,6 @@ def python_config(name: str, parameters: Mapping[str, str], why_here: str = "") 
         if why_here
         else ""
     )
-    tensors = [
-        f"""  {{
-    # {tensor.meaning}
-    name: "{tensor.name}"
-    data_type: {tensor.dtype}
-    dims: [ {", ".join(map(str, tensor.dims))} ]
-    optional: true
-  }}"""
-        for tensor in INPUTS
-    ]
-    results = [
-        f"""  {{
-    # {tensor.meaning}
-    name: "{tensor.name}"
-    data_type: {tensor.dtype}
-    dims: [ {", ".join(map(str, tensor.dims))} ]
-  }}"""
-        for tensor in OUTPUTS
-    ]
     given = "\n".join(
         f'parameters {{ key: "{key}" value {{ string_value: "{_escaped(value)}" }} }}'
         for key, value in parameters.items()
@@ -59,14 +40,15 @@ backend: "python"
 max_batch_size: 0
 # Text is sent as it is written. A client streams by gRPC, or by HTTP's generate_stream.
 model_transaction_policy {{ decoupled: true }}
-# One process with one engine. More instances would be more copies of the weights.
+# One process with one engine. More instances would be more copies of the weights, and a sequence
+# would find its session in the one that began it only.
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 # One of text_input, input_ids and messages is needed.
 input [
-{_joined(tensors)}
+{_joined(_commented(tensor, "optional: true") for tensor in INPUTS)}
 ]
 output [
-{_joined(results)}
+{_joined(map(_commented, OUTPUTS))}
 ]
 # Settings of `lminf serve` by their names, and provider, kernels, threads, template, trust_hash,
 # session_secret_file. A path that is not absolute is one in the version's folder.
@@ -162,6 +144,18 @@ output [
 ]
 instance_group [ {{ kind: KIND_GPU count: 1 }} ]
 """
+
+
+def _commented(tensor: ModelTensor, *more: str) -> str:
+    """Return a tensor of the python backend's model, with further lines."""
+    lines = (
+        f"# {tensor.meaning}",
+        f'name: "{tensor.name}"',
+        f"data_type: {tensor.dtype}",
+        f"dims: [ {', '.join(map(str, tensor.dims))} ]",
+        *more,
+    )
+    return "  {\n" + "".join(f"    {line}\n" for line in lines) + "  }"
 
 
 def _state(past: str, present: str, dtype: str, dims: Iterable[int]) -> str:

@@ -5,11 +5,13 @@ state knows none of that: it hands the outputs of one request of a sequence to t
 and tells when a sequence begins. So a few nodes are put before the graph:
 
     past = 0 where START, else state_length
+    S is at most a chunk, or the request fails: longer ones would overwrite keys in use
     new_length = S where READY, else 0
     logits of the last new token
     present_length = past + new_length
 
-Caches need no reset: what lies behind a stream's length is not read.
+Caches need no reset: what lies behind a stream's length has no weight, whatever finite numbers
+it holds.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ START, READY = "START", "READY"
 STATE_LENGTH, PRESENT_LENGTH = "state_length", "present_length"
 _PREFIX = "lminf_state/"
 _ZERO, _ONE, _AXIS = _PREFIX + "zero", _PREFIX + "one", _PREFIX + "axis"
+_LENGTHS = _PREFIX + "lengths"
 
 
 def implicit_state_graph(bundle: Bundle) -> onnx.ModelProto:
@@ -46,6 +49,7 @@ def implicit_state_graph(bundle: Bundle) -> onnx.ModelProto:
     Raises:
         InputError: the graph lacks an input of a bundle's.
     """
+    chunk_size = bundle.manifest.lambda_config.chunk_size
     model = onnx.load(bundle.graph_path, load_external_data=False)
     graph = model.graph
     own = {PAST_LENGTH, NEW_LENGTH, LOGITS_INDEX}
@@ -67,7 +71,11 @@ def implicit_state_graph(bundle: Bundle) -> onnx.ModelProto:
         helper.make_tensor(name, TensorProto.INT64, dims, (value,))
         for name, dims, value in ((_ZERO, (), 0), (_ONE, (), 1), (_AXIS, (1,), 1))
     )
-    nodes = [*_nodes(), *graph.node]  # in the order in which they run
+    lengths = range(chunk_size + 1)
+    graph.initializer.append(
+        helper.make_tensor(_LENGTHS, TensorProto.INT64, (len(lengths),), lengths)
+    )
+    nodes = [*_nodes(chunk_size), *graph.node]  # in the order in which they run
     del graph.node[:]
     graph.node.extend(nodes)
     return model
@@ -83,13 +91,16 @@ def write_implicit_state(bundle: Bundle, path: Path) -> None:
     onnx.save(implicit_state_graph(bundle), path)
 
 
-def _nodes() -> list[onnx.NodeProto]:
+def _nodes(chunk_size: int) -> list[onnx.NodeProto]:
     """Return what makes the bare graph's inputs out of the state's."""
-    past, length, new, latest = (_PREFIX + name for name in ("past", "length", "new", "latest"))
+    names = ("past", "given", "length", "new", "latest")
+    past, given, length, new, latest = (_PREFIX + name for name in names)
     steps = (
         ("Where", (START, _ZERO, STATE_LENGTH), past),
         ("Squeeze", (past, _AXIS), PAST_LENGTH),
-        ("Shape", (INPUT_IDS,), length),
+        ("Shape", (INPUT_IDS,), given),
+        # Its name is in the error of a request that has more: no such length is in the table.
+        ("Gather", (_LENGTHS, given), length),
         ("Where", (READY, length, _ZERO), new),
         ("Squeeze", (new, _AXIS), NEW_LENGTH),
         ("Sub", (new, _ONE), latest),
@@ -100,6 +111,7 @@ def _nodes() -> list[onnx.NodeProto]:
         helper.make_node(kind, inputs, [output], name=f"{_PREFIX}{kind}_{place}")
         for place, (kind, inputs, output) in enumerate(steps)
     ]
+    nodes[3].name = f"{_PREFIX}at_most_{chunk_size}_new_tokens"
     # S, the second of the input's dimensions.
     nodes[2].attribute.extend((helper.make_attribute("start", 1), helper.make_attribute("end", 2)))
     return nodes

@@ -14,7 +14,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class ModelTensor:
     """A tensor of a model.
 
     Attributes:
@@ -31,23 +31,23 @@ class TensorSpec:
 
 
 INPUTS = (
-    TensorSpec("text_input", "TYPE_STRING", (1,), "the text to continue"),
-    TensorSpec("input_ids", "TYPE_INT32", (-1,), "or its token ids"),
-    TensorSpec("messages", "TYPE_STRING", (1,), "or the messages of a chat, a JSON list"),
-    TensorSpec("stream", "TYPE_BOOL", (1,), "send text as it is written; false by default"),
-    TensorSpec(
+    ModelTensor("text_input", "TYPE_STRING", (1,), "the text to continue"),
+    ModelTensor("input_ids", "TYPE_INT32", (-1,), "or its token ids"),
+    ModelTensor("messages", "TYPE_STRING", (1,), "or the messages of a chat, a JSON list"),
+    ModelTensor("stream", "TYPE_BOOL", (1,), "send text as it is written; false by default"),
+    ModelTensor(
         "sampling_parameters",
         "TYPE_STRING",
         (1,),
         "a JSON object with the fields of /v1/completions: max_tokens, temperature, stop, ...",
     ),
-    TensorSpec("return_output_ids", "TYPE_BOOL", (1,), "send token ids beside the text"),
+    ModelTensor("return_output_ids", "TYPE_BOOL", (1,), "send token ids beside the text"),
 )
 OUTPUTS = (
-    TensorSpec("text_output", "TYPE_STRING", (1,), "what is new of the text, or all of it"),
-    TensorSpec("output_ids", "TYPE_INT32", (-1,), "token ids, if they are asked for"),
-    TensorSpec("finish_reason", "TYPE_STRING", (1,), '"stop" or "length" at the end, else ""'),
-    TensorSpec("num_input_tokens", "TYPE_INT32", (1,), "of the prompt, with what a session had"),
-    TensorSpec("num_cached_tokens", "TYPE_INT32", (1,), "of those, read before"),
-    TensorSpec("num_output_tokens", "TYPE_INT32", (1,), "written so far"),
+    ModelTensor("text_output", "TYPE_STRING", (1,), "what is new of the text, or all of it"),
+    ModelTensor("output_ids", "TYPE_INT32", (-1,), "token ids, if they are asked for"),
+    ModelTensor("finish_reason", "TYPE_STRING", (1,), '"stop" or "length" at the end, else ""'),
+    ModelTensor("num_input_tokens", "TYPE_INT32", (1,), "of the prompt, with what a session had"),
+    ModelTensor("num_cached_tokens", "TYPE_INT32", (1,), "of those, read before"),
+    ModelTensor("num_output_tokens", "TYPE_INT32", (1,), "written so far"),
 )

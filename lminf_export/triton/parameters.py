@@ -19,6 +19,8 @@ from lminf_export.serve.settings_texts import settings_of_texts
 _OF_LOADING = ("provider", "kernels", "threads", "trust_hash")
 # What would show secrets in a file that others read.
 _SECRET = ("api_keys", "session_secrets")
+# Which Triton's python backend reads itself.
+_OF_TRITON = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
 # What only a server of HTTP has, or several answers to one request.
 _OF_HTTP = (
     "allow_origins", "allow_hosts", "max_requests", "max_connections", "max_choices",
@@ -59,7 +61,8 @@ class Parameters:
         for key, value in given.items():
             _require_text(key, value)
         rest = dict(given)
-        rest.pop("EXECUTION_ENV_PATH", None)  # Triton's own
+        for name in _OF_TRITON:
+            rest.pop(name, None)
         for name in _SECRET:
             if name in rest:
                 raise InputError(f"parameters: {name} has no place in a file that others read")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
+from lminf_export.bundle.files import human_bytes, sync
 from lminf_export.bundle.manifest import Manifest
 from lminf_export.triton.plans import why_not_tensorrt_backend
 
+PAGE = "README.md"
+_OURS = "Written by `lminf export-triton` from"
 _PYTHON = """
 ## {name}: our runtime in the python backend
 
@@ -44,25 +48,39 @@ and its caches stay on the GPU. The environment of the server's Python needs Ten
 """
 
 
-def readme(
-    manifest: Manifest, name: str, backends: Sequence[str], human: Callable[[float], str]
-) -> str:
+def readme(manifest: Manifest, name: str, backends: Sequence[str]) -> str:
     """Return the page.
 
     Args:
         manifest: of the bundle.
         name: of the model.
         backends: that the repository has.
-        human: writes a number of bytes for readers.
     """
     why = why_not_tensorrt_backend(manifest) if "tensorrt" in backends else None
     plan = _TENSORRT if why is None else _PLAN
     parts = {"python": _PYTHON, "onnxruntime": _IMPLICIT, "tensorrt": plan}
-    size = human(manifest.contract.cache_bytes())
-    head = (
-        f"# {name} for Triton\n\n"
-        f"Written by `lminf export-triton` from the bundle of {manifest.source.name}.\n"
-    )
+    size = human_bytes(manifest.contract.cache_bytes())
+    head = f"# {name} for Triton\n\n{_OURS} the bundle of {manifest.source.name}.\n"
     return head + "".join(
         parts[backend].format(name=name, bytes=size, why=why) for backend in backends
     )
+
+
+def add_page(folder: Path, repository: Path) -> None:
+    """Put the page in a folder behind that of a repository, if that is ours or there is none.
+
+    Args:
+        folder: that has the page of the models which are added.
+        repository: that they are added to.
+
+    Raises:
+        OSError: one cannot be read, or the whole not be written.
+    """
+    there, page = repository / PAGE, folder / PAGE
+    before, new = there.read_bytes() if there.is_file() else b"", page.read_bytes()
+    if (before and _OURS.encode() not in before) or new in before:
+        return
+    if before:
+        page.write_bytes(before + b"\n" + new)
+        sync(page)
+    page.replace(there)

@@ -10,16 +10,15 @@ from pathlib import Path
 
 from lminf_export.bundle.copying import copy_file
 from lminf_export.bundle.destination import (
-    check_destination,
     make_parents,
     remove_abandoned,
     temporary_folder,
     terminated_as_exit,
 )
-from lminf_export.bundle.files import human_bytes, require_utf8, sync
+from lminf_export.bundle.files import sync
 from lminf_export.bundle.folder import Bundle
 from lminf_export.bundle.records import MANIFEST_NAME
-from lminf_export.disk import require_path, user_path
+from lminf_export.disk import require_path
 from lminf_export.errors import ExportError, InputError, shown
 from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.kernels import AUTO, find_kernels
@@ -31,10 +30,11 @@ from lminf_export.triton.arguments import (
     require_in_bundle,
 )
 from lminf_export.triton.configs import implicit_config, python_config, tensorrt_config
+from lminf_export.triton.destination import CONFIG, checked_repository, put, require_new
 from lminf_export.triton.implicit_state import write_implicit_state
 from lminf_export.triton.interface import Backend
 from lminf_export.triton.plans import why_not_tensorrt_backend
-from lminf_export.triton.readme import readme
+from lminf_export.triton.readme import PAGE, readme
 
 _VERSION = "1"
 _SUFFIX: dict[str, str] = {"python": "", "onnxruntime": "_implicit", "tensorrt": "_tensorrt"}
@@ -56,14 +56,14 @@ def export_triton(
     parameters: Mapping[str, str] | None = None,
     link: bool = False,
 ) -> Path:
-    """Write a model repository that Triton serves.
+    """Write a model repository that Triton serves, or add models to one.
 
-    All of the bundle's files are checked by their hashes, and copied. The folder is put in its
-    place when all of it is written.
+    All of the bundle's files are checked by their hashes, and copied. The folder, or each model's
+    in a repository that has others, is put in its place when all is written.
 
     Args:
         bundle: folder of a bundle.
-        out: the repository, a folder that is not there or empty.
+        out: the repository: a folder that is not there, is empty, or has other models.
         backends: "python" runs our runtime, with streams, batching and sessions; "onnxruntime"
             the bare graph with implicit state; "tensorrt" the bundle's plan: in Triton's own
             TensorRT backend where that can run it, else by our runtime in the python backend, as
@@ -84,6 +84,27 @@ def export_triton(
         SessionError: kernels, or a hash of trust, that are not those of the bundle.
         ExportError: the folder cannot be written.
     """
+    folders = write_models(
+        bundle, out, backends=backends, name=name, slots=slots, parameters=parameters, link=link
+    )
+    return folders[0].parent
+
+
+def write_models(
+    bundle: str | Path,
+    out: str | Path,
+    *,
+    backends: Sequence[Backend],
+    name: str | None,
+    slots: int,
+    parameters: Mapping[str, str] | None,
+    link: bool,
+) -> list[Path]:
+    """Do what `export_triton` does, with its arguments; return each model's folder.
+
+    Raises:
+        LminfError: as there.
+    """
     require_path("out", out, InputError)
     if not isinstance(link, bool):
         raise InputError(f"link={shown(link)}: must be True or False")
@@ -92,12 +113,14 @@ def export_triton(
     given = checked_parameters(parameters, chosen, slots)
     if name is not None:
         checked_name(name)
-    target = _free(out)
+    target = checked_repository(out)
     opened = Bundle.open(bundle, verify="full")
     called = checked_name(opened.path.resolve().name if name is None else name)
     if target.resolve().is_relative_to(opened.path.resolve()):
         raise ExportError(f"{target} is in the bundle {opened.path}; name a folder outside of it")
     require_in_bundle(opened, chosen, slots, given)
+    models = {backend: called + _SUFFIX[backend] for backend in chosen}
+    require_new(target, list(models.values()))
     export = _Export(opened, slots, given, link)
     try:
         with ExitStack() as stack:
@@ -105,39 +128,17 @@ def export_triton(
             make_parents(target.parent, stack)
             remove_abandoned(target)
             partial = temporary_folder(target, stack)
-            for backend in chosen:
-                model = called + _SUFFIX[backend]
+            for backend, model in models.items():
                 (partial / model / _VERSION).mkdir(parents=True)
                 export.write(backend, model, partial / model, target / model)
-            (partial / "README.md").write_text(
-                readme(opened.manifest, called, chosen, human_bytes), encoding="utf-8"
-            )
+            page = readme(opened.manifest, called, chosen)
+            (partial / PAGE).write_text(page, encoding="utf-8")
             for path in (*partial.rglob("*"), partial):
                 sync(path)
-            partial.rename(target)
-            sync(target.parent)
+            put(partial, target, list(models.values()))
     except OSError as error:
         raise ExportError(f"cannot write {target}: {error.strerror or error}") from None
-    return target
-
-
-def _free(out: str | Path) -> Path:
-    """Return where the repository is to be, if nothing is there.
-
-    Raises:
-        ExportError: something is.
-    """
-    try:
-        target = Path(os.path.abspath(user_path(out, InputError)))
-        require_utf8(target, ExportError)
-        if target.is_dir() and not target.is_symlink() and any(target.iterdir()):
-            raise ExportError(f"{target} is not empty; nothing was touched: name another folder")
-        check_destination(target, force=False)
-    except OSError as error:
-        raise ExportError(f"cannot write {out}: {error.strerror}") from None
-    except ValueError as error:  # a null character
-        raise ExportError(f"out={shown(str(out))}: {error}") from None
-    return target
+    return [target / model for model in models.values()]
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class _Export:
             config = self._implicit(model, version, at / _VERSION)
         else:
             config = self._plan(model, version, at / _VERSION)
-        (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+        (folder / CONFIG).write_text(config, encoding="utf-8")
 
     def _python(self, model: str, version: Path, note: str = "") -> str:
         parameters = dict(self.parameters)

@@ -33,8 +33,6 @@ def asked_of(request: Any, pb: Any) -> Asked:
         tensor = pb.get_input_tensor_by_name(request, spec.name)
         found[spec.name] = None if tensor is None else tensor.as_numpy().reshape(-1)
     ids, flags = found["input_ids"], request.flags()
-    if ids is not None and not ids.size:
-        raise InputError("input_ids is empty: give at least one token id")
     if request.timeout():
         raise InputError(_not_applied("timeout"))
     return Asked(
