@@ -14,12 +14,13 @@ from lminf_export.errors import (
     ParkedSessionError,
     ParkingError,
     SessionError,
+    StaleTurnError,
     require_instance,
     shown,
 )
 from lminf_export.operator.settings import as_number
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.parking.objects import Objects, StaleTurnError, Stored
+from lminf_export.runtime.parking.objects import Objects, Stored
 from lminf_export.runtime.parking.open_objects import open_objects
 from lminf_export.runtime.parking.parked import (
     MOST_TURN,
@@ -171,7 +172,8 @@ class SessionStore:
                 ones by default.
 
         Raises:
-            StaleTurnError: another server has saved this turn, or dropped the session.
+            StaleTurnError: another server has saved this turn, or dropped the session; or it does
+                not stand at the turn before, as where somebody has emptied the store.
             InputError: a snapshot of several streams, or with more labels than are stored; another
                 mark.
             SessionError: a snapshot that does not know its bundle.
@@ -189,7 +191,7 @@ class SessionStore:
                 f"the session's labels and unread tokens have more than {_MOST_BESIDE} bytes"
             )
         latest = self.latest(name)
-        if latest >= turn or (latest == 0 and turn > 1):
+        if latest != turn - 1:
             raise StaleTurnError(f"turn {turn} cannot follow turn {latest}, where the session is")
         assert snapshot.state_id is not None  # or there would be no bytes
         self._create(name, turn, snapshot.state_id, state, mark)
