@@ -33,6 +33,23 @@ def not_written(then: str) -> ApiError:
     )
 
 
+def not_removed(*, is_shared: bool) -> ApiError:
+    """Return what ends a deletion that was not carried out, or not surely.
+
+    Args:
+        is_shared: its conversation is in a store of other servers, where it may still stand.
+    """
+    stands = "is forgotten, but its files could not be removed"
+    if is_shared:
+        stands = "may stand: it could not surely be removed from the store"
+    return ApiError(
+        503 if is_shared else 500,
+        f"the conversation {stands}; see the server's log",
+        code="session_not_removed",
+        retry=is_shared,
+    )
+
+
 def of_store(error: LminfError) -> ApiError:
     """Return what refuses a request whose conversation cannot be had."""
     if isinstance(error, ParkedSessionError):

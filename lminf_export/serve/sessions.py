@@ -13,18 +13,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from lminf_export.errors import LminfError, ParkingError
+from lminf_export.errors import LminfError, ParkingError, StaleTurnError
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.parking.objects import StaleTurnError
 from lminf_export.serve.api_errors import ApiError, invalid
 from lminf_export.serve.durable_sessions import DurableSessions
-from lminf_export.serve.session_errors import conflict, not_written, of_store
+from lminf_export.serve.session_errors import conflict, not_removed, not_written, of_store
 from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.state_store import Conversation, StateStore, StoreCounts
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# Clients take these out of a URL, so such a session could be neither found nor deleted.
+_NO_NAMES = (".", "..")
 # Conversations that wait to be written hold so much memory at most; then their requests wait.
 _UNWRITTEN_BYTES = 256 << 20
 _READERS = 8
@@ -38,8 +39,8 @@ def checked_session_id(found: str | None) -> str | None:
     Raises:
         ApiError: 400 for a name of other characters, or too many.
     """
-    if found is not None and not _NAME.fullmatch(found):
-        raise invalid("x-session-id: 1 … 128 of A-Z a-z 0-9 . _ -", "x-session-id")
+    if found is not None and (not _NAME.fullmatch(found) or found in _NO_NAMES):
+        raise invalid("x-session-id: 1 … 128 of A-Z a-z 0-9 . _ -, and not . or ..", "x-session-id")
     return found
 
 
@@ -270,7 +271,8 @@ class Sessions:
         """Forget a conversation, one that is being answered included; tell if there was one.
 
         Raises:
-            ApiError: 500 where its files could not be removed.
+            ApiError: where its files could not be removed (500), or a shared store does not answer
+                (503).
         """
         # Whoever began a request meanwhile would go on from what is to be gone.
         self._deleting[key] += 1
@@ -298,16 +300,9 @@ class Sessions:
                 was_file = await self._ended(drop, or_not_at_all=True)
             except (OSError, LminfError) as error:
                 logger.warning("a conversation could not be removed: %s", error)
-                stands = "is forgotten, but its files could not be removed"
-                if self._durable.is_shared:
-                    stands = "may stand: it could not surely be removed from the store"
-                    if lease is not None:
-                        lease.is_deleted = False  # with what is being answered
-                raise ApiError(
-                    500,
-                    f"the conversation {stands}; see the server's log",
-                    code="session_not_removed",
-                ) from None
+                if self._durable.is_shared and lease is not None:
+                    lease.is_deleted = False  # the conversation stands, with what is being answered
+                raise not_removed(is_shared=self._durable.is_shared) from None
         return was_kept or was_file or was_unwritten or lease is not None
 
     def close(self) -> None:
@@ -361,7 +356,7 @@ class Sessions:
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
             if durable.is_shared:
-                return not_written("stands before this answer")
+                return not_written("most likely stands before this answer; ask where it stands")
         return not_written("is forgotten")
 
     def _written(self, key: str, write: Future[ApiError | None]) -> None:
