@@ -295,7 +295,7 @@ def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeyp
             assert found.headers["retry-after"]
         with monkeypatch.context() as patched:
             patched.setattr(SessionStore, "save", failing)
-            assert code(ask(server.url, "fails", TURNS[1])) == (500, "session_not_written")
+            assert code(ask(server.url, "fails", TURNS[1])) == (503, "session_not_written")
         with monkeypatch.context() as patched:
             patched.setattr(SessionStore, "drop", failing)
             kept = httpx.delete(f"{server.url}/v1/sessions/fails")
@@ -331,7 +331,7 @@ def test_a_store_that_hangs_holds_up_no_request_and_no_end(demo_lm, tmp_path, mo
                 assert code(told) == (503, "session_not_removed")
             monkeypatch.setattr(SessionStore, "save", hanging)
             told = ask(server.url, "hangs", TURNS[1])
-            assert code(told) == (500, "session_not_written")
+            assert code(told) == (503, "session_not_written")
             assert "ask where it stands" in told.json()["error"]["message"]
             told = ask(server.url, "hangs", TURNS[1])  # not before the write has ended
             assert code(told) == (503, "session_store_unavailable")
@@ -355,7 +355,7 @@ main()
 
 @pytest.mark.parametrize(
     ("method", "told"),
-    [("save", (500, "session_not_written")), ("latest", (503, "session_store_unavailable"))],
+    [("save", (503, "session_not_written")), ("latest", (503, "session_store_unavailable"))],
 )
 def test_a_server_ends_although_its_store_hangs(demo_bundle, tmp_path, method, told):
     script = tmp_path / "hanging.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -162,6 +163,22 @@ def test_a_secret_can_be_replaced(tmp_path, demo_lm, snapshot):
     assert SessionStore(tmp_path, [OTHER]).load("a", demo_lm).turn == 2
 
 
+def test_no_server_loses_a_session_while_the_secret_is_replaced(tmp_path, demo_lm, snapshot):
+    """The steps that docs/scaling.md names, each with servers before it and behind it."""
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert "a file of two lines, the new one second" in page
+    old, new, turn = SECRET, OTHER, 0
+    steps = [[old], [old, new], [new, old]]
+    for before, behind in itertools.pairwise(steps):
+        for secrets in (before, behind, before, behind):
+            store = SessionStore(tmp_path, secrets)
+            if turn:
+                assert store.load("a", demo_lm).turn == turn
+            turn += 1
+            store.save("a", turn, snapshot)
+    assert SessionStore(tmp_path, [new]).load("a", demo_lm).turn == turn
+
+
 def test_names_of_files_tell_nothing(tmp_path, snapshot):
     SessionStore(tmp_path, [SECRET]).save("a name", 1, snapshot)
     path = the_file(tmp_path)
@@ -214,6 +231,10 @@ def test_an_old_session_has_expired_and_is_swept_later(tmp_path, demo_lm, snapsh
     monkeypatch.setattr(session_store.time, "time", lambda: now + 99)
     assert store.load("a", demo_lm).turn == 1
     monkeypatch.setattr(session_store.time, "time", lambda: now + 102)
+    with pytest.raises(
+        ParkedSessionError, match=r"parked 102\.\d seconds ago, and is kept for 100"
+    ):
+        store.load("a", demo_lm)
     assert reason_of(store, demo_lm) == "expired"
     # A server whose clock is wrong refuses what is not old, and removes nothing.
     monkeypatch.setattr(session_store.time, "time", lambda: now + 10**7)

@@ -17,7 +17,13 @@ from lminf_export.errors import LminfError, ParkingError, StaleTurnError
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.serve.api_errors import ApiError, invalid
 from lminf_export.serve.durable_sessions import DurableSessions
-from lminf_export.serve.session_errors import conflict, not_removed, not_written, of_store
+from lminf_export.serve.session_errors import (
+    conflict,
+    not_removed,
+    not_stored,
+    not_written,
+    of_store,
+)
 from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.state_store import Conversation, StateStore, StoreCounts
 
@@ -244,8 +250,8 @@ class Sessions:
         """Keep a conversation in memory, and have it written.
 
         Raises:
-            ApiError: where it is to be on the disk, and could not be written (500), or another
-                server has answered the same turn (409).
+            ApiError: where it is to be on the disk, and could not be written (500, or 503 by a
+                shared store), or another server has answered the same turn (409).
         """
         self._store.keep_conversation(key, conversation)
         if self._durable is None:
@@ -260,7 +266,7 @@ class Sessions:
             error = await self._ended(write)
         except ParkingError as slow:
             logger.warning("a conversation is not written yet: %s", slow)
-            error = not_written("may be written later; ask where it stands")
+            error = not_stored("may be written later")
         if self.waits and error is not None:
             raise error
 
@@ -326,7 +332,7 @@ class Sessions:
         latest = self._unwritten.get(key)
         if latest is not conversation or self._durable is None:
             return None if latest is not None else conflict()  # dropped
-        problem: ApiError | None = not_written("is forgotten")
+        problem: ApiError | None = not_written()
         try:
             problem = self._saved(key, conversation, self._durable)
         finally:
@@ -356,8 +362,8 @@ class Sessions:
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
             if durable.is_shared:
-                return not_written("most likely stands before this answer; ask where it stands")
-        return not_written("is forgotten")
+                return not_stored("most likely stands before this answer")
+        return not_written()
 
     def _written(self, key: str, write: Future[ApiError | None]) -> None:
         """Forget a write that has ended; log what its thread would else keep to itself."""

@@ -249,8 +249,8 @@ class SessionStore:
         if age > self.max_age:
             raise ParkedSessionError(
                 "expired",
-                f"the session was parked {age / 3600:.1f} hours ago, and is kept for "
-                f"{self.max_age / 3600:.1f}",
+                f"the session was parked {_lasting(age)} ago, and is kept for "
+                f"{_lasting(self.max_age)}",
             )
         try:
             snapshot = lm.snapshot_from_bytes(bytes(state))
@@ -341,6 +341,11 @@ class SessionStore:
             if turns and (latest is None or turns[-1].turn > latest[2].turn):
                 latest = secret, key, turns[-1]
         return latest
+
+
+def _lasting(seconds: float) -> str:
+    """Return a time in words, which is read by people."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds:.1f} seconds"
 
 
 def _opened(secret: Secret, key: str, found: Stored, content: bytes) -> tuple[Header, memoryview]:
