@@ -27,7 +27,7 @@ from lminf_export.errors import (
     ParkingError,
     StaleTurnError,
 )
-from lminf_export.runtime.parking import seal, session_store
+from lminf_export.runtime.parking import folder_objects, seal, session_store
 from lminf_export.runtime.parking.folder_objects import FolderObjects
 from lminf_export.runtime.parking.parked import new_mark
 from lminf_export.runtime.parking.session_store import SessionStore
@@ -374,6 +374,19 @@ def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, snapshot, m
     assert store.latest("a") == 1
 
 
+def test_a_turn_that_is_removed_while_it_is_stored_is_stale(tmp_path, snapshot, monkeypatch):
+    store, sync = SessionStore(tmp_path, [SECRET]), folder_objects.sync
+
+    def removed_before(path):
+        if len(path.name) == 64:
+            shutil.rmtree(path)
+        sync(path)
+
+    monkeypatch.setattr(folder_objects, "sync", removed_before)
+    with pytest.raises(StaleTurnError):
+        store.save("a", 1, snapshot)
+
+
 def test_a_turn_follows_only_the_one_before(url, snapshot):
     """A server that went on from turn 4 of a store which was emptied knows another session."""
     store = SessionStore(url, [SECRET])
@@ -573,7 +586,11 @@ def test_a_full_disk_leaves_the_session_where_it_stood(tmp_path, demo_lm, snapsh
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ParkingError, match="No space left"):
         store.save("a", 2, snapshot)
+    monkeypatch.setattr(folder_objects, "sync", lambda _: None)
+    with pytest.raises(ParkingError, match="No space left"):
+        store.save("b", 1, snapshot)
     monkeypatch.undo()
+    assert len(list(tmp_path.glob("*/*"))) == 1
     assert store.load("a", demo_lm).turn == 1
     assert the_file(tmp_path).name == "000000000001"
     assert len(list(the_file(tmp_path).parent.iterdir())) == 1
@@ -650,6 +667,46 @@ def test_servers_with_the_secrets_in_another_order_do_not_fork_a_session(
     for store in (one, two):
         found = store.load("a", demo_lm)
         assert (found.turn, found.snapshot.unread) == (2, (5,))
+
+
+def behind_the_first_look(store, monkeypatch, act):
+    """Let another server act when a store has looked at the first of its keys."""
+    look = store._objects.turns
+
+    def turns(key):
+        found = look(key)
+        monkeypatch.setattr(store._objects, "turns", look)
+        act()
+        return found
+
+    monkeypatch.setattr(store._objects, "turns", turns)
+
+
+def test_a_turn_that_a_later_one_has_removed_is_stale(url, snapshot, monkeypatch):
+    """Three servers while a secret is replaced: of turn 2 there were two, and then a third."""
+    mine, theirs = (SessionStore(url, secrets) for secrets in ([OTHER, SECRET], [SECRET, OTHER]))
+    later = SessionStore(url, [OTHER, SECRET])
+    theirs.save("a", 1, snapshot)
+    create = mine._objects.create
+
+    def second(*arguments):
+        theirs.save("a", 2, snapshot)
+        create(*arguments)
+        behind_the_first_look(mine, monkeypatch, lambda: later.save("a", 3, snapshot))
+
+    monkeypatch.setattr(mine._objects, "create", second)
+    with pytest.raises(StaleTurnError):
+        mine.save("a", 2, snapshot)
+    assert later.latest("a") == 3
+
+
+def test_a_session_that_gets_its_name_of_the_new_secret_is_found_meanwhile(
+    url, demo_lm, snapshot, monkeypatch
+):
+    SessionStore(url, [SECRET]).save("a", 1, snapshot)
+    reader, other = (SessionStore(url, [OTHER, SECRET]) for _ in range(2))
+    behind_the_first_look(reader, monkeypatch, lambda: other.save("a", 2, snapshot))
+    assert reader.load("a", demo_lm).turn == 2
 
 
 def test_a_reply_that_is_lost_is_no_failure(url, demo_lm, snapshot, monkeypatch):

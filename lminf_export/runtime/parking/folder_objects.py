@@ -129,7 +129,11 @@ class FolderObjects:
             finally:
                 with suppress(OSError):  # the sweep takes what stays
                     part.unlink()
-            sync(folder)
+                    folder.rmdir()  # nothing was stored in it
+            try:
+                sync(folder)
+            except FileNotFoundError:
+                raise StaleTurnError(f"turn {turn} was removed meanwhile") from None
 
     def remove(self, key: str, turn: int) -> None:
         """Remove a file that may be gone already, and the key's folder with the last one."""

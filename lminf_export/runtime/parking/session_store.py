@@ -293,7 +293,13 @@ class SessionStore:
         Of two servers that store one turn under different secrets each sees the other's, and of
         one that was slow a later turn stands already: then its own is removed.
         """
-        places = [(other, self._objects.turns(other)) for other in self._keys(name)]
+        # The own key last: whoever removed another server's turn has a later one there by then, or
+        # has removed this one, too.
+        keys = [*(other for other in self._keys(name) if other != key), key]
+        places = [(other, self._objects.turns(other)) for other in keys]
+        is_listed = any(found.turn == turn for found in places[-1][1])
+        if not is_listed and self._objects.read(key, Stored(turn, 0)) is None:
+            raise StaleTurnError(f"turn {turn} was removed meanwhile")
         for other, turns in places:
             if any(found.turn > turn or (found.turn == turn and other != key) for found in turns):
                 with suppress(ParkingError):
@@ -335,11 +341,15 @@ class SessionStore:
     def _latest(self, name: str) -> tuple[Secret, str, Stored] | None:
         """Return the secret, the key and the object of a session's latest turn."""
         latest = None
-        for secret in self._secrets:
-            key = secret.key(name)
-            turns = self._objects.turns(key)
-            if turns and (latest is None or turns[-1].turn > latest[2].turn):
-                latest = secret, key, turns[-1]
+        # Between two looks a session may move from one secret's name to another's.
+        for _ in self._secrets:
+            for secret in self._secrets:
+                key = secret.key(name)
+                turns = self._objects.turns(key)
+                if turns and (latest is None or turns[-1].turn > latest[2].turn):
+                    latest = secret, key, turns[-1]
+            if latest is not None:
+                break
         return latest
 
 
