@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lminf_export.errors import ParkedSessionError as ParkedSessionError
     from lminf_export.errors import ParkingError as ParkingError
     from lminf_export.errors import SessionError as SessionError
+    from lminf_export.errors import StaleTurnError as StaleTurnError
     from lminf_export.export.options import ExportOptions as ExportOptions
     from lminf_export.export.run import export as export
     from lminf_export.operator.settings import LambdaConfig as LambdaConfig
@@ -113,6 +114,7 @@ _HOMES = {
     "SessionError": "errors",
     "SessionStore": "runtime.parking.session_store",
     "Snapshot": "runtime.snapshot",
+    "StaleTurnError": "errors",
     "State": "runtime.cache",
     "StopText": "runtime.text",
     "StreamText": "runtime.text",

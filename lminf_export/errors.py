@@ -99,6 +99,10 @@ class ParkingError(LminfError):
     """A store of parked sessions cannot be used."""
 
 
+class StaleTurnError(ParkingError):
+    """Another server has stored this turn already, or the session was removed meanwhile."""
+
+
 class ParkedSessionError(LminfError):
     """A parked session must not be resumed: the store holds it, but not as it was written.
 

@@ -334,6 +334,10 @@ def test_keys_are_asked_for_and_metrics_tell_nobody(demo_lm):
                 require_error(get(path, authorization=wrong), 401)
             for key in ("first-key", "second-key"):
                 assert get(path, authorization=f"Bearer {key}").status_code == 200
+        # A proxy may have looked at the other one.
+        for twice in (["first-key", "second-key"], ["first-key", "first-key"]):
+            sent = [("authorization", f"Bearer {key}") for key in twice]
+            require_error(httpx.get(server.url + "/v1/models", headers=sent), 401)
         require_error(post(server.url, COMPLETIONS, prompt="a"), 401)
         require_error(httpx.post(server.url + COMPLETIONS, content=b"\xff" * 500_000), 401)
         assert get("/healthz").status_code == get("/readyz").status_code == 200

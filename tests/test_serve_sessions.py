@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_a_session_is_one_request_at_a_time(server):
 
 
 def test_names_of_sessions_are_checked(server):
-    for name in ("", "a" * 129, "a/b", "a,b", "a b"):
+    for name in ("", "a" * 129, "a/b", "a,b", "a b", ".", ".."):
         assert ask(server.url, name, FIRST).status_code == 400
     assert ask(server.url, "n", FIRST, n=2).status_code == 400
     assert ask(server.url, "A.b_c-1" + "9" * 120, FIRST).status_code == 200
@@ -428,6 +429,54 @@ def test_damaged_files_are_dropped(demo_lm, kept_folder, tmp_path, caplog, numbe
     assert sessions.counts() == (0, 0)
     sessions.close()
     assert {path.name for path in SessionFolder(folder, 1 << 30)._path.iterdir()} == {".lock"}
+
+
+def huge(path):
+    path.write_text("{}")
+    os.truncate(path, 1 << 40)
+
+
+def full_folder(path):
+    path.mkdir()
+    (path / "other").write_text("")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("suffix", [".state", ".json"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, huge, full_folder])
+def test_what_stands_in_place_of_a_file_stops_no_server(
+    demo_lm, kept_folder, tmp_path, caplog, suffix, make
+):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    [record] = folder.glob("*.json")
+    [path] = folder.glob("*" + suffix)
+    path.unlink()
+    make(path)
+    sessions = SessionFolder(folder, 1 << 30)
+    assert sessions.load(record.stem, demo_lm) is None
+    assert "damaged" in caplog.text
+    assert [path.is_dir() for path in folder.iterdir()].count(True) == (make is full_folder)
+    sessions.close()
+
+
+@pytest.mark.timeout(60)
+def test_what_comes_in_place_of_a_file_later_is_not_waited_for(demo_lm, kept_folder, tmp_path):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    [record], [state] = folder.glob("*.json"), folder.glob("*.state")
+    sessions = SessionFolder(folder, 1 << 30)
+    state.unlink()
+    os.mkfifo(state)
+    assert sessions.load(record.stem, demo_lm) is None
+    sessions.close()
+
+
+def test_a_size_beyond_all_numbers_is_damage(kept_folder, tmp_path):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    [record] = folder.glob("*.json")
+    record.write_text(record.read_text().replace('"bytes": ', '"bytes": 1e999, "was": '))
+    sessions = SessionFolder(folder, 1 << 30)
+    assert sessions.counts() == (0, 0)
+    sessions.close()
 
 
 def test_a_server_goes_on_without_a_damaged_file(demo_lm, kept_folder, tmp_path):

@@ -15,10 +15,9 @@ from click.testing import CliRunner
 
 from lminf_export import load
 from lminf_export.cli.serve import serve_command
-from lminf_export.errors import ConfigError, ParkingError
+from lminf_export.errors import ConfigError, ParkingError, StaleTurnError
 from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.parking import session_store
-from lminf_export.runtime.parking.objects import StaleTurnError
 from lminf_export.runtime.parking.session_store import SessionStore
 from lminf_export.serve.credentials import secrets_of
 from lminf_export.serve.rolling import RollingHash
@@ -89,7 +88,7 @@ def test_a_conversation_that_one_server_ends_has_ended_at_all(servers):
     ask(servers[0].url, "ends", TURNS[0])
     content(ask(servers[1].url, "ends", TURNS[1]))
     assert httpx.delete(f"{servers[1].url}/v1/sessions/ends").status_code == 200
-    assert httpx.delete(f"{servers[0].url}/v1/sessions/ends").status_code in (200, 404)
+    assert httpx.delete(f"{servers[0].url}/v1/sessions/ends").status_code == 404
     found = ask(servers[0].url, "ends", TURNS[1])
     assert (found.status_code, found.headers["x-session-state"]) == (200, "new")
 
@@ -263,7 +262,7 @@ def test_a_store_that_vanishes_is_told_and_its_sessions_go_on(demo_lm, other_lm,
         url = f"{server.url}/v1/sessions/kept"
         assert code(ask(server.url, "kept", TURNS[1])) == (503, "session_store_unavailable")
         assert code(httpx.get(url)) == (503, "session_store_unavailable")
-        assert code(httpx.delete(url)) == (500, "session_not_removed")
+        assert code(httpx.delete(url)) == (503, "session_not_removed")
         assert list(place.iterdir()) == []
         place.rmdir()
         away.rename(place)
@@ -296,11 +295,11 @@ def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeyp
             assert found.headers["retry-after"]
         with monkeypatch.context() as patched:
             patched.setattr(SessionStore, "save", failing)
-            assert code(ask(server.url, "fails", TURNS[1])) == (500, "session_not_written")
+            assert code(ask(server.url, "fails", TURNS[1])) == (503, "session_not_written")
         with monkeypatch.context() as patched:
             patched.setattr(SessionStore, "drop", failing)
             kept = httpx.delete(f"{server.url}/v1/sessions/fails")
-            assert code(kept) == (500, "session_not_removed")
+            assert code(kept) == (503, "session_not_removed")
             assert "may stand" in kept.json()["error"]["message"]
         assert "the network is down" in caplog.text
         answers = [content(ask(server.url, "fails", turn)) for turn in TURNS[1:3]]
@@ -329,10 +328,10 @@ def test_a_store_that_hangs_holds_up_no_request_and_no_end(demo_lm, tmp_path, mo
             with monkeypatch.context() as patched:
                 patched.setattr(SessionStore, "drop", hanging)
                 told = httpx.delete(f"{server.url}/v1/sessions/another")
-                assert code(told) == (500, "session_not_removed")
+                assert code(told) == (503, "session_not_removed")
             monkeypatch.setattr(SessionStore, "save", hanging)
             told = ask(server.url, "hangs", TURNS[1])
-            assert code(told) == (500, "session_not_written")
+            assert code(told) == (503, "session_not_written")
             assert "ask where it stands" in told.json()["error"]["message"]
             told = ask(server.url, "hangs", TURNS[1])  # not before the write has ended
             assert code(told) == (503, "session_store_unavailable")
@@ -356,7 +355,7 @@ main()
 
 @pytest.mark.parametrize(
     ("method", "told"),
-    [("save", (500, "session_not_written")), ("latest", (503, "session_store_unavailable"))],
+    [("save", (503, "session_not_written")), ("latest", (503, "session_store_unavailable"))],
 )
 def test_a_server_ends_although_its_store_hangs(demo_bundle, tmp_path, method, told):
     script = tmp_path / "hanging.py"
@@ -436,6 +435,15 @@ def test_a_file_of_secrets_may_begin_with_a_mark_of_its_encoding(tmp_path):
     path = tmp_path / "secret"
     path.write_text(f"{SECRET}\n# before\n{'f' * 64}\n", encoding="utf-8-sig")
     assert secrets_of("store", str(path)) == (SECRET, "f" * 64)
+
+
+@pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o440, False), (0o644, True)])
+def test_a_secret_that_everybody_may_read_is_told(tmp_path, caplog, mode, is_told):
+    path = tmp_path / "secret"
+    path.write_text(SECRET)
+    path.chmod(mode)
+    assert secrets_of("store", str(path)) == (SECRET,)
+    assert (f"{path}: every user of this machine may read it" in caplog.text) == is_told
 
 
 def test_settings_do_not_show_their_secrets():

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import shutil
 import socket
 import struct
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
 from lminf_export import load
-from lminf_export.errors import ConfigError, InputError, ParkedSessionError, ParkingError
-from lminf_export.runtime.parking import seal, session_store
+from lminf_export.errors import (
+    ConfigError,
+    InputError,
+    ParkedSessionError,
+    ParkingError,
+    StaleTurnError,
+)
+from lminf_export.runtime.parking import folder_objects, seal, session_store
 from lminf_export.runtime.parking.folder_objects import FolderObjects
-from lminf_export.runtime.parking.objects import StaleTurnError
 from lminf_export.runtime.parking.parked import new_mark
 from lminf_export.runtime.parking.session_store import SessionStore
 from tests.support.tiny_bundle import TinyModel
@@ -155,6 +163,22 @@ def test_a_secret_can_be_replaced(tmp_path, demo_lm, snapshot):
     assert SessionStore(tmp_path, [OTHER]).load("a", demo_lm).turn == 2
 
 
+def test_no_server_loses_a_session_while_the_secret_is_replaced(tmp_path, demo_lm, snapshot):
+    """The steps that docs/scaling.md names, each with servers before it and behind it."""
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert "a file of two lines, the new one second" in page
+    old, new, turn = SECRET, OTHER, 0
+    steps = [[old], [old, new], [new, old]]
+    for before, behind in itertools.pairwise(steps):
+        for secrets in (before, behind, before, behind):
+            store = SessionStore(tmp_path, secrets)
+            if turn:
+                assert store.load("a", demo_lm).turn == turn
+            turn += 1
+            store.save("a", turn, snapshot)
+    assert SessionStore(tmp_path, [new]).load("a", demo_lm).turn == turn
+
+
 def test_names_of_files_tell_nothing(tmp_path, snapshot):
     SessionStore(tmp_path, [SECRET]).save("a name", 1, snapshot)
     path = the_file(tmp_path)
@@ -207,6 +231,10 @@ def test_an_old_session_has_expired_and_is_swept_later(tmp_path, demo_lm, snapsh
     monkeypatch.setattr(session_store.time, "time", lambda: now + 99)
     assert store.load("a", demo_lm).turn == 1
     monkeypatch.setattr(session_store.time, "time", lambda: now + 102)
+    with pytest.raises(
+        ParkedSessionError, match=r"parked 102\.\d seconds ago, and is kept for 100"
+    ):
+        store.load("a", demo_lm)
     assert reason_of(store, demo_lm) == "expired"
     # A server whose clock is wrong refuses what is not old, and removes nothing.
     monkeypatch.setattr(session_store.time, "time", lambda: now + 10**7)
@@ -284,10 +312,88 @@ def test_what_is_no_file_is_damaged_and_can_be_dropped(tmp_path, demo_lm, snapsh
         assert store.drop("folder")
         assert store.load("folder", demo_lm) is None
         assert len(list(folder.iterdir())) == 1
-    folder.rename(folder.with_name("moved"))
-    folder.symlink_to("moved")
-    with pytest.raises(ParkingError):
-        store.load("folder", demo_lm)
+
+
+def test_a_folder_in_which_everybody_may_write_is_told(tmp_path, caplog):
+    SessionStore(tmp_path / "own", [SECRET])
+    assert not caplog.text
+    place = tmp_path / "open"
+    place.mkdir()
+    place.chmod(0o777)
+    SessionStore(place, [SECRET])
+    assert "every user of this machine may write there" in caplog.text
+
+
+def test_keys_in_a_url_are_not_shown():
+    for url in ("https://name:TOPSECRET@host/x", "s3://name:TOPSECRET@bucket"):
+        with pytest.raises(InputError, match="keys in a URL") as caught:
+            SessionStore(url, [SECRET])
+        assert "TOPSECRET" not in str(caught.value)
+
+
+def test_what_stands_in_place_of_a_session_s_folder_is_damaged_and_can_be_dropped(
+    tmp_path, demo_lm, snapshot
+):
+    store, elsewhere = SessionStore(tmp_path / "store", [SECRET]), tmp_path / "elsewhere"
+    store.save("a", 1, snapshot)
+    folder = the_file(tmp_path / "store").parent
+    shutil.copytree(folder, elsewhere)
+
+    def link(path):
+        path.symlink_to(elsewhere)
+
+    for make in (link, os.mkfifo, lambda path: path.write_text("a")):
+        shutil.rmtree(folder)
+        make(folder)
+        assert reason_of(store, demo_lm, "a") == "damaged"
+        assert not store.is_latest("a", 1, "0" * 16)
+        assert store.drop("a")
+        assert not folder.is_symlink()
+        assert store.load("a", demo_lm) is None
+        assert store.latest("a") == 2
+    assert len(os.listdir(elsewhere)) == 1
+    shutil.rmtree(folder.parent)
+    folder.parent.write_text("")
+    with pytest.raises(ParkingError, match="Not a directory"):
+        store.load("a", demo_lm)
+
+
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, snapshot, monkeypatch):
+    """Between the two looks of `mkdir` a sweep may remove an empty folder."""
+    store, gone, mkdir = SessionStore(tmp_path, [SECRET]), [], os.mkdir
+
+    def racing(path, *arguments, **named):
+        if len(Path(path).name) == 64 and len(gone) < 3:
+            gone.append(path)
+            raise FileExistsError(17, "File exists", str(path))
+        return mkdir(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "mkdir", racing)
+    store.save("a", 1, snapshot)
+    assert len(gone) == 3
+    assert store.latest("a") == 1
+
+
+def test_a_turn_that_is_removed_while_it_is_stored_is_stale(tmp_path, snapshot, monkeypatch):
+    store, sync = SessionStore(tmp_path, [SECRET]), folder_objects.sync
+
+    def removed_before(path):
+        if len(path.name) == 64:
+            shutil.rmtree(path)
+        sync(path)
+
+    monkeypatch.setattr(folder_objects, "sync", removed_before)
+    with pytest.raises(StaleTurnError):
+        store.save("a", 1, snapshot)
+
+
+def test_a_turn_follows_only_the_one_before(url, snapshot):
+    """A server that went on from turn 4 of a store which was emptied knows another session."""
+    store = SessionStore(url, [SECRET])
+    for turn in (1, 3, 5):
+        with suppress(StaleTurnError):
+            store.save("a", turn, snapshot)
+        assert store.latest("a") == 1
 
 
 @pytest.mark.parametrize("turn", ["9" * 12, "9" * 11 + "8"])
@@ -480,7 +586,11 @@ def test_a_full_disk_leaves_the_session_where_it_stood(tmp_path, demo_lm, snapsh
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ParkingError, match="No space left"):
         store.save("a", 2, snapshot)
+    monkeypatch.setattr(folder_objects, "sync", lambda _: None)
+    with pytest.raises(ParkingError, match="No space left"):
+        store.save("b", 1, snapshot)
     monkeypatch.undo()
+    assert len(list(tmp_path.glob("*/*"))) == 1
     assert store.load("a", demo_lm).turn == 1
     assert the_file(tmp_path).name == "000000000001"
     assert len(list(the_file(tmp_path).parent.iterdir())) == 1
@@ -505,7 +615,10 @@ def test_a_place_that_is_no_store_is_named(place, error, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("secrets", [[], "a" * 64, ["short"], [" " * 40], [b"a" * 64], [5], None])
+@pytest.mark.parametrize(
+    "secrets",
+    [[], "a" * 64, ["short"], [SECRET + "\n" + OTHER], [" " * 40], [b"a" * 64], [5], None],
+)
 def test_secrets_are_checked(tmp_path, secrets):
     with pytest.raises(ConfigError, match="secret"):
         SessionStore(tmp_path / "store", secrets)
@@ -554,6 +667,46 @@ def test_servers_with_the_secrets_in_another_order_do_not_fork_a_session(
     for store in (one, two):
         found = store.load("a", demo_lm)
         assert (found.turn, found.snapshot.unread) == (2, (5,))
+
+
+def behind_the_first_look(store, monkeypatch, act):
+    """Let another server act when a store has looked at the first of its keys."""
+    look = store._objects.turns
+
+    def turns(key):
+        found = look(key)
+        monkeypatch.setattr(store._objects, "turns", look)
+        act()
+        return found
+
+    monkeypatch.setattr(store._objects, "turns", turns)
+
+
+def test_a_turn_that_a_later_one_has_removed_is_stale(url, snapshot, monkeypatch):
+    """Three servers while a secret is replaced: of turn 2 there were two, and then a third."""
+    mine, theirs = (SessionStore(url, secrets) for secrets in ([OTHER, SECRET], [SECRET, OTHER]))
+    later = SessionStore(url, [OTHER, SECRET])
+    theirs.save("a", 1, snapshot)
+    create = mine._objects.create
+
+    def second(*arguments):
+        theirs.save("a", 2, snapshot)
+        create(*arguments)
+        behind_the_first_look(mine, monkeypatch, lambda: later.save("a", 3, snapshot))
+
+    monkeypatch.setattr(mine._objects, "create", second)
+    with pytest.raises(StaleTurnError):
+        mine.save("a", 2, snapshot)
+    assert later.latest("a") == 3
+
+
+def test_a_session_that_gets_its_name_of_the_new_secret_is_found_meanwhile(
+    url, demo_lm, snapshot, monkeypatch
+):
+    SessionStore(url, [SECRET]).save("a", 1, snapshot)
+    reader, other = (SessionStore(url, [OTHER, SECRET]) for _ in range(2))
+    behind_the_first_look(reader, monkeypatch, lambda: other.save("a", 2, snapshot))
+    assert reader.load("a", demo_lm).turn == 2
 
 
 def test_a_reply_that_is_lost_is_no_failure(url, demo_lm, snapshot, monkeypatch):
@@ -607,7 +760,7 @@ def test_earlier_turns_that_cannot_be_removed_are_no_failure(
 )
 def test_what_is_meant_as_a_url_becomes_no_folder(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="expected"):
+    with pytest.raises(InputError, match=r"expected|keys in a URL"):
         SessionStore(place, [SECRET])
     assert not list(tmp_path.iterdir())
 
@@ -621,3 +774,27 @@ def test_a_store_that_replaces_objects_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", replacing)
     with pytest.raises(ParkingError, match="conditional writes"):
         SessionStore(f"memory://{tmp_path.name}/store", [SECRET])
+
+
+def test_the_program_that_the_documentation_shows_goes_on_where_it_stood(
+    tmp_path, monkeypatch, demo_bundle, demo_lm, capsys
+):
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    program = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Path("demo").symlink_to(demo_bundle)
+    Path("session-secret").write_text(SECRET + "\n")
+    for turn in (1, 2):
+        exec(compile(program, "scaling.md", "exec"), {})
+        # The same secret, as a server reads it: without the newline.
+        parked = SessionStore("sessions", [SECRET]).load("tea-time", demo_lm)
+        assert parked.turn == turn
+    ids = demo_lm.codec.encode("It is a truth")
+    state = demo_lm.new_state()
+    for _ in range(2):
+        list(demo_lm.generate(ids, max_new_tokens=12, state=state))
+    assert is_equal(parked.snapshot, state.snapshot())
+    assert SessionStore("sessions", [SECRET]).drop("tea-time")
+    exec(compile(program, "scaling.md", "exec"), {})
+    assert SessionStore("sessions", [SECRET]).latest("tea-time") == 4
+    assert not capsys.readouterr().out

@@ -30,8 +30,7 @@ import boto3
 boto3.client("s3").create_bucket(Bucket="sessions")
 
 import lminf_export
-from lminf_export.errors import LminfError
-from lminf_export.runtime.parking.objects import StaleTurnError
+from lminf_export.errors import LminfError, StaleTurnError
 from lminf_export.runtime.parking.session_store import SessionStore
 
 lm = lminf_export.load(sys.argv[1], threads=1)

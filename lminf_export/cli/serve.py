@@ -101,7 +101,7 @@ def _limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--session-secret-file",
     type=click.Path(),
     help="File of the secret that seals what --session-store holds, the same for all its servers; "
-    f"or the variable {SECRET_VARIABLE}. Further lines are earlier secrets.",
+    f"or the variable {SECRET_VARIABLE}. Further lines open sessions, too.",
 )
 @click.option(
     "--session-durable",

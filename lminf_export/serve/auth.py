@@ -25,7 +25,11 @@ def require_key(headers: Headers, settings: ServeSettings) -> str:
     """
     if not settings.api_keys:
         return ""
-    scheme, _, found = headers.get("authorization", "").partition(" ")
+    values = headers.getlist("authorization")
+    if len(values) > 1:
+        # Which of them a proxy has looked at, nobody knows.
+        raise ApiError(401, "authorization is there more than once", code="invalid_api_key")
+    scheme, _, found = "".join(values).partition(" ")
     given = found.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
     # All are compared, so that the time tells nothing of which is near.
     matches = [hmac.compare_digest(given, key.encode("ascii")) for key in settings.api_keys]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import stat
 from pathlib import Path
 
 from lminf_export.errors import InputError, shortened
+
+logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "LMINF_API_KEY"
 SECRET_VARIABLE = "LMINF_SESSION_SECRET"
@@ -48,6 +52,8 @@ def _lines_of(path: str, what: str) -> list[str]:
     """Return the lines of a file that are neither empty nor comments, at least one."""
     try:
         with Path(path).open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                logger.warning("%s: every user of this machine may read it; chmod 600 it", path)
             content = file.read(_MOST_BYTES + 1)
         text = content.decode("utf-8-sig")
     except (OSError, ValueError) as error:

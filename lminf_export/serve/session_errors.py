@@ -20,16 +20,43 @@ def conflict() -> ApiError:
     )
 
 
-def not_written(then: str) -> ApiError:
-    """Return what ends an answer whose conversation could not be written.
-
-    Args:
-        then: what has become of it.
-    """
+def not_written() -> ApiError:
+    """Return what ends an answer whose conversation could not be written to its folder."""
     return ApiError(
         500,
-        f"the conversation could not be written and {then}; see the server's log",
+        "the conversation could not be written and is forgotten; see the server's log",
         code="session_not_written",
+    )
+
+
+def not_stored(stands: str) -> ApiError:
+    """Return what ends an answer whose conversation is not, or not surely, in a shared store.
+
+    Args:
+        stands: what is known of where the conversation stands.
+    """
+    return ApiError(
+        503,
+        f"the conversation could not surely be written and {stands}: ask where it stands",
+        code="session_not_written",
+        retry=True,
+    )
+
+
+def not_removed(*, is_shared: bool) -> ApiError:
+    """Return what ends a deletion that was not carried out, or not surely.
+
+    Args:
+        is_shared: its conversation is in a store of other servers, where it may still stand.
+    """
+    stands = "is forgotten, but its files could not be removed"
+    if is_shared:
+        stands = "may stand: it could not surely be removed from the store"
+    return ApiError(
+        503 if is_shared else 500,
+        f"the conversation {stands}; see the server's log",
+        code="session_not_removed",
+        retry=is_shared,
     )
 
 

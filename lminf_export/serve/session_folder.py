@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 from lminf_export.errors import InputError, LminfError
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.parking.folder_files import content_of, remove
 from lminf_export.serve.session_record import conversation_of, record_of, require_record
 from lminf_export.serve.state_store import Conversation
 
@@ -191,6 +193,7 @@ class SessionFolder:
     def _read(self, key: str, record: Any, lm: LanguageModel) -> Conversation:
         require_record(record, lm.bundle.manifest)
         name = _state_of(key, record)
+        _size(self._path / name)
         if _digest(self._path / name) != (record.get("sha256"), record.get("bytes")):
             raise InputError("its state is not the one that was recorded")
         return conversation_of(record, lm.load_snapshot(self._path / name))
@@ -225,17 +228,17 @@ class SessionFolder:
                 continue
             try:
                 record = _record(path)
-                name, size = _state_of(path.stem, record), int(record["bytes"])
-                if (self._path / name).stat().st_size != size:
+                name, nbytes = _state_of(path.stem, record), record.get("bytes")
+                if nbytes != _size(self._path / name):
                     raise ValueError("its state is missing or of another size")
-                files[path.name[: -len(_RECORD)]] = _File(name, size, path.stat().st_mtime)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                files[path.stem] = _File(name, nbytes, path.lstat().st_mtime)
+            except (OSError, ValueError) as error:
                 logger.warning("a kept conversation is damaged and was dropped: %s", error)
-                path.unlink(missing_ok=True)
+                _remove_unless_full(path)
         known = {file.state for file in files.values()}
         for path in ours:
             if path.name not in known and not path.name.endswith((_RECORD, _LOCK)):
-                path.unlink(missing_ok=True)
+                _remove_unless_full(path)
         return dict(sorted(files.items(), key=lambda item: item[1].changed))
 
     def _make_room(self) -> None:
@@ -277,7 +280,7 @@ def _record(path: Path) -> Any:
         OSError, ValueError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_bytes()[:_MAX_RECORD])
+        return json.loads(content_of(path, _MAX_RECORD))
     except RecursionError:
         raise ValueError("its record nests too deeply") from None
 
@@ -293,6 +296,26 @@ def _state_of(key: str, record: Any) -> str:
     if found is None or found[1] != key:
         raise InputError("its record names no state")
     return found[0]
+
+
+def _size(path: Path) -> int:
+    """Return a file's bytes.
+
+    Raises:
+        OSError, ValueError: it is not there, or no file.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("its state is no file")
+    return found.st_size
+
+
+def _remove_unless_full(path: Path) -> None:
+    """Remove a file, or what stands in its place; a folder with files of others stays."""
+    try:
+        remove(path)
+    except OSError as error:
+        logger.warning("%s is in the way and cannot be removed: %s", path.name, error.strerror)
 
 
 def _digest(path: Path) -> tuple[str, int]:

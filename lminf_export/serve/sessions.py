@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
 
-from lminf_export.errors import LminfError, ParkingError
+from lminf_export.errors import LminfError, ParkingError, StaleTurnError
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.parking.objects import StaleTurnError
 from lminf_export.serve.api_errors import ApiError, invalid
 from lminf_export.serve.durable_sessions import DurableSessions
-from lminf_export.serve.session_errors import conflict, not_written, of_store
+from lminf_export.serve.session_errors import (
+    conflict,
+    not_removed,
+    not_stored,
+    not_written,
+    of_store,
+)
 from lminf_export.serve.settings import ServeSettings
 from lminf_export.serve.state_store import Conversation, StateStore, StoreCounts
+from lminf_export.serve.store_calls import StoreCalls
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# Clients take these out of a URL, so such a session could be neither found nor deleted.
+_NO_NAMES = (".", "..")
 # Conversations that wait to be written hold so much memory at most; then their requests wait.
 _UNWRITTEN_BYTES = 256 << 20
-_READERS = 8
-
-Result = TypeVar("Result")
 
 
 def checked_session_id(found: str | None) -> str | None:
@@ -38,8 +40,8 @@ def checked_session_id(found: str | None) -> str | None:
     Raises:
         ApiError: 400 for a name of other characters, or too many.
     """
-    if found is not None and not _NAME.fullmatch(found):
-        raise invalid("x-session-id: 1 … 128 of A-Z a-z 0-9 . _ -", "x-session-id")
+    if found is not None and (not _NAME.fullmatch(found) or found in _NO_NAMES):
+        raise invalid("x-session-id: 1 … 128 of A-Z a-z 0-9 . _ -, and not . or ..", "x-session-id")
     return found
 
 
@@ -122,11 +124,11 @@ class Sessions:
         self.is_stuck = False
         # Another server goes on from what is stored, so it is stored before a client has the end.
         self.waits = settings.session_durable or (durable is not None and durable.is_shared)
-        threads = 1 if durable is None else durable.threads
-        self._threads = ThreadPoolExecutor(threads, "lminf-sessions")
-        self._readers = ThreadPoolExecutor(_READERS, "lminf-sessions-read")
         is_shared = durable is not None and durable.is_shared
-        self._limit = settings.session_store_seconds if is_shared else None
+        self._calls = StoreCalls(
+            1 if durable is None else durable.threads,
+            settings.session_store_seconds if is_shared else None,
+        )
 
     def counts(self) -> StoreCounts:
         """Return what is kept."""
@@ -176,17 +178,17 @@ class Sessions:
         is_shared = durable is not None and durable.is_shared
         write = self._writes.get(key) if is_shared else None
         if write is not None:  # of an answer whose client has gone
-            await self._ended(write)
+            await self._calls.ended(write)
         if begins:
             if durable is not None and is_shared:
-                lease.turn = await self._read(durable.latest, key)
+                lease.turn = await self._calls.read(durable.latest, key)
             return
         found = await self._copy(key)
         if found is None and durable is not None and is_shared:
             self._store.drop_conversation(key)
-            lease.turn = await self._read(durable.latest, key)
+            lease.turn = await self._calls.read(durable.latest, key)
         if found is None and durable is not None and (lease.turn or not is_shared):
-            found = await self._read(durable.load, key, lm)
+            found = await self._calls.read(durable.load, key, lm)
             if lease.is_deleted:
                 found = None  # meanwhile
             if found is not None:
@@ -201,34 +203,7 @@ class Sessions:
         durable = self._durable
         if found is None or durable is None or not durable.is_shared:
             return found
-        return found if await self._read(durable.is_latest, key, found) else None
-
-    async def _read(self, call: Callable[..., Result], *arguments: Any) -> Result:
-        """Call what may wait for a disk or a network, in a thread that nothing else needs.
-
-        Raises:
-            ParkingError: a shared store does not answer in time.
-        """
-        return await self._ended(self._readers.submit(call, *arguments), or_not_at_all=True)
-
-    async def _ended(self, call: Future[Result], *, or_not_at_all: bool = False) -> Result:
-        """Return what a call returns, which goes on if nobody waits for it any more.
-
-        Args:
-            call: of the store, in a thread.
-            or_not_at_all: a call that has not begun in time is not made any more.
-
-        Raises:
-            ParkingError: a shared store does not answer in time.
-        """
-        try:
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(call)), self._limit)
-        except TimeoutError:
-            if call.done():
-                return call.result()
-            if or_not_at_all:
-                call.cancel()
-            raise ParkingError(f"the store did not answer in {self._limit:g} seconds") from None
+        return found if await self._calls.read(durable.is_latest, key, found) else None
 
     async def where(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return where a conversation stands, without what is being answered; None for none.
@@ -239,7 +214,7 @@ class Sessions:
         try:
             found = await self._copy(key)
             if found is None and self._durable is not None:
-                found = await self._read(self._durable.load, key, lm)
+                found = await self._calls.read(self._durable.load, key, lm)
         except LminfError as error:
             raise of_store(error) from None
         return found
@@ -252,23 +227,23 @@ class Sessions:
         """Keep a conversation in memory, and have it written.
 
         Raises:
-            ApiError: where it is to be on the disk, and could not be written (500), or another
-                server has answered the same turn (409).
+            ApiError: where it is to be on the disk, and could not be written (500, or 503 by a
+                shared store), or another server has answered the same turn (409).
         """
         self._store.keep_conversation(key, conversation)
         if self._durable is None:
             return
         with self._lock:
             self._unwritten[key] = conversation
-            write = self._writes[key] = self._threads.submit(self._write, key, conversation)
+            write = self._writes[key] = self._calls.write(self._write, key, conversation)
         write.add_done_callback(partial(self._written, key))
         if not self.waits and self._unwritten_bytes() <= _UNWRITTEN_BYTES:
             return
         try:
-            error = await self._ended(write)
+            error = await self._calls.ended(write)
         except ParkingError as slow:
             logger.warning("a conversation is not written yet: %s", slow)
-            error = not_written("may be written later; ask where it stands")
+            error = not_stored("may be written later")
         if self.waits and error is not None:
             raise error
 
@@ -279,7 +254,8 @@ class Sessions:
         """Forget a conversation, one that is being answered included; tell if there was one.
 
         Raises:
-            ApiError: 500 where its files could not be removed.
+            ApiError: where its files could not be removed (500), or a shared store does not answer
+                (503).
         """
         # Whoever began a request meanwhile would go on from what is to be gone.
         self._deleting[key] += 1
@@ -302,45 +278,30 @@ class Sessions:
                 # Behind a write that has begun.
                 write = self._writes.get(key)
                 if write is not None:
-                    await self._ended(write)
-                drop = self._threads.submit(self._durable.drop, key)
-                was_file = await self._ended(drop, or_not_at_all=True)
+                    await self._calls.ended(write)
+                drop = self._calls.write(self._durable.drop, key)
+                was_file = await self._calls.ended(drop, or_not_at_all=True)
             except (OSError, LminfError) as error:
                 logger.warning("a conversation could not be removed: %s", error)
-                stands = "is forgotten, but its files could not be removed"
-                if self._durable.is_shared:
-                    stands = "may stand: it could not surely be removed from the store"
-                    if lease is not None:
-                        lease.is_deleted = False  # with what is being answered
-                raise ApiError(
-                    500,
-                    f"the conversation {stands}; see the server's log",
-                    code="session_not_removed",
-                ) from None
+                if self._durable.is_shared and lease is not None:
+                    lease.is_deleted = False  # the conversation stands, with what is being answered
+                raise not_removed(is_shared=self._durable.is_shared) from None
+            if self._durable.is_shared:
+                return was_file or lease is not None  # another server may have ended it
         return was_kept or was_file or was_unwritten or lease is not None
 
     def close(self) -> None:
         """Write what is unwritten, and let another server use the folder."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        end = threading.Thread(target=self._end_threads, name="lminf-close", daemon=True)
-        end.start()
-        end.join(self._limit)
-        self.is_stuck = end.is_alive()
-        if self.is_stuck:
-            logger.warning("the store does not answer; what is not written by now is lost")
+        self.is_stuck = not self._calls.close()
         if self._durable is not None:
             self._durable.close()
-
-    def _end_threads(self) -> None:
-        self._threads.shutdown()
-        self._readers.shutdown()
 
     def _write(self, key: str, conversation: Conversation) -> ApiError | None:
         """Write a conversation; return why it is not there, or None."""
         latest = self._unwritten.get(key)
         if latest is not conversation or self._durable is None:
             return None if latest is not None else conflict()  # dropped
-        problem: ApiError | None = not_written("is forgotten")
+        problem: ApiError | None = not_written()
         try:
             problem = self._saved(key, conversation, self._durable)
         finally:
@@ -370,8 +331,8 @@ class Sessions:
         except (OSError, LminfError) as error:
             logger.warning("a conversation could not be written: %s", error)
             if durable.is_shared:
-                return not_written("stands before this answer")
-        return not_written("is forgotten")
+                return not_stored("most likely stands before this answer")
+        return not_written()
 
     def _written(self, key: str, write: Future[ApiError | None]) -> None:
         """Forget a write that has ended; log what its thread would else keep to itself."""

@@ -47,7 +47,7 @@ GROUPS = {
     "Errors": (
         *("LminfError", "ConfigError", "ModelError", "ExportError"),
         *("BundleError", "EngineError", "SessionError", "InputError", "DependencyError"),
-        *("BusyError", "ParkingError", "ParkedSessionError"),
+        *("BusyError", "ParkingError", "StaleTurnError", "ParkedSessionError"),
     ),
 }
 HEAD = """# Public names

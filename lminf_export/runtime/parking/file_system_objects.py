@@ -8,9 +8,9 @@ from secrets import token_hex
 from typing import Any
 from urllib.parse import urlsplit
 
-from lminf_export.errors import InputError, ParkingError, shortened
+from lminf_export.errors import InputError, ParkingError, StaleTurnError, shortened
 from lminf_export.runtime.foreign_errors import foreign_errors
-from lminf_export.runtime.parking.objects import TURN, StaleTurnError, Stored, turn_name
+from lminf_export.runtime.parking.objects import TURN, Stored, turn_name
 
 # Stores without folders to make.
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
@@ -42,17 +42,17 @@ class FileSystemObjects:
 
         self._url = url
         scheme = url.partition("://")[0]
+        if has_keys(url):
+            raise InputError(
+                f"session store {scheme}://…: keys in a URL are seen by others; give them as the "
+                "store's own variables or files"
+            )
         if scheme not in _CONDITIONAL:
             raise InputError(
                 f"session store {shortened(url)}: {scheme}:// has no writes that replace nothing; "
                 f"use a folder, or one of {', '.join(sorted(_CONDITIONAL))}"
             )
         _require_url(url)
-        if has_keys(url):
-            raise InputError(
-                f"session store {scheme}://…: keys in a URL are seen by others; give them as the "
-                "store's own variables or files"
-            )
         with self._named("opened"):
             # Nothing is cached: other machines write there, too.
             self._files, root = fsspec.core.url_to_fs(

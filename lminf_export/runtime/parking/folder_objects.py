@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lminf_export.bundle.files import sync
-from lminf_export.errors import InputError, ParkingError
+from lminf_export.errors import InputError, ParkingError, StaleTurnError
 from lminf_export.runtime.parking.folder_files import (
     PART,
     SAFELY,
@@ -21,7 +23,9 @@ from lminf_export.runtime.parking.folder_files import (
     remove_older,
     size,
 )
-from lminf_export.runtime.parking.objects import TURN, StaleTurnError, Stored, turn_name
+from lminf_export.runtime.parking.objects import TURN, Stored, turn_name
+
+logger = logging.getLogger(__name__)
 
 # Tells the store from an empty folder that stands in its place, such as the mount point under it.
 _MARK = ".lminf-store"
@@ -29,6 +33,8 @@ _IS_MARK = re.compile(rb"[0-9a-f]{32}\n?")
 _TRIES = 100
 # What a crash has left is nobody's after that.
 _PART_SECONDS = 3600.0
+# What a key has whose folder is none, but a file or a link to another.
+_NO_FOLDER = Stored(1, 0)
 
 
 class FolderObjects:
@@ -45,6 +51,12 @@ class FolderObjects:
         self._path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.stat().st_mode & stat.S_IWOTH:
+                logger.warning(
+                    "session store %s: every user of this machine may write there, and so remove "
+                    "sessions; chmod o-w it",
+                    path,
+                )
             self._try_links()
             self._mark = self._marked()
         except FileExistsError:
@@ -53,7 +65,10 @@ class FolderObjects:
             raise InputError(f"session store {path}: {error.strerror or error}") from None
 
     def turns(self, key: str) -> list[Stored]:
-        """Return what there is of a key, in order; what is no file counts as an empty one."""
+        """Return what there is of a key, in order; what is no file counts as an empty one.
+
+        So does what stands in the place of the key's folder, as if it were its first turn.
+        """
         found = []
         with self._named("read"):
             try:
@@ -61,6 +76,11 @@ class FolderObjects:
             except FileNotFoundError:
                 self._require_place()
                 return []
+            except NotADirectoryError:
+                self._require_place()
+                if not os.path.lexists(self._folder(key)):
+                    raise  # the folder above it is none
+                return [_NO_FOLDER]
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
@@ -76,10 +96,14 @@ class FolderObjects:
     def read(self, key: str, found: Stored) -> bytes | None:
         """Return an object's bytes, one more than it had at most; None if it is gone."""
         with self._named("read"):
+            if self._folder(key).is_symlink():
+                return b""
             try:
                 return content_of(self._file(key, found.turn), found.nbytes + 1)
             except FileNotFoundError:
                 return None
+            except NotADirectoryError:
+                return b""
 
     def create(self, key: str, turn: int, content: bytes) -> None:
         """Create a file, which is on the disk when this returns.
@@ -105,7 +129,11 @@ class FolderObjects:
             finally:
                 with suppress(OSError):  # the sweep takes what stays
                     part.unlink()
-            sync(folder)
+                    folder.rmdir()  # nothing was stored in it
+            try:
+                sync(folder)
+            except FileNotFoundError:
+                raise StaleTurnError(f"turn {turn} was removed meanwhile") from None
 
     def remove(self, key: str, turn: int) -> None:
         """Remove a file that may be gone already, and the key's folder with the last one."""
@@ -185,13 +213,16 @@ class FolderObjects:
         """Return a new file in a folder that another may be removing."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY
         for _ in range(_TRIES):
-            is_new = not folder.exists()
-            folder.parent.mkdir(mode=0o700, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if is_new:
-                sync(folder.parent)
-                sync(self._path)
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, FileExistsError, IsADirectoryError):
+                is_new = not os.path.lexists(folder)
+                if not is_new and not stat.S_ISDIR(folder.lstat().st_mode):
+                    folder.unlink()  # nobody's, and in the way
+                    is_new = True
+                folder.parent.mkdir(mode=0o700, exist_ok=True)
+                folder.mkdir(mode=0o700, exist_ok=True)
+                if is_new:
+                    sync(folder.parent)
+                    sync(self._path)
                 return os.open(part, flags, 0o600)
         raise OSError(f"its folder {folder.name[:12]}… is removed again and again")
 

@@ -10,8 +10,6 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from lminf_export.errors import ParkingError
-
 # Beyond any count of answers, and all of one length.
 TURN = re.compile(r"[0-9]{12}")
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -20,10 +18,6 @@ KEY = re.compile(r"[0-9a-f]{64}")
 def turn_name(turn: int) -> str:
     """Return the last part of an object's name."""
     return f"{turn:012d}"
-
-
-class StaleTurnError(ParkingError):
-    """Another server has stored this turn already, or the session was removed meanwhile."""
 
 
 @dataclass(frozen=True, order=True)

@@ -34,22 +34,25 @@ class Secret:
     """A secret that the servers of a fleet share: it names and seals their objects.
 
     Args:
-        text: at least 32 characters, random ones.
+        text: at least 32 characters, random ones; space at its ends, such as the newline of a
+            file, is none of it.
         name: of the secret, in what is said of it.
 
     Raises:
-        ConfigError: it is no text, or too short.
+        ConfigError: it is no text, too short, or several lines.
     """
 
     def __init__(self, text: str, name: str = "secret") -> None:
         if not isinstance(text, str):
             raise ConfigError(f"{name} is of type {type(text).__name__}: must be text")
-        length = len(text.strip())
-        if length < LEAST_SECRET:
+        text = text.strip()
+        if len(text) < LEAST_SECRET:
             raise ConfigError(
-                f"{name} has {length} characters; a session secret has at least {LEAST_SECRET}: "
+                f"{name} has {len(text)} characters; a session secret has at least {LEAST_SECRET}: "
                 "make one by `openssl rand -hex 32`"
             )
+        if len(text.splitlines()) > 1:
+            raise ConfigError(f"{name} has several lines; each is a secret of its own")
         secret = text.encode("utf-8", "surrogatepass")
         self._naming = hmac.digest(secret, b"lminf parked session: name", _DIGEST)
         self._sealing = hmac.digest(secret, b"lminf parked session: seal", _DIGEST)

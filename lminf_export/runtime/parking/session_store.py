@@ -14,12 +14,13 @@ from lminf_export.errors import (
     ParkedSessionError,
     ParkingError,
     SessionError,
+    StaleTurnError,
     require_instance,
     shown,
 )
 from lminf_export.operator.settings import as_number
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.parking.objects import Objects, StaleTurnError, Stored
+from lminf_export.runtime.parking.objects import Objects, Stored
 from lminf_export.runtime.parking.open_objects import open_objects
 from lminf_export.runtime.parking.parked import (
     MOST_TURN,
@@ -171,7 +172,8 @@ class SessionStore:
                 ones by default.
 
         Raises:
-            StaleTurnError: another server has saved this turn, or dropped the session.
+            StaleTurnError: another server has saved this turn, or dropped the session; or it does
+                not stand at the turn before, as where somebody has emptied the store.
             InputError: a snapshot of several streams, or with more labels than are stored; another
                 mark.
             SessionError: a snapshot that does not know its bundle.
@@ -189,7 +191,7 @@ class SessionStore:
                 f"the session's labels and unread tokens have more than {_MOST_BESIDE} bytes"
             )
         latest = self.latest(name)
-        if latest >= turn or (latest == 0 and turn > 1):
+        if latest != turn - 1:
             raise StaleTurnError(f"turn {turn} cannot follow turn {latest}, where the session is")
         assert snapshot.state_id is not None  # or there would be no bytes
         self._create(name, turn, snapshot.state_id, state, mark)
@@ -247,8 +249,8 @@ class SessionStore:
         if age > self.max_age:
             raise ParkedSessionError(
                 "expired",
-                f"the session was parked {age / 3600:.1f} hours ago, and is kept for "
-                f"{self.max_age / 3600:.1f}",
+                f"the session was parked {_lasting(age)} ago, and is kept for "
+                f"{_lasting(self.max_age)}",
             )
         try:
             snapshot = lm.snapshot_from_bytes(bytes(state))
@@ -291,7 +293,13 @@ class SessionStore:
         Of two servers that store one turn under different secrets each sees the other's, and of
         one that was slow a later turn stands already: then its own is removed.
         """
-        places = [(other, self._objects.turns(other)) for other in self._keys(name)]
+        # The own key last: whoever removed another server's turn has a later one there by then, or
+        # has removed this one, too.
+        keys = [*(other for other in self._keys(name) if other != key), key]
+        places = [(other, self._objects.turns(other)) for other in keys]
+        is_listed = any(found.turn == turn for found in places[-1][1])
+        if not is_listed and self._objects.read(key, Stored(turn, 0)) is None:
+            raise StaleTurnError(f"turn {turn} was removed meanwhile")
         for other, turns in places:
             if any(found.turn > turn or (found.turn == turn and other != key) for found in turns):
                 with suppress(ParkingError):
@@ -333,12 +341,21 @@ class SessionStore:
     def _latest(self, name: str) -> tuple[Secret, str, Stored] | None:
         """Return the secret, the key and the object of a session's latest turn."""
         latest = None
-        for secret in self._secrets:
-            key = secret.key(name)
-            turns = self._objects.turns(key)
-            if turns and (latest is None or turns[-1].turn > latest[2].turn):
-                latest = secret, key, turns[-1]
+        # Between two looks a session may move from one secret's name to another's.
+        for _ in self._secrets:
+            for secret in self._secrets:
+                key = secret.key(name)
+                turns = self._objects.turns(key)
+                if turns and (latest is None or turns[-1].turn > latest[2].turn):
+                    latest = secret, key, turns[-1]
+            if latest is not None:
+                break
         return latest
+
+
+def _lasting(seconds: float) -> str:
+    """Return a time in words, which is read by people."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds:.1f} seconds"
 
 
 def _opened(secret: Secret, key: str, found: Stored, content: bytes) -> tuple[Header, memoryview]:
