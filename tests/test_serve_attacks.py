@@ -139,7 +139,8 @@ def test_a_record_leads_to_no_file_but_its_own(tmp_path, state):
     record = tmp_path / ("0" * 64 + ".json")
     record.write_text(json.dumps({"format": 1, "state": state, "bytes": size}))
     folder = SessionFolder(tmp_path, 1 << 20)
-    assert folder.counts() == (0, 0)
+    assert folder.counts() == (1, 0)
+    assert folder.drop(record.stem)
     folder.close()
     assert not record.exists()
     assert (tmp_path / "lminf.json").read_bytes() == b"content"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
 import lminf_export
-from lminf_export.errors import InputError
+from lminf_export.errors import InputError, ParkedSessionError
 from lminf_export.runtime.chat_template import ChatTemplate
+from lminf_export.serve import session_folder
 from lminf_export.serve.session_folder import SessionFolder
 from tests.support import serving
 from tests.support.serving import (
@@ -417,18 +421,25 @@ def kept_folder(demo_lm, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGES)))
-def test_damaged_files_are_dropped(demo_lm, kept_folder, tmp_path, caplog, number):
+def test_damaged_files_are_refused_until_they_are_deleted(demo_lm, kept_folder, tmp_path, number):
     suffix, damage = DAMAGES[number]
     folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
     [record] = folder.glob("*.json")
     [path] = folder.glob("*" + suffix)
     path.write_bytes(damage(path.read_bytes()))
     sessions = SessionFolder(folder, 1 << 30)
+    assert refused(sessions, record.stem, demo_lm) == "damaged"
+    assert sessions.counts()[0] == 1
+    assert sessions.drop(record.stem)
     assert sessions.load(record.stem, demo_lm) is None
-    assert "damaged" in caplog.text
-    assert sessions.counts() == (0, 0)
+    assert {path.name for path in folder.iterdir()} == {".lock"}
     sessions.close()
-    assert {path.name for path in SessionFolder(folder, 1 << 30)._path.iterdir()} == {".lock"}
+
+
+def refused(sessions, key, lm):
+    with pytest.raises(ParkedSessionError) as found:
+        sessions.load(key, lm)
+    return found.value.reason
 
 
 def huge(path):
@@ -445,7 +456,7 @@ def full_folder(path):
 @pytest.mark.parametrize("suffix", [".state", ".json"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, huge, full_folder])
 def test_what_stands_in_place_of_a_file_stops_no_server(
-    demo_lm, kept_folder, tmp_path, caplog, suffix, make
+    demo_lm, kept_folder, tmp_path, suffix, make
 ):
     folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
     [record] = folder.glob("*.json")
@@ -453,8 +464,13 @@ def test_what_stands_in_place_of_a_file_stops_no_server(
     path.unlink()
     make(path)
     sessions = SessionFolder(folder, 1 << 30)
+    assert refused(sessions, record.stem, demo_lm) == "damaged"
+    if make is full_folder and suffix == ".json":  # others' files are not removed
+        with pytest.raises(OSError, match="not empty"):
+            sessions.drop(record.stem)
+    else:
+        assert sessions.drop(record.stem)
     assert sessions.load(record.stem, demo_lm) is None
-    assert "damaged" in caplog.text
     assert [path.is_dir() for path in folder.iterdir()].count(True) == (make is full_folder)
     sessions.close()
 
@@ -466,16 +482,17 @@ def test_what_comes_in_place_of_a_file_later_is_not_waited_for(demo_lm, kept_fol
     sessions = SessionFolder(folder, 1 << 30)
     state.unlink()
     os.mkfifo(state)
-    assert sessions.load(record.stem, demo_lm) is None
+    assert refused(sessions, record.stem, demo_lm) == "damaged"
     sessions.close()
 
 
-def test_a_size_beyond_all_numbers_is_damage(kept_folder, tmp_path):
+def test_a_size_beyond_all_numbers_is_damage(demo_lm, kept_folder, tmp_path):
     folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
     [record] = folder.glob("*.json")
     record.write_text(record.read_text().replace('"bytes": ', '"bytes": 1e999, "was": '))
     sessions = SessionFolder(folder, 1 << 30)
-    assert sessions.counts() == (0, 0)
+    assert sessions.counts() == (1, 0)
+    assert refused(sessions, record.stem, demo_lm) == "damaged"
     sessions.close()
 
 
@@ -484,19 +501,73 @@ def test_a_server_goes_on_without_a_damaged_file(demo_lm, kept_folder, tmp_path)
     [path] = folder.glob("*.state")
     path.write_bytes(flipped(path.read_bytes()))
     with serving.server_thread(demo_lm, session_folder=folder) as server:
+        url = f"{server.url}/v1/sessions/kept"
+        for found in (ask(server.url, "kept", SECOND), httpx.get(url)):
+            assert (found.status_code, found.json()["error"]["code"]) == (410, "session_damaged")
+        assert httpx.delete(url).status_code == 200
         found = ask(server.url, "kept", FIRST)
         assert found.headers["x-session-state"] == "new"
         assert content(found) == offline_turns(demo_lm, FIRST)[0]
     assert len(list(folder.glob("*.state"))) == 1
 
 
-def test_another_model_s_conversation_is_dropped(kept_folder, tmp_path, caplog):
+def test_a_conversation_that_is_too_old_is_refused_and_removed_later(
+    demo_lm, kept_folder, tmp_path
+):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    [record] = folder.glob("*.json")
+    age(record, 150)
+    with serving.server_thread(demo_lm, session_folder=folder, session_max_age=100.0) as server:
+        found = ask(server.url, "kept", SECOND)
+        assert (found.status_code, found.json()["error"]["code"]) == (410, "session_expired")
+        assert "150." in found.json()["error"]["message"]
+    age(record, 150)
+    sessions = SessionFolder(folder, 1 << 30, 200.0)
+    conversation = sessions.load(record.stem, demo_lm)
+    assert sessions.is_latest(record.stem, conversation)
+    assert not sessions.is_latest(record.stem, replace(conversation, written=time.time() - 201))
+    sessions.close()
+    age(record, 201)
+    SessionFolder(folder, 1 << 30, 100.0).close()
+    assert {path.name for path in folder.iterdir()} == {".lock"}
+
+
+def test_a_conversation_in_memory_grows_too_old_as_its_file_does(demo_lm, tmp_path):
+    settings = {"session_folder": tmp_path, "session_max_age": 2.0}
+    with serving.server_thread(demo_lm, **settings) as server:
+        content(ask(server.url, "idle", FIRST))
+        assert ask(server.url, "idle", SECOND).headers["x-session-state"] == "resumed"
+        time.sleep(2.2)
+        found = ask(server.url, "idle", SECOND)
+        assert (found.status_code, found.json()["error"]["code"]) == (410, "session_expired")
+
+
+def test_a_file_that_cannot_be_read_now_is_no_damage(demo_lm, kept_folder, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    with serving.server_thread(demo_lm, session_folder=folder) as server:
+        with monkeypatch.context() as broken:
+            broken.setattr(session_folder, "_digest", failing)
+            found = ask(server.url, "kept", SECOND)
+            code = found.json()["error"]["code"]
+            assert (found.status_code, code) == (503, "session_store_unavailable")
+        assert ask(server.url, "kept", SECOND).headers["x-session-state"] == "resumed"
+
+
+def age(path, seconds):
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def failing(path):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_another_model_s_conversation_is_foreign(kept_folder, tmp_path):
     folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
     other = TinyModel(vocab_size=4096).write(tmp_path / "other")
     sessions = SessionFolder(folder, 1 << 30)
     [record] = folder.glob("*.json")
-    assert sessions.load(record.stem, lminf_export.load(other.path)) is None
-    assert "another bundle" in caplog.text
+    assert refused(sessions, record.stem, lminf_export.load(other.path)) == "foreign"
     sessions.close()
 
 

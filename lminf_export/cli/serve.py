@@ -55,7 +55,7 @@ LIMITS: dict[str, tuple[click.ParamType, str]] = {
         _SECONDS,
         "Time that --session-store may take for one call; then the request gets an error.",
     ),
-    "session-max-age": (_SECONDS, "Seconds that a conversation in a shared store is kept."),
+    "session-max-age": (_SECONDS, "Seconds that a conversation in a folder or a store is kept."),
 }
 
 

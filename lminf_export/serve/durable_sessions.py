@@ -75,5 +75,7 @@ def open_durable_sessions(settings: ServeSettings) -> DurableSessions | None:
         secrets, max_age = settings.session_secrets, settings.session_max_age
         return SharedSessions(SessionStore(settings.session_store, secrets, max_age=max_age))
     if settings.session_folder is not None:
-        return SessionFolder(settings.session_folder, settings.session_disk_bytes)
+        return SessionFolder(
+            settings.session_folder, settings.session_disk_bytes, settings.session_max_age
+        )
     return None

@@ -11,15 +11,28 @@ import re
 import secrets
 import stat
 import threading
+import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lminf_export.errors import InputError, LminfError
+from lminf_export.errors import (
+    InputError,
+    LminfError,
+    ParkedSessionError,
+    ParkingError,
+    SessionError,
+)
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.parking.age import DEFAULT_MAX_AGE, SWEPT_AT, require_young
 from lminf_export.runtime.parking.folder_files import content_of, remove
-from lminf_export.serve.session_record import conversation_of, record_of, require_record
+from lminf_export.serve.session_record import (
+    conversation_of,
+    damaged,
+    record_of,
+    require_record,
+)
 from lminf_export.serve.state_store import Conversation
 
 logger = logging.getLogger(__name__)
@@ -39,6 +52,14 @@ _MAX_RECORD = 2**20
 
 @dataclass(frozen=True)
 class _File:
+    """A conversation's files.
+
+    Attributes:
+        state: name; "" where the record names none that could be its state.
+        nbytes: of the state.
+        changed: Unix time.
+    """
+
     state: str
     nbytes: int
     changed: float
@@ -48,11 +69,13 @@ class SessionFolder:
     """A folder of conversations: for each a state and a record that vouches for it.
 
     A record is written, by a rename, when its state is complete. File names are hashes. Only one
-    server at a time uses a folder. Safe in any thread.
+    server at a time uses a folder. What is damaged, another bundle's or too old stays and is
+    refused, until it is deleted or makes room for others. Safe in any thread.
 
     Args:
         path: made if it is not there; nobody else may read it, unless it holds other files.
         max_bytes: of all files; the oldest are dropped.
+        max_age: seconds after which a conversation is not resumed any more.
 
     Raises:
         InputError: the folder cannot be used, or another server uses it.
@@ -61,9 +84,10 @@ class SessionFolder:
     is_shared = False
     threads = 1
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, max_bytes: int, max_age: float = DEFAULT_MAX_AGE) -> None:
         self._path = path
         self._max_bytes = max_bytes
+        self._max_age = max_age
         self._lock = threading.Lock()
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,8 +128,8 @@ class SessionFolder:
         return 0
 
     def is_latest(self, key: str, conversation: Conversation) -> bool:
-        """Return True: nobody else writes here."""
-        return True
+        """Tell whether a conversation in memory is not too old; nobody else writes here."""
+        return time.time() - conversation.written <= self._max_age
 
     def save(self, key: str, conversation: Conversation) -> bool:
         """Write a conversation; tell whether the folder has room for it.
@@ -150,7 +174,7 @@ class SessionFolder:
         with self._lock:
             old = self._files.pop(key, None) or self._left.pop(key, None)
             self._files[key] = _File(state, size, changed)
-            if old is not None:
+            if old is not None and old.state:
                 # What no record names is removed by the next server at the latest.
                 with suppress(OSError):
                     (self._path / old.state).unlink()
@@ -160,21 +184,29 @@ class SessionFolder:
         return is_kept
 
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
-        """Return a conversation; None if there is none, or its files are damaged and dropped."""
+        """Return a conversation; None if there is none.
+
+        Raises:
+            ParkedSessionError: its files are damaged, another bundle's, or too old.
+            ParkingError: they cannot be read.
+        """
         with self._lock:
             file = self._files.get(key)
         if file is None:
             return None
         try:
+            require_young(file.changed, self._max_age)
             conversation = self._read(key, _record(self._path / (key + _RECORD)), lm)
         except (OSError, ValueError, LminfError) as error:
             with self._lock:
-                is_there = self._files.get(key) is file
-            if is_there:  # and was not deleted meanwhile
-                logger.warning("a kept conversation is damaged and was dropped: %s", error)
-                self.forget(key)
-            return None
-        return conversation
+                if self._files.get(key) is not file:
+                    return None  # it was deleted meanwhile
+            if isinstance(error, ParkedSessionError):
+                raise
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise ParkingError(f"a kept conversation: {error.strerror}") from None
+            raise damaged(str(error)) from None
+        return replace(conversation, written=file.changed)
 
     def drop(self, key: str) -> bool:
         """Remove a conversation; tell whether there was one.
@@ -195,8 +227,12 @@ class SessionFolder:
         name = _state_of(key, record)
         _size(self._path / name)
         if _digest(self._path / name) != (record.get("sha256"), record.get("bytes")):
-            raise InputError("its state is not the one that was recorded")
-        return conversation_of(record, lm.load_snapshot(self._path / name))
+            raise damaged("its state is not the one that was recorded")
+        try:
+            snapshot = lm.load_snapshot(self._path / name)
+        except SessionError as error:  # and as it was recorded
+            raise ParkedSessionError("foreign", str(error)) from None
+        return conversation_of(record, snapshot)
 
     def _write_record(self, key: str, record: dict[str, Any]) -> None:
         part = self._path / (key + _RECORD + _PART)
@@ -232,9 +268,9 @@ class SessionFolder:
                 if nbytes != _size(self._path / name):
                     raise ValueError("its state is missing or of another size")
                 files[path.stem] = _File(name, nbytes, path.lstat().st_mtime)
-            except (OSError, ValueError) as error:
-                logger.warning("a kept conversation is damaged and was dropped: %s", error)
-                _remove_unless_full(path)
+            except (OSError, ValueError, LminfError) as error:
+                logger.warning("a kept conversation cannot be resumed: %s", error)
+                files[path.stem] = _File("", 0, path.lstat().st_mtime)
         known = {file.state for file in files.values()}
         for path in ours:
             if path.name not in known and not path.name.endswith((_RECORD, _LOCK)):
@@ -242,12 +278,13 @@ class SessionFolder:
         return dict(sorted(files.items(), key=lambda item: item[1].changed))
 
     def _make_room(self) -> None:
-        """Remove the oldest conversations that are more than the folder may hold."""
+        """Remove the oldest conversations that have no room, or have long been too old."""
         total = sum(file.nbytes for file in self._files.values())
-        for key in list(self._files):
-            if total <= self._max_bytes:
+        due = time.time() - SWEPT_AT * self._max_age
+        for key, file in list(self._files.items()):
+            if total <= self._max_bytes and file.changed >= due:
                 return
-            total -= self._files[key].nbytes
+            total -= file.nbytes
             self._forget(key)
 
     def _forget(self, key: str) -> None:
@@ -265,8 +302,9 @@ class SessionFolder:
         if file is None:
             return False
         try:
-            (self._path / (key + _RECORD)).unlink(missing_ok=True)
-            (self._path / file.state).unlink(missing_ok=True)
+            remove(self._path / (key + _RECORD))
+            if file.state:
+                remove(self._path / file.state)
         except OSError:
             self._left[key] = file
             raise

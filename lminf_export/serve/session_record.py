@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lminf_export.bundle.manifest import Manifest
-from lminf_export.errors import InputError
+from lminf_export.errors import ParkedSessionError
 from lminf_export.runtime.batching.request import Kept
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.serve.rolling import RollingHash
@@ -13,6 +13,11 @@ from lminf_export.serve.state_store import Conversation
 
 FORMAT = 1
 _MOST_UNREAD = 64
+
+
+def damaged(why: str) -> ParkedSessionError:
+    """Return the error of a conversation whose files are not as they were written."""
+    return ParkedSessionError("damaged", f"the kept session is damaged: {why}")
 
 
 def record_of(conversation: Conversation) -> dict[str, Any]:
@@ -37,39 +42,42 @@ def require_record(record: Any, manifest: Manifest) -> None:
         manifest: of the bundle that is to go on.
 
     Raises:
-        InputError: naming the first thing that is wrong.
+        ParkedSessionError: naming the first thing that is wrong.
     """
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise InputError(f"its record is not of format {FORMAT}")
+        raise damaged(f"its record is not of format {FORMAT}")
+    if record.get("text_id", manifest.text_id) != manifest.text_id:
+        raise ParkedSessionError(
+            "foreign",
+            "the session is of another bundle, with another tokenizer or chat template",
+        )
     kind, length, unread = record.get("kind"), record.get("history_length"), record.get("unread")
     if kind not in ("chat", "text", "ids"):
-        raise InputError("its record names no kind")
+        raise damaged("its record names no kind")
     if type(length) is not int or length < 0 or not _is_hexadecimal(record.get("history")):
-        raise InputError("its record has no history")
+        raise damaged("its record has no history")
     if (
         not isinstance(unread, list)
         or len(unread) > _MOST_UNREAD
         or not all(type(token) is int and 0 <= token < manifest.vocab_size for token in unread)
     ):
-        raise InputError("its record has impossible token ids")
+        raise damaged("its record has impossible token ids")
     turn = record.get("turn", 0)  # of an earlier release
     if type(turn) is not int or turn < 0:
-        raise InputError("its record has an impossible turn")
+        raise damaged("its record has an impossible turn")
     system = record.get("system")
     if system is not None and not isinstance(system, str):
-        raise InputError("its record has an impossible system message")
-    if record.get("text_id", manifest.text_id) != manifest.text_id:
-        raise InputError("it is of another bundle, with another tokenizer or chat template")
+        raise damaged("its record has an impossible system message")
 
 
 def conversation_of(record: dict[str, Any], snapshot: Snapshot) -> Conversation:
     """Return the conversation of a record that `require_record` has let pass, and its state.
 
     Raises:
-        InputError: a state of several streams.
+        ParkedSessionError: a state of several streams.
     """
     if snapshot.batch_size != 1:
-        raise InputError("its state is not one of one stream")
+        raise damaged("its state is not one of one stream")
     history = RollingHash(record["history_length"], int(record["history"], 16))
     kept = Kept(snapshot, tuple(record["unread"]))
     fields = {name: record[name] for name in ("system", "text_id", "turn") if name in record}

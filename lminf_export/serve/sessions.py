@@ -201,9 +201,13 @@ class Sessions:
         """Return the copy in memory, if it is where the conversation stands."""
         found = self._store.conversation(key) or self._unwritten.get(key)
         durable = self._durable
-        if found is None or durable is None or not durable.is_shared:
+        if found is None or durable is None:
             return found
-        return found if await self._calls.read(durable.is_latest, key, found) else None
+        if durable.is_shared:
+            is_latest = await self._calls.read(durable.is_latest, key, found)
+        else:
+            is_latest = durable.is_latest(key, found)
+        return found if is_latest else None
 
     async def where(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return where a conversation stands, without what is being answered; None for none.

@@ -11,7 +11,7 @@ from lminf_export.disk import require_path
 from lminf_export.errors import ConfigError, shown
 from lminf_export.operator.settings import as_integer, as_number
 from lminf_export.runtime.batching.engine import MOST_SLOTS
-from lminf_export.runtime.parking.seal import DEFAULT_MAX_AGE
+from lminf_export.runtime.parking.age import DEFAULT_MAX_AGE
 
 _ZERO_ALLOWED = {"max_waiting", "session_bytes", "session_disk_bytes", "event_seconds"}
 # Above these what reads a setting refuses it, or each request, so none may be larger.
@@ -56,7 +56,7 @@ class ServeSettings:
             is there.
         session_secrets: what seals the conversations of a store, the same for all its servers; the
             first one for new ones, any for those that are there.
-        session_max_age: seconds after which a conversation of a store is not resumed any more.
+        session_max_age: seconds after which a conversation of a folder or a store is not resumed.
         session_store_seconds: time that a store may take for one call; then a request that needs it
             is refused, although the call may still be carried out.
         session_durable: an answer ends when its conversation is in the folder.

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 from lminf_export.disk import parse_json
-from lminf_export.errors import InputError, LminfError, ParkedSessionError
+from lminf_export.errors import LminfError, ParkedSessionError
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.parking.session_store import SessionStore
 from lminf_export.serve.session_record import conversation_of, record_of, require_record
@@ -77,7 +77,7 @@ class SharedSessions:
             require_record(record, lm.bundle.manifest)
             found = conversation_of(record, replace(parked.snapshot, labels={}))
             return replace(found, turn=parked.turn, written=parked.written, mark=parked.mark)
-        except (ValueError, InputError) as error:
+        except (ValueError, ParkedSessionError) as error:
             raise ParkedSessionError(
                 "foreign", f"what is parked here is no conversation of this server: {error}"
             ) from None

@@ -24,8 +24,6 @@ _MAC_BYTES = _DIGEST().digest_size
 _MOST_HEADER_BYTES = 4096
 # Bytes of an object besides its state, at most.
 OVERHEAD = len(_MAGIC) + _LENGTH.size + _MOST_HEADER_BYTES + _MAC_BYTES
-# Seconds.
-DEFAULT_MAX_AGE = 30 * 24 * 3600.0
 # What a secret must have at least: that of 128 random bits in hexadecimal digits.
 LEAST_SECRET = 32
 

@@ -20,6 +20,7 @@ from lminf_export.errors import (
 )
 from lminf_export.operator.settings import as_number
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.parking.age import DEFAULT_MAX_AGE, SWEPT_AT, require_young
 from lminf_export.runtime.parking.objects import Objects, Stored
 from lminf_export.runtime.parking.open_objects import open_objects
 from lminf_export.runtime.parking.parked import (
@@ -31,7 +32,6 @@ from lminf_export.runtime.parking.parked import (
     new_mark,
 )
 from lminf_export.runtime.parking.seal import (
-    DEFAULT_MAX_AGE,
     OVERHEAD,
     Header,
     Secret,
@@ -47,8 +47,6 @@ logger = logging.getLogger(__name__)
 
 # Beside its caches a state's file has a header, its unread tokens and labels.
 _MOST_BESIDE = 1 << 21
-# A session that has expired is refused for as long again before it is removed.
-_SWEPT_AT = 2.0
 _TRIES = 8
 _PAUSE_SECONDS = 0.05
 
@@ -240,18 +238,12 @@ class SessionStore:
         Raises:
             ParkingError: the folder cannot be read.
         """
-        return self._objects.remove_older(_SWEPT_AT * self.max_age)
+        return self._objects.remove_older(SWEPT_AT * self.max_age)
 
     def _parked(self, header: Header, state: memoryview, lm: LanguageModel) -> Parked:
         """Return the session of an object that is as it was sealed."""
         _require_bundle(header, lm)
-        age = time.time() - header.written
-        if age > self.max_age:
-            raise ParkedSessionError(
-                "expired",
-                f"the session was parked {_lasting(age)} ago, and is kept for "
-                f"{_lasting(self.max_age)}",
-            )
+        require_young(header.written, self.max_age)
         try:
             snapshot = lm.snapshot_from_bytes(bytes(state))
         except SessionError as error:
@@ -351,11 +343,6 @@ class SessionStore:
             if latest is not None:
                 break
         return latest
-
-
-def _lasting(seconds: float) -> str:
-    """Return a time in words, which is read by people."""
-    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds:.1f} seconds"
 
 
 def _opened(secret: Secret, key: str, found: Stored, content: bytes) -> tuple[Header, memoryview]:

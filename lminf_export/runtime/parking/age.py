@@ -1,0 +1,34 @@
+"""How long sessions are kept."""
+
+from __future__ import annotations
+
+import time
+
+from lminf_export.errors import ParkedSessionError
+
+# Seconds.
+DEFAULT_MAX_AGE = 30 * 86400.0
+# A session that has expired is refused for as long again before it is removed.
+SWEPT_AT = 2.0
+
+
+def require_young(written: float, max_age: float) -> None:
+    """Refuse a session that is too old.
+
+    Args:
+        written: Unix time.
+        max_age: seconds.
+
+    Raises:
+        ParkedSessionError: it has expired.
+    """
+    age = time.time() - written
+    if age > max_age:
+        raise ParkedSessionError(
+            "expired",
+            f"the session was parked {_lasting(age)} ago, and is kept for {_lasting(max_age)}",
+        )
+
+
+def _lasting(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds:.1f} seconds"
