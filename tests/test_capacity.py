@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -34,8 +35,10 @@ from lminf_export.cli.capacity import capacity_command
 from lminf_export.cli.main import cli
 from lminf_export.cli.serve import serve_command
 from lminf_export.cli.terminal import json_text
-from lminf_export.runtime.batching.request import Kept
+from lminf_export.runtime.batching.engine import MOST_SLOTS
+from lminf_export.runtime.batching.request import Kept, Request
 from lminf_export.runtime.parking.session_store import SessionStore
+from lminf_export.runtime.sampling import SamplingConfig
 from lminf_export.serve.rolling import RollingHash
 from lminf_export.serve.shared_sessions import SharedSessions
 from lminf_export.serve.state_store import Conversation, StateStore
@@ -86,6 +89,19 @@ def test_slots_take_what_the_engine_says(lm):
     assert plan_capacity(lm.bundle.path, CapacityOptions(slots=3)).memory.slots == found
 
 
+def test_sequences_that_wait_for_their_next_turn_take_no_more_than_said(lm):
+    """Four endless ones over two slots: whoever gives a slot up waits with its state."""
+    request = Request([1, 2, 3], SamplingConfig(temperature=0), stop_token_ids=frozenset())
+    request = dataclasses.replace(request, max_new_tokens=None)
+    planned = plan_capacity(lm.bundle.path, CapacityOptions(slots=2, max_waiting=2)).memory.waiting
+    found = 0
+    with Engine(lm, slots=2, max_waiting=2, quantum=5) as engine:
+        streams = engine.submit_many(request, 4)
+        for _ in itertools.islice(zip(*streams, strict=True), 100):
+            found = max(found, engine.stats().parked_bytes)
+    assert found == planned
+
+
 def test_a_kept_conversation_takes_what_the_server_counts(lm):
     sizes, store = StateSizes.of(lm.bundle.manifest), StateStore(1 << 30, 0)
     for tokens in (3, 40):
@@ -110,21 +126,21 @@ def test_a_stored_session_takes_no_more_than_said_and_little_less(lm, tmp_path):
 
 
 def test_the_parts_of_a_servers_memory_add_up(tiny):
-    options = CapacityOptions(slots=5, session_bytes=10**6, reserve_bytes=1000, memory=2 * 10**6)
+    options = CapacityOptions(5, 3, session_bytes=10**6, reserve_bytes=1000, memory=2 * 10**6)
     memory = plan_capacity(tiny, options).memory
-    assert memory.total == sum((memory.weights, memory.slots, memory.spare, memory.prefixes)) + sum(
-        (memory.sessions, memory.reserve)
+    assert memory.total == sum((memory.weights, memory.slots, memory.spare)) + sum(
+        (memory.waiting, memory.prefixes, memory.sessions, memory.reserve)
     )
     assert memory.prefixes == memory.slots
     manifest = load(tiny, threads=1).bundle.manifest
     assert memory.weights == (tiny / "model.onnx.data").stat().st_size
     fit = memory.slots_that_fit
     for slots, is_inside in ((fit, True), (fit + 1, False)):
-        changed = CapacityOptions(slots=slots, session_bytes=10**6, reserve_bytes=1000)
+        changed = CapacityOptions(slots, 3, session_bytes=10**6, reserve_bytes=1000)
         assert (plan_capacity(tiny, changed).memory.total <= 2 * 10**6) is is_inside
     bare = plan_capacity(tiny, CapacityOptions(slots=5, prefix_reuse=False)).memory
     assert (bare.prefixes, bare.slots) == (0, 5 * manifest.cache_bytes_per_sequence)
-    with pytest.raises(ConfigError, match="give more, or less for conversations"):
+    with pytest.raises(ConfigError, match="give more memory, or fewer max_waiting"):
         plan_capacity(tiny, CapacityOptions(memory=10**6))
 
 
@@ -206,7 +222,7 @@ def test_the_ends_of_what_may_be_asked_are_json(tiny, bandwidth):
     def never(constant):
         raise AssertionError(constant)
 
-    asked = ("--slots", 65_536, "--tokens-per-second", 1e15, "--answers-per-hour", 1e-9)
+    asked = ("--slots", 4_096, "--tokens-per-second", 1e15, "--answers-per-hour", 1e-9)
     result = capacity(tiny, "--json", "--bandwidth", bandwidth, *asked)
     assert result.exit_code == 0, result.output
     found = json.loads(result.output, parse_constant=never)
@@ -215,9 +231,22 @@ def test_the_ends_of_what_may_be_asked_are_json(tiny, bandwidth):
         json_text({"x": math.inf}, allow_nan=False)
 
 
+def test_no_more_slots_fit_than_a_server_has(tiny):
+    memory = plan_capacity(tiny, CapacityOptions(memory=10**15)).memory
+    assert memory.slots_that_fit == MOST_SLOTS
+
+
+@pytest.mark.slow
+def test_numbers_stay_beside_their_units_in_a_narrow_terminal(demo_bundle):
+    result = CliRunner().invoke(cli, ["capacity", str(demo_bundle)], env={"COLUMNS": "80"})
+    rows = [line for line in result.output.splitlines() if " ms │" in line]
+    assert len(rows) == 3
+    assert all(re.search(r"│ +[\d.]+ [KM]iB │.*B │$", row) for row in rows), rows
+
+
 def test_no_wait_at_all_is_said_in_words(tiny):
     result = capacity(tiny, "--wait-seconds", 0, "--tokens-per-second", 1000)
-    assert "1% of which wait for a slot" in result.output
+    assert "at most 1% of which wait for a slot" in result.output
 
 
 @pytest.mark.slow
@@ -234,12 +263,15 @@ def test_a_speed_can_be_measured(tiny):
     ("arguments", "told"),
     [
         (("--measure", "--tokens-per-second", 5), "a speed is measured or given"),
+        (("--threads", 2, "--tokens-per-second", 5), "which was not asked for"),
+        (("--kernels", "bogus"), "which was not asked for"),
         (("--prompt-tokens-per-second", 5), "goes with --tokens-per-second"),
-        (("--memory", 1000), "weights, kept conversations"),
+        (("--memory", 1000), "sequences that wait, kept conversations"),
+        (("--max-waiting", -1), "--max-waiting"),
         (("--tokens-per-second", 1e-6, "--sessions", 5), "not answer even one session"),
         (("--memory", "8 horses"), "expected bytes, such as"),
-        (("--slots", 10_000_000, "--tokens-per-second", 5), "must be at most 65536"),
-        (("--slots", 2**63 - 1), "must be at most 65536"),
+        (("--slots", 10_000_000, "--tokens-per-second", 5), "must be at most 4096"),
+        (("--slots", 2**63 - 1), "must be at most 4096"),
         (("--bandwidth", 1e-320, "--json"), "bandwidth_gbits=1e-320: must be"),
         (("--bandwidth", 1e308), "bandwidth_gbits=1e+308: must be"),
     ],
@@ -266,7 +298,8 @@ def test_sizes_have_units(text, count):
         lambda: ReplicaSpeed(math.nan),
         lambda: ReplicaSpeed(5.0, 0.0),
         lambda: CapacityOptions(slots=0),
-        lambda: CapacityOptions(slots=65_537),
+        lambda: CapacityOptions(slots=4_097),
+        lambda: CapacityOptions(max_waiting=-1),
         lambda: CapacityOptions(bandwidth_gbits=0),
         lambda: CapacityOptions(bandwidth_gbits=1e-320),
         lambda: CapacityOptions(bandwidth_gbits=1e308),
@@ -288,7 +321,9 @@ def test_the_page_names_options_that_there_are():
         for parameter in command.params
         for option in parameter.opts
     }
-    assert not shown - known - {"--build-arg", "--from-file", "--head", "--node-ip-address"}
+    of_others = {"--build-arg", "--from-file", "--head", "--node-ip-address"}
+    of_benchmarks = {"--bundle", "--parameters", "--help"}
+    assert not shown - known - of_others - of_benchmarks
 
 
 @pytest.mark.slow

@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields
 
 from lminf_export.errors import ConfigError, shown
 from lminf_export.operator.settings import as_integer, as_number
+from lminf_export.runtime.batching.engine import MOST_SLOTS
+from lminf_export.serve.settings import ServeSettings
 
 # Beyond all servers and sessions, and far from the ends of floating point.
 _LEAST, _MOST = 1e-9, 1e15
-# Of one server: a sum over its slots is reckoned some dozens of times.
-MOST_SLOTS = 65_536
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class CapacityOptions:
     """Settings of the servers that are planned; the same fields are options of `lminf capacity`.
 
     Attributes:
-        slots: of a server, 65,536 at most.
+        slots: of a server, 4,096 at most.
+        max_waiting: sequences that may wait for a slot of a server; one that has had its turn waits
+            with its state.
         session_bytes: memory of its kept conversations.
         prefix_reuse: whether it keeps states that prompts begin with, as much as its slots.
         memory: bytes that a server may take; None asks for what it needs.
@@ -84,9 +86,10 @@ class CapacityOptions:
         ConfigError: naming the field and its rule.
     """
 
-    slots: int = 8
-    session_bytes: int = 1 << 30
-    prefix_reuse: bool = True
+    slots: int = ServeSettings.slots
+    max_waiting: int = ServeSettings.max_waiting
+    session_bytes: int = ServeSettings.session_bytes
+    prefix_reuse: bool = ServeSettings.prefix_reuse
     memory: int | None = None
     reserve_bytes: int = 1 << 29
     bandwidth_gbits: float = 10.0
@@ -95,7 +98,7 @@ class CapacityOptions:
 
     def __post_init__(self) -> None:
         as_integer("slots", self.slots, 1, maximum=MOST_SLOTS)
-        for name in ("session_bytes", "reserve_bytes"):
+        for name in ("max_waiting", "session_bytes", "reserve_bytes"):
             as_integer(name, getattr(self, name), 0)
         for name in ("memory", "sessions"):
             if getattr(self, name) is not None:

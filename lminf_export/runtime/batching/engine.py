@@ -24,7 +24,7 @@ DEFAULT_MAX_WAITING = 256
 DEFAULT_QUANTUM = 512
 DEFAULT_READER_TIMEOUT = 60.0
 # A slot is a row of one batch, with views of its own.
-_MOST_SLOTS = 4096
+MOST_SLOTS = 4096
 
 
 class Engine(Unpicklable):
@@ -64,7 +64,7 @@ class Engine(Unpicklable):
         reader_timeout: float | None = DEFAULT_READER_TIMEOUT,
     ) -> None:
         require_instance("lm", lm, LanguageModel)
-        slots = as_integer("slots", slots, 1, InputError, maximum=_MOST_SLOTS)
+        slots = as_integer("slots", slots, 1, InputError, maximum=MOST_SLOTS)
         self.max_waiting = as_integer("max_waiting", max_waiting, 0, InputError)
         quantum = as_integer("quantum", quantum, 1, InputError)
         largest = lm.bundle.manifest.lambda_config.chunk_size
