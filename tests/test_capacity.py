@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.scaling.capacity import is_alike
 from lminf_export import (
     CapacityOptions,
     ConfigError,
@@ -23,6 +24,7 @@ from lminf_export import (
     load,
     plan_capacity,
 )
+from lminf_export.bundle.folder import Bundle
 from lminf_export.capacity.queueing import (
     mean_wait,
     most_arrivals,
@@ -322,8 +324,18 @@ def test_the_page_names_options_that_there_are():
         for option in parameter.opts
     }
     of_others = {"--build-arg", "--from-file", "--head", "--node-ip-address"}
-    of_benchmarks = {"--bundle", "--parameters", "--help"}
+    of_benchmarks = {"--bundle", "--locust", "--parameters", "--help"}
     assert not shown - known - of_others - of_benchmarks
+
+
+@pytest.mark.slow
+def test_times_are_of_the_model_and_the_caches_that_are_planned(demo_bundle, tiny):
+    path = ROOT / "benchmarks" / "results" / "scaling_parameters.json"
+    times = json.loads(path.read_text(encoding="utf-8"))
+    manifest = Bundle.open(demo_bundle).manifest
+    assert is_alike(manifest, times)
+    assert not is_alike(manifest, {**times, "kept_bytes": 1})
+    assert not is_alike(Bundle.open(tiny).manifest, times)
 
 
 @pytest.mark.slow
