@@ -19,6 +19,7 @@ from lminf_export import (
     CapacityOptions,
     ConfigError,
     Engine,
+    InputError,
     ReplicaSpeed,
     SessionActivity,
     load,
@@ -307,11 +308,40 @@ def test_sizes_have_units(text, count):
         lambda: CapacityOptions(bandwidth_gbits=1e308),
         lambda: CapacityOptions(sessions=0),
         lambda: CapacityOptions(tokens=(0,)),
+        lambda: CapacityOptions(tokens=5),
+        lambda: CapacityOptions(tokens="12"),
+        lambda: CapacityOptions(prefix_reuse="no"),
+        lambda: ReplicaSpeed(None),
+        lambda: ReplicaSpeed("5"),
+        lambda: ReplicaSpeed(5.0, source="guessed"),
+        lambda: SessionActivity(answers_per_hour=None),
     ],
 )
 def test_settings_outside_their_rules_are_refused(make):
     with pytest.raises(ConfigError, match=r"must be|finite"):
         make()
+
+
+def test_numbers_of_numpy_are_numbers_of_json(tiny):
+    options = CapacityOptions(
+        np.int64(3),
+        np.int32(5),
+        memory=np.int64(3 << 30),
+        sessions=np.uint8(9),
+        tokens=[np.int8(7)],
+    )
+    speed = ReplicaSpeed(np.float32(50), np.float64(70))
+    found = plan_capacity(tiny, options, SessionActivity(np.float32(2)), speed).to_dict()
+    plain = CapacityOptions(3, 5, memory=3 << 30, sessions=9, tokens=(7,))
+    wanted = plan_capacity(tiny, plain, SessionActivity(2.0), ReplicaSpeed(50.0, 70.0)).to_dict()
+    assert json.dumps(found) == json.dumps(wanted)
+
+
+@pytest.mark.parametrize("name", ["options", "activity", "speed"])
+@pytest.mark.parametrize("value", [{}, 5, "x"])
+def test_what_is_no_part_of_a_question_is_refused_by_name(name, value, tiny):
+    with pytest.raises(InputError, match=f"{name}=.*: must be a "):
+        plan_capacity(tiny, **{name: value})
 
 
 def test_the_page_names_options_that_there_are():

@@ -17,7 +17,7 @@ from lminf_export.capacity.report import (
     SessionSize,
 )
 from lminf_export.capacity.sizes import StateSizes
-from lminf_export.errors import ConfigError
+from lminf_export.errors import ConfigError, require_instance
 from lminf_export.runtime.batching.engine import MOST_SLOTS
 
 GIB = 2**30
@@ -46,8 +46,14 @@ def plan_capacity(
     Raises:
         BundleError: the bundle is damaged.
         ConfigError: the memory given holds no slot.
+        InputError: an argument is of another class.
     """
-    options, activity = options or CapacityOptions(), activity or SessionActivity()
+    options = CapacityOptions() if options is None else options
+    activity = SessionActivity() if activity is None else activity
+    require_instance("options", options, CapacityOptions)
+    require_instance("activity", activity, SessionActivity)
+    if speed is not None:
+        require_instance("speed", speed, ReplicaSpeed)
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     sizes = StateSizes.of(manifest)
