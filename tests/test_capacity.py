@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,15 +14,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.scaling.capacity import is_alike
 from lminf_export import (
     CapacityOptions,
     ConfigError,
     Engine,
+    InputError,
     ReplicaSpeed,
     SessionActivity,
     load,
     plan_capacity,
 )
+from lminf_export.bundle.folder import Bundle
 from lminf_export.capacity.queueing import (
     mean_wait,
     most_arrivals,
@@ -34,8 +38,10 @@ from lminf_export.cli.capacity import capacity_command
 from lminf_export.cli.main import cli
 from lminf_export.cli.serve import serve_command
 from lminf_export.cli.terminal import json_text
-from lminf_export.runtime.batching.request import Kept
+from lminf_export.runtime.batching.engine import MOST_SLOTS
+from lminf_export.runtime.batching.request import Kept, Request
 from lminf_export.runtime.parking.session_store import SessionStore
+from lminf_export.runtime.sampling import SamplingConfig
 from lminf_export.serve.rolling import RollingHash
 from lminf_export.serve.shared_sessions import SharedSessions
 from lminf_export.serve.state_store import Conversation, StateStore
@@ -86,6 +92,19 @@ def test_slots_take_what_the_engine_says(lm):
     assert plan_capacity(lm.bundle.path, CapacityOptions(slots=3)).memory.slots == found
 
 
+def test_sequences_that_wait_for_their_next_turn_take_no_more_than_said(lm):
+    """Four endless ones over two slots: whoever gives a slot up waits with its state."""
+    request = Request([1, 2, 3], SamplingConfig(temperature=0), stop_token_ids=frozenset())
+    request = dataclasses.replace(request, max_new_tokens=None)
+    planned = plan_capacity(lm.bundle.path, CapacityOptions(slots=2, max_waiting=2)).memory.waiting
+    found = 0
+    with Engine(lm, slots=2, max_waiting=2, quantum=5) as engine:
+        streams = engine.submit_many(request, 4)
+        for _ in itertools.islice(zip(*streams, strict=True), 100):
+            found = max(found, engine.stats().parked_bytes)
+    assert found == planned
+
+
 def test_a_kept_conversation_takes_what_the_server_counts(lm):
     sizes, store = StateSizes.of(lm.bundle.manifest), StateStore(1 << 30, 0)
     for tokens in (3, 40):
@@ -110,21 +129,21 @@ def test_a_stored_session_takes_no_more_than_said_and_little_less(lm, tmp_path):
 
 
 def test_the_parts_of_a_servers_memory_add_up(tiny):
-    options = CapacityOptions(slots=5, session_bytes=10**6, reserve_bytes=1000, memory=2 * 10**6)
+    options = CapacityOptions(5, 3, session_bytes=10**6, reserve_bytes=1000, memory=2 * 10**6)
     memory = plan_capacity(tiny, options).memory
-    assert memory.total == sum((memory.weights, memory.slots, memory.spare, memory.prefixes)) + sum(
-        (memory.sessions, memory.reserve)
+    assert memory.total == sum((memory.weights, memory.slots, memory.spare)) + sum(
+        (memory.waiting, memory.prefixes, memory.sessions, memory.reserve)
     )
     assert memory.prefixes == memory.slots
     manifest = load(tiny, threads=1).bundle.manifest
     assert memory.weights == (tiny / "model.onnx.data").stat().st_size
     fit = memory.slots_that_fit
     for slots, is_inside in ((fit, True), (fit + 1, False)):
-        changed = CapacityOptions(slots=slots, session_bytes=10**6, reserve_bytes=1000)
+        changed = CapacityOptions(slots, 3, session_bytes=10**6, reserve_bytes=1000)
         assert (plan_capacity(tiny, changed).memory.total <= 2 * 10**6) is is_inside
     bare = plan_capacity(tiny, CapacityOptions(slots=5, prefix_reuse=False)).memory
     assert (bare.prefixes, bare.slots) == (0, 5 * manifest.cache_bytes_per_sequence)
-    with pytest.raises(ConfigError, match="give more, or less for conversations"):
+    with pytest.raises(ConfigError, match="give more memory, or fewer max_waiting"):
         plan_capacity(tiny, CapacityOptions(memory=10**6))
 
 
@@ -206,7 +225,7 @@ def test_the_ends_of_what_may_be_asked_are_json(tiny, bandwidth):
     def never(constant):
         raise AssertionError(constant)
 
-    asked = ("--slots", 65_536, "--tokens-per-second", 1e15, "--answers-per-hour", 1e-9)
+    asked = ("--slots", 4_096, "--tokens-per-second", 1e15, "--answers-per-hour", 1e-9)
     result = capacity(tiny, "--json", "--bandwidth", bandwidth, *asked)
     assert result.exit_code == 0, result.output
     found = json.loads(result.output, parse_constant=never)
@@ -215,9 +234,22 @@ def test_the_ends_of_what_may_be_asked_are_json(tiny, bandwidth):
         json_text({"x": math.inf}, allow_nan=False)
 
 
+def test_no_more_slots_fit_than_a_server_has(tiny):
+    memory = plan_capacity(tiny, CapacityOptions(memory=10**15)).memory
+    assert memory.slots_that_fit == MOST_SLOTS
+
+
+@pytest.mark.slow
+def test_numbers_stay_beside_their_units_in_a_narrow_terminal(demo_bundle):
+    result = CliRunner().invoke(cli, ["capacity", str(demo_bundle)], env={"COLUMNS": "80"})
+    rows = [line for line in result.output.splitlines() if " ms │" in line]
+    assert len(rows) == 3
+    assert all(re.search(r"│ +[\d.]+ [KM]iB │.*B │$", row) for row in rows), rows
+
+
 def test_no_wait_at_all_is_said_in_words(tiny):
     result = capacity(tiny, "--wait-seconds", 0, "--tokens-per-second", 1000)
-    assert "1% of which wait for a slot" in result.output
+    assert "at most 1% of which wait for a slot" in result.output
 
 
 @pytest.mark.slow
@@ -234,12 +266,15 @@ def test_a_speed_can_be_measured(tiny):
     ("arguments", "told"),
     [
         (("--measure", "--tokens-per-second", 5), "a speed is measured or given"),
+        (("--threads", 2, "--tokens-per-second", 5), "which was not asked for"),
+        (("--kernels", "bogus"), "which was not asked for"),
         (("--prompt-tokens-per-second", 5), "goes with --tokens-per-second"),
-        (("--memory", 1000), "weights, kept conversations"),
+        (("--memory", 1000), "sequences that wait, kept conversations"),
+        (("--max-waiting", -1), "--max-waiting"),
         (("--tokens-per-second", 1e-6, "--sessions", 5), "not answer even one session"),
         (("--memory", "8 horses"), "expected bytes, such as"),
-        (("--slots", 10_000_000, "--tokens-per-second", 5), "must be at most 65536"),
-        (("--slots", 2**63 - 1), "must be at most 65536"),
+        (("--slots", 10_000_000, "--tokens-per-second", 5), "must be at most 4096"),
+        (("--slots", 2**63 - 1), "must be at most 4096"),
         (("--bandwidth", 1e-320, "--json"), "bandwidth_gbits=1e-320: must be"),
         (("--bandwidth", 1e308), "bandwidth_gbits=1e+308: must be"),
     ],
@@ -266,17 +301,47 @@ def test_sizes_have_units(text, count):
         lambda: ReplicaSpeed(math.nan),
         lambda: ReplicaSpeed(5.0, 0.0),
         lambda: CapacityOptions(slots=0),
-        lambda: CapacityOptions(slots=65_537),
+        lambda: CapacityOptions(slots=4_097),
+        lambda: CapacityOptions(max_waiting=-1),
         lambda: CapacityOptions(bandwidth_gbits=0),
         lambda: CapacityOptions(bandwidth_gbits=1e-320),
         lambda: CapacityOptions(bandwidth_gbits=1e308),
         lambda: CapacityOptions(sessions=0),
         lambda: CapacityOptions(tokens=(0,)),
+        lambda: CapacityOptions(tokens=5),
+        lambda: CapacityOptions(tokens="12"),
+        lambda: CapacityOptions(prefix_reuse="no"),
+        lambda: ReplicaSpeed(None),
+        lambda: ReplicaSpeed("5"),
+        lambda: ReplicaSpeed(5.0, source="guessed"),
+        lambda: SessionActivity(answers_per_hour=None),
     ],
 )
 def test_settings_outside_their_rules_are_refused(make):
     with pytest.raises(ConfigError, match=r"must be|finite"):
         make()
+
+
+def test_numbers_of_numpy_are_numbers_of_json(tiny):
+    options = CapacityOptions(
+        np.int64(3),
+        np.int32(5),
+        memory=np.int64(3 << 30),
+        sessions=np.uint8(9),
+        tokens=[np.int8(7)],
+    )
+    speed = ReplicaSpeed(np.float32(50), np.float64(70))
+    found = plan_capacity(tiny, options, SessionActivity(np.float32(2)), speed).to_dict()
+    plain = CapacityOptions(3, 5, memory=3 << 30, sessions=9, tokens=(7,))
+    wanted = plan_capacity(tiny, plain, SessionActivity(2.0), ReplicaSpeed(50.0, 70.0)).to_dict()
+    assert json.dumps(found) == json.dumps(wanted)
+
+
+@pytest.mark.parametrize("name", ["options", "activity", "speed"])
+@pytest.mark.parametrize("value", [{}, 5, "x"])
+def test_what_is_no_part_of_a_question_is_refused_by_name(name, value, tiny):
+    with pytest.raises(InputError, match=f"{name}=.*: must be a "):
+        plan_capacity(tiny, **{name: value})
 
 
 def test_the_page_names_options_that_there_are():
@@ -289,7 +354,18 @@ def test_the_page_names_options_that_there_are():
         for option in parameter.opts
     }
     of_others = {"--build-arg", "--from-file", "--generate", "--head", "--node-ip-address"}
-    assert not shown - known - of_others
+    of_benchmarks = {"--bundle", "--locust", "--parameters", "--help"}
+    assert not shown - known - of_others - of_benchmarks
+
+
+@pytest.mark.slow
+def test_times_are_of_the_model_and_the_caches_that_are_planned(demo_bundle, tiny):
+    path = ROOT / "benchmarks" / "results" / "scaling_parameters.json"
+    times = json.loads(path.read_text(encoding="utf-8"))
+    manifest = Bundle.open(demo_bundle).manifest
+    assert is_alike(manifest, times)
+    assert not is_alike(manifest, {**times, "kept_bytes": 1})
+    assert not is_alike(Bundle.open(tiny).manifest, times)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +23,7 @@ from benchmarks.scaling.ring import Ring  # noqa: E402
 from benchmarks.scaling.settings import FleetSettings, Sizes, Times, measured  # noqa: E402
 from benchmarks.scaling.simulate import SCENARIOS, simulated  # noqa: E402
 from lminf_export.capacity.queueing import mean_wait, waiting_probability  # noqa: E402
+from lminf_export.errors import ConfigError, InputError  # noqa: E402
 from tests.support.benchmarks import benchmark  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -30,7 +33,8 @@ TIMES = Times(
     chunk=64,
     piece=PIECE,
     start=0.5,
-    restore=0.0005,
+    snapshot=0.0003,
+    restore=0.0002,
     save=0.008,
     load=0.005,
 )
@@ -78,6 +82,32 @@ def test_a_lone_answer_takes_its_turns():
     first = 3 * PIECE[0] + 130 * PIECE[1]
     assert job.first == pytest.approx(first)
     assert ends[job] == pytest.approx(first + 100 * STEP, rel=1e-6)
+
+
+def test_an_answer_of_one_token_ends_with_its_prompt():
+    env, ends = simpy.Environment(), {}
+    host = new_host(env, TIMES, 4, lambda job: ends.setdefault(job, env.now))
+    job = Job(None, 0.0, 0, 1)
+    job.read = 50
+    submit(host, job)
+    env.run()
+    assert ends[job] == job.first == pytest.approx(TIMES.piece_seconds(50), rel=1e-6)
+
+
+def test_a_clock_that_cannot_tell_the_rest_of_a_turn_goes_on():
+    """Behind so many seconds the clock's steps are longer than those of a short turn."""
+    env, ends = simpy.Environment(initial_time=1e9), []
+    times = replace(TIMES, step=(3e-7,), piece=(3e-7, 1e-9))
+    host = new_host(env, times, 1, ends.append)
+    for read in range(1, 40):
+        job = Job(None, env.now, 0, 3)
+        job.read = read
+        submit(host, job)
+    for _ in range(2_000):
+        if len(ends) == 39:
+            break
+        env.step()
+    assert len(ends) == 39
 
 
 def test_a_prompt_is_read_between_steps_of_others():
@@ -146,6 +176,42 @@ def test_every_turn_that_arrives_is_answered_or_counted_as_refused(name):
         assert kinds["asked again"] > 0
     else:
         assert "asked again" not in kinds
+
+
+def test_sessions_come_back_as_often_as_their_rank_says():
+    settings = replace(CASES["store, nothing fails"], warm_up=0.0)
+    fleet, found = Fleet(settings, TIMES, SIZES), Counter()
+    arrive = fleet._arrive
+    fleet._arrive = lambda number, *sizes: (found.update([number]), arrive(number, *sizes))
+    fleet.run()
+    weights = (np.arange(700) + 1.0 + settings.zipf_shift) ** -settings.zipf_exponent
+    for first, behind in ((0, 10), (10, 100), (100, 700)):
+        wanted = weights[first:behind].sum() / weights.sum() * found.total()
+        counted = sum(found[number] for number in range(first, behind))
+        # The counts scatter like those of a Poisson process.
+        assert counted == pytest.approx(wanted, abs=4 * wanted**0.5)
+
+
+def test_servers_fail_as_often_as_they_live():
+    settings = replace(SMALL, sessions=1, seconds=20_000, lifetime=500, drain_share=0.0, recovery=0)
+    fleet = Fleet(settings, replace(TIMES, start=1e-3), SIZES)
+    found = fleet.run().events["servers that failed"]
+    wanted = 11 * 20_000 / (500 + settings.noticed)
+    assert found == pytest.approx(wanted, abs=4 * wanted**0.5)
+
+
+def test_what_is_lost_before_the_time_that_counts_is_not_counted():
+    settings = replace(CASES["no store"], seconds=1e-6, warm_up=3_000, drain_share=0.0)
+    assert LOST not in simulated(settings, TIMES, SIZES)["events"]
+
+
+def test_where_there_is_no_store_none_is_asked():
+    slow = {"store_latency": 0.5}
+    calm = "no store, nothing fails"
+    found = simulated(replace(CASES[calm], **slow), TIMES, SIZES)["first_token"]["memory"]
+    assert found["p50_ms"] < 100
+    asked = simulated(replace(CASES["store, nothing fails"], **slow), TIMES, SIZES)["first_token"]
+    assert asked["memory"]["p50_ms"] > 500
 
 
 def test_states_move_as_often_as_they_are_counted():
@@ -264,15 +330,70 @@ def test_the_committed_simulation_is_of_the_committed_parameters():
             assert LOST not in row["events"], name
 
 
+def changed_parameters(folder, change):
+    """The committed parameters with something else in them."""
+    found = json.loads((RESULTS / "scaling_parameters.json").read_text())
+    change(found)
+    path = folder / "changed.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_other_times_are_another_simulation(tmp_path):
+    def slower(found):
+        found["step_ms"] = {count: 3 * ms for count, ms in found["step_ms"].items()}
+
+    settings = replace(CASES["store, nothing fails"], slots=8)
+    before, after = (
+        simulated(settings, *measured(path)[:2])
+        for path in (RESULTS / "scaling_parameters.json", changed_parameters(tmp_path, slower))
+    )
+    assert before["events"] != after["events"] or before["first_token"] != after["first_token"]
+    assert after["busy_slots"] > 2.5 * before["busy_slots"]
+
+
+def without(name):
+    return lambda found: found.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("environment"), "'environment' is not there"),
+        (without("start_seconds"), "'start_seconds' is not there"),
+        (lambda found: found["step_ms"].update({"3": -1}), "step_ms 3=-1.0: must be above 0"),
+        (lambda found: found["step_ms"].update({"3": math.nan}), "step_ms 3=nan: must be a finite"),
+        (lambda found: found["step_ms"].pop("3"), "not each of 1 … n streams"),
+        (lambda found: found.update(step_ms={}), "step_ms has nothing"),
+        (lambda found: found.update(prompt_ms={"256": 25.0}), "fewer than two lengths"),
+        (lambda found: found["prompt_ms"].update({"256": 1e-3}), "is not above 0 for every"),
+        (lambda found: found["states"][-1].update(stored_bytes=0), "stored_bytes=0: must be at"),
+        (lambda found: found.update(states=[]), "'tokens' is not there"),
+        (lambda found: found["states"].pop(), "its states are not full"),
+    ],
+)
+def test_a_time_that_nobody_measured_is_named(change, words, tmp_path):
+    with pytest.raises(InputError, match=re.escape(words)):
+        measured(changed_parameters(tmp_path, change))
+
+
+def test_servers_have_no_more_slots_than_streams_were_measured():
+    with pytest.raises(ConfigError, match="slots=5: steps of 4 streams at most were measured"):
+        Fleet(replace(SMALL, slots=5), TIMES, SIZES)
+
+
 @pytest.mark.slow
 def test_parameters_are_measured_and_simulated(demo_bundle, tmp_path):
     parameters, out = tmp_path / "parameters.json", tmp_path / "simulation.json"
     benchmark("scaling.parameters", demo_bundle, "--rounds", 1, "--slots", 2, "--out", parameters)
     assert set(json.loads(parameters.read_text())["step_ms"]) == {"1", "2"}
-    full = RESULTS / "scaling_parameters.json"
     sizes = ("--sessions", 500, "--hosts", 5, "--seconds", 60, "--warm-up", 10)
-    benchmark("scaling.simulate", "--parameters", full, *sizes, "--out", out)
-    assert set(json.loads(out.read_text())["scenarios"]) == set(SCENARIOS)
+    assumed = ("--answer-tokens", 99, "--zipf-exponent", 0.5)
+    benchmark("scaling.simulate", "--parameters", parameters, *sizes, *assumed, "--out", out)
+    found = json.loads(out.read_text())
+    assert set(found["scenarios"]) == set(SCENARIOS)
+    settings = found["settings"]
+    assert (settings["slots"], settings["answer_tokens"], settings["zipf_exponent"]) == (2, 99, 0.5)
 
 
 def test_requests_are_drawn_in_batches_and_not_twice(monkeypatch):
@@ -308,11 +429,18 @@ def failing(name, *arguments):
         (("--lifetime", "inf"), "lifetime=inf: must be a finite number"),
         (("--warm-up", -1), "warm_up=-1.0: must be 0 at least"),
         (("--jobs", 0), "jobs=0: must be at least 1"),
+        (("--slots", 9), "slots=9: steps of 8 streams at most were measured"),
+        (("--answer-tokens", 0.5), "answer_tokens=0.5: must be 1 …"),
     ],
 )
 def test_a_simulation_that_cannot_be_asked_for_costs_one_line(arguments, words):
     known = ("--parameters", RESULTS / "scaling_parameters.json")
     assert words in failing("scaling.simulate", *known, *arguments)
+
+
+def test_times_are_not_measured_in_no_rounds():
+    line = failing("scaling.parameters", "/nonexist", "--rounds", 0)
+    assert "rounds=0: must be at least 1" in line
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from benchmarks.scaling.counts import Counts
 from benchmarks.scaling.host import Host, Job
 from benchmarks.scaling.ring import Ring
 from benchmarks.scaling.settings import FleetSettings, Sizes, Times
+from lminf_export.errors import ConfigError
 
 _BATCH = 1 << 16
 LOST = "conversations lost, but for their clients' copies"
@@ -45,12 +46,20 @@ class Fleet:
         times: of a server.
         sizes: of a session.
 
+    Raises:
+        ConfigError: servers have more slots than streams were measured side by side.
+
     Attributes:
         counts: of turns that arrived behind the warm-up.
         busy_slots: of all hosts, the mean behind the warm-up.
     """
 
     def __init__(self, settings: FleetSettings, times: Times, sizes: Sizes) -> None:
+        if settings.slots > len(times.step):
+            raise ConfigError(
+                f"slots={settings.slots}: steps of {len(times.step)} streams at most were "
+                "measured; take so many, or measure more (benchmarks.scaling.parameters --slots)"
+            )
         self.settings, self.times, self.sizes = settings, times, sizes
         self.env = simpy.Environment()
         self.busy_slots = 0.0
@@ -93,7 +102,8 @@ class Fleet:
                 self.env.process(self._failures(host))
         if self.settings.drain_share:
             self.env.process(self._replacements())
-        self.env.run(until=self.settings.warm_up)
+        if self.settings.warm_up:  # simpy refuses to run until now
+            self.env.run(until=self.settings.warm_up)
         for host in self.hosts:
             host.settle()
             host.busy_seconds = 0.0
@@ -174,11 +184,13 @@ class Fleet:
         nbytes = self._stored_bytes(conversation.tokens)
         # What copies take grows with the bytes; measured are those of a full-grown state.
         times = nbytes / self.sizes.stored
-        # A server asks the store for the latest turn before it trusts its own memory.
-        wait = self.settings.store_latency + self.times.restore * times
+        has_store = self.settings.elsewhere == "store"
+        wait = self.times.restore * times
+        if has_store:  # is asked for the latest turn before a server trusts its own memory
+            wait += self.settings.store_latency
         if kept is not None and kept[0] == conversation.version:
             job.source, job.read = "memory", job.prompt
-        elif self.settings.elsewhere == "store":
+        elif has_store:
             job.source, job.read = "store", job.prompt
             wait += self._transfer(nbytes) + self.times.load * times
             self._move(job, "read", nbytes)
@@ -213,7 +225,7 @@ class Fleet:
         """Keep the state; an answer ends when it is durable."""
         nbytes = self._stored_bytes(job.session.tokens + job.prompt + job.answer)
         times = nbytes / self.sizes.stored
-        wait = self.times.restore * times
+        wait = self.times.snapshot * times
         if self.settings.elsewhere == "store":
             wait += self._transfer(nbytes) + self.times.save * times
             self._move(job, "written", nbytes)
@@ -305,6 +317,8 @@ class Fleet:
 
     def _lose(self, host: Host) -> None:
         """Count the conversations that nobody has any more when a host's memory is gone."""
+        if self.env.now < self.settings.warm_up:
+            return
         for number, (version, _) in host.memory.items():
             found = self._conversations.get(number)
             if version != (0 if found is None else found.version):

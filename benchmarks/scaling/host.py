@@ -7,6 +7,7 @@ events nothing of that changes.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
@@ -156,7 +157,7 @@ class Host:
         """Let a job write: its first token follows from what it has read."""
         assert self.is_up, "a dead server writes"
         job.first = self._env.now - job.arrived
-        self._writers[job] = self._turns + max(job.answer - 1, 1)
+        self._writers[job] = self._turns + job.answer - 1
 
     def _turn_seconds(self) -> float:
         writing = len(self._writers)
@@ -190,7 +191,9 @@ class Host:
             return
         self._due = float("inf")
         self._pass()
-        now = self._turns + 1e-6
+        # What is left of a turn may be less than the clock can tell.
+        left = 4 * math.ulp(self._env.now) / self._turn_seconds() if self._busy else 0.0
+        now = self._turns + max(left, 1e-6)
         if self._readers and self._read_at <= now:
             job, _, _ = self._readers.popleft()
             if self._readers:

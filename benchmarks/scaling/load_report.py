@@ -30,13 +30,15 @@ from benchmarks.serving import servers
 from benchmarks.support.result import write_result
 from benchmarks.support.script import run_script
 from lminf_export.bundle.folder import Bundle
+from lminf_export.errors import InputError
+from lminf_export.operator.settings import as_integer, as_number
 from lminf_export.runtime.batching.engine import Engine
 from lminf_export.runtime.batching.request import Request
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.runtime.sampling import SamplingConfig
 
-LARGEST_ID = 1000
+NAME = "load_report"
 WARM_SECONDS = 3.0
 
 
@@ -46,7 +48,7 @@ async def bare(lm: LanguageModel, arguments: argparse.Namespace) -> float:
 
     async def read(engine: Engine) -> None:
         while True:
-            prompt = rng.integers(5, LARGEST_ID, arguments.prompt_tokens).tolist()
+            prompt = rng.integers(5, largest_id(lm), arguments.prompt_tokens).tolist()
             request = Request(
                 prompt, arguments.new_tokens, SamplingConfig(temperature=0),
                 stop_token_ids=frozenset(),
@@ -66,8 +68,24 @@ async def bare(lm: LanguageModel, arguments: argparse.Namespace) -> float:
     return rate
 
 
-def loaded(server: servers.Server, arguments: argparse.Namespace) -> tuple[float, list[Any]]:
-    """Let locust load the server; return tokens a second, and locust's rows."""
+def largest_id(lm: LanguageModel) -> int:
+    """Return the number below which prompts' ids are drawn; all models know small ones."""
+    return min(1000, lm.vocab_size)
+
+
+def loaded(
+    server: servers.Server, ids: int, arguments: argparse.Namespace
+) -> tuple[float, list[Any]]:
+    """Let locust load the server; return tokens a second, and locust's rows.
+
+    Args:
+        server: that is loaded, and nobody else's.
+        ids: below which prompts' ids are drawn.
+        arguments: of the command line.
+
+    Raises:
+        InputError: locust ends before the server has written anything.
+    """
     seconds = arguments.seconds + WARM_SECONDS + 3
     command = [
         arguments.locust, "-f", str(Path(__file__).with_name("locustfile.py")), "--headless",
@@ -77,6 +95,7 @@ def loaded(server: servers.Server, arguments: argparse.Namespace) -> tuple[float
     variables = {
         "LMINF_LOAD_PROMPT": str(arguments.prompt_tokens),
         "LMINF_LOAD_NEW": str(arguments.new_tokens),
+        "LMINF_LOAD_LARGEST_ID": str(ids),
     }
     locust = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **variables}
@@ -84,7 +103,7 @@ def loaded(server: servers.Server, arguments: argparse.Namespace) -> tuple[float
     while not new_tokens(server):
         time.sleep(0.05)
         if locust.poll() is not None:
-            raise SystemExit(f"locust ended with {locust.returncode}")
+            raise InputError(f"{arguments.locust} ended with {locust.returncode}: no load came")
     first = new_tokens(server)
     while new_tokens(server) == first:  # this round's first tokens
         time.sleep(0.05)
@@ -104,8 +123,14 @@ def new_tokens(server: servers.Server) -> float:
 
 
 def row(rows: list[Any], name: str) -> dict[str, Any]:
-    """Return what locust says of one kind of request, in milliseconds."""
-    (found,) = [each for each in rows if each["name"] == name]
+    """Return what locust says of one kind of request, in milliseconds.
+
+    Raises:
+        InputError: there was none of that kind.
+    """
+    found = next((each for each in rows if each["name"] == name), None)
+    if found is None:
+        raise InputError(f"no {name} came in the time given: more seconds, or fewer new_tokens")
     times = sorted((float(ms), count) for ms, count in found["response_times"].items())
     values = np.repeat([ms for ms, _ in times], [count for _, count in times])
     return {
@@ -119,13 +144,14 @@ def row(rows: list[Any], name: str) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load one bundle; return rates and locust's report of the last round."""
     lm = lminf_export.load(arguments.bundle, threads=arguments.threads)
+    version = version_of(arguments.locust)  # before minutes are spent on the rest
     rates: dict[str, list[float]] = {"engine": [], "http": []}
     with servers.ours("lminf", arguments.bundle, arguments.threads, arguments.slots) as server:
         for _ in range(arguments.rounds):
             server.sleep()
             rates["engine"].append(asyncio.run(bare(lm, arguments)))
             server.wake()
-            rate, rows = loaded(server, arguments)
+            rate, rows = loaded(server, largest_id(lm), arguments)
             rates["http"].append(rate)
     ratios = [http / engine for http, engine in zip(rates["http"], rates["engine"], strict=True)]
     return {
@@ -140,14 +166,40 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": {name: round(statistics.median(x), 1) for name, x in rates.items()},
         "http_over_engine": round(statistics.median(ratios), 3),
         "locust": {name: row(rows, name) for name in ("headers", "first event", "answer")},
-        "locust_version": version_of(arguments.locust),
+        "locust_version": version,
         "environment": environment(),
     }
 
 
 def version_of(locust: str) -> str:
-    """Return locust's version."""
-    return subprocess.run([locust, "--version"], capture_output=True, text=True).stdout.split()[1]
+    """Return locust's version.
+
+    Raises:
+        InputError: the command is no locust.
+        OSError: there is no such command.
+    """
+    done = subprocess.run([locust, "--version"], capture_output=True, text=True, check=False)
+    if not done.stdout.startswith("locust "):
+        raise InputError(f"{locust} --version does not answer as locust does")
+    return done.stdout.split()[1]
+
+
+def earlier(out: Path | None) -> dict[str, Any]:
+    """Return the result to which a model is added.
+
+    Raises:
+        InputError: the file is none of these.
+    """
+    if out is None or not out.is_file():
+        return {"benchmark": NAME, "models": {}}
+    try:
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        is_ours = found["benchmark"] == NAME
+    except (ValueError, TypeError, KeyError):
+        is_ours = False
+    if not is_ours:
+        raise InputError(f"{out} is no report of this benchmark: name another file, or remove it")
+    return found
 
 
 def main() -> None:
@@ -166,9 +218,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"benchmark": "load_report", "models": {}}
-    if arguments.out is not None and arguments.out.is_file():
-        result = json.loads(arguments.out.read_text(encoding="utf-8"))
+    for field in ("threads", "slots", "users", "prompt_tokens", "new_tokens", "rounds"):
+        as_integer(field, getattr(arguments, field), 1, InputError)
+    if as_number("seconds", arguments.seconds, InputError) <= 0:
+        raise InputError(f"seconds={arguments.seconds}: must be above 0")
+    result = earlier(arguments.out)
     name = arguments.name or arguments.bundle.resolve().name
     result["models"][name] = measure(arguments)
     write_result(arguments.out, result)

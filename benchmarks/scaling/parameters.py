@@ -23,6 +23,7 @@ from benchmarks.support.result import write_result
 from benchmarks.support.script import run_script
 from lminf_export.bench.child import fresh_process
 from lminf_export.capacity.sizes import StateSizes
+from lminf_export.operator.settings import as_integer
 from lminf_export.runtime.environment import describe_bundle, environment
 from lminf_export.runtime.kernels import AUTO
 from lminf_export.runtime.language_model import LanguageModel
@@ -47,6 +48,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    for name in ("slots", "rounds"):
+        as_integer(name, getattr(asked, name), 1)
     lm = load(asked.bundle, threads=asked.threads)
     sizes = StateSizes.of(lm.bundle.manifest)
     starts = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,16 @@ _ZERO_ALLOWED = {
     *("max_waiting", "session_bytes", "zipf_exponent", "zipf_shift", "history_sigma", "warm_up"),
     *("store_latency", "noticed", "recovery", "drain_share", "drain_grace", "seed"),
 }
+# Beyond these the numbers that are drawn are none any more, or all the same.
+_RANGES = {
+    "zipf_exponent": (0.0, 10.0),
+    "answer_tokens": (1.0, 1e9),
+    "prompt_tokens": (1.0, 1e9),
+    "history_median": (1.0, 1e9),
+    "history_sigma": (0.0, 5.0),
+    "drain_share": (0.0, 1.0),
+    "bandwidth": (1e3, 1e15),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Times:
         chunk: tokens that one turn of the engine reads of a prompt at most.
         piece: (least, per token) of reading a piece: a line through two measured lengths.
         start: from the start of a process to its first token.
-        restore: a full-grown state into a slot, and out of it.
+        snapshot: of a full-grown state, out of a slot.
+        restore: the same into a slot.
         save: the same to a store's disk, sealed, without the network.
         load: the same back, checked.
     """
@@ -41,6 +53,7 @@ class Times:
     chunk: int
     piece: tuple[float, float]
     start: float
+    snapshot: float
     restore: float
     save: float
     load: float
@@ -73,7 +86,7 @@ class FleetSettings:
     Attributes:
         sessions: that there are, all of them begun before.
         hosts: servers, each with a home in the ring of `ring_points` places.
-        slots: of a server.
+        slots: of a server; steps of so many streams must have been measured.
         max_waiting: turns that may wait on a server; more are refused.
         session_bytes: of a server's memory for conversations.
         answers_per_hour: of a session, on average over all of them.
@@ -81,7 +94,8 @@ class FleetSettings:
         answer_tokens, prompt_tokens: means of geometric lengths.
         history_median, history_sigma: tokens read before, log-normal.
         seconds: of arrivals that count; `warm_up` seconds come before.
-        load_bound: a server takes a turn of another one's only below this many times the mean.
+        load_bound: a server takes a turn while it has fewer than this many times the mean, or than
+            slots where those are more.
         bandwidth: bits per second of a server's network.
         store_latency: seconds of one request to the store.
         lifetime: mean seconds until a server fails; None: none does.
@@ -134,41 +148,77 @@ class FleetSettings:
                 if number < 0 or (number == 0 and not is_zero_allowed):
                     bound = "0 at least" if is_zero_allowed else "above 0"
                     raise ConfigError(f"{field.name}={value}: must be {bound}")
+                least, most = _RANGES.get(field.name, (0.0, math.inf))
+                if not least <= number <= most:
+                    raise ConfigError(f"{field.name}={value}: must be {least:g} … {most:g}")
 
 
 def measured(path: Path) -> tuple[Times, Sizes, dict[str, Any]]:
     """Read what `benchmarks.scaling.parameters` wrote; return it whole, too.
 
     Raises:
-        InputError: the file is none of these.
+        InputError: the file is none of these, or a number in it is none that can be measured.
         OSError: it cannot be read.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return *_measured(found), found
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(f"{path} is no result of benchmarks.scaling.parameters") from None
+    except (ValueError, TypeError) as error:
+        why = str(error)
+    except KeyError as error:
+        why = f"{error} is not there"
+    raise InputError(f"{path} is no result of benchmarks.scaling.parameters: {why}")
 
 
 def _measured(found: dict[str, Any]) -> tuple[Times, Sizes]:
-    full = found["states"][-1]
-    if full["tokens"] < found["full_at"]:
+    for part, name in (("environment", "device"), ("bundle", "model")):
+        found[part][name]  # what the simulation's result says of them
+    full = (found["states"] or [{}])[-1]
+    if _positive(full, "tokens") < _positive(found, "full_at"):
         raise ValueError("its states are not full")
-    chunk = found["bundle"]["lambda_config"]["chunk_size"]
-    lengths = sorted(map(int, found["prompt_ms"]))
-    (short, long), (low, high) = (
-        (lengths[0], lengths[-1]),
-        (found["prompt_ms"][str(size)] / 1e3 for size in (lengths[0], lengths[-1])),
-    )
-    each = (high - low) / (long - short)
     times = Times(
-        step=tuple(ms / 1e3 for _, ms in sorted((int(b), x) for b, x in found["step_ms"].items())),
-        chunk=chunk,
-        piece=(low - each * short, each),
-        start=found["start_seconds"],
-        restore=(full["snapshot_ms"] + full["restore_ms"]) / 1e3,
-        save=full["save_ms"] / 1e3,
-        load=full["load_ms"] / 1e3,
+        step=_steps(found["step_ms"]),
+        chunk=as_integer("chunk_size", found["bundle"]["lambda_config"]["chunk_size"], 1),
+        piece=_piece(found["prompt_ms"]),
+        start=_positive(found, "start_seconds"),
+        snapshot=_positive(full, "snapshot_ms") / 1e3,
+        restore=_positive(full, "restore_ms") / 1e3,
+        save=_positive(full, "save_ms") / 1e3,
+        load=_positive(full, "load_ms") / 1e3,
     )
-    sizes = Sizes(found["kept_bytes"], full["stored_bytes"], found["full_cache_bytes_per_token"])
+    sizes = Sizes(
+        as_integer("kept_bytes", found["kept_bytes"], 1),
+        as_integer("stored_bytes", full["stored_bytes"], 1),
+        as_integer("full_cache_bytes_per_token", found["full_cache_bytes_per_token"], 1),
+    )
     return times, sizes
+
+
+def _steps(step_ms: dict[str, Any]) -> tuple[float, ...]:
+    """Return the seconds of steps of 1 … n streams."""
+    counts = [str(count) for count in range(1, len(step_ms) + 1)]
+    if not counts or step_ms.keys() != {*counts}:
+        raise ValueError(
+            f"step_ms has {', '.join(step_ms) or 'nothing'}, not each of 1 … n streams"
+        )
+    return tuple(_positive(step_ms, count, "step_ms ") / 1e3 for count in counts)
+
+
+def _piece(prompt_ms: dict[str, Any]) -> tuple[float, float]:
+    """Return the line through the shortest and the longest prompt, seconds."""
+    short, *_, long = sorted(map(int, prompt_ms)) if len(prompt_ms) > 1 else (1, 1)
+    if short == long:
+        raise ValueError("prompt_ms has fewer than two lengths")
+    low, high = (_positive(prompt_ms, str(length), "prompt_ms ") / 1e3 for length in (short, long))
+    each = (high - low) / (long - short)
+    least = low - each * short
+    if each <= 0 or least + each <= 0:
+        raise ValueError("prompt_ms: the line through its ends is not above 0 for every length")
+    return least, each
+
+
+def _positive(table: dict[str, Any], name: str, of: str = "") -> float:
+    number = as_number(of + name, table[name])
+    if number <= 0:
+        raise ValueError(f"{of}{name}={number}: must be above 0")
+    return number

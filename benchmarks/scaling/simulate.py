@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "no store": REREAD,
     "no store, nothing fails": {**REREAD, **CALM},
 }
+# What an option assumes instead of the committed run's: its type and that run's value. Scenarios
+# differ in the rest.
+ASSUMED = {
+    field.name: (int if field.type == "int" else float, field.default)
+    for field in fields(FleetSettings)
+    if field.type in ("int", "float", "float | None")
+}
 NOTE = (
     "A simulation, not a measurement of a fleet. Measured: the times and bytes under `times` and "
     "`sizes`. Assumed: everything under `settings`. Servers' networks and the store are never "
@@ -52,25 +59,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parameters", type=Path, required=True)
-    parser.add_argument("--sessions", type=int, default=FleetSettings.sessions)
-    parser.add_argument("--hosts", type=int, default=FleetSettings.hosts)
-    parser.add_argument("--seconds", type=float, default=FleetSettings.seconds)
-    parser.add_argument("--warm-up", type=float, default=FleetSettings.warm_up)
-    parser.add_argument("--lifetime", type=float, default=FleetSettings.lifetime)
-    parser.add_argument("--seed", type=int, default=FleetSettings.seed)
+    for name, (kind, default) in ASSUMED.items():
+        shown = "as many as were measured" if name == "slots" else default
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, help=f"see FleetSettings; default: {shown}"
+        )
     parser.add_argument("--jobs", type=int, default=1, help="scenarios simulated at once")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     as_integer("jobs", asked.jobs, 1)
     times, sizes, parameters = measured(asked.parameters)
-    settings = FleetSettings(
-        sessions=asked.sessions,
-        hosts=asked.hosts,
-        seconds=asked.seconds,
-        warm_up=asked.warm_up,
-        lifetime=asked.lifetime,
-        seed=asked.seed,
-    )
+    given = {name: getattr(asked, name) for name in ASSUMED}
+    named = {name: value for name, value in given.items() if value is not None}
+    settings = FleetSettings(**{"slots": len(times.step), **named})
     runs = {name: replace(settings, **changes) for name, changes in SCENARIOS.items()}
     with ProcessPoolExecutor(asked.jobs) as pool:
         found = dict(

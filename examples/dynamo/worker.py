@@ -197,7 +197,9 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     as_integer("--default-max-tokens", options.default_max_tokens, 1, InputError)
     as_integer("--context-length", options.context_length, 2, InputError)
     if not 0 <= options.shutdown_seconds < threading.TIMEOUT_MAX:
-        raise InputError(f"--shutdown-seconds {options.shutdown_seconds}: must be at least 0")
+        raise InputError(
+            f"--shutdown-seconds {options.shutdown_seconds}: must be a finite number, at least 0"
+        )
     return options
 
 

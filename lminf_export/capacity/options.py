@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from lminf_export.errors import ConfigError, shown
-from lminf_export.operator.settings import as_integer, as_number
+from lminf_export.operator.settings import MAX_INTEGER, as_integer, as_number
+from lminf_export.runtime.batching.engine import MOST_SLOTS
+from lminf_export.serve.settings import ServeSettings
 
 # Beyond all servers and sessions, and far from the ends of floating point.
 _LEAST, _MOST = 1e-9, 1e15
-# Of one server: a sum over its slots is reckoned some dozens of times.
-MOST_SLOTS = 65_536
+# Where a speed comes from.
+SOURCES = ("given", "measured")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class SessionActivity:
     wait_seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, zero_allowed={"prompt_tokens", "wait_seconds"})
+        for field in fields(self):
+            is_zero_allowed = field.name in ("prompt_tokens", "wait_seconds")
+            _set_number(self, field.name, is_zero_allowed=is_zero_allowed)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,11 @@ class ReplicaSpeed:
     source: str = "given"
 
     def __post_init__(self) -> None:
-        _require_positive(self, zero_allowed=set())
+        _set_number(self, "tokens_per_second")
+        if self.prompt_tokens_per_second is not None:
+            _set_number(self, "prompt_tokens_per_second")
+        if self.source not in SOURCES:
+            raise ConfigError(f"source={shown(self.source)}: must be one of {', '.join(SOURCES)}")
 
     def seconds(self, activity: SessionActivity) -> float:
         """Return the time of the engine that one answer takes, when all slots are busy."""
@@ -70,7 +78,9 @@ class CapacityOptions:
     """Settings of the servers that are planned; the same fields are options of `lminf capacity`.
 
     Attributes:
-        slots: of a server, 65,536 at most.
+        slots: of a server, 4,096 at most.
+        max_waiting: sequences that may wait for a slot of a server; one that has had its turn waits
+            with its state.
         session_bytes: memory of its kept conversations.
         prefix_reuse: whether it keeps states that prompts begin with, as much as its slots.
         memory: bytes that a server may take; None asks for what it needs.
@@ -84,9 +94,10 @@ class CapacityOptions:
         ConfigError: naming the field and its rule.
     """
 
-    slots: int = 8
-    session_bytes: int = 1 << 30
-    prefix_reuse: bool = True
+    slots: int = ServeSettings.slots
+    max_waiting: int = ServeSettings.max_waiting
+    session_bytes: int = ServeSettings.session_bytes
+    prefix_reuse: bool = ServeSettings.prefix_reuse
     memory: int | None = None
     reserve_bytes: int = 1 << 29
     bandwidth_gbits: float = 10.0
@@ -94,26 +105,33 @@ class CapacityOptions:
     tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        as_integer("slots", self.slots, 1, maximum=MOST_SLOTS)
-        for name in ("session_bytes", "reserve_bytes"):
-            as_integer(name, getattr(self, name), 0)
+        _set_integer(self, "slots", 1, maximum=MOST_SLOTS)
+        if not isinstance(self.prefix_reuse, bool):
+            raise ConfigError(f"prefix_reuse={shown(self.prefix_reuse)}: must be True or False")
+        for name in ("max_waiting", "session_bytes", "reserve_bytes"):
+            _set_integer(self, name, 0)
         for name in ("memory", "sessions"):
             if getattr(self, name) is not None:
-                as_integer(name, getattr(self, name), 1)
-        _require_number("bandwidth_gbits", self.bandwidth_gbits, is_zero_allowed=False)
-        for count in self.tokens:
-            as_integer("tokens", count, 1)
+                _set_integer(self, name, 1)
+        _set_number(self, "bandwidth_gbits")
+        if not isinstance(self.tokens, (tuple, list)):
+            raise ConfigError(f"tokens={shown(self.tokens)}: must be a tuple of integers")
+        lengths = tuple(as_integer("tokens", count, 1) for count in self.tokens)
+        object.__setattr__(self, "tokens", lengths)
 
 
-def _require_positive(holder: SessionActivity | ReplicaSpeed, zero_allowed: set[str]) -> None:
-    for field in fields(holder):
-        value = getattr(holder, field.name)
-        if not isinstance(value, str) and value is not None:
-            _require_number(field.name, value, is_zero_allowed=field.name in zero_allowed)
+def _set_integer(holder: object, name: str, least: int, *, maximum: int = MAX_INTEGER) -> None:
+    """Check a field, and make it an int that JSON holds, whatever type it came in."""
+    found = as_integer(name, getattr(holder, name), least, maximum=maximum)
+    object.__setattr__(holder, name, found)
 
 
-def _require_number(name: str, value: object, *, is_zero_allowed: bool) -> None:
+def _set_number(holder: object, name: str, *, is_zero_allowed: bool = False) -> None:
+    """Check a field, and make it a number that JSON holds; an int stays one."""
+    value = getattr(holder, name)
     number = as_number(name, value)
+    if not isinstance(value, int):
+        object.__setattr__(holder, name, number)
     if number < 0 or (number == 0 and not is_zero_allowed):
         least = "at least 0" if is_zero_allowed else "above 0"
         raise ConfigError(f"{name}={shown(value)}: must be {least}")

@@ -17,7 +17,8 @@ from lminf_export.capacity.report import (
     SessionSize,
 )
 from lminf_export.capacity.sizes import StateSizes
-from lminf_export.errors import ConfigError
+from lminf_export.errors import ConfigError, require_instance
+from lminf_export.runtime.batching.engine import MOST_SLOTS
 
 GIB = 2**30
 LONG_STREAM = 1_000_000
@@ -45,8 +46,14 @@ def plan_capacity(
     Raises:
         BundleError: the bundle is damaged.
         ConfigError: the memory given holds no slot.
+        InputError: an argument is of another class.
     """
-    options, activity = options or CapacityOptions(), activity or SessionActivity()
+    options = CapacityOptions() if options is None else options
+    activity = SessionActivity() if activity is None else activity
+    require_instance("options", options, CapacityOptions)
+    require_instance("activity", activity, SessionActivity)
+    if speed is not None:
+        require_instance("speed", speed, ReplicaSpeed)
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     sizes = StateSizes.of(manifest)
@@ -86,19 +93,22 @@ def _memory(manifest: Manifest, sizes: StateSizes, options: CapacityOptions) -> 
     weights = sum(manifest.files[name].bytes for name in manifest.files_of("weights"))
     slot, slots = sizes.slot_bytes, options.slots
     copies = 2 if options.prefix_reuse else 1
-    beside = weights + slot + options.session_bytes + options.reserve_bytes
+    waiting = options.max_waiting * slot
+    beside = weights + slot + waiting + options.session_bytes + options.reserve_bytes
     fit = None
     if options.memory is not None:
-        fit = (options.memory - beside) // (copies * slot)
+        fit = min((options.memory - beside) // (copies * slot), MOST_SLOTS)
         if fit < 1:
             raise ConfigError(
-                f"memory={options.memory}: weights, kept conversations and what is reserved take "
-                f"{beside} bytes and a slot {copies * slot}; give more, or less for conversations"
+                f"memory={options.memory}: weights, {options.max_waiting} sequences that wait, "
+                f"kept conversations and what is reserved take {beside} bytes and a slot "
+                f"{copies * slot}; give more memory, or fewer max_waiting and session_bytes"
             )
     return ServerMemory(
         weights=weights,
         slots=slots * slot,
         spare=slot,
+        waiting=waiting,
         prefixes=(copies - 1) * slots * slot,
         sessions=options.session_bytes,
         reserve=options.reserve_bytes,

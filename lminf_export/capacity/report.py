@@ -39,17 +39,20 @@ class ServerMemory:
         weights: of the bundle's weights, mapped or copied.
         slots: caches of all slots.
         spare: one slot's, for rows that change places.
+        waiting: states of sequences that had a slot and wait for their next turn, at most.
         prefixes: states that prompts begin with, at most.
         sessions: kept conversations, at most.
         reserve: everything else, as given.
         total: their sum.
         sessions_kept: full-grown conversations in `sessions`.
-        slots_that_fit: in the memory given, with the rest as it is; None where none was given.
+        slots_that_fit: in the memory given, with the rest as it is, as far as a server has so many;
+            None where none was given.
     """
 
     weights: int
     slots: int
     spare: int
+    waiting: int
     prefixes: int
     sessions: int
     reserve: int
@@ -67,7 +70,8 @@ class ServerLoad:
 
     Attributes:
         speed: of it.
-        answers_per_second: at which one in a hundred waits longer than asked.
+        answers_per_second: the most of which no more than one in a hundred waits longer than asked,
+            and whose states the network carries.
         utilization: share of the slots that are busy then.
         mean_wait_seconds: of all answers.
         sessions: that many are as active as asked.

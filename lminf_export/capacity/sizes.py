@@ -10,9 +10,8 @@ from lminf_export.bundle.manifest import Manifest
 from lminf_export.runtime.parking.seal import OVERHEAD
 from lminf_export.runtime.snapshot import Snapshot
 from lminf_export.runtime.snapshot_memory import cache_table
+from lminf_export.serve.state_store import ENTRY_BYTES
 
-# A server counts so many bytes for a kept state besides its caches.
-ENTRY_BYTES = 4096
 # The record of a conversation in a state's file: its history's hash, what is unread, and its
 # system prompt, as far as that is no longer than a page.
 RECORD_BYTES = 8192

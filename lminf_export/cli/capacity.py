@@ -16,6 +16,7 @@ from lminf_export.cli.progress_bar import progress_bar
 from lminf_export.cli.session_options import kernels_option, threads_option
 from lminf_export.cli.terminal import echo_json
 from lminf_export.errors import InputError
+from lminf_export.runtime.kernels import AUTO
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +34,13 @@ _SOME = click.FloatRange(min=0, min_open=True)
     default=CapacityOptions.slots,
     show_default=True,
     help="Slots of a server.",
+)
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(min=0),
+    default=CapacityOptions.max_waiting,
+    show_default=True,
+    help="Sequences that may wait for a slot, as of lminf serve.",
 )
 @click.option("--memory", type=_BYTES, help="Memory of a server: how many slots fit.")
 @click.option(
@@ -107,6 +115,7 @@ _SOME = click.FloatRange(min=0, min_open=True)
 def capacity_command(
     bundle: str,
     slots: int,
+    max_waiting: int,
     memory: int | None,
     session_bytes: int,
     no_prefix_reuse: bool,
@@ -132,6 +141,7 @@ def capacity_command(
     """
     options = CapacityOptions(
         slots=slots,
+        max_waiting=max_waiting,
         session_bytes=session_bytes,
         prefix_reuse=not no_prefix_reuse,
         memory=memory,
@@ -141,25 +151,28 @@ def capacity_command(
         tokens=tokens,
     )
     activity = SessionActivity(answers_per_hour, answer_tokens, prompt_tokens, wait_seconds)
-    speed = None
-    if measure:
-        if tokens_per_second is not None or prompt_tokens_per_second is not None:
-            raise InputError("--measure and --tokens-per-second: a speed is measured or given")
-        from lminf_export.capacity.measured import measured_speed
-
-        with progress_bar() as progress:
-            speed = measured_speed(
-                bundle, slots, threads=threads, kernels=kernels, progress=progress
-            )
-    elif tokens_per_second is not None:
-        speed = ReplicaSpeed(tokens_per_second, prompt_tokens_per_second)
+    given = None
+    if tokens_per_second is not None:
+        given = ReplicaSpeed(tokens_per_second, prompt_tokens_per_second)
     elif prompt_tokens_per_second is not None:
         raise InputError("--prompt-tokens-per-second goes with --tokens-per-second")
+    if measure and given is not None:
+        raise InputError("--measure and --tokens-per-second: a speed is measured or given")
+    if not measure and (threads is not None or kernels != AUTO):
+        raise InputError("--threads and --kernels say how to --measure, which was not asked for")
+    speed = _measured(bundle, slots, threads, kernels) if measure else given
     plan = plan_capacity(bundle, options, activity, speed)
     if as_json:
         echo_json(plan.to_dict(), allow_nan=False)
     else:
         _print_tables(plan)
+
+
+def _measured(bundle: str, slots: int, threads: int | None, kernels: str) -> ReplicaSpeed:
+    from lminf_export.capacity.measured import measured_speed
+
+    with progress_bar() as progress:
+        return measured_speed(bundle, slots, threads=threads, kernels=kernels, progress=progress)
 
 
 def _print_tables(plan: CapacityPlan) -> None:
@@ -183,14 +196,12 @@ def _sizes_table(plan: CapacityPlan) -> Table:
         title_justify="left",
     )
     bandwidth = f"{plan.options.bandwidth_gbits:g} Gbit/s"
-    table.add_column("tokens read", justify="right", no_wrap=True)
-    for name in (
-        *("state", "stored, at most", "in 1 GiB of memory"),
+    heads = (
+        *("tokens read", "state", "stored, at most", "in 1 GiB of memory"),
         *("in 1 GiB of store", f"moved at {bandwidth}", "full cache"),
-    ):
-        table.add_column(name, justify="right")
-    for row in plan.sizes:
-        table.add_row(
+    )
+    rows = [
+        (
             f"{row.tokens:,}",
             human_bytes(row.state_bytes),
             human_bytes(row.stored_bytes),
@@ -199,6 +210,13 @@ def _sizes_table(plan: CapacityPlan) -> Table:
             f"{row.move_ms:.2f} ms",
             human_bytes(row.full_cache_bytes),
         )
+        for row in plan.sizes
+    ]
+    for head, *cells in zip(heads, *rows, strict=True):
+        # Words of a head go to the next line, a number and its unit stay together.
+        table.add_column(head, justify="right", width=max(map(len, [*cells, *head.split()])))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -210,7 +228,11 @@ def _memory_rows(memory: ServerMemory, plan: CapacityPlan) -> list[tuple[str, st
             human_bytes(memory.slots),
         ),
         ("a spare slot", human_bytes(memory.spare)),
-        ("states that prompts begin with", human_bytes(memory.prefixes)),
+        (
+            f"states of {plan.options.max_waiting:,} sequences that wait, at most",
+            human_bytes(memory.waiting),
+        ),
+        ("states that prompts begin with, at most", human_bytes(memory.prefixes)),
         (
             f"conversations, {memory.sessions_kept:,} full-grown ones",
             human_bytes(memory.sessions),
@@ -236,7 +258,7 @@ def _load_rows(load: ServerLoad, plan: CapacityPlan) -> list[tuple[str, str]]:
     return [
         (f"tokens/s, {speed.source}", f"{speed.tokens_per_second:,.0f}{reading}"),
         (
-            f"answers/s, 1% of which {_waiting(activity.wait_seconds)}",
+            f"answers/s, at most 1% of which {_waiting(activity.wait_seconds)}",
             f"{load.answers_per_second:.2f}",
         ),
         ("slots busy", f"{load.utilization:.0%}"),

@@ -17,7 +17,7 @@ from lminf_export.serve.rolling import RollingHash, ids_bytes
 # Whether a conversation is one of messages, of text, or of token ids.
 ConversationKind = Literal["chat", "text", "ids"]
 # Of an entry besides its caches, at most; so many tiny states are bounded, too.
-_ENTRY_BYTES = 4096
+ENTRY_BYTES = 4096
 
 Key = TypeVar("Key", bound=Hashable)
 Entry = TypeVar("Entry")
@@ -177,9 +177,9 @@ class _Latest(Generic[Key, Entry]):
         """Keep an entry; return the keys of those that were dropped for it, or itself."""
         self.take(key)
         self.entries[key] = entry
-        self._sizes[key] = nbytes + _ENTRY_BYTES
-        self.nbytes += nbytes + _ENTRY_BYTES
-        if nbytes + _ENTRY_BYTES > self._max_bytes:
+        self._sizes[key] = nbytes + ENTRY_BYTES
+        self.nbytes += nbytes + ENTRY_BYTES
+        if nbytes + ENTRY_BYTES > self._max_bytes:
             self.take(key)
             return [key]
         dropped = []

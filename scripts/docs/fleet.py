@@ -95,9 +95,12 @@ def ray() -> str:
 
 def loaded() -> str:
     """The server under locust's load, beside the bare engine."""
-    rows, device = [], ""
+    rows, machine = [], ""
     for name, found in load("load_report")["models"].items():
-        device = found["environment"]["device"]
+        made = found["environment"]
+        machine = (
+            f"{made['device']}, {made['cores']} cores; the model has {found['threads']} thread"
+        )
         rates, rows_ = found["tokens_per_second"], found["locust"]
         rows.append(
             [
@@ -114,7 +117,7 @@ def loaded() -> str:
         )
     head = ["model", "users, slots", "tokens of an answer", "engine, tokens/s", "over HTTP"]
     head += ["ratio", "first event, p50 / p99, ms", "answers of the last round", "failures"]
-    return table(head, rows) + f"\n\n{device}; the model has one core, locust the other."
+    return table(head, rows) + f"\n\n{machine}."
 
 
 def _where(result: dict[str, Any]) -> str:

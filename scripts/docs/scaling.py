@@ -72,6 +72,10 @@ def server() -> str:
         ["weights", human_bytes(memory["weights"])],
         [f"{options['slots']} slots", human_bytes(memory["slots"])],
         ["a spare slot", human_bytes(memory["spare"])],
+        [
+            f"states of {options['max_waiting']:,} sequences that wait, at most",
+            human_bytes(memory["waiting"]),
+        ],
         ["states that prompts begin with, at most", human_bytes(memory["prefixes"])],
         [
             f"conversations in memory, {memory['sessions_kept']:,} full-grown ones",
@@ -84,7 +88,7 @@ def server() -> str:
             f"{memory['slots_that_fit']:,}",
         ],
         [
-            f"answers/s of which 1% wait over {activity['wait_seconds']:g} s",
+            f"answers/s of which at most 1% wait over {activity['wait_seconds']:g} s",
             f"{load_['answers_per_second']:.1f}",
         ],
         ["slots busy then", f"{load_['utilization']:.0%}"],
@@ -152,7 +156,10 @@ def settings() -> str:
         ["until it is back", f"{asked['recovery']:g} s"],
         ["replaced, all of them in turn", f"{asked['drain_share']:.0%} at a time"],
         ["time to finish answers before that", f"{asked['drain_grace']:g} s"],
-        ["a server takes others' turns below", f"{asked['load_bound']:g} × the mean"],
+        [
+            "turns that a server takes at once",
+            f"as many as slots, or {asked['load_bound']:g} × the mean if more",
+        ],
     ]
     return table(["assumed", ""], rows)
 
