@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ import pytest
 import lminf_export
 from lminf_export.errors import InputError, ParkedSessionError
 from lminf_export.runtime.chat_template import ChatTemplate
+from lminf_export.runtime.parking import age as parking_age
 from lminf_export.serve import session_folder
 from lminf_export.serve.session_folder import SessionFolder
 from tests.support import serving
@@ -532,12 +534,14 @@ def test_a_conversation_that_is_too_old_is_refused_and_removed_later(
     assert {path.name for path in folder.iterdir()} == {".lock"}
 
 
-def test_a_conversation_in_memory_grows_too_old_as_its_file_does(demo_lm, tmp_path):
-    settings = {"session_folder": tmp_path, "session_max_age": 2.0}
+def test_a_conversation_in_memory_grows_too_old_as_its_file_does(demo_lm, tmp_path, monkeypatch):
+    settings = {"session_folder": tmp_path, "session_max_age": 100.0, "session_durable": True}
     with serving.server_thread(demo_lm, **settings) as server:
         content(ask(server.url, "idle", FIRST))
         assert ask(server.url, "idle", SECOND).headers["x-session-state"] == "resumed"
-        time.sleep(2.2)
+        later = SimpleNamespace(time=lambda: time.time() + 101)
+        for module in (session_folder, parking_age):
+            monkeypatch.setattr(module, "time", later)
         found = ask(server.url, "idle", SECOND)
         assert (found.status_code, found.json()["error"]["code"]) == (410, "session_expired")
 
@@ -551,6 +555,24 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(demo_lm, kept_folder, tmp_p
             code = found.json()["error"]["code"]
             assert (found.status_code, code) == (503, "session_store_unavailable")
         assert ask(server.url, "kept", SECOND).headers["x-session-state"] == "resumed"
+
+
+def test_a_turn_that_is_written_while_the_one_before_is_read_is_found(
+    demo_lm, kept_folder, tmp_path, monkeypatch
+):
+    folder = Path(shutil.copytree(kept_folder, tmp_path / "copy"))
+    [record] = folder.glob("*.json")
+    sessions = SessionFolder(folder, 1 << 30)
+    first, digest = sessions.load(record.stem, demo_lm), session_folder._digest
+
+    def late(path):
+        monkeypatch.setattr(session_folder, "_digest", digest)
+        sessions.save(record.stem, replace(first, turn=7))
+        return digest(path)
+
+    monkeypatch.setattr(session_folder, "_digest", late)
+    assert sessions.load(record.stem, demo_lm).turn == 7
+    sessions.close()
 
 
 def age(path, seconds):

@@ -190,23 +190,24 @@ class SessionFolder:
             ParkedSessionError: its files are damaged, another bundle's, or too old.
             ParkingError: they cannot be read.
         """
+        while (file := self._file(key)) is not None:
+            try:
+                require_young(file.changed, self._max_age)
+                conversation = self._read(key, _record(self._path / (key + _RECORD)), lm)
+            except (OSError, ValueError, LminfError) as error:
+                if self._file(key) is not file:
+                    continue  # it was deleted meanwhile, or has a later turn
+                if isinstance(error, ParkedSessionError):
+                    raise
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    raise ParkingError(f"a kept conversation: {error.strerror}") from None
+                raise damaged(str(error)) from None
+            return replace(conversation, written=file.changed)
+        return None
+
+    def _file(self, key: str) -> _File | None:
         with self._lock:
-            file = self._files.get(key)
-        if file is None:
-            return None
-        try:
-            require_young(file.changed, self._max_age)
-            conversation = self._read(key, _record(self._path / (key + _RECORD)), lm)
-        except (OSError, ValueError, LminfError) as error:
-            with self._lock:
-                if self._files.get(key) is not file:
-                    return None  # it was deleted meanwhile
-            if isinstance(error, ParkedSessionError):
-                raise
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise ParkingError(f"a kept conversation: {error.strerror}") from None
-            raise damaged(str(error)) from None
-        return replace(conversation, written=file.changed)
+            return self._files.get(key)
 
     def drop(self, key: str) -> bool:
         """Remove a conversation; tell whether there was one.
