@@ -216,7 +216,7 @@ def test_a_replica_gets_more_than_it_takes_and_refuses_the_rest_itself(tiny, giv
     settings = Arguments.of({"bundle": str(tiny), **given}).settings()
     assert made.max_ongoing_requests > settings.slots + settings.max_waiting
     assert made.max_ongoing_requests > settings.max_requests
-    most = app({"bundle": str(tiny), "slots": 2**40})._bound_deployment
+    most = app({"bundle": str(tiny), "max_waiting": 2**40})._bound_deployment
     assert most.max_ongoing_requests == 2**31 - 1
 
 
