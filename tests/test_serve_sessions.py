@@ -540,8 +540,7 @@ def test_a_conversation_in_memory_grows_too_old_as_its_file_does(demo_lm, tmp_pa
         content(ask(server.url, "idle", FIRST))
         assert ask(server.url, "idle", SECOND).headers["x-session-state"] == "resumed"
         later = SimpleNamespace(time=lambda: time.time() + 101)
-        for module in (session_folder, parking_age):
-            monkeypatch.setattr(module, "time", later)
+        monkeypatch.setattr(parking_age, "time", later)
         found = ask(server.url, "idle", SECOND)
         assert (found.status_code, found.json()["error"]["code"]) == (410, "session_expired")
 

@@ -11,7 +11,6 @@ import re
 import secrets
 import stat
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from lminf_export.errors import (
     SessionError,
 )
 from lminf_export.runtime.language_model import LanguageModel
-from lminf_export.runtime.parking.age import DEFAULT_MAX_AGE, SWEPT_AT, require_young
+from lminf_export.runtime.parking.age import DEFAULT_MAX_AGE, SWEPT_AT, is_young, require_young
 from lminf_export.runtime.parking.folder_files import content_of, remove
 from lminf_export.serve.session_record import (
     conversation_of,
@@ -129,7 +128,7 @@ class SessionFolder:
 
     def is_latest(self, key: str, conversation: Conversation) -> bool:
         """Tell whether a conversation in memory is not too old; nobody else writes here."""
-        return time.time() - conversation.written <= self._max_age
+        return is_young(conversation.written, self._max_age)
 
     def save(self, key: str, conversation: Conversation) -> bool:
         """Write a conversation; tell whether the folder has room for it.
@@ -281,9 +280,8 @@ class SessionFolder:
     def _make_room(self) -> None:
         """Remove the oldest conversations that have no room, or have long been too old."""
         total = sum(file.nbytes for file in self._files.values())
-        due = time.time() - SWEPT_AT * self._max_age
         for key, file in list(self._files.items()):
-            if total <= self._max_bytes and file.changed >= due:
+            if total <= self._max_bytes and is_young(file.changed, SWEPT_AT * self._max_age):
                 return
             total -= file.nbytes
             self._forget(key)

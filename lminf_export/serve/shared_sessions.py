@@ -6,12 +6,12 @@ import json
 import logging
 import random
 import threading
-import time
 from dataclasses import replace
 
 from lminf_export.disk import parse_json
 from lminf_export.errors import LminfError, ParkedSessionError
 from lminf_export.runtime.language_model import LanguageModel
+from lminf_export.runtime.parking.age import is_young
 from lminf_export.runtime.parking.session_store import SessionStore
 from lminf_export.serve.session_record import conversation_of, record_of, require_record
 from lminf_export.serve.state_store import Conversation
@@ -58,9 +58,9 @@ class SharedSessions:
         Raises:
             ParkingError: the store cannot be read.
         """
-        if time.time() - conversation.written > self._store.max_age:
-            return False
-        return self._store.is_latest(key, conversation.turn, conversation.mark)
+        return is_young(conversation.written, self._store.max_age) and self._store.is_latest(
+            key, conversation.turn, conversation.mark
+        )
 
     def load(self, key: str, lm: LanguageModel) -> Conversation | None:
         """Return a conversation; None if there is none.

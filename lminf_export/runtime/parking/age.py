@@ -12,6 +12,11 @@ DEFAULT_MAX_AGE = 30 * 86400.0
 SWEPT_AT = 2.0
 
 
+def is_young(written: float, max_age: float) -> bool:
+    """Tell whether what was written at a Unix time is not older than so many seconds."""
+    return time.time() - written <= max_age
+
+
 def require_young(written: float, max_age: float) -> None:
     """Refuse a session that is too old.
 
@@ -22,11 +27,10 @@ def require_young(written: float, max_age: float) -> None:
     Raises:
         ParkedSessionError: it has expired.
     """
-    age = time.time() - written
-    if age > max_age:
+    if not is_young(written, max_age):
+        age = _lasting(time.time() - written)
         raise ParkedSessionError(
-            "expired",
-            f"the session was parked {_lasting(age)} ago, and is kept for {_lasting(max_age)}",
+            "expired", f"the session was parked {age} ago, and is kept for {_lasting(max_age)}"
         )
 
 
