@@ -10,11 +10,21 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
 from scripts import gpu_suite
-from scripts.gpu import kernel_steps, record, report, steps, timings, tool_steps, yardsticks
+from scripts.gpu import (
+    kernel_steps,
+    layer_steps,
+    record,
+    report,
+    steps,
+    timings,
+    tool_steps,
+    yardsticks,
+)
 from scripts.gpu.counters import by_kernel, read_details
 from scripts.gpu.emulated_device import TimedEmulation
 from scripts.gpu.kernel_library import KernelLibrary
@@ -92,7 +102,10 @@ def test_the_suite_runs_on_a_bare_machine_and_goes_on_where_it_stopped(library, 
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     results = tmp_path / "results"
-    chosen = ["correctness", "int8_rings", "repeatability", "harness", "onnxruntime", "timing"]
+    chosen = [
+        "correctness", "last_block", "int8_rings", "repeatability", "layers", "harness",
+        "onnxruntime", "timing",
+    ]  # fmt: skip
     command = [
         sys.executable, str(kernel_build.ROOT / "scripts" / "gpu_suite.py"), "--emulate", "--quick",
         "--library", str(library), "--results", str(results), "--build", str(tmp_path / "build"),
@@ -106,15 +119,18 @@ def test_the_suite_runs_on_a_bare_machine_and_goes_on_where_it_stopped(library, 
     assert done.returncode == 0, done.stderr
     (written,) = results.glob("gpu-*.json")
     found = json.loads(written.read_text())["steps"]
-    ran = ("correctness", "int8_rings", "repeatability", "timing", "choices")
-    assert {name for name, step in found.items() if step["status"] == "ok"} == set(ran)
+    ran = {*chosen, "choices"} - {"harness", "onnxruntime"}
+    assert {name for name, step in found.items() if step["status"] == "ok"} == ran
     assert {step["status"] for name, step in found.items() if name not in ran} == {"not run"}
     assert "no module onnx" in found["onnxruntime"]["reason"]
     assert found["correctness"]["largest_error_in_units_of_torchs"] <= kernel_steps.LARGEST_RATIO
     (small,) = found["timing"]["workloads"]
     assert set(small["times_faster_than"]) == {yardsticks.SDPA, yardsticks.FULL, timings.INT8}
     assert small["failed"] == {}
-    assert {"chosen", "1 splits"} <= set(found["choices"]["workloads"][0]["seconds"])
+    (compared,) = found["choices"]["workloads"]
+    tried = {"chosen", "1 splits", "2 splits, combined in the last block"}
+    assert tried <= set(compared["seconds"])
+    assert compared["failed"] == {}
     page = (results / "gpu.md").read_text()
     assert "| correctness | ok |" in page
     assert "| small |" in page
@@ -300,6 +316,25 @@ def test_an_output_that_changes_between_launches_fails_the_suite(library):
     suite = Suite(TimedEmulation(), library.parent, Unsteady(library), True, True)
     found = steps.perform("repeatability", suite)
     assert (found["status"], found["changed"]) == ("failed", ["small"])
+
+
+@needs_compiler
+def test_a_layer_that_another_one_changes_fails_the_suite(library):
+    class Careless(KernelLibrary):
+        """The first layer's output is the last one's scratch."""
+
+        outputs: ClassVar = []
+
+        def launch(self, params, workspace, stream=0, choices=timings.CHOSEN_BY_PLAN):
+            super().launch(params, workspace, stream, choices)
+            self.outputs.append(params.output)
+            if len(self.outputs) > 2 * layer_steps.LAYERS_WHEN_QUICK:
+                ctypes.memset(self.outputs[0], len(self.outputs) % 100, 4)
+
+    suite = Suite(TimedEmulation(), library.parent, Careless(library), True, True)
+    found = steps.perform("layers", suite)
+    assert found["status"] == "failed"
+    assert "small, as planned, plain" in found["changed"]
 
 
 @needs_compiler

@@ -20,6 +20,7 @@ from scripts.gpu.kernel_library import (
     KernelLibrary,
     params_of,
 )
+from scripts.gpu.kernel_steps import combine_in_last_block
 from tests.support import broken_kernel, kernel_build
 from tests.support.kernel_case import one_step
 
@@ -179,6 +180,49 @@ def test_all_splits_give_what_one_gives(library):
         torch.testing.assert_close(one[0], other[0], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", streams.HALF_TYPES)
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_last_block_combines_every_kind_of_row(library, dtype, int8):
+    """Every ratio of heads and head dimension, learned logits, ragged steps, in both orders."""
+    shapes = streams.some_shape_streams(dtype, step=3)
+    chosen = [*shapes, *streams.long_streams(dtype)[:2], streams.feature_streams(dtype)[14]]
+    for index, stream in enumerate(chosen):
+        DEVICE.configure(library, reverse=bool(index % 2))
+        found = run_stream(library, DEVICE, replace(stream, int8_rings=int8), combine_in_last_block)
+        assert found.problems == [], stream.name
+        assert found.ratio <= LARGEST_RATIO, stream.name
+    DEVICE.configure(library)
+
+
+@pytest.mark.parametrize("appends", [True, False])
+def test_the_last_block_saves_the_launch_that_combines(library, appends):
+    case, steps = streams.SMALL.with_(window_size=1511), ((10**6, 7), (1, 1))
+    inputs, outputs, attributes = one_step(case, *steps, torch.float16)
+    params = params_of(inputs, outputs, attributes)
+    arrivals = library.arrivals(params, "cpu")
+    assert arrivals.shape == (2 * case.num_kv_heads,)
+    reset_counters(library)
+    results = []
+    for splits in (0, 64, 2):
+        choices = Choices(splits=splits, appends_in_decode=appends, arrivals=arrivals)
+        workspace = torch.full((library.workspace_size(params) // 4,), float("nan"))
+        library.launch(params, workspace, choices=choices)
+        assert not arrivals.any()
+        results.append(outputs[0].clone())
+    assert counters(library).launches == 3 * (2 - appends)
+    kernel = step(library, case, *steps)[0]
+    for result in results:
+        torch.testing.assert_close(result, kernel, rtol=2e-3, atol=2e-3)
+
+
+def test_counters_are_not_touched_where_nothing_is_combined(library):
+    inputs, outputs, attributes = one_step(LONG, (10**6,), (1,), torch.float16)
+    params = params_of(inputs, outputs, attributes)
+    arrivals = torch.full((2,), 7, dtype=torch.int32)
+    library.launch(params, None, choices=Choices(arrivals=arrivals))
+    assert arrivals.tolist() == [7, 7]
+
+
 def test_splits_that_the_workspace_does_not_hold_are_refused(library):
     inputs, outputs, attributes = one_step(LONG, (10**6,), (1,), torch.float16)
     params = params_of(inputs, outputs, attributes)
@@ -233,13 +277,55 @@ MUTATIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_kernel_is_found(library, folder, tmp_path, mutation):
-    source, file, line, wrong = MUTATIONS[mutation]
-    mutant = KernelLibrary(kernel_build.broken_library(folder, source, file, line, wrong, tmp_path))
-    case = LONG.with_(num_heads=4, num_kv_heads=1)
+    mutant = KernelLibrary(kernel_build.broken_library(folder, *MUTATIONS[mutation], tmp_path))
+    assert is_found(mutant, LONG.with_(num_heads=4, num_kv_heads=1))
+
+
+# The same of what combines in the last block.
+_LAST = ("decode_float16.cu", "combine_last.cuh")
+LAST_BLOCK_MUTATIONS = {
+    "combines_a_block_too_early": (*_LAST, "blockIdx.x, a.splits)", "blockIdx.x, a.splits - 1)"),
+    "counts_for_all_heads_together": (*_LAST, "a.arrivals + blockIdx.x", "a.arrivals"),
+    "results_overwritten_before_they_are_read": (
+        *(*_LAST, "  syncBlock();  // parts are written, results in shared memory are read\n", ""),
+    ),
+    "weights_read_before_they_are_written": (
+        *(*_LAST, "allRows, weights);\n  syncBlock();", "allRows, weights);"),
+    ),
+    "logit_of_another_head": (
+        *(*_LAST, "group.head(a, group.firstRow + row)", "group.head(a, group.firstRow)"),
+    ),
+    "forgets_a_maximum": (*_LAST, "exp2Fast(maximum[1] - base)", "1.0f"),
+    "total_of_half_the_splits": (*_LAST, " + weight[1] * total[1]", ""),
+    "a_split_too_many": (*_LAST, "= split < a.splits;", "= split <= a.splits;"),
+    "values_of_the_first_row": (*_LAST, "firstRow + row) * D +", "firstRow) * D +"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", LAST_BLOCK_MUTATIONS)
+def test_a_broken_last_block_is_found(library, folder, tmp_path, mutation):
+    broken = kernel_build.broken_library(folder, *LAST_BLOCK_MUTATIONS[mutation], tmp_path)
+    case = LONG.with_(num_heads=8, num_kv_heads=1, sink_logits=True, window_size=811)
+    assert is_found(KernelLibrary(broken), case, combine_in_40)
+
+
+def test_the_last_block_that_is_broken_above_is_right(library):
+    case = LONG.with_(num_heads=8, num_kv_heads=1, sink_logits=True, window_size=811)
+    assert not is_found(library, case, combine_in_40)
+
+
+def combine_in_40(library, params, workspace, device):
+    arrivals = library.arrivals(params, device.name)
+    library.launch(params, workspace, choices=Choices(splits=40, arrivals=arrivals))
+
+
+def is_found(library, case, enqueue=None):
     chunks = ((1, 1), (1, 0), (1, 1))
     found = []
     for reverse in (False, True):
-        DEVICE.configure(mutant, reverse=reverse)
-        outcome = run_stream(mutant, replace(DEVICE), Stream(mutation, case, (10**6, 3), chunks))
+        DEVICE.configure(library, reverse=reverse)
+        outcome = run_stream(library, DEVICE, Stream("", case, (10**6, 3), chunks), enqueue)
         found.append(bool(outcome.problems) or outcome.error > LARGEST_RATIO * outcome.torch_error)
-    assert any(found)
+    DEVICE.configure(library)
+    return any(found)

@@ -217,6 +217,14 @@ inline float shuffleXor(float value, int mask) {
 inline void waitForPrevious() { emulation::waitForPrevious(); }
 inline void letNextStart() {}
 
+// Blocks run one after the other.
+inline bool arriveLast(std::uint32_t* counter, int count) {
+  const auto last = static_cast<std::uint32_t>(count - 1);
+  const std::uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before == last;
+}
+
 inline void syncBlock() { emulation::meetBlock(); }
 inline void syncWarp() { emulation::meetWarp(emulation::WarpInstruction::kSync, {}); }
 

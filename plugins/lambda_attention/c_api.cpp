@@ -24,14 +24,19 @@ std::size_t lminfWorkspaceSize(const lminf::LambdaAttentionParams* params) {
   return lminf::workspaceSize(*params);
 }
 
+std::size_t lminfArrivalBytes(const lminf::LambdaAttentionParams* params) {
+  return lminf::arrivalBytes(*params);
+}
+
 int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int preference, int splits,
-                    int startsEarly, int appendsInDecode, void* workspace,
+                    int startsEarly, int appendsInDecode, void* arrivals, void* workspace,
                     std::size_t workspaceBytes, void* stream) {
   lminf::LaunchChoices choices;
   choices.preference = static_cast<lminf::KernelPreference>(preference);
   choices.splits = splits;
   choices.startsEarly = startsEarly != 0;
   choices.appendsInDecode = appendsInDecode != 0;
+  choices.arrivals = static_cast<std::uint32_t*>(arrivals);
   return lminf::launchWith(*params, choices, workspace, workspaceBytes,
                            static_cast<cudaStream_t>(stream));
 }

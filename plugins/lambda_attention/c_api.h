@@ -20,10 +20,12 @@ LMINF_EXPORT std::size_t lminfValidate(const lminf::LambdaAttentionParams* param
 
 LMINF_EXPORT std::size_t lminfWorkspaceSize(const lminf::LambdaAttentionParams* params);
 
+LMINF_EXPORT std::size_t lminfArrivalBytes(const lminf::LambdaAttentionParams* params);
+
 // `launchWith`. Returns a cudaError_t.
 LMINF_EXPORT int lminfLaunchWith(const lminf::LambdaAttentionParams* params, int preference,
-                                 int splits, int startsEarly, int appendsInDecode, void* workspace,
-                                 std::size_t workspaceBytes, void* stream);
+                                 int splits, int startsEarly, int appendsInDecode, void* arrivals,
+                                 void* workspace, std::size_t workspaceBytes, void* stream);
 
 // The plan for a device of `multiprocessors` with `sharedBytes` of shared memory each, where
 // `hopper` says whether kTilesHopper can run on it, as kernel, rows per block, row blocks, splits,

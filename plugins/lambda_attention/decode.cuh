@@ -12,6 +12,7 @@
 #pragma once
 
 #include "append.cuh"
+#include "combine_last.cuh"
 #include "decode_warp.cuh"
 
 namespace lminf {
@@ -193,7 +194,9 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   warp.storeResult(results + warpNumber * kResult, stored);
   syncBlock();
   // Made again rather than remembered through the loop, where rings of bytes have no register left.
-  mergeWarps<T, D, kRows>(a, RowGroup(a, blockIdx.x, kRows), results, static_cast<int>(blockIdx.y));
+  const RowGroup rows(a, blockIdx.x, kRows);
+  mergeWarps<T, D, kRows>(a, rows, results, static_cast<int>(blockIdx.y));
+  if (a.arrivals != nullptr) combineInLastBlock<T, D, kRows>(a, rows);
 }
 
 }  // namespace lminf

@@ -189,6 +189,18 @@ __device__ __forceinline__ void letNextStart() {
 #endif
 }
 
+// Counts to `count` from 0 and on at 0 again; says who came last. What blocks wrote ahead of a
+// barrier before their arrivals, the last one sees behind a barrier after its own.
+__device__ __forceinline__ bool arriveLast(std::uint32_t* counter, int count) {
+  const auto last = static_cast<std::uint32_t>(count - 1);
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return before == last;
+}
+
 __device__ __forceinline__ void syncBlock() { __syncthreads(); }
 __device__ __forceinline__ void syncWarp() { __syncwarp(); }
 

@@ -10,6 +10,9 @@ namespace lminf {
 struct KernelArguments : Tensors {
   float* partialOutput;  // (splits, B, H, S, D)
   float* partialStats;   // (splits, B, H, S, 2): maximum in units of log2, total
+  // (B, G) counters of blocks that have ended, zero between launches, where the last block of
+  // decode combines; else null.
+  std::uint32_t* arrivals;
 
   std::int64_t windowSize;
   int batchSize;

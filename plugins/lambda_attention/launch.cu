@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "ring.cuh"
+#include "tile_shapes.h"
 #include "validate.h"
 
 namespace lminf {
@@ -120,7 +121,7 @@ cudaError_t attend(const KernelArguments& a, const AttentionPlan& plan, int head
   const bool isDecode = lminf::isDecode(plan.kernel);
   const cudaError_t status = isDecode ? enqueueDecode<T, Ring>(a, plan, headDim, stream)
                                       : enqueueChunk<T, Ring>(a, plan, headDim, stream);
-  if (status != cudaSuccess || plan.splits == 1) return status;
+  if (status != cudaSuccess || plan.splits == 1 || a.arrivals != nullptr) return status;
   return enqueueCombine<T>(a, headDim, a.startsEarly && isDecode, stream);
 }
 
@@ -195,6 +196,8 @@ cudaError_t launchWith(const LambdaAttentionParams& params, const LaunchChoices&
       params.batchSize * params.numHeads * params.sequenceLength * plan.splits;
   arguments.partialOutput = static_cast<float*>(workspace);
   arguments.partialStats = arguments.partialOutput + partialRows * params.headDim;
+  const bool combinesInDecode = isDecode(plan.kernel) && plan.splits > 1;
+  arguments.arrivals = combinesInDecode ? choices.arrivals : nullptr;
 
   status = copyRings(params, stream);
   if (status != cudaSuccess) return status;

@@ -145,6 +145,10 @@ std::size_t partialBytes(const LambdaAttentionParams& p, int splits) {
          static_cast<std::size_t>(splits);
 }
 
+std::size_t arrivalBytes(const LambdaAttentionParams& p) {
+  return static_cast<std::size_t>(p.batchSize * p.numKvHeads) * sizeof(std::uint32_t);
+}
+
 std::size_t workspaceSize(const LambdaAttentionParams& p) {
   if (p.dataType == DataType::kFloat32 || !validateSettings(p).empty()) return 0;
   // Every smaller shape of the same layer must fit too, so each kernel that one of them could

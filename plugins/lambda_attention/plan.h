@@ -45,8 +45,6 @@ struct AttentionPlan {
   std::size_t sharedBytes = 0;
 };
 
-constexpr int kMaxSplits = 64;  // kCombineWarps * kCombineSplits
-
 bool isDecode(AttentionKernel kernel);
 
 bool isSupportedHeadDim(std::int64_t headDim);
@@ -56,6 +54,9 @@ std::size_t sharedBytes(AttentionKernel kernel, int headDim);
 
 // Bytes that `splits` parts of every query row take: D + 2 floats each.
 std::size_t partialBytes(const LambdaAttentionParams& params, int splits);
+
+// Bytes of LaunchChoices::arrivals: a counter for each key/value head of each row of the batch.
+std::size_t arrivalBytes(const LambdaAttentionParams& params);
 
 // Bytes of scratch memory `launch` can make use of. Grows with every size, so the answer for the
 // largest shapes of a profile covers the smaller ones. Needs no device. With less memory (even

@@ -13,6 +13,7 @@ constexpr int kSimpleWarps = 4;
 // once.
 constexpr int kCombineWarps = 8;
 constexpr int kCombineSplits = 8;
+constexpr int kMaxSplits = kCombineWarps * kCombineSplits;
 
 // Decode: every warp takes tiles of 16 keys on its own; partial results meet in shared memory.
 constexpr int kDecodeWarps = 4;

@@ -7,7 +7,7 @@ the block emulation, so that what compares them is tested without a GPU.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,14 @@ class Choices:
         splits: of the keys; 0 leaves them to the plan.
         starts_early: a kernel may start before the one ahead of it ends.
         appends_in_decode: a single token is appended by the decode kernel.
+        arrivals: of `KernelLibrary.arrivals`, where the block of decode that ends last combines its
+            splits; None where a kernel does.
     """
 
     splits: int = 0
     starts_early: bool = True
     appends_in_decode: bool = True
+    arrivals: Tensor | None = field(default=None, compare=False)
 
 
 CHOSEN_BY_PLAN = Choices()
@@ -99,6 +102,7 @@ class KernelLibrary:
         self.c.lminfParamsSize.restype = ctypes.c_size_t
         self.c.lminfValidate.restype = ctypes.c_size_t
         self.c.lminfWorkspaceSize.restype = ctypes.c_size_t
+        self.c.lminfArrivalBytes.restype = ctypes.c_size_t
         self.c.lminfErrorName.restype = ctypes.c_char_p
         if self.c.lminfParamsSize() != ctypes.sizeof(Params):
             raise KernelError(
@@ -120,6 +124,11 @@ class KernelLibrary:
     def workspace_size(self, params: Params) -> int:
         """Return the bytes of scratch memory that a call can make use of."""
         return int(self.c.lminfWorkspaceSize(ctypes.byref(params)))
+
+    def arrivals(self, params: Params, device: str) -> Tensor:
+        """Return the counters of `Choices.arrivals` for calls of these sizes, int32, all zero."""
+        count = int(self.c.lminfArrivalBytes(ctypes.byref(params))) // 4
+        return torch.zeros(count, dtype=torch.int32, device=device)
 
     def plan(
         self,
@@ -162,7 +171,8 @@ class KernelLibrary:
             choices.splits,
             int(choices.starts_early),
             int(choices.appends_in_decode),
-            ctypes.c_void_p(workspace.data_ptr() if workspace is not None else None),
+            _address(choices.arrivals),
+            _address(workspace),
             ctypes.c_size_t(
                 workspace.numel() * workspace.element_size() if workspace is not None else 0
             ),
@@ -171,6 +181,10 @@ class KernelLibrary:
         if status:
             name = self.c.lminfErrorName(status).decode()
             raise KernelError(self.problem(params) or f"launch failed: {name}")
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
 
 
 def params_of(

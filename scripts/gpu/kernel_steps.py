@@ -10,11 +10,12 @@ import torch
 
 from scripts.gpu import streams, timings, workloads
 from scripts.gpu.check import Stream, run_stream
-from scripts.gpu.kernel_library import KernelLibrary
+from scripts.gpu.kernel_library import Choices, KernelLibrary, Params
 from scripts.gpu.suite import DeviceLost, SkipStep, Suite, in_words
 
 LARGEST_RATIO = 2.0  # error in units of torch's in the same precision
 REPEATS = 20
+LONG_WINDOW = 1000  # the plan splits its keys
 
 
 def correctness(suite: Suite, enqueue: Callable[..., None] | None = None) -> dict[str, Any]:
@@ -43,6 +44,29 @@ def graph_capture(suite: Suite) -> dict[str, Any]:
     from scripts.gpu.cuda_device import launch_in_graph
 
     return correctness(suite, launch_in_graph)
+
+
+def last_block(suite: Suite) -> dict[str, Any]:
+    """The 16-bit streams in splits that the block of decode that ends last combines."""
+    chosen = [s for s in all_streams(suite.quick) if s.dtype != torch.float32]
+    return _run_all(suite, chosen, combine_in_last_block)
+
+
+def combine_in_last_block(
+    library: KernelLibrary, params: Params, workspace: torch.Tensor | None, device: Any
+) -> None:
+    """Launch twice, the last block combining three splits or the plan's: an `enqueue`.
+
+    Raises:
+        RuntimeError: a launch left its counters at another number than zero.
+    """
+    splits = 3 if workspace is not None and params.window_size < LONG_WINDOW else 0
+    arrivals = library.arrivals(params, device.name)
+    for _ in range(2):
+        choices = Choices(splits=splits, arrivals=arrivals)
+        library.launch(params, workspace, device.stream(), choices)
+        if arrivals.any():
+            raise RuntimeError("a launch left counters that are not zero")
 
 
 def hopper_kernel(suite: Suite) -> dict[str, Any]:

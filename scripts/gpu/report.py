@@ -16,6 +16,9 @@ writes `build/gpu-results/gpu-<device>.json`, which is recorded by being copied 
 `benchmarks/results/`; this page is written from there. What was checked without a GPU, against
 which source, and what a run has shown and had mended: [gpu_review.md](gpu_review.md).
 """
+CHOICES = (
+    """What the plan takes, beside every other number of splits and every variant of a kernel:"""
+)
 COUNTERS = """Single kernels by Nsight Compute, which empties the caches before each of them (so
 what reads the results of the one before, as combine does, takes longer than in a step):"""
 TARGETS = (
@@ -75,12 +78,32 @@ def _section(result: dict[str, Any]) -> str:
     if workloads := _workloads(result):
         head = ["workload", "µs a layer", "of copy bandwidth", "TFLOP/s", "times faster than"]
         parts.append(table(head, map(_row, workloads), numbers=False))
+    if compared := steps.get("choices", {}).get("workloads"):
+        parts.append(CHOICES)
+        head = ["workload", "kernel", "splits", "µs", "fastest choice", "its µs", "the others"]
+        parts.append(table(head, map(_compared, compared), numbers=False))
     if counted := steps.get("counters", {}).get("workloads"):
         parts.append(COUNTERS)
         head = ["workload", "kernel", "grid", "µs", "memory GB/s", "no warp ready", "registers"]
         rows = [_counted(name, kernel) for name, kernels in counted.items() for kernel in kernels]
         parts.append(table(head, rows, numbers=False))
     return "\n\n".join(parts) + "\n"
+
+
+def _compared(workload: dict[str, Any]) -> list[str]:
+    seconds = dict(workload["seconds"])
+    chosen = seconds.pop("chosen")
+    fastest = min(seconds, key=seconds.__getitem__)
+    variants = [name for name in seconds if not name.endswith("splits") and name != fastest]
+    return [
+        workload["workload"],
+        workload["kernel"],
+        str(workload["planned_splits"]),
+        f"{chosen * 1e6:.1f}",
+        fastest,
+        f"{seconds[fastest] * 1e6:.1f}",
+        ", ".join(f"{name}: {seconds[name] * 1e6:.1f}" for name in variants),
+    ]
 
 
 def _counted(workload: str, kernel: dict[str, Any]) -> list[str]:
@@ -101,6 +124,8 @@ def _remark(step: dict[str, Any]) -> str:
     if "largest_error_in_units_of_torchs" in step:
         ratio = step["largest_error_in_units_of_torchs"]
         return f"{step['streams']} streams, error at most {ratio:.2f} × torch's"
+    if changed := step.get("changed"):
+        return f"changed: {'; '.join(changed)}"
     if failures := step.get("failures"):
         named = ": ".join(str(value) for value in failures[0].values())
         return f"{len(failures)} failed; {named}"

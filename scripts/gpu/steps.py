@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from scripts.gpu import kernel_steps, tool_steps
+from scripts.gpu import kernel_steps, layer_steps, tool_steps
 from scripts.gpu.suite import SkipStep, Suite, in_words
 
 STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
@@ -15,8 +15,10 @@ STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "graph_capture": kernel_steps.graph_capture,
     "correctness": kernel_steps.correctness,
     "hopper_kernel": kernel_steps.hopper_kernel,
+    "last_block": kernel_steps.last_block,
     "int8_rings": kernel_steps.int8_rings,
     "repeatability": kernel_steps.repeatability,
+    "layers": layer_steps.layers,
     "harness": tool_steps.harness,
     "onnxruntime": tool_steps.onnxruntime,
     "timing": kernel_steps.timing,

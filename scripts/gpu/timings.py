@@ -32,6 +32,7 @@ OURS = "lambda kernels"
 HOPPER = "lambda kernels, those of compute capability 9.0"
 INT8 = "lambda kernels, rings of int8"
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 22, 33, 43, 64)
+SPLITS_IN_LAST_BLOCK = (2, 4, 8, 16, 33)
 
 
 class TimingDevice(Protocol):
@@ -90,7 +91,7 @@ def measure(library: KernelLibrary, device: TimingDevice, workload: Workload) ->
 def measure_choices(
     library: KernelLibrary, device: TimingDevice, workload: Workload
 ) -> dict[str, Any]:
-    """Time the kernels with every number of splits and with each of their variants switched off.
+    """Time the kernels with every number of splits and with each of their variants turned over.
 
     Returns:
         Median seconds of one layer by choice, and how many splits the plan takes.
@@ -106,6 +107,14 @@ def measure_choices(
         "append kernel, no early start": Choices(starts_early=False, appends_in_decode=False),
         **{f"{n} splits": Choices(splits=n) for n in SPLITS if n * row <= size},
     }
+    if workload.steps == 1:
+        choices |= {
+            f"{n} splits, combined in the last block": Choices(
+                splits=n, arrivals=library.arrivals(params, device.name)
+            )
+            for n in SPLITS_IN_LAST_BLOCK
+            if n * row <= size
+        }
     works, failures = _prepared(
         device,
         {

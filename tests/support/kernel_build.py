@@ -93,7 +93,8 @@ def broken_library(folder: Path, source: str, file: str, line: str, wrong: str, 
     target = work / Path(source).with_suffix(".o")
     compile_object(sources, source, target)
     others = [path for path in folder.glob("*.o") if path.name != target.name]
-    return link([*others, target], work / "broken.so")
+    # The linker keeps the first of what several objects have.
+    return link([target, *others], work / "broken.so")
 
 
 def _build(folder: Path, library: Path) -> None:
