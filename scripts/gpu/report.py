@@ -16,9 +16,7 @@ writes `build/gpu-results/gpu-<device>.json`, which is recorded by being copied 
 `benchmarks/results/`; this page is written from there. What was checked without a GPU, against
 which source, and what a run has shown and had mended: [gpu_review.md](gpu_review.md).
 """
-CHOICES = (
-    """What the plan takes, beside every other number of splits and every variant of a kernel:"""
-)
+CHOICES = "The plan beside every other number of splits and every variant of a kernel:"
 COUNTERS = """Single kernels by Nsight Compute, which empties the caches before each of them (so
 what reads the results of the one before, as combine does, takes longer than in a step):"""
 TARGETS = (
@@ -81,7 +79,8 @@ def _section(result: dict[str, Any]) -> str:
     if compared := steps.get("choices", {}).get("workloads"):
         parts.append(CHOICES)
         head = ["workload", "kernel", "splits", "µs", "fastest choice", "its µs", "the others"]
-        parts.append(table(head, map(_compared, compared), numbers=False))
+        rows = [_compared(workload) for workload in compared if "chosen" in workload["seconds"]]
+        parts.append(table(head, rows, numbers=False))
     if counted := steps.get("counters", {}).get("workloads"):
         parts.append(COUNTERS)
         head = ["workload", "kernel", "grid", "µs", "memory GB/s", "no warp ready", "registers"]
