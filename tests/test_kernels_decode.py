@@ -243,14 +243,14 @@ MUTATIONS = {
     "padding_is_not_appended": (
         "decode_float16.cu",
         "decode.cuh",
-        "(begin < end || (tiles == 0 && split == 0))",
-        "begin < end",
+        "split == a.splits - 1;",
+        "split == a.splits - 1 && real > 0;",
     ),
     "appended_by_the_first_split": (
         "decode_float16.cu",
         "decode.cuh",
-        "end == tiles && (begin < end || (tiles == 0 && split == 0))",
-        "split == 0",
+        "split == a.splits - 1;",
+        "split == 0;",
     ),
     "values_requested_before_they_are_used_up": (
         "decode_float16.cu",

@@ -297,6 +297,19 @@ def test_splits_share_out_all_tiles(arithmetic):
             assert ends[0] == 0
             assert ends[-1] == tiles
             assert max(sizes) - min(sizes) <= 1
+            assert sizes[-1] == max(sizes)  # it appends: who appends reads the new key's tile
+
+
+def test_quotients_are_exact(arithmetic):
+    rng = random.Random(5)
+    most = 2**31 - 1
+    values = [1, 2, 3, 5, 7, 64, 641, 2**16 - 1, 2**16 + 1, 2**30, 2**30 + 1, most - 1, most]
+    for value in [*values, *(rng.randint(1, 2 ** rng.randint(1, 31) - 1) for _ in range(2000))]:
+        edges = [k * value + e for k in (1, 2, most // value) for e in (-1, 0, 1)]
+        dividends = [0, 1, most, *(rng.randint(0, most) for _ in range(50)), *edges]
+        dividends = [n for n in dividends if 0 <= n <= most]
+        given = (ctypes.c_int * len(dividends))(*dividends)
+        assert arithmetic.wrongQuotients(given, len(dividends), value) == 0, value
 
 
 def test_rotary_pairs_are_mutual(arithmetic):

@@ -7,11 +7,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define LMINF_HD __host__ __device__ __forceinline__
-#else
-#define LMINF_HD inline
-#endif
+#include "divisor.h"
 
 namespace lminf {
 
@@ -20,8 +16,14 @@ LMINF_HD std::int64_t floorMod(std::int64_t value, std::int64_t modulus) {
   return rest < 0 ? rest + modulus : rest;
 }
 
+// The ring slot of a position from 0 on.
+LMINF_HD int slotOf(std::int64_t position, const Divisor& capacity) {
+  if (position <= INT32_MAX) return static_cast<int>(position) % capacity;
+  return static_cast<int>(position % capacity.value);
+}
+
 template <class Number>
-LMINF_HD Number smaller(Number a, Number b) {
+LMINF_HD constexpr Number smaller(Number a, Number b) {
   return a < b ? a : b;
 }
 
@@ -31,7 +33,7 @@ LMINF_HD Number larger(Number a, Number b) {
 }
 
 template <class Number>
-LMINF_HD Number ceilDiv(Number value, Number divisor) {
+LMINF_HD constexpr Number ceilDiv(Number value, Number divisor) {
   return (value + divisor - 1) / divisor;
 }
 
@@ -59,7 +61,7 @@ struct KeySpan {
 // The span of steps firstStep ... lastStep (less the padded ones). A step's position is
 // past + step. Empty if no step is real.
 LMINF_HD KeySpan keySpan(std::int64_t past, int realSteps, int firstStep, int lastStep,
-                         std::int64_t windowSize, int numSinkTokens, int capacity) {
+                         std::int64_t windowSize, int numSinkTokens, const Divisor& capacity) {
   KeySpan span{0, 0, 0, 0};
   lastStep = smaller(lastStep, realSteps - 1);
   if (lastStep < firstStep) return span;
@@ -69,7 +71,7 @@ LMINF_HD KeySpan keySpan(std::int64_t past, int realSteps, int firstStep, int la
   first = larger<std::int64_t>(first, past + realSteps - capacity);
   first = larger<std::int64_t>(first, 0);
   span.ringCount = static_cast<int>(end - first);
-  span.firstSlot = static_cast<int>(first % capacity);
+  span.firstSlot = slotOf(first, capacity);
   span.firstRelative = static_cast<int>(first - past);
   span.sinkCount = visibleSinks(end - 1, windowSize, numSinkTokens);
   return span;
@@ -93,9 +95,11 @@ LMINF_HD KeyRange visibleRingKeys(const KeySpan& span, int step, int windowLimit
           smaller(step - span.firstRelative, span.ringCount - 1)};
 }
 
-// Tiles begin ... end - 1 of a split of all tiles, as even as can be.
-LMINF_HD int splitBegin(int tiles, int split, int splits) {
-  return static_cast<int>(static_cast<std::int64_t>(tiles) * split / splits);
+// The first tile of a split, or behind the last: splits are as even as can be, the last ones have
+// one more. So the last split has the last tile, if there is any.
+LMINF_HD int splitBegin(int tiles, int split, const Divisor& splits) {
+  const int each = tiles / splits, rest = tiles - each * splits.value;
+  return each * split + larger(split - (splits.value - rest), 0);
 }
 
 // Which dimension a rotated dimension is paired with, its row in the tables, and the sign of sin:

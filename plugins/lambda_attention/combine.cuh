@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combineKernel(const Kernel
     weights[other] = exp2Fast(maxima[other] - top);
     total += weights[other] * totals[other];
   }
-  const int head = static_cast<int>(row / a.sequenceLength % numHeads);
+  const int head = static_cast<int>(blockIdx.x) / a.sequenceLength % numHeads;
   const float factor = softmaxFactor(a, head, maximum, total);
   T* output = static_cast<T*>(a.output) + row * D;
   for (int dim = static_cast<int>(threadIdx.x); dim < D; dim += kCombineWarps * 32) {

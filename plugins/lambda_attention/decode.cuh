@@ -58,36 +58,70 @@ __device__ __forceinline__ void mergeWarps(const KernelArguments& a, const RowGr
   }
 }
 
-// Rotates the block's query rows once for each kind of key into shared memory.
+// A part of the block's query rows on its way to shared memory, rotated for each kind of key. A
+// thread keeps to one dimension of its rows, so that it finds the dimension's partner once.
 template <class T, int D, int kRows>
-__device__ __forceinline__ void rotateQueries(const KernelArguments& a, const RowGroup& group,
-                                              T* sinkRows, T* ringRows) {
-  constexpr int kStride = D + kRowPadding, kThreads = kDecodeWarps * 32;
-  constexpr int kAtOnce = D > 128 ? 2 : 4;  // beside the keys under way
-  const T* query = static_cast<const T*>(a.query) + (group.offset + group.firstRow) * D;
-  const int rows = smaller(kRows, group.rows - group.firstRow);
-#pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x); first < kRows * D; first += kAtOnce * kThreads) {
-    RotaryElement<T> sink[kAtOnce], ring[kAtOnce];
+struct QueryPart {
+  static constexpr int kThreads = kDecodeWarps * 32;
+  static constexpr int kColumns = smaller(D, kThreads);
+  static constexpr int kRowsAtOnce = kThreads / kColumns;
+  static constexpr int kOwn = kRows / kRowsAtOnce;                // rows of a thread
+  static constexpr int kAtOnce = D > 128 ? 4 : smaller(kOwn, 8);  // beside the keys under way
+  static constexpr int kBatches = kOwn / kAtOnce;
+  static constexpr int kParts = D / kColumns * kBatches;
+
+  T element[kAtOnce], partner[kAtOnce];
+  float cos[kAtOnce], sin[kAtOnce];
+  float limitCos, limitSin, sign;
+
+  static __device__ __forceinline__ bool takesPart() {
+    return static_cast<int>(threadIdx.x) < kColumns * kRowsAtOnce;
+  }
+  static __device__ __forceinline__ int dimension(int part) {
+    return static_cast<int>(threadIdx.x) % kColumns + part / kBatches * kColumns;
+  }
+  static __device__ __forceinline__ int row(int part, int index) {
+    const int own = part % kBatches * kAtOnce + index;
+    return static_cast<int>(threadIdx.x) / kColumns + own * kRowsAtOnce;
+  }
+
+  __device__ __forceinline__ void load(const KernelArguments& a, const RowGroup& group, int part) {
+    const int dim = dimension(part), rows = smaller(kRows, group.rows - group.firstRow);
+    const T* query = static_cast<const T*>(a.query) + (group.offset + group.firstRow) * D;
+    const bool turns = dim < a.rotaryDim;
+    const RotaryPair pair = rotaryPair(dim, a.rotaryDim, a.rotaryInterleaved);
+    sign = pair.sign;
+    limitCos = turns ? a.limitCos[pair.pair] : 1.0f;
+    limitSin = turns ? a.limitSin[pair.pair] : -0.0f;
 #pragma unroll
     for (int index = 0; index < kAtOnce; ++index) {
-      const int row = (first + index * kThreads) / D, dim = (first + index * kThreads) % D;
-      if (row >= rows) continue;
-      const std::int64_t rotary = cosRow(a, group.batch, (group.firstRow + row) % a.sequenceLength);
-      const T* source = query + row * D;
-      sink[index].load(source, dim, a.limitCos, a.limitSin, a.rotaryDim, a.rotaryInterleaved);
-      ring[index].load(source, dim, a.cos + rotary, a.sin + rotary, a.rotaryDim,
-                       a.rotaryInterleaved);
-    }
-#pragma unroll
-    for (int index = 0; index < kAtOnce; ++index) {
-      const int row = (first + index * kThreads) / D, dim = (first + index * kThreads) % D;
-      if (row >= kRows) continue;
-      sinkRows[row * kStride + dim] = fromFloat<T>(sink[index].rotated());
-      ringRows[row * kStride + dim] = fromFloat<T>(ring[index].rotated());
+      const int at = row(part, index);
+      element[index] = partner[index] = T{};
+      cos[index] = 1.0f;
+      sin[index] = -0.0f;
+      if (!takesPart() || at >= rows) continue;
+      element[index] = query[at * D + dim];
+      if (!turns) continue;
+      const std::int64_t table =
+          cosRow(a, group.batch, (group.firstRow + at) % a.sequenceLength) + pair.pair;
+      partner[index] = query[at * D + pair.partner];
+      cos[index] = a.cos[table];
+      sin[index] = a.sin[table];
     }
   }
-}
+
+  __device__ __forceinline__ void store(int part, T* sinkRows, T* ringRows) const {
+    constexpr int kStride = D + kRowPadding;
+    if (!takesPart()) return;
+#pragma unroll
+    for (int index = 0; index < kAtOnce; ++index) {
+      const int to = row(part, index) * kStride + dimension(part);
+      const float own = toFloat(element[index]), other = sign * toFloat(partner[index]);
+      sinkRows[to] = fromFloat<T>(own * limitCos + other * limitSin);
+      ringRows[to] = fromFloat<T>(own * cos[index] + other * sin[index]);
+    }
+  }
+};
 
 // grid: (B * G * rowBlocks, splits).
 template <class T, class Ring, int D, int kRowTiles>
@@ -100,6 +134,10 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   const RowGroup group(a, blockIdx.x, kRows);
   const std::int64_t past = a.pastLength[group.batch];
   const int real = realTokens(a.newLength[group.batch], a.sequenceLength);
+  // Where this kernel appends, the blocks of the last split do: they read the new key's tile, if
+  // anybody does (splitBegin). No other block looks at that slot.
+  const int split = static_cast<int>(blockIdx.y);
+  const bool appends = a.appendsInDecode && split == a.splits - 1;
   const std::int64_t pair = static_cast<std::int64_t>(group.batch) * a.numKvHeads + group.kvHead;
 
   DecodeWarp<T, Ring, D, kRowTiles> warp(a);
@@ -113,14 +151,9 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   warp.firstSlot = span.firstSlot;
   warp.sinkTiles = ceilDiv(span.sinkCount, kDecodeKeys);
   const int tiles = warp.sinkTiles + ceilDiv(span.ringCount, kDecodeKeys);
-  const int split = static_cast<int>(blockIdx.y);
   const int begin = splitBegin(tiles, split, a.splits);
   const int end = splitBegin(tiles, split + 1, a.splits);
   int tile = begin + warpNumber;
-  // Where this kernel appends, the block that reads the new key's tile writes it, or where padding
-  // is all there is, the first. No other block looks at that slot.
-  const bool appends =
-      a.appendsInDecode && end == tiles && (begin < end || (tiles == 0 && split == 0));
   letNextStart();
   if (!a.appendsInDecode) waitForPrevious();
   // The first keys and values are on their way while the query is rotated; not the new ones.
@@ -156,7 +189,12 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
 
   T* sinkRows = reinterpret_cast<T*>(dynamicShared());
   T* ringRows = sinkRows + kRows * (D + kRowPadding);
-  rotateQueries<T, D, kRows>(a, group, sinkRows, ringRows);
+#pragma unroll 1
+  for (int part = 0; part < QueryPart<T, D, kRows>::kParts; ++part) {
+    QueryPart<T, D, kRows> queries;
+    queries.load(a, group, part);
+    queries.store(part, sinkRows, ringRows);
+  }
   syncBlock();
 
   if (tile < end && !early) {

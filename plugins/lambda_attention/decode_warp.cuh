@@ -50,22 +50,30 @@ struct DecodeWarp {
   __device__ __forceinline__ explicit DecodeWarp(const KernelArguments& arguments)
       : a(arguments), quad(threadIdx.x % 32 / 4), inQuad(threadIdx.x % 4) {}
 
-  // Slot of a numbered key or value. Behind the last one it is repeated; the mask drops those.
-  __device__ __forceinline__ int sinkSlot(int number) const {
-    return smaller(number, sinkCount - 1);
-  }
-  __device__ __forceinline__ int slotOf(int number) const {
-    return ringSlot(firstSlot, smaller(number, ringCount - 1), a.capacity);
-  }
+  // Where the rows of one kind of key lie: sinks are a ring that never wraps.
+  template <class Element>
+  struct Rows {
+    const Element* start;
+    int last, firstSlot, capacity;
 
-  // The row of a numbered key or value, in sinks or ring.
-  __device__ __forceinline__ const T* rowOf(bool isSink, int number, const void* sinks,
+    // Slot of a numbered key or value. Behind the last one it is repeated; the mask drops those.
+    __device__ __forceinline__ int slot(int number) const {
+      return ringSlot(firstSlot, smaller(number, last), capacity);
+    }
+    __device__ __forceinline__ const Element* row(int number) const {
+      return start + slot(number) * D;
+    }
+  };
+
+  __device__ __forceinline__ Rows<T> rowsOf(bool isSink, const void* sinks,
                                             const void* ring) const {
-    if (isSink) return static_cast<const T*>(sinks) + sinkOffset + sinkSlot(number) * D;
-    return static_cast<const T*>(ring) + ringOffset + slotOf(number) * D;
+    return {isSink ? static_cast<const T*>(sinks) + sinkOffset
+                   : static_cast<const T*>(ring) + ringOffset,
+            (isSink ? sinkCount : ringCount) - 1, isSink ? 0 : firstSlot,
+            isSink ? sinkCount : a.capacity.value};
   }
-  __device__ __forceinline__ const Ring* ringRowOf(int number, const void* ring) const {
-    return static_cast<const Ring*>(ring) + ringOffset + slotOf(number) * D;
+  __device__ __forceinline__ Rows<Ring> byteRows(const void* ring) const {
+    return {static_cast<const Ring*>(ring) + ringOffset, ringCount - 1, firstSlot, a.capacity};
   }
 
   __device__ __forceinline__ int firstKey(int tile) const {
@@ -81,10 +89,10 @@ struct DecodeWarp {
         return;
       }
     }
+    const Rows<T> rows = rowsOf(tile < sinkTiles, a.presentSinkKey, a.presentKey);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const T* row =
-          rowOf(tile < sinkTiles, firstKey(tile) + quad + 8 * side, a.presentSinkKey, a.presentKey);
+      const T* row = rows.row(firstKey(tile) + quad + 8 * side);
 #pragma unroll
       for (int block = 0; block < kKeyBlocks; ++block) {
         key[block][side] = loadStreamed<8>(row + block * 32 + inQuad * 8);
@@ -96,10 +104,11 @@ struct DecodeWarp {
   }
 
   __device__ __forceinline__ void loadKeyBytes(int tile) {
+    const Rows<Ring> rows = byteRows(a.presentKey);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int number = firstKey(tile) + quad + 8 * side;
-      const Ring* row = ringRowOf(number, a.presentKey);
+      const Ring* row = rows.row(number);
 #pragma unroll
       for (int block = 0; block < kKeyBlocks; ++block) {
         key[block][side] = loadStreamedBytes<8>(row + block * 32 + inQuad * 8);
@@ -107,15 +116,15 @@ struct DecodeWarp {
       if constexpr (kKeyRest > 0) {
         keyRest[side] = loadStreamedBytes<kKeyRest>(row + kKeyBlocks * 32 + inQuad * kKeyRest);
       }
-      keyScale[side] = a.presentKeyScale[scaleOffset + slotOf(number)];
+      keyScale[side] = a.presentKeyScale[scaleOffset + rows.slot(number)];
     }
   }
 
   __device__ __forceinline__ void loadValueBytes(int tile) {
+    const Rows<Ring> rows = byteRows(a.presentValue);
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      const int number = firstKey(tile) + 2 * inQuad + (part & 1) + (part & 2) * 4;
-      const Ring* row = ringRowOf(number, a.presentValue);
+      const Ring* row = rows.row(firstKey(tile) + 2 * inQuad + (part & 1) + (part & 2) * 4);
 #pragma unroll
       for (int block = 0; block < kValueBlocks; ++block) {
         value[block][part] = loadStreamedBytes<8>(row + block * 64 + quad * 8);
@@ -128,7 +137,7 @@ struct DecodeWarp {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       valueScale[side] =
-          a.presentValueScale[scaleOffset + slotOf(firstKey(tile) + quad + 8 * side)];
+          a.presentValueScale[scaleOffset + rows.slot(firstKey(tile) + quad + 8 * side)];
     }
   }
 
@@ -158,10 +167,10 @@ struct DecodeWarp {
         return;
       }
     }
+    const Rows<T> rows = rowsOf(tile < sinkTiles, a.presentSinkValue, a.presentValue);
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      const int number = firstKey(tile) + 2 * inQuad + (part & 1) + (part & 2) * 4;
-      const T* row = rowOf(tile < sinkTiles, number, a.presentSinkValue, a.presentValue);
+      const T* row = rows.row(firstKey(tile) + 2 * inQuad + (part & 1) + (part & 2) * 4);
 #pragma unroll
       for (int block = 0; block < kValueBlocks; ++block) {
         value[block][part] = loadStreamed<8>(row + block * 64 + quad * 8);

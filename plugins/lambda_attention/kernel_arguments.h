@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../operator/contract.h"
+#include "divisor.h"
 
 namespace lminf {
 
@@ -16,10 +17,10 @@ struct KernelArguments : Tensors {
 
   std::int64_t windowSize;
   int batchSize;
-  int numKvHeads;
+  Divisor numKvHeads;
   int group;  // query heads per key/value head
-  int sequenceLength;
-  int capacity;
+  Divisor sequenceLength;
+  Divisor capacity;
   int numSinkTokens;
   int sinkSlots;    // max(N, 1)
   int sinkBatch;    // rows of the past sinks: B or 1
@@ -34,8 +35,8 @@ struct KernelArguments : Tensors {
   float scale;
   float softcap;
   float limitDistance;  // L
-  int rowBlocks;
-  int splits;
+  Divisor rowBlocks;
+  Divisor splits;
 };
 
 }  // namespace lminf

@@ -20,10 +20,10 @@ KernelArguments argumentsOf(const LambdaAttentionParams& p) {
   static_cast<Tensors&>(a) = p;
   a.windowSize = p.windowSize;
   a.batchSize = static_cast<int>(p.batchSize);
-  a.numKvHeads = static_cast<int>(p.numKvHeads);
+  a.numKvHeads = divisorOf(static_cast<int>(p.numKvHeads));
   a.group = static_cast<int>(p.numHeads / p.numKvHeads);
-  a.sequenceLength = static_cast<int>(p.sequenceLength);
-  a.capacity = static_cast<int>(p.capacity);
+  a.sequenceLength = divisorOf(static_cast<int>(p.sequenceLength));
+  a.capacity = divisorOf(static_cast<int>(p.capacity));
   a.numSinkTokens = static_cast<int>(p.numSinkTokens);
   a.sinkSlots = larger(a.numSinkTokens, 1);
   a.sinkBatch = p.sinkBatchSize == 0 ? a.batchSize : static_cast<int>(p.sinkBatchSize);
@@ -185,8 +185,8 @@ cudaError_t launchWith(const LambdaAttentionParams& params, const LaunchChoices&
   if (status != cudaSuccess) return status;
 
   KernelArguments arguments = argumentsOf(params);
-  arguments.rowBlocks = plan.rowBlocks;
-  arguments.splits = plan.splits;
+  arguments.rowBlocks = divisorOf(plan.rowBlocks);
+  arguments.splits = divisorOf(plan.splits);
   arguments.startsEarly = choices.startsEarly && startsEarly;
   // A single token is no query's sink yet, and its slot is in one block's tile.
   arguments.appendsInDecode = choices.appendsInDecode && isDecode(plan.kernel) &&

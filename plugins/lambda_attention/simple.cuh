@@ -13,8 +13,8 @@ __global__ void __launch_bounds__(kSimpleWarps * 32, 4) simpleKernel(const Kerne
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kSimpleWarps + threadIdx.x / 32;
   const int numHeads = a.numKvHeads * a.group;
   if (row >= static_cast<std::int64_t>(a.batchSize) * numHeads * a.sequenceLength) return;
-  const int step = static_cast<int>(row % a.sequenceLength);
-  const std::int64_t batchHead = row / a.sequenceLength;
+  const int step = static_cast<int>(row % a.sequenceLength.value);
+  const std::int64_t batchHead = row / a.sequenceLength.value;
   const int head = static_cast<int>(batchHead % numHeads);
   const int batch = static_cast<int>(batchHead / numHeads);
   const std::int64_t pair = static_cast<std::int64_t>(batch) * a.numKvHeads + head / a.group;
