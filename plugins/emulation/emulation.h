@@ -218,6 +218,7 @@ inline void waitForPrevious() { emulation::waitForPrevious(); }
 inline void letNextStart() {}
 
 inline void syncBlock() { emulation::meetBlock(); }
+inline int threadAnew() { return static_cast<int>(emulation::threadIndex.x); }
 inline void syncWarp() { emulation::meetWarp(emulation::WarpInstruction::kSync, {}); }
 
 struct LaunchShape {
