@@ -68,15 +68,31 @@ struct TallShared {
 };
 
 // Starts copying keys first ... first + kKeys - 1, or their values, to shared rows. Behind the last
-// key it is repeated; the mask drops the repetitions.
+// key it is repeated; the mask drops the repetitions. Most tiles are whole and lie in one piece.
 template <class T, int D>
 __device__ __forceinline__ void copyRowsOf(const KeyList<T>& list, const T* source, int first,
                                            T* rows) {
-  constexpr int kStride = D + kRowPadding, kChunks = D / 8;
+  constexpr int kKeys = tileKeys(D), kStride = D + kRowPadding;
+  constexpr int kChunks = D / 8, kThreads = kTallWarps * 32, kCopies = kKeys * kChunks / kThreads;
+  static_assert(kCopies * kThreads == kKeys * kChunks, "every thread copies as much");
+  const int thread = threadAnew(), slot = list.slot(first);
+  if (first + kKeys <= list.count && slot + kKeys <= list.capacity) {
+    const T* from = source + slot * D + thread * 8;
+#pragma unroll
+    for (int copy = 0; copy < kCopies; ++copy) {
+      const int chunk = thread + copy * kThreads;
+      // The row of the first copy, and whole rows further, where the compiler can tell.
+      const int row = kThreads % kChunks == 0 ? thread / kChunks + copy * (kThreads / kChunks)
+                                              : chunk / kChunks;
+      const int dim = (kThreads % kChunks == 0 ? thread : chunk) % kChunks * 8;
+      copyAsync16(rows + row * kStride + dim, from + copy * kThreads * 8);
+    }
+  } else {
 #pragma unroll 1
-  for (int chunk = threadAnew(); chunk < tileKeys(D) * kChunks; chunk += kTallWarps * 32) {
-    const int row = chunk / kChunks, dim = chunk % kChunks * 8;
-    copyAsync16(rows + row * kStride + dim, source + list.slot(first + row) * D + dim);
+    for (int chunk = thread; chunk < kKeys * kChunks; chunk += kThreads) {
+      const int row = chunk / kChunks, dim = chunk % kChunks * 8;
+      copyAsync16(rows + row * kStride + dim, source + list.slot(first + row) * D + dim);
+    }
   }
   commitCopies();
 }
