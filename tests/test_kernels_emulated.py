@@ -192,7 +192,11 @@ MUTATIONS = {
         "    waitCopies<1>();",
     ),
     "window_one_too_long": ("arithmetic.h", "step - windowLimit + 1 -", "step - windowLimit -"),
-    "key_of_the_wrong_lane": ("tiles.cuh", "half = lane / 8 % 2 * 8;", "half = lane / 16 * 8;"),
+    "key_of_the_wrong_lane": (
+        "tiles_warp.cuh",
+        "half = lane / 8 % 2 * 8;",
+        "half = lane / 16 * 8;",
+    ),
 }
 
 # The same for the kernel on warpgroups, whose emulation also says itself what is wrong.
