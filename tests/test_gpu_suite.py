@@ -23,6 +23,7 @@ from scripts.gpu import (
     steps,
     timings,
     tool_steps,
+    workloads,
     yardsticks,
 )
 from scripts.gpu.counters import by_kernel, read_details
@@ -103,8 +104,8 @@ def test_the_suite_runs_on_a_bare_machine_and_goes_on_where_it_stopped(library, 
     blocked.mkdir()
     results = tmp_path / "results"
     chosen = [
-        "correctness", "last_block", "int8_rings", "repeatability", "layers", "harness",
-        "onnxruntime", "timing",
+        "correctness", "tall_kernel", "last_block", "int8_rings", "repeatability", "layers",
+        "harness", "onnxruntime", "timing",
     ]  # fmt: skip
     command = [
         sys.executable, str(kernel_build.ROOT / "scripts" / "gpu_suite.py"), "--emulate", "--quick",
@@ -123,6 +124,7 @@ def test_the_suite_runs_on_a_bare_machine_and_goes_on_where_it_stopped(library, 
     assert {name for name, step in found.items() if step["status"] == "ok"} == ran
     assert {step["status"] for name, step in found.items() if name not in ran} == {"not run"}
     assert "no module onnx" in found["onnxruntime"]["reason"]
+    assert "tiles_tall" in found["tall_kernel"]["kernels"]
     assert found["correctness"]["largest_error_in_units_of_torchs"] <= kernel_steps.LARGEST_RATIO
     (small,) = found["timing"]["workloads"]
     assert set(small["times_faster_than"]) == {yardsticks.SDPA, yardsticks.FULL, timings.INT8}
@@ -361,6 +363,32 @@ def test_layers_are_repeated_by_the_kernel_of_the_device_too(library, monkeypatc
 
 
 @needs_compiler
+def test_chunks_are_repeated_by_warps_of_32_rows_too(library, monkeypatch):
+    ran = []
+    launch = KernelLibrary.launch
+
+    def record(self, *arguments, **words):
+        ran.append(self.preference)
+        launch(self, *arguments, **words)
+
+    monkeypatch.setattr(KernelLibrary, "launch", record)
+    monkeypatch.setattr(workloads, "small_workload", lambda: replace(small_workload(), steps=19))
+    suite = Suite(TimedEmulation(), library.parent, KernelLibrary(library), True, True)
+    found = steps.perform("repeatability", suite)
+    assert (found["status"], found["layers"]) == ("ok", 2)
+    assert set(ran) == {"portable", "tall"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_chunks_are_timed_by_warps_of_32_rows_too(suite, tokens):
+    workload = replace(small_workload(), steps=tokens, full_context=0)
+    found = timings.measure(suite.kernels(), suite.device, workload)
+    assert (timings.TALL in found["seconds"]) == (tokens > 1)
+    assert timings.TALL not in found["failed"]
+
+
+@needs_compiler
 def test_the_sanitizer_looks_at_every_kernel_of_the_device(library, monkeypatch, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
@@ -375,8 +403,12 @@ def test_the_sanitizer_looks_at_every_kernel_of_the_device(library, monkeypatch,
         device = TimedEmulation(hopper=hopper)
         suite = Suite(device, library.parent, KernelLibrary(library), quick=True)
         assert steps.perform("sanitizer", suite)["status"] == "ok"
-        said = (tmp_path / "said").read_text().splitlines()[-len(tool_steps.SANITIZER_TOOLS) :]
-        assert all(f"scripts.gpu.one_step {step} --quick" in line for line in said)
+        tools = tool_steps.SANITIZER_TOOLS
+        said = (tmp_path / "said").read_text().splitlines()[-2 * len(tools) :]
+        for name, lines in zip(tools, zip(said[::2], said[1::2], strict=True), strict=True):
+            for line, looked_at in zip(lines, (step, "tall_kernel"), strict=True):
+                assert f"--tool {name} " in line
+                assert f"scripts.gpu.one_step {looked_at} --quick" in line
 
 
 def test_a_step_that_cannot_run_says_what_is_missing(tmp_path):

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_b
 DEVICE = EmulatedDevice()
 HOPPER = broken_kernel.HOPPER
 WIDE = EmulatedDevice(multiprocessors=16)  # more than a few rows have blocks for
-HOPPER_HEAD_DIMS = (64, 128)
 # The bound; the emulation reaches 1.0 because it rounds where torch rounds.
 LARGEST_RATIO = 2.0
 
@@ -101,7 +100,7 @@ def hopper(folder):
 @pytest.mark.parametrize(
     "stream",
     by_name(
-        [stream for stream in make(dtype) if stream.case.head_dim in HOPPER_HEAD_DIMS]
+        [x for x in make(dtype) if x.case.head_dim in streams.HOPPER_HEAD_DIMS]
         for dtype in streams.HALF_TYPES
         for make in (streams.feature_streams, streams.lap_streams, streams.tile_streams)
     ),
@@ -193,7 +192,11 @@ MUTATIONS = {
         "    waitCopies<1>();",
     ),
     "window_one_too_long": ("arithmetic.h", "step - windowLimit + 1 -", "step - windowLimit -"),
-    "key_of_the_wrong_lane": ("tiles.cuh", "half = lane / 8 % 2 * 8;", "half = lane / 16 * 8;"),
+    "key_of_the_wrong_lane": (
+        "tiles_warp.cuh",
+        "half = lane / 8 % 2 * 8;",
+        "half = lane / 16 * 8;",
+    ),
 }
 
 # The same for the kernel on warpgroups, whose emulation also says itself what is wrong.

@@ -10,7 +10,14 @@ import subprocess
 import pytest
 
 from lminf_export.engine.plugin import HEAD_DIMS
-from scripts.gpu.kernel_library import SUPPORTED_HEAD_DIMS, KernelError, KernelLibrary, Params
+from scripts.gpu.kernel_library import (
+    PREFERENCES,
+    SUPPORTED_HEAD_DIMS,
+    KernelError,
+    KernelLibrary,
+    Params,
+)
+from scripts.gpu.streams import TALL_HEAD_DIMS
 from tests.support import kernel_build
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
@@ -152,14 +159,59 @@ def test_compute_capability_9_0_has_a_kernel_of_its_own(library, changes, kernel
     assert asked.plan(made, **H100, workspace_bytes=0).kernel != "tiles_hopper"
 
 
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        *(({"sequence_length": 256, "head_dim": dim}, "tiles_tall") for dim in (32, 80, 96, 128)),
+        ({"sequence_length": 256, "data_type": 2}, "tiles_tall"),
+        ({"sequence_length": 5}, "tiles_tall"),
+        ({"sequence_length": 4}, "decode16"),
+        ({}, "decode8"),
+        ({"sequence_length": 256, "head_dim": 256}, "tiles64"),
+        ({"sequence_length": 256, "int8_cache": True}, "tiles128"),
+        ({"sequence_length": 256, "data_type": 0}, "simple"),
+    ],
+)
+def test_warps_of_32_rows_take_chunks_over_rings_of_16_bits_where_asked_for(
+    library, changes, kernel
+):
+    made = params(rotary_dim=32, **changes)
+    plan = KernelLibrary(library.path, "tall").plan(made, **H100, workspace_bytes=0, hopper=True)
+    assert plan.kernel == kernel
+    if kernel == "tiles_tall":
+        assert (plan.threads, plan.rows_per_block, plan.keys_per_tile) == (128, 128, 64)
+        assert plan.row_blocks == -(-4 * made.sequence_length // 128)
+
+
+@pytest.mark.parametrize("head_dim", TALL_HEAD_DIMS)
+def test_two_blocks_of_warps_of_32_rows_share_a_multiprocessor_of_an_a100(library, head_dim):
+    made = params(sequence_length=256, head_dim=head_dim, rotary_dim=32)
+    tall = KernelLibrary(library.path, "tall")
+    plan = tall.plan(made, 108, 163 * 1024, workspace_bytes=0)
+    assert 2 * (plan.shared_bytes + 1024) <= 164 * 1024
+    small = tall.plan(made, 108, plan.shared_bytes - 16, workspace_bytes=0)
+    assert (plan.kernel, small.kernel) == ("tiles_tall", "tiles128")
+
+
+@pytest.mark.parametrize("preference", ["portable", "by_device"])
+def test_warps_of_32_rows_are_not_chosen_by_themselves(library, preference):
+    asked = KernelLibrary(library.path, preference)
+    for hopper, steps in itertools.product((False, True), (5, 256)):
+        made = params(rotary_dim=64, sequence_length=steps)
+        plan = asked.plan(made, **H100, workspace_bytes=2**30, hopper=hopper)
+        assert plan.kernel != "tiles_tall"
+
+
 def test_a_kernel_that_no_device_has_run_is_not_chosen_by_itself(library):
     made = params(rotary_dim=64, sequence_length=256)
     assert library.plan(made, **H100, workspace_bytes=0, hopper=True).kernel == "tiles128"
 
 
-@pytest.mark.parametrize("hopper", [False, True])
-def test_a_chunk_is_split_by_what_one_block_sees(library, hopper):
-    library = KernelLibrary(library.path, "by_device")
+@pytest.mark.parametrize(
+    ("preference", "hopper"), [("by_device", False), ("by_device", True), ("tall", False)]
+)
+def test_a_chunk_is_split_by_what_one_block_sees(library, preference, hopper):
+    library = KernelLibrary(library.path, preference)
     size = {"num_heads": 1, "num_kv_heads": 1, "batch_size": 1, "capacity": 8192}
     for window, splits in ((64, False), (4096, True)):
         made = params(window_size=window, sequence_length=4096, **size)
@@ -235,7 +287,8 @@ def test_the_workspace_of_the_largest_shape_covers_every_smaller_one(library):
         assert library.workspace_size(smaller) <= size
         multiprocessors = rng.choice([1, 20, 108, 132, 160])
         hopper = rng.choice([False, True])
-        plan = library.plan(smaller, multiprocessors, 233472, 2**40, hopper=hopper)
+        asked = KernelLibrary(library.path, rng.choice(PREFERENCES))
+        plan = asked.plan(smaller, multiprocessors, 233472, 2**40, hopper=hopper)
         rows = smaller.batch_size * smaller.num_heads * smaller.sequence_length
         if plan.splits > 1:
             assert plan.splits * rows * (head_dim + 2) * 4 <= size
@@ -245,9 +298,12 @@ def test_every_plan_fits_the_smallest_shared_memory(library):
     for head_dim in SUPPORTED_HEAD_DIMS:
         for steps in (1, 2, 4, 16, 100):
             made = params(head_dim=head_dim, sequence_length=steps, rotary_dim=32)
-            plan = library.plan(made, 84, 102400, workspace_bytes=2**30)
-            assert plan.shared_bytes <= 99 * 1024  # what a block may have on SM 8.6, 8.9 and 12.0
-            assert plan.threads <= 256
+            for preference in ("portable", "tall"):
+                asked = KernelLibrary(library.path, preference)
+                plan = asked.plan(made, 84, 102400, workspace_bytes=2**30)
+                # What a block may have on SM 8.6, 8.9 and 12.0.
+                assert plan.shared_bytes <= 99 * 1024
+                assert plan.threads <= 256
 
 
 @pytest.fixture(scope="session")

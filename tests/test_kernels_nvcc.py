@@ -9,6 +9,7 @@ import pytest
 
 from scripts.gpu import kernels_ptxas
 from scripts.gpu.kernel_library import SUPPORTED_HEAD_DIMS
+from scripts.gpu.streams import TALL_HEAD_DIMS
 from tests.support.kernel_build import ROOT
 
 needs_nvcc = pytest.mark.skipif(
@@ -46,6 +47,22 @@ def test_the_other_kernels_compile_and_do_not_spill():
     }
 
 
+def check_tall(kernels):
+    """Two blocks a multiprocessor, as the planner counts on, and no spill."""
+    tall = [k for k in kernels if k["kernel"] == "tilesTallKernel"]
+    assert {k["head_dim"] for k in tall} == set(TALL_HEAD_DIMS)
+    assert {k.get("rings") for k in tall} == {None}
+    assert [k for k in tall if k["spill_bytes"] or k["stack_bytes"]] == []
+    assert {k["threads"] for k in tall} == {128}
+    assert min(k["blocks_per_multiprocessor"] for k in tall) == 2
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_warps_of_32_rows_do_not_spill_where_most_of_them_run():
+    check_tall(kernels_ptxas.report(("tiles_tall_float16.cu",), ("80", "90", "120")))
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_the_hopper_kernel_compiles_and_neither_spills_nor_waits_for_each_product():
@@ -60,6 +77,8 @@ def test_the_recorded_report_covers_all_architectures_without_spills():
     kernels = json.loads(RESULT.read_text())["kernels"]
     assert {k["architecture"] for k in kernels} == set(kernels_ptxas.ARCHITECTURES)
     check_decode(kernels)
+    check_tall(kernels)
+    assert [k for k in kernels if k["spill_bytes"]] == []
 
 
 def test_the_report_reads_what_ptxas_says():

@@ -226,6 +226,7 @@ inline bool arriveLast(std::uint32_t* counter, int count) {
 }
 
 inline void syncBlock() { emulation::meetBlock(); }
+inline int threadAnew() { return static_cast<int>(emulation::threadIndex.x); }
 inline void syncWarp() { emulation::meetWarp(emulation::WarpInstruction::kSync, {}); }
 
 struct LaunchShape {

@@ -201,6 +201,13 @@ __device__ __forceinline__ bool arriveLast(std::uint32_t* counter, int count) {
   return before == last;
 }
 
+// threadIdx.x, read anew: what follows from it is computed again and holds no register meanwhile.
+__device__ __forceinline__ int threadAnew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 __device__ __forceinline__ void syncBlock() { __syncthreads(); }
 __device__ __forceinline__ void syncWarp() { __syncwarp(); }
 

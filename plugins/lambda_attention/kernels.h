@@ -20,6 +20,10 @@ cudaError_t enqueueDecode(const KernelArguments& arguments, const AttentionPlan&
 template <class T, class Ring>
 cudaError_t enqueueTiles(const KernelArguments& arguments, const AttentionPlan& plan, int headDim,
                          cudaStream_t stream);
+// Rings of T, D <= kLargestTallHeadDim.
+template <class T>
+cudaError_t enqueueTilesTall(const KernelArguments& arguments, const AttentionPlan& plan,
+                             int headDim, cudaStream_t stream);
 // Where the library holds code for sm_90a (LMINF_HOPPER).
 template <class T>
 cudaError_t enqueueTilesHopper(const KernelArguments& arguments, const AttentionPlan& plan,

@@ -105,13 +105,16 @@ cudaError_t readLimits(DeviceLimits& limits) {
 template <class T, class Ring>
 cudaError_t enqueueChunk(const KernelArguments& a, const AttentionPlan& plan, int headDim,
                          cudaStream_t stream) {
-#if defined(LMINF_HOPPER)
   if constexpr (!isRounded<T, Ring>()) {
+#if defined(LMINF_HOPPER)
     if (plan.kernel == AttentionKernel::kTilesHopper) {
       return enqueueTilesHopper<T>(a, plan, headDim, stream);
     }
-  }
 #endif
+    if (plan.kernel == AttentionKernel::kTilesTall) {
+      return enqueueTilesTall<T>(a, plan, headDim, stream);
+    }
+  }
   return enqueueTiles<T, Ring>(a, plan, headDim, stream);
 }
 

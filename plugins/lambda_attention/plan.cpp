@@ -28,6 +28,11 @@ bool takesHopper(const LambdaAttentionParams& p, const DeviceLimits& device) {
          hopperSharedBytes(static_cast<int>(p.headDim)) <= device.sharedBytesPerBlock;
 }
 
+bool takesTall(const LambdaAttentionParams& p, const DeviceLimits& device) {
+  return !p.int8Cache && p.headDim <= kLargestTallHeadDim &&
+         tallSharedBytes(static_cast<int>(p.headDim)) <= device.sharedBytesPerBlock;
+}
+
 AttentionKernel chooseKernel(const LambdaAttentionParams& p, std::int64_t rows,
                              const DeviceLimits& device, KernelPreference preference) {
   if (p.dataType == DataType::kFloat32) return AttentionKernel::kSimple;
@@ -37,6 +42,9 @@ AttentionKernel chooseKernel(const LambdaAttentionParams& p, std::int64_t rows,
   if (rows <= 8) return AttentionKernel::kDecode8;
   const bool large = p.headDim > kLargestDoubledHeadDim;
   if (rows <= 16 && !large) return AttentionKernel::kDecode16;
+  if (preference == KernelPreference::kTall && takesTall(p, device)) {
+    return AttentionKernel::kTilesTall;
+  }
   return rows <= 64 || large ? AttentionKernel::kTiles64 : AttentionKernel::kTiles128;
 }
 
@@ -48,6 +56,7 @@ int rowsPerBlock(AttentionKernel kernel) {
     case AttentionKernel::kTiles64: return 64;
     case AttentionKernel::kTiles128: return 128;
     case AttentionKernel::kTilesHopper: return kHopperRows;
+    case AttentionKernel::kTilesTall: return kTallRows;
   }
   return 0;
 }
@@ -55,7 +64,9 @@ int rowsPerBlock(AttentionKernel kernel) {
 int blocksPerMultiprocessor(const AttentionPlan& plan, int headDim, const DeviceLimits& device) {
   int blocks = 1;
   if (isDecode(plan.kernel)) blocks = decodeBlocksPerMultiprocessor(headDim, plan.rowsPerBlock / 8);
-  if (plan.kernel == AttentionKernel::kTiles64) blocks = 2;
+  if (plan.kernel == AttentionKernel::kTiles64 || plan.kernel == AttentionKernel::kTilesTall) {
+    blocks = 2;
+  }
   // The runtime keeps 1 KiB of shared memory for itself in every block.
   const std::size_t fit = device.sharedBytesPerMultiprocessor / (plan.sharedBytes + 1024);
   return std::max(1, std::min(blocks, static_cast<int>(std::min<std::size_t>(fit, 16))));
@@ -68,8 +79,9 @@ std::int64_t maxBlocks(AttentionKernel kernel) {
 
 int threadsOf(const AttentionPlan& plan) {
   if (isDecode(plan.kernel)) return kDecodeWarps * 32;
-  return plan.kernel == AttentionKernel::kTilesHopper ? kHopperThreads
-                                                      : plan.rowsPerBlock / 16 * 32;
+  if (plan.kernel == AttentionKernel::kTilesHopper) return kHopperThreads;
+  if (plan.kernel == AttentionKernel::kTilesTall) return kTallWarps * 32;
+  return plan.rowsPerBlock / 16 * 32;
 }
 
 int keysPerTile(AttentionKernel kernel, int headDim) {
@@ -135,6 +147,7 @@ std::size_t sharedBytes(AttentionKernel kernel, int headDim) {
     case AttentionKernel::kTiles64: return tilesSharedBytes(headDim, 64);
     case AttentionKernel::kTiles128: return tilesSharedBytes(headDim, 128);
     case AttentionKernel::kTilesHopper: return hopperSharedBytes(headDim);
+    case AttentionKernel::kTilesTall: return tallSharedBytes(headDim);
   }
   return 0;
 }

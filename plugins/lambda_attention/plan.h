@@ -16,6 +16,7 @@ enum class AttentionKernel : std::int32_t {
   kTiles64 = 3,      // tiles of 64 query rows, keys through shared memory
   kTiles128 = 4,     // tiles of 128
   kTilesHopper = 5,  // tiles of 128 on compute capability 9.0
+  kTilesTall = 6,    // tiles of 128, a warp takes 32 rows and not 16
 };
 
 // Which kernels may be chosen, for measurements and tests.
@@ -23,8 +24,10 @@ enum class KernelPreference : std::int32_t {
   kPortable = 0,  // only those that every device runs
   kByDevice = 1,  // and those of the device, where the shape is theirs
   kHopper = 2,    // kTilesHopper for any number of rows, where device and layer allow it
+  kTall = 3,      // kTilesTall for more rows than decode takes, where device and layer allow it
 };
-// kTilesHopper has run in the emulation only: it is not chosen until a device has run it (gpu.md).
+// kTilesHopper and kTilesTall have run in the emulation only: they are not chosen until a device
+// has run and timed them (gpu.md).
 constexpr KernelPreference kDefaultPreference = KernelPreference::kPortable;
 
 struct DeviceLimits {

@@ -53,6 +53,29 @@ LMINF_HD constexpr std::size_t tilesSharedBytes(int headDim, int rows) {
   return queryStaysShared(headDim) ? query + stages : (query > stages ? query : stages);
 }
 
+// 32 query rows a warp: one tile of keys and one of values, which take turns.
+constexpr int kTallWarps = 4;
+constexpr int kTallRowTiles = 2;
+constexpr int kTallRows = kTallWarps * kTallRowTiles * 16;
+constexpr std::size_t kTallRowBytes = 16;     // what a lane needs to know of a row
+constexpr std::size_t kTallBlockBytes = 144;  // what the threads of a block have in common
+// Above this the sums of 32 rows alone would take all registers.
+constexpr int kLargestTallHeadDim = 128;
+
+LMINF_HD constexpr bool tallQueryStaysShared(int headDim) { return headDim > 80; }
+
+// Queries and tiles, or one after the other; other shared memory follows.
+LMINF_HD constexpr std::size_t tallTileBytes(int headDim) {
+  const std::size_t row = static_cast<std::size_t>(headDim + kRowPadding) * 2;
+  const std::size_t query = kTallRows * row;
+  const std::size_t tiles = 2 * static_cast<std::size_t>(tileKeys(headDim)) * row;
+  return tallQueryStaysShared(headDim) ? query + tiles : (query > tiles ? query : tiles);
+}
+
+LMINF_HD constexpr std::size_t tallSharedBytes(int headDim) {
+  return tallTileBytes(headDim) + kTallRows * kTallRowBytes + kTallBlockBytes;
+}
+
 // Compute capability 9.0: one warpgroup copies, two attend to 64 rows each.
 constexpr int kHopperRows = 128;
 constexpr int kHopperKeys = 128;

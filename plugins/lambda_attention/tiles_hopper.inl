@@ -4,7 +4,7 @@
 #include "hopper_queries.cuh"
 #include "kernels.h"
 #include "tiles_hopper.cuh"
-#include "tiles_kernel.cuh"
+#include "tiles_span.cuh"
 
 namespace lminf {
 

@@ -120,7 +120,7 @@ struct RoundedTiles {
                                          int firstRelative) const {
     const int first = tile * kKeys, last = first + kKeys - 1;
     if (!warp.seesAny(first, last)) return;
-    float weights[kKeys / 8][4];
+    typename Warp::Products weights;
     warp.multiplyKeys(weights, keys);
     if (!isSink) warp.applyScales(weights, scales);
     warp.toLogits(weights, isSink, -firstRelative - first);

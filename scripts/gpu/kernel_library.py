@@ -17,9 +17,12 @@ from torch import Tensor
 from lminf_export.operator import contract
 
 DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-KERNEL_NAMES = ("simple", "decode8", "decode16", "tiles64", "tiles128", "tiles_hopper")
+KERNEL_NAMES = (
+    *("simple", "decode8", "decode16", "tiles64", "tiles128"),
+    *("tiles_hopper", "tiles_tall"),
+)
 # Which kernels a library may choose: `lminf::KernelPreference`.
-PREFERENCES = ("portable", "by_device", "hopper")
+PREFERENCES = ("portable", "by_device", "hopper", "tall")
 SUPPORTED_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 _TENSORS = (*contract.input_names(key_bias=True), *contract.output_names(int8_cache=True))
@@ -88,8 +91,9 @@ class KernelLibrary:
     Args:
         path: the library.
         preference: which kernels may run: "portable" (those for every device, which is what runs
-            if nobody asks), "by_device" (and those of the device, where the shape is theirs) or
-            "hopper" (that of compute capability 9.0 with any number of rows, where it can).
+            if nobody asks), "by_device" (and those of the device, where the shape is theirs),
+            "hopper" (that of compute capability 9.0 with any number of rows, where it can) or
+            "tall" (warps of 32 query rows, for more rows than decode takes, where they can).
 
     Raises:
         KernelError: its params struct is not the one described here.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scripts.gpu import streams, timings, workloads
 from scripts.gpu.check import Stream, run_stream
@@ -48,12 +49,11 @@ def graph_capture(suite: Suite) -> dict[str, Any]:
 
 def last_block(suite: Suite) -> dict[str, Any]:
     """The 16-bit streams in splits that the block of decode that ends last combines."""
-    chosen = [s for s in all_streams(suite.quick) if s.dtype != torch.float32]
-    return _run_all(suite, chosen, combine_in_last_block)
+    return _run_all(suite, _half_streams(suite), combine_in_last_block)
 
 
 def combine_in_last_block(
-    library: KernelLibrary, params: Params, workspace: torch.Tensor | None, device: Any
+    library: KernelLibrary, params: Params, workspace: Tensor | None, device: Any
 ) -> None:
     """Launch twice, the last block combining three splits or the plan's: an `enqueue`.
 
@@ -81,6 +81,15 @@ def hopper_kernel(suite: Suite) -> dict[str, Any]:
         suite.keep(result)
     failed = any(part["status"] == "failed" for part in result.values())
     return {"status": "failed" if failed else "ok", **result}
+
+
+def tall_kernel(suite: Suite) -> dict[str, Any]:
+    """The streams in types of 16 bits with warps of 32 query rows, where the layer allows it."""
+    chosen = _half_streams(suite)
+    if not suite.quick:
+        others = tuple(set(streams.TALL_HEAD_DIMS) - set(streams.HOPPER_HEAD_DIMS))
+        chosen += [x for dtype in streams.HALF_TYPES for x in streams.tile_streams(dtype, others)]
+    return _run_all(suite, chosen, None, KernelLibrary(suite.kernels().path, "tall"))
 
 
 def _run_all(
@@ -125,6 +134,10 @@ def _is_lost(suite: Suite) -> bool:
     return False
 
 
+def _half_streams(suite: Suite) -> list[Stream]:
+    return [stream for stream in all_streams(suite.quick) if stream.dtype in streams.HALF_TYPES]
+
+
 def all_streams(quick: bool) -> Iterable[Stream]:
     """Every stream of every type, or a few of each."""
     for dtype in (torch.float32, *streams.HALF_TYPES):
@@ -141,29 +154,38 @@ def all_streams(quick: bool) -> Iterable[Stream]:
 def repeatability(suite: Suite) -> dict[str, Any]:
     """Layers of full size many times over: no order of sums depends on time, so no bit may.
 
-    Where the device has kernels of its own, these as well as those that every device runs.
+    By the kernel that runs if nobody asks, and by each other one that a preference takes.
     """
-    library = suite.kernels()
-    libraries = {"": library}
-    if suite.runs_hopper():
-        libraries[", hopper"] = KernelLibrary(library.path, "hopper")
     chosen = [workloads.small_workload()] if suite.quick else _layers_to_repeat()
-    changed = [
-        workload.name + which
-        for workload in chosen
-        for which, kernels in libraries.items()
-        if _changes(kernels, suite.device, workload)
-    ]
-    layers = len(chosen) * len(libraries)
+    layers, changed = 0, []
+    for workload in chosen:
+        params, _inputs, outputs = timings.call_of(workload, suite.device.name)
+        for which, kernels in _kernels_for(suite, params).items():
+            layers += 1
+            if _changes(kernels, suite.device, params, outputs):
+                changed.append(workload.name + which)
     status = "failed" if changed else "ok"
     return {"status": status, "layers": layers, "repeats": REPEATS, "changed": changed}
 
 
-def _changes(library: KernelLibrary, device: Any, workload: workloads.Workload) -> bool:
-    params, _inputs, outputs = timings.call_of(workload, device.name)
+def _kernels_for(suite: Suite, params: Params) -> dict[str, KernelLibrary]:
+    """The library with each preference that takes another kernel than those before it."""
+    library, device = suite.kernels(), suite.device
+    found, seen = {}, set()
+    for name, which in (("", library.preference), (", hopper", "hopper"), (", tall", "tall")):
+        kernels = library if not name else KernelLibrary(library.path, which)
+        limits = device.multiprocessors, device.shared_bytes, kernels.workspace_size(params)
+        kernel = kernels.plan(params, *limits, hopper=device.hopper).kernel
+        if kernel not in seen:
+            found[name] = kernels
+        seen.add(kernel)
+    return found
+
+
+def _changes(library: KernelLibrary, device: Any, params: Params, outputs: list[Tensor]) -> bool:
     size = library.workspace_size(params) // 4
     workspace = torch.empty(size, dtype=torch.float32, device=device.name)
-    first: list[torch.Tensor] = []
+    first: list[Tensor] = []
     for _ in range(REPEATS):
         for scratch in (outputs[0], workspace):
             scratch.fill_(float("nan"))

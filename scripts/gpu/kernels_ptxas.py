@@ -31,6 +31,7 @@ SOURCES = (
     *DECODE_SOURCES,
     *("tiles_float16.cu", "tiles_bfloat16.cu"),
     *("tiles_float16_int8.cu", "tiles_bfloat16_int8.cu"),
+    *("tiles_tall_float16.cu", "tiles_tall_bfloat16.cu"),
     "rows.cu",
 )
 HOPPER_ARCHITECTURE = "90a"
@@ -44,6 +45,7 @@ _TYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16"}
 _INT8 = "NS_4Int8E"
 _THREADS = {
     **dict.fromkeys(("decodeKernel", "appendKernel", "combineKernel", "simpleKernel"), 128),
+    "tilesTallKernel": 128,
     "tilesHopperKernel": 384,
 }
 

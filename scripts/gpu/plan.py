@@ -30,6 +30,7 @@ PLAN: dict[str, Step] = {
     "graph_capture": Step("every stream, each launch captured in a CUDA graph and replayed", 240),
     "correctness": Step("every stream against float64", 240),
     "hopper_kernel": Step("every stream by the kernel of compute capability 9.0, and without", 300),
+    "tall_kernel": Step("every stream of 16 bits with warps of 32 query rows", 240),
     "last_block": Step("every 16-bit stream, splits combined by the block that ends last", 240),
     "int8_rings": Step("every stream over rings of int8, plain and captured", 300),
     "repeatability": Step("layers of full size many times: no bit may change", 240),

@@ -15,6 +15,7 @@ STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "graph_capture": kernel_steps.graph_capture,
     "correctness": kernel_steps.correctness,
     "hopper_kernel": kernel_steps.hopper_kernel,
+    "tall_kernel": kernel_steps.tall_kernel,
     "last_block": kernel_steps.last_block,
     "int8_rings": kernel_steps.int8_rings,
     "repeatability": kernel_steps.repeatability,

@@ -12,6 +12,8 @@ BASES = (0, 10**6, 2 * 10**8, 10**12)
 # Rows that cross 2·10⁸ after a few tokens, and one that is far from it.
 CROSSING = (2 * 10**8 - 9, 2 * 10**8 - 31, 31)
 HALF_TYPES = (torch.float16, torch.bfloat16)
+HOPPER_HEAD_DIMS = (64, 128)
+TALL_HEAD_DIMS = (32, 64, 80, 96, 128)
 
 SMALL = Case(window_size=37, num_sink_tokens=5, chunk_size=7, head_dim=64, rotary_dim=64)
 FEATURES = {
@@ -156,8 +158,8 @@ def long_streams(dtype: torch.dtype) -> list[Stream]:
     ]
 
 
-def tile_streams(dtype: torch.dtype) -> list[Stream]:
-    """Chunks of many rows in every head dimension of the Hopper kernel: tiles, laps, splits."""
+def tile_streams(dtype: torch.dtype, head_dims: tuple[int, ...] = HOPPER_HEAD_DIMS) -> list[Stream]:
+    """Chunks of many rows in some head dimensions: several tiles, laps, splits."""
     chunk = SMALL.with_(
         window_size=401, chunk_size=149, num_sink_tokens=139, num_heads=3, num_kv_heads=1
     )
@@ -189,7 +191,7 @@ def tile_streams(dtype: torch.dtype) -> list[Stream]:
             in_place=head_dim == 64,
             with_workspace=workspace,
         )
-        for head_dim in (64, 128)
+        for head_dim in head_dims
         for name, (case, bases, chunks, workspace) in cases.items()
     ]
 

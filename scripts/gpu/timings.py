@@ -30,6 +30,7 @@ from scripts.gpu.yardsticks import COPY, FULL, Maker, yardsticks
 ROUNDS = 7
 OURS = "lambda kernels"
 HOPPER = "lambda kernels, those of compute capability 9.0"
+TALL = "lambda kernels, 32 rows a warp"
 INT8 = "lambda kernels, rings of int8"
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 22, 33, 43, 64)
 SPLITS_IN_LAST_BLOCK = (2, 4, 8, 16, 33)
@@ -72,10 +73,11 @@ def measure(library: KernelLibrary, device: TimingDevice, workload: Workload) ->
     """
     copies = copies_of(device, workload)
     hopper = device.hopper and library.has_hopper
-    of_device = KernelLibrary(library.path, "by_device")
+    of_device, tall = (KernelLibrary(library.path, name) for name in ("by_device", "tall"))
     makers: dict[str, Maker] = {
         OURS: lambda: _ours(library, device, workload, copies),
         **({HOPPER: lambda: _ours(of_device, device, workload, copies)} if hopper else {}),
+        **({TALL: lambda: _ours(tall, device, workload, copies)} if workload.steps > 1 else {}),
         INT8: lambda: _ours(library, device, replace(workload, int8_rings=True), copies),
         **yardsticks(device.name, workload, copies),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -71,8 +72,8 @@ def sanitizer(suite: Suite) -> dict[str, Any]:
         raise SkipStep("compute-sanitizer looks at GPUs only")
     tool = _tool("compute-sanitizer")
     results: dict[str, str] = {}
-    step = "hopper_kernel" if suite.runs_hopper() else "correctness"
-    for name in SANITIZER_TOOLS:
+    first = "hopper_kernel" if suite.runs_hopper() else "correctness"
+    for name, step in itertools.product(SANITIZER_TOOLS, (first, "tall_kernel")):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "step.json"
             done = subprocess.run(
@@ -83,7 +84,7 @@ def sanitizer(suite: Suite) -> dict[str, Any]:
             )  # fmt: skip
             found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
         right = done.returncode == 0 and found.get("status") == "ok"
-        results[name] = "ok" if right else (done.stdout + done.stderr)[-2000:]
+        results[f"{name} {step}"] = "ok" if right else (done.stdout + done.stderr)[-2000:]
         suite.keep({"tools": results})
     bad = [name for name, result in results.items() if result != "ok"]
     return {"status": "failed" if bad else "ok", "tools": results}

@@ -21,6 +21,7 @@ KERNEL_SOURCES = (
     *("decode_float16_int8.cu", "decode_bfloat16_int8.cu"),
     *("tiles_float16_int8.cu", "tiles_bfloat16_int8.cu"),
     *("tiles_hopper_float16.cu", "tiles_hopper_bfloat16.cu"),
+    *("tiles_tall_float16.cu", "tiles_tall_bfloat16.cu"),
 )
 EMULATION_SOURCES = ("emulation.cpp", "hopper.cpp", "cuda_runtime.cpp")
 NO_COMPILER = "no C++ compiler (g++): the kernels are not built for the block emulation"
