@@ -231,10 +231,12 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, decodeBlocksPerMultiprocess
   const int stored = queryStaysShared(D) ? kRows : group.rows - group.firstRow;
   warp.storeResult(results + warpNumber * kResult, stored);
   syncBlock();
-  // Made again rather than remembered through the loop, where rings of bytes have no register left.
-  const RowGroup rows(a, blockIdx.x, kRows);
-  mergeWarps<T, D, kRows>(a, rows, results, static_cast<int>(blockIdx.y));
-  if (a.arrivals != nullptr) combineInLastBlock<T, D, kRows>(a, rows);
+  // The group is made again, twice, rather than remembered: at D = 256 no register is left through
+  // the loop for what both have in common.
+  mergeWarps<T, D, kRows>(a, RowGroup(a, blockIdx.x, kRows), results, split);
+  if (a.arrivals != nullptr) {
+    combineInLastBlock<T, D, kRows>(a, RowGroup(a, blockIdx.x, kRows));
+  }
 }
 
 }  // namespace lminf
