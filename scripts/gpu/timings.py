@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,40 @@ class TimingDevice(Protocol):
         """Return the energy of one call, None where nothing counts it."""
 
 
+@dataclass(frozen=True)
+class Layers:
+    """As many layers as leave the cache; contestants that take the same inputs share them.
+
+    Attributes:
+        calls: of each layer.
+        held: the tensors that the calls point to.
+        workspace: for all of them, in turn.
+    """
+
+    calls: list[Params]
+    held: list[Any]
+    workspace: Tensor
+
+    @staticmethod
+    def of(library: KernelLibrary, device: TimingDevice, w: Workload, copies: int) -> Layers:
+        """Make that many layers of a workload on full rings."""
+        made = [call_of(w, device.name) for _ in range(copies)]
+        size = library.workspace_size(made[0][0])
+        workspace = torch.empty(size, dtype=torch.uint8, device=device.name)
+        return Layers([params for params, *_ in made], [held for _, *held in made], workspace)
+
+    def work(
+        self, library: KernelLibrary, device: TimingDevice, choices: Choices = CHOSEN_BY_PLAN
+    ) -> Callable[[], None]:
+        """Return what launches all of them."""
+
+        def launch_all() -> None:
+            for params in self.calls:
+                library.launch(params, self.workspace, device.stream(), choices)
+
+        return launch_all
+
+
 def measure(library: KernelLibrary, device: TimingDevice, workload: Workload) -> dict[str, Any]:
     """Time one workload.
 
@@ -72,13 +107,15 @@ def measure(library: KernelLibrary, device: TimingDevice, workload: Workload) ->
         failed has its error instead.
     """
     copies = copies_of(device, workload)
+    made = cache(lambda: Layers.of(library, device, workload, copies))
     hopper = device.hopper and library.has_hopper
     of_device, tall = (KernelLibrary(library.path, name) for name in ("by_device", "tall"))
+    rounded = replace(workload, int8_rings=True)
     makers: dict[str, Maker] = {
-        OURS: lambda: _ours(library, device, workload, copies),
-        **({HOPPER: lambda: _ours(of_device, device, workload, copies)} if hopper else {}),
-        **({TALL: lambda: _ours(tall, device, workload, copies)} if workload.steps > 1 else {}),
-        INT8: lambda: _ours(library, device, replace(workload, int8_rings=True), copies),
+        OURS: lambda: made().work(library, device),
+        **({HOPPER: lambda: made().work(of_device, device)} if hopper else {}),
+        **({TALL: lambda: made().work(tall, device)} if workload.steps > 1 else {}),
+        INT8: lambda: Layers.of(library, device, rounded, copies).work(library, device),
         **yardsticks(device.name, workload, copies),
     }
     works, failures = _prepared(device, makers)
@@ -99,8 +136,8 @@ def measure_choices(
         Median seconds of one layer by choice, and how many splits the plan takes.
     """
     copies = copies_of(device, workload)
-    params, *_held = call_of(workload, device.name)
-    size = library.workspace_size(params)
+    made = Layers.of(library, device, workload, copies)
+    params, size = made.calls[0], made.workspace.numel()
     row = workload.batch * workload.heads * workload.steps * (workload.head_dim + 2) * 4
     choices = {
         "chosen": CHOSEN_BY_PLAN,
@@ -120,7 +157,7 @@ def measure_choices(
     works, failures = _prepared(
         device,
         {
-            name: lambda choice=choice: _ours(library, device, workload, copies, choice)
+            name: lambda choice=choice: made.work(library, device, choice)
             for name, choice in choices.items()
         },
     )
@@ -165,7 +202,7 @@ def our_work(
 ) -> tuple[Callable[[], None], int]:
     """Return the kernels' work on as many layers as it takes to leave the cache, and how many."""
     copies = copies_of(device, workload)
-    return _ours(library, device, workload, copies), copies
+    return Layers.of(library, device, workload, copies).work(library, device), copies
 
 
 def copies_of(device: TimingDevice, workload: Workload) -> int:
@@ -194,28 +231,6 @@ def _summary(workload: Workload, times: dict[str, list[float]]) -> dict[str, Any
         if name not in (OURS, COPY):
             result.setdefault("times_faster_than", {})[name] = value / ours
     return result
-
-
-def _ours(
-    library: KernelLibrary,
-    device: TimingDevice,
-    w: Workload,
-    copies: int,
-    choices: Choices = CHOSEN_BY_PLAN,
-) -> Callable[[], None]:
-    calls, held = [], []
-    for _ in range(copies):
-        params, *tensors = call_of(w, device.name)
-        calls.append(params)
-        held.append(tensors)
-    size = library.workspace_size(calls[0])
-    workspace = torch.empty(size, dtype=torch.uint8, device=device.name)
-
-    def work(keep: Any = held) -> None:
-        for params in calls:
-            library.launch(params, workspace, device.stream(), choices)
-
-    return work
 
 
 def call_of(w: Workload, device: str) -> tuple[Params, list[Tensor], list[Tensor]]:
