@@ -11,6 +11,8 @@ from scripts.gpu.kernel_library import SUPPORTED_HEAD_DIMS
 BASES = (0, 10**6, 2 * 10**8, 10**12)
 # Rows that cross 2·10⁸ after a few tokens, and one that is far from it.
 CROSSING = (2 * 10**8 - 9, 2 * 10**8 - 31, 31)
+# From 2³¹ on positions are divided in another way.
+CROSSING_2_31 = (2**31 - 9, 2**31 - 31, 2**32 - 9)
 HALF_TYPES = (torch.float16, torch.bfloat16)
 HOPPER_HEAD_DIMS = (64, 128)
 TALL_HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -80,12 +82,13 @@ def some_shape_streams(dtype: torch.dtype, step: int) -> list[Stream]:
 
 
 def lap_streams(dtype: torch.dtype) -> list[Stream]:
-    """A ring that goes round several times from position 0, and across 2·10⁸, ragged."""
+    """A ring that goes round several times from 0, across 2·10⁸ and across 2³¹, ragged."""
     case = SMALL.with_(window_size=11, chunk_size=5, num_heads=4)
     chunks = tuple((1 + i % 5, (i * 3) % 6 % 5, 1) for i in range(24))
     return [
         Stream(f"laps-{_name(dtype)}", case, (0, 0, 0), chunks, dtype),
         Stream(f"across_200_million-{_name(dtype)}", case, CROSSING, chunks, dtype),
+        Stream(f"across_2_to_the_31-{_name(dtype)}", case, CROSSING_2_31, chunks, dtype),
     ]
 
 
