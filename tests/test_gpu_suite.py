@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -13,6 +14,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import pytest
+import torch
 
 from scripts import gpu_suite
 from scripts.gpu import (
@@ -27,6 +29,7 @@ from scripts.gpu import (
     yardsticks,
 )
 from scripts.gpu.counters import by_kernel, read_details
+from scripts.gpu.cuda_device import CudaDevice
 from scripts.gpu.emulated_device import TimedEmulation
 from scripts.gpu.kernel_library import KernelLibrary
 from scripts.gpu.plan import BY_DEFAULT, PLAN, groups
@@ -426,6 +429,40 @@ def test_a_decode_step_reads_what_its_window_and_sinks_hold():
 def test_the_page_says_not_yet_measured_until_a_gpu_has_written_it(tmp_path):
     assert report.results_in(tmp_path) == []
     assert "not yet measured" in report.empty_page()
+
+
+def test_the_page_compares_choices_and_takes_a_plan_that_was_timed_alone():
+    both = {"chosen": 3e-6, "2 splits": 2e-6, "append kernel": 4e-6}
+    workloads = [
+        {"workload": name, "kernel": "decode8", "planned_splits": 5, "seconds": seconds}
+        for name, seconds in (("fits", both), ("fills the memory", {"chosen": 3e-6}))
+    ]
+    step = {"status": "failed", "sources": "0", "workloads": workloads}
+    environment = {"gpu": "G", "versions": {"torch": "2"}}
+    page = report.page([{"environment": environment, "steps": {"choices": step}}])
+    assert "| fits | decode8 | 5 | 3.0 | 2 splits | 2.0 | append kernel: 4.0 |" in page
+    assert "| fills the memory | decode8 | 5 | 3.0 |  |  |  |" in page
+
+
+def test_work_is_prepared_behind_what_fills_its_tensors(monkeypatch):
+    """A length that is read before it is written may be any number."""
+    done = []
+
+    class Stream:
+        def wait_stream(self, other):
+            done.append(f"wait for {other}")
+
+        def synchronize(self):
+            done.append("synchronize")
+
+    fakes = {
+        "Stream": Stream, "current_stream": lambda: "the current one", "CUDAGraph": object,
+        "stream": lambda _: contextlib.nullcontext(), "graph": lambda _: contextlib.nullcontext(),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    CudaDevice("cuda", 132, 233472, 0).prepared(lambda: done.append("work"))
+    assert done == ["wait for the current one", *["work"] * 3, "synchronize", "work"]
 
 
 TRITON = """

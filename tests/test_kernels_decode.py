@@ -223,6 +223,14 @@ def test_counters_are_not_touched_where_nothing_is_combined(library):
     assert arrivals.tolist() == [7, 7]
 
 
+def test_misaligned_counters_are_refused(library):
+    inputs, outputs, attributes = one_step(LONG, (10**6,), (1,), torch.float16)
+    params = params_of(inputs, outputs, attributes)
+    arrivals = torch.zeros(16, dtype=torch.uint8)[2:]
+    with pytest.raises(KernelError, match="cudaErrorInvalidValue"):
+        library.launch(params, torch.empty(2**20), choices=Choices(splits=3, arrivals=arrivals))
+
+
 def test_splits_that_the_workspace_does_not_hold_are_refused(library):
     inputs, outputs, attributes = one_step(LONG, (10**6,), (1,), torch.float16)
     params = params_of(inputs, outputs, attributes)

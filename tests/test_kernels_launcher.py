@@ -345,6 +345,18 @@ def test_spans_hold_exactly_the_keys_that_some_query_sees(arithmetic):
             assert slots == [j % capacity for j in local]
 
 
+@pytest.mark.parametrize("past", [-1, -8, -9, -1000, -(2**31), -(2**40) + 10**6])
+def test_a_past_that_cannot_be_sees_no_key(arithmetic, past):
+    """splitBegin takes no number of tiles below 0, and who walks over keys no number below 0."""
+    for real, window in itertools.product((1, 7), (7, 23, 2**40)):
+        result = (ctypes.c_int * 4)()
+        past_length, window_size = ctypes.c_int64(past), ctypes.c_int64(window)
+        arithmetic.keySpan(past_length, real, 0, real - 1, window_size, 5, 29, result)
+        sink_count, ring_count, *_ = result
+        assert sink_count == 0
+        assert ring_count == (past + real if -real < past < 0 else 0)
+
+
 def test_splits_share_out_all_tiles(arithmetic):
     for tiles in (0, 1, 5, 64, 257, 2**26):
         for splits in (1, 3, 64):

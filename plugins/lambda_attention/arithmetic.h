@@ -59,13 +59,14 @@ struct KeySpan {
 };
 
 // The span of steps firstStep ... lastStep (less the padded ones). A step's position is
-// past + step. Empty if no step is real.
+// past + step. Empty if no step is real, and if none has a position from 0 on: no past is below 0,
+// but what a caller says by mistake must not lead out of the ring.
 LMINF_HD KeySpan keySpan(std::int64_t past, int realSteps, int firstStep, int lastStep,
                          std::int64_t windowSize, int numSinkTokens, const Divisor& capacity) {
   KeySpan span{0, 0, 0, 0};
   lastStep = smaller(lastStep, realSteps - 1);
-  if (lastStep < firstStep) return span;
   const std::int64_t end = past + lastStep + 1;
+  if (lastStep < firstStep || end < 0) return span;
   std::int64_t first = past + firstStep - windowSize + 1;
   // Positions before the ring's oldest are gone; with C >= W + S - 1 no query sees them.
   first = larger<std::int64_t>(first, past + realSteps - capacity);

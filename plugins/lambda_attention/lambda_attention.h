@@ -28,13 +28,14 @@ struct LaunchChoices {
   int splits = 0;           // of the keys: 1 … kMaxSplits, if the workspace suffices; 0: the plan's
   bool startsEarly = true;  // a kernel may start before the one ahead of it ends (SM 9.0 and later)
   bool appendsInDecode = true;  // a single token is appended by the decode kernel
-  // Device memory of arrivalBytes(params) that is zero before its first use: with it the block of
-  // decode that ends last combines, in place of a kernel. Every call leaves it zero; calls that
-  // share it must not run at the same time. Null: a kernel combines.
+  // Device memory of arrivalBytes(params), 4-byte aligned, that is zero before its first use: with
+  // it the block of decode that ends last combines, in place of a kernel. Every call leaves it
+  // zero; calls that share it must not run at the same time. Null: a kernel combines.
   std::uint32_t* arrivals = nullptr;
 };
 
-// `launch` with choices.
+// `launch` with choices. Returns cudaErrorInvalidValue as well where splits do not fit or arrivals
+// are misaligned.
 cudaError_t launchWith(const LambdaAttentionParams& params, const LaunchChoices& choices,
                        void* workspace, std::size_t workspaceBytes, cudaStream_t stream);
 

@@ -171,6 +171,9 @@ cudaError_t launchWith(const LambdaAttentionParams& params, const LaunchChoices&
                        void* workspace, std::size_t workspaceBytes, cudaStream_t stream) {
   if (!validate(params).empty()) return cudaErrorInvalidValue;
   if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) return cudaErrorInvalidValue;
+  if (reinterpret_cast<std::uintptr_t>(choices.arrivals) % sizeof(std::uint32_t) != 0) {
+    return cudaErrorInvalidValue;
+  }
   if (workspace == nullptr) workspaceBytes = 0;
   DeviceLimits limits;
   cudaError_t status = readLimits(limits);

@@ -55,6 +55,7 @@ class CudaDevice:
     def prepared(self, work: Callable[[], None]) -> Callable[[], None]:
         """Return the work as one CUDA graph, so that launching costs every contestant the same."""
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())  # lengths and counters are filled there
         with torch.cuda.stream(side):
             for _ in range(3):
                 work()

@@ -92,7 +92,8 @@ def _section(result: dict[str, Any]) -> str:
 def _compared(workload: dict[str, Any]) -> list[str]:
     seconds = dict(workload["seconds"])
     chosen = seconds.pop("chosen")
-    fastest = min(seconds, key=seconds.__getitem__)
+    # A GPU without memory for more layers has timed the plan alone.
+    fastest = min(seconds, key=seconds.__getitem__, default="")
     variants = [name for name in seconds if not name.endswith("splits") and name != fastest]
     return [
         workload["workload"],
@@ -100,7 +101,7 @@ def _compared(workload: dict[str, Any]) -> list[str]:
         str(workload["planned_splits"]),
         f"{chosen * 1e6:.1f}",
         fastest,
-        f"{seconds[fastest] * 1e6:.1f}",
+        f"{seconds[fastest] * 1e6:.1f}" if fastest else "",
         ", ".join(f"{name}: {seconds[name] * 1e6:.1f}" for name in variants),
     ]
 
