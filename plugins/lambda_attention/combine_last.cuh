@@ -70,9 +70,10 @@ __device__ __forceinline__ void combineInLastBlock(const KernelArguments& a,
       FourFloats part[kAtOnce];
 #pragma unroll
       for (int index = 0; index < kAtOnce; ++index) {
-        const int split = smaller(first + index, a.splits - 1);
-        part[index] =
-            *reinterpret_cast<const FourFloats*>(a.partialOutput + split * allRows * D + at);
+        part[index] = {};
+        if (first + index >= a.splits) continue;
+        part[index] = *reinterpret_cast<const FourFloats*>(a.partialOutput +
+                                                           (first + index) * allRows * D + at);
       }
 #pragma unroll
       for (int index = 0; index < kAtOnce; ++index) {
