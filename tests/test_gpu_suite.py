@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -406,12 +407,13 @@ def test_the_sanitizer_looks_at_every_kernel_of_the_device(library, monkeypatch,
         device = TimedEmulation(hopper=hopper)
         suite = Suite(device, library.parent, KernelLibrary(library), quick=True)
         assert steps.perform("sanitizer", suite)["status"] == "ok"
-        tools = tool_steps.SANITIZER_TOOLS
-        said = (tmp_path / "said").read_text().splitlines()[-2 * len(tools) :]
-        for name, lines in zip(tools, zip(said[::2], said[1::2], strict=True), strict=True):
-            for line, looked_at in zip(lines, (step, "tall_kernel"), strict=True):
-                assert f"--tool {name} " in line
-                assert f"scripts.gpu.one_step {looked_at} --quick" in line
+        looked_at = itertools.product(
+            tool_steps.SANITIZER_TOOLS, (step, "tall_kernel", "last_block")
+        )
+        wanted = [(f"--tool {name} ", f"one_step {which} --quick") for name, which in looked_at]
+        said = (tmp_path / "said").read_text().splitlines()[-len(wanted) :]
+        for line, words in zip(said, wanted, strict=True):
+            assert all(word in line for word in words)
 
 
 def test_a_step_that_cannot_run_says_what_is_missing(tmp_path):

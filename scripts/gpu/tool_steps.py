@@ -73,7 +73,7 @@ def sanitizer(suite: Suite) -> dict[str, Any]:
     tool = _tool("compute-sanitizer")
     results: dict[str, str] = {}
     first = "hopper_kernel" if suite.runs_hopper() else "correctness"
-    for name, step in itertools.product(SANITIZER_TOOLS, (first, "tall_kernel")):
+    for name, step in itertools.product(SANITIZER_TOOLS, (first, "tall_kernel", "last_block")):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "step.json"
             done = subprocess.run(
