@@ -282,7 +282,7 @@ def test_counters_are_read_off_what_ncu_prints():
 
 
 def few_streams():
-    return list(kernel_steps.streams.lap_streams(kernel_steps.torch.float16))
+    return kernel_steps.streams.lap_streams(kernel_steps.torch.float16)[:2]
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError(), ZeroDivisionError("why\nthere")])
