@@ -215,6 +215,20 @@ def test_the_last_block_saves_the_launch_that_combines(library, appends):
         torch.testing.assert_close(result, kernel, rtol=2e-3, atol=2e-3)
 
 
+def test_an_infinite_value_stays_one_whoever_combines(library):
+    inputs, outputs, attributes = one_step(LONG, (10**6,), (1,), torch.float16)
+    params = params_of(inputs, outputs, attributes)
+    slot = (10**6 - 3) % inputs[3].shape[2]
+    inputs[4][:, :, slot, 5] = float("inf")
+    workspace = torch.full((library.workspace_size(params) // 4,), float("nan"))
+    results = []
+    for arrivals in (None, library.arrivals(params, "cpu")):
+        library.launch(params, workspace, choices=Choices(splits=3, arrivals=arrivals))
+        results.append(outputs[0].clone())
+    assert torch.isinf(results[0][..., 5]).all()
+    torch.testing.assert_close(*results, rtol=2e-3, atol=2e-3)
+
+
 def test_counters_are_not_touched_where_nothing_is_combined(library):
     inputs, outputs, attributes = one_step(LONG, (10**6,), (1,), torch.float16)
     params = params_of(inputs, outputs, attributes)
