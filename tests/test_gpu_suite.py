@@ -343,8 +343,7 @@ def test_a_layer_that_another_one_changes_fails_the_suite(library):
     assert "small, as planned, plain" in found["changed"]
 
 
-@needs_compiler
-def test_layers_are_repeated_by_the_kernel_of_the_device_too(library, monkeypatch):
+def preferences_that_launch(monkeypatch):
     ran = []
     launch = KernelLibrary.launch
 
@@ -353,6 +352,12 @@ def test_layers_are_repeated_by_the_kernel_of_the_device_too(library, monkeypatc
         launch(self, *arguments, **words)
 
     monkeypatch.setattr(KernelLibrary, "launch", record)
+    return ran
+
+
+@needs_compiler
+def test_layers_are_repeated_by_the_kernel_of_the_device_too(library, monkeypatch):
+    ran = preferences_that_launch(monkeypatch)
     for device, preferences in (
         (TimedEmulation(), ["portable"]),
         (TimedEmulation(shared_bytes=232448, hopper=True), ["portable", "hopper"]),
@@ -368,14 +373,7 @@ def test_layers_are_repeated_by_the_kernel_of_the_device_too(library, monkeypatc
 
 @needs_compiler
 def test_chunks_are_repeated_by_warps_of_32_rows_too(library, monkeypatch):
-    ran = []
-    launch = KernelLibrary.launch
-
-    def record(self, *arguments, **words):
-        ran.append(self.preference)
-        launch(self, *arguments, **words)
-
-    monkeypatch.setattr(KernelLibrary, "launch", record)
+    ran = preferences_that_launch(monkeypatch)
     monkeypatch.setattr(workloads, "small_workload", lambda: replace(small_workload(), steps=19))
     suite = Suite(TimedEmulation(), library.parent, KernelLibrary(library), True, True)
     found = steps.perform("repeatability", suite)

@@ -99,3 +99,27 @@ ptxas info    : Used 244 registers, used 1 barriers, 584 bytes cmem[0]
 def test_the_report_tells_kernels_over_rings_of_int8_apart():
     name = "_ZN5lminf11tilesKernelINS_8Bfloat16ENS_4Int8ELi128ELi8EEEvNS_15KernelArgumentsE"
     assert kernels_ptxas.kernel_name(name) == ("tilesKernel", "bfloat16", True, [128, 8])
+
+
+def test_documents_say_what_the_recorded_machine_code_has():
+    record = json.loads((RESULT.parent / "kernels-sass.json").read_text())["kernels"]
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert {k["kernel"] for k in record} == {
+        *("decodeKernel", "tilesKernel", "tilesTallKernel", "tilesHopperKernel")
+    }
+    (decode,) = (k for k in record if k["kernel"] == "decodeKernel" and k["template"] == [128, 1])
+    assert f"takes at most {decode['tile']} (SASS" in page
+    assert f"first load of a key stand {decode['ahead_of_first_key']}," in page
+    (hopper,) = (k for k in record if k["kernel"] == "tilesHopperKernel" and k["template"] == [128])
+    assert f"takes at most {hopper['copying_a_tile']} instructions" in page
+    for architecture in ("80", "90"):
+        found: dict = {}
+        for kernel in record:
+            if kernel["architecture"] == architecture and kernel["kernel"].startswith("tiles"):
+                head_dim = kernel["template"][0]
+                counted = "{LDSM} / {HMMA}".format(**kernel["tile"])
+                found.setdefault(head_dim, {}).setdefault(kernel["kernel"], set()).add(counted)
+        for head_dim in (32, 64, 80, 96, 128):
+            (narrow,), (tall,) = (found[head_dim][k] for k in ("tilesKernel", "tilesTallKernel"))
+            assert f"| {head_dim} | {narrow} |" in page
+            assert f"| {tall} |" in page

@@ -7,10 +7,10 @@ import torch
 
 from scripts.gpu import streams
 from scripts.gpu.check import Stream, run_stream
-from scripts.gpu.emulated_device import EmulatedDevice, counters, reset_counters
+from scripts.gpu.emulated_device import EmulatedDevice
 from scripts.gpu.kernel_library import KernelLibrary, params_of
 from tests.support import kernel_build
-from tests.support.kernel_case import one_step
+from tests.support.kernel_case import assert_a_chunk_copies_what_its_rows_see, one_step
 
 pytestmark = pytest.mark.skipif(kernel_build.compiler() is None, reason=kernel_build.NO_COMPILER)
 DEVICE = EmulatedDevice()
@@ -76,14 +76,7 @@ def test_the_order_in_which_warps_run_changes_no_bit(tall, head_dim):
 
 
 def test_a_chunk_copies_no_tile_outside_what_its_rows_see(tall):
-    case = streams.SMALL.with_(
-        window_size=64, num_sink_tokens=0, chunk_size=256, num_heads=1, num_kv_heads=1
-    )
-    inputs, outputs, attributes = one_step(case, (10**6,), (256,), torch.float16)
-    reset_counters(tall)
-    tall.launch(params_of(inputs, outputs, attributes), None)
-    # Blocks of 128 rows see 128 + 63 keys: three tiles of 64 each, of five in the ring.
-    assert counters(tall).copied_bytes == 2 * 3 * 64 * case.head_dim * 2 * 2
+    assert_a_chunk_copies_what_its_rows_see(tall)
 
 
 # What must not go unnoticed: each line of what these warps do in their own way, replaced by a wrong
