@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             steps[name] = {**step, "sources": sources, "quick": options.quick}
             print(f"{name}: {step['status']} {step.get('reason', '')}", file=sys.stderr, flush=True)
         record.write(path, result)
-        (folder / "gpu.md").write_text(report.page([result]), encoding="utf-8")
+        page = report.page([result], sources)
+        (folder / "gpu.md").write_text(page, encoding="utf-8")
     print(path)
     return int(any(steps[name]["status"] == "failed" for name in options.only if name in steps))
 

@@ -428,7 +428,18 @@ def test_a_decode_step_reads_what_its_window_and_sinks_hold():
 
 def test_the_page_says_not_yet_measured_until_a_gpu_has_written_it(tmp_path):
     assert report.results_in(tmp_path) == []
-    assert "not yet measured" in report.empty_page()
+    page = report.empty_page()
+    assert "not yet measured" in page
+    assert page.split("\n\n")[1] == report.NEVER_RUN
+
+
+def test_the_page_says_first_whether_the_kernels_of_now_have_run():
+    result = {
+        "environment": {"gpu": "G", "versions": {"torch": "2"}},
+        "steps": {"build": {"status": "ok", "sources": "1"}},
+    }  # fmt: skip
+    assert report.page([result], "1").split("\n\n")[1] == report.RUN
+    assert report.page([result], "2").split("\n\n")[1] == report.RUN_BEFORE
 
 
 def test_the_page_compares_choices_and_takes_a_plan_that_was_timed_alone():
@@ -439,7 +450,7 @@ def test_the_page_compares_choices_and_takes_a_plan_that_was_timed_alone():
     ]
     step = {"status": "failed", "sources": "0", "workloads": workloads}
     environment = {"gpu": "G", "versions": {"torch": "2"}}
-    page = report.page([{"environment": environment, "steps": {"choices": step}}])
+    page = report.page([{"environment": environment, "steps": {"choices": step}}], "0")
     assert "| fits | decode8 | 5 | 3.0 | 2 splits | 2.0 | append kernel: 4.0 |" in page
     assert "| fills the memory | decode8 | 5 | 3.0 |  |  |  |" in page
 

@@ -6,16 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scripts.docs.tables import RESULTS, table
+from scripts.docs.tables import RESULTS, ROOT, table
+from scripts.gpu import record
 
 NOT_MEASURED = "not yet measured"
 HEAD = """# On a GPU
+
+{state}
 
 `python scripts/gpu_suite.py` builds the kernels for the GPU at hand, checks and times them, and
 writes `build/gpu-results/gpu-<device>.json`, which is recorded by being copied to
 `benchmarks/results/`; this page is written from there. What was checked without a GPU, against
 which source, and what a run has shown and had mended: [gpu_review.md](gpu_review.md).
 """
+NEVER_RUN = "**No GPU has run the kernels yet.**"
+RUN_BEFORE = """**No GPU has run the kernels as they are now.** Recorded below: runs of earlier
+ones, with the steps that failed."""
+RUN = "Recorded below: runs of the kernels as they are now, with the steps that failed."
 CHOICES = "The plan beside every other number of splits and every variant of a kernel:"
 COUNTERS = """Single kernels by Nsight Compute, which empties the caches before each of them (so
 what reads the results of the one before, as combine does, takes longer than in a step):"""
@@ -32,7 +39,7 @@ TARGETS = (
 def current_page() -> str:
     """Return docs/gpu.md as the committed results make it."""
     results = results_in(RESULTS)
-    return page(results) if results else empty_page()
+    return page(results, record.digest(ROOT)) if results else empty_page()
 
 
 def results_in(folder: Path) -> list[dict[str, Any]]:
@@ -43,13 +50,15 @@ def results_in(folder: Path) -> list[dict[str, Any]]:
 
 def empty_page() -> str:
     """Return the page as long as no GPU was at hand."""
-    return f"{HEAD}\n**No GPU has run it yet.**\n\n{_targets()}\n"
+    return f"{HEAD.format(state=NEVER_RUN)}\n{_targets()}\n"
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """Return the page of the results of one GPU or several."""
+def page(results: list[dict[str, Any]], sources: str) -> str:
+    """Return the page of the results of one GPU or several, beside sources of this digest."""
     timed = any(_workloads(result) for result in results)
-    parts = [HEAD, *map(_section, results)]
+    steps = [step for result in results for step in result["steps"].values()]
+    current = any(step["sources"] == sources for step in steps)
+    parts = [HEAD.format(state=RUN if current else RUN_BEFORE), *map(_section, results)]
     return "\n".join(parts if timed else [*parts, _targets() + "\n"])
 
 
