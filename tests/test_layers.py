@@ -84,6 +84,9 @@ REPEATED = [
     Repeated("dots1", Templates(4, (2, 3)), {**layers("sffsfs"), "first_k_dense_replace": 2}),
     Repeated("gpt_oss", Templates(3, (1, 2, 1)), layers("ssfsfs")),
     Repeated("mpt", Templates(2, (1, 1)), {"n_layers": 4}),
+    # Experts ask for a product of sizes, which is made where it is first asked for.
+    Repeated("mixtral", Templates(2, (1, 1)), {"num_hidden_layers": 4}),
+    Repeated("qwen3_moe", Templates(2, (1, 1)), {"num_hidden_layers": 4, "mlp_only_layers": [0]}),
 ]
 
 
@@ -94,7 +97,8 @@ def plan_of(config: Any, lambda_layers: str = "full") -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REPEATED, ids=lambda case: case.family)
-def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monkeypatch):
+def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, tracing.__name__)
     config = case.config()
     plan = plan_of(config, case.lambda_layers)
     family, graphs = find_family(config.model_type), []
@@ -109,6 +113,7 @@ def test_a_graph_of_repeated_layers_is_that_of_traced_ones(case, tmp_path, monke
         weights = [(name, traced.weight_names[name]) for name in traced.weight_names]
         graphs.append((weights, (folder / "model.onnx").read_bytes()))
     assert graphs[0] == graphs[1]
+    assert f"{case.templates.traced} of {len(plan.layers)} layers traced" in caplog.text
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=lambda case: case.family)
@@ -247,9 +252,16 @@ def test_copied_layers_get_weights_caches_and_a_place_of_their_own():
     assert described(model) == described(toy(5))
 
 
-@pytest.mark.parametrize("flaw", ["weight", "cache", "order", "far", "output"])
+@pytest.mark.parametrize(("sized", "templates"), [(0, (1, 2)), (1, (1, 2)), (1, (2, 1)), (2, ())])
+def test_a_size_that_layers_share_is_made_once(sized, templates):
+    model, names = toy(3, sized=sized), [f"m.layers.{i}.w" for i in range(3 + len(templates))]
+    RepeatLayersPass("m.layers", templates, names)(model)
+    assert described(model) == described(toy(3 + len(templates), sized=sized))
+
+
+@pytest.mark.parametrize("flaw", ["weight", "cache", "order", "far", "output", "size"])
 def test_a_graph_whose_layers_share_more_than_a_stream_is_left_alone(flaw):
-    model = toy(3, flaw)
+    model = toy(3, flaw, sized=1 if flaw == "size" else None)
     before = serialized(model)
     with pytest.raises(UnlikeLayersError):
         RepeatLayersPass("m.layers", (2, 2), [])(model)

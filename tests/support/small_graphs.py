@@ -65,8 +65,12 @@ def parsed(text: str) -> ir.Model:
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
-def toy(count: int, flaw: str = "") -> ir.Model:
-    """Build a trace of a model of so many layers `m.layers`, with something that must not be."""
+def toy(count: int, flaw: str = "", sized: int | None = None) -> ir.Model:
+    """Build a trace of a model of so many layers `m.layers`, with something that must not be.
+
+    From the layer `sized` on they read one size, which that layer makes; with the flaw "size" it
+    makes it of its weight.
+    """
     number = ir.TensorType(ir.DataType.FLOAT)
     nodes: list[ir.Node] = []
 
@@ -97,6 +101,11 @@ def toy(count: int, flaw: str = "") -> ir.Model:
         if flaw == "order":
             add("Neg", [shared], None, f"neg_{i + 1}")
         scaled = add("Mul", [first, constant], i, f"mul_{2 * i + 1}")
+        if i == sized:
+            half = add("Exp", [weight if flaw == "size" else shared], i, "exp_0")
+            size = add("Sqrt", [half], i, "sqrt_0")
+        if sized is not None and i >= sized:
+            scaled = add("Max", [scaled, size], i, f"max_{i}")
         presents.append(add("Sub", [past, scaled], i, f"present.{i}.key"))
         if flaw == "far" and i > 1:
             scaled = add("Max", [scaled, streams[i - 2]], i, f"max_{i}")

@@ -12,7 +12,8 @@ from onnx_ir.traversal import RecursiveGraphIterator
 
 from lminf_export.export.passes.checking import ensure, require
 
-_NUMBERS = re.compile(r"([._]+\d+)+$")
+# Of a node, and behind "split" and the like of one of its results.
+_NUMBERS = re.compile(r"[._]+\d+(?=[._]|$)")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A layer's nodes stand together, as traced. What they read from outside is the stream of tokens
 (one tensor, from the layer before), the layer's own weights and caches, and what all layers
-share: results from before the layers, and constants. That is checked, not assumed.
+share: results from before the layers, and constants. That is checked, not assumed. A product of
+sizes, too, is shared: a trace makes it in the first layer that asks for it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class RepeatLayersPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         layers, behind = _split(graph, self.stack)
+        layers = _without_shared(layers, self.stack)
         entries = _entries(graph, layers, behind)
         for template in set(self.templates):
             _check_inputs(layers[template], template, self.stack)
@@ -115,6 +117,30 @@ def _layer_of(node: ir.Node, stack: str) -> int | None:
     return None
 
 
+def _without_shared(layers: list[list[ir.Node]], stack: str) -> list[list[ir.Node]]:
+    """Leave out what later layers read too and what is made of nothing that a layer has."""
+    free: dict[ir.Value, ir.Node] = {}
+    home: dict[ir.Value, int] = {}
+    shared: set[ir.Node] = set()
+    for layer, nodes in enumerate(layers):
+        for node in nodes:
+            read = _read([node])
+            asked = [value for value in read if value in free and home[value] != layer]
+            while asked:
+                if (maker := free[asked.pop()]) not in shared:
+                    shared.add(maker)
+                    asked += [value for value in _read([maker]) if value in free]
+            home |= dict.fromkeys(node.outputs, layer)
+            if not any(_is_own(value, stack) or value in home and value not in free for value in read):
+                free |= dict.fromkeys(node.outputs, node)
+    return [[node for node in nodes if node not in shared] for nodes in layers]
+
+
+def _is_own(value: ir.Value, stack: str) -> bool:
+    """Whether a weight or a cache of some layer."""
+    return _belongs(value, f"{stack}.") or _belongs(value, bindings.PAST)
+
+
 def _entries(
     graph: ir.Graph, layers: list[list[ir.Node]], behind: list[ir.Node]
 ) -> dict[int, ir.Value]:
@@ -139,8 +165,7 @@ def _check_inputs(nodes: Iterable[ir.Node], layer: int, stack: str) -> None:
     """Check that a layer reads no other layer's weights or caches."""
     own = f"{stack}.{layer}.", bindings.past_name(layer, "")
     for value in _read(nodes):
-        of_a_layer = _belongs(value, f"{stack}.") or _belongs(value, bindings.PAST)
-        if of_a_layer and not any(_belongs(value, prefix) for prefix in own):
+        if _is_own(value, stack) and not any(_belongs(value, prefix) for prefix in own):
             raise UnlikeLayersError(f"layer {layer} reads {value.name}")
 
 
