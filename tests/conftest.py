@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.support.made_once import MadeOnce, shared_folder
 
 if TYPE_CHECKING:
     from lminf_export.runtime.language_model import LanguageModel
@@ -35,6 +38,18 @@ def _settings_of_a_new_user(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _operators_read_once() -> None:
+    """Let torch's exporter read what it can translate once, and not anew for every model.
+
+    That is a sixth of the time that a tiny model takes. One process exports hundreds here, and
+    anybody else's one.
+    """
+    from torch.onnx._internal._lazy_import import onnxscript_apis
+
+    onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
+
+
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, exported for onnxruntime."""
@@ -55,6 +70,12 @@ def demo_lm(demo_bundle: Path) -> LanguageModel:
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Foreign:
     """Models that other tools built, made when they are first asked for."""
-    from tests.support.foreign_models import foreign_folder
+    from tests.support.foreign_models import Foreign
 
-    return foreign_folder(tmp_path_factory)
+    return Foreign(shared_folder(tmp_path_factory, "foreign"))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Folders that tests of several files share."""
+    return MadeOnce(shared_folder(tmp_path_factory, "made"))

@@ -18,6 +18,7 @@ from lminf_export.models.expert_facts import experts_per_token
 from lminf_export.runtime.language_model import LanguageModel
 from lminf_export.tensors.files import read_header
 from lminf_export.verify.routing_check import RoutingWatch
+from tests.support.family_bundles import family_folder
 from tests.support.tiny_models import save_llama
 
 SETTINGS = {"window_size": 19, "num_sink_tokens": 3, "chunk_size": 7}
@@ -146,8 +147,8 @@ QUICK = ("hunyuan_v1_moe", "ernie4_5_moe")
         for case in EXPERT_CASES
     ],
 )
-def test_the_floor_counts_the_experts_that_a_token_takes(case, tmp_path):
-    bundle = Bundle.open(export(case.save(tmp_path / "m"), tmp_path / "b", **SETTINGS).path)
+def test_the_floor_counts_the_experts_that_a_token_takes(case, made_once):
+    bundle = Bundle.open(family_folder(made_once, case) / "b")
     watch = RoutingWatch(load(bundle.path).session, bundle)
     LanguageModel(bundle, watch.session).forward(np.array([[5]]), watch.session.new_state(1))
     taken = {layer.shape for layer in watch.take(1)}

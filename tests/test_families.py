@@ -14,19 +14,25 @@ from click.testing import CliRunner
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.support.families import CASES, CHUNK, SINKS, SIZES, SLIDING, WINDOW, FamilyCase
-from benchmarks.support.family_check import TOLERANCE, check_family, stock_error
+from benchmarks.support.family_check import (
+    TOLERANCE,
+    check_family,
+    measure_family,
+    stock_error,
+)
 from lminf_export import ConfigError, LambdaConfig, ModelError, export, load
 from lminf_export.cli.export import export_command
 from lminf_export.models.probe import ProbedFamily
 from lminf_export.models.registry import FAMILIES, find_family
+from tests.support.family_bundles import family_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.model_type)
-def test_family_equals_stock_inside_the_window_and_the_oracle_beyond(case, tmp_path):
-    errors = check_family(case, tmp_path)
+def test_family_equals_stock_inside_the_window_and_the_oracle_beyond(case, made_once):
+    errors = measure_family(case, family_folder(made_once, case))
     assert errors.stock < TOLERANCE
     assert errors.token_by_token < TOLERANCE
     assert errors.in_chunks < TOLERANCE

@@ -48,23 +48,28 @@ def bundle(model, tmp_path_factory):
     return exported(model, tmp_path_factory.mktemp("b") / "int8")
 
 
-def as_before(model, out, monkeypatch):
-    """Export a graph as versions wrote it that rounded biases with their keys."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def before(model, tmp_path_factory):
+    """A bundle as versions wrote it that rounded biases with their keys."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AttentionPlan, "keeps_bias_out", lambda *_: False)
-        return exported(model, out)
+        return exported(model, tmp_path_factory.mktemp("b") / "before")
 
 
-def test_rounding_errs_little_more_than_without_a_bias(model, bundle, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def error_without_bias(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbiased")
+    unbiased = save_qwen2(folder / "m", 0.0)
+    rounded = logits(exported(unbiased, folder / "int8"))
+    return error(rounded, logits(exported(unbiased, folder / "exact", kv_cache_dtype="auto")))
+
+
+def test_rounding_errs_little_more_than_without_a_bias(
+    model, bundle, before, error_without_bias, tmp_path
+):
     exact = logits(exported(model, tmp_path / "exact", kv_cache_dtype="auto"))
-    unbiased = save_qwen2(tmp_path / "unbiased", 0.0)
-    without = error(
-        logits(exported(unbiased, tmp_path / "u")),
-        logits(exported(unbiased, tmp_path / "v", kv_cache_dtype="auto")),
-    )
-    kept = logits(as_before(model, tmp_path / "before", monkeypatch))
-    assert error(logits(bundle), exact) < 4 * without
-    assert error(kept, exact) > 5 * error(logits(bundle), exact)
+    assert error(logits(bundle), exact) < 4 * error_without_bias
+    assert error(logits(before), exact) > 5 * error(logits(bundle), exact)
 
 
 @pytest.mark.parametrize("kernels", ["none", pytest.param("auto", marks=needs_kernels)])
@@ -73,8 +78,7 @@ def test_a_bundle_computes_the_specification(bundle, kernels):
     assert report.passed
 
 
-def test_a_graph_of_before_is_held_to_what_it_says(model, tmp_path, monkeypatch):
-    before = as_before(model, tmp_path / "before", monkeypatch)
+def test_a_graph_of_before_is_held_to_what_it_says(before):
     graph = onnx.load(before.graph_path, load_external_data=False).graph
     assert INT8_CACHE_OP_TYPE in {node.op_type for node in graph.node}
     report = validate(before.path, num_tokens=131)

@@ -80,13 +80,10 @@ REPEATED = [
     Repeated(
         "smollm3", Templates(3, (1, 2)), {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 0, 1, 0]}
     ),
-    # The first two have no experts.
+    # The first two have no experts; the third makes a product of sizes that all others read.
     Repeated("dots1", Templates(4, (2, 3)), {**layers("sffsfs"), "first_k_dense_replace": 2}),
     Repeated("gpt_oss", Templates(3, (1, 2, 1)), layers("ssfsfs")),
     Repeated("mpt", Templates(2, (1, 1)), {"n_layers": 4}),
-    # Experts ask for a product of sizes, which is made where it is first asked for.
-    Repeated("mixtral", Templates(2, (1, 1)), {"num_hidden_layers": 4}),
-    Repeated("qwen3_moe", Templates(2, (1, 1)), {"num_hidden_layers": 4, "mlp_only_layers": [0]}),
 ]
 
 

@@ -41,15 +41,30 @@ def check_family(
     lengths: Sequence[int] = LENGTHS,
 ) -> FamilyErrors:
     """Export a family's model once and measure everything on it, on two texts of these lengths."""
-    source = case.save(folder / "m")
+    export_family(case, folder, lambda_layers)
+    return measure_family(case, folder, lambda_layers, lengths)
+
+
+def export_family(case: FamilyCase, folder: Path, lambda_layers: str = "full") -> None:
+    """Write a family's model to folder/m and its bundle to folder/b."""
     export(
-        source,
+        case.save(folder / "m"),
         folder / "b",
         window_size=WINDOW,
         num_sink_tokens=SINKS,
         chunk_size=CHUNK,
         lambda_layers=lambda_layers,
     )
+
+
+def measure_family(
+    case: FamilyCase,
+    folder: Path,
+    lambda_layers: str = "full",
+    lengths: Sequence[int] = LENGTHS,
+) -> FamilyErrors:
+    """Measure what `export_family` has written, on two texts of these lengths."""
+    source = folder / "m"
     own_sinks = SINKS if lambda_layers == "all" else 0
     rules = [
         Rule(WINDOW, SINKS, WINDOW) if own is None else Rule(own, own_sinks, own)

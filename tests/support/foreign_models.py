@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import lzma
 import shutil
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-import pytest
 
 import lminf_export
 from benchmarks.support.foreign_checkpoints import HEAD_DIM, save_checkpoint
 from lminf_export.export.wider_graph import widen
+from tests.support.made_once import MadeOnce
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "foreign"
 WINDOW, SINKS, CHUNK = 23, 3, 7
@@ -26,27 +24,8 @@ _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class Foreign:
-    """Folders of foreign models, checkpoints and exports of them, made when first asked for.
-
-    Args:
-        root: a folder that all of xdist's workers share.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def made(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Return the folder `name`; the first that asks for it makes it."""
-        folder = self.root / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():
-                work = folder.with_name(f"part-{folder.name}".replace(".", "-"))
-                make(work)
-                work.rename(folder)
-        return folder
+class Foreign(MadeOnce):
+    """Folders of foreign models, checkpoints and exports of them."""
 
     def checkpoint(self, name: str) -> Path:
         """Return one of the checkpoints of `benchmarks/support/foreign_checkpoints.py`."""
@@ -71,12 +50,6 @@ class Foreign:
         return self.made(
             name, lambda to: lminf_export.export(checkpoint, to, check=False, **LAMBDA, **options)
         )
-
-
-def foreign_folder(factory: pytest.TempPathFactory) -> Foreign:
-    """Return the folders that all of xdist's workers share."""
-    base = factory.getbasetemp()
-    return Foreign((base.parent if base.name.startswith("popen-") else base) / "foreign")
 
 
 def tokens(count: int, vocabulary: int, rows: int = 1) -> np.ndarray:

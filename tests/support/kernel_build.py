@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import made_once
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 KERNELS = PLUGINS / "lambda_attention"
@@ -43,9 +45,8 @@ def cmake(build: Path, *options: str) -> list[str]:
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all of xdist's workers share."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if base.name.startswith("popen-") else base) / "emulated_kernels"
+    """A folder of kernels that all of xdist's workers share."""
+    return made_once.shared_folder(tmp_path_factory, "emulated_kernels")
 
 
 def emulated_library(folder: Path) -> Path:

@@ -119,20 +119,21 @@ def _layer_of(node: ir.Node, stack: str) -> int | None:
 
 def _without_shared(layers: list[list[ir.Node]], stack: str) -> list[list[ir.Node]]:
     """Leave out what later layers read too and what is made of nothing that a layer has."""
-    free: dict[ir.Value, ir.Node] = {}
     home: dict[ir.Value, int] = {}
+    bound: set[ir.Value] = set()  # made of a layer's weights, caches, or what is made of those
     shared: set[ir.Node] = set()
     for layer, nodes in enumerate(layers):
         for node in nodes:
             read = _read([node])
-            asked = [value for value in read if value in free and home[value] != layer]
+            asked = [v for v in read if v in home and v not in bound and home[v] != layer]
             while asked:
-                if (maker := free[asked.pop()]) not in shared:
+                maker = asked.pop().producer()
+                if maker is not None and maker not in shared:
                     shared.add(maker)
-                    asked += [value for value in _read([maker]) if value in free]
+                    asked += [value for value in _read([maker]) if value in home]
             home |= dict.fromkeys(node.outputs, layer)
-            if not any(_is_own(value, stack) or value in home and value not in free for value in read):
-                free |= dict.fromkeys(node.outputs, node)
+            if any(value in bound or _is_own(value, stack) for value in read):
+                bound |= {*node.outputs}
     return [[node for node in nodes if node not in shared] for nodes in layers]
 
 
