@@ -74,6 +74,7 @@ def test_a_bundle_for_a_build_elsewhere_has_the_graph_and_the_command(bundle):
     assert bundle.manifest.dtype == "float16"
 
 
+@pytest.mark.slow
 def test_the_named_library_and_plan_go_into_the_recipe(source, tmp_path, library):
     bundle = export(
         source,
@@ -87,6 +88,7 @@ def test_the_named_library_and_plan_go_into_the_recipe(source, tmp_path, library
     assert (bundle.path / "liblminf_tensorrt.so").read_bytes() == LIBRARY
 
 
+@pytest.mark.slow
 def test_without_the_plugin_the_recipe_is_of_standard_operators(source, tmp_path):
     options = EngineOptions(plugin="none")
     bundle = export(
@@ -161,6 +163,7 @@ def test_what_cannot_join_is_refused_and_changes_nothing(bundle, plan, library, 
     assert {name: (bundle.path / name).read_bytes() for name in names(bundle.path)} == before
 
 
+@pytest.mark.slow
 def test_a_bundle_without_a_recipe_takes_no_plan(source, tmp_path, plan):
     bundle = export(source, tmp_path / "plain", window_size=11)
     with pytest.raises(EngineError, match="no recipe of a TensorRT engine"):
@@ -215,6 +218,7 @@ def trtexec(folder):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["engine.plan", "my $(plan) it's.plan"])
 def test_the_script_in_the_bundle_runs_the_recipe(wide, tmp_path, library, name):
     out = tmp_path / "a folder" / "b"
@@ -284,6 +288,7 @@ def wide(tmp_path_factory):
     return save_llama(path, num_hidden_layers=2, head_dim=64)
 
 
+@pytest.mark.slow
 def test_the_commands_print_what_to_do_next(wide, tmp_path, plan, library, capsys):
     out = tmp_path / "bundle"
     words = ["--model", str(wide), "--out", str(out), "--builder", "none"]
@@ -322,6 +327,7 @@ def test_settings_without_use_are_refused(source, tmp_path, settings, words, mon
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_build_here_puts_plan_plugin_and_recipe_into_the_bundle(tmp_path, library, monkeypatch):
     model = save_llama(tmp_path / "model", num_hidden_layers=2, head_dim=64)
     monkeypatch.setattr("lminf_export.engine.builders.importlib.util.find_spec", lambda name: True)

@@ -59,6 +59,7 @@ def test_batches_take_turns_and_go_on_where_they_stopped(tmp_path):
     assert parts["fp32, 1 thread"]["products_per_token"]["float32"] == 2 * 43008 + 512 * 64
 
 
+@pytest.mark.slow
 def test_a_race_without_a_gguf_file_names_what_is_missing(tmp_path):
     out = tmp_path / "race.json"
     absent = ("--gguf", tmp_path / "absent.gguf", "--fp32", tmp_path / "absent")

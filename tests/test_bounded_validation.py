@@ -91,6 +91,7 @@ def run(*arguments):
     return CliRunner().invoke(validate_command, [str(x) for x in arguments])
 
 
+@pytest.mark.slow
 def test_a_smaller_window_wraps_the_rings_and_is_named(bundle):
     result = run(bundle, "--window", 11)
     assert result.exit_code == 0, result.output

@@ -73,6 +73,7 @@ def test_the_graph_for_the_plugin_computes_what_the_exported_one_computes(tmp_pa
     assert sum(CHUNKS) > 3 * tiny.layers[0].ring_capacity
 
 
+@pytest.mark.slow
 def test_an_exported_llamas_norms_are_written_out_and_stay_the_same(tmp_path):
     import numpy as np
     import onnxruntime as ort

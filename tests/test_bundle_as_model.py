@@ -16,6 +16,7 @@ def logits(bundle):
     return model.forward(TOKENS, model.new_state())
 
 
+@pytest.mark.slow
 def test_plain_weights_are_exported_once_more_with_a_notice(tmp_path):
     first = export(save_llama(tmp_path / "tiny"), tmp_path / "b", window_size=20, dtype="float16")
     again = export(first.path, tmp_path / "c", window_size=20)
@@ -26,6 +27,7 @@ def test_plain_weights_are_exported_once_more_with_a_notice(tmp_path):
     assert np.abs(found - wanted).max() < 2e-2 * np.ptp(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int4", "int8"])
 def test_quantised_weights_are_refused_with_the_model_to_take(quantize, tmp_path):
     first = export(save_llama(tmp_path / "tiny"), tmp_path / "b", window_size=20, quantize=quantize)
@@ -34,6 +36,7 @@ def test_quantised_weights_are_refused_with_the_model_to_take(quantize, tmp_path
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_bundle_with_a_damaged_manifest_is_named(tmp_path):
     first = export(save_llama(tmp_path / "tiny"), tmp_path / "b", window_size=20)
     (first.path / "lminf.json").write_text("{")

@@ -240,6 +240,7 @@ def test_links_to_nothing_in_circles_and_of_folders_are_refused_hidden_ones_are_
         (folder / name).unlink()
 
 
+@pytest.mark.slow
 def test_links_within_a_model_folder_and_the_hubs_layout_are_read(model_folder, tmp_path):
     folder = Path(shutil.copytree(model_folder, tmp_path / "m"))
     (folder / "real").mkdir()
@@ -273,6 +274,7 @@ def test_a_kill_while_a_plan_is_replaced_leaves_a_bundle(with_plan, tmp_path):
     assert found["10.4.0.1"]
 
 
+@pytest.mark.slow
 def test_two_plans_are_not_added_at_once(with_plan, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     plan = tmp_path / "new.plan"

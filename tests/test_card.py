@@ -76,6 +76,7 @@ def test_the_licence_is_read_from_the_front_matter_alone(tmp_path, text, expecte
     assert read_license(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_the_licence_goes_with_the_weights_and_the_sources_text_does_not(tmp_path):
     source = save_llama(tmp_path / "m", num_hidden_layers=1)
     (source / "README.md").write_text("---\nlicense: Apache-2.0\n---\nmy own words\n")

@@ -329,6 +329,7 @@ def test_a_system_prompt_longer_than_the_sinks_is_named(bundle, lm, template, co
     assert f"--num-sink-tokens {length}" in refused(chat(bundle, "--pin-system", lines=lines))
 
 
+@pytest.mark.slow
 def test_an_export_with_as_many_sinks_keeps_the_system_prompt(tmp_path, conversation):
     system = "Thou shalt answer as a prophet of old would have answered the people."
     length = conversation.count_system_tokens(system)
@@ -349,6 +350,7 @@ def test_a_model_without_a_template_is_sent_elsewhere(tmp_path):
     assert "System role not supported" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -372,6 +374,7 @@ def test_a_template_is_found_in_every_file_of_a_model(name, content, tmp_path):
     assert found.tokens == ({"bos_token": "B"} if "bos" in content else found.tokens)
 
 
+@pytest.mark.slow
 def test_named_templates_without_a_default_are_refused(tmp_path):
     model = tmp_path / "model"
     subprocess.run(["cp", "-r", "examples/demo-llama", model], check=True)

@@ -96,6 +96,7 @@ def test_tools_documents_and_json_are_those_of_transformers(theirs):
     assert ours.render(messages, False) == plain
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(list(STYLES)), texts=st.lists(WORDS, min_size=1, max_size=5))
 def test_any_content_is_written_as_transformers_writes_it(name, texts, templates, theirs):

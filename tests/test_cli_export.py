@@ -165,6 +165,7 @@ def test_a_configuration_that_makes_no_model_is_refused_at_once(change, copied, 
     fails(tmp_path, "--model", copied, "--dry-run")
 
 
+@pytest.mark.slow
 def test_a_stop_token_outside_the_vocabulary_stops_nothing(copied, tmp_path):
     config = json.loads((copied / "config.json").read_text())
     size = config["vocab_size"]
@@ -226,6 +227,7 @@ def test_a_missing_shard_is_named(tmp_path):
     fails(tmp_path, "--model", folder, words=["model-00002"])
 
 
+@pytest.mark.slow
 def test_a_missing_tensor_is_named(copied, tmp_path):
     tensors = load_file(copied / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -233,6 +235,7 @@ def test_a_missing_tensor_is_named(copied, tmp_path):
     fails(tmp_path, "--model", copied, words=["model.layers.1.mlp.up_proj.weight"])
 
 
+@pytest.mark.slow
 def test_a_tensor_of_another_shape_is_named(copied, tmp_path):
     tensors = load_file(copied / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(61)
@@ -240,6 +243,7 @@ def test_a_tensor_of_another_shape_is_named(copied, tmp_path):
     fails(tmp_path, "--model", copied, words=["model.norm.weight", "[61]", "[60]"])
 
 
+@pytest.mark.slow
 def test_values_beyond_float16_are_named(copied, tmp_path):
     tensors = load_file(copied / "model.safetensors")
     tensors["model.norm.weight"][3] = 1e6
@@ -284,6 +288,7 @@ def test_a_folder_that_is_no_bundle_is_left_alone(llama, tmp_path):
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
     import errno
 

@@ -93,6 +93,7 @@ def test_a_prompt_that_is_not_utf8_is_one_line(bundle):
     assert line.startswith(b"error: --prompt is not UTF-8")
 
 
+@pytest.mark.slow
 def test_a_path_that_is_not_utf8_is_named_as_such(llama, tmp_path):
     odd = str(tmp_path / "odd\udcff")
     os.mkdir(odd)

@@ -59,6 +59,7 @@ def test_systemd_takes_the_unit(tmp_path):
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.slow
 def test_what_the_unit_and_the_container_run_serves(demo_bundle, tmp_path):
     """Run both command lines, with the places that systemd and the image give them."""
     key = tmp_path / "api-key"

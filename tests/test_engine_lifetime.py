@@ -61,6 +61,7 @@ def wait_until(condition, seconds=20.0):
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_an_engine_that_nobody_holds_ends_its_threads_and_gives_its_memory_back(lm):
     before = engine_threads()
     engine = Engine(lm, slots=2)
@@ -73,6 +74,7 @@ def test_an_engine_that_nobody_holds_ends_its_threads_and_gives_its_memory_back(
     assert pool() is None
 
 
+@pytest.mark.slow
 def test_a_stream_keeps_its_engine(lm):
     before = engine_threads()
     stream = Engine(lm, slots=1).submit(request(count=60))

@@ -198,6 +198,7 @@ def test_what_does_not_fit_its_place_would_be_seen(llama, monkeypatch):
     assert found["largest_logit_difference"] > 1e-3 * found["largest_logit_range"]
 
 
+@pytest.mark.slow
 def test_every_reading_is_compared_with_the_second(bundle, text, tmp_path, monkeypatch):
     out, state = tmp_path / "out.json", tmp_path / "state.npz"
     size = len(TEXT) * 9

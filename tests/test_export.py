@@ -198,6 +198,7 @@ def test_float16_errs_at_most_twice_as_much_as_torch_in_float16(tmp_path):
     assert relative_error(got, wanted) <= 2 * relative_error(in_torch, wanted)
 
 
+@pytest.mark.slow
 def test_bfloat16_layers_without_sink_tokens_export(tmp_path):
     source = save_llama(tmp_path / "m")
     bundle = export(source, tmp_path / "b", dtype="bfloat16", window_size=11, num_sink_tokens=0)
@@ -207,6 +208,7 @@ def test_bfloat16_layers_without_sink_tokens_export(tmp_path):
     assert not np.asarray(onnx.numpy_helper.to_array(no_sinks), np.float32).any()
 
 
+@pytest.mark.slow
 def test_bundle_repeats_the_essentials_in_the_graph(tmp_path):
     folder = save_llama(tmp_path / "m")
     bundle = export(folder, tmp_path / "b", window_size=WINDOW, chunk_size=CHUNK)
@@ -241,6 +243,7 @@ def test_past_caches_are_read_by_nothing_but_the_write(tmp_path):
     assert all(set(ops) <= {"TensorScatter", "Shape"} for ops in readers.values())
 
 
+@pytest.mark.slow
 def test_no_logits_are_computed_where_nobody_reads_them(tmp_path):
     folder = save_llama(tmp_path / "m")
     export(folder, tmp_path / "b", window_size=WINDOW, num_sink_tokens=SINKS, chunk_size=CHUNK)

@@ -102,6 +102,7 @@ def test_falcon_scales_its_slopes_and_does_not_round_them():
     torch.testing.assert_close(slopes.double(), paper_slopes(12) / 6**0.5, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_falcon_with_alibi_equals_stock_up_to_256_tokens(tmp_path):
     """Six heads have slopes that bfloat16 holds, and it holds products with positions to 256."""
     folder = save("falcon-rw", tmp_path / "m")

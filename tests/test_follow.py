@@ -124,6 +124,7 @@ def test_bytes_that_are_no_text_are_replaced(lm):
     assert bad == good
 
 
+@pytest.mark.slow
 def test_a_line_without_end_takes_no_memory(lm):
     text = b"word " * (3 * MOST_LINE_BYTES // 5)
     following = Following(lm)

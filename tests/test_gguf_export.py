@@ -56,6 +56,7 @@ def run(*words: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_a_bundle_from_gguf_holds_the_decoded_weights_and_a_plain_configuration(folder):
     bundle = folder / "b"
     checkpoint = open_checkpoint(open_source(folder / "q.gguf"))
@@ -82,6 +83,7 @@ def test_a_bundle_from_gguf_is_a_model_for_transformers(folder):
     assert np.abs(found - wanted).max() <= 2e-5 * np.ptp(wanted)
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_file(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Some words to read, and some more of them. " * 3)
@@ -96,6 +98,7 @@ def test_every_command_takes_the_file(folder, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged(folder, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -126,6 +129,7 @@ def test_weights_that_are_decoded_are_not_linked(folder, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_the_size_of_a_tensor(tmp_path):
     rows, width = 16384, 2048  # 128 MiB in float32, 18 MiB in the file
     raw = np.random.default_rng(0).integers(0, 256, (rows, width // 32 * 18), dtype=np.uint8)

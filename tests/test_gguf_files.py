@@ -278,6 +278,7 @@ def test_a_type_that_cannot_be_decoded_is_refused_by_name(whole):
         open_checkpoint(open_source(whole))
 
 
+@pytest.mark.slow
 def test_a_file_that_claims_much_takes_little_memory(tmp_path):
     path = tmp_path / "m.gguf"
     claims = struct.pack("<IQ", 8, 2**22)

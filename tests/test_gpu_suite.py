@@ -173,6 +173,7 @@ def test_the_digest_follows_the_kernels(tmp_path):
     assert record.digest(tmp_path) != first
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_end_is_ended_and_keeps_what_it_found(tmp_path, monkeypatch):
     from scripts.gpu import processes
 

@@ -161,6 +161,7 @@ def test_a_model_of_the_hub_is_exported_from_its_cache_with_its_licence(hub, run
     assert not [line for line in hub.requests if "train.py" in line or "gguf" in line]
 
 
+@pytest.mark.slow
 def test_of_a_repository_of_gguf_files_one_is_to_be_fetched(hub, run):
     files = {"m-q4_0.gguf": b"GGUF", "m-q8_0.gguf": b"GGUF", "README.md": b"words"}
     hub.repositories["org/gguf"] = Repository(False)
@@ -172,6 +173,7 @@ def test_of_a_repository_of_gguf_files_one_is_to_be_fetched(hub, run):
     assert not [request for request in hub.requests if request.endswith(".gguf")]
 
 
+@pytest.mark.slow
 def test_of_a_repository_of_onnx_models_one_is_to_be_fetched(hub, run, tmp_path):
     files = {"onnx/decoder.onnx": b"x", "onnx/model.onnx": b"x", "tokenizer.json": b"{}"}
     hub.repositories["org/onnx"] = Repository(False)
@@ -192,6 +194,7 @@ def test_of_a_repository_of_onnx_models_one_is_to_be_fetched(hub, run, tmp_path)
     assert all(word in line for word in words)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_fetched_is_one_line(hub, run, bundle):
     done = run("generate", "org/none", "--prompt", "x")
     assert "org/none: no such folder here, and the hub does not know it" in last_line(done)

@@ -68,6 +68,7 @@ def plain(model, tmp_path_factory):
     return exported(model, tmp_path_factory.mktemp("p") / "plain", kv_cache_dtype="auto")
 
 
+@pytest.mark.slow
 def test_a_bundle_without_the_option_does_not_mention_it(plain):
     assert "kv_cache_dtype" not in (plain.path / "lminf.json").read_text()
     assert b"int8" not in plain.graph_path.read_bytes()

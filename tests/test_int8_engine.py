@@ -56,6 +56,7 @@ def test_the_graph_for_the_plugin_computes_what_the_exported_one_computes(tmp_pa
     np.testing.assert_array_equal(run(ready, TINY), run(bundle.graph_path, TINY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_model_is_exported_for_a_build_elsewhere(tmp_path, llama, dtype):
     bundle = export(
@@ -77,6 +78,7 @@ def test_a_model_is_exported_for_a_build_elsewhere(tmp_path, llama, dtype):
     assert [(len(x.input), len(x.output)) for x in nodes] == [(19, 7)] * len(manifest.layer_specs)
 
 
+@pytest.mark.slow
 def test_a_small_bias_of_keys_stays_in_an_engines_rings_and_is_told(tmp_path):
     model = save_qwen2(tmp_path / "qwen", 3.0)
     out = tmp_path / "out"

@@ -140,6 +140,7 @@ def test_a_file_is_exported_runs_and_is_what_it_was(kind, model, tmp_path):
     assert json.loads(checked.stdout)["differing_weights"] == []
 
 
+@pytest.mark.slow
 def test_bodies_compute_what_kernels_do(model, tmp_path):
     kinds = ("Q4_K", "Q6_K", "Q5_1", "Q4_0", "Q3_K", "Q8_0")
     config = QuantizeConfig("int4", accuracy_level=1)
@@ -152,6 +153,7 @@ def test_bodies_compute_what_kernels_do(model, tmp_path):
     assert np.abs(found[0] - found[1]).max() < 2e-5 * np.ptp(found[1])
 
 
+@pytest.mark.slow
 def test_on_request_blocks_are_requantised(model, tmp_path):
     config = QuantizeConfig("int4", source_blocks="requantize")
     job = job_of(model, tmp_path / "b", ("Q6_K", "Q4_0"), tmp_path / "m.gguf", quantize=config)
@@ -160,6 +162,7 @@ def test_on_request_blocks_are_requantised(model, tmp_path):
     assert any("15 are requantised (7 Q4_0, 8 Q6_K)" in n for n in bundle.manifest.notices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
 def test_engines_keep_symmetric_blocks_of_4_bits(kind, model, tmp_path):
     config = QuantizeConfig("int4", form="qdq")

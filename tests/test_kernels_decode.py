@@ -180,6 +180,7 @@ def test_all_splits_give_what_one_gives(library):
         torch.testing.assert_close(one[0], other[0], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", streams.HALF_TYPES)
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_last_block_combines_every_kind_of_row(library, dtype, int8):

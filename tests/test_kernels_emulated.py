@@ -300,6 +300,7 @@ def test_guard_bytes_notice_a_write_behind_a_tensor():
     assert not guarded.intact()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake: its build is not tried")
 def test_cmake_builds_the_emulated_library(tmp_path):
     command = kernel_build.cmake(tmp_path, "-DLMINF_EMULATE=ON")

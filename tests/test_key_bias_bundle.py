@@ -64,6 +64,7 @@ def error_without_bias(tmp_path_factory):
     return error(rounded, logits(exported(unbiased, folder / "exact", kv_cache_dtype="auto")))
 
 
+@pytest.mark.slow
 def test_rounding_errs_little_more_than_without_a_bias(
     model, bundle, before, error_without_bias, tmp_path
 ):
@@ -106,6 +107,7 @@ def test_a_snapshot_continues_as_if_nothing_had_happened(bundle):
     np.testing.assert_array_equal(model.forward(TOKENS[None, 90:], again), wanted)
 
 
+@pytest.mark.slow
 def test_a_large_bias_is_named_where_rings_round_and_nowhere_else(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         large = save_qwen2(tmp_path / "large", 300.0)

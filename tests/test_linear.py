@@ -83,6 +83,7 @@ def bundle(tmp_path_factory):
     return lminf_export.export(source, folder / "b", window_size=256, chunk_size=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernels", [pytest.param("auto", marks=needs_kernels), pytest.param("none")]
 )

@@ -31,6 +31,7 @@ def linked(sharded):
     return export(sharded, sharded.parent / "linked", weights="link", **SETTINGS)
 
 
+@pytest.mark.slow
 def test_shards_are_the_same_files_and_the_manifest_says_so(sharded, linked):
     names = {p.name for p in sharded.glob("*.safetensors")}
     assert len(names) > 1
@@ -41,6 +42,7 @@ def test_shards_are_the_same_files_and_the_manifest_says_so(sharded, linked):
     assert Bundle.open(linked.path, verify="full").manifest == linked.manifest
 
 
+@pytest.mark.slow
 def test_a_linked_bundle_computes_what_a_copied_one_does(sharded, linked, tmp_path):
     copied = export(sharded, tmp_path / "copied", **SETTINGS)
     assert copied.manifest.linked_files == ()
@@ -61,6 +63,7 @@ def test_validate_and_transformers_read_it(sharded, linked):
     AutoModelForCausalLM.from_pretrained(linked.path)
 
 
+@pytest.mark.slow
 def test_a_source_changed_in_place_is_found(sharded, tmp_path):
     source = tmp_path / "m"
     shutil.copytree(sharded, source)
@@ -84,6 +87,7 @@ def test_replacing_a_linked_bundle_leaves_the_source_alone(sharded, tmp_path):
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"dtype": "float16"}, "--dtype float32"), ({"quantize": "int4"}, "copy")],
@@ -102,6 +106,7 @@ def test_experts_that_are_merged_cannot_be_linked(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.slow
 def test_another_disk_is_one_line(sharded, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(18, "Invalid cross-device link")
@@ -117,6 +122,7 @@ def test_another_disk_is_one_line(sharded, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sixteen_bit_weights_link_when_the_type_is_theirs(tmp_path):
     source = save_llama(tmp_path / "m", dtype=torch.float16)
     bundle = export(source, tmp_path / "b", weights="link", dtype="float16", **SETTINGS)

@@ -204,6 +204,7 @@ def adapted(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_manifest_names_the_adapter_and_no_path(adapted):
     text = (adapted / "b" / "lminf.json").read_text()
     assert json.loads(text)["source"] == {"name": "m", "revision": None, "adapter": "tuned"}

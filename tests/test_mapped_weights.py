@@ -44,6 +44,7 @@ def mappings(path: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.skipif(not CAN_ASK, reason="this system does not say which file is mapped where")
 @pytest.mark.parametrize("kind", ["fp32", "int8"])

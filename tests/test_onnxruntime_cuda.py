@@ -38,6 +38,7 @@ def bundle(tmp_path_factory):
     return TINY.write(tmp_path_factory.mktemp("b") / "tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo-llama", "demo-mpt"])
 def test_no_size_meets_a_length_where_onnxruntime_would_copy_it_to_a_gpu(name, tmp_path):
     # Such a copy in every step would also keep onnxruntime from capturing a CUDA graph.

@@ -188,6 +188,7 @@ def test_a_tied_table_is_stored_once_unless_asked(settings, lookup, names, tied,
     assert validated(bundle, "--model", tied)["differing_weights"] == []
 
 
+@pytest.mark.slow
 def test_every_projection_is_quantised_and_nothing_else(model, int4):
     bundle = int4
     kinds = operators(bundle)
@@ -232,6 +233,7 @@ def test_batches_of_different_lengths_and_steps_without_logits_run(int4):
     assert np.abs(last - alone).max() < 1e-4 * np.ptp(alone)
 
 
+@pytest.mark.slow
 def test_the_manifest_and_the_commands_say_it(model, tmp_path):
     result = run(
         export_command, "--model", model, "--out", tmp_path / "b", "--window-size", 19,
@@ -287,6 +289,7 @@ def test_the_api_refuses_unknown_kinds(asked, model, tmp_path):
         export(model, tmp_path / "b", quantize=asked, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_no_number_is_named(tmp_path):
     folder = save_llama(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")

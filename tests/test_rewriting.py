@@ -158,6 +158,7 @@ def test_learned_positions_are_refused_by_their_name(foreign, tmp_path):
     refused(folder, words=("/transformer/Add", "adds embeddings of positions", "training length"))
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_asked_how_many_logits_it_gives_is_asked_which(llama, tmp_path):
     """Its own choice of rows is gone: the input stood for it."""
     plain = lminf_export.rewrite(llama, tmp_path / "plain", **LAMBDA)
@@ -264,6 +265,7 @@ def test_a_tokenizers_folder_that_holds_none_is_refused(llama):
     refused(llama, "--tokenizer", llama / "empty", words=("'", "holds no tokenizer", "config.json"))
 
 
+@pytest.mark.slow
 def test_a_configuration_of_another_vocabulary_is_noticed(llama, tmp_path):
     change_json(llama, "config.json", vocab_size=63)
     notice = "the graph scores 64 tokens and config.json has a vocabulary of 63"
@@ -364,6 +366,7 @@ def test_weights_outside_of_the_folder_are_refused(place, external):
     refused(external, words=("model.onnx_data", "not a plain name in its folder"))
 
 
+@pytest.mark.slow
 def test_a_rotation_of_one_regime_takes_no_other(llama):
     words = ("rope_regime=long", "does not depend on the length", "leave it out")
     refused(llama, "--rope-regime", "long", words=words)
@@ -477,6 +480,7 @@ def test_weights_on_another_disk_are_not_linked(external, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_file_and_its_folder_are_the_same_model(llama, tmp_path):
     found = [
         logits(lminf_export.rewrite(model, tmp_path / name, check=False, **LAMBDA))
@@ -515,6 +519,7 @@ def test_a_destination_that_exists_is_kept(llama):
     assert (target / "lminf.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_rewritten_graph_is_not_rewritten_again(llama, tmp_path):
     bundle = lminf_export.rewrite(llama, tmp_path / "b", **LAMBDA)
     graph = shutil.copytree(bundle.path, tmp_path / "again") / "model.onnx"
@@ -530,6 +535,7 @@ def test_a_folder_of_transformers_js_is_found(llama, tmp_path):
     assert bundle.manifest.files_of("tokenizer")
 
 
+@pytest.mark.slow
 def test_a_link_to_the_graph_that_the_user_names_is_followed(external, tmp_path):
     (tmp_path / "links").mkdir()
     direct, second = tmp_path / "links" / "l.onnx", tmp_path / "links" / "m.onnx"
@@ -542,6 +548,7 @@ def test_a_link_to_the_graph_that_the_user_names_is_followed(external, tmp_path)
         assert bundle.manifest.files_of("tokenizer")
 
 
+@pytest.mark.slow
 def test_a_link_of_the_hubs_cache_has_its_weights_beside_it(external, tmp_path):
     cache = tmp_path / "models--o--n"
     blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc"

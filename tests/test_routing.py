@@ -57,6 +57,7 @@ def test_the_watched_graph_gives_the_logits_of_the_bundle(half):
     assert all(int(layer.max()) == 4 and int(layer.min()) == 0 for layer in routing)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_how_experts_were_compared(half):
     result = CliRunner().invoke(validate_command, [str(half)])
     assert result.exit_code == 0, result.output
@@ -109,6 +110,7 @@ def test_half_precision_may_take_another_group(name, tmp_path):
         assert 0 < routing.largest_gap <= routing.allowed_gap
 
 
+@pytest.mark.slow
 def test_dense_bundles_have_no_routing(tmp_path):
     source = BY_NAME["llama"].save(tmp_path / "m")
     bundle = export(source, tmp_path / "b", window_size=WINDOW, chunk_size=CHUNK)

@@ -118,6 +118,7 @@ def test_past_and_present_are_one_buffer(lm, streams):
         assert value.data_ptr() == cache.value.data_ptr() == cache.array.ctypes.data
 
 
+@pytest.mark.slow
 def test_onnxruntime_copies_no_cache():
     """It warns when a write could not happen in place; a run at its usual log level is silent."""
     code = textwrap.dedent(

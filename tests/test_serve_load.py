@@ -165,6 +165,7 @@ async def signalled(server, budget, sent=1):
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.slow
 def test_a_signal_lets_streams_finish_or_tells_them(demo_bundle):
     options = ("--shutdown-seconds", "1", "--threads", "1", "--slots", "4")
     with serving.server_process(demo_bundle, *options) as server:
@@ -187,6 +188,7 @@ def test_a_signal_lets_streams_finish_or_tells_them(demo_bundle):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.03, 0.1, 0.25])
 def test_a_signal_while_a_prompt_is_read_cuts_no_stream(demo_bundle, delay):
     with serving.server_process(demo_bundle, "--threads", "1") as server:

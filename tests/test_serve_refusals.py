@@ -90,6 +90,7 @@ def odd_bodies(count: int):
         yield path, text.encode()
 
 
+@pytest.mark.slow
 def test_a_thousand_odd_bodies_get_an_error_or_an_answer(server):
     refused = 0
     with httpx.Client(base_url=server.url, timeout=60) as client:
@@ -221,6 +222,7 @@ def test_a_number_of_very_many_digits_is_refused_in_our_words(server):
     assert error["message"] == "the body is not JSON: a number has 5000 digits"
 
 
+@pytest.mark.slow
 def test_slow_bodies_and_slow_headers_are_cut_off(server):
     address = server.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1])), timeout=10) as slow:

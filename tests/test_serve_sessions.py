@@ -152,6 +152,7 @@ def test_a_deleted_session_is_gone(server):
     assert refused.json()["error"]["code"] == "session_not_found"
 
 
+@pytest.mark.slow
 def test_the_memory_of_sessions_is_bounded(demo_lm):
     sizes = {"session_bytes": 1 << 20, "prefix_bytes": 1 << 18}
     with serving.server_thread(demo_lm, **sizes) as server:
@@ -230,6 +231,7 @@ def test_a_restarted_server_goes_on(demo_lm, tmp_path):
         assert content(found) == expected[1]
 
 
+@pytest.mark.slow
 def test_a_killed_server_goes_on_with_what_it_had_written(demo_bundle, demo_lm, tmp_path):
     folder = tmp_path / "sessions"
     options = ("--session-folder", str(folder), "--threads", "1")
@@ -247,6 +249,7 @@ def test_a_killed_server_goes_on_with_what_it_had_written(demo_bundle, demo_lm, 
         assert not any((folder / name).exists() for name in left)
 
 
+@pytest.mark.slow
 def test_what_a_client_has_seen_to_its_end_outlives_a_kill(demo_bundle, demo_lm, tmp_path):
     options = ("--session-folder", str(tmp_path / "s"), "--session-durable", "--threads", "1")
     turns = [FIRST, SECOND, FIRST]

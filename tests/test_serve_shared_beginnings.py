@@ -23,6 +23,7 @@ def server(demo_lm):
         yield server
 
 
+@pytest.mark.slow
 def test_a_system_prompt_that_chats_share_is_read_twice(server, demo_lm):
     chunk = demo_lm.bundle.manifest.lambda_config.chunk_size
     found = []
@@ -39,6 +40,7 @@ def test_a_system_prompt_that_chats_share_is_read_twice(server, demo_lm):
     assert found == [0, 0, shared, shared, shared, shared]
 
 
+@pytest.mark.slow
 def test_prompts_of_ids_share_beginnings_of_whole_chunks_only(server, demo_lm):
     chunk = demo_lm.bundle.manifest.lambda_config.chunk_size
     ids = np.random.default_rng(0).integers(5, 4000, 3 * chunk).tolist()

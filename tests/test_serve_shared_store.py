@@ -142,6 +142,7 @@ def test_of_two_servers_that_answer_one_turn_one_is_refused(servers, demo_lm):
         assert ask(server.url, "twice", sent).headers["x-session-state"] == "resumed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1])
 def test_an_answer_that_is_deleted_meanwhile_is_no_part_of_it(servers, place):
     content(ask(servers[0].url, "gone", TURNS[0]))
@@ -159,6 +160,7 @@ def test_an_answer_that_is_deleted_meanwhile_is_no_part_of_it(servers, place):
     assert ask(servers[1].url, "gone", TURNS[0]).headers["x-session-state"] == "new"
 
 
+@pytest.mark.slow
 def test_a_killed_server_loses_nothing_that_a_client_has_the_end_of(demo_bundle, demo_lm, tmp_path):
     options = ("--session-store", str(tmp_path))
     with serving.server_process(demo_bundle, *options, LMINF_SESSION_SECRET=SECRET) as first:
@@ -195,6 +197,7 @@ def test_another_secret_opens_nothing(demo_lm, other_lm, tmp_path):
         assert ask(second.url, "sealed", TURNS[1]).headers["x-session-state"] == "new"
 
 
+@pytest.mark.slow
 def test_changed_objects_are_refused_until_the_session_is_deleted(demo_lm, tmp_path):
     rng = random.Random(1)
     with serving.server_thread(demo_lm, **shared(tmp_path, session_bytes=0)) as server:
@@ -306,6 +309,7 @@ def test_a_store_that_fails_is_told_and_loses_no_turn(demo_lm, tmp_path, monkeyp
         assert answers == offline_turns(demo_lm, *TURNS[:3])[1:]
 
 
+@pytest.mark.slow
 def test_a_store_that_hangs_holds_up_no_request_and_no_end(demo_lm, tmp_path, monkeypatch, caplog):
     may_end = threading.Event()
 
@@ -353,6 +357,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "told"),
     [("save", (503, "session_not_written")), ("latest", (503, "session_store_unavailable"))],
@@ -371,6 +376,7 @@ def test_a_server_ends_although_its_store_hangs(demo_bundle, tmp_path, method, t
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_at_the_end_leaves_one_turn_or_the_other(servers, demo_lm):
     body = {"messages": TURNS[0], "max_tokens": 20, "temperature": 0, "stream": True}
     expected = {
@@ -547,6 +553,7 @@ def test_a_copy_in_memory_is_no_longer_resumed_than_one_in_the_store(
         assert code(httpx.get(f"{server.url}/v1/sessions/old")) == (410, "session_expired")
 
 
+@pytest.mark.slow
 def test_where_a_session_stands_is_told_while_it_is_answered(servers):
     content(ask(servers[0].url, "told", TURNS[0]))
     told = []

@@ -81,6 +81,7 @@ def store_as_fp8(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_an_export_and_a_validation_build_one(tmp_path, counts):
     model = save_llama(tmp_path / "m")
     export(model, tmp_path / "b", dtype="float16", **SETTINGS)
@@ -89,6 +90,7 @@ def test_an_export_and_a_validation_build_one(tmp_path, counts):
     assert counts.take() == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("embeddings", "needed"), [("auto", (1, 1)), ("full", (2, 2))])
 def test_a_quantised_bundle_builds_one_unless_its_reference_is_untied(
     embeddings, needed, tmp_path, counts
@@ -102,6 +104,7 @@ def test_a_quantised_bundle_builds_one_unless_its_reference_is_untied(
     assert counts.take() == needed
 
 
+@pytest.mark.slow
 def test_a_quantised_checkpoint_builds_one(tmp_path, counts):
     """However often it is loaded: as the reference, as the stock model, in two precisions."""
     model = save_llama(tmp_path / "m")
@@ -112,6 +115,7 @@ def test_a_quantised_checkpoint_builds_one(tmp_path, counts):
     assert counts.take() == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_builds_one(tmp_path, counts):
     case = next(case for case in CASES if case.model_type == "mixtral")
     model = case.save(tmp_path / "m")
@@ -122,6 +126,7 @@ def test_a_mixture_of_experts_builds_one(tmp_path, counts):
     assert counts.take() == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_builds_one_and_one_that_unties_embeddings_two(tmp_path, counts):
     for ties, targets, needed in (

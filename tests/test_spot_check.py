@@ -39,6 +39,7 @@ def wrong_tensor(monkeypatch):
     monkeypatch.setattr(export_run, "write_graph", wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -58,6 +59,7 @@ def test_a_wrong_tensor_is_refused_and_nothing_written(options, model, wrong_ten
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_rotation_of_long_texts_is_compared_by_that_of_short_ones(dtype, tmp_path):
     """The tokens of the check are a short text, for which the model has another rotation."""
@@ -66,6 +68,7 @@ def test_a_rotation_of_long_texts_is_compared_by_that_of_short_ones(dtype, tmp_p
     assert any("its long regime" in notice for notice in bundle.manifest.notices)
 
 
+@pytest.mark.slow
 def test_the_check_can_be_left_out(model, wrong_tensor, tmp_path):
     bundle = export(model, tmp_path / "b", **SETTINGS, check=False)
     weights = load_file(bundle.path / "model.safetensors")

@@ -234,6 +234,7 @@ def test_start_and_end_together_wait_for_the_sequence_s_answer(model):
     running.done()
 
 
+@pytest.mark.slow
 def test_a_last_answer_s_state_is_not_kept_for_its_sequence(model, monkeypatch):
     asked(model, 73, START, text_input="It is").done()
     kept = []

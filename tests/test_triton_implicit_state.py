@@ -96,6 +96,7 @@ def test_a_carried_state_is_the_bundle_s_over_four_windows(demo_lm, tmp_path, ke
     assert sum(PIECES) > 4 * bundle.manifest.lambda_config.window_size
 
 
+@pytest.mark.slow
 def test_a_row_begins_anew_and_another_waits(demo_lm, tmp_path):
     lm = load(demo_lm.bundle.path, kernels="none", threads=1)
     carrier = Carrier(lm.bundle, tmp_path, 3, kernels=False)

@@ -61,6 +61,7 @@ def test_both_are_kept_as_transformers_keeps_them(model_type, tmp_path):
     assert validate(bundle.path, model=str(folder)).differing_weights == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["same", "half"])
 def test_equal_ones_stay_one(head, tmp_path):
     folder = fine_tuned(tmp_path / "m", head=head)
@@ -70,6 +71,7 @@ def test_equal_ones_stay_one(head, tmp_path):
     assert len({EMBEDDING, HEAD} & load_file(bundle.path / weights).keys()) == 1
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_head_changes_the_head_of_the_checkpoint(tmp_path):
     folder = fine_tuned(tmp_path / "m")
     head = load_file(folder / "model.safetensors")[HEAD]

@@ -33,6 +33,7 @@ def run(*arguments):
     return CliRunner().invoke(validate_command, [str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_a_right_bundle_passes_with_a_table(bundle):
     result = run(bundle.path)
     assert result.exit_code == 0, result.output
@@ -57,6 +58,7 @@ def test_float16_is_held_to_twice_the_error_of_torch(model, tmp_path):
     assert 2e-5 < json.loads(result.stdout)["comparisons"][0]["tolerance"] < 2e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_says_where_it_runs(model, tmp_path):
     result = run(bundle_of(model, tmp_path / "b", dtype="bfloat16").path)
     assert result.exit_code == 2
@@ -83,6 +85,7 @@ def test_other_weights_than_the_model_s_are_found(model, bundle, tmp_path):
     assert "model.layers.2.mlp.down_proj.weight" in result.output
 
 
+@pytest.mark.slow
 def test_a_weight_no_token_shows_is_found_too(model, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(model, other)

@@ -156,6 +156,7 @@ def llama(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("m") / "llama")
 
 
+@pytest.mark.slow
 def test_weights_are_written_while_the_model_is_traced(llama, tmp_path, monkeypatch):
     """Tracing waits for them here, which would take for ever if they came after it."""
     started, real_write, real_trace = threading.Event(), write_pieces, run.trace

@@ -132,6 +132,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_a_plain_run_warns_twice_a_layer_and_token_and_can_be_silenced(tmp_path):
     model = save_llama(tmp_path / "m", num_hidden_layers=2)
     bundle = export(model, tmp_path / "b", window_size=11, chunk_size=7)
@@ -188,6 +189,7 @@ def test_our_declarations_are_those_of_the_official_header(tmp_path):
     assert said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_the_metadata_the_page_names_is_in_the_graph(tmp_path):
     model = save_llama(tmp_path / "m", num_hidden_layers=2)
     bundle = export(model, tmp_path / "b", window_size=11, chunk_size=7, kv_cache_dtype="int8")

@@ -98,6 +98,7 @@ def run(command: Any, *arguments: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_a_bundle_says_whose_text_model_it_is(exported):
     manifest = Bundle.open(exported / "b").manifest
     assert manifest.model_type == "gemma3_text"

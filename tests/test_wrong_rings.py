@@ -56,6 +56,7 @@ def one_integer(rings):
     integers[3] += 1 if integers[3] < 100 else -1
 
 
+@pytest.mark.slow
 def test_right_rings_pass_at_the_tolerance_of_float32(bundle):
     report = validate(bundle.path, num_tokens=TOKENS)
     assert report.passed
@@ -73,6 +74,7 @@ def test_one_wrong_number_in_a_ring_fails(bundle, monkeypatch, change):
     assert not any(row.passed for row in report.rings)
 
 
+@pytest.mark.slow
 def test_rings_that_keep_the_bias_fail_where_it_should_be_out(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(AttentionPlan, "keeps_bias_out", lambda *_: False)
@@ -83,6 +85,7 @@ def test_rings_that_keep_the_bias_fail_where_it_should_be_out(model, tmp_path, m
     assert not any(row.passed for row in report.comparisons[:2])
 
 
+@pytest.mark.slow
 def test_rounding_that_costs_too_much_fails_though_it_is_right(bundle, monkeypatch):
     monkeypatch.setattr(recorded_rings.RingCost, "limit", 1e-9, raising=False)
     monkeypatch.setattr(recorded_rings.RingCost.__init__, "__defaults__", (1e-9,))
