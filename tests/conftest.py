@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         seen.add(function)
 
 
+def pytest_runtest_setup() -> None:
+    """Let torch's exporter read what it can translate once, and not anew for every model.
+
+    One process exports hundreds of models here, and anybody else's one. Where nothing has
+    imported torch, nothing is imported.
+    """
+    exporter = sys.modules.get("torch.onnx._internal._lazy_import")
+    if exporter is not None and "get_torchlib_ops" not in vars(exporter.onnxscript_apis):
+        apis = exporter.onnxscript_apis
+        apis.get_torchlib_ops = cache(apis.get_torchlib_ops)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _settings_of_a_new_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep what is remembered about plans out of the user's own folder, in children too."""
@@ -36,18 +49,6 @@ def _settings_of_a_new_user(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(folder))
         yield folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _operators_read_once() -> None:
-    """Let torch's exporter read what it can translate once, and not anew for every model.
-
-    That is a sixth of the time that a tiny model takes. One process exports hundreds here, and
-    anybody else's one.
-    """
-    from torch.onnx._internal._lazy_import import onnxscript_apis
-
-    onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
 
 
 @pytest.fixture(scope="session")

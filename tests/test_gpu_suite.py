@@ -442,6 +442,8 @@ def test_the_page_says_first_whether_the_kernels_of_now_have_run():
     }  # fmt: skip
     assert report.page([result], "1").split("\n\n")[1] == report.RUN
     assert report.page([result], "2").split("\n\n")[1] == report.RUN_BEFORE
+    result["steps"]["timing"] = {"status": "ok", "sources": "2"}
+    assert report.page([result], "2").split("\n\n")[1] == report.RUN_IN_PART
 
 
 def test_the_page_compares_choices_and_takes_a_plan_that_was_timed_alone():

@@ -26,7 +26,13 @@ from huggingface_hub.errors import StrictDataclassError
 
 from benchmarks.support import own_families as own
 from benchmarks.support.families import CASES, FamilyCase
-from benchmarks.support.family_check import LENGTHS, QUICK_LENGTHS, check_family, stock_error
+from benchmarks.support.family_check import (
+    LENGTHS,
+    QUICK_LENGTHS,
+    export_family,
+    measure_family,
+    stock_error,
+)
 from lminf_export import LminfError, export
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "models.json"
@@ -103,7 +109,8 @@ def jobs(*, is_quick: bool = False) -> dict[str, Callable[[Path], dict[str, Any]
 
 
 def measure_case(case: FamilyCase, folder: Path, *, is_quick: bool = False) -> dict[str, Any]:
-    errors = check_family(case, folder, lengths=QUICK_LENGTHS if is_quick else LENGTHS)
+    export_family(case, folder)
+    errors = measure_family(case, folder, lengths=QUICK_LENGTHS if is_quick else LENGTHS)
     return {
         "position": case.position,
         "special": case.special,

@@ -34,17 +34,6 @@ class FamilyErrors:
     in_chunks: float
 
 
-def check_family(
-    case: FamilyCase,
-    folder: Path,
-    lambda_layers: str = "full",
-    lengths: Sequence[int] = LENGTHS,
-) -> FamilyErrors:
-    """Export a family's model once and measure everything on it, on two texts of these lengths."""
-    export_family(case, folder, lambda_layers)
-    return measure_family(case, folder, lambda_layers, lengths)
-
-
 def export_family(case: FamilyCase, folder: Path, lambda_layers: str = "full") -> None:
     """Write a family's model to folder/m and its bundle to folder/b."""
     export(

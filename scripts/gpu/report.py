@@ -20,9 +20,11 @@ writes `build/gpu-results/gpu-<device>.json`, which is recorded by being copied 
 which source, and what a run has shown and had mended: [gpu_review.md](gpu_review.md).
 """
 NEVER_RUN = "**No GPU has run the kernels yet.**"
-RUN_BEFORE = """**No GPU has run the kernels as they are now.** Recorded below: runs of earlier
-ones, with the steps that failed."""
-RUN = "Recorded below: runs of the kernels as they are now, with the steps that failed."
+RUN_BEFORE = """**No GPU has run kernels and suite as they are now.** Recorded below: runs of
+earlier ones, with the steps that failed."""
+RUN_IN_PART = """**A GPU has run some steps with kernels and suite as they are now**; the others
+recorded below are of earlier ones. Steps that failed are named."""
+RUN = "Recorded below: runs of kernels and suite as they are now, with the steps that failed."
 CHOICES = "The plan beside every other number of splits and every variant of a kernel:"
 COUNTERS = """Single kernels by Nsight Compute, which empties the caches before each of them (so
 what reads the results of the one before, as combine does, takes longer than in a step):"""
@@ -57,8 +59,9 @@ def page(results: list[dict[str, Any]], sources: str) -> str:
     """Return the page of the results of one GPU or several, beside sources of this digest."""
     timed = any(_workloads(result) for result in results)
     steps = [step for result in results for step in result["steps"].values()]
-    current = any(step["sources"] == sources for step in steps)
-    parts = [HEAD.format(state=RUN if current else RUN_BEFORE), *map(_section, results)]
+    current = {step["sources"] == sources for step in steps}
+    state = RUN_IN_PART if len(current) > 1 else RUN if current == {True} else RUN_BEFORE
+    parts = [HEAD.format(state=state), *map(_section, results)]
     return "\n".join(parts if timed else [*parts, _targets() + "\n"])
 
 
